@@ -1,0 +1,1 @@
+"""L0: named trees, precision, sharding, errors."""

@@ -1,0 +1,1 @@
+"""L2: the networks: Wan DiT, its cache, text encoder, codecs."""

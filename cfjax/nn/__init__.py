@@ -1,0 +1,1 @@
+"""L1: layers, and who may see whom."""

@@ -1,0 +1,38 @@
+"""A stage of training is roles, losses and a cadence; nothing else is asked of an objective."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+Models = Mapping[str, Any]
+Batch = Mapping[str, jax.Array]
+# loss(models, batch, key) -> (scalar float32, metrics: name -> scalar)
+Loss = Callable[[Models, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Shadow weights in float32: a copy of the role until iteration `start`, averaged with `decay` from there on."""
+
+    decay: float = 0.99
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: which roles are trained, by which loss, how often, and which are averaged.
+
+    Role r is updated at iteration n iff `n % cadence[r] == 0` (default 1), in the order of `losses`; each update takes a
+    batch of its own. A loss sees every model: frozen ones, trained ones, and `{role}_ema`.
+    """
+
+    name: str
+    losses: Mapping[str, Loss]
+    cadence: Mapping[str, int] = field(default_factory=dict)
+    ema: Mapping[str, Ema] = field(default_factory=dict)
+
+    def roles_at(self, iteration: int) -> list[str]:
+        """The roles that are updated at this iteration, in order."""
+        return [role for role in self.losses if iteration % self.cadence.get(role, 1) == 0]

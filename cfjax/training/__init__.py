@@ -1,0 +1,1 @@
+"""L5: state, updates, checkpoints, the loop."""
