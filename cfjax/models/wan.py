@@ -1,0 +1,406 @@
+"""Wan2.1's diffusion transformer, bidirectional and causal, with a timestep per frame (reference.md section 1).
+
+One set of weights, five uses, one backbone:
+
+    model(latents, sigma, text)          bidirectional or diffusion forcing: the visibility decides
+    teacher_forced(model, noisy, ...)    noisy blocks against clean earlier blocks, both computed here
+    forward_block(model, block, ...)     one block against a KV cache; also returns the block's own keys and values
+    clean_context(model, clean, ...)     the keys and values that a cache would hold for these clean blocks
+    replay(model, noisy, ..., context)   all blocks at once against such a context
+
+All take text as keys and values (`text_kv`), computed once per prompt. The output is the flow v = eps - x0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from cfjax.core.errors import UserError
+from cfjax.core.precision import BF16, Policy
+from cfjax.models.cache import KVCache, visible_frames
+from cfjax.nn import layers
+from cfjax.nn.attention import attend, dense
+from cfjax.nn.rope import rope_table, rotate, sinusoid
+from cfjax.nn.visibility import FULL, Blocks, Visibility
+
+KvGradient = Literal["detached", "straight_through"]
+# (q, k, v, this layer's extra input) -> attended values; all [B, T, N, K]
+SelfAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes and static choices of one network.
+
+    Attributes:
+      dim, ffn_dim, num_heads, num_layers: the transformer's.
+      in_dim, out_dim: latent channels.
+      text_dim: width of the text rows.
+      freq_dim: width of the timestep sinusoid.
+      patch: patch height and width; one latent frame is `H W / (ph pw)` tokens.
+      eps: of every norm.
+      remat: "none", "full" (recompute each block) or "dots" (keep matrix products).
+      attention: kernel, see `nn.attention`.
+      precision: dtypes.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch: tuple[int, int] = (2, 2)
+    eps: float = 1e-6
+    remat: str = "none"
+    attention: str = "auto"
+    precision: Policy = field(default_factory=Policy)
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise UserError(f"model.dim={self.dim} must be an even multiple of model.num_heads={self.num_heads}")
+        if self.remat not in ("none", "full", "dots"):
+            raise UserError(f"model.remat={self.remat!r}: use none, full or dots")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame.
+
+        Raises:
+          UserError: the patch does not divide the frame.
+        """
+        if height % self.patch[0] or width % self.patch[1]:
+            raise UserError(f"a {height} x {width} latent frame is not divisible by the {self.patch} patch")
+        return (height // self.patch[0]) * (width // self.patch[1])
+
+
+PRESETS = {
+    "wan_1_3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, remat="full", precision=BF16),
+    "wan_14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, remat="full", precision=BF16),
+    "toy": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, remat="full"),
+}
+
+
+def preset(name: str, **overrides: Any) -> WanConfig:
+    """A named configuration with some fields replaced.
+
+    Raises:
+      UserError: an unknown preset or field.
+    """
+    if name not in PRESETS:
+        raise UserError(f"model.preset={name!r}: use one of {', '.join(PRESETS)}")
+    unknown = sorted(set(overrides) - set(WanConfig.__dataclass_fields__))
+    if unknown:
+        raise UserError(f"model.{unknown[0]}: no such field; known are {', '.join(WanConfig.__dataclass_fields__)}")
+    return replace(PRESETS[name], **overrides)
+
+
+class KV(NamedTuple):
+    """Keys (roped, absolute positions) and values of every layer; also the text's, without RoPE."""
+
+    k_LBTNK: jax.Array
+    v_LBTNK: jax.Array
+
+
+class Attention(nnx.Module):
+    """q, k, v, o projections with RMSNorm of q and k over the full width."""
+
+    def __init__(self, dim: int, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        self.q, self.k, self.v, self.o = (layers.Linear(dim, dim, k) for k in keys)
+        self.norm_q, self.norm_k = layers.RMSNorm(dim), layers.RMSNorm(dim)
+
+    def query(self, x: jax.Array, config: WanConfig) -> jax.Array:
+        q = self.norm_q(self.q(x, config.precision.compute), config.eps)
+        return rearrange(q, "b t (n k) -> b t n k", n=config.num_heads)
+
+    def key_value(self, x: jax.Array, config: WanConfig) -> tuple[jax.Array, jax.Array]:
+        k = self.norm_k(self.k(x, config.precision.compute), config.eps)
+        v = self.v(x, config.precision.compute)
+        split = lambda y: rearrange(y, "b t (n k) -> b t n k", n=config.num_heads)  # noqa: E731
+        return split(k), split(v)
+
+    def output(self, attended_BTNK: jax.Array, config: WanConfig) -> jax.Array:
+        return self.o(rearrange(attended_BTNK, "b t n k -> b t (n k)"), config.precision.compute)
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to text, feed-forward; the first and last modulated and gated per frame."""
+
+    def __init__(self, config: WanConfig, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        self.modulation = nnx.Param(layers.normal(config.dim**-0.5)(keys[0], (6, config.dim)))
+        self.self_attn = Attention(config.dim, keys[1])
+        self.norm3 = layers.LayerNorm(config.dim)
+        self.cross_attn = Attention(config.dim, keys[2])
+        self.ffn = layers.Mlp((config.dim, config.ffn_dim, config.dim), layers.gelu_tanh, keys[3])
+
+
+class Wan(nnx.Module):
+    """The network. Immutable: use with plain jax.jit, jax.grad and jax.tree."""
+
+    def __init__(self, config: WanConfig, key: jax.Array):
+        keys = jax.random.split(key, 6)
+        dim, small = config.dim, layers.normal(0.02)
+        patch = config.patch[0] * config.patch[1]
+        self.config = config
+        self.patch_embedding = layers.Linear(config.in_dim * patch, dim, keys[0])
+        self.text_embedding = layers.Mlp((config.text_dim, dim, dim), layers.gelu_tanh, keys[1], kernel_init=small)
+        self.time_embedding = layers.Mlp((config.freq_dim, dim, dim), jax.nn.silu, keys[2], kernel_init=small)
+        self.time_projection = layers.Linear(dim, 6 * dim, keys[3])
+        self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[4], config.num_layers))
+        self.head_modulation = nnx.Param(layers.normal(dim**-0.5)(keys[5], (2, dim)))
+        self.head = layers.Linear(dim, config.out_dim * patch, keys[5], kernel_init=layers.zeros)
+
+    def __call__(
+        self, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, visibility: Visibility = FULL
+    ) -> jax.Array:
+        """Flow v of every frame, float32, shaped like the latents, under a `full` or `block_causal` visibility."""
+        frames = latents_BFHWC.shape[1]
+
+        def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
+            return attend(q, k, v, visibility, num_frames=frames, backend=self.config.attention)
+
+        flow, _ = _backbone(self, latents_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend)
+        return flow
+
+
+def make_wan(config: WanConfig, key: jax.Array) -> Wan:
+    """A randomly initialised network (reference.md 1.8), compiled as one program."""
+    return jax.jit(lambda k: Wan(config, k))(key)
+
+
+def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
+    """Cross-attention keys and values of all layers, [L, B, S, N, K]; all rows are attended (reference quirk Q18)."""
+    config = model.config
+    context = model.text_embedding(text_BSE, config.precision.compute)
+
+    def layer(_: None, block: Block) -> tuple[None, KV]:
+        return None, KV(*block.cross_attn.key_value(context, config))
+
+    return jax.lax.scan(layer, None, model.blocks)[1]
+
+
+def teacher_forced(
+    model: Wan,
+    noisy_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    clean_BFHWC: jax.Array,
+    text_kv: KV,
+    blocks: Blocks,
+    *,
+    clean_sigma_BF: jax.Array | None = None,
+) -> jax.Array:
+    """Flow of every noisy block given the clean earlier blocks, in one pass over [clean, noisy] (reference section 2).
+
+    Gradients flow through the clean half too. `clean_sigma_BF` (default zeros) is the clean half's own time embedding,
+    for noise augmentation.
+    """
+    frames = noisy_BFHWC.shape[1]
+    visibility = Visibility("teacher_forced", blocks)
+    clean_sigma = jnp.zeros_like(sigma_BF) if clean_sigma_BF is None else clean_sigma_BF
+
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
+        return attend(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
+
+    flow, _ = _backbone(
+        model,
+        jnp.concatenate([clean_BFHWC, noisy_BFHWC], axis=1),
+        jnp.concatenate([clean_sigma, sigma_BF], axis=1),
+        text_kv,
+        jnp.tile(jnp.arange(frames), 2),
+        self_attend,
+        head_frames=frames,
+    )
+    return flow
+
+
+def forward_block(
+    model: Wan,
+    latents_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+) -> tuple[jax.Array, KV]:
+    """One block, frames [start, start + F), against what the cache shows it (reference 1.6).
+
+    Returns:
+      The flow, and the block's own keys and values for `cache.write`. Reads the cache, never writes it.
+    """
+    frames = latents_BFHWC.shape[1]
+    tokens = model.config.tokens_per_frame(*latents_BFHWC.shape[2:4])
+    seen = jnp.repeat(visible_frames(cache, start, start + frames, blocks), tokens)
+    key_mask = jnp.concatenate([seen, jnp.ones((frames * tokens,), bool)])
+
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: KV) -> jax.Array:
+        keys = jnp.concatenate([past.k_LBTNK.astype(k.dtype), k], axis=1)
+        values = jnp.concatenate([past.v_LBTNK.astype(v.dtype), v], axis=1)
+        return dense(q, keys, values, key_mask_T=key_mask, backend=model.config.attention)
+
+    positions = start + jnp.arange(frames)
+    past = KV(cache.k_LBTNK, cache.v_LBTNK)
+    return _backbone(model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=past, emit_kv=True)
+
+
+def clean_context(
+    model: Wan, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
+) -> KV:
+    """Keys and values of all frames in one block-causal pass: what committing block after block would leave."""
+    frames = clean_BFHWC.shape[1]
+    visibility = Visibility("block_causal", blocks)
+    sigma = jnp.zeros(clean_BFHWC.shape[:2], jnp.float32) if sigma_BF is None else sigma_BF
+
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
+        return attend(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
+
+    return _backbone(model, clean_BFHWC, sigma, text_kv, jnp.arange(frames), self_attend, emit_kv=True)[1]
+
+
+def replay(
+    model: Wan,
+    noisy_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    text_kv: KV,
+    context: KV,
+    blocks: Blocks,
+    *,
+    kv_gradient: KvGradient = "detached",
+) -> jax.Array:
+    """Flow of all blocks at once, each against the context keys of the blocks before it.
+
+    The values equal those of the sequential loop that left `context`. `kv_gradient` says what later blocks send back:
+    "detached" nothing; "straight_through" the gradient of each earlier block's own keys and values in this pass, i.e.
+    K = sg(K_context) + K_noisy - sg(K_noisy), which is what the PyTorch reference does (reference.md 6.2, quirk Q6).
+    """
+    if kv_gradient not in ("detached", "straight_through"):
+        raise UserError(f"kv_gradient={kv_gradient!r}: use detached or straight_through")
+    frames = noisy_BFHWC.shape[1]
+    visibility = Visibility("replay", blocks)
+
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: KV) -> jax.Array:
+        def with_context(known: jax.Array, own: jax.Array) -> jax.Array:
+            known = jax.lax.stop_gradient(known.astype(own.dtype))
+            if kv_gradient == "straight_through":
+                known = known + (own - jax.lax.stop_gradient(own))
+            return jnp.concatenate([known, own], axis=1)
+
+        keys, values = with_context(past.k_LBTNK, k), with_context(past.v_LBTNK, v)
+        return attend(q, keys, values, visibility, num_frames=frames, backend=model.config.attention)
+
+    flow, _ = _backbone(
+        model, noisy_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend, layer_input=context
+    )
+    return flow
+
+
+def _time_embedding(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """e [B, F, D] for the head and e0 [B, F, 6, D] for the blocks. The only place where sigma becomes t = 1000 sigma."""
+    config = model.config
+    island = config.precision.island
+    embedding = sinusoid(1000.0 * sigma_BF, config.freq_dim)
+    e = model.time_embedding(embedding, island)
+    e0 = model.time_projection(jax.nn.silu(e), island)
+    return e, rearrange(e0, "b f (m d) -> b f m d", m=6)
+
+
+def _block(
+    block: Block,
+    stream_BFTD: jax.Array,
+    e0_BF6D: jax.Array,
+    text: KV,
+    past: Any,
+    table: tuple[jax.Array, jax.Array],
+    self_attend: SelfAttend,
+    config: WanConfig,
+) -> tuple[jax.Array, KV]:
+    """One transformer block on a stream of frames (reference.md 1.3, item 5); also returns its roped keys and values."""
+    policy, compute = config.precision, config.precision.compute
+    frames = stream_BFTD.shape[1]
+    modulation = policy.to_island(block.modulation[...])[None, None] + e0_BF6D
+    shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(modulation, 6, axis=2)  # each [B, F, 1, D]
+    flat = lambda x: rearrange(x, "b f t d -> b (f t) d")  # noqa: E731
+    framed = lambda x: rearrange(x, "b (f t) d -> b f t d", f=frames)  # noqa: E731
+
+    with jax.named_scope("self_attention"):
+        h = flat(layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_a) + shift_a).astype(compute)
+        k, v = block.self_attn.key_value(h, config)
+        q, k = rotate(block.self_attn.query(h, config), table), rotate(k, table)
+        attended = block.self_attn.output(self_attend(q, k, v, past), config)
+        stream_BFTD = stream_BFTD + gate_a * policy.to_island(framed(attended))
+    with jax.named_scope("cross_attention"):
+        q_text = block.cross_attn.query(flat(block.norm3(stream_BFTD, config.eps, policy)).astype(compute), config)
+        attended = block.cross_attn.output(
+            dense(q_text, text.k_LBTNK, text.v_LBTNK, backend=config.attention), config
+        )
+        stream_BFTD = stream_BFTD + policy.to_island(framed(attended))
+    with jax.named_scope("feed_forward"):
+        h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_f) + shift_f).astype(compute)
+        stream_BFTD = stream_BFTD + gate_f * policy.to_island(block.ffn(h, compute))
+    return stream_BFTD, KV(k, v)
+
+
+def _remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
+    if name == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if name == "dots" else None
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _backbone(
+    model: Wan,
+    latents_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    text_kv: KV,
+    position_F: jax.Array,
+    self_attend: SelfAttend,
+    *,
+    layer_input: Any = None,
+    emit_kv: bool = False,
+    head_frames: int | None = None,
+) -> tuple[jax.Array, KV]:
+    """Patchify, scan the blocks, head, unpatchify.
+
+    Args:
+      position_F: absolute frame index of each frame, for RoPE.
+      self_attend: how a layer's queries meet its keys.
+      layer_input: pytree with a leading layer axis, handed to `self_attend` layer by layer.
+      emit_kv: also return every layer's keys and values.
+      head_frames: only the last so many frames reach the head.
+    """
+    config = model.config
+    ph, pw = config.patch
+    height, width = latents_BFHWC.shape[2] // ph, latents_BFHWC.shape[3] // pw
+    config.tokens_per_frame(*latents_BFHWC.shape[2:4])
+    patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
+    stream = config.precision.to_island(model.patch_embedding(patches, config.precision.compute))
+    e_BFD, e0_BF6D = _time_embedding(model, sigma_BF)
+    table = rope_table(position_F, height, width, config.head_dim)
+
+    def layer(stream: jax.Array, inputs: tuple[Block, KV, Any]) -> tuple[jax.Array, KV | None]:
+        block, text, past = inputs
+        stream, kv = _block(block, stream, e0_BF6D, text, past, table, self_attend, config)
+        return stream, kv if emit_kv else None
+
+    stream, kv = jax.lax.scan(_remat(layer, config.remat), stream, (model.blocks, text_kv, layer_input))
+
+    with jax.named_scope("head"):
+        if head_frames is not None:
+            stream, e_BFD = stream[:, -head_frames:], e_BFD[:, -head_frames:]
+        head_modulation = config.precision.to_island(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
+        shift, scale = jnp.split(head_modulation, 2, axis=2)
+        h = layers.layer_norm(stream, config.eps, config.precision) * (1 + scale) + shift
+        out = model.head(h, config.precision.compute).astype(jnp.float32)
+    flow = rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height, p=ph, q=pw)
+    return flow, kv

@@ -1,0 +1,57 @@
+"""Three-axis rotary position embedding and the timestep sinusoid, as functions: there is no table to run out of.
+
+Channel layout: a head's channels are stored as [real parts, imaginary parts] ("half-split"), so that the rotation is two
+multiply-adds on contiguous halves. Wan2.1 stores (real, imaginary) pairs; conversion permutes q and k accordingly.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_DIGIT = 64  # positions are split as 64 * high + low, so that angles stay accurate in float32 at any length
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """Complex pairs of the time, height and width axes: (c - 2 (c // 3), c // 3, c // 3) with c = head_dim / 2."""
+    half = head_dim // 2
+    return half - 2 * (half // 3), half // 3, half // 3
+
+
+def _angles(position: jax.Array, pairs: int) -> jax.Array:
+    """position * 10000^(-j / pairs), j < pairs, modulo a full turn per high digit: [...] -> [..., pairs] float32."""
+    omega = 10000.0 ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
+    high, low = position // _DIGIT, position % _DIGIT
+    per_high = jnp.asarray(np.mod(_DIGIT * omega, 2 * np.pi), jnp.float32)
+    per_low = jnp.asarray(omega, jnp.float32)
+    outer = lambda digit, per: digit.astype(jnp.float32)[..., None] * per.reshape((1,) * digit.ndim + (-1,))  # noqa: E731
+    return outer(high, per_high) + outer(low, per_low)
+
+
+def rope_table(frame_F: jax.Array, height: int, width: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for the patches of some frames, each [F * height * width, head_dim / 2], float32.
+
+    Args:
+      frame_F: absolute frame indices, int32; may be traced, may repeat (teacher forcing uses every index twice).
+      height, width: patches per frame.
+      head_dim: channels per head, even.
+    """
+    grid = jnp.meshgrid(frame_F, jnp.arange(height), jnp.arange(width), indexing="ij")
+    angle = jnp.concatenate(
+        [_angles(axis.reshape(-1), n) for axis, n in zip(grid, axis_pairs(head_dim), strict=True)], axis=-1
+    )
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates every (real, imaginary) pair by its angle, in float32; returns x's dtype."""
+    cos, sin = (t[None, :, None, :] for t in table)
+    real, imag = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos], axis=-1).astype(x_BTNK.dtype)
+
+
+def sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
+    """[cos(t w_0..), sin(t w_0..)] with w_k = 10000^(-k / (dim / 2)); cosines first. [...] -> [..., dim] float32."""
+    half = dim // 2
+    omega = jnp.asarray(10000.0 ** (-np.arange(half, dtype=np.float64) / half), jnp.float32)
+    angle = timestep.astype(jnp.float32)[..., None] * omega.reshape((1,) * timestep.ndim + (-1,))
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
