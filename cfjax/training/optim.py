@@ -1,0 +1,134 @@
+"""Optimisers by name, over the dict of a model's named leaves: clip, AdamW or Muon, decoupled decay, one schedule."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from cfjax.core.errors import UserError
+from cfjax.core.tree import match
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "cosine", "wsd")
+MUON_EXCLUDE = r".*(embed|head|modulation).*"
+
+
+def make_schedule(
+    name: str, lr: float, *, steps: int, warmup: int = 0, decay_fraction: float = 0.2
+) -> optax.Schedule:
+    """Learning rate by update count: a linear warm-up to `lr` over `warmup` updates, then the named course.
+
+    constant: stays.  cosine: falls to 0 at `steps`.  wsd (warm-up, stable, decay): stays, then falls linearly to 0 over
+    the last `decay_fraction` of `steps`.  `steps` counts this role's updates, not iterations.
+
+    Raises:
+      UserError: unknown name, or `steps` is not positive.
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"optim.schedule={name!r} is unknown; use one of {', '.join(SCHEDULES)}")
+    if steps < 1:
+        raise UserError(f"optim.steps={steps}: use 1 or more")
+
+    def schedule(count: jax.Array) -> jax.Array:
+        count = jnp.asarray(count, jnp.float32)
+        rise = jnp.minimum(1.0, (count + 1) / max(warmup, 1))
+        if name == "cosine":
+            done = jnp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+            fall = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        elif name == "wsd":
+            fall = jnp.clip((steps - count) / max(decay_fraction * steps, 1.0), 0.0, 1.0)
+        else:
+            fall = jnp.ones_like(count)
+        return lr * rise * fall
+
+    return schedule
+
+
+def is_muon_leaf(name: str, leaf: jax.Array, exclude: str = MUON_EXCLUDE) -> bool:
+    """Whether Muon takes this leaf: a (stacked) kernel [..., in, out] whose name `exclude` does not match."""
+    return name.rpartition("/")[2] == "kernel" and leaf.ndim >= 2 and re.fullmatch(exclude, name) is None
+
+
+def _scale_by_width() -> optax.GradientTransformation:
+    """sqrt(max(1, out / in)) per kernel, as in Keller Jordan's Muon."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
+    )
+
+
+def _muon(b1: float, b2: float, eps: float, momentum: float, adam_ratio: float, exclude: str):
+    def labels(params: Mapping[str, jax.Array]) -> dict[str, str]:
+        return {name: "muon" if is_muon_leaf(name, leaf, exclude) else "adam" for name, leaf in params.items()}
+
+    def dimension_numbers(updates):
+        return jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), updates)
+
+    orthogonal = scale_by_muon(beta=momentum, eps=eps, weight_dimension_numbers=dimension_numbers)
+    return optax.partition(
+        {
+            "muon": optax.chain(orthogonal, _scale_by_width()),
+            "adam": optax.chain(optax.scale_by_adam(b1, b2, eps), optax.scale(adam_ratio)),
+        },
+        labels,
+    )
+
+
+def _decay(weight_decay: float, rules: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Adds `weight_decay * factor * p`, the factor by the first rule that matches the leaf's name."""
+
+    def update(updates: Mapping[str, jax.Array], params: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
+        assert params is not None
+        factor = match(rules, params)
+        return {name: u + weight_decay * factor[name] * params[name] for name, u in updates.items()}
+
+    return optax.stateless(update)
+
+
+def make_optimizer(
+    name: str = "adamw",
+    *,
+    lr: float,
+    steps: int,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay_rules: Sequence[tuple[str, float]] = ((".*", 1.0),),
+    clip: float | None = 1.0,
+    schedule: str = "constant",
+    warmup: int = 0,
+    decay_fraction: float = 0.2,
+    momentum: float = 0.95,
+    adam_lr: float | None = None,
+    muon_exclude: str = MUON_EXCLUDE,
+) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW or Muon, then decoupled decay (`lr * weight_decay * p`), then the schedule.
+
+    The transformation works on the dict of named leaves of a model (`core.tree.named_leaves`), see `init_state`.
+
+    Args:
+      name: "adamw", or "muon": Muon for kernels [..., in, out], each layer of a stack by itself; Adam for the rest.
+      lr: peak learning rate.  adam_lr: peak for Muon's Adam leaves (default: `lr`).
+      steps, schedule, warmup, decay_fraction: see `make_schedule`.
+      decay_rules: ordered (regex, factor) table over all leaf names; by default everything decays, as in the reference.
+      clip: bound on the global gradient norm; None or 0 turns it off.
+      momentum: Muon's.  muon_exclude: regex of kernels that Adam keeps.
+
+    Raises:
+      UserError: an unknown optimiser or schedule; a decay table that misses a leaf or holds an unused rule (at use).
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"optim.name={name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
+    if name == "adamw":
+        core = optax.scale_by_adam(b1, b2, eps)
+    else:
+        core = _muon(b1, b2, eps, momentum, 1.0 if adam_lr is None else adam_lr / lr, muon_exclude)
+    parts = [optax.clip_by_global_norm(clip)] if clip else []
+    parts.append(core)
+    if weight_decay:
+        parts.append(_decay(weight_decay, tuple(decay_rules)))
+    course = make_schedule(schedule, lr, steps=steps, warmup=warmup, decay_fraction=decay_fraction)
+    return optax.chain(*parts, optax.scale_by_learning_rate(course))

@@ -1,0 +1,137 @@
+"""One role's update, compiled once: the only place with `value_and_grad`."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cfjax.core.errors import UserError
+from cfjax.core.tree import map_named, named_leaves
+from cfjax.objectives.stage import Batch, Ema, Models, Stage
+from cfjax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+Update = Callable[[TrainState, Models, Batch], tuple[TrainState, Metrics]]
+
+
+def role_key(state: TrainState, role: str) -> jax.Array:
+    """The key of one role at one iteration: the run's key folded with the step, then with the role's name."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), np.uint32(zlib.crc32(role.encode())))
+
+
+def has_batch_axis(name: str) -> bool:
+    """Whether a batch leaf is split over microbatches: `latents_BFHWC` is, `negative_text_SE` is not."""
+    return name.rpartition("_")[2].startswith("B")
+
+
+def split_batch(batch: Batch, parts: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """(leaves with a batch axis as [parts, B // parts, ...], leaves without one).
+
+    Microbatch i takes samples i, i + parts, ...: with the batch axis sharded over devices no sample changes its device.
+
+    Raises:
+      UserError: B does not divide into `parts`.
+    """
+    split, shared = {}, {}
+    for name, leaf in batch.items():
+        if not has_batch_axis(name):
+            shared[name] = leaf
+            continue
+        if leaf.shape[0] % parts:
+            raise UserError(f"batch leaf {name} holds {leaf.shape[0]} samples; accumulate={parts} must divide that")
+        split[name] = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+    return split, shared
+
+
+def _grads(
+    loss_fn: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]],
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int,
+) -> tuple[jax.Array, Metrics, Any]:
+    """Loss, metrics and gradient, averaged over `accumulate` microbatches in float32."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        (loss, metrics), grads = value_and_grad(params, batch, key)
+        return loss, metrics, grads
+    split, shared = split_batch(batch, accumulate)
+
+    def one(index: jax.Array, part: Batch) -> tuple[jax.Array, Metrics, Any]:
+        (loss, metrics), grads = value_and_grad(params, {**part, **shared}, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda x: x.astype(jnp.float32), (loss, metrics, grads))
+
+    def body(total: Any, xs: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*xs)), None
+
+    shapes = jax.eval_shape(one, jnp.int32(0), jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate), split))
+    loss, metrics, grads = jax.tree.map(lambda x: x / accumulate, total)
+    return loss, metrics, grads
+
+
+def _shadow(ema: Any, params: Any, rule: Ema, step: jax.Array) -> Any:
+    """Reference 6.1: a float32 copy of the new weights before iteration `start`, their running average from there on."""
+    keep = jnp.where(step < rule.start, 0.0, rule.decay).astype(jnp.float32)
+    return jax.tree.map(lambda e, p: keep * e + (1.0 - keep) * p.astype(jnp.float32), ema, params)
+
+
+def make_update(
+    stage: Stage, role: str, tx: optax.GradientTransformation, *, accumulate: int = 1
+) -> Update:
+    """The jitted update of one role: `(state, frozen, batch) -> (state, metrics)`; `state` is donated, `step` unchanged.
+
+    The loss sees `{**frozen, **state.params, "{role}_ema": shadow}`. The update is skipped, and metrics["finite"] is
+    False, when the loss or the gradient's norm is not finite. Other metrics: "loss", "grad_norm" (before clipping) and
+    the loss's own, all float32 scalars on the device.
+
+    Args:
+      tx: an optax transformation over the dict of named leaves (`core.tree.named_leaves`), as `init_state` uses it.
+      accumulate: number of microbatches the batch axis is split into; each has a key of its own.
+
+    Raises:
+      UserError: `role` is not of this stage, or `accumulate` is not positive.
+    """
+    if role not in stage.losses:
+        raise UserError(f"stage {stage.name!r} has no role {role!r}; it trains {sorted(stage.losses)}")
+    if accumulate < 1:
+        raise UserError(f"accumulate={accumulate}: use 1 or more")
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, frozen: Models, batch: Batch) -> tuple[TrainState, Metrics]:
+        shadows = {f"{name}_ema": shadow for name, shadow in state.ema.items()}
+        others: Mapping[str, Any] = {**frozen, **state.params, **shadows}
+
+        def loss_fn(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            return stage.losses[role]({**others, role: params}, part, key)
+
+        old = state.params[role]
+        loss, metrics, grads = _grads(loss_fn, old, batch, role_key(state, role), accumulate)
+        named_grads, named = named_leaves(grads), named_leaves(old)
+        grad_norm = optax.tree.norm(named_grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        deltas, opt = tx.update(named_grads, state.opt[role], named)
+        moved = optax.apply_updates(named, deltas)
+        new = map_named(lambda name, _: moved[name], old)
+        ema = {}
+        if role in stage.ema:
+            ema = {role: _shadow(state.ema[role], new, stage.ema[role], state.step)}
+        fresh = (new, opt, ema)
+        stale = (old, state.opt[role], {name: state.ema[name] for name in ema})
+        new, opt, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), fresh, stale)
+        state = replace(
+            state,
+            params={**state.params, role: new},
+            opt={**state.opt, role: opt},
+            ema={**state.ema, **ema},
+        )
+        return state, {**metrics, "loss": loss, "grad_norm": grad_norm, "finite": finite}
+
+    return update
