@@ -1,0 +1,128 @@
+"""Stage 0 and 1: flow matching for the bidirectional teacher, and AR diffusion with teacher forcing (paper section 3).
+
+Both regress v* = eps - x0 with a weight per noise level; they differ in who sees whom and in whether a noise level is
+drawn per clip or per block. Reference: reference.md section 4 (the trainer named `diffusion`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from cfjax.core.errors import UserError
+from cfjax.flow.path import add_noise, velocity
+from cfjax.flow.schedule import bsmntw, nearest, round_timestep_bf16, sigma_table
+from cfjax.models.wan import embed_text, teacher_forced
+from cfjax.nn.visibility import FULL, Blocks
+from cfjax.objectives.stage import Batch, Loss, Models
+
+Draws = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How noise levels are drawn and weighed.
+
+    Attributes:
+      shift: timestep shift of the 1000-level table (5 for Wan 1.3B at 480p).
+      weighting: "bsmntw" (reference 3.5), "uniform", or "x0": sigma^2 / mean sigma^2, the error of the clean video.
+      text_dropout: chance of the negative prompt per clip (the reference drops none, quirk Q19).
+      bf16_timesteps: round timesteps to bfloat16 as the reference does (quirk Q1).
+    """
+
+    shift: float = 5.0
+    weighting: str = "bsmntw"
+    text_dropout: float = 0.0
+    bf16_timesteps: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("bsmntw", "uniform", "x0"):
+            raise UserError(f"objective.weighting={self.weighting!r}: use bsmntw, uniform or x0")
+        if not 0.0 <= self.text_dropout < 1.0:
+            raise UserError(f"objective.text_dropout={self.text_dropout}: use a probability below 1")
+
+
+def _weights(config: DiffusionConfig, table: jax.Array) -> jax.Array:
+    """Weight of every table entry, mean 1 over the table (bsmntw sums to 1000 over 1000 entries)."""
+    if config.weighting == "bsmntw":
+        return jnp.asarray(bsmntw(table))
+    if config.weighting == "x0":
+        return table**2 / jnp.mean(table**2)
+    return jnp.ones_like(table)
+
+
+def _per_block(index_BF: jax.Array, blocks: Blocks) -> jax.Array:
+    """Every frame of a block takes its block's first value."""
+    first = [start for start, stop in blocks.spans(index_BF.shape[1]) for _ in range(start, stop)]
+    return index_BF[:, jnp.asarray(first)]
+
+
+def draw(key: jax.Array, shape: tuple[int, ...], text_dropout: float) -> dict[str, jax.Array]:
+    """Random numbers of one loss: eps ~ N(0, 1) [B,F,H,W,C]; index ~ U{0..999} [B,F]; drop ~ Bernoulli [B]."""
+    key_eps, key_index, key_drop = jax.random.split(key, 3)
+    return {
+        "eps_BFHWC": jax.random.normal(key_eps, shape, jnp.float32),
+        "index_BF": jax.random.randint(key_index, shape[:2], 0, 1000),
+        "drop_B": jax.random.bernoulli(key_drop, text_dropout, shape[:1]),
+    }
+
+
+def drop_text(batch: Batch, drop_B: jax.Array) -> jax.Array:
+    """text_BSE with the dropped clips' rows replaced by the negative prompt's."""
+    return jnp.where(drop_B[:, None, None], batch["negative_text_SE"][None], batch["text_BSE"])
+
+
+def _noised(config: DiffusionConfig, x0: jax.Array, draws: Draws, index_BF: jax.Array) -> tuple[jax.Array, ...]:
+    """x_sigma, the sigma the network is told, and the weight, for the drawn table indices."""
+    table = jnp.asarray(sigma_table(1000, config.shift))
+    sigma_BF = table[index_BF]
+    if config.bf16_timesteps:  # Q1: the level is re-looked-up from the rounded timestep
+        told_BF = round_timestep_bf16(sigma_BF)
+        index_BF = nearest(table, told_BF)
+        sigma_BF = table[index_BF]
+    else:
+        told_BF = sigma_BF
+    weights = _weights(config, table)[index_BF]
+    return add_noise(x0, draws["eps_BFHWC"], sigma_BF), told_BF, weights
+
+
+def _weighted_error(v: jax.Array, target: jax.Array, weight_BF: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    error_BF = jnp.mean(jnp.square(v - target), axis=(2, 3, 4))
+    return jnp.mean(weight_BF * error_BF), {"flow_error": jnp.mean(error_BF)}
+
+
+def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
+    """The bidirectional teacher's loss: one noise level per clip, full attention.
+
+    L = E w(sigma) |v(x_sigma, sigma, text) - (eps - x0)|^2 (rectified flow, arXiv 2210.02747, as in Wan2.1).
+    """
+
+    def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
+        x0 = batch["latents_BFHWC"].astype(jnp.float32)
+        draws = draw(key, x0.shape, config.text_dropout) if draws is None else draws
+        index_BF = jnp.broadcast_to(draws["index_BF"][:, :1], x0.shape[:2])
+        x, told_BF, weight_BF = _noised(config, x0, draws, index_BF)
+        model = models[role]
+        v = model(x, told_BF, embed_text(model, drop_text(batch, draws["drop_B"])), FULL)
+        return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF)
+
+    return loss
+
+
+def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student") -> Loss:
+    """Stage 1: AR diffusion with teacher forcing; a noise level per block, noisy blocks see *clean* earlier ones.
+
+    L = E w(sigma_b) |v(x_sigma^b, sigma_b, x0^{<b}, text) - (eps - x0)^b|^2; gradients flow through the clean half.
+    """
+
+    def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
+        x0 = batch["latents_BFHWC"].astype(jnp.float32)
+        draws = draw(key, x0.shape, config.text_dropout) if draws is None else draws
+        x, told_BF, weight_BF = _noised(config, x0, draws, _per_block(draws["index_BF"], blocks))
+        model = models[role]
+        text_kv = embed_text(model, drop_text(batch, draws["drop_B"]))
+        v = teacher_forced(model, x, told_BF, x0, text_kv, blocks)
+        return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF)
+
+    return loss
