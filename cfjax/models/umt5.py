@@ -1,0 +1,163 @@
+"""The umT5 text encoder (arXiv 2304.09151), which turns token ids into the rows that the video network attends to.
+
+Pre-norm transformer encoder without biases: every layer has its own relative position bias, attention logits are not
+scaled, the feed-forward is gated tanh-GELU, norms are RMS. Same function as transformers' `UMT5EncoderModel`. Weights
+are `nnx.Param` leaves in `[in, out]` layout, with the layers stacked on a leading axis (L) and run by `lax.scan`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cfjax.core.errors import UserError
+from cfjax.core.precision import F32, Policy
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """Sizes of one encoder. `dim` is also the width E of the text rows; `heads * head_dim` may differ from it."""
+
+    vocab_size: int
+    dim: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    layers: int
+    buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        sizes = (self.vocab_size, self.dim, self.heads, self.head_dim, self.ffn_dim, self.layers, self.max_distance)
+        if min(sizes) < 1 or self.buckets < 4 or self.buckets % 4:
+            raise UserError(f"text encoder sizes must be positive and buckets a multiple of 4, got {self}")
+
+
+PRESETS = {
+    "umt5_xxl": UMT5Config(vocab_size=256384, dim=4096, heads=64, head_dim=64, ffn_dim=10240, layers=24),
+    # Give it the tokenizer's vocabulary: dataclasses.replace(PRESETS["toy"], vocab_size=tokenizer.vocab_size).
+    "toy": UMT5Config(vocab_size=256, dim=64, heads=4, head_dim=16, ffn_dim=128, layers=2),
+}
+
+
+def relative_buckets(length: int, buckets: int = 32, max_distance: int = 128) -> np.ndarray:
+    """The bias bucket of every (query, key) pair, int32 [S, S].
+
+    Half of the buckets are for keys after the query. Of each half, one half counts single positions and the other
+    grows logarithmically up to `max_distance`, where the last bucket begins to hold everything.
+    """
+    position = np.arange(length)
+    offset = position[None, :] - position[:, None]
+    half = buckets // 2
+    exact = half // 2
+    distance = np.abs(offset)
+    # float32 and this order of operations, as in the original: bucket edges depend on the rounding.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(math.log(max_distance / exact))
+    far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
+    return (np.where(distance < exact, distance, far) + np.where(offset > 0, half, 0)).astype(np.int32)
+
+
+class Dense(nnx.Module):
+    """x @ kernel, no bias; the product runs in the policy's compute dtype."""
+
+    def __init__(self, key: jax.Array, d_in: int, d_out: int, std: float):
+        self.kernel = nnx.Param(std * jax.random.normal(key, (d_in, d_out), jnp.float32))
+
+    def __call__(self, x: jax.Array, policy: Policy) -> jax.Array:
+        return policy.to_compute(x) @ policy.to_compute(self.kernel[...])
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+
+    def __call__(self, x: jax.Array, eps: float) -> jax.Array:
+        x = x.astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
+
+
+class Layer(nnx.Module):
+    """Self-attention and gated feed-forward, each pre-normed and residual; standard deviations are T5's own init."""
+
+    def __init__(self, key: jax.Array, config: UMT5Config):
+        keys = jax.random.split(key, 8)
+        dim, inner, ffn = config.dim, config.heads * config.head_dim, config.ffn_dim
+        self.attention_norm = RMSNorm(dim)
+        self.q = Dense(keys[0], dim, inner, (dim * config.head_dim) ** -0.5)
+        self.k = Dense(keys[1], dim, inner, dim**-0.5)
+        self.v = Dense(keys[2], dim, inner, dim**-0.5)
+        self.o = Dense(keys[3], inner, dim, inner**-0.5)
+        bias = dim**-0.5 * jax.random.normal(keys[4], (config.buckets, config.heads), jnp.float32)
+        self.position_bias = nnx.Param(bias)
+        self.ffn_norm = RMSNorm(dim)
+        self.gate = Dense(keys[5], dim, ffn, dim**-0.5)
+        self.up = Dense(keys[6], dim, ffn, dim**-0.5)
+        self.down = Dense(keys[7], ffn, dim, ffn**-0.5)
+
+    def attend(
+        self, x_BSE: jax.Array, bucket_SS: jax.Array, mask_BS: jax.Array, config: UMT5Config, policy: Policy
+    ) -> jax.Array:
+        """Softmax in float32, logits unscaled, padding keys at the lowest float32."""
+        heads = (*x_BSE.shape[:-1], config.heads, config.head_dim)
+        q, k, v = (dense(x_BSE, policy).reshape(heads) for dense in (self.q, self.k, self.v))
+        logits = jnp.einsum("bqnk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32)
+        bias_NSS = self.position_bias[...].astype(jnp.float32)[bucket_SS].transpose(2, 0, 1)
+        logits = jnp.where(mask_BS[:, None, None, :], logits + bias_NSS[None], jnp.finfo(jnp.float32).min)
+        weights = policy.to_compute(jax.nn.softmax(logits, axis=-1))
+        return self.o(jnp.einsum("bnqs,bsnk->bqnk", weights, v).reshape(*x_BSE.shape[:-1], -1), policy)
+
+    def __call__(
+        self, x_BSE: jax.Array, bucket_SS: jax.Array, mask_BS: jax.Array, config: UMT5Config, policy: Policy
+    ) -> jax.Array:
+        normed = self.attention_norm(x_BSE, config.eps)
+        x_BSE = x_BSE + self.attend(normed, bucket_SS, mask_BS, config, policy).astype(jnp.float32)
+        normed = self.ffn_norm(x_BSE, config.eps)
+        hidden = jax.nn.gelu(self.gate(normed, policy), approximate=True) * self.up(normed, policy)
+        return x_BSE + self.down(hidden, policy).astype(jnp.float32)
+
+
+class UMT5(nnx.Module):
+    """The encoder: embedding, stacked layers, final norm. A value: never assigned to after `make_umt5`."""
+
+    def __init__(self, config: UMT5Config, key: jax.Array):
+        embed_key, layers_key = jax.random.split(key)
+        self.config = config
+        # Unit variance (T5's init): with random weights, the residual branches do not drown the word itself.
+        table = jax.random.normal(embed_key, (config.vocab_size, config.dim), jnp.float32)
+        self.token_embedding = nnx.Param(table)
+        self.layers = jax.vmap(lambda k: Layer(k, config))(jax.random.split(layers_key, config.layers))
+        self.final_norm = RMSNorm(config.dim)
+
+    def __call__(self, ids_BS: jax.Array, mask_BS: jax.Array, policy: Policy = F32) -> jax.Array:
+        """The text rows, float32 [B, S, E]; rows of padding are whatever the layers make of them."""
+        config = self.config
+        mask_BS = mask_BS.astype(bool)
+        bucket_SS = jnp.asarray(relative_buckets(ids_BS.shape[1], config.buckets, config.max_distance))
+        x_BSE = self.token_embedding[...][ids_BS].astype(jnp.float32)
+
+        def run(x, layer):
+            return layer(x, bucket_SS, mask_BS, config, policy), None
+
+        x_BSE, _ = jax.lax.scan(run, x_BSE, self.layers)
+        return self.final_norm(x_BSE, config.eps)
+
+
+def make_umt5(config: UMT5Config, key: jax.Array) -> UMT5:
+    """A randomly initialised encoder; under `jax.eval_shape`, the template that loaded weights must fit."""
+    return UMT5(config, key)
+
+
+def encode_text(model: UMT5, ids_BS: jax.Array, mask_BS: jax.Array, policy: Policy = F32) -> jax.Array:
+    """What the video network attends to: float32 text_BSE with the rows of padding set to zero (reference 7.7).
+
+    Args:
+      ids_BS: int32 token ids. mask_BS: true (or 1) at real tokens, EOS included; at least one per caption.
+    """
+    return jnp.where(mask_BS.astype(bool)[..., None], model(ids_BS, mask_BS, policy), 0.0)
