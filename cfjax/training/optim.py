@@ -16,9 +16,7 @@ SCHEDULES = ("constant", "cosine", "wsd")
 MUON_EXCLUDE = r".*(embed|head|modulation).*"
 
 
-def make_schedule(
-    name: str, lr: float, *, steps: int, warmup: int = 0, decay_fraction: float = 0.2
-) -> optax.Schedule:
+def make_schedule(name: str, lr: float, *, steps: int, warmup: int = 0, decay_fraction: float = 0.2) -> optax.Schedule:
     """Learning rate by update count: a linear warm-up to `lr` over `warmup` updates, then the named course.
 
     constant: stays.  cosine: falls to 0 at `steps`.  wsd (warm-up, stable, decay): stays, then falls linearly to 0 over

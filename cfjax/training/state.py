@@ -1,4 +1,4 @@
-"""What a training run is made of: weights, optimiser states and shadows by role, a step and a key; all of it is saved."""
+"""What a training run is made of: weights, optimiser states and shadows by role, a step, a key; all of it is saved."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,12 +42,13 @@ def init_state(
     Raises:
       UserError: a role has no model or no optimiser, or an averaged role is not trained.
     """
+    roles = sorted(stage.losses)
     for what, given in (("model", models), ("optimiser", txs)):
         if set(given) != set(stage.losses):
-            raise UserError(f"stage {stage.name!r} trains {sorted(stage.losses)}; a {what} is given for {sorted(given)}")
+            raise UserError(f"stage {stage.name!r} trains {roles}, a {what} is given for {sorted(given)}")
     for field, table in (("ema", stage.ema), ("cadence", stage.cadence)):
         if unknown := sorted(set(table) - set(stage.losses)):
-            raise UserError(f"stage {stage.name!r}: {field} names {unknown}, which are not among {sorted(stage.losses)}")
+            raise UserError(f"stage {stage.name!r}: {field} names {unknown}, which are not among {roles}")
     params = {role: jax.tree.map(jnp.copy, models[role]) for role in stage.losses}
     return TrainState(
         step=jnp.zeros((), jnp.int32),

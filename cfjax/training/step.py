@@ -78,15 +78,13 @@ def _grads(
 
 
 def _shadow(ema: Any, params: Any, rule: Ema, step: jax.Array) -> Any:
-    """Reference 6.1: a float32 copy of the new weights before iteration `start`, their running average from there on."""
+    """Reference 6.1: a float32 copy of the new weights before iteration `start`, a running average from there on."""
     keep = jnp.where(step < rule.start, 0.0, rule.decay).astype(jnp.float32)
     return jax.tree.map(lambda e, p: keep * e + (1.0 - keep) * p.astype(jnp.float32), ema, params)
 
 
-def make_update(
-    stage: Stage, role: str, tx: optax.GradientTransformation, *, accumulate: int = 1
-) -> Update:
-    """The jitted update of one role: `(state, frozen, batch) -> (state, metrics)`; `state` is donated, `step` unchanged.
+def make_update(stage: Stage, role: str, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Update:
+    """The jitted update of one role: `(state, frozen, batch) -> (state, metrics)`; `state` is donated, its step kept.
 
     The loss sees `{**frozen, **state.params, "{role}_ema": shadow}`. The update is skipped, and metrics["finite"] is
     False, when the loss or the gradient's norm is not finite. Other metrics: "loss", "grad_norm" (before clipping) and

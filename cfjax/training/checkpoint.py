@@ -1,0 +1,269 @@
+"""Checkpoints on Orbax: asynchronous, atomic, the newest few kept; a broken one is passed over, never a reason to die.
+
+A checkpoint holds the train state as a flat dict of named arrays ("params/student/blocks/..."), the data iterator's state,
+and a meta record (stage, step, and whatever the verb adds: model configs, codec, blocks).
+"""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from cfjax.core.errors import UserError
+from cfjax.core.tree import from_named, named_leaves
+
+FOLDER = "checkpoints"
+BROKEN = "checkpoints_broken"
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Named leaves with PRNG keys as their uint32 data."""
+    return {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named_leaves(tree).items()}
+
+
+def _unflatten(template: Any, named: Mapping[str, jax.Array]) -> Any:
+    """`template` filled with restored arrays, keys rewrapped, and left uncommitted where the template's leaves are."""
+    filled = dict(named)
+    for name, leaf in named_leaves(template).items():
+        if not getattr(leaf, "committed", True):
+            filled[name] = jnp.asarray(np.array(filled[name]))
+        if _is_key(leaf):
+            filled[name] = jax.random.wrap_key_data(filled[name], impl=jax.random.key_impl(leaf))
+    return from_named(template, filled)
+
+
+def _detached(leaf: jax.Array) -> jax.Array:
+    """On CPU "host copies" alias the device buffer, which the next step donates; an asynchronous save needs its own."""
+    on_cpu = next(iter(leaf.sharding.device_set)).platform == "cpu"
+    return jnp.copy(leaf) if on_cpu else leaf
+
+
+def _jsonable(value: Any) -> Any:
+    """Iterator states and meta as plain JSON; bytes as base64."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, bytes):
+        return {"__bytes__": base64.b64encode(value).decode()}
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"__bytes__"}:
+            return base64.b64decode(value["__bytes__"])
+        return {key: _from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, Any], *, whole: bool) -> None:
+    """UserError unless every wanted leaf was saved with its shape (and, for `whole`, nothing else was)."""
+    missing = sorted(wanted.keys() - saved.keys())
+    extra = sorted(saved.keys() - wanted.keys()) if whole else []
+    if missing or extra:
+        raise UserError(
+            f"{folder}: the checkpoint does not fit this config: missing {missing[:3]}, left over {extra[:3]}"
+        )
+    for name, leaf in wanted.items():
+        if list(leaf.shape) != list(saved[name]):
+            raise UserError(f"{folder}: {name} has shape {tuple(saved[name])}, this config needs {tuple(leaf.shape)}")
+
+
+def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=False,
+        cleanup_tmp_directories=writes,
+        enable_async_checkpointing=writes,
+        save_root_metadata=False,
+    )
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    return {key: _from_json(record[key]) for key in ("meta", "data_state", "leaves")}
+
+
+def _read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The named arrays of a checkpoint, each with its template's dtype and sharding; others are not read."""
+    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
+    how = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in `workdir/checkpoints/<step>`.
+
+    Args:
+      workdir: the run's folder, created when absent.
+      keep: how many of the newest checkpoints stay.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 2) -> None:
+        self._workdir = Path(workdir).absolute()
+        self._directory = self._workdir / FOLDER
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._manager = _manager(self._directory, keep=keep)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, data_state: Any, meta: Mapping[str, Any]) -> None:
+        """Starts an asynchronous, atomic save; returns once `state` may be donated. A step that is saved already stays."""
+        if step in self._manager.all_steps():
+            return
+        arrays = {name: _detached(leaf) for name, leaf in _flatten(state).items()}
+        record = {
+            "meta": _jsonable({**meta, "step": step}),
+            "data_state": _jsonable(data_state),
+            "leaves": {name: list(leaf.shape) for name, leaf in arrays.items()},
+        }
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record))
+        self._manager.save(step, args=args, force=True)
+
+    def restore_latest(self, template: Any, *, stage: str | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
+        """(state, data_state, meta) of the newest checkpoint that can be read, or None when there is none.
+
+        Broken ones are passed over with one warning line each and moved to `workdir/checkpoints_broken`. Arrays get the
+        template's dtype and sharding.
+
+        Raises:
+          UserError: all are broken; the stage is not `stage`; the leaves or shapes are not the template's.
+        """
+        wanted = _flatten(template)
+        broken: list[int] = []
+        for step in reversed(self.steps()):
+            folder = self._directory / str(step)
+            try:
+                record = _read_record(self._manager, step)
+                _check_stage(self._workdir, record["meta"], (stage,) if stage else ())
+                _check_leaves(folder, wanted, record["leaves"], whole=True)
+                arrays = jax.block_until_ready(_read_arrays(self._manager, step, wanted))
+            except UserError:
+                raise
+            except Exception as error:  # whatever a damaged file provokes
+                logging.warning("checkpoint %s is broken and is passed over (%s)", folder, _one_line(error))
+                broken.append(step)
+                continue
+            self._set_aside(broken)
+            return _unflatten(template, arrays), record["data_state"], record["meta"]
+        if broken:
+            raise UserError(
+                f"{self._directory}: all checkpoints are broken ({broken}); remove the folder to start anew"
+            )
+        return None
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._workdir / BROKEN / str(step)
+                target.parent.mkdir(exist_ok=True)
+                while target.exists():
+                    target = target.with_name(target.name + "_")
+                (self._directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            ocp.multihost.sync_global_processes("cfjax_set_aside")
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes the last save and frees the threads."""
+        self._manager.close()
+
+
+def _check_stage(run_dir: Path, meta: Mapping[str, Any], stages: Sequence[str]) -> None:
+    found = meta.get("stage")
+    if stages and found not in stages:
+        raise UserError(
+            f"{run_dir} holds stage {found!r}, expected {' or '.join(map(repr, stages))}; name another folder"
+        )
+
+
+def _good_records(run_dir: Path):
+    """(manager, step, record) of the readable checkpoints of a run, newest first."""
+    if not (run_dir / FOLDER).is_dir():
+        raise UserError(f"{run_dir}: no run here ({FOLDER}/ is missing); name the --workdir of a training run")
+    manager = _manager(run_dir / FOLDER, writes=False)
+    try:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                record = _read_record(manager, step)
+            except Exception as error:
+                logging.warning("checkpoint %s is passed over (%s)", run_dir / FOLDER / str(step), _one_line(error))
+                continue
+            yield manager, step, record
+    finally:
+        manager.close()
+
+
+def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, Any]:
+    """The meta record of a run's newest readable checkpoint; what a verb needs to build the template for `load_role`.
+
+    Raises:
+      UserError: no run, nothing readable, or a stage not among `stages`.
+    """
+    run_dir = Path(run_dir).absolute()
+    for _, _, record in _good_records(run_dir):
+        _check_stage(run_dir, record["meta"], stages)
+        return record["meta"]
+    raise UserError(f"{run_dir}: no readable checkpoint")
+
+
+def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = False, stages: Sequence[str] = ()) -> Any:
+    """One role's weights (or its float32 shadow, `ema`) from a run's newest readable checkpoint, as `template` is built.
+
+    Nothing else of the checkpoint is read. Arrays get the template's dtype and sharding.
+
+    Args:
+      run_dir: the `--workdir` of the other run.  stages: accepted stage names (empty: any).
+
+    Raises:
+      UserError: no run, nothing readable, another stage, no such role, or other leaves or shapes.
+    """
+    run_dir, prefix = Path(run_dir).absolute(), f"{'ema' if ema else 'params'}/{role}/"
+    wanted = {prefix + name: leaf for name, leaf in named_leaves(template).items()}
+    for manager, step, record in _good_records(run_dir):
+        folder = run_dir / FOLDER / str(step)
+        _check_stage(run_dir, record["meta"], stages)
+        saved = {name: shape for name, shape in record["leaves"].items() if name.startswith(prefix)}
+        if not saved:
+            has = sorted({"/".join(n.split("/")[:2]) for n in record["leaves"] if n.startswith(("params/", "ema/"))})
+            raise UserError(f"{folder} holds no {prefix[:-1]!r}; it holds {', '.join(has)}")
+        _check_leaves(folder, wanted, saved, whole=True)
+        try:
+            arrays = jax.block_until_ready(_read_arrays(manager, step, wanted))
+        except Exception as error:
+            logging.warning("checkpoint %s is broken and is passed over (%s)", folder, _one_line(error))
+            continue
+        return _unflatten(template, {name.removeprefix(prefix): array for name, array in arrays.items()})
+    raise UserError(f"{run_dir}: no readable checkpoint")
