@@ -105,7 +105,7 @@ class ShapesConfig:
     speed_words: tuple[tuple[str, float, float], ...] = ()
     start_words: bool = False
     radius: tuple[float, float] = (5.0, 6.0)
-    softness: float = 0.5
+    softness: float = 0.75
     bounces: bool = False
     branching: float = 0.0
     num_objects: int = 1
@@ -240,14 +240,28 @@ def _draw_object(config: ShapesConfig, rng: np.random.Generator, colour: str) ->
     }
 
 
+def _draw_apart(config: ShapesConfig, rng: np.random.Generator, colour: str, other: dict[str, Any]) -> dict[str, Any]:
+    """The first of at most 32 draws that never touches `other`, else the one that stays farthest from it."""
+    best, widest = None, -np.inf
+    for _ in range(32):
+        item = _draw_object(config, rng, colour)
+        apart = np.linalg.norm(item["centres"] - other["centres"], axis=-1).min() - item["radius"] - other["radius"]
+        if apart > widest:
+            best, widest = item, apart
+        if apart > 0.3 * config.radius[1]:
+            break
+    return best
+
+
 def draw_factors(config: ShapesConfig, rng: np.random.Generator) -> Factors:
     """All factors of one clip; every array has a leading object axis O (1 unless num_objects is 2).
 
     shape, colour, direction, speed_word: str [O]; speed, radius: float32 [O]; centres: float32 [O, P, 2] (x, y);
     bounces, turn_frame (-1: never), turn_side (-1 left, +1 right, 0 none): int32 [O]. Two objects differ in colour.
     """
-    colours = rng.permutation(len(config.colours))[: config.num_objects]
-    objects = [_draw_object(config, rng, config.colours[c]) for c in colours]
+    first, *others = (config.colours[c] for c in rng.permutation(len(config.colours))[: config.num_objects])
+    objects = [_draw_object(config, rng, first)]
+    objects += [_draw_apart(config, rng, colour, objects[0]) for colour in others]
     return {name: np.array([item[name] for item in objects]) for name in objects[0]}
 
 
