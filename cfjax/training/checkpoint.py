@@ -1,7 +1,7 @@
 """Checkpoints on Orbax: asynchronous, atomic, the newest few kept; a broken one is passed over, never a reason to die.
 
-A checkpoint holds the train state as a flat dict of named arrays ("params/student/blocks/..."), the data iterator's state,
-and a meta record (stage, step, and whatever the verb adds: model configs, codec, blocks).
+A checkpoint holds the train state as a flat dict of named arrays ("params/student/blocks/..."), the data iterator's
+state, and a meta record (stage, step, and whatever the verb adds: model configs, codec, blocks).
 """
 
 import base64
@@ -45,7 +45,7 @@ def _unflatten(template: Any, named: Mapping[str, jax.Array]) -> Any:
 
 def _detached(leaf: jax.Array) -> jax.Array:
     """On CPU "host copies" alias the device buffer, which the next step donates; an asynchronous save needs its own."""
-    on_cpu = next(iter(leaf.sharding.device_set)).platform == "cpu"
+    on_cpu = all(device.platform == "cpu" for device in leaf.devices())
     return jnp.copy(leaf) if on_cpu else leaf
 
 
@@ -134,7 +134,7 @@ class CheckpointStore:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data_state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts an asynchronous, atomic save; returns once `state` may be donated. A step that is saved already stays."""
+        """Starts an asynchronous, atomic save; returns once `state` may be donated. A saved step stays as it is."""
         if step in self._manager.all_steps():
             return
         arrays = {name: _detached(leaf) for name, leaf in _flatten(state).items()}
@@ -240,7 +240,7 @@ def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, A
 
 
 def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = False, stages: Sequence[str] = ()) -> Any:
-    """One role's weights (or its float32 shadow, `ema`) from a run's newest readable checkpoint, as `template` is built.
+    """One role's weights (or its float32 shadow, `ema`) from a run's newest readable checkpoint, in `template`'s form.
 
     Nothing else of the checkpoint is read. Arrays get the template's dtype and sharding.
 

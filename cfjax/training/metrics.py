@@ -1,0 +1,130 @@
+"""What a run tells: TensorBoard event files written without TensorFlow, and the same scalars as JSON lines."""
+
+import io
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from cfjax.core.errors import UserError
+
+JSONL = "metrics.jsonl"
+
+
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    with io.BytesIO() as buffer:
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+
+def _pixels(frames: np.ndarray, what: str, ndim: int, scale: int) -> np.ndarray:
+    """uint8 frames, enlarged by pixel repetition over H and W."""
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != ndim or frames.shape[-1] != 3:
+        raise UserError(f"{what}: expected uint8 with {ndim} axes and 3 channels, got {frames.dtype} {frames.shape}")
+    return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
+
+
+def _drop_from(path: Path, step: int) -> None:
+    """Rewrites a JSON-lines file, atomically, without the lines at or after `step` (and without a torn last line)."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+class EventWriter:
+    """Writes scalars, text, images and videos of one run into `workdir`; a context manager.
+
+    Args:
+      workdir: the run's folder; event files go to `workdir/events`, scalars also to `workdir/metrics.jsonl`.
+      enabled: False makes a writer that writes nothing, for all but one process of a multi-host run.
+    """
+
+    def __init__(self, workdir: str | Path, *, enabled: bool = True) -> None:
+        self._path = Path(workdir) / JSONL
+        self._enabled = enabled
+        if enabled:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._events = EventFileWriter(str(self._path.parent / "events"))
+
+    def __enter__(self) -> "EventWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def restart(self, step: int) -> None:
+        """The run goes on at `step`: what was told at or after it is withdrawn, so that no curve has a point twice."""
+        if not self._enabled:
+            return
+        if self._path.exists():
+            _drop_from(self._path, step)
+        self._events.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one point to each named curve, and one line {"step": step, name: value, ...}."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._add(step, [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
+        if self._enabled:
+            with self._path.open("a") as lines:
+                lines.write(json.dumps({"step": int(step), **numbers}) + "\n")
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Adds markdown text."""
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype=DT_STRING, string_val=[markdown.encode()], tensor_shape=shape)
+        self._add(step, [Summary.Value(tag=f"{name}/text_summary", metadata=metadata, tensor=tensor)])
+
+    def config(self, step: int, config: Any) -> None:
+        """Adds a config (a mapping) as a JSON block."""
+        self.text(step, "config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray, *, scale: int = 1) -> None:
+        """Adds a uint8 RGB picture, enlarged `scale` times."""
+        pixels = _pixels(image_HWC, name, 3, scale)
+        self._picture(step, name, pixels.shape, _encode(Image.fromarray(pixels), "PNG"))
+
+    def video(self, step: int, name: str, video_PHWC: np.ndarray, *, fps: float = 8.0, scale: int = 1) -> None:
+        """Adds a uint8 RGB clip as an animated GIF, enlarged `scale` times."""
+        pixels = _pixels(video_PHWC, name, 4, scale)
+        first, *rest = [Image.fromarray(frame) for frame in pixels]
+        gif = _encode(first, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        self._picture(step, name, pixels.shape[1:], gif)
+
+    def flush(self) -> None:
+        """Brings the event file up to date on disk."""
+        if self._enabled:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        if self._enabled:
+            self._events.close()
+
+    def _picture(self, step: int, name: str, shape: tuple[int, ...], encoded: bytes) -> None:
+        image = Summary.Image(height=shape[0], width=shape[1], colorspace=3, encoded_image_string=encoded)
+        self._add(step, [Summary.Value(tag=name, image=image)])
+
+    def _add(self, step: int, values: list[Summary.Value]) -> None:
+        if self._enabled:
+            self._events.add_event(Event(step=int(step), wall_time=time.time(), summary=Summary(value=values)))
