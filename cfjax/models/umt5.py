@@ -15,6 +15,7 @@ from flax import nnx
 
 from cfjax.core.errors import UserError
 from cfjax.core.precision import F32, Policy
+from cfjax.nn.layers import RMSNorm, gelu_tanh
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,6 @@ class Dense(nnx.Module):
         return policy.to_compute(x) @ policy.to_compute(self.kernel[...])
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32."""
-
-    def __init__(self, dim: int):
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
-
-    def __call__(self, x: jax.Array, eps: float) -> jax.Array:
-        x = x.astype(jnp.float32)
-        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * scale
-
-
 class Layer(nnx.Module):
     """Self-attention and gated feed-forward, each pre-normed and residual; standard deviations are T5's own init."""
 
@@ -119,7 +108,7 @@ class Layer(nnx.Module):
         normed = self.attention_norm(x_BSE, config.eps)
         x_BSE = x_BSE + self.attend(normed, bucket_SS, mask_BS, config, policy).astype(jnp.float32)
         normed = self.ffn_norm(x_BSE, config.eps)
-        hidden = jax.nn.gelu(self.gate(normed, policy), approximate=True) * self.up(normed, policy)
+        hidden = gelu_tanh(self.gate(normed, policy)) * self.up(normed, policy)
         return x_BSE + self.down(hidden, policy).astype(jnp.float32)
 
 
