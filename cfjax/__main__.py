@@ -1,0 +1,42 @@
+"""`cfjax VERB ...`: finds the verb's module, runs its `main`, and turns a user's mistake into one line."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cfjax.core.console import say
+from cfjax.core.errors import UserError
+
+VERBS = {
+    "quickstart": "train and watch a tiny streaming video generator on this machine",
+    "precompute": "render or encode a data set once: latents, captions, ODE pairs",
+    "train": "train one stage of an experiment, or go on with it",
+    "generate": "generate videos from a trained run, block by block",
+    "evaluate": "measure the videos that a trained run generates",
+}
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {purpose}" for verb, purpose in VERBS.items()]
+    return "\n".join(["usage: cfjax VERB [--help] [--FLAG=value ...]", "", *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, or 2 after a user's mistake."""
+    verb, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if verb in ("--help", "-h", "help"):
+        say(_usage())
+        return 0
+    if verb not in VERBS:
+        sys.stderr.write(f"cfjax: unknown verb {verb!r}; use one of {', '.join(VERBS)}\n")
+        return 2
+    try:
+        return importlib.import_module(f"cfjax.{verb}").main(rest) or 0
+    except UserError as error:
+        sys.stderr.write(f"cfjax {verb}: {' '.join(str(error).split())}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""How verbs read their command line: `--config=file.py[:arg]`, `--config.a.b=value`, `--workdir`, flags of their own.
+
+Every mistake becomes a `UserError` of one line that names what is wrong and what would be right.
+"""
+
+import ast
+import difflib
+import re
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cfjax.core.console import say
+from cfjax.core.errors import UserError
+
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of one verb; its type is `kind`, one of str, int, float, bool; `choices` bounds a str."""
+
+    name: str
+    help: str
+    kind: type = str
+    default: Any = None
+    required: bool = False
+    choices: tuple[str, ...] = ()
+
+
+def _define(values: flags.FlagValues, flag: Flag) -> None:
+    common: dict[str, Any] = {"help": flag.help, "flag_values": values}
+    if flag.choices:
+        flags.DEFINE_enum(flag.name, flag.default, list(flag.choices), **common)
+    else:
+        kinds: dict[type, Any] = {
+            str: flags.DEFINE_string,
+            int: flags.DEFINE_integer,
+            float: flags.DEFINE_float,
+            bool: flags.DEFINE_bool,
+        }
+        kinds[flag.kind](flag.name, flag.default, **common)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(the value of --config, the rest)."""
+    value, rest, index = None, [], 0
+    while index < len(argv):
+        found = re.fullmatch(r"--?config(?:=(.*))?", argv[index], re.DOTALL)
+        if found is None:
+            rest.append(argv[index])
+        elif found[1] is not None:
+            value = found[1]
+        elif index + 1 < len(argv):
+            index += 1
+            value = argv[index]
+        else:
+            raise UserError("--config needs a file: --config=configs/NAME.py")
+        index += 1
+    return value, rest
+
+
+def _config_file(spec: str) -> Path:
+    """The file of `file.py[:arg]`."""
+    path = Path(spec.partition(":")[0])
+    if not path.is_file():
+        names = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+        raise UserError(f"--config: no file {path}{_nearest(str(path), names)}")
+    return path
+
+
+def _load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of `spec` with its overrides, on flag values of its own."""
+    values = flags.FlagValues()
+    argv = [f"--config={spec}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(["cfjax", *argv])
+    return values["config"].value
+
+
+def _load_plain(spec: str, path: Path) -> ConfigDict:
+    """The config without overrides; whatever its file raises is told with the line it came from."""
+    try:
+        return _load(spec)
+    except Exception as error:
+        root: BaseException = error
+        while root.__context__ is not None:
+            root = root.__context__
+        if isinstance(root, UserError):
+            raise UserError(str(root)) from None
+        line = traceback.extract_tb(root.__traceback__)[-1].lineno
+        line = root.lineno if isinstance(root, SyntaxError) else line
+        reason = " ".join(str(root).split())
+        raise UserError(f"--config={spec}: {path}, line {line}: {type(root).__name__}: {reason}") from error
+
+
+def _load_overridden(spec: str, plain: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """The config with overrides of known keys; a value of another type is told with what stood there."""
+    known = _keys(plain)
+    for arg in overrides:
+        key = _override_key(arg)
+        try:
+            value = _keys(_load(spec, [arg]))[key]
+        except (flags.Error, TypeError, ValueError):
+            value = UserError
+        old = known[key]
+        if isinstance(old, (tuple, list)) and old and value is not UserError:
+            kinds = (int, float) if isinstance(old[0], float) else type(old[0])
+            value = value if all(isinstance(item, kinds) for item in value) else UserError
+        if value is UserError:
+            raise UserError(f"{arg}: needs a value of type {type(old).__name__}, as the default {old!r}")
+    return _load(spec, overrides)
+
+
+def _override_key(arg: str) -> str:
+    found = _OVERRIDE.fullmatch(arg)
+    assert found is not None
+    return re.sub(r"\[.*\]$", "", found[1])
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Leaf keys 'a.b' with their values, and the groups themselves."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        out[prefix + name] = value
+        if isinstance(value, ConfigDict):
+            out |= _keys(value, f"{prefix}{name}.")
+    return out
+
+
+def _check_overrides(spec: str, config: ConfigDict, overrides: Sequence[str]) -> None:
+    known = _keys(config)
+    for arg in overrides:
+        key = _override_key(arg)
+        if key not in known:
+            raise UserError(f"--config.{key}: {spec} has no such key{_nearest(key, known)}")
+        if isinstance(known[key], ConfigDict):
+            raise UserError(f"--config.{key} is a group; set one of its keys, as --config.{key}.NAME=value")
+
+
+def _docstrings(path: Path) -> str:
+    tree = ast.parse(path.read_text())
+    nodes: list[Any] = [tree, *(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "get_config")]
+    return "\n\n".join(text for text in (ast.get_docstring(node) for node in nodes) if text)
+
+
+def _help(verb: str, description: str, own: Sequence[Flag], spec: str | None, default_config: str | None) -> None:
+    head = "[--config=configs/NAME.py[:arg]]" if default_config else "--config=configs/NAME.py[:arg]"
+    say(f"usage: cfjax {verb} {head} [--config.KEY=value ...] [--FLAG=value ...]\n\n{description}\n\nflags:")
+    for flag in own:
+        tail = "required" if flag.required else f"default: {flag.default}"
+        say(f"  --{flag.name}: {flag.help} ({tail})")
+    if spec is None:
+        return say("\nadd --config=FILE to see that config's purpose and keys")
+    path = _config_file(spec)
+    say(f"\n{spec}:\n{_docstrings(path)}\n\nkeys:")
+    for key, value in _keys(_load_plain(spec, path)).items():
+        if not isinstance(value, ConfigDict):
+            say(f"  --config.{key}={value!r}")
+
+
+def _own_values(verb: str, argv: list[str], own: Sequence[Flag]) -> dict[str, Any]:
+    """The verb's own flags; every flag given must be one of them."""
+    values = flags.FlagValues()
+    for flag in own:
+        _define(values, flag)
+    try:
+        left = values([verb, *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = ["--config", *(f"--{flag.name}" for flag in own)]
+        raise UserError(f"unknown flag --{error.flagname}{_nearest('--' + error.flagname, known)}") from None
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if left:
+        raise UserError(f"unexpected argument {left[0]!r}; flags are written --name=value")
+    out = {flag.name: values[flag.name].value for flag in own}
+    for flag in own:
+        if flag.required and out[flag.name] is None:
+            raise UserError(f"--{flag.name} is missing: {flag.help}")
+    return out
+
+
+def parse(
+    verb: str,
+    argv: Sequence[str],
+    *,
+    description: str,
+    extra_flags: Sequence[Flag] = (),
+    default_config: str | None = None,
+    default_workdir: str | None = None,
+) -> tuple[ConfigDict, Path, dict[str, Any]]:
+    """Reads `argv` (without the verb): (the locked config with its overrides, the workdir, the verb's own flags).
+
+    Args:
+      description: what `--help` says first.
+      default_config: used when --config is absent; None makes --config required.
+      default_workdir: the same for --workdir.
+
+    Raises:
+      UserError: a missing file, an unknown key or flag, a value of the wrong type, a required flag that is absent.
+      SystemExit: after `--help`.
+    """
+    workdir = Flag("workdir", "folder of this run", default=default_workdir, required=default_workdir is None)
+    own = [workdir, *extra_flags]
+    spec, rest = _take_config(argv)
+    spec = spec or default_config
+    if {"--help", "-h", "-help"} & set(rest):
+        _help(verb, description, own, spec, default_config)
+        raise SystemExit(0)
+    overrides = [arg for arg in rest if _OVERRIDE.fullmatch(arg)]
+    for arg in overrides:
+        if "=" not in arg and not arg.lstrip("-").startswith("noconfig."):
+            raise UserError(f"{arg}: write the value behind an equals sign, as {arg}=value")
+    extras = _own_values(verb, [arg for arg in rest if arg not in overrides], own)
+    if spec is None:
+        raise UserError("--config is missing: name an experiment, as --config=configs/NAME.py")
+    path = _config_file(spec)
+    plain = _load_plain(spec, path)
+    _check_overrides(spec, plain, overrides)
+    return _load_overridden(spec, plain, overrides), Path(extras.pop("workdir")), extras
