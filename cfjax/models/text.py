@@ -22,6 +22,7 @@ FORMAT = 1
 CHUNK = 32  # captions per compiled call; the last chunk is filled up, so that one shape is compiled
 
 _encode_text = jax.jit(encode_text)
+_make_umt5 = jax.jit(make_umt5, static_argnums=0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class TextEncoder:
         """
         tokenizer = CaptionTokenizer.build(captions)
         config = dataclasses.replace(config or PRESETS["toy"], vocab_size=tokenizer.vocab_size)
-        return cls(tokenizer, make_umt5(config, jax.random.key(seed)), length)
+        return cls(tokenizer, _make_umt5(config, jax.random.key(seed)), length)
 
     @property
     def width(self) -> int:

@@ -45,14 +45,14 @@ def fitted_order(solver, grid_of, counts):
 
 
 @pytest.mark.parametrize(
-    ("solver", "expected", "tolerance"), [(euler, 0.98, 0.03), (heun, 1.98, 0.04), (unipc, 2.03, 0.04)]
+    ("solver", "expected", "tolerance"), [(euler, 0.988, 0.01), (heun, 1.983, 0.01), (unipc, 2.052, 0.01)]
 )
 def test_order_of_convergence(solver, expected, tolerance):
     order = fitted_order(solver, log_snr_grid, [8, 16, 32, 64])
     assert abs(order - expected) < tolerance, order
 
 
-@pytest.mark.parametrize(("name", "bound"), [("euler", 0.09), ("heun", 0.02), ("unipc", 0.01)])
+@pytest.mark.parametrize(("name", "bound"), [("euler", 0.09), ("heun", 0.022), ("unipc", 0.002)])
 def test_wan_grid_reaches_the_data(name, bound):
     grid, _ = schedule.unipc_grid(50, 5.0)
     error = np.abs(np.asarray(SOLVERS[name](gaussian_velocity, X, grid)) - gaussian_flow(X, grid[0], 0.0)).max()
@@ -92,7 +92,7 @@ def test_trajectory_holds_the_states_at_every_level(name):
     np.testing.assert_array_equal(states[-1], end)
     np.testing.assert_allclose(end, SOLVERS[name](gaussian_velocity, x, grid), atol=1e-6)
     exact = np.stack([gaussian_flow(x, grid[0], sigma) for sigma in grid])
-    assert np.abs(states - exact).max() < {"euler": 0.11, "heun": 0.04, "unipc": 0.04}[name]
+    assert np.abs(states - exact).max() < {"euler": 0.11, "heun": 0.035, "unipc": 0.013}[name]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -154,7 +154,7 @@ def test_unipc_equals_diffusers(grid, steps):
         sample = scheduler.step(in_torch(sample, t.item() / 1000), t, sample, return_dict=False)[0]
     ours = unipc(in_jax, x, sigmas, model_sigmas=timesteps / 1000)
     error = np.abs(np.asarray(ours) - sample.numpy()).max() / np.abs(sample.numpy()).max()
-    assert error < 5e-6, error
+    assert error < 2e-6, error  # 1e-6 seen
 
 
 def test_unipc_from_pure_noise_starts_just_below_one():
