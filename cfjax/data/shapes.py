@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cfjax.core.errors import UserError
 
@@ -125,21 +126,27 @@ class ShapesConfig:
                 raise UserError(f"shapes.{field}={(low, high)}: use 0 < low <= high")
         if self.frames < 2 or self.softness <= 0 or not 0 <= self.branching <= 1:
             raise UserError("shapes: frames must be >= 2, softness > 0 and branching a probability")
-        fastest = max([high for _, _, high in self.speed_words] or [self.speed[1]])
-        steps = (self.head_frames if self.bounces else self.frames) - 1
-        widest = max(max(s[0] + s[1], s[2] + s[3]) for s in (SHAPES[name].reach for name in self.shapes))
-        if widest * self.radius[1] + steps * fastest > self.size:
+        if self._straight_frames < (2 if self.bounces else self.frames):
             raise UserError(
-                f"shapes: a path of {steps} steps at {fastest} px/frame leaves a {self.size} px frame; "
-                "lower shapes.speed, radius or frames, raise size, or set bounces=True"
+                f"shapes: straight paths of {self.frames} frames leave a {self.size} px frame; lower shapes.speed, "
+                "radius or frames, raise size, or set bounces=True"
             )
+
+    @property
+    def _straight_frames(self) -> int:
+        """How many frames the widest, fastest object can move straight on inside the frame."""
+        fastest = max([high for _, _, high in self.speed_words] or [self.speed[1]])
+        reaches = [SHAPES[name].reach for name in self.shapes]
+        widest = max(max(left + right, up + down) for left, right, up, down in reaches)
+        return int((self.size - widest * self.radius[1]) / fastest) + 1
 
     @property
     def head_frames(self) -> int:
         """How many leading frames surely move in the captioned direction: before any turn, before any bounce."""
         if not self.bounces and not self.branching:
             return self.frames
-        return min(self.frames, -(-self.frames // 3) + 1)
+        third = min(self.frames, -(-self.frames // 3) + 1)
+        return min(third, self._straight_frames) if self.bounces else third
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a manifest; `ShapesConfig.from_json` is the inverse."""
@@ -158,7 +165,7 @@ class ShapesConfig:
         return cls(**{key: freeze(value) for key, value in values.items()})
 
 
-def coverage(shape: str, centres_P2: np.ndarray, radius: np.ndarray, size: int, softness: float) -> np.ndarray:
+def coverage(shape: str, centres_P2: np.ndarray, radius: ArrayLike, size: int, softness: float) -> np.ndarray:
     """Soft mask in [0, 1] of one shape at each centre (x, y in px, pixel centres at k + 0.5); radius scalar or [P]."""
     axis = np.arange(size, dtype=np.float32) + 0.5
     centres = np.asarray(centres_P2, np.float32)
@@ -211,13 +218,13 @@ def _bounce(start: np.ndarray, steps: np.ndarray, low: np.ndarray, high: np.ndar
 def _draw_object(config: ShapesConfig, rng: np.random.Generator, colour: str) -> dict[str, Any]:
     shape = config.shapes[rng.integers(len(config.shapes))]
     direction = config.directions[rng.integers(len(config.directions))]
-    speed_range, word = config.speed, ""
+    word, slowest, fastest = "", *config.speed
     if config.speed_words:
-        word, *speed_range = config.speed_words[rng.integers(len(config.speed_words))]
-    speed, radius = rng.uniform(*speed_range), rng.uniform(*config.radius)
+        word, slowest, fastest = config.speed_words[rng.integers(len(config.speed_words))]
+    speed, radius = rng.uniform(slowest, fastest), rng.uniform(*config.radius)
     turn_frame, turn_side = -1, 0
     if rng.uniform() < config.branching:
-        first = config.head_frames - 1
+        first = max(config.head_frames - 1, -(-config.frames // 3))
         turn_frame = int(rng.integers(first, max(first + 1, config.frames - config.frames // 4)))
         turn_side = int(rng.choice((-1, 1)))
     steps = speed * _steps(config, np.asarray(DIRECTIONS[direction]), turn_frame, turn_side)
@@ -242,7 +249,8 @@ def _draw_object(config: ShapesConfig, rng: np.random.Generator, colour: str) ->
 
 def _draw_apart(config: ShapesConfig, rng: np.random.Generator, colour: str, other: dict[str, Any]) -> dict[str, Any]:
     """The first of at most 32 draws that never touches `other`, else the one that stays farthest from it."""
-    best, widest = None, -np.inf
+    best: dict[str, Any] = {}
+    widest = -np.inf
     for _ in range(32):
         item = _draw_object(config, rng, colour)
         apart = np.linalg.norm(item["centres"] - other["centres"], axis=-1).min() - item["radius"] - other["radius"]

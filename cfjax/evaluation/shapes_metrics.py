@@ -167,7 +167,7 @@ def measure_shapes(video_BPHWC: np.ndarray, config: ShapesConfig, colours: np.nd
     table = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     table |= _motion(table["centres"], config)
     relative = table["relative_mass"]
-    table["presence"] = ((relative > _PRESENT[0]) & (relative < _PRESENT[1])).all(1)
+    table["presence"] = np.all((relative > _PRESENT[0]) & (relative < _PRESENT[1]), axis=1)
     there = relative.mean(1) > 0.1
     for name in ("shape", "colour"):
         table[name] = np.where(there, np.array(getattr(config, name + "s"))[table.pop(f"{name}_index")], "none")

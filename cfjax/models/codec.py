@@ -4,6 +4,7 @@
 projection of 8x8 patches on their principal components, 1:1 in time, fitted in a second and exact to test.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -44,6 +45,10 @@ class Codec(Protocol):
 
     def decode_step(self, latents_BFHWC: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """Decodes the next latent frames of a stream; steps over all frames together equal `decode`."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a dataset's manifest says about this codec (JSON-able); equal for equal weights only."""
         ...
 
 
@@ -99,8 +104,15 @@ class PatchCodec:
         return self.decode(latents_BFHWC), state + latents_BFHWC.shape[1]
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says about this codec."""
-        return {"name": "patch", "px": self.px, "channels": self.latent_channels, "stride": list(self.stride)}
+        """What a manifest says about this codec; the fingerprint tells two fits apart."""
+        weights = b"".join(np.asarray(array, np.float32).tobytes() for array in (self.mean, self.basis, self.scale))
+        return {
+            "name": "patch",
+            "px": self.px,
+            "channels": self.latent_channels,
+            "stride": list(self.stride),
+            "fingerprint": hashlib.sha256(weights).hexdigest()[:16],
+        }
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically; its header carries `describe()` as JSON."""

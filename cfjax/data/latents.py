@@ -1,0 +1,213 @@
+"""Reading latent datasets: memory-mapped records, and a grain pipeline that resumes at the exact record.
+
+`LatentDataset` checks a folder against its manifest before anything is trained on it. `make_iterator` deals the records
+out to processes, shuffles and batches them; its state is a small JSON-able dict that belongs in a checkpoint.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from cfjax.core.errors import UserError
+from cfjax.data.precompute import MANIFEST_VERSION
+
+Batch = dict[str, np.ndarray]
+
+_MEND = "precompute it again"
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing; is {file.parent} a latent dataset? {_MEND}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+
+
+class LatentDataset:
+    """Random access to a latent dataset; arrays stay on disk until a record is read.
+
+    `dataset[i]` is {"latents_FHWC", "text_SE": float32, "index": int32} and, for ODE sets, "trajectory_JFHWC".
+
+    Attributes:
+      manifest: the parsed manifest.json.
+      captions: the distinct captions; `caption_ids[i]` is that of record i; `text_table` [captions, S, E] encodes them.
+      negative_text_SE: float32 encoding of the empty caption.
+
+    Raises:
+      UserError: the manifest is missing, broken or of another version, or an array does not match it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = _read_json(self.path / "manifest.json")
+        if not isinstance(self.manifest, dict) or self.manifest.get("version") != MANIFEST_VERSION:
+            raise UserError(f"{self.path}/manifest.json: not a version {MANIFEST_VERSION} latent dataset; {_MEND}")
+        arrays = self.manifest.get("arrays", {})
+        required = {"latents", "caption_id", "text", "negative_text"}
+        if not isinstance(arrays, dict) or not required <= arrays.keys():
+            raise UserError(f"{self.path}/manifest.json: arrays must list {sorted(required)}; {_MEND}")
+        self._latents = self._open("latents")
+        self.caption_ids = self._open("caption_id")
+        self.text_table = self._open("text")
+        self.negative_text_SE = np.array(self._open("negative_text"))
+        self._trajectory = self._open("trajectory") if "trajectory" in arrays else None
+        self.captions: list[str] = _read_json(self.path / "captions.json")
+        self._check()
+
+    def _open(self, name: str) -> np.ndarray:
+        file, spec = self.path / f"{name}.npy", self.manifest["arrays"][name]
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as error:
+            raise UserError(f"{file}: missing though the manifest lists it; {_MEND}") from error
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+        if list(array.shape) != spec.get("shape") or str(array.dtype) != spec.get("dtype"):
+            raise UserError(f"{file}: holds {array.dtype} {list(array.shape)}, the manifest says {spec}; {_MEND}")
+        return array
+
+    def _check(self) -> None:
+        records, captions = len(self._latents), len(self.captions)
+        if self._latents.ndim != 5 or self.text_table.ndim != 3:
+            raise UserError(f"{self.path}: latents must be [N,F,H,W,C] and text [captions,S,E]; {_MEND}")
+        if records != self.manifest.get("records") or len(self.caption_ids) != records:
+            raise UserError(f"{self.path}: records, latents and caption_id disagree in number; {_MEND}")
+        if captions != len(self.text_table) or self.negative_text_SE.shape != self.text_table.shape[1:]:
+            raise UserError(f"{self.path}: captions, text and negative_text do not fit together; {_MEND}")
+        if self.caption_ids.min() < 0 or self.caption_ids.max() >= captions:
+            raise UserError(f"{self.path}/caption_id.npy: an id lies outside the {captions} captions; {_MEND}")
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def __getitem__(self, index: int) -> Batch:
+        index = int(index)
+        record = {
+            "latents_FHWC": np.asarray(self._latents[index], np.float32),
+            "text_SE": np.asarray(self.text_table[self.caption_ids[index]]),
+            "index": np.asarray(index, np.int32),
+        }
+        if self._trajectory is not None:
+            record["trajectory_JFHWC"] = np.asarray(self._trajectory[index], np.float32)
+        return record
+
+    def __repr__(self) -> str:
+        return f"LatentDataset({self.path}, {len(self)} records)"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(F, H, W, C) of a record."""
+        frames, height, width, channels = self._latents.shape[1:]
+        return frames, height, width, channels
+
+    @property
+    def trajectory_points(self) -> int:
+        """J, the stored states per record; 0 when this is no ODE set."""
+        return 0 if self._trajectory is None else self._trajectory.shape[1]
+
+    def caption(self, index: int) -> str:
+        """The caption of record `index`."""
+        return self.captions[self.caption_ids[index]]
+
+    def factors(self) -> dict[str, np.ndarray]:
+        """Per-record arrays [N, ...] that the source recorded; empty when there are none."""
+        file = self.path / "factors.npz"
+        if not file.exists():
+            return {}
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                return dict(archive)
+        except Exception as error:
+            raise UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+
+
+_BATCH_NAMES = {
+    "latents_FHWC": "latents_BFHWC",
+    "text_SE": "text_BSE",
+    "index": "index_B",
+    "trajectory_JFHWC": "trajectory_BJFHWC",
+}
+
+
+class LatentIterator:
+    """An endless (or num_epochs long) stream of batches that can be saved and resumed at the exact record."""
+
+    def __init__(self, iterator: Any, settings: Mapping[str, Any]) -> None:
+        self._iterator, self._settings = iterator, dict(settings)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able: the position, and the settings without which the position means nothing."""
+        return {"position": self._iterator.get_state(), "settings": dict(self._settings)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after the batch that was last read when `state` was taken.
+
+        Raises:
+          UserError: the state was taken with other settings (batch size, seed, shards, number of records ...).
+        """
+        saved = state.get("settings", {})
+        for name, value in self._settings.items():
+            if saved.get(name) != value:
+                raise UserError(f"data state: {name} was {saved.get(name)}, now {value}; resume with the saved value")
+        self._iterator.set_state(state["position"])
+
+
+def make_iterator(
+    dataset: LatentDataset,
+    batch_size: int,
+    seed: int,
+    *,
+    shuffle: bool = True,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    num_epochs: int | None = None,
+    drop_remainder: bool = True,
+    num_threads: int = 1,
+    prefetch: int = 4,
+) -> LatentIterator:
+    """Batches of stacked records: latents_BFHWC, text_BSE, index_B (, trajectory_BJFHWC) and negative_text_SE.
+
+    This process sees the records `shard_index::shard_count`, newly shuffled every epoch; batches may span epochs.
+    `batch_size` is per process. Threads read ahead in this process (`num_threads=0`: no read-ahead).
+
+    Raises:
+      UserError: the shard is out of range or holds fewer records than a batch.
+    """
+    if not 0 <= shard_index < shard_count:
+        raise UserError(f"data: shard_index={shard_index} of shard_count={shard_count}; use 0 <= index < count")
+    held = len(range(shard_index, len(dataset), shard_count))
+    if not 0 < batch_size <= held:
+        raise UserError(f"data.batch_size={batch_size}: this process holds {held} records of {dataset.path}; lower it")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"data.seed={seed}: use 0 to 2**32 - 1")
+    negative = dataset.negative_text_SE
+
+    def finish(batch: Batch) -> Batch:
+        return {_BATCH_NAMES[name]: array for name, array in batch.items()} | {"negative_text_SE": negative}
+
+    records = grain.MapDataset.source(dataset)[shard_index::shard_count].seed(seed)
+    if shuffle:
+        records = records.shuffle()
+    batches = records.repeat(num_epochs).batch(batch_size, drop_remainder=drop_remainder).map(finish)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+    settings = {
+        "records": len(dataset),
+        "batch_size": batch_size,
+        "seed": seed,
+        "shuffle": shuffle,
+        "shard_index": shard_index,
+        "shard_count": shard_count,
+    }
+    return LatentIterator(iter(batches.to_iter_dataset(options)), settings)
