@@ -5,6 +5,7 @@ projection of 8x8 patches on their principal components, 1:1 in time, fitted in 
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -148,8 +149,9 @@ def fit_patch_codec(videos: Iterable[np.ndarray], *, px: int = 8, channels: int 
     if not 0 < channels <= width:
         raise UserError(f"codec.channels={channels}: use 1 to {width} for {px}x{px} patches")
     count, total, moment = 0, np.zeros(width), np.zeros((width, width))
-    for video in videos:
-        patches = rearrange(np.asarray(video, np.float32), "p (h y) (w x) c -> (p h w) (y x c)", y=px, x=px)
+    remaining = iter(videos)
+    while clips := list(itertools.islice(remaining, 64)):
+        patches = np.concatenate([rearrange(v, "p (h y) (w x) c -> (p h w) (y x c)", y=px, x=px) for v in clips])
         count += len(patches)
         total += patches.sum(axis=0, dtype=np.float64)
         moment += patches.T @ patches
