@@ -6,7 +6,8 @@ state, and a meta record (stage, step, and whatever the verb adds: model configs
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from absl import logging
 
 from cfjax.core.errors import UserError
@@ -107,11 +109,25 @@ def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return {key: _from_json(record[key]) for key in ("meta", "data_state", "leaves")}
 
 
+def _probe(folder: Path) -> None:
+    """Reads the last byte of every stored array; raises when a file is cut short or gone.
+
+    Orbax reads all arrays at once, and after a first failure the others spill their errors on the terminal.
+    """
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/state/"}).result()
+    keys = store.list().result()
+    if not keys:
+        raise FileNotFoundError(f"no arrays in {folder}/state")
+    for key in keys:
+        store.read(key, byte_range=slice(-1, None)).result()
+
+
 def _read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The named arrays of a checkpoint, each with its template's dtype and sharding; others are not read."""
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
     how = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
+    _probe(Path(manager.directory) / str(step))
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
@@ -209,7 +225,7 @@ def _check_stage(run_dir: Path, meta: Mapping[str, Any], stages: Sequence[str]) 
         )
 
 
-def _good_records(run_dir: Path):
+def _good_records(run_dir: Path) -> Generator[tuple[ocp.CheckpointManager, int, dict[str, Any]], None, None]:
     """(manager, step, record) of the readable checkpoints of a run, newest first."""
     if not (run_dir / FOLDER).is_dir():
         raise UserError(f"{run_dir}: no run here ({FOLDER}/ is missing); name the --workdir of a training run")
@@ -233,9 +249,10 @@ def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, A
       UserError: no run, nothing readable, or a stage not among `stages`.
     """
     run_dir = Path(run_dir).absolute()
-    for _, _, record in _good_records(run_dir):
-        _check_stage(run_dir, record["meta"], stages)
-        return record["meta"]
+    with closing(_good_records(run_dir)) as records:
+        for _, _, record in records:
+            _check_stage(run_dir, record["meta"], stages)
+            return record["meta"]
     raise UserError(f"{run_dir}: no readable checkpoint")
 
 
@@ -252,18 +269,21 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
     """
     run_dir, prefix = Path(run_dir).absolute(), f"{'ema' if ema else 'params'}/{role}/"
     wanted = {prefix + name: leaf for name, leaf in named_leaves(template).items()}
-    for manager, step, record in _good_records(run_dir):
-        folder = run_dir / FOLDER / str(step)
-        _check_stage(run_dir, record["meta"], stages)
-        saved = {name: shape for name, shape in record["leaves"].items() if name.startswith(prefix)}
-        if not saved:
-            has = sorted({"/".join(n.split("/")[:2]) for n in record["leaves"] if n.startswith(("params/", "ema/"))})
-            raise UserError(f"{folder} holds no {prefix[:-1]!r}; it holds {', '.join(has)}")
-        _check_leaves(folder, wanted, saved, whole=True)
-        try:
-            arrays = jax.block_until_ready(_read_arrays(manager, step, wanted))
-        except Exception as error:
-            logging.warning("checkpoint %s is broken and is passed over (%s)", folder, _one_line(error))
-            continue
-        return _unflatten(template, {name.removeprefix(prefix): array for name, array in arrays.items()})
+    with closing(_good_records(run_dir)) as records:
+        for manager, step, record in records:
+            folder = run_dir / FOLDER / str(step)
+            _check_stage(run_dir, record["meta"], stages)
+            saved = {name: shape for name, shape in record["leaves"].items() if name.startswith(prefix)}
+            if not saved:
+                has = sorted(
+                    {"/".join(n.split("/")[:2]) for n in record["leaves"] if n.startswith(("params/", "ema/"))}
+                )
+                raise UserError(f"{folder} holds no {prefix[:-1]!r}; it holds {', '.join(has)}")
+            _check_leaves(folder, wanted, saved, whole=True)
+            try:
+                arrays = jax.block_until_ready(_read_arrays(manager, step, wanted))
+            except Exception as error:
+                logging.warning("checkpoint %s is broken and is passed over (%s)", folder, _one_line(error))
+                continue
+            return _unflatten(template, {name.removeprefix(prefix): array for name, array in arrays.items()})
     raise UserError(f"{run_dir}: no readable checkpoint")

@@ -1,0 +1,114 @@
+"""The command line: what is right is read, what is wrong is one line and exit code 2."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from cfjax import __main__ as entry
+from cfjax.core.cli import Flag, parse
+from cfjax.core.errors import UserError
+
+CONFIG = '''"""A toy experiment."""
+from ml_collections import ConfigDict
+
+
+def get_config(arg=""):
+    """Expected: a loss near 0.1."""
+    if arg not in ("", "big"):
+        raise ValueError(f"unknown switch {arg!r}")
+    return ConfigDict({"steps": 10, "optim": {"lr": 1e-3, "nesterov": True}, "dims": (1, 2), "big": arg == "big"})
+'''
+FLAGS = (Flag("port", "where to listen", int, 8000), Flag("mode", "how", choices=("fast", "slow"), default="fast"))
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    (tmp_path / "toy.py").write_text(CONFIG)
+    (tmp_path / "torn.py").write_text("def get_config(:")
+    return f"--config={tmp_path}/toy.py"
+
+
+def read(*argv: str):
+    return parse("train", list(argv), description="Trains.", extra_flags=FLAGS)
+
+
+def test_config_overrides_workdir_and_flags_are_read_in_any_order(config):
+    overrides = ("--config.optim.lr=2", "--config.dims=(3,4)", "--noconfig.optim.nesterov")
+    values, workdir, extras = read(*overrides, f"{config}:big", "--workdir=runs/a", "--port=1", "--mode=slow")
+    expected = {"steps": 10, "optim": {"lr": 2.0, "nesterov": False}, "dims": (3, 4), "big": True}
+    assert values.to_dict() == expected and values.is_locked
+    assert workdir == Path("runs/a") and extras == {"port": 1, "mode": "slow"}
+    assert read(config, "--workdir", "b")[0].optim.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "--config is missing"),
+        (("{config}",), "--workdir is missing"),
+        (("{config}x",), "no file .*toy.pyx; did you mean .*toy.py"),
+        (("--config=nowhere/toy.py",), "no file nowhere/toy.py"),
+        (("{config}:huge",), "unknown switch 'huge'"),
+        (("--config={dir}/torn.py",), "torn.py, line 1: SyntaxError"),
+        (("{config}", "--config.optim.lrr=1"), "has no such key; did you mean optim.lr"),
+        (("{config}", "--config.optim=1"), "is a group"),
+        (("{config}", "--config.steps=soon"), "--config.steps=soon: needs a value of type int, as the default 10"),
+        (("{config}", "--config.steps=1.5"), "needs a value of type int"),
+        (("{config}", "--config.dims=a"), "needs a value of type tuple"),
+        (("{config}", "--config.steps"), "behind an equals sign"),
+        (("{config}", "--prot=1"), "unknown flag --prot; did you mean --port"),
+        (("{config}", "--port=x"), "--port=x"),
+        (("{config}", "--mode=medium"), "fast|slow"),
+        (("{config}", "extra"), "unexpected argument 'extra'"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(config, tmp_path, argv, message):
+    argv = [arg.replace("{config}", config).replace("{dir}", str(tmp_path)) for arg in argv]
+    if message != "--workdir is missing":
+        argv.append("--workdir=x")
+    with pytest.raises(UserError, match=message) as caught:
+        read(*argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_shows_purpose_flags_and_keys(config, capsys):
+    with pytest.raises(SystemExit) as caught:
+        read("--help", config)
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for part in (
+        "usage: cfjax train",
+        "Trains.",
+        "--port: where to listen (default: 8000)",
+        "A toy experiment.",
+        "Expected: a loss near 0.1.",
+        "--config.optim.lr=0.001",
+    ):
+        assert part in out
+
+
+def test_the_entry_lists_runs_and_reports(monkeypatch, capsys):
+    assert entry.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(verb in listed for verb in entry.VERBS)
+    assert entry.main(["trian"]) == 2 and "unknown verb 'trian'" in capsys.readouterr().err
+
+    def fail(argv):
+        raise UserError(f"--steps={argv[0]}: too many,\nuse fewer")
+
+    for verb, behaviour in (("train", fail), ("generate", lambda argv: None)):
+        module = types.ModuleType(f"cfjax.{verb}")
+        module.main = behaviour
+        monkeypatch.setitem(sys.modules, f"cfjax.{verb}", module)
+    assert entry.main(["train", "9"]) == 2
+    assert capsys.readouterr().err == "cfjax train: --steps=9: too many, use fewer\n"
+    assert entry.main(["generate"]) == 0
+
+
+def test_the_module_runs_without_importing_jax():
+    code = "import sys, cfjax.__main__ as m; m.main(['--help']); sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
