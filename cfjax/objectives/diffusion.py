@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, velocity
@@ -43,13 +44,13 @@ class DiffusionConfig:
             raise UserError(f"objective.text_dropout={self.text_dropout}: use a probability below 1")
 
 
-def _weights(config: DiffusionConfig, table: jax.Array) -> jax.Array:
+def _weights(config: DiffusionConfig, table: np.ndarray) -> np.ndarray:
     """Weight of every table entry, mean 1 over the table (bsmntw sums to 1000 over 1000 entries)."""
     if config.weighting == "bsmntw":
-        return jnp.asarray(bsmntw(table))
+        return bsmntw(table)
     if config.weighting == "x0":
-        return table**2 / jnp.mean(table**2)
-    return jnp.ones_like(table)
+        return table**2 / np.mean(table**2)
+    return np.ones_like(table)
 
 
 def _per_block(index_BF: jax.Array, blocks: Blocks) -> jax.Array:
@@ -75,7 +76,8 @@ def drop_text(batch: Batch, drop_B: jax.Array) -> jax.Array:
 
 def _noised(config: DiffusionConfig, x0: jax.Array, draws: Draws, index_BF: jax.Array) -> tuple[jax.Array, ...]:
     """x_sigma, the sigma the network is told, and the weight, for the drawn table indices."""
-    table = jnp.asarray(sigma_table(1000, config.shift))
+    levels = sigma_table(1000, config.shift)
+    table = jnp.asarray(levels)
     sigma_BF = table[index_BF]
     if config.bf16_timesteps:  # Q1: the level is re-looked-up from the rounded timestep
         told_BF = round_timestep_bf16(sigma_BF)
@@ -83,7 +85,7 @@ def _noised(config: DiffusionConfig, x0: jax.Array, draws: Draws, index_BF: jax.
         sigma_BF = table[index_BF]
     else:
         told_BF = sigma_BF
-    weights = _weights(config, table)[index_BF]
+    weights = jnp.asarray(_weights(config, levels))[index_BF]
     return add_noise(x0, draws["eps_BFHWC"], sigma_BF), told_BF, weights
 
 

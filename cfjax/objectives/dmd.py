@@ -1,0 +1,128 @@
+"""Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.3; reference.md section 6).
+
+The causal student generates with its own cache; a frozen bidirectional teacher (the real score, with guidance) and a
+trained bidirectional critic (the fake score) say in which direction its videos should move.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from cfjax.flow.guidance import guide
+from cfjax.flow.path import add_noise, flow_from_x0, velocity, x0_from_flow
+from cfjax.flow.schedule import lookup, score_sigma, sigma_table
+from cfjax.models.wan import Wan, embed_text
+from cfjax.nn.visibility import Blocks
+from cfjax.objectives.stage import Batch, Loss, Models
+from cfjax.rollout.generate import both_prompts
+from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
+
+Draws = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class DMDConfig:
+    """Stage 3's choices.
+
+    Attributes:
+      self_forcing: how the student rolls out.
+      real_guidance, fake_guidance: w in pos + w (pos - neg), the "dmd" convention (quirk Q7); 0 is no guidance.
+      score_shift, score_min, score_max: the level at which scores are compared (reference 6.3).
+      score_table_shift: the reference converts the scores' flows with a shift-8 table although it noised with shift 5
+        (quirk Q3); None uses the exact level, 8.0 is faithful.
+    """
+
+    self_forcing: SelfForcing
+    real_guidance: float = 3.0
+    fake_guidance: float = 0.0
+    score_shift: float = 5.0
+    score_min: float = 0.02
+    score_max: float = 0.98
+    score_table_shift: float | None = None
+
+
+def draw(key: jax.Array, shape: tuple[int, ...], config: DMDConfig, blocks: Blocks) -> dict[str, jax.Array]:
+    """Random numbers of one loss: the rollout's (see `draw_rollout`), score_sigma_B in [min, max], score_eps_BFHWC."""
+    key_rollout, key_level, key_eps = jax.random.split(key, 3)
+    u_B = jax.random.randint(key_level, shape[:1], 0, 1000).astype(jnp.float32) / 1000.0
+    return {
+        **draw_rollout(key_rollout, shape, config.self_forcing, blocks),
+        "score_sigma_B": score_sigma(u_B, config.score_shift, config.score_min, config.score_max),
+        "score_eps_BFHWC": jax.random.normal(key_eps, shape, jnp.float32),
+    }
+
+
+def score_x0(model: Wan, x_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: Any, config: DMDConfig) -> jax.Array:
+    """A score network's clean prediction; its sigma may come from another table (quirk Q3)."""
+    used = sigma_BF
+    if config.score_table_shift is not None:
+        used = lookup(sigma_table(1000, config.score_table_shift), sigma_BF)
+    return x0_from_flow(model(x_BFHWC, sigma_BF, text_kv), x_BFHWC, used)
+
+
+def guided_x0(
+    model: Wan, x: jax.Array, sigma_BF: jax.Array, batch: Batch, scale: float, config: DMDConfig
+) -> jax.Array:
+    """`score_x0` with guidance; one network call of twice the batch when the scale is not 0."""
+    positive = embed_text(model, batch["text_BSE"])
+    if scale == 0.0:
+        return score_x0(model, x, sigma_BF, positive, config)
+    negative = embed_text(model, jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape))
+    double = lambda a: jnp.concatenate([a, a], axis=0)  # noqa: E731
+    x0 = score_x0(model, double(x), double(sigma_BF), both_prompts(positive, negative), config)
+    return guide(*jnp.split(x0, 2), scale, "dmd")
+
+
+def _scores_at(x0: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
+    sigma_BF = jnp.broadcast_to(draws["score_sigma_B"][:, None], x0.shape[:2])
+    return add_noise(x0, draws["score_eps_BFHWC"], sigma_BF), sigma_BF
+
+
+def distribution_gradient(
+    x0: jax.Array, models: Models, batch: Batch, draws: Draws, config: DMDConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """g = (f - r) / mean|x0 - r| per sample: the direction away from the student's own distribution (6.4); no gradient."""
+    x, sigma_BF = _scores_at(stop_gradient(x0), draws)
+    fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
+    real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
+    normaliser = jnp.mean(jnp.abs(x0 - real), axis=(1, 2, 3, 4), keepdims=True)
+    gradient = jnp.nan_to_num((fake - real) / normaliser)
+    metrics = {"dmd_gradient_norm": jnp.mean(jnp.abs(gradient)), "dmd_normaliser": jnp.mean(normaliser)}
+    return stop_gradient(gradient), stop_gradient(metrics)
+
+
+def generator_loss(config: DMDConfig, blocks: Blocks, role: str = "student") -> Loss:
+    """1/2 mean (x0 - sg(x0 - g))^2 on the self-rollout x0, whose gradient is g / numel (DMD, arXiv 2311.18828)."""
+
+    def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
+        shape = batch["latents_BFHWC"].shape
+        draws = draw(key, shape, config, blocks) if draws is None else draws
+        student = models[role]
+        text_kv = embed_text(student, batch["text_BSE"])
+        rolled = rollout(stop_gradient(student), stop_gradient(text_kv), dict(draws), config.self_forcing, blocks)
+        x0 = replay_exit(student, text_kv, rolled, config.self_forcing, blocks)
+        gradient, metrics = distribution_gradient(x0, models, batch, draws, config)
+        value = 0.5 * jnp.mean(jnp.square(x0 - stop_gradient(x0 - gradient)))
+        return value, {**metrics, "sample_std": stop_gradient(jnp.std(x0))}
+
+    return loss
+
+
+def critic_loss(config: DMDConfig, blocks: Blocks, role: str = "critic", student: str = "student") -> Loss:
+    """Flow matching of the critic on the student's videos: mean (v_f - (eps - x0))^2, unweighted (reference 6.5)."""
+
+    def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
+        shape = batch["latents_BFHWC"].shape
+        draws = draw(key, shape, config, blocks) if draws is None else draws
+        text_kv = embed_text(models[student], batch["text_BSE"])
+        x0 = stop_gradient(rollout(models[student], text_kv, dict(draws), config.self_forcing, blocks).x0_BFHWC)
+        x, sigma_BF = _scores_at(x0, draws)
+        fake_x0 = score_x0(models[role], x, sigma_BF, embed_text(models[role], batch["text_BSE"]), config)
+        flow = flow_from_x0(fake_x0, x, sigma_BF)
+        return jnp.mean(jnp.square(flow - velocity(x0, draws["score_eps_BFHWC"]))), {}
+
+    return loss

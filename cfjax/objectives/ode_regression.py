@@ -1,0 +1,164 @@
+"""Stage 2a: causal ODE pairs from the AR teacher, and their regression (paper section 3.2; reference.md 5.1).
+
+The teacher's PF-ODE is solved block by block *given the clean past*, so that (noisy block, clean past) -> clean block is
+a function: the student can learn it. With a bidirectional teacher the same pairs would depend on unseen future noise, and
+regression would return their mean. Pairs are made by one full-sequence pass per network call (`method="full"`), or block
+by block against a KV cache (`method="cached"`); both are the same mathematics.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfjax.core.errors import UserError
+from cfjax.flow.guidance import guide
+from cfjax.flow.path import x0_from_flow
+from cfjax.flow.schedule import sigma_table, warp_steps
+from cfjax.flow.solvers import euler
+from cfjax.models.cache import KVCache, init_cache
+from cfjax.models.wan import KV, Wan, clean_context, embed_text, replay, teacher_forced
+from cfjax.nn.visibility import Blocks
+from cfjax.objectives.stage import Batch, Loss, Models
+from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from cfjax.rollout.generate import both_prompts
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """How ODE pairs are made.
+
+    Attributes:
+      steps: integer timesteps of the student, descending; the trajectory is stored at these levels.
+      solver_steps: Euler steps from pure noise to 0; their table must contain the student's levels.
+      shift: timestep shift of both tables.
+      guidance: scale in the sampling convention (reference 6.0 for pairs, 3.0 for sampling: quirk Q8).
+    """
+
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    solver_steps: int = 48
+    shift: float = 5.0
+    guidance: float = 6.0
+
+    def sigmas(self) -> np.ndarray:
+        """The student's levels."""
+        return warp_steps(self.steps, self.shift)
+
+    def grid(self) -> np.ndarray:
+        """The solver's levels, [solver_steps + 1] with the final 0."""
+        return np.append(sigma_table(self.solver_steps, self.shift), np.float32(0.0))
+
+    def kept(self) -> tuple[int, ...]:
+        """Indices of the student's levels in the solver's grid.
+
+        Raises:
+          UserError: a level is not on the grid.
+        """
+        grid = self.grid()
+        indices = [int(np.argmin(np.abs(grid - s))) for s in self.sigmas()]
+        off = [t for t, i, s in zip(self.steps, indices, self.sigmas(), strict=True) if abs(grid[i] - s) > 1e-4]
+        if off:
+            raise UserError(f"pairs.steps: {off} are not on a {self.solver_steps}-step grid; change pairs.solver_steps")
+        return tuple(indices)
+
+
+Method = Literal["full", "cached"]
+
+
+def ode_pairs(
+    model: Wan,
+    clean_BFHWC: jax.Array,
+    text_BSE: jax.Array,
+    negative_BSE: jax.Array,
+    noise_BFHWC: jax.Array,
+    config: PairsConfig,
+    blocks: Blocks,
+    *,
+    method: Method = "full",
+) -> jax.Array:
+    """The AR teacher's trajectories given the clean past: [B, J + 1, F, H, W, C], the student's levels, then the end.
+
+    Each guidance branch conditions both halves on its own prompt.
+    """
+    text_kv = both_prompts(embed_text(model, text_BSE), embed_text(model, negative_BSE))
+    solve = {"full": _solve_full, "cached": _solve_cached}[method]
+    trajectory = solve(model, clean_BFHWC, text_kv, noise_BFHWC, config, blocks)  # [B, F, N + 1, H, W, C]
+    keep = jnp.asarray([*config.kept(), config.solver_steps])
+    return jnp.moveaxis(trajectory[:, :, keep], 2, 1)
+
+
+def _twice(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, x], axis=0)
+
+
+def _solve_full(
+    model: Wan, clean: jax.Array, text_kv: KV, noise: jax.Array, config: PairsConfig, blocks: Blocks
+) -> jax.Array:
+    # The clean half does not depend on the noise: its keys are computed once, not 2 x 48 times as in the reference.
+    context = clean_context(model, _twice(clean), text_kv, blocks)
+
+    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        sigma_BF = jnp.broadcast_to(sigma, (2 * x.shape[0], x.shape[1]))
+        v = replay(model, _twice(x), sigma_BF, text_kv, context, blocks)
+        return guide(*jnp.split(v, 2), config.guidance, "sampling")
+
+    states = _euler_states(velocity, noise, config)
+    return jnp.moveaxis(states, 0, 2)
+
+
+def _solve_cached(
+    model: Wan, clean: jax.Array, text_kv: KV, noise: jax.Array, config: PairsConfig, blocks: Blocks
+) -> jax.Array:
+    batch, num_frames, height, width, _ = clean.shape
+    cache = init_cache(model.config, 2 * batch, num_frames, model.config.tokens_per_frame(height, width), blocks)
+
+    def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
+        (x, clean_block), _ = inputs
+
+        def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            v = denoise_block(model, _twice(x), sigma, text_kv, cache, start, blocks)
+            return guide(*jnp.split(v, 2), config.guidance, "sampling")
+
+        states = jnp.moveaxis(_euler_states(velocity, x, config), 0, 2)
+        return commit_block(model, _twice(clean_block), text_kv, cache, start, blocks), states
+
+    return scan_blocks(block, cache, (noise, clean), None, num_frames, blocks)[1]
+
+
+def _euler_states(velocity: Any, noise: jax.Array, config: PairsConfig) -> jax.Array:
+    """States before every step and the end point, [N + 1, B, F, H, W, C]."""
+    return euler(velocity, noise, config.grid(), trajectory=True)[1]
+
+
+def draw(key: jax.Array, batch: int, frames: int, levels: int) -> dict[str, jax.Array]:
+    """level_BF ~ U{0..levels - 1}, one per sample and shared by its frames (quirk Q9)."""
+    level_B1 = jax.random.randint(key, (batch, 1), 0, levels)
+    return {"level_BF": jnp.broadcast_to(level_B1, (batch, frames))}
+
+
+def ode_regression(config: PairsConfig, blocks: Blocks, role: str = "student") -> Loss:
+    """L = E_k |x_k - sigma_k v(x_k, sigma_k; clean past) - x_end|^2, plain mean square (reference 5.1).
+
+    The batch holds `trajectory_BJFHWC` from `ode_pairs` and `latents_BFHWC`, the clean past. Injectable: level_BF.
+    """
+
+    def loss(models: Models, batch: Batch, key: jax.Array, draws: Mapping[str, jax.Array] | None = None):
+        trajectory = batch["trajectory_BJFHWC"].astype(jnp.float32)
+        clean = batch["latents_BFHWC"].astype(jnp.float32)
+        sigmas = jnp.asarray(config.sigmas())
+        if draws is None:
+            draws = draw(key, *clean.shape[:2], len(config.steps))
+        level_BF = draws["level_BF"]
+        states_BFJ = jnp.moveaxis(trajectory, 1, 2)
+        x = jnp.take_along_axis(states_BFJ, level_BF[:, :, None, None, None, None], axis=2)[:, :, 0]
+        model = models[role]
+        sigma_BF = sigmas[level_BF]
+        v = teacher_forced(model, x, sigma_BF, clean, embed_text(model, batch["text_BSE"]), blocks)
+        error = jnp.mean(jnp.square(x0_from_flow(v, x, sigma_BF) - trajectory[:, -1]), axis=(2, 3, 4))
+        at_noise = level_BF == 0
+        return jnp.mean(error), {"error_from_noise": jnp.sum(error * at_noise) / jnp.maximum(jnp.sum(at_noise), 1)}
+
+    return loss

@@ -1,0 +1,80 @@
+"""The two moves of block-autoregressive generation, and the scan that repeats them.
+
+Everything that generates block by block (samplers, self-forcing, ODE pairs, the streaming session) is `scan_blocks` over
+a function of one block that calls `denoise_block` any number of times and `commit_block` once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from cfjax.models.cache import KVCache, write
+from cfjax.models.wan import KV, Wan, forward_block
+from cfjax.nn.visibility import Blocks
+
+# step(cache, start, inputs of this block) -> (cache, outputs of this block)
+BlockStep = Callable[[KVCache, jax.Array, Any], tuple[KVCache, Any]]
+
+
+def denoise_block(
+    model: Wan, x_BFHWC: jax.Array, sigma: jax.Array, text_kv: KV, cache: KVCache, start: jax.Array, blocks: Blocks
+) -> jax.Array:
+    """Flow of one block at a scalar noise level, given the committed past. Reads the cache only."""
+    sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), x_BFHWC.shape[:2])
+    return forward_block(model, x_BFHWC, sigma_BF, text_kv, cache, start, blocks)[0]
+
+
+def commit_block(
+    model: Wan,
+    clean_BFHWC: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+    *,
+    sigma: float | jax.Array = 0.0,
+) -> KVCache:
+    """The cache with a finished block added: one pass at timestep 0 whose keys and values are kept (reference 6.2.3).
+
+    `sigma` is what the network is told; 0 except for context noise.
+    """
+    sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
+    _, kv = forward_block(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
+    return write(cache, kv, start, clean_BFHWC.shape[1], blocks)
+
+
+def scan_blocks(
+    step: BlockStep, cache: KVCache, per_frame: Any, per_block: Any, num_frames: int, blocks: Blocks, *, start: int = 0
+) -> tuple[KVCache, Any]:
+    """Runs `step` over the blocks of `num_frames` frames; one compiled body (two with an independent first frame).
+
+    Args:
+      step: the work of one block; gets `(frames of this block, per-block inputs)`.
+      per_frame: pytree of arrays [B, F, ...], cut into blocks along F.
+      per_block: pytree of arrays with a leading block axis.
+      start: absolute index of the first frame (video extension); an independent first frame exists only at 0.
+
+    Returns:
+      The last cache, and the outputs with blocks joined along axis 1 (outputs of `step` are [B, F_block, ...]).
+    """
+    layout = blocks if start == 0 else Blocks(frames=blocks.frames)
+    spans = layout.spans(num_frames)
+    peel = 1 if layout.independent_first_frame else 0
+    outputs = []
+    if peel:
+        first = jax.tree.map(lambda x: x[:, :1], per_frame), jax.tree.map(lambda x: x[0], per_block)
+        cache, out = step(cache, jnp.int32(start), first)
+        outputs.append(out)
+    count = len(spans) - peel
+    if count:
+        split = lambda x: rearrange(x[:, peel:], "b (n f) ... -> n b f ...", n=count)  # noqa: E731
+        starts = start + jnp.asarray([a for a, _ in spans[peel:]], jnp.int32)
+        xs = (starts, jax.tree.map(split, per_frame), jax.tree.map(lambda x: x[peel:], per_block))
+        cache, rest = jax.lax.scan(lambda c, x: step(c, x[0], x[1:]), cache, xs)
+        outputs.append(jax.tree.map(lambda x: rearrange(x, "n b f ... -> b (n f) ..."), rest))
+    if len(outputs) == 1:
+        return cache, outputs[0]
+    return cache, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), *outputs)

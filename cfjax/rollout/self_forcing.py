@@ -1,0 +1,140 @@
+"""Self-rollout for distribution matching, split in two: generate without gradient, then replay with gradient.
+
+Only each block's exit step carries gradient (paper section 3.3; reference.md 6.2). So `rollout` runs the sequential loop
+without gradient and keeps what that step saw: its input and the committed keys and values. `replay_exit` then runs the
+exit steps of *all* blocks in one pass. Same gradient as the loop, one large well-shaped pass instead of one per block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfjax.core.errors import UserError
+from cfjax.flow.path import add_noise, x0_from_flow
+from cfjax.models.cache import KVCache, init_cache
+from cfjax.models.wan import KV, KvGradient, Wan, replay
+from cfjax.nn.visibility import Blocks
+from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+
+
+@dataclass(frozen=True)
+class SelfForcing:
+    """How the student rolls out while it trains.
+
+    Attributes:
+      sigmas: the few-step levels, descending.
+      first_sigmas: another list for the first block, or empty.
+      context_noise: sigma of the noise added before committing; the reference adds 0.00498 by accident (quirk Q4).
+      kv_gradient: what later blocks send back into earlier keys and values, see `models.wan.replay`.
+      same_exit: one exit step for all blocks (but the first when it has its own list), as in the reference.
+    """
+
+    sigmas: tuple[float, ...]
+    first_sigmas: tuple[float, ...] = ()
+    context_noise: float = 0.0
+    kv_gradient: KvGradient = "detached"
+    same_exit: bool = True
+
+    def tables(self, num_blocks: int) -> tuple[jax.Array, np.ndarray]:
+        """Levels of every block, [blocks, J + 1], zero-padded at the end, and the number of steps of each."""
+        lists: Sequence[tuple[float, ...]] = [self.first_sigmas or self.sigmas] + [self.sigmas] * (num_blocks - 1)
+        width = max(len(row) for row in lists) + 1
+        padded = np.array([list(row) + [0.0] * (width - len(row)) for row in lists], np.float32)
+        return jnp.asarray(padded), np.array([len(row) for row in lists], np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rollout:
+    """What a self-rollout leaves behind, all without gradient.
+
+    x_exit_BFHWC, sigma_exit_BF: input and level of each frame's exit step.
+    x0_BFHWC: the generated video (prediction at the exit step).
+    context: committed keys and values of all frames, the replay's context.
+    """
+
+    x_exit_BFHWC: jax.Array
+    sigma_exit_BF: jax.Array
+    x0_BFHWC: jax.Array
+    context: KV
+
+
+def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, blocks: Blocks) -> dict[str, jax.Array]:
+    """Random numbers of one rollout of shape [B, F, H, W, C].
+
+    noise_BFHWC; renoise_BFJHWC, the fresh noise between steps; context_BFHWC; exit_N, an exit step per block.
+    """
+    num_blocks = len(blocks.spans(shape[1]))
+    _, lengths = config.tables(num_blocks)
+    keys = jax.random.split(key, 5)
+    steps = int(lengths.max())
+    normal = lambda k, s: jax.random.normal(k, s, jnp.float32)  # noqa: E731
+    rest = jax.random.randint(keys[3], (num_blocks,), 0, len(config.sigmas))
+    if config.same_exit:
+        rest = jnp.broadcast_to(rest[-1:], rest.shape)
+    own_first = jax.random.randint(keys[4], (), 0, int(lengths[0]))
+    exits = rest.at[0].set(own_first) if config.first_sigmas else rest
+    return {
+        "noise_BFHWC": normal(keys[0], shape),
+        "renoise_BFJHWC": normal(keys[1], (*shape[:2], max(steps - 1, 1), *shape[2:])),
+        "context_BFHWC": normal(keys[2], shape),
+        "exit_N": exits.astype(jnp.int32),
+    }
+
+
+def rollout(
+    model: Wan, text_kv: KV, draws: dict[str, jax.Array], config: SelfForcing, blocks: Blocks
+) -> Rollout:
+    """Generates a video with the student's own cache, each block stopped at its exit step; no gradient.
+
+    One compile whatever the exit steps: they are traced, and the loop before the exit is a `fori_loop`.
+    """
+    noise = draws["noise_BFHWC"]
+    batch, num_frames, height, width, _ = noise.shape
+    spans = blocks.spans(num_frames)
+    levels_NJ, _ = config.tables(len(spans))
+    if draws["exit_N"].shape != (len(spans),):
+        raise UserError(f"exit_N has shape {draws['exit_N'].shape}; {len(spans)} blocks need ({len(spans)},)")
+    cache = init_cache(
+        model.config, batch, num_frames, model.config.tokens_per_frame(height, width), Blocks(frames=blocks.frames)
+    )
+
+    def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, tuple[jax.Array, ...]]:
+        (x, renoise, context_eps), (levels, exit_step) = inputs
+
+        def predict(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return x0_from_flow(denoise_block(model, x, sigma, text_kv, cache, start, blocks), x, sigma)
+
+        def step(j: jax.Array, x: jax.Array) -> jax.Array:
+            eps = jax.lax.dynamic_index_in_dim(renoise, j, axis=2, keepdims=False)
+            return add_noise(predict(x, levels[j]), eps, levels[j + 1])
+
+        x_exit = jax.lax.fori_loop(0, exit_step, step, x)
+        x0 = predict(x_exit, levels[exit_step])
+        seen = add_noise(x0, context_eps, config.context_noise)
+        cache = commit_block(model, seen, text_kv, cache, start, blocks)
+        return cache, (x_exit, jnp.broadcast_to(levels[exit_step], x.shape[:2]), x0)
+
+    frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])
+    cache, (x_exit, sigma_exit, x0) = scan_blocks(
+        block, cache, frames, (levels_NJ, draws["exit_N"]), num_frames, blocks
+    )
+    return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, KV(cache.k_LBTNK, cache.v_LBTNK)))
+
+
+def replay_exit(model: Wan, text_kv: KV, rolled: Rollout, config: SelfForcing, blocks: Blocks) -> jax.Array:
+    """The generated video again, x0_BFHWC, now with gradient through every block's exit step, in one pass."""
+    v = replay(
+        model,
+        rolled.x_exit_BFHWC,
+        rolled.sigma_exit_BF,
+        text_kv,
+        rolled.context,
+        blocks,
+        kv_gradient=config.kv_gradient,
+    )
+    return x0_from_flow(v, rolled.x_exit_BFHWC, rolled.sigma_exit_BF)

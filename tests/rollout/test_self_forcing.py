@@ -1,0 +1,142 @@
+"""Parallel replay: the gradient of the sequential loop, in one pass, with one compile whatever the exit step."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cfjax.flow.path import add_noise, x0_from_flow
+from cfjax.models.cache import KVCache, init_cache
+from cfjax.models.wan import KV, embed_text, forward_block
+from cfjax.nn.visibility import Blocks
+from cfjax.rollout.blocks import commit_block
+from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
+from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, normal, relative, text, tiny
+
+BLOCKS = Blocks(2)
+TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
+SIGMAS = (1.0, 0.9375, 0.8333333, 0.625)
+
+
+def sequential(model, text_BSE, draws, config, exits, blocks):
+    """The reference's loop written out with Python control flow and differentiated directly (reference 6.2)."""
+    kv_text = embed_text(model, text_BSE)
+    frozen, frozen_kv = jax.lax.stop_gradient((model, kv_text))
+    clean = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)
+    seen = clean  # what later blocks attend to: values of `clean`, gradient by kv_gradient
+    outputs = []
+    for b, (start, stop) in enumerate(blocks.spans(FRAMES)):
+        sigmas = config.first_sigmas if b == 0 and config.first_sigmas else config.sigmas
+        x = draws["noise_BFHWC"][:, start:stop]
+        at = jnp.int32(start)
+        for j in range(exits[b]):
+            level = jnp.full((BATCH, stop - start), sigmas[j])
+            v, _ = forward_block(frozen, x, level, frozen_kv, clean, at, blocks)
+            eps = draws["renoise_BFJHWC"][:, start:stop, j]
+            x = add_noise(x0_from_flow(v, x, level), eps, sigmas[j + 1])
+        x = jax.lax.stop_gradient(x)
+        level = jnp.full((BATCH, stop - start), sigmas[exits[b]])
+        v, own = forward_block(model, x, level, kv_text, seen, at, blocks)
+        x0 = x0_from_flow(v, x, level)
+        outputs.append(x0)
+        committed = add_noise(jax.lax.stop_gradient(x0), draws["context_BFHWC"][:, start:stop], config.context_noise)
+        clean = jax.lax.stop_gradient(commit_block(frozen, committed, frozen_kv, clean, at, blocks))
+        cut = slice(start * TOKENS, stop * TOKENS)
+
+        def through(cached, exit_kv, own_part, cut=cut):
+            if config.kv_gradient == "detached":
+                return own_part
+            straight = own_part[:, :, cut] + exit_kv - jax.lax.stop_gradient(exit_kv)
+            return cached.at[:, :, cut].set(straight)
+
+        seen = KVCache(
+            through(seen.k_LBTNK, own.k_LBTNK, clean.k_LBTNK),
+            through(seen.v_LBTNK, own.v_LBTNK, clean.v_LBTNK),
+            clean.frame_F,
+        )
+    return jnp.concatenate(outputs, axis=1)
+
+
+@pytest.mark.parametrize("kv_gradient", ["detached", "straight_through"])
+@pytest.mark.parametrize("first", [(), SIGMAS], ids=["one_list", "first_list"])
+def test_replay_is_the_sequential_gradient(kv_gradient, first):
+    config = SelfForcing(SIGMAS[:3], first, context_noise=0.005, kv_gradient=kv_gradient)
+    exits = [3, 1, 1] if first else [2, 2, 2]
+    draws = draw_rollout(jax.random.key(3), SHAPE, config, BLOCKS)
+    draws["exit_N"] = jnp.array(exits, jnp.int32)
+    weight = normal(9)
+
+    def by_loop(model):
+        x0 = sequential(model, text(), draws, config, exits, BLOCKS)
+        return jnp.sum(x0 * weight), x0
+
+    def by_replay(model):
+        kv = embed_text(model, text())
+        rolled = rollout(jax.lax.stop_gradient(model), jax.lax.stop_gradient(kv), draws, config, BLOCKS)
+        x0 = replay_exit(model, kv, rolled, config, BLOCKS)
+        return jnp.sum(x0 * weight), (x0, rolled.x0_BFHWC)
+
+    grad_loop, x0_loop = jax.jit(jax.grad(by_loop, has_aux=True))(tiny())
+    grad_replay, (x0_replay, x0_rolled) = jax.jit(jax.grad(by_replay, has_aux=True))(tiny())
+    assert relative(x0_rolled, x0_loop) < 1e-5
+    assert relative(x0_replay, x0_loop) < 1e-5
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(grad_loop))
+    worst = max(
+        float(jnp.max(jnp.abs(a - b)))
+        for a, b in zip(jax.tree.leaves(grad_replay), jax.tree.leaves(grad_loop), strict=True)
+    )
+    print(f"{kv_gradient}: gradient error {worst / scale:.2e}")
+    assert worst < 1e-5 * scale
+
+
+def test_the_two_kv_gradients_differ():
+    """Otherwise the test above could not tell them apart."""
+    grads = {}
+    for kv_gradient in ("detached", "straight_through"):
+        config = SelfForcing(SIGMAS[:3], kv_gradient=kv_gradient)
+        draws = draw_rollout(jax.random.key(3), SHAPE, config, BLOCKS)
+
+        def value(model, config=config, draws=draws):
+            kv = embed_text(model, text())
+            rolled = rollout(jax.lax.stop_gradient(model), jax.lax.stop_gradient(kv), draws, config, BLOCKS)
+            return jnp.sum(replay_exit(model, kv, rolled, config, BLOCKS) * normal(9))
+
+        grads[kv_gradient] = jax.jit(jax.grad(value))(tiny()).blocks.self_attn.v.kernel[...]
+    assert relative(grads["straight_through"], grads["detached"]) > 0.05
+
+
+def test_one_compile_for_every_exit_step():
+    config = SelfForcing(SIGMAS)
+    run = jax.jit(lambda m, kv, d: rollout(m, kv, d, config, BLOCKS).x0_BFHWC)
+    kv = embed_text(tiny(), text())
+    outs = []
+    for exit_step in range(4):
+        draws = draw_rollout(jax.random.key(3), SHAPE, config, BLOCKS)
+        draws["exit_N"] = jnp.full((3,), exit_step, jnp.int32)
+        outs.append(run(tiny(), kv, draws))
+    assert run._cache_size() == 1
+    assert all(relative(a, b) > 1e-3 for a, b in zip(outs, outs[1:], strict=False))
+
+
+def test_exit_draws():
+    """One exit for all blocks, uniform; with a first-chunk list the first block draws its own."""
+    shared = SelfForcing(SIGMAS)
+    draws = jax.vmap(lambda k: draw_rollout(k, (1, 6, 1, 1, 1), shared, BLOCKS)["exit_N"])(
+        jax.random.split(jax.random.key(0), 400)
+    )
+    assert bool(jnp.all(draws == draws[:, :1]))
+    counts = jnp.bincount(draws[:, 0], length=4)
+    assert int(counts.min()) > 60
+    own = SelfForcing(SIGMAS[:1], SIGMAS)
+    draws = jax.vmap(lambda k: draw_rollout(k, (1, 6, 1, 1, 1), own, BLOCKS)["exit_N"])(
+        jax.random.split(jax.random.key(0), 100)
+    )
+    assert set(draws[:, 0].tolist()) == {0, 1, 2, 3} and bool(jnp.all(draws[:, 1:] == 0))
+
+
+def test_generated_context_is_what_inference_would_cache():
+    config = SelfForcing(SIGMAS)
+    draws = draw_rollout(jax.random.key(4), SHAPE, config, BLOCKS)
+    kv = embed_text(tiny(), text())
+    rolled = rollout(tiny(), kv, draws, config, BLOCKS)
+    assert isinstance(rolled.context, KV)
+    assert rolled.context.k_LBTNK.shape[2] == FRAMES * TOKENS
