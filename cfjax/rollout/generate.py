@@ -18,7 +18,7 @@ from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.flow.schedule import sigma_table, unipc_grid, warp_steps
 from cfjax.flow.solvers import SOLVERS
 from cfjax.models.cache import KVCache, init_cache
-from cfjax.models.wan import KV, Wan
+from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
 
@@ -185,3 +185,22 @@ def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames
     if blocks is None:
         return 2 * per_solve
     return len(blocks.spans(num_frames)) * 2 * (per_solve + 1)
+
+
+def generate(
+    model: Wan,
+    noise_BFHWC: jax.Array,
+    text_BSE: jax.Array,
+    negative_SE: jax.Array,
+    key: jax.Array,
+    sampler: FewStep | ManyStep,
+    blocks: Blocks | None,
+) -> jax.Array:
+    """Text rows and noise to latents_BFHWC, by whichever sampler; `blocks=None` is bidirectional."""
+    positive = embed_text(model, text_BSE)
+    if isinstance(sampler, FewStep):
+        return generate_few_step(model, noise_BFHWC, positive, key, sampler, blocks or Blocks(noise_BFHWC.shape[1]))
+    negative = embed_text(model, jnp.broadcast_to(negative_SE[None], text_BSE.shape))
+    if blocks is None:
+        return generate_bidirectional(model, noise_BFHWC, positive, negative, sampler)
+    return generate_many_step(model, noise_BFHWC, positive, negative, sampler, blocks)

@@ -1,0 +1,237 @@
+"""Where a ConfigDict ends and plain values begin: the verbs' shared door from configs to the library."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+from cfjax.core.errors import UserError
+from cfjax.core.precision import Policy
+from cfjax.core.tree import from_named, named_leaves
+from cfjax.data.latents import LatentDataset
+from cfjax.data.precompute import precompute
+from cfjax.data.shapes import ShapesConfig
+from cfjax.models.wan import Wan, WanConfig, make_wan, preset
+from cfjax.nn.visibility import Blocks
+from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
+from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
+from cfjax.objectives.ode_regression import PairsConfig, ode_regression
+from cfjax.objectives.stage import Ema, Loss, Stage
+from cfjax.rollout.generate import FewStep, ManyStep
+from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.training.checkpoint import load_role
+from cfjax.training.optim import make_optimizer
+from cfjax.world import ASSETS, SplitSource, World, open_world
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a stage trains on: the dataset, and the world it was made in (None for precomputed Wan latents)."""
+
+    dataset: LatentDataset
+    world: World | None
+
+    @property
+    def channels(self) -> int:
+        """Latent channels."""
+        return self.dataset.latent_shape[-1]
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text rows."""
+        return self.dataset.text_table.shape[-1]
+
+
+def blocks_of(c: ConfigDict) -> Blocks:
+    """The block layout."""
+    return Blocks(**c.blocks.to_dict())
+
+
+def shapes_of(c: ConfigDict) -> ShapesConfig:
+    """The toy's factors."""
+    return ShapesConfig.from_json(c.data.shapes.to_dict())
+
+
+def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
+    """The sampler of `c.sampler`; whether it is causal is its `kind`."""
+    values = c.sampler.to_dict()
+    kind = values.pop("kind")
+    kinds = {"few_step": FewStep, "many_step": ManyStep, "bidirectional": ManyStep}
+    if kind not in kinds:
+        raise UserError(f"sampler.kind={kind!r}: use one of {', '.join(kinds)}")
+    return kinds[kind](**values)
+
+
+def open_data(c: ConfigDict) -> Data:
+    """The dataset `data.path`/`data.name`; the toy's clips and world are made on first use.
+
+    Raises:
+      UserError: nothing there and no source to make it from, or it was made in another world.
+    """
+    root, name = Path(c.data.path), c.data.name
+    if not c.data.source:
+        return Data(LatentDataset(root / name), None)
+    if c.data.source != "shapes":
+        raise UserError(f"data.source={c.data.source!r}: use 'shapes', or '' for a dataset made by cfjax precompute")
+    world = toy_world(c)
+    if name == "clips" and not (root / name).exists():
+        source = SplitSource(world.shapes, 0, c.data.clips)
+        precompute(source, world.codec, world.text.encode, root / name, text_encoder=text_record(world))
+    dataset = LatentDataset(root / name)
+    made_in = dataset.manifest.get("text_encoder", {}).get("world")
+    if made_in != world.fingerprint():
+        raise UserError(f"{root / name} was made in another world than {root / 'world'}; remove it and run again")
+    return Data(dataset, world)
+
+
+def toy_world(c: ConfigDict) -> World:
+    """The world of `c.data`, made on first use."""
+    return open_world(
+        Path(c.data.path) / "world",
+        assets=c.data.assets,
+        shapes=shapes_of(c),
+        channels=c.data.channels,
+        text_length=c.data.text_length,
+    )
+
+
+def text_record(world: World) -> dict[str, Any]:
+    """What a dataset's manifest says about its captions' encoder."""
+    return {"name": "umt5-toy", "length": world.text.length, "width": world.text.width, "world": world.fingerprint()}
+
+
+def wan_config(role: ConfigDict, channels: int, text_width: int) -> WanConfig:
+    """The network of one role, sized to the data."""
+    return preset(
+        role.preset,
+        in_dim=channels,
+        out_dim=channels,
+        text_dim=text_width,
+        remat=role.remat,
+        attention=role.attention,
+        precision=Policy(compute=role.precision),
+    )
+
+
+def load_shipped(name: str, template: Wan) -> Wan:
+    """A teacher that comes with the package, in the template's form.
+
+    Raises:
+      UserError: no such asset, or it does not fit the model.
+    """
+    file = ASSETS / name / TEACHER_FILE
+    if not file.exists():
+        raise UserError(f"init={name!r} is neither a run directory nor a shipped teacher")
+    arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
+    return jax.tree.map(jax.numpy.asarray, from_named(template, arrays))
+
+
+def initial_model(name: str, role: ConfigDict, data: Data, seed: int) -> Wan:
+    """One role's starting weights: random, shipped, or another run's."""
+    config = wan_config(role, data.channels, data.text_width)
+    if not role.init:
+        return make_wan(config, jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())))
+    template = jax.eval_shape(lambda k: Wan(config, k), jax.random.key(0))
+    if (ASSETS / role.init / TEACHER_FILE).exists():
+        return load_shipped(role.init, template)
+    if not Path(role.init).exists():
+        raise UserError(f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init")
+    concrete = make_wan(config, jax.random.key(0))
+    return load_role(role.init, role.init_role, concrete, ema=role.init_ema, stages=tuple(role.init_stages))
+
+
+def dmd_config(c: ConfigDict) -> DMDConfig:
+    """Stage 3's choices from `c.objective`."""
+    o = c.objective
+    few = FewStep(tuple(o.steps), tuple(o.first_steps), o.shift)
+    rollout = SelfForcing(
+        sigmas=tuple(map(float, few.sigmas())),
+        first_sigmas=tuple(map(float, few.first_sigmas())) if o.first_steps else (),
+        context_noise=o.context_noise,
+        kv_gradient=o.kv_gradient,
+    )
+    return DMDConfig(
+        self_forcing=rollout,
+        real_guidance=o.real_guidance,
+        fake_guidance=o.fake_guidance,
+        score_shift=o.score_shift,
+        score_min=o.score_min,
+        score_max=o.score_max,
+        score_table_shift=o.score_table_shift or None,
+    )
+
+
+def losses_of(c: ConfigDict) -> dict[str, Loss]:
+    """Role -> loss of `c.stage`.
+
+    Raises:
+      UserError: an unknown stage.
+    """
+    blocks = blocks_of(c)
+    if c.stage == "bidirectional":
+        return {"student": flow_matching(DiffusionConfig(**c.objective.to_dict()))}
+    if c.stage == "ar_diffusion":
+        return {"student": ar_diffusion(DiffusionConfig(**c.objective.to_dict()), blocks)}
+    if c.stage == "ode_regression":
+        pairs = PairsConfig(steps=tuple(c.objective.steps), shift=c.objective.shift)
+        return {"student": ode_regression(pairs, blocks)}
+    if c.stage == "dmd":
+        config = dmd_config(c)
+        return {"student": generator_loss(config, blocks), "critic": critic_loss(config, blocks)}
+    raise UserError(f"stage={c.stage!r}: cfjax train knows bidirectional, ar_diffusion, ode_regression and dmd")
+
+
+def stage_of(c: ConfigDict) -> Stage:
+    """Roles, losses, cadence and averages."""
+    ema = {role: Ema(**values.to_dict()) for role, values in c.ema.items()}
+    return Stage(c.stage, losses_of(c), cadence=c.cadence.to_dict(), ema=ema)
+
+
+def optimizers_of(c: ConfigDict, stage: Stage) -> dict[str, Any]:
+    """One optimiser per trained role; schedules count that role's own updates."""
+    out = {}
+    for role in stage.losses:
+        if role not in c.optim:
+            raise UserError(f"optim.{role} is missing: stage {c.stage} trains {', '.join(stage.losses)}")
+        values = c.optim[role].to_dict()
+        values.pop("accumulate")
+        values["adam_lr"] = values["adam_lr"] or None
+        updates = -(-c.steps // stage.cadence.get(role, 1))
+        out[role] = make_optimizer(values.pop("name"), steps=max(updates, 1), **values)
+    return out
+
+
+def run_meta(c: ConfigDict, data: Data, models: Mapping[str, Wan]) -> dict[str, Any]:
+    """What a checkpoint remembers, so that other verbs need no config."""
+    return {
+        "stage": c.stage,
+        "config": c.to_dict(),
+        "models": {role: asdict(model.config) for role, model in models.items()},
+        "blocks": c.blocks.to_dict(),
+        "latent_shape": list(data.dataset.latent_shape),
+        "world": data.world.fingerprint() if data.world else "",
+    }
+
+
+def config_from_meta(meta: Mapping[str, Any]) -> ConfigDict:
+    """The config that a run was trained with."""
+
+    def thaw(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return ConfigDict({key: thaw(item) for key, item in value.items()})
+        return tuple(thaw(item) for item in value) if isinstance(value, list | tuple) else value
+
+    return thaw(meta["config"])
+
+
+def count_parameters(model: Wan) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in named_leaves(model).values())

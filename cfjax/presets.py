@@ -1,0 +1,133 @@
+"""Plain building blocks for configs; knows numbers, not models. Everything under configs/ imports this alone."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+NEVER = 2_000_000_000
+
+
+def optimizer(lr: float, b1: float = 0.0, b2: float = 0.999, **overrides: Any) -> ConfigDict:
+    """The reference's AdamW: constant rate, decay 0.01 on everything, clip 10 (reference.md section 10)."""
+    values: dict[str, Any] = {
+        "name": "adamw",
+        "lr": lr,
+        "b1": b1,
+        "b2": b2,
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "clip": 10.0,
+        "schedule": "constant",
+        "warmup": 0,
+        "decay_fraction": 0.4,
+        "adam_lr": 0.0,
+        "accumulate": 1,
+    }
+    return ConfigDict({**values, **overrides})
+
+
+def toy_optimizer(lr: float = 0.01, **overrides: Any) -> ConfigDict:
+    """Muon with a warm-up, a plateau and a linear end: learns the toy world in a third of AdamW's steps."""
+    values = {"name": "muon", "weight_decay": 0.0, "clip": 1.0, "schedule": "wsd", "warmup": 50, "adam_lr": 0.3 * lr}
+    return optimizer(lr, 0.9, 0.99, **{**values, **overrides})
+
+
+def toy_adam(lr: float, **overrides: Any) -> ConfigDict:
+    """AdamW for the toy's distribution matching."""
+    values = {"weight_decay": 0.0, "clip": 1.0, "warmup": 20, **overrides}
+    return optimizer(lr, 0.0, 0.99, **values)
+
+
+def role(preset: str, *, init: str = "", init_role: str = "student", init_ema: bool = False, stages: tuple = ()):
+    """One network: its preset, and which run's role it starts from ("" is random, a shipped asset by its name).
+
+    `stages` names the stages whose checkpoints are accepted.
+    """
+    return ConfigDict(
+        {
+            "preset": preset,
+            "remat": "full",
+            "precision": "float32" if preset == "toy" else "bfloat16",
+            "attention": "auto",
+            "init": init,
+            "init_role": init_role,
+            "init_ema": init_ema,
+            "init_stages": stages,
+        }
+    )
+
+
+def blocks(framewise: bool = False) -> ConfigDict:
+    """Three latent frames per block ("chunk-wise"), or one."""
+    return ConfigDict({"frames": 1 if framewise else 3, "independent_first_frame": False, "window": 0, "sink": 0})
+
+
+def wan_data(path: str) -> ConfigDict:
+    """Precomputed Wan latents, 21 x 60 x 104 x 16: 81 frames of 480 x 832."""
+    return ConfigDict({"path": path, "name": "clips", "source": "", "assets": "", "clips": 0, "batch_size": 64})
+
+
+def toy_data(path: str = "runs/toy/data", *, assets: str = "toy_teacher", name: str = "clips") -> ConfigDict:
+    """The moving-shapes world: 32 x 32 pixels, 12 frames, 4 tokens per frame; made on first use."""
+    return ConfigDict(
+        {
+            "path": path,
+            "name": name,
+            "source": "shapes",
+            "assets": assets,
+            "clips": 16384,
+            "batch_size": 32,
+            "channels": 16,
+            "text_length": 8,
+            "shapes": ConfigDict(
+                {
+                    "size": 32,
+                    "frames": 12,
+                    "shapes": ("circle", "square", "triangle"),
+                    "colours": ("red", "green", "blue", "yellow", "magenta", "cyan"),
+                    "directions": ("left", "right", "up", "down"),
+                    "speed": (1.3, 1.65),
+                    "radius": (4.8, 5.6),
+                    "branching": 0.0,
+                    "bounces": False,
+                }
+            ),
+        }
+    )
+
+
+def many_step(steps: int = 50, guidance: float = 3.0, *, causal: bool = True) -> ConfigDict:
+    """PF-ODE sampler with guidance."""
+    kind = "many_step" if causal else "bidirectional"
+    return ConfigDict({"kind": kind, "solver": "unipc", "steps": steps, "shift": 5.0, "guidance": guidance})
+
+
+def few_step(steps: tuple = (1000, 750, 500, 250), first_steps: tuple = ()) -> ConfigDict:
+    """The distilled student's sampler."""
+    return ConfigDict({"kind": "few_step", "steps": steps, "first_steps": first_steps, "shift": 5.0})
+
+
+def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
+    """What every experiment has; the config adds roles, data, objective, optim, ema and sampler."""
+    return ConfigDict(
+        {
+            "stage": stage,
+            "seed": seed,
+            "steps": steps,
+            "roles": ConfigDict(),
+            "optim": ConfigDict(),
+            "ema": ConfigDict(),
+            "cadence": ConfigDict(),
+            "log_every": 50,
+            "save_every": 1000,
+            "keep": 2,
+            "sample_every": 1000,
+            "sample_clips": 12,
+            "progress": True,
+        }
+    )
+
+
+def ema(decay: float = 0.99, start: int = 0) -> ConfigDict:
+    """Averaged weights of a role."""
+    return ConfigDict({"decay": decay, "start": start})

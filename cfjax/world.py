@@ -1,0 +1,141 @@
+"""A world is what every stage of one experiment must share: the codec, the text encoder, and where clips come from.
+
+The toy world is built in seconds (or read from the package, when it belongs to the shipped teacher) and stored as
+`<data>/world`; latent datasets lie beside it. A model trained in one world means nothing in another, so runs remember
+the world's fingerprint.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfjax.core.errors import UserError
+from cfjax.data.shapes import ShapesConfig, ShapesSource, all_captions, caption, draw_factors, render
+from cfjax.models.codec import PatchCodec, fit_patch_codec
+from cfjax.models.text import TextEncoder
+
+ASSETS = Path(__file__).parent / "assets"
+HELD_OUT_ONE_IN = 6
+EVALUATION_SEED = 7_000_000  # clips of this seed are never trained on
+
+
+@dataclass(frozen=True)
+class World:
+    """Codec, text encoder and the factors of the toy's clips."""
+
+    shapes: ShapesConfig
+    codec: PatchCodec
+    text: TextEncoder
+
+    def save(self, path: str | Path) -> None:
+        """Writes the folder `path`; world.json last, so that a half-written world is not one."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.codec.save(folder / "codec.safetensors")
+        self.text.save(folder)
+        partial = folder / f".world.json.{os.getpid()}"
+        partial.write_text(json.dumps({"shapes": self.shapes.to_json()}, indent=1))
+        os.replace(partial, folder / "world.json")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "World":
+        """Reads what `save` wrote. Raises UserError when it is missing or broken."""
+        folder = Path(path)
+        try:
+            shapes = ShapesConfig.from_json(json.loads((folder / "world.json").read_text())["shapes"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: not a world ({error}); make one with cfjax precompute") from None
+        return cls(shapes, PatchCodec.load(folder / "codec.safetensors"), TextEncoder.load(folder))
+
+    def fingerprint(self) -> str:
+        """Equal for two worlds iff models can move between them."""
+        codec = b"".join(np.asarray(a, np.float32).tobytes() for a in (self.codec.mean, self.codec.basis))
+        text = self.text.encode([all_captions(self.shapes)[0]]).round(3).tobytes()
+        return hashlib.sha256(codec + text + json.dumps(self.shapes.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_world(shapes: ShapesConfig, *, channels: int, text_length: int) -> World:
+    """A fresh toy world: codec fitted on 500 clips, random frozen text encoder; deterministic."""
+    source = ShapesSource(shapes, 0, 500)
+    codec = fit_patch_codec((source[i]["video_PHWC"] for i in range(len(source))), channels=channels)
+    return World(shapes, codec, TextEncoder.build(all_captions(shapes), text_length))
+
+
+def open_world(path: str | Path, *, assets: str, shapes: ShapesConfig, channels: int, text_length: int) -> World:
+    """The world at `path`, made there first if need be: a copy of the shipped `assets`, or a fresh one."""
+    folder = Path(path)
+    if not (folder / "world.json").exists():
+        world = shipped_world(assets) if assets else make_world(shapes, channels=channels, text_length=text_length)
+        world.save(folder)
+    return World.load(folder)
+
+
+def shipped_world(name: str) -> World:
+    """The world of a teacher that comes with the package.
+
+    Raises:
+      UserError: no such asset.
+    """
+    if not (ASSETS / name / "world.json").exists():
+        known = sorted(p.parent.name for p in ASSETS.glob("*/world.json"))
+        raise UserError(f"data.assets={name!r} does not come with the package; it ships {', '.join(known) or 'none'}")
+    return World.load(ASSETS / name)
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a caption is kept for evaluation: one in six, by its checksum, in every run of every machine."""
+    return zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def held_out_captions(shapes: ShapesConfig) -> list[str]:
+    """The captions that no stage trains on."""
+    return [text for text in all_captions(shapes) if is_held_out(text)]
+
+
+class SplitSource:
+    """Clips whose captions are all trained on, or all held out; redraws a clip until its caption is on the right side."""
+
+    def __init__(self, config: ShapesConfig, seed: int, length: int, *, held_out: bool = False) -> None:
+        self.config, self.seed, self.length, self.held_out = config, seed, length, held_out
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Like `ShapesSource`: a function of (config, seed, index) alone."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"record {index} of {self.length}")
+        rng = np.random.default_rng([self.seed, index])
+        while True:
+            factors = draw_factors(self.config, rng)
+            text = caption(factors, self.config)
+            if is_held_out(text) == self.held_out:
+                return {"video_PHWC": render(factors, self.config), "caption": text, "factors": factors}
+
+
+def evaluation_clips(shapes: ShapesConfig, count: int) -> list[dict[str, Any]]:
+    """`count` real clips over the held-out captions, each caption equally often, in a fixed order."""
+    captions = held_out_captions(shapes)
+    wanted = [captions[i % len(captions)] for i in range(count)]
+    source = SplitSource(shapes, EVALUATION_SEED, 1_000_000, held_out=True)
+    waiting: dict[str, list[dict[str, Any]]] = {text: [] for text in captions}
+    index, out = 0, []
+    for text in wanted:
+        while not waiting[text]:
+            clip = source[index]
+            waiting[clip["caption"]].append(clip)
+            index += 1
+        out.append(waiting[text].pop(0))
+    return out
+
+
+def stack_videos(clips: Sequence[dict[str, Any]]) -> np.ndarray:
+    """video_BPHWC of some clips."""
+    return np.stack([clip["video_PHWC"] for clip in clips])

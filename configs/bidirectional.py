@@ -1,0 +1,25 @@
+"""Stage 0: the bidirectional teacher, by flow matching.
+
+Real users start from Wan2.1 and skip this. The toy teacher that ships with the package was made by
+
+    cfjax train --config=configs/bidirectional.py:toy --workdir=runs/teacher
+
+Toy recipe (it differs from the paper's): Muon, uniform weight over noise levels (the high ones decide the motion, and
+the bell-shaped weight of stage 1 all but ignores them), 10 % of captions dropped for guidance.
+"""
+
+from cfjax import presets
+
+
+def get_config(arg: str = ""):
+    """`toy`: the moving-shapes world on a laptop. Without: Wan 1.3B on precomputed latents."""
+    toy = "toy" in arg.split(",")
+    c = presets.experiment("bidirectional", steps=12000 if toy else 100_000)
+    c.roles.student = presets.role("toy" if toy else "wan_1_3b")
+    c.data = presets.toy_data("runs/teacher/data", assets="") if toy else presets.wan_data("data/wan")
+    c.blocks = presets.blocks()
+    c.objective = {"shift": 5.0, "weighting": "uniform", "text_dropout": 0.1, "bf16_timesteps": False}
+    c.optim.student = presets.toy_optimizer() if toy else presets.optimizer(1e-5, 0.9)
+    c.ema.student = presets.ema(0.998 if toy else 0.9999)
+    c.sampler = presets.many_step(50, 3.0, causal=False)
+    return c

@@ -1,0 +1,32 @@
+"""Stage 2a, data: the AR teacher's PF-ODE trajectories given the clean past (paper section 3.2).
+
+    cfjax precompute --config=configs/ode_pairs.py --workdir=runs/pairs
+    cfjax precompute --config=configs/ode_pairs.py:toy --workdir=runs/toy/pairs
+
+48 Euler steps, guidance 6 (reference.md 5.1); stored at the student's four levels and at the end. `objective.method`
+"full" solves all blocks at once against the clean context, "cached" block by block; they agree to 1e-4.
+"""
+
+from cfjax import presets
+
+
+def get_config(arg: str = ""):
+    """`toy`, `framewise`."""
+    words = arg.split(",")
+    toy = "toy" in words
+    c = presets.experiment("ode_pairs", steps=0)
+    init = "runs/toy/ar" if toy else "runs/ar"
+    c.roles.teacher = presets.role("toy" if toy else "wan_1_3b", init=init, init_ema=toy, stages=("ar_diffusion",))
+    c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
+    c.data.batch_size = 64 if toy else 1
+    c.blocks = presets.blocks("framewise" in words)
+    c.objective = {
+        "steps": (1000, 750, 500, 250),
+        "solver_steps": 48,
+        "shift": 5.0,
+        "guidance": 3.0 if toy else 6.0,
+        "method": "full",
+    }
+    c.pairs = 2048 if toy else 6000
+    c.output = "pairs"
+    return c

@@ -1,0 +1,28 @@
+"""Stage 2a: causal ODE initialisation, the student regresses the AR teacher's end points (paper section 3.2).
+
+    cfjax train --config=configs/ode_regression.py --workdir=runs/ode
+    cfjax train --config=configs/ode_regression.py:toy --workdir=runs/toy/ode
+
+Needs the pairs of configs/ode_pairs.py. Numbers of reference.md section 10: lr 2e-6, betas (0.9, 0.999), 1K steps or more,
+no EMA. Topology: v5p:4x4x4.
+"""
+
+from cfjax import presets
+
+
+def get_config(arg: str = ""):
+    """`toy`, `framewise`."""
+    words = arg.split(",")
+    toy = "toy" in words
+    c = presets.experiment("ode_regression", steps=600 if toy else 5000)
+    init = "runs/toy/ar" if toy else "runs/ar"
+    c.roles.student = presets.role("toy" if toy else "wan_1_3b", init=init, init_ema=toy, stages=("ar_diffusion",))
+    c.data = presets.toy_data(name="pairs") if toy else presets.wan_data("data/wan")
+    c.data.name = "pairs"
+    c.blocks = presets.blocks("framewise" in words)
+    c.objective = {"steps": (1000, 750, 500, 250), "shift": 5.0}
+    c.optim.student = presets.toy_optimizer(0.005) if toy else presets.optimizer(2e-6, 0.9)
+    if toy:
+        c.ema.student = presets.ema(0.99)
+    c.sampler = presets.few_step()
+    return c
