@@ -1,7 +1,7 @@
 """Three-axis rotary position embedding and the timestep sinusoid, as functions: there is no table to run out of.
 
-Channel layout: a head's channels are stored as [real parts, imaginary parts] ("half-split"), so that the rotation is two
-multiply-adds on contiguous halves. Wan2.1 stores (real, imaginary) pairs; conversion permutes q and k accordingly.
+Channel layout: a head's channels are stored as [real parts, imaginary parts] ("half-split"), so that the rotation is
+two multiply-adds on contiguous halves. Wan2.1 stores (real, imaginary) pairs; conversion permutes q and k accordingly.
 """
 
 import jax
@@ -18,7 +18,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 
 
 def _angles(position: jax.Array, pairs: int) -> jax.Array:
-    """position * 10000^(-j / pairs), j < pairs, modulo a full turn per high digit: [...] -> [..., pairs] float32."""
+    """position * 10000^(-j / pairs), j < pairs, modulo full turns; integer or real positions, [...] -> [..., pairs]."""
     omega = 10000.0 ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
     high, low = position // _DIGIT, position % _DIGIT
     per_high = jnp.asarray(np.mod(_DIGIT * omega, 2 * np.pi), jnp.float32)
@@ -51,7 +51,5 @@ def rotate(x_BTNK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
     """[cos(t w_0..), sin(t w_0..)] with w_k = 10000^(-k / (dim / 2)); cosines first. [...] -> [..., dim] float32."""
-    half = dim // 2
-    omega = jnp.asarray(10000.0 ** (-np.arange(half, dtype=np.float64) / half), jnp.float32)
-    angle = timestep.astype(jnp.float32)[..., None] * omega.reshape((1,) * timestep.ndim + (-1,))
+    angle = _angles(timestep.astype(jnp.float32), dim // 2)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
