@@ -15,6 +15,7 @@ otherwise); unipc N. A `UserError` says what is wrong with a grid.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,4 +163,4 @@ def unipc(
     return _solution(end, states)
 
 
-SOLVERS: dict[str, Callable[..., Solution]] = {"euler": euler, "heun": heun, "unipc": unipc}
+SOLVERS: dict[str, Callable[..., Any]] = {"euler": euler, "heun": heun, "unipc": unipc}

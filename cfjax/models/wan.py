@@ -299,14 +299,12 @@ def replay(
         keys, values = with_context(past.k_LBTNK, k), with_context(past.v_LBTNK, v)
         return attend(q, keys, values, visibility, num_frames=frames, backend=model.config.attention)
 
-    flow, _ = _backbone(
-        model, noisy_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend, layer_input=context
-    )
+    flow, _ = _backbone(model, noisy_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend, layer_input=context)
     return flow
 
 
 def _time_embedding(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """e [B, F, D] for the head and e0 [B, F, 6, D] for the blocks. The only place where sigma becomes t = 1000 sigma."""
+    """e [B, F, D] (head) and e0 [B, F, 6, D] (blocks); the only place where sigma becomes t = 1000 sigma."""
     config = model.config
     island = config.precision.island
     embedding = sinusoid(1000.0 * sigma_BF, config.freq_dim)
@@ -325,7 +323,7 @@ def _block(
     self_attend: SelfAttend,
     config: WanConfig,
 ) -> tuple[jax.Array, KV]:
-    """One transformer block on a stream of frames (reference.md 1.3, item 5); also returns its roped keys and values."""
+    """One transformer block on a stream of frames (reference.md 1.3, item 5); returns its roped keys and values too."""
     policy, compute = config.precision, config.precision.compute
     frames = stream_BFTD.shape[1]
     modulation = policy.to_island(block.modulation[...])[None, None] + e0_BF6D
@@ -341,9 +339,7 @@ def _block(
         stream_BFTD = stream_BFTD + gate_a * policy.to_island(framed(attended))
     with jax.named_scope("cross_attention"):
         q_text = block.cross_attn.query(flat(block.norm3(stream_BFTD, config.eps, policy)).astype(compute), config)
-        attended = block.cross_attn.output(
-            dense(q_text, text.k_LBTNK, text.v_LBTNK, backend=config.attention), config
-        )
+        attended = block.cross_attn.output(dense(q_text, text.k_LBTNK, text.v_LBTNK, backend=config.attention), config)
         stream_BFTD = stream_BFTD + policy.to_island(framed(attended))
     with jax.named_scope("feed_forward"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_f) + shift_f).astype(compute)

@@ -24,7 +24,12 @@ def pick_backend(name: str, dtype: jnp.dtype) -> str:
 
 
 def dense(
-    q_BTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, *, key_mask_T: jax.Array | None = None, backend: str = "auto"
+    q_BTNK: jax.Array,
+    k_BTNK: jax.Array,
+    v_BTNK: jax.Array,
+    *,
+    key_mask_T: jax.Array | None = None,
+    backend: str = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over all keys, or over those where `key_mask_T` is true; softmax in float32."""
     backend = pick_backend(backend, q_BTNK.dtype)

@@ -74,7 +74,8 @@ def guided_x0(
     negative = embed_text(model, jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape))
     double = lambda a: jnp.concatenate([a, a], axis=0)  # noqa: E731
     x0 = score_x0(model, double(x), double(sigma_BF), both_prompts(positive, negative), config)
-    return guide(*jnp.split(x0, 2), scale, "dmd")
+    positive_x0, negative_x0 = jnp.split(x0, 2)
+    return guide(positive_x0, negative_x0, scale, "dmd")
 
 
 def _scores_at(x0: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
@@ -85,7 +86,7 @@ def _scores_at(x0: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
 def distribution_gradient(
     x0: jax.Array, models: Models, batch: Batch, draws: Draws, config: DMDConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """g = (f - r) / mean|x0 - r| per sample: the direction away from the student's own distribution (6.4); no gradient."""
+    """g = (f - r) / mean|x0 - r| per sample (6.4): away from the student's own distribution; no gradient."""
     x, sigma_BF = _scores_at(stop_gradient(x0), draws)
     fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
     real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)

@@ -1,9 +1,9 @@
 """Stage 2a: causal ODE pairs from the AR teacher, and their regression (paper section 3.2; reference.md 5.1).
 
-The teacher's PF-ODE is solved block by block *given the clean past*, so that (noisy block, clean past) -> clean block is
-a function: the student can learn it. With a bidirectional teacher the same pairs would depend on unseen future noise, and
-regression would return their mean. Pairs are made by one full-sequence pass per network call (`method="full"`), or block
-by block against a KV cache (`method="cached"`); both are the same mathematics.
+The teacher's PF-ODE is solved block by block *given the clean past*, so that (noisy block, clean past) -> clean block
+is a function: the student can learn it. With a bidirectional teacher the same pairs would depend on unseen future
+noise, and regression would return their mean. Pairs are made by one full-sequence pass per network call
+(`method="full"`), or block by block against a KV cache (`method="cached"`); both are the same mathematics.
 """
 
 from collections.abc import Mapping
@@ -103,7 +103,8 @@ def _solve_full(
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         sigma_BF = jnp.broadcast_to(sigma, (2 * x.shape[0], x.shape[1]))
         v = replay(model, _twice(x), sigma_BF, text_kv, context, blocks)
-        return guide(*jnp.split(v, 2), config.guidance, "sampling")
+        positive, negative = jnp.split(v, 2)
+        return guide(positive, negative, config.guidance, "sampling")
 
     states = _euler_states(velocity, noise, config)
     return jnp.moveaxis(states, 0, 2)
@@ -120,7 +121,8 @@ def _solve_cached(
 
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             v = denoise_block(model, _twice(x), sigma, text_kv, cache, start, blocks)
-            return guide(*jnp.split(v, 2), config.guidance, "sampling")
+            positive, negative = jnp.split(v, 2)
+            return guide(positive, negative, config.guidance, "sampling")
 
         states = jnp.moveaxis(_euler_states(velocity, x, config), 0, 2)
         return commit_block(model, _twice(clean_block), text_kv, cache, start, blocks), states
@@ -150,7 +152,8 @@ def ode_regression(config: PairsConfig, blocks: Blocks, role: str = "student") -
         clean = batch["latents_BFHWC"].astype(jnp.float32)
         sigmas = jnp.asarray(config.sigmas())
         if draws is None:
-            draws = draw(key, *clean.shape[:2], len(config.steps))
+            batch_size, frames = clean.shape[:2]
+            draws = draw(key, batch_size, frames, len(config.steps))
         level_BF = draws["level_BF"]
         states_BFJ = jnp.moveaxis(trajectory, 1, 2)
         x = jnp.take_along_axis(states_BFJ, level_BF[:, :, None, None, None, None], axis=2)[:, :, 0]

@@ -24,8 +24,8 @@ class Ema:
 class Stage:
     """One stage: which roles are trained, by which loss, how often, and which are averaged.
 
-    Role r is updated at iteration n iff `n % cadence[r] == 0` (default 1), in the order of `losses`; each update takes a
-    batch of its own. A loss sees every model: frozen ones, trained ones, and `{role}_ema`.
+    Role r is updated at iteration n iff `n % cadence[r] == 0` (default 1), in the order of `losses`; each update takes
+    a batch of its own. A loss sees every model: frozen ones, trained ones, and `{role}_ema`.
     """
 
     name: str

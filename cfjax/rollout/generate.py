@@ -153,7 +153,8 @@ def generate_many_step(
 
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             v = denoise_block(model, _twice(x), sigma, text_kv, cache, start, blocks)
-            return guide(*jnp.split(v, 2), sampler.guidance, "sampling")
+            positive, negative = jnp.split(v, 2)
+            return guide(positive, negative, sampler.guidance, "sampling")
 
         x0 = SOLVERS[sampler.solver](velocity, noise, sigmas, model_sigmas=told)
         return commit_block(model, _twice(x0), text_kv, cache, start, blocks), x0
@@ -170,7 +171,8 @@ def generate_bidirectional(
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         v = model(_twice(x), jnp.broadcast_to(sigma, (2 * x.shape[0], x.shape[1])), text_kv)
-        return guide(*jnp.split(v, 2), sampler.guidance, "sampling")
+        positive, negative = jnp.split(v, 2)
+        return guide(positive, negative, sampler.guidance, "sampling")
 
     return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=told)
 

@@ -1,8 +1,8 @@
 """Self-rollout for distribution matching, split in two: generate without gradient, then replay with gradient.
 
-Only each block's exit step carries gradient (paper section 3.3; reference.md 6.2). So `rollout` runs the sequential loop
-without gradient and keeps what that step saw: its input and the committed keys and values. `replay_exit` then runs the
-exit steps of *all* blocks in one pass. Same gradient as the loop, one large well-shaped pass instead of one per block.
+Only each block's exit step carries gradient (paper section 3.3; reference.md 6.2). So `rollout` runs the sequential
+loop without gradient and keeps what that step saw: its input and the committed keys and values. `replay_exit` then runs
+the exit steps of *all* blocks in one pass: the loop's gradient, from one large well-shaped pass.
 """
 
 from collections.abc import Sequence
@@ -86,9 +86,7 @@ def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, bl
     }
 
 
-def rollout(
-    model: Wan, text_kv: KV, draws: dict[str, jax.Array], config: SelfForcing, blocks: Blocks
-) -> Rollout:
+def rollout(model: Wan, text_kv: KV, draws: dict[str, jax.Array], config: SelfForcing, blocks: Blocks) -> Rollout:
     """Generates a video with the student's own cache, each block stopped at its exit step; no gradient.
 
     One compile whatever the exit steps: they are traced, and the loop before the exit is a `fori_loop`.

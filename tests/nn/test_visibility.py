@@ -92,9 +92,10 @@ def test_teacher_forced_flops_are_the_rectangles():
     visibility = Visibility("teacher_forced", Blocks(3))
     q = jax.ShapeDtypeStruct((1, 2 * frames * tokens, heads, head_dim), jnp.float32)
     compiled = jax.jit(lambda q, k, v: attend(q, k, v, visibility, num_frames=frames)).lower(q, q, q).compile()
-    pairs = sum(
-        (r.queries[1] - r.queries[0]) * sum(b - a for a, b in r.keys) for r in visibility.rectangles(frames)
-    ) * tokens**2
+    pairs = (
+        sum((r.queries[1] - r.queries[0]) * sum(b - a for a, b in r.keys) for r in visibility.rectangles(frames))
+        * tokens**2
+    )
     arithmetic = 4 * pairs * heads * head_dim
     dense_arithmetic = 4 * (2 * frames * tokens) ** 2 * heads * head_dim
     counted = compiled.cost_analysis()["flops"]
@@ -107,9 +108,7 @@ def test_key_mask_hides_keys():
     keys = jax.random.split(jax.random.key(1), 3)
     q, k, v = (jax.random.normal(key, (1, 4, 2, 8)) for key in keys)
     mask = jnp.array([True, False, True, False])
-    np.testing.assert_allclose(
-        dense(q, k, v, key_mask_T=mask), dense(q, k[:, mask], v[:, mask]), atol=1e-6
-    )
+    np.testing.assert_allclose(dense(q, k, v, key_mask_T=mask), dense(q, k[:, mask], v[:, mask]), atol=1e-6)
 
 
 def test_bad_layouts_are_refused():
