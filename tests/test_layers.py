@@ -1,0 +1,120 @@
+"""The house rules that code can hold: who may import whom, no print, short files, docstrings everywhere."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cfjax"
+
+# Which rooms of cfjax a room may import besides itself. Verbs (top-level files of cfjax) may import anything.
+MAY_IMPORT = {
+    "core": set(),
+    "flow": {"core"},
+    "nn": {"core"},
+    "models": {"core", "flow", "nn"},
+    "rollout": {"core", "flow", "nn", "models"},
+    "objectives": {"core", "flow", "nn", "models", "rollout"},
+    "training": {"core", "flow", "nn", "models", "rollout", "objectives"},
+    "data": {"core"},
+    "conversion": {"core", "models"},
+    "evaluation": {"core", "flow", "data"},
+}
+ML_COLLECTIONS_IN_LIBRARY = {"core/cli.py"}  # ConfigDict stops at the door
+MAX_LINES = 450
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+FILES = {relative(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+CONFIGS = {path.name: ast.parse(path.read_text()) for path in sorted((ROOT / "configs").rglob("*.py"))}
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Every module that a file imports anywhere, `from a import b` as a.b (b may be a module)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write absolute imports"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms(tree: ast.Module) -> Iterator[str]:
+    """The rooms or top-level files of cfjax that a file imports."""
+    return (name.split(".")[1] for name in imports(tree) if name.startswith("cfjax."))
+
+
+def room_of(file: str) -> str | None:
+    return file.split("/")[0] if "/" in file else None
+
+
+@pytest.mark.parametrize("room", sorted({room_of(file) for file in FILES} - {None}))
+def test_imports_run_one_way(room):
+    allowed = MAY_IMPORT[room] | {room}
+    wrong = [(f, r) for f, tree in FILES.items() if room_of(f) == room for r in rooms(tree) if r not in allowed]
+    assert not wrong
+
+
+def test_the_table_has_no_cycle_and_no_empty_room():
+    assert MAY_IMPORT.keys() == {room_of(file) for file in FILES} - {None}
+    left = dict(MAY_IMPORT)
+    while left:
+        free = [room for room, needs in left.items() if not needs & left.keys()]
+        assert free, f"cycle among {sorted(left)}"
+        for room in free:
+            del left[room]
+
+
+def test_the_report_writer_stands_alone():
+    """A report is made from files of results: it needs neither models nor data."""
+    assert set(rooms(FILES["evaluation/report.py"])) <= {"core", "evaluation"}
+
+
+def test_only_verbs_see_a_config_dict():
+    found = {
+        f for f, tree in FILES.items() if room_of(f) and any(n.startswith("ml_collections") for n in imports(tree))
+    }
+    assert found <= ML_COLLECTIONS_IN_LIBRARY
+
+
+def test_configs_import_nothing_of_cfjax_but_presets():
+    wrong = [(f, n) for f, tree in CONFIGS.items() for n in imports(tree) if n.startswith("cfjax")]
+    assert not [(f, n) for f, n in wrong if not n.startswith("cfjax.presets")]
+
+
+def test_nobody_prints():
+    calls = [
+        f"{file}:{node.lineno}"
+        for file, tree in FILES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not calls, "speak through core.console.say, log through absl.logging"
+
+
+def test_files_are_short():
+    lengths = {file: len((PACKAGE / file).read_text().splitlines()) for file in FILES}
+    assert not {file: n for file, n in lengths.items() if n > MAX_LINES}
+
+
+def undocumented(tree: ast.Module) -> list[str]:
+    """Public functions and classes of a module without a docstring."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    return [node.name for node in public if not ast.get_docstring(node)]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_module_and_public_name_says_what_it_is(file):
+    assert ast.get_docstring(FILES[file]), "the module needs a docstring"
+    assert not undocumented(FILES[file])
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_every_config_says_its_command(file):
+    assert "cfjax " in (ast.get_docstring(CONFIGS[file]) or "")
