@@ -29,7 +29,7 @@ from cfjax.training.checkpoint import load_role
 from cfjax.training.optim import make_optimizer
 from cfjax.world import ASSETS, SplitSource, World, open_world
 
-TEACHER_FILE = "teacher.safetensors"
+MODEL_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def load_shipped(name: str, template: Wan) -> Wan:
     Raises:
       UserError: no such asset, or it does not fit the model.
     """
-    file = ASSETS / name / TEACHER_FILE
+    file = ASSETS / name / MODEL_FILE
     if not file.exists():
         raise UserError(f"init={name!r} is neither a run directory nor a shipped teacher")
     arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
@@ -140,7 +140,7 @@ def initial_model(name: str, role: ConfigDict, data: Data, seed: int) -> Wan:
     if not role.init:
         return make_wan(config, jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())))
     template = jax.eval_shape(lambda k: Wan(config, k), jax.random.key(0))
-    if (ASSETS / role.init / TEACHER_FILE).exists():
+    if (ASSETS / role.init / MODEL_FILE).exists():
         return load_shipped(role.init, template)
     if not Path(role.init).exists():
         raise UserError(f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
 from cfjax.experiment import (
-    TEACHER_FILE,
+    MODEL_FILE,
     blocks_of,
     config_from_meta,
     load_shipped,
@@ -27,7 +27,7 @@ from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.training.checkpoint import load_role, read_meta
 from cfjax.world import ASSETS, World, shipped_world
 
-META_FILE = "teacher.json"
+META_FILE = "model.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def open_run(name: str, *, ema: bool = True) -> Run:
     Raises:
       UserError: neither, or a run without a toy world (Wan weights need `cfjax convert`).
     """
-    if (ASSETS / name / TEACHER_FILE).exists():
+    if (ASSETS / name / MODEL_FILE).exists():
         meta = json.loads((ASSETS / name / META_FILE).read_text())
         c = config_from_meta(meta)
         world = shipped_world(name)

@@ -1,0 +1,67 @@
+"""`cfjax export`: a run's averaged weights and its world as one small folder, with the record of how it was made."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save
+
+from cfjax.core.cli import parse
+from cfjax.core.console import say
+from cfjax.core.errors import UserError
+from cfjax.core.tree import named_leaves
+from cfjax.evaluate import evaluate_run
+from cfjax.experiment import MODEL_FILE
+from cfjax.runs import META_FILE, open_run
+from cfjax.training.checkpoint import read_meta
+
+DESCRIPTION = """Writes a run's averaged weights (bf16 safetensors), its codec and text encoder, an evaluation of the rounded
+weights and the training curves to the workdir. What stands there is replaced."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line and exports."""
+    c, workdir, _ = parse("export", argv, description=DESCRIPTION, default_config="configs/export.py")
+    run = open_run(c.run)
+    named = {name: np.asarray(leaf.astype(jnp.bfloat16)) for name, leaf in named_leaves(run.model).items()}
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), run.model)
+    run = run.__class__(**{**run.__dict__, "model": rounded})
+    result = evaluate_run(run, clips=c.clips, batch=60, seed=11)
+    record = {
+        **read_meta(c.run),
+        "parameters": int(sum(leaf.size for leaf in named.values())),
+        "note": c.note,
+        "evaluation": {name: result[name] for name in ("summary", "network_calls", "frames_per_second")},
+    }
+    partial = workdir.with_name(f".{workdir.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    run.world.save(partial)
+    (partial / MODEL_FILE).write_bytes(save(named))
+    (partial / META_FILE).write_text(json.dumps(record, indent=1))
+    (partial / "curves.json").write_text(json.dumps(read_curves(Path(c.run), every=200)))
+    if workdir.exists() and not (workdir / META_FILE).exists():
+        raise UserError(f"--workdir={workdir} is not an export; choose another folder")
+    shutil.rmtree(workdir, ignore_errors=True)
+    os.rename(partial, workdir)
+    say(f"{workdir}: {record['parameters'] / 1e6:.2f} M parameters, all correct {result['summary']['all_correct']:.3f}")
+    return 0
+
+
+def read_curves(run: Path, *, every: int = 1) -> dict[str, list[tuple[int, float]]]:
+    """name -> [(step, value)] of a run's metrics.jsonl, averaged over windows of `every` steps."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    file = run / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else []:
+        row: dict[str, Any] = json.loads(line)
+        step = row.pop("step")
+        for name, value in row.items():
+            curves.setdefault(name, {}).setdefault(step // every * every, []).append(value)
+    return {
+        name: [(step, sum(values) / len(values)) for step, values in points.items()] for name, points in curves.items()
+    }

@@ -1,0 +1,17 @@
+# Sourced by the scripts beside it: makes a virtual environment once, and again when setup.cfg changes.
+
+# make_environment DIR REQUIREMENT: DIR is the environment, REQUIREMENT what pip installs in editable mode, e.g. ".[test]".
+make_environment() {
+  local dir="$1" requirement="$2" python="${PYTHON:-python3}" stamp
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "cfjax needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2
+    return 2
+  }
+  stamp="$requirement $(cat setup.cfg pyproject.toml | cksum)"
+  if [ "$(cat "$dir/cfjax-stamp-${requirement//[^a-z]/}" 2>/dev/null)" != "$stamp" ]; then
+    [ -x "$dir/bin/python" ] || "$python" -m venv "$dir"
+    echo "installing cfjax into $dir (once; a few minutes)" >&2
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$requirement"
+    echo "$stamp" >"$dir/cfjax-stamp-${requirement//[^a-z]/}"
+  fi
+}
