@@ -1,0 +1,333 @@
+"""The report of a run: one self-contained HTML page, and metrics.json with the same table beside it.
+
+The page asks nothing of the network. A clip is a lossless PNG strip of its frames that CSS steps through: it plays
+wherever images do, stays as crisp as the pixels are, can be paused and stepped, and all clips of the wall share one
+clock, which separate <video> elements do not. Style sheet and script lie in cfjax/assets.
+"""
+
+import html
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cfjax.core.errors import UserError
+from cfjax.evaluation.curves import clean, curve_svg
+from cfjax.evaluation.results import (
+    COLUMNS,
+    STUDENT_KEYS,
+    Column,
+    Row,
+    StageReport,
+    get,
+    metrics_table,
+    number,
+    percent,
+    plain,
+    times,
+)
+from cfjax.evaluation.video import check_uint8, data_uri, replacing
+
+__all__ = ["METRICS", "StageReport", "metrics_table", "write_report"]
+
+METRICS = "metrics.json"
+
+_STRIP_WIDTH = 8192  # px of a whole strip; larger clips are shown reduced
+_WALL_BYTES = 4_000_000  # of encoded strips; rows beyond it are left out, and the page says so
+_CLIP_SIZES = ((160, 850), (96, 560), (96, 330))  # px for a clip, and for a row of them, on wide to narrow screens
+
+WallColumn = tuple[str, int | None, np.ndarray]  # name, network calls, clips
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _section(name: str, title: str, *parts: str) -> str:
+    body = "\n".join(part for part in parts if part)
+    return f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>' if body else ""
+
+
+def _compared(new: float, old: float, less: str, more: str) -> str:
+    """`new` against `old` in words, such as "5.0x fewer"; zero on either side has no ratio."""
+    if new == old:
+        return "the same"
+    return f"{times(max(new / old, old / new))} {less if new < old else more}" if new > 0 and old > 0 else ""
+
+
+def _card(label: str, big: str, *small: str) -> str:
+    lines = "".join(f"<p>{_text(line)}</p>" for line in small if line)
+    return f'<div class="card"><h3>{_text(label)}</h3><p class="big">{_text(big)}</p>{lines}</div>'
+
+
+def _interval(row: Row | None, key: str) -> str:
+    low, high = get(row, f"{key}_low"), get(row, f"{key}_high")
+    return "" if low is None or high is None else f"{100 * low:.1f}\u2013\u2060{100 * high:.1f}\u202f%"
+
+
+def _headline(table: Mapping[str, Row]) -> str:
+    """Student against AR teacher, as cards; a card without a student's number is left out."""
+    student = next((table[key] for key in STUDENT_KEYS if key in table), None)
+    teacher = table.get("ar")
+
+    def against(key: str, show: Callable[[float], str]) -> str:
+        old = get(teacher, key)
+        return f"AR teacher {show(old)}" if old is not None else ""
+
+    def ratio(key: str, less: str, more: str) -> str:
+        new, old = get(student, key), get(teacher, key)
+        return _compared(new, old, less, more) if new is not None and old is not None else ""
+
+    cards = []
+    if (correct := get(student, "all_correct")) is not None:
+        interval = _interval(student, "all_correct")
+        small = (f"95\u202f% interval {interval}" if interval else "", against("all_correct", percent))
+        cards.append(_card("Captions followed", percent(correct), *small))
+    if (calls := get(student, "network_calls")) is not None:
+        shown, fewer = f"{calls:,.0f} per video", ratio("network_calls", "fewer", "more")
+        small = (shown if fewer else "", against("network_calls", "{:,.0f}".format))
+        cards.append(_card("Network calls", fewer or shown, *small))
+    if (speed := get(student, "frames_per_second")) is not None:
+        faster = ratio("frames_per_second", "slower", "faster")
+        cards.append(_card("Frames per second", number(speed), faster, against("frames_per_second", number)))
+    if (motion := get(student, "step_ratio")) is not None:
+        show = "{:.2f}\u00d7".format
+        cards.append(_card("Motion vs real data", show(motion), against("step_ratio", show), "real data 1.00\u00d7"))
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _strip(video_PHWC: np.ndarray) -> bytes:
+    """All frames side by side as a PNG [H, P * W], reduced by a whole factor if the strip would be too wide."""
+    frames, height, width = video_PHWC.shape[:3]
+    factor = -(-frames * width // _STRIP_WIDTH)
+    image = Image.fromarray(np.ascontiguousarray(video_PHWC.transpose(1, 0, 2, 3).reshape(height, -1, 3)))
+    if factor > 1:
+        image = image.resize((frames * (width // factor), height // factor), Image.Resampling.BOX)
+    with io.BytesIO() as buffer:
+        image.save(buffer, "PNG", optimize=True)
+        return buffer.getvalue()
+
+
+def _wall_columns(real_videos: np.ndarray | None, stages: Sequence[StageReport]) -> list[WallColumn]:
+    """Every column that has clips.
+
+    Raises:
+      UserError: clips are not uint8 [N, P, H, W, 3] or differ in length or size between columns.
+    """
+    kept: list[WallColumn] = []
+    for name, calls, clips in [
+        ("Real clip", None, real_videos),
+        *((stage.short, stage.network_calls, stage.videos) for stage in stages),
+    ]:
+        if clips is not None:
+            kept.append((name, calls, check_uint8(clips, "NPHWC", f"report: {name}")))
+    sizes = {name: clips.shape[1:4] for name, _, clips in kept}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"report: all clips need the same frames, height and width, got {sizes}")
+    return kept
+
+
+def _wall(columns: Sequence[WallColumn], captions: Sequence[str], fps: float) -> str:
+    """One row per caption, one column per stage, all clips on one clock."""
+    if not columns or not captions:
+        return ""
+    rows: list[str] = []
+    spent = 0
+    for n, caption in enumerate(captions):
+        strips = [(name, _strip(clips[n]) if n < len(clips) else None) for name, _, clips in columns]
+        spent += sum(4 * len(strip) // 3 for _, strip in strips if strip)
+        if (spent > _WALL_BYTES and rows) or not any(strip for _, strip in strips):
+            break
+        cells = "".join(
+            f'<img class="clip" alt="{_text(f"{name}: {caption}")}" src="{data_uri(strip, "image/png")}">'
+            if strip else '<span class="clip"></span>'
+            for name, strip in strips
+        )  # fmt: skip
+        rows.append(f'<div class="row"><p>{_text(caption)}</p>{cells}</div>')
+    frames, height, width = columns[0][2].shape[1:4]
+    factor = -(-frames * width // _STRIP_WIDTH)
+    width, height = width // factor, height // factor
+    scales = [max(1, int(min(clip, row / len(columns)) // width)) for clip, row in _CLIP_SIZES]
+    values = {"columns": len(columns), "frames": frames, "fps": f"{fps:g}", "clip-w": f"{width}px"}
+    values |= {"clip-h": f"{height}px"} | {f"scale-{n}": scale for n, scale in enumerate(scales)}
+    style = "; ".join(f"--{name}: {value}" for name, value in values.items())
+    names = "".join(
+        f"<span>{_text(name)}{f'<small>{calls:,} calls</small>' if calls is not None else ''}</span>"
+        for name, calls, _ in columns
+    )
+    left_out = len(captions) - len(rows)
+    note = f"{frames} frames at {fps:g} per second, shown without compression." + (
+        f" The first {len(rows)} of {len(captions)} captions." if left_out else ""
+    )
+    controls = (
+        '<div class="controls" hidden><button type="button">Pause</button>'
+        f'<input type="range" min="1" max="{frames}" value="1" aria-label="Frame"><output>1 / {frames}</output></div>'
+    )
+    return (
+        f'<div class="wall" style="{style}">\n<div class="top row names">{controls}{names}</div>'
+        f'\n{chr(10).join(rows)}\n</div>\n<p class="note">{note}</p>'
+    )
+
+
+def _best(column: Column, table: Mapping[str, Row], keys: Sequence[str]) -> set[str]:
+    """Keys of the stages whose shown value is the best; none if all show the same."""
+    values = {key: value for key in keys if (value := get(table.get(key), column.key)) is not None}
+    if column.distance is None or len(values) < 2:
+        return set()
+    best = column.show(min(values.values(), key=column.distance))
+    chosen = {key for key, value in values.items() if column.show(value) == best}
+    return chosen if len(chosen) < len(values) else set()
+
+
+def _cell(row: Row, column: Column, best: bool) -> str:
+    value = get(row, column.key)
+    if value is None:
+        return f'<td data-column="{column.key}" class="none">\u2013</td>'
+    shown = f'<data value="{value!r}">{column.show(value)}</data>'
+    if best:
+        shown = f"<b>{shown}</b>"
+    if column.key == "all_correct" and (interval := _interval(row, column.key)):
+        low, high = 100 * (get(row, "all_correct_low") or 0), 100 * (get(row, "all_correct_high") or 0)
+        bar = f"--low: {low:.1f}%; --high: {high:.1f}%; --at: {100 * value:.1f}%"
+        shown += f'<small>{interval}</small><span class="bar" style="{bar}"></span>'
+    return f'<td data-column="{column.key}">{shown}</td>'
+
+
+def _kind(key: str) -> str:
+    return "student" if key in STUDENT_KEYS else "ceiling" if key in ("real", "codec") else "stage"
+
+
+def _table(table: Mapping[str, Row], stages: Sequence[StageReport]) -> str:
+    columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in table.values())]
+    if not columns:
+        return ""
+    head = "".join(f'<th scope="col">{c.title}<small>{c.unit}</small></th>' for c in columns)
+    best = {c.key: _best(c, table, [stage.key for stage in stages]) for c in columns}
+    body = "".join(
+        f'<tr data-row="{_text(key)}" class="{_kind(key)}"><th scope="row">{_text(row["title"])}</th>'
+        + "".join(_cell(row, c, key in best[c.key]) for c in columns)
+        + "</tr>\n"
+        for key, row in table.items()
+    )
+    meanings = "".join(f"<dt>{c.title}, {c.unit}</dt><dd>{c.help}</dd>" for c in columns)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Metrics"><table>\n<thead><tr><th></th>{head}</tr>'
+        f"</thead>\n<tbody>\n{body}</tbody></table></div>\n"
+        '<p class="note">Bold: the best of the generated rows, to the digits shown. Small figures and bars: 95\u202f% '
+        "Wilson interval. Real data and codec round trip are the ceiling.</p>\n"
+        f"<details><summary>How each number is measured</summary><dl>{meanings}</dl></details>"
+    )
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def _training(stages: Sequence[StageReport]) -> str:
+    """One block per stage: what it is, how long it took, its command and its curves."""
+    blocks = []
+    for s, stage in enumerate(stages):
+        panels = []
+        for c, (name, points) in enumerate(stage.curves.items()):
+            if svg := curve_svg(points, f"{stage.title}: {name}", f"curve{s}-{c}"):
+                step, value = clean(points)[-1]
+                last = f"<small>{number(value)} at step {step:,.0f}</small>"
+                panels.append(f"<figure><figcaption>{_text(name)}{last}</figcaption>{svg}</figure>")
+        time = f"<small>trained in {_duration(stage.train_seconds)}</small>" if stage.train_seconds is not None else ""
+        text = f"<p>{_text(stage.text)}</p>" if stage.text else ""
+        command = f"<pre><code>{_text(stage.command)}</code></pre>" if stage.command else ""
+        curves = f'<div class="curves">{"".join(panels)}</div>' if panels else ""
+        if text or command or curves or time:
+            blocks.append(f"<article><h3>{_text(stage.title)}{time}</h3>{text}{command}{curves}</article>")
+    if any("<figure>" in block for block in blocks):
+        blocks.append('<p class="note">Pale: the curve as logged, thinned; dark: its running mean.</p>')
+    return "\n".join(blocks)
+
+
+def _lead(stages: Sequence[StageReport]) -> str:
+    names = [stage.title for stage in stages]
+    listed = " \u2192 ".join(names)
+    return (
+        "Causal Forcing (arXiv 2602.02214) turns a bidirectional video diffusion model, which must see a whole clip "
+        "before it can show a frame, into a student that streams video block by block in a few network calls. "
+        "This page is the record of one run on moving shapes with captions"
+        + (f": {listed}. " if names else ". ")
+        + "Every score is measured from the pixels of generated clips, against the caption each was asked for."
+    )
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary><pre><code>{_text(body)}</code></pre></details>"
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    real_videos: np.ndarray | None,
+    captions: Sequence[str],
+    real_summary: Mapping[str, float] | None,
+    codec_summary: Mapping[str, float] | None,
+    stages: Sequence[StageReport],
+    commands: Sequence[str],
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    notes: Sequence[str],
+    fps: float = 8.0,
+) -> None:
+    """Writes the page to `path` and `metrics.json` beside it, each atomically. What is None or empty is left out.
+
+    Args:
+      real_videos: uint8 [N, P, H, W, 3], clip n for captions[n]; clips of all stages share P, H and W.
+      real_summary, codec_summary: `evaluate_shapes(...)["summary"]` of real clips, and of the same through the codec.
+      fps: playback frames per second of the wall.
+
+    metrics.json: {"title", "stages": `metrics_table(...)`, "environment", "commands"}; unknown or non-finite is null.
+
+    Raises:
+      UserError: clips of the wrong type or of different sizes, stage keys that are not distinct, fps <= 0.
+    """
+    if not 0 < fps <= 1000:
+        raise UserError(f"report: fps={fps} must lie in (0, 1000]")
+    table = metrics_table(real_summary, codec_summary, stages)
+    wall = _wall(_wall_columns(real_videos, stages), captions, fps)
+    listing = "\n".join(_text(command) for command in commands)
+    pairs = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in environment.items())
+    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
+    shown_config = json.dumps(plain(config), indent=2, ensure_ascii=False) if config else ""
+    assets = resources.files("cfjax") / "assets"
+    page = "\n".join(
+        part
+        for part in (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">',
+            f"<title>{_text(title)}</title>\n<style>\n{(assets / 'report.css').read_text()}</style>\n</head>\n<body>",
+            f"<header><h1>{_text(title)}</h1><p>{_text(_lead(stages))}</p></header>\n<main>",
+            _section("headline", "Student against AR teacher", _headline(table)),
+            _section("wall", "Side by side", wall),
+            _section("metrics", "Metrics", _table(table, stages)),
+            _section("training", "Training", _training(stages)),
+            _section("commands", "Commands", f"<pre><code>{listing}</code></pre>" if listing else ""),
+            _section("config", "Configuration", _details("Show the whole config", shown_config) if config else ""),
+            _section("environment", "Environment", f"<dl>{pairs}</dl>" if pairs else ""),
+            _section("notes", "Notes", f"<ul>{items}</ul>" if items else ""),
+            f"</main>\n<script>\n{(assets / 'report.js').read_text()}</script>\n</body>\n</html>\n",
+        )
+        if part
+    )
+    record = {"title": title, "stages": table, "environment": environment, "commands": list(commands)}
+    path = Path(path)
+    with replacing(path.with_name(METRICS)) as partial:
+        partial.write_text(json.dumps(plain(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
