@@ -101,15 +101,19 @@ def _headline(table: Mapping[str, Row]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
+def _reduction(frames: int, width: int) -> int:
+    """The whole factor by which frames are reduced so that their strip is not too wide; 1 for small clips."""
+    return -(-frames * width // _STRIP_WIDTH)
+
+
 def _strip(video_PHWC: np.ndarray) -> bytes:
-    """All frames side by side as a PNG [H, P * W], reduced by a whole factor if the strip would be too wide."""
-    frames, height, width = video_PHWC.shape[:3]
-    factor = -(-frames * width // _STRIP_WIDTH)
-    image = Image.fromarray(np.ascontiguousarray(video_PHWC.transpose(1, 0, 2, 3).reshape(height, -1, 3)))
-    if factor > 1:
-        image = image.resize((frames * (width // factor), height // factor), Image.Resampling.BOX)
+    """All frames side by side as a PNG [H, P * W], reduced by `_reduction`; rows and columns left over are cut."""
+    factor = _reduction(video_PHWC.shape[0], video_PHWC.shape[2])
+    height, width = (size // factor for size in video_PHWC.shape[1:3])
+    whole = video_PHWC[:, : height * factor, : width * factor].transpose(1, 0, 2, 3).reshape(height * factor, -1, 3)
+    image = Image.fromarray(np.ascontiguousarray(whole))
     with io.BytesIO() as buffer:
-        image.save(buffer, "PNG", optimize=True)
+        (image.reduce(factor) if factor > 1 else image).save(buffer, "PNG", optimize=True)
         return buffer.getvalue()
 
 
@@ -150,7 +154,7 @@ def _wall(columns: Sequence[WallColumn], captions: Sequence[str], fps: float) ->
         )  # fmt: skip
         rows.append(f'<div class="row"><p>{_text(caption)}</p>{cells}</div>')
     frames, height, width = columns[0][2].shape[1:4]
-    factor = -(-frames * width // _STRIP_WIDTH)
+    factor = _reduction(frames, width)
     width, height = width // factor, height // factor
     scales = [max(1, int(min(clip, row / len(columns)) // width)) for clip, row in _CLIP_SIZES]
     values = {"columns": len(columns), "frames": frames, "fps": f"{fps:g}", "clip-w": f"{width}px"}
@@ -160,10 +164,10 @@ def _wall(columns: Sequence[WallColumn], captions: Sequence[str], fps: float) ->
         f"<span>{_text(name)}{f'<small>{calls:,} calls</small>' if calls is not None else ''}</span>"
         for name, calls, _ in columns
     )
-    left_out = len(captions) - len(rows)
-    note = f"{frames} frames at {fps:g} per second, shown without compression." + (
-        f" The first {len(rows)} of {len(captions)} captions." if left_out else ""
-    )
+    note = f"{frames} frames at {fps:g} per second, "
+    note += "pixel for pixel." if factor == 1 else f"reduced {factor} times in width and height."
+    if len(rows) < len(captions):
+        note += f" The first {len(rows)} of {len(captions)} captions."
     controls = (
         '<div class="controls" hidden><button type="button">Pause</button>'
         f'<input type="range" min="1" max="{frames}" value="1" aria-label="Frame"><output>1 / {frames}</output></div>'
