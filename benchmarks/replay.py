@@ -1,0 +1,183 @@
+"""What parallel replay buys: the student's self-rollout gradient, replayed in one pass or by differentiating the loop.
+
+    python benchmarks/replay.py
+
+Both sides run the same no-gradient steps before each block's exit step and the same commits, on the toy network; they
+differ in how the exit steps are differentiated. Replay runs each exit step's forward pass once more than the loop, but
+all blocks at once: it does not pay where small passes are as efficient as large ones (a CPU), it is meant for devices
+where they are not. Times are medians over interleaved pairs, each pair with the same random numbers and exit step; the
+ratios are medians of the pairs' ratios, of wall time and of CPU time (which a busy machine disturbs less).
+Temporary memory and compile time are XLA's own, without a compilation cache. Prints a table and writes it as JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from cfjax.core.console import say
+from cfjax.core.tree import named_leaves
+from cfjax.flow.path import add_noise, x0_from_flow
+from cfjax.flow.schedule import warp_steps
+from cfjax.models.cache import KVCache, init_cache
+from cfjax.models.wan import KV, Wan, embed_text, make_wan, preset
+from cfjax.nn.visibility import Blocks
+from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
+
+SELF_FORCING = SelfForcing(tuple(float(s) for s in warp_steps((1000, 750, 500, 250), shift=5.0)))
+LAYOUTS = ((12, 3), (21, 3), (21, 1))  # latent frames, frames per block
+SIDE, TEXT_ROWS = 4, 8
+Draws = dict[str, jax.Array]
+
+
+def sequential(model: Wan, text_kv: KV, draws: Draws, blocks: Blocks) -> jax.Array:
+    """The generated video with gradient through every exit step, as the loop that anyone would write first."""
+    frozen, frozen_kv = jax.lax.stop_gradient((model, text_kv))
+    batch, num_frames, height, width, _ = draws["noise_BFHWC"].shape
+    levels_NJ, _ = SELF_FORCING.tables(len(blocks.spans(num_frames)))
+    cache = init_cache(model.config, batch, num_frames, model.config.tokens_per_frame(height, width), blocks)
+
+    def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
+        (x, renoise), (levels, exit_step) = inputs
+
+        def step(j: jax.Array, x: jax.Array) -> jax.Array:
+            x0 = x0_from_flow(denoise_block(frozen, x, levels[j], frozen_kv, cache, start, blocks), x, levels[j])
+            return add_noise(x0, jax.lax.dynamic_index_in_dim(renoise, j, axis=2, keepdims=False), levels[j + 1])
+
+        x = jax.lax.stop_gradient(jax.lax.fori_loop(0, exit_step, step, x))
+        x0 = x0_from_flow(
+            denoise_block(model, x, levels[exit_step], text_kv, cache, start, blocks), x, levels[exit_step]
+        )
+        cache = commit_block(frozen, jax.lax.stop_gradient(x0), frozen_kv, cache, start, blocks)
+        return jax.lax.stop_gradient(cache), x0
+
+    frames = (draws["noise_BFHWC"], draws["renoise_BFJHWC"])
+    return scan_blocks(block, cache, frames, (levels_NJ, draws["exit_N"]), num_frames, blocks)[1]
+
+
+def replayed(model: Wan, text_kv: KV, draws: Draws, blocks: Blocks) -> jax.Array:
+    """The same video and gradient by cfjax: roll out without gradient, then one pass over all exit steps."""
+    frozen, frozen_kv = jax.lax.stop_gradient((model, text_kv))
+    return replay_exit(model, text_kv, rollout(frozen, frozen_kv, draws, SELF_FORCING, blocks), SELF_FORCING, blocks)
+
+
+def gradient_of(video: Callable[..., jax.Array], blocks: Blocks) -> Callable[..., Wan]:
+    """The student's gradient when `weight` is the gradient at its video."""
+
+    def value(model: Wan, text_BSE: jax.Array, draws: Draws, weight: jax.Array) -> jax.Array:
+        return jnp.sum(video(model, embed_text(model, text_BSE), draws, blocks) * weight)
+
+    return jax.grad(value)
+
+
+def toy_student() -> Wan:
+    """The toy network with every parameter random (the published initialisation has a zero head)."""
+    model = make_wan(preset("toy"), jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.02 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def difference(a: Wan, b: Wan) -> float:
+    """|a - b| / |b| over all parameters."""
+    pairs = list(zip(named_leaves(a).values(), named_leaves(b).values(), strict=True))
+    return float(jnp.sqrt(sum(jnp.sum((x - y) ** 2) for x, y in pairs) / sum(jnp.sum(y**2) for _, y in pairs)))
+
+
+def compare(frames: int, block: int, batch: int, pairs: int) -> dict[str, Any]:
+    """One row: both sides compiled, checked against each other, and timed in interleaved pairs."""
+    model, blocks = toy_student(), Blocks(block)
+    shape = (batch, frames, SIDE, SIDE, model.config.in_dim)
+    text = jax.random.normal(jax.random.key(2), (batch, TEXT_ROWS, model.config.text_dim))
+    weight = jax.random.normal(jax.random.key(3), shape)
+
+    def draws(pair: int) -> Draws:
+        drawn = draw_rollout(jax.random.key(10 + pair), shape, SELF_FORCING, blocks)
+        exits = jnp.full(drawn["exit_N"].shape, pair % len(SELF_FORCING.sigmas), jnp.int32)
+        return {**drawn, "exit_N": exits}
+
+    row: dict[str, Any] = {"frames": frames, "frames_per_block": block, "batch": batch, "pairs": pairs}
+    compiled = {}
+    for name, video in (("sequential", sequential), ("replay", replayed)):
+        lowered = jax.jit(gradient_of(video, blocks)).lower(model, text, draws(0), weight)
+        start = time.perf_counter()
+        compiled[name] = lowered.compile()
+        memory = compiled[name].memory_analysis()
+        row[name] = {"compile_s": time.perf_counter() - start, "temp_mib": memory.temp_size_in_bytes / 2**20}
+        row[name] |= {"ms": [], "cpu_ms": []}
+    warm = {name: run(model, text, draws(2), weight) for name, run in compiled.items()}
+    row["gradient_difference"] = difference(warm["replay"], warm["sequential"])
+    for pair in range(pairs):
+        arguments = jax.block_until_ready((model, text, draws(pair), weight))
+        for name in ("sequential", "replay") if pair % 2 else ("replay", "sequential"):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            jax.block_until_ready(compiled[name](*arguments))
+            row[name]["ms"].append(1e3 * (time.perf_counter() - start))
+            row[name]["cpu_ms"].append(1e3 * (time.process_time() - cpu_start))
+    for clock, key in (("ms", "speedup"), ("cpu_ms", "cpu_speedup")):
+        ratios = [s / r for s, r in zip(row["sequential"][clock], row["replay"][clock], strict=True)]
+        row[key] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        for name in compiled:
+            row[name][f"median_{clock}"] = statistics.median(row[name][clock])
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as markdown, sequential -> replay in each cell."""
+    lines = [
+        "| frames | block | ms per gradient | speed-up (min, max) | in CPU time | temp MiB | compile s | difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        before, after = row["sequential"], row["replay"]
+        cells = [
+            f"{row['frames']}",
+            f"{row['frames_per_block']}",
+            f"{before['median_ms']:.0f} -> {after['median_ms']:.0f}",
+            "{median:.2f} ({min:.2f}, {max:.2f})".format(**row["speedup"]),
+            "{median:.2f} ({min:.2f}, {max:.2f})".format(**row["cpu_speedup"]),
+            f"{before['temp_mib']:.1f} -> {after['temp_mib']:.1f}",
+            f"{before['compile_s']:.1f} -> {after['compile_s']:.1f}",
+            f"{row['gradient_difference']:.0e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures every layout, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=12, help="timed pairs per layout; a multiple of 4 exit steps")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "replay.json")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = [compare(frames, block, options.batch, options.pairs) for frames, block in LAYOUTS]
+    record = {
+        "command": "python benchmarks/replay.py " + " ".join(sys.argv[1:]),
+        "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__},
+        "network": "toy preset, full remat, float32",
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    say(table(rows))
+
+
+if __name__ == "__main__":
+    main()
