@@ -124,6 +124,7 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "sample_every": 1000,
             "sample_clips": 12,
             "progress": True,
+            "mesh": ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}),
         }
     )
 

@@ -1,17 +1,19 @@
 """`cfjax train`: one stage of an experiment. To resume, run the same command again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.sharding import batch_sharding, make_mesh, replicated, shard_model
 from cfjax.data.latents import make_iterator
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
 from cfjax.evaluation.video import grid_video, to_uint8
@@ -30,6 +32,7 @@ from cfjax.rollout.generate import generate
 from cfjax.training.loop import SampleFn, fit
 from cfjax.training.metrics import EventWriter
 from cfjax.training.state import TrainState, init_state
+from cfjax.training.step import has_batch_axis
 from cfjax.world import evaluation_clips
 
 DESCRIPTION = """Trains one stage: bidirectional, ar_diffusion, ode_regression or dmd, as the config says.
@@ -55,6 +58,10 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     if missing:
         raise UserError(f"roles.{missing[0]} is missing: stage {c.stage} trains {', '.join(stage.losses)}")
     models = {name: initial_model(name, role, data, c.seed) for name, role in c.roles.items()}
+    put_batch = None
+    if mesh := mesh_of(c):
+        models = {name: shard_model(model, mesh) for name, model in models.items()}
+        put_batch = partial(place_batch, mesh=mesh)
     trained = {name: models[name] for name in stage.losses}
     frozen = {name: model for name, model in models.items() if name not in stage.losses}
     txs = optimizers_of(c, stage)
@@ -86,9 +93,25 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
         sample_fn=sample_fn(c, data),
         sample_every=c.sample_every,
         progress=c.progress,
+        **({"put_batch": put_batch} if put_batch else {}),
     )
     writer.close()
     return state
+
+
+def mesh_of(c: ConfigDict) -> Mesh | None:
+    """The mesh of `c.mesh`, or None for one device."""
+    sizes = c.mesh.to_dict()
+    return None if all(size == 1 for size in sizes.values()) else make_mesh(**sizes)
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Leaves with a batch axis cut over `data` and `fsdp`, the others on every device."""
+    cut, whole = batch_sharding(mesh), replicated(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(cut if has_batch_axis(name) else whole, np.asarray(leaf))
+        for name, leaf in batch.items()
+    }
 
 
 def sample_fn(c: ConfigDict, data: Data) -> SampleFn | None:
