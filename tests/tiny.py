@@ -23,7 +23,8 @@ def randomised(config: WanConfig, seed: int = 0) -> Wan:
 
 @cache
 def tiny() -> Wan:
-    return randomised(CONFIG)
+    with jax.ensure_compile_time_eval():  # the first call may be inside a trace
+        return randomised(CONFIG)
 
 
 def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> jax.Array:
@@ -32,12 +33,14 @@ def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> jax.Array:
 
 @cache
 def text() -> jax.Array:
-    return normal(101, (BATCH, TEXT_LEN, CONFIG.text_dim))
+    with jax.ensure_compile_time_eval():
+        return normal(101, (BATCH, TEXT_LEN, CONFIG.text_dim))
 
 
 @cache
 def text_kv():
-    return embed_text(tiny(), text())
+    with jax.ensure_compile_time_eval():
+        return embed_text(tiny(), text())
 
 
 def relative(a: jax.Array, b: jax.Array) -> float:
