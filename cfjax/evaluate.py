@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -20,7 +21,16 @@ from cfjax.world import World, evaluation_clips, stack_videos
 
 DESCRIPTION = """Generates videos for held-out captions with a run's own sampler and measures them from decoded pixels.
 Writes evaluation.json and samples.npz to the workdir."""
-SHOWN = ("all_correct", "shape_correct", "colour_correct", "direction_correct", "presence", "step", "jerkiness", "residual")
+SHOWN = (
+    "all_correct",
+    "shape_correct",
+    "colour_correct",
+    "direction_correct",
+    "presence",
+    "step",
+    "jerkiness",
+    "residual",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,11 +50,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def real_clips(world: World, clips: int) -> dict[str, Any]:
-    """The same measurement on real clips, and on their round trip through the codec: what a perfect model would score."""
+    """The same measurement on real clips, and after the codec's round trip: what a perfect model would score."""
     real = evaluation_clips(world.shapes, clips)
     video = stack_videos(real)
     factors = [clip["factors"] for clip in real]
-    decoded = np.asarray(world.codec.decode(world.codec.encode(video)))
+    decoded = np.asarray(world.codec.decode(world.codec.encode(jnp.asarray(video))))
     return {
         "captions": [clip["caption"] for clip in real],
         "videos": to_uint8(video),
@@ -58,7 +68,7 @@ def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) 
 
     Returns:
       "summary" (means, with Wilson 95 % bounds for accuracies), "network_calls" per video, "frames_per_second" of the
-      sampler at this batch (compiled, decoding included, best of the batches), "captions" and "videos" of the kept ones.
+      sampler at this batch (compiled, decoding included, the best batch), "captions" and "videos" of the kept ones.
 
     Raises:
       UserError: `batch` does not divide `clips`.

@@ -143,7 +143,9 @@ def initial_model(name: str, role: ConfigDict, data: Data, seed: int) -> Wan:
     if (ASSETS / role.init / MODEL_FILE).exists():
         return load_shipped(role.init, template)
     if not Path(role.init).exists():
-        raise UserError(f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init")
+        raise UserError(
+            f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init"
+        )
     concrete = make_wan(config, jax.random.key(0))
     return load_role(role.init, role.init_role, concrete, ema=role.init_ema, stages=tuple(role.init_stages))
 

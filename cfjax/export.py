@@ -21,8 +21,8 @@ from cfjax.experiment import MODEL_FILE
 from cfjax.runs import META_FILE, open_run
 from cfjax.training.checkpoint import read_meta
 
-DESCRIPTION = """Writes a run's averaged weights (bf16 safetensors), its codec and text encoder, an evaluation of the rounded
-weights and the training curves to the workdir. What stands there is replaced."""
+DESCRIPTION = """Writes a run's averaged weights (bf16 safetensors), its codec and text encoder, an evaluation of the
+rounded weights and the training curves to the workdir. An older export there is replaced."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,7 +20,9 @@ from cfjax.rollout.generate import FewStep
 from cfjax.rollout.stream import stream
 from cfjax.runs import Run, open_run
 
-DESCRIPTION = """Generates videos from captions with a trained run: mp4 files, a contact sheet and settings.json with timings."""
+DESCRIPTION = (
+    """Generates videos from captions with a trained run: mp4 files, a contact sheet and settings.json with timings."""
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
     for text in prompts:
         unknown = run.world.text.tokenizer.unknown_words(text)
         if unknown:
-            raise UserError(f"prompt {text!r}: this model never saw {', '.join(map(repr, unknown))}; {_vocabulary(run)}")
+            raise UserError(
+                f"prompt {text!r}: this model never saw {', '.join(map(repr, unknown))}; {_vocabulary(run)}"
+            )
     captions = [text for text in prompts for _ in range(c.videos)]
     video, timings = generate_videos(run, captions, c.seed)
     write_videos(c, workdir, run, captions, video, timings)

@@ -8,7 +8,7 @@ NEVER = 2_000_000_000
 
 
 def optimizer(lr: float, b1: float = 0.0, b2: float = 0.999, **overrides: Any) -> ConfigDict:
-    """The reference's AdamW: constant rate, decay 0.01 on everything, clip 10 (reference.md section 10)."""
+    """The reference's AdamW: constant rate, decay 0.01 on everything, clip 10 (PyTorch reference)."""
     values: dict[str, Any] = {
         "name": "adamw",
         "lr": lr,

@@ -23,12 +23,15 @@ from cfjax.evaluation.report import StageReport, write_report
 from cfjax.export import read_curves
 from cfjax.runs import open_run
 
-DESCRIPTION = """Trains the AR teacher, the ODE initialisation and the DMD student on the toy world, evaluates each over captions
-that none of them saw, and writes report/index.html. Interrupted? The same command goes on from where it was."""
+DESCRIPTION = """Trains the AR teacher, the ODE initialisation and the DMD student on the toy world, evaluates each
+over captions that none of them saw, and writes report/index.html. Interrupted? The same command goes on from there."""
 WALL_CLIPS = 8
 
 TITLES = {
-    "teacher": ("Bidirectional teacher", "Ships with the package. Sees all frames at once; 50 UniPC steps with guidance."),
+    "teacher": (
+        "Bidirectional teacher",
+        "Ships with the package. Sees all frames at once; 50 UniPC steps with guidance.",
+    ),
     "ar": ("AR teacher (stage 1)", "Teacher forcing: a noisy block sees the clean blocks before it. 50 steps a block."),
     "ode": ("Causal ODE student (stage 2)", "Regresses the AR teacher's ODE end points given the clean past. 4 steps."),
     "dmd": ("DMD student (stage 3)", "Generates with its own cache while real and fake scores correct it. 4 steps."),

@@ -103,4 +103,3 @@ def open_run(name: str, *, ema: bool = True) -> Run:
         latent_shape=tuple(meta["latent_shape"]),
         config=c,
     )
-

@@ -58,7 +58,9 @@ class World:
         """Equal for two worlds iff models can move between them."""
         codec = b"".join(np.asarray(a, np.float32).tobytes() for a in (self.codec.mean, self.codec.basis))
         text = self.text.encode([all_captions(self.shapes)[0]]).round(3).tobytes()
-        return hashlib.sha256(codec + text + json.dumps(self.shapes.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(codec + text + json.dumps(self.shapes.to_json(), sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
 
 
 def make_world(shapes: ShapesConfig, *, channels: int, text_length: int) -> World:
@@ -100,7 +102,7 @@ def held_out_captions(shapes: ShapesConfig) -> list[str]:
 
 
 class SplitSource:
-    """Clips whose captions are all trained on, or all held out; redraws a clip until its caption is on the right side."""
+    """Clips whose captions are all trained on, or all held out: a clip is redrawn until its caption is."""
 
     def __init__(self, config: ShapesConfig, seed: int, length: int, *, held_out: bool = False) -> None:
         self.config, self.seed, self.length, self.held_out = config, seed, length, held_out

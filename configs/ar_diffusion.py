@@ -4,8 +4,8 @@
     cfjax train --config=configs/ar_diffusion.py:framewise --workdir=runs/ar
     cfjax train --config=configs/ar_diffusion.py:toy --workdir=runs/toy/ar
 
-Numbers of reference.md section 10: lr 2e-6, betas (0, 0.999), 2K steps or more at batch 64, no EMA. The reference drops
-no captions (quirk Q19); the toy drops 10 %, because guidance is used at sampling. Topology: v5p:4x4x4.
+Numbers of the PyTorch reference: lr 2e-6, betas (0, 0.999), 2K steps or more at batch 64, no EMA. The reference drops
+no captions (quirk Q19); the toy drops 10 %, because guidance is used at sampling.
 """
 
 from cfjax import presets

@@ -5,10 +5,9 @@
     cfjax train --config=configs/dmd.py:framewise,2step --workdir=runs/dmd    4 steps for the first block, then 2
     cfjax train --config=configs/dmd.py:toy --workdir=runs/toy/dmd
 
-Numbers of reference.md section 10: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five iterations,
-guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. The reference quirks that change numbers are keys of
+Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five
+iterations, guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. Its quirks that change numbers are keys of
 `objective`: context_noise 0.00498 (Q4), kv_gradient "straight_through" (Q6), score_table_shift 8 (Q3).
-Topology: v5p:4x4x4.
 """
 
 from cfjax import presets

@@ -1,7 +1,7 @@
 """Measure what a trained run generates, over captions that no stage was trained on.
 
-    cfjax evaluate --config=configs/evaluate.py --config.run=runs/quickstart/dmd --workdir=runs/quickstart/dmd/evaluation
-    cfjax evaluate --config=configs/evaluate.py --config.run=toy_teacher --workdir=runs/teacher/evaluation
+    cfjax evaluate --config.run=runs/quickstart/dmd --workdir=runs/evaluation/dmd
+    cfjax evaluate --config.run=toy_teacher --workdir=runs/evaluation/teacher
 
 Decoded pixels are judged against the captioned factors by analysis and synthesis (cfjax/evaluation/shapes_metrics.py).
 """

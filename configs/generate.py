@@ -1,6 +1,6 @@
 """Generate videos from a trained run, streamed block by block where its sampler is few-step.
 
-    cfjax generate --config.prompt="a red circle moving left" --config.run=runs/quickstart/dmd --workdir=runs/videos
+cfjax generate --config.prompt="a red circle moving left" --config.run=runs/quickstart/dmd --workdir=runs/videos
 """
 
 from ml_collections import ConfigDict

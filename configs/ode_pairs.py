@@ -3,7 +3,7 @@
     cfjax precompute --config=configs/ode_pairs.py --workdir=runs/pairs
     cfjax precompute --config=configs/ode_pairs.py:toy --workdir=runs/toy/pairs
 
-48 Euler steps, guidance 6 (reference.md 5.1); stored at the student's four levels and at the end. `objective.method`
+48 Euler steps, guidance 6 (PyTorch reference); stored at the student's four levels and at the end. `objective.method`
 "full" solves all blocks at once against the clean context, "cached" block by block; they agree to 1e-4.
 """
 

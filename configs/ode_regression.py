@@ -3,8 +3,8 @@
     cfjax train --config=configs/ode_regression.py --workdir=runs/ode
     cfjax train --config=configs/ode_regression.py:toy --workdir=runs/toy/ode
 
-Needs the pairs of configs/ode_pairs.py. Numbers of reference.md section 10: lr 2e-6, betas (0.9, 0.999), 1K steps or more,
-no EMA. Topology: v5p:4x4x4.
+Needs the pairs of configs/ode_pairs.py. Numbers of the PyTorch reference: lr 2e-6, betas (0.9, 0.999), 1K steps or
+more, no EMA.
 """
 
 from cfjax import presets

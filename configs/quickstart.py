@@ -3,9 +3,9 @@
     bash launch/quickstart.sh
     cfjax quickstart --config.budget=long
 
-Every stage is an ordinary `cfjax train` command, printed before it runs. Starts from the toy teacher that ships with the
-package. Budgets are numbers of steps; "default" trains for at most 20 minutes on two cores, "long" for some two hours, "tiny"
-only proves that everything is wired.
+Every stage is an ordinary `cfjax train` command, printed before it runs. Starts from the toy teacher that ships with
+the package. Budgets are numbers of steps; "default" trains for at most 20 minutes on two cores, "long" for an hour or
+more, "tiny" only proves that everything is wired.
 """
 
 from ml_collections import ConfigDict

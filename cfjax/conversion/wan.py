@@ -2,7 +2,7 @@
 
 Both are PyTorch: linear weights [out, in], the patch embedding a 3-d convolution, and a head's channels stored as
 (real, imaginary) pairs where ours are [real parts, imaginary parts] (see `nn.rope`). The head's 64 outputs are ordered
-(p, q, c) everywhere. Names of the original: reference.md 1.2.
+(p, q, c) everywhere. Names of the original: those of the release.
 """
 
 from collections.abc import Mapping

@@ -111,7 +111,7 @@ def gap_bf16(sigma: ArrayLike, sigma_next: ArrayLike) -> jax.Array:
 
 
 def score_sigma(u: ArrayLike, shift: float, lo: float, hi: float) -> jax.Array:
-    """The level at which DMD compares scores (reference 6.3): shift_sigma(u) clipped to [lo, hi], u uniform in [0, 1).
+    """The level at which DMD compares scores: shift_sigma(u) clipped to [lo, hi], u uniform in [0, 1).
 
     The reference draws u = k/1000 with integer k, shift 5, lo 0.02, hi 0.98.
     """
@@ -119,7 +119,7 @@ def score_sigma(u: ArrayLike, shift: float, lo: float, hi: float) -> jax.Array:
 
 
 def unipc_grid(num_steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """The multi-step sampler's grid (reference 3.6): `(sigmas[N + 1], timesteps[N])`.
+    """The multi-step sampler's grid (PyTorch reference): `(sigmas[N + 1], timesteps[N])`.
 
     sigmas: float32, descending from 0.99979985 (shift 5; not 1) to a final 0, used by the solver unrounded.
     timesteps: int64, 1000 sigma *truncated*, what the network is told; divide by 1000 for `model_sigmas`.

@@ -97,7 +97,7 @@ def heun(
 
 
 def _unipc_coefficients(grid: np.ndarray) -> dict[str, np.ndarray]:
-    """Coefficients of every UniPC step (reference 3.6: order 2, x0-prediction, B(h) = expm1(-h) "bh2"), each [N].
+    """Coefficients of every UniPC step (PyTorch reference: order 2, x0-prediction, B(h) = expm1(-h) "bh2"), each [N].
 
     With m_i the x0 prediction at step i, the corrected state and the next state are linear combinations:
       x_i^c   = corr_x x_i + corr_last x_{i-1}^c + corr_m0 m_i + corr_m1 m_{i-1} + corr_m2 m_{i-2}

@@ -144,7 +144,7 @@ def make_umt5(config: UMT5Config, key: jax.Array) -> UMT5:
 
 
 def encode_text(model: UMT5, ids_BS: jax.Array, mask_BS: jax.Array, policy: Policy = F32) -> jax.Array:
-    """What the video network attends to: float32 text_BSE with the rows of padding set to zero (reference 7.7).
+    """What the video network attends to: float32 text_BSE with the rows of padding set to zero (PyTorch reference).
 
     Args:
       ids_BS: int32 token ids. mask_BS: true (or 1) at real tokens, EOS included; at least one per caption.

@@ -1,4 +1,4 @@
-"""Wan2.1's diffusion transformer, bidirectional and causal, with a timestep per frame (reference.md section 1).
+"""Wan2.1's diffusion transformer, bidirectional and causal, with a timestep per frame (PyTorch reference).
 
 One set of weights, five uses, one backbone:
 
@@ -176,7 +176,7 @@ class Wan(nnx.Module):
 
 
 def make_wan(config: WanConfig, key: jax.Array) -> Wan:
-    """A randomly initialised network (reference.md 1.8), compiled as one program."""
+    """A randomly initialised network (PyTorch reference), compiled as one program."""
     return jax.jit(lambda k: Wan(config, k))(key)
 
 
@@ -201,7 +201,7 @@ def teacher_forced(
     *,
     clean_sigma_BF: jax.Array | None = None,
 ) -> jax.Array:
-    """Flow of every noisy block given the clean earlier blocks, in one pass over [clean, noisy] (reference section 2).
+    """Flow of every noisy block given the clean earlier blocks, in one pass over [clean, noisy] (PyTorch reference).
 
     Gradients flow through the clean half too. `clean_sigma_BF` (default zeros) is the clean half's own time embedding,
     for noise augmentation.
@@ -234,7 +234,7 @@ def forward_block(
     start: jax.Array,
     blocks: Blocks,
 ) -> tuple[jax.Array, KV]:
-    """One block, frames [start, start + F), against what the cache shows it (reference 1.6).
+    """One block, frames [start, start + F), against what the cache shows it (PyTorch reference).
 
     Returns:
       The flow, and the block's own keys and values for `cache.write`. Reads the cache, never writes it.
@@ -282,7 +282,7 @@ def replay(
 
     The values equal those of the sequential loop that left `context`. `kv_gradient` says what later blocks send back:
     "detached" nothing; "straight_through" the gradient of each earlier block's own keys and values in this pass, i.e.
-    K = sg(K_context) + K_noisy - sg(K_noisy), which is what the PyTorch reference does (reference.md 6.2, quirk Q6).
+    K = sg(K_context) + K_noisy - sg(K_noisy), which is what the PyTorch reference does (quirk Q6).
     """
     if kv_gradient not in ("detached", "straight_through"):
         raise UserError(f"kv_gradient={kv_gradient!r}: use detached or straight_through")
@@ -323,7 +323,7 @@ def _block(
     self_attend: SelfAttend,
     config: WanConfig,
 ) -> tuple[jax.Array, KV]:
-    """One transformer block on a stream of frames (reference.md 1.3, item 5); returns its roped keys and values too."""
+    """One transformer block on a stream of frames (PyTorch reference); returns its roped keys and values too."""
     policy, compute = config.precision, config.precision.compute
     frames = stream_BFTD.shape[1]
     modulation = policy.to_island(block.modulation[...])[None, None] + e0_BF6D

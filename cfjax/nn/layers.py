@@ -111,7 +111,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x rsqrt(mean(x^2) + eps) in float32, cast back to the input's dtype, then times the scale (reference 1.3)."""
+    """x rsqrt(mean(x^2) + eps) in float32, cast back to the input's dtype, then times the scale (PyTorch reference)."""
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))

@@ -1,7 +1,7 @@
 """Stage 0 and 1: flow matching for the bidirectional teacher, and AR diffusion with teacher forcing (paper section 3).
 
 Both regress v* = eps - x0 with a weight per noise level; they differ in who sees whom and in whether a noise level is
-drawn per clip or per block. Reference: reference.md section 4 (the trainer named `diffusion`).
+drawn per clip or per block. PyTorch reference: the trainer named `diffusion`.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class DiffusionConfig:
 
     Attributes:
       shift: timestep shift of the 1000-level table (5 for Wan 1.3B at 480p).
-      weighting: "bsmntw" (reference 3.5), "uniform", or "x0": sigma^2 / mean sigma^2, the error of the clean video.
+      weighting: "bsmntw" (PyTorch reference), "uniform", or "x0": sigma^2 / mean sigma^2, the error of the clean video.
       text_dropout: chance of the negative prompt per clip (the reference drops none, quirk Q19).
       bf16_timesteps: round timesteps to bfloat16 as the reference does (quirk Q1).
     """

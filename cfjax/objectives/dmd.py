@@ -1,4 +1,4 @@
-"""Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.3; reference.md section 6).
+"""Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.3; PyTorch reference).
 
 The causal student generates with its own cache; a frozen bidirectional teacher (the real score, with guidance) and a
 trained bidirectional critic (the fake score) say in which direction its videos should move.
@@ -31,7 +31,7 @@ class DMDConfig:
     Attributes:
       self_forcing: how the student rolls out.
       real_guidance, fake_guidance: w in pos + w (pos - neg), the "dmd" convention (quirk Q7); 0 is no guidance.
-      score_shift, score_min, score_max: the level at which scores are compared (reference 6.3).
+      score_shift, score_min, score_max: the level at which scores are compared (PyTorch reference).
       score_table_shift: the reference converts the scores' flows with a shift-8 table although it noised with shift 5
         (quirk Q3); None uses the exact level, 8.0 is faithful.
     """
@@ -114,7 +114,7 @@ def generator_loss(config: DMDConfig, blocks: Blocks, role: str = "student") -> 
 
 
 def critic_loss(config: DMDConfig, blocks: Blocks, role: str = "critic", student: str = "student") -> Loss:
-    """Flow matching of the critic on the student's videos: mean (v_f - (eps - x0))^2, unweighted (reference 6.5)."""
+    """Flow matching of the critic on the student's videos: mean (v_f - (eps - x0))^2, unweighted."""
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         shape = batch["latents_BFHWC"].shape

@@ -1,4 +1,4 @@
-"""Stage 2a: causal ODE pairs from the AR teacher, and their regression (paper section 3.2; reference.md 5.1).
+"""Stage 2a: causal ODE pairs from the AR teacher, and their regression (paper section 3.2; PyTorch reference).
 
 The teacher's PF-ODE is solved block by block *given the clean past*, so that (noisy block, clean past) -> clean block
 is a function: the student can learn it. With a bidirectional teacher the same pairs would depend on unseen future
@@ -35,7 +35,7 @@ class PairsConfig:
       steps: integer timesteps of the student, descending; the trajectory is stored at these levels.
       solver_steps: Euler steps from pure noise to 0; their table must contain the student's levels.
       shift: timestep shift of both tables.
-      guidance: scale in the sampling convention (reference 6.0 for pairs, 3.0 for sampling: quirk Q8).
+      guidance: scale in the sampling convention (the PyTorch reference takes 6 for pairs, 3 for sampling: quirk Q8).
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
@@ -142,7 +142,7 @@ def draw(key: jax.Array, batch: int, frames: int, levels: int) -> dict[str, jax.
 
 
 def ode_regression(config: PairsConfig, blocks: Blocks, role: str = "student") -> Loss:
-    """L = E_k |x_k - sigma_k v(x_k, sigma_k; clean past) - x_end|^2, plain mean square (reference 5.1).
+    """L = E_k |x_k - sigma_k v(x_k, sigma_k; clean past) - x_end|^2, plain mean square (PyTorch reference).
 
     The batch holds `trajectory_BJFHWC` from `ode_pairs` and `latents_BFHWC`, the clean past. Injectable: level_BF.
     """

@@ -37,7 +37,7 @@ def commit_block(
     *,
     sigma: float | jax.Array = 0.0,
 ) -> KVCache:
-    """The cache with a finished block added: one pass at timestep 0 whose keys and values are kept (reference 6.2.3).
+    """The cache with a finished block added: one pass at timestep 0 whose keys and values are kept (PyTorch reference).
 
     `sigma` is what the network is told; 0 except for context noise.
     """

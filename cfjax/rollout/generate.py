@@ -25,7 +25,7 @@ from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
 
 @dataclass(frozen=True)
 class FewStep:
-    """The distilled student's sampler: predict x0, re-noise with fresh noise, repeat (reference 7.1).
+    """The distilled student's sampler: predict x0, re-noise with fresh noise, repeat (PyTorch reference).
 
     Attributes:
       steps: integer timesteps before warping, descending.
@@ -46,7 +46,7 @@ class FewStep:
 
 @dataclass(frozen=True)
 class ManyStep:
-    """A PF-ODE sampler with classifier-free guidance (reference 7.2): UniPC, 50 steps, shift 5, scale 3."""
+    """A PF-ODE sampler with classifier-free guidance (PyTorch reference): UniPC, 50 steps, shift 5, scale 3."""
 
     solver: str = "unipc"
     steps: int = 50

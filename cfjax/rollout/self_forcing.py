@@ -1,6 +1,6 @@
 """Self-rollout for distribution matching, split in two: generate without gradient, then replay with gradient.
 
-Only each block's exit step carries gradient (paper section 3.3; reference.md 6.2). So `rollout` runs the sequential
+Only each block's exit step carries gradient (paper section 3.3; PyTorch reference). So `rollout` runs the sequential
 loop without gradient and keeps what that step saw: its input and the committed keys and values. `replay_exit` then runs
 the exit steps of *all* blocks in one pass: the loop's gradient, from one large well-shaped pass.
 """

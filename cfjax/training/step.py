@@ -78,7 +78,7 @@ def _grads(
 
 
 def _shadow(ema: Any, params: Any, rule: Ema, step: jax.Array) -> Any:
-    """Reference 6.1: a float32 copy of the new weights before iteration `start`, a running average from there on."""
+    """A float32 copy of the new weights before iteration `start`, their running average from there on."""
     keep = jnp.where(step < rule.start, 0.0, rule.decay).astype(jnp.float32)
     return jax.tree.map(lambda e, p: keep * e + (1.0 - keep) * p.astype(jnp.float32), ema, params)
 

@@ -27,7 +27,7 @@ def test_there_and_back_is_exact(table):
 
 @pytest.mark.parametrize("name, tensors", [("wan_1_3b", 825), ("wan_14b", 1095)])
 def test_the_original_release_has_these_arrays(name, tensors):
-    """Names and shapes of reference.md 1.2, without allocating them."""
+    """Names and shapes of the original release, without allocating them."""
     config = preset(name)
     wanted = named_leaves(abstract_wan(config))
     dim, ffn = config.dim, config.ffn_dim

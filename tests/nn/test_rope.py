@@ -9,7 +9,7 @@ from cfjax.nn.rope import axis_pairs, rope_table, rotate, sinusoid
 
 
 def exact_angles(frames, height, width, head_dim):
-    """reference.md 1.4 in float64: [F * height * width, head_dim / 2]."""
+    """The rotation tables in float64: [F * height * width, head_dim / 2]."""
     half = head_dim // 2
     spatial = half // 3
     grid = np.meshgrid(frames, np.arange(height), np.arange(width), indexing="ij")
@@ -60,7 +60,7 @@ def test_rotation_is_of_pairs():
 
 
 def test_sinusoid_golden_values():
-    # reference.md 1.3, computed by the PyTorch reference in float64
+    # computed by the PyTorch reference in float64
     got = np.asarray(sinusoid(jnp.array(937.5), 256))
     np.testing.assert_allclose(got[[0, 1, 2, 127]], [0.262302, 0.580487, 0.257223, 0.994930], atol=2e-5)
     np.testing.assert_allclose(got[[128, 129, 130, 255]], [0.964986, -0.814269, 0.966352, 0.100574], atol=2e-5)

@@ -30,7 +30,7 @@ KEY = jax.random.key(0)
 
 
 def reference_timesteps() -> np.ndarray:
-    """T5 of reference 3.1: float32, descending from 1000."""
+    """The PyTorch reference's T5: float32, descending from 1000."""
     u = np.linspace(1.0, 0.0, 1001, dtype=np.float64)[:-1].astype(np.float32)
     return (1000.0 * (5.0 * u / (1.0 + 4.0 * u))).astype(np.float32)
 
@@ -141,7 +141,7 @@ def test_draws_have_their_distributions():
 
 
 def test_weights_average_to_one():
-    """So that the learning rate means the same whatever the weighting (bsmntw: reference 3.5, sum 1000)."""
+    """So that the learning rate means the same whatever the weighting (bsmntw: PyTorch reference, sum 1000)."""
     for weighting in ("bsmntw", "uniform", "x0"):
         weights = diffusion._weights(DiffusionConfig(weighting=weighting), sigma_table(1000, 5.0))
         assert np.mean(weights) == pytest.approx(1.0, rel=1e-5)
