@@ -33,8 +33,9 @@ def init_cache(config: Any, batch: int, num_frames: int, tokens_per_frame: int, 
     """
     slots = min(blocks.window, num_frames) if blocks.window else num_frames
     shape = (config.num_layers, batch, slots * tokens_per_frame, config.num_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.precision.compute)
-    return KVCache(zeros, zeros, jnp.full((slots,), -1, jnp.int32))
+    # Two buffers: a cache is donated, and one buffer cannot be donated twice.
+    k, v = (jnp.zeros(shape, config.precision.compute) for _ in range(2))
+    return KVCache(k, v, jnp.full((slots,), -1, jnp.int32))
 
 
 def visible_frames(cache: KVCache, start: jax.Array, stop: jax.Array, blocks: Blocks) -> jax.Array:
