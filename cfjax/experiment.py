@@ -1,7 +1,8 @@
 """Where a ConfigDict ends and plain values begin: the verbs' shared door from configs to the library."""
 
+import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.checkpoint import load_role
 from cfjax.training.optim import make_optimizer
-from cfjax.world import ASSETS, SplitSource, World, open_world
+from cfjax.world import SplitSource, World, asset, open_world
 
 MODEL_FILE = "model.safetensors"
+META_FILE = "model.json"
 
 
 @dataclass(frozen=True)
@@ -121,15 +123,18 @@ def wan_config(role: ConfigDict, channels: int, text_width: int) -> WanConfig:
     )
 
 
-def load_shipped(name: str, template: Wan) -> Wan:
-    """A teacher that comes with the package, in the template's form.
+def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan:
+    """An exported model (see `world.asset`), in the template's form. `stages`: accepted ones, empty for any.
 
     Raises:
-      UserError: no such asset, or it does not fit the model.
+      UserError: no such model, it is of another stage, or it does not fit the template.
     """
-    file = ASSETS / name / MODEL_FILE
-    if not file.exists():
-        raise UserError(f"init={name!r} is neither a run directory nor a shipped teacher")
+    file, meta = asset(name, MODEL_FILE), asset(name, META_FILE)
+    if file is None or meta is None:
+        raise UserError(f"init={name!r} is neither a run directory nor an exported model")
+    stage = json.loads(meta.read_text())["stage"]
+    if stages and stage not in stages:
+        raise UserError(f"{file.parent} holds stage {stage!r}, expected {' or '.join(map(repr, stages))}")
     arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
     return jax.tree.map(jax.numpy.asarray, from_named(template, arrays))
 
@@ -140,8 +145,8 @@ def initial_model(name: str, role: ConfigDict, data: Data, seed: int) -> Wan:
     if not role.init:
         return make_wan(config, jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())))
     template = jax.eval_shape(lambda k: Wan(config, k), jax.random.key(0))
-    if (ASSETS / role.init / MODEL_FILE).exists():
-        return load_shipped(role.init, template)
+    if asset(role.init, MODEL_FILE):
+        return load_shipped(role.init, template, stages=tuple(role.init_stages))
     if not Path(role.init).exists():
         raise UserError(
             f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init"

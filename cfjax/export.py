@@ -17,8 +17,8 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.tree import named_leaves
 from cfjax.evaluate import evaluate_run
-from cfjax.experiment import MODEL_FILE
-from cfjax.runs import META_FILE, open_run
+from cfjax.experiment import META_FILE, MODEL_FILE
+from cfjax.runs import open_run
 from cfjax.training.checkpoint import read_meta
 
 DESCRIPTION = """Writes a run's averaged weights (bf16 safetensors), its codec and text encoder, an evaluation of the

@@ -83,7 +83,12 @@ def _same_budget(root: Path, c: ConfigDict) -> None:
 
 def recipe(c: ConfigDict, budget: ConfigDict, root: Path) -> list[Step]:
     """The commands, in order."""
-    data = [f"--config.data.path={root}/data", f"--config.data.clips={budget.clips}", f"--config.seed={c.seed}"]
+    data = [
+        f"--config.data.path={root}/data",
+        f"--config.data.assets={c.teacher}",
+        f"--config.data.clips={budget.clips}",
+        f"--config.seed={c.seed}",
+    ]
 
     def training(key: str, config: str, steps: int, *more: str) -> Step:
         argv = [f"--config=configs/{config}.py:toy", f"--workdir={root}/{key}", f"--config.steps={steps}", *data, *more]

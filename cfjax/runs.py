@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
 from cfjax.experiment import (
-    MODEL_FILE,
+    META_FILE,
     blocks_of,
     config_from_meta,
     load_shipped,
@@ -25,9 +25,7 @@ from cfjax.models.wan import Wan, make_wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.training.checkpoint import load_role, read_meta
-from cfjax.world import ASSETS, World, shipped_world
-
-META_FILE = "model.json"
+from cfjax.world import World, asset, shipped_world
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,13 @@ def _sampler(sampler: FewStep | ManyStep, blocks: Blocks | None) -> Any:
 
 
 def open_run(name: str, *, ema: bool = True) -> Run:
-    """Opens a run directory or a shipped teacher's name; averaged weights when the run keeps them.
+    """Opens a run directory or an exported model (a path, or a shipped name); averaged weights when the run keeps them.
 
     Raises:
       UserError: neither, or a run without a toy world (Wan weights need `cfjax convert`).
     """
-    if (ASSETS / name / MODEL_FILE).exists():
-        meta = json.loads((ASSETS / name / META_FILE).read_text())
+    if record := asset(name, META_FILE):
+        meta = json.loads(record.read_text())
         c = config_from_meta(meta)
         world = shipped_world(name)
         config = wan_config(c.roles.student, world.codec.latent_channels, world.text.width)

@@ -79,16 +79,23 @@ def open_world(path: str | Path, *, assets: str, shapes: ShapesConfig, channels:
     return World.load(folder)
 
 
+def asset(name: str, file: str) -> Path | None:
+    """`file` of an exported model, which `name` gives as what ships with the package, or as a path; None if neither."""
+    places = (ASSETS / name / file, Path(name) / file)
+    return next((path for path in places if path.is_file()), None)
+
+
 def shipped_world(name: str) -> World:
-    """The world of a teacher that comes with the package.
+    """The world of an exported model, shipped with the package or written by `cfjax export`.
 
     Raises:
-      UserError: no such asset.
+      UserError: no such model.
     """
-    if not (ASSETS / name / "world.json").exists():
+    file = asset(name, "world.json")
+    if file is None:
         known = sorted(p.parent.name for p in ASSETS.glob("*/world.json"))
-        raise UserError(f"data.assets={name!r} does not come with the package; it ships {', '.join(known) or 'none'}")
-    return World.load(ASSETS / name)
+        raise UserError(f"data.assets={name!r} is no exported model; the package ships {', '.join(known) or 'none'}")
+    return World.load(file.parent)
 
 
 def is_held_out(text: str) -> bool:
