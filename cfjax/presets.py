@@ -4,7 +4,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cfjax.core.errors import UserError
+
 NEVER = 2_000_000_000
+
+
+def switches(arg: str, *known: str) -> list[str]:
+    """The words of a config's argument, `configs/NAME.py:word,word`.
+
+    Raises:
+      UserError: a word that is not `known`.
+    """
+    words = [word for word in arg.split(",") if word]
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        raise UserError(f"--config=...:{arg}: unknown switch {unknown[0]!r}; use {', '.join(known)}")
+    return words
 
 
 def optimizer(lr: float, b1: float = 0.0, b2: float = 0.999, **overrides: Any) -> ConfigDict:

@@ -13,9 +13,9 @@ from cfjax import presets
 
 def get_config(arg: str = ""):
     """`toy`, `framewise`."""
-    words = arg.split(",")
+    words = presets.switches(arg, "toy", "framewise")
     toy = "toy" in words
-    c = presets.experiment("ar_diffusion", steps=800 if toy else 5000)
+    c = presets.experiment("ar_diffusion", steps=500 if toy else 5000)
     c.roles.student = presets.role(
         "toy" if toy else "wan_1_3b",
         init="toy_teacher" if toy else "checkpoints/wan_1_3b",

@@ -13,7 +13,7 @@ from cfjax import presets
 
 def get_config(arg: str = ""):
     """`toy`: the moving-shapes world on a laptop. Without: Wan 1.3B on precomputed latents."""
-    toy = "toy" in arg.split(",")
+    toy = "toy" in presets.switches(arg, "toy")
     c = presets.experiment("bidirectional", steps=6000 if toy else 100_000)
     c.roles.student = presets.role("toy" if toy else "wan_1_3b")
     c.data = presets.toy_data("runs/teacher/data", assets="") if toy else presets.wan_data("data/wan")

@@ -12,7 +12,7 @@ from cfjax import presets
 
 def get_config(arg: str = ""):
     """`toy`, `framewise`."""
-    words = arg.split(",")
+    words = presets.switches(arg, "toy", "framewise")
     toy = "toy" in words
     c = presets.experiment("ode_pairs", steps=0)
     init = "runs/toy/ar" if toy else "runs/ar"
@@ -27,6 +27,6 @@ def get_config(arg: str = ""):
         "guidance": 3.0 if toy else 6.0,
         "method": "full",
     }
-    c.pairs = 2048 if toy else 6000
+    c.pairs = 1024 if toy else 6000
     c.output = "pairs"
     return c

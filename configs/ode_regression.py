@@ -12,9 +12,9 @@ from cfjax import presets
 
 def get_config(arg: str = ""):
     """`toy`, `framewise`."""
-    words = arg.split(",")
+    words = presets.switches(arg, "toy", "framewise")
     toy = "toy" in words
-    c = presets.experiment("ode_regression", steps=600 if toy else 5000)
+    c = presets.experiment("ode_regression", steps=400 if toy else 5000)
     init = "runs/toy/ar" if toy else "runs/ar"
     c.roles.student = presets.role("toy" if toy else "wan_1_3b", init=init, init_ema=toy, stages=("ar_diffusion",))
     c.data = presets.toy_data(name="pairs") if toy else presets.wan_data("data/wan")

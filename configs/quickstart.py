@@ -20,7 +20,7 @@ def get_config():
             "seed": 0,
             "budgets": {
                 "tiny": {"clips": 256, "ar": 4, "pairs": 64, "ode": 4, "dmd": 6, "evaluation": 24},
-                "default": {"clips": 16384, "ar": 700, "pairs": 1024, "ode": 500, "dmd": 1000, "evaluation": 240},
+                "default": {"clips": 16384, "ar": 500, "pairs": 1024, "ode": 400, "dmd": 600, "evaluation": 240},
                 "long": {"clips": 16384, "ar": 4000, "pairs": 8192, "ode": 3000, "dmd": 6000, "evaluation": 480},
             },
         }
