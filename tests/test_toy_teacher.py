@@ -1,0 +1,34 @@
+"""The teacher that ships with the package: small, documented, and it follows captions that it never saw."""
+
+import json
+
+import numpy as np
+
+from cfjax.evaluation.shapes_metrics import evaluate_shapes
+from cfjax.experiment import count_parameters
+from cfjax.runs import open_run
+from cfjax.world import ASSETS, evaluation_clips, held_out_captions
+
+FOLDER = ASSETS / "toy_teacher"
+
+
+def test_it_is_small_and_says_how_it_was_made():
+    record = json.loads((FOLDER / "model.json").read_text())
+    assert 1e6 < record["parameters"] < 5e6
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 4e6
+    assert "cfjax train --config=configs/bidirectional.py:toy" in record["note"]
+    assert record["evaluation"]["summary"]["all_correct"] >= 0.95
+    curve = json.loads((FOLDER / "curves.json").read_text())["student/loss"]
+    assert curve[0][1] > 2 * curve[-1][1]
+
+
+def test_it_follows_held_out_captions():
+    run = open_run("toy_teacher")
+    assert count_parameters(run.model) == json.loads((FOLDER / "model.json").read_text())["parameters"]
+    clips = evaluation_clips(run.world.shapes, 2 * len(held_out_captions(run.world.shapes)))
+    video = run.sample([clip["caption"] for clip in clips], seed=3)
+    summary = evaluate_shapes(video, [clip["factors"] for clip in clips], run.world.shapes)["summary"]
+    print({name: round(float(summary[name]), 3) for name in ("all_correct", "presence", "step", "residual")})
+    assert summary["all_correct"] >= 0.9
+    real = np.mean([np.linalg.norm(np.diff(clip["factors"]["centres"][0], axis=0), axis=-1) for clip in clips])
+    assert abs(summary["step"] / real - 1) < 0.15
