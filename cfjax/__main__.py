@@ -1,6 +1,7 @@
 """`cfjax VERB ...`: finds the verb's module, runs its `main`, and turns a user's mistake into one line."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"cfjax {verb}: {' '.join(str(error).split())}\n")
         return 2
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":
