@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from safetensors.numpy import save
 
 from cfjax.core.cli import parse
@@ -44,13 +45,26 @@ def main(argv: Sequence[str]) -> int:
     run.world.save(partial)
     (partial / MODEL_FILE).write_bytes(save(named))
     (partial / META_FILE).write_text(json.dumps(record, indent=1))
-    (partial / "curves.json").write_text(json.dumps(read_curves(Path(c.run), every=200)))
+    curves = read_curves(Path(c.run), every=200)
+    (partial / "curves.json").write_text(json.dumps(curves))
+    draw_curves(partial / "curves.svg", curves)
     if workdir.exists() and not (workdir / META_FILE).exists():
         raise UserError(f"--workdir={workdir} is not an export; choose another folder")
     shutil.rmtree(workdir, ignore_errors=True)
     os.rename(partial, workdir)
     say(f"{workdir}: {record['parameters'] / 1e6:.2f} M parameters, all correct {result['summary']['all_correct']:.3f}")
     return 0
+
+
+def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """The loss and, where it was sampled, caption following over training steps, as an SVG picture."""
+    shown = [name for name in ("student/loss", "samples/all_correct") if name in curves]
+    figure = Figure(figsize=(4 * max(len(shown), 1), 2.8), layout="constrained")
+    for index, name in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), index + 1, xlabel="step", title=name)
+        axes.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 12 else "")
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 def read_curves(run: Path, *, every: int = 1) -> dict[str, list[tuple[int, float]]]:
