@@ -91,18 +91,28 @@ def open_data(c: ConfigDict) -> Data:
     made_in = dataset.manifest.get("text_encoder", {}).get("world")
     if made_in != world.fingerprint():
         raise UserError(f"{root / name} was made in another world than {root / 'world'}; remove it and run again")
+    if name == "clips" and len(dataset) != c.data.clips:
+        raise UserError(
+            f"{root / name} holds {len(dataset)} clips, not data.clips={c.data.clips}; remove it to make it anew"
+        )
     return Data(dataset, world)
 
 
 def toy_world(c: ConfigDict) -> World:
-    """The world of `c.data`, made on first use."""
-    return open_world(
-        Path(c.data.path) / "world",
-        assets=c.data.assets,
-        shapes=shapes_of(c),
-        channels=c.data.channels,
-        text_length=c.data.text_length,
-    )
+    """The world of `c.data`, made on first use.
+
+    Raises:
+      UserError: the one that is there, or the one of `data.assets`, is not what the config describes.
+    """
+    path, shapes = Path(c.data.path) / "world", shapes_of(c)
+    asked = {"channels": c.data.channels, "text_length": c.data.text_length}
+    world = open_world(path, assets=c.data.assets, shapes=shapes, **asked)
+    if (world.shapes, world.codec.latent_channels, world.text.length) != (shapes, *asked.values()):
+        raise UserError(
+            f"{path} has other data.shapes, data.channels or data.text_length than the config; choose another data.path"
+            " (and data.assets='' for a world of your own)"
+        )
+    return world
 
 
 def text_record(world: World) -> dict[str, Any]:

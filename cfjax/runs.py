@@ -17,8 +17,8 @@ from cfjax.experiment import (
     blocks_of,
     config_from_meta,
     load_shipped,
-    open_data,
     sampler_of,
+    toy_world,
     wan_config,
 )
 from cfjax.models.wan import Wan, make_wan
@@ -83,11 +83,13 @@ def open_run(name: str, *, ema: bool = True) -> Run:
             raise UserError(f"run={name!r}: no such run directory, and no shipped teacher of that name")
         meta = read_meta(name)
         c = config_from_meta(meta)
-        data = open_data(c)
-        if data.world is None:
+        if not meta["world"]:
             raise UserError(f"run={name!r} was not trained in a toy world; only those can be generated from so far")
-        world = data.world
-        template = make_wan(wan_config(c.roles.student, data.channels, data.text_width), jax.random.key(0))
+        world = toy_world(c)
+        if meta["world"] != world.fingerprint():
+            raise UserError(f"run={name!r} was trained in another world than {c.data.path}/world now holds")
+        config = wan_config(c.roles.student, world.codec.latent_channels, world.text.width)
+        template = make_wan(config, jax.random.key(0))
         model = load_role(name, "student", template, ema=ema and "student" in c.ema)
     causal = c.sampler.kind != "bidirectional"
     return Run(

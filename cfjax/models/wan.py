@@ -13,6 +13,7 @@ All take text as keys and values (`text_kv`), computed once per prompt. The outp
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -175,9 +176,10 @@ class Wan(nnx.Module):
         return flow
 
 
+@partial(jax.jit, static_argnames="config")
 def make_wan(config: WanConfig, key: jax.Array) -> Wan:
-    """A randomly initialised network (PyTorch reference), compiled as one program."""
-    return jax.jit(lambda k: Wan(config, k))(key)
+    """A randomly initialised network (PyTorch reference), compiled as one program, once per configuration."""
+    return Wan(config, key)
 
 
 def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
