@@ -1,0 +1,308 @@
+"""Every shipped config builds, and the toy's whole chain runs from the command line: train, pairs, videos, figures."""
+
+import importlib.util
+import inspect
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cfjax import experiment
+from cfjax.__main__ import main
+from cfjax.core.errors import UserError
+from cfjax.data.latents import LatentDataset
+from cfjax.objectives.ode_regression import PairsConfig
+from cfjax.runs import open_run
+from cfjax.training.checkpoint import read_meta
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+TRAINED = ("bidirectional", "ar_diffusion", "ode_regression", "dmd")
+
+
+def get_config(path: Path):
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config
+
+
+def documented(path: Path) -> list[str]:
+    """The switches that a config's `get_config` documents, and some of them together."""
+    make = get_config(path)
+    if not inspect.signature(make).parameters:
+        return [""]
+    words = re.findall(r"`(\w+)`", inspect.getdoc(make))
+    assert words, f"{path.name}: the docstring of get_config names its switches"
+    return ["", *words, *(",".join(pair) for pair in itertools.permutations(words, 2))]
+
+
+CASES = [(path, arg) for path in CONFIGS for arg in documented(path)]
+
+
+@pytest.mark.parametrize(("path", "arg"), CASES, ids=[f"{path.stem}:{arg}" for path, arg in CASES])
+def test_every_documented_config_builds(path, arg):
+    make = get_config(path)
+    c = make(arg) if inspect.signature(make).parameters else make()
+    if "stage" not in c:
+        return
+    toy, framewise = "toy" in arg.split(","), "framewise" in arg.split(",")
+    assert experiment.blocks_of(c).frames == (1 if framewise else 3)
+    for role in c.roles.values():
+        size = experiment.wan_config(role, 16, 64 if toy else 4096)
+        assert size.num_layers == (4 if toy else 40 if role.preset == "wan_14b" else 30)
+    if c.stage == "ode_pairs":
+        values = c.objective.to_dict()
+        assert values.pop("method") == "full" and PairsConfig(**values).kept() == (0, 12, 24, 36)
+        return
+    stage = experiment.stage_of(c)
+    assert stage.name == path.stem and set(experiment.optimizers_of(c, stage)) == set(stage.losses) <= set(c.roles)
+    assert experiment.sampler_of(c)
+    if toy:
+        assert experiment.shapes_of(c).frames % experiment.blocks_of(c).frames == 0
+
+
+def test_few_step_variants_change_the_objective_and_the_sampler():
+    make = get_config(ROOT / "configs" / "dmd.py")
+    four = (1000, 750, 500, 250)
+    for arg, steps, first in [("", four, ()), ("2step", (1000, 500), four), ("framewise,1step", (1000,), four)]:
+        c = make(arg)
+        assert (c.objective.steps, c.objective.first_steps) == (steps, first)
+        assert (c.sampler.steps, c.sampler.first_steps) == (steps, first)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if inspect.signature(get_config(p)).parameters], ids=lambda p: p.stem
+)
+def test_a_misspelt_switch_is_a_mistake(path):
+    with pytest.raises(UserError, match="unknown switch 'toi'; use toy"):
+        get_config(path)("toi")
+
+
+# ---- the chain
+
+
+def cfjax(verb: str, config: str, workdir: Path | str, **keys: object) -> int:
+    """Runs one command; `a__b=1` is --config.a.b=1."""
+    overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in keys.items()]
+    return main([verb, f"--config={ROOT}/configs/{config}", f"--workdir={workdir}", *overrides])
+
+
+def tiny_data(root: Path) -> dict[str, object]:
+    return {
+        "data__path": root / "data",
+        "data__assets": "",
+        "data__clips": 64,
+        "data__batch_size": 4,
+        "data__shapes__frames": 6,
+        "progress": False,
+    }
+
+
+def tiny(root: Path, trained: str = "student") -> dict[str, object]:
+    """Two steps on six frames; Adam where Muon would only take longer to compile."""
+    return {**tiny_data(root), "steps": 2, "log_every": 1, "sample_clips": 0, f"roles__{trained}__remat": "none"}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    """Teacher, AR teacher, pairs, ODE student and DMD student under one folder."""
+    root = tmp_path_factory.mktemp("chain")
+    few = {**tiny(root), "optim__student__name": "adamw"}
+    assert cfjax("train", "bidirectional.py:toy", root / "teacher", **tiny(root), sampler__steps=2) == 0
+    init = {"roles__student__init": root / "teacher", "roles__student__init_ema": True}
+    assert cfjax("train", "ar_diffusion.py:toy", root / "ar", **few, **init, sampler__steps=2) == 0
+    pairs = {"roles__teacher__init": root / "ar", "pairs": 8, "objective__solver_steps": 4}
+    assert cfjax("precompute", "ode_pairs.py:toy", root / "none", **tiny_data(root), **pairs) == 0
+    init = {"roles__student__init": root / "ar"}
+    assert cfjax("train", "ode_regression.py:toy", root / "ode", **{**few, "sample_clips": 2}, **init) == 0
+    assert cfjax("train", "dmd.py:toy", root / "dmd", **dmd_keys(root)) == 0
+    return root
+
+
+def dmd_keys(root: Path) -> dict[str, object]:
+    inits = {"student": "ode", "critic": "teacher", "real_score": "teacher"}
+    roles = {f"roles__{role}__init": root / run for role, run in inits.items()}
+    roles |= {f"roles__{role}__remat": "none" for role in inits}
+    return {**tiny(root), **roles}
+
+
+def curves(run: Path) -> dict[str, list[float]]:
+    out: dict[str, list[float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            out.setdefault(name, []).append(value)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("run", "stage", "roles"),
+    [
+        ("teacher", "bidirectional", {"student": 2}),
+        ("ar", "ar_diffusion", {"student": 2}),
+        ("ode", "ode_regression", {"student": 2}),
+        ("dmd", "dmd", {"student": 1, "critic": 2}),
+    ],
+)
+def test_every_stage_trains_two_steps(chain, run, stage, roles):
+    meta, seen = read_meta(chain / run), curves(chain / run)
+    assert (meta["stage"], meta["step"], meta["latent_shape"]) == (stage, 2, [6, 4, 4, 16])
+    for role, updates in roles.items():
+        assert len(seen[f"{role}/loss"]) == updates and np.isfinite(seen[f"{role}/loss"]).all()
+    assert ("samples/all_correct" in seen) == (run == "ode")
+
+
+def test_pairs_hold_noise_first_and_the_students_levels(chain):
+    pairs = LatentDataset(chain / "data" / "pairs")
+    assert len(pairs) == 8 and pairs.trajectory_points == 5
+    noise = np.stack([pairs[i]["trajectory_JFHWC"][0] for i in range(8)])
+    assert abs(noise.mean()) < 0.05 and noise.std() == pytest.approx(1.0, abs=0.05)
+    np.testing.assert_array_equal(pairs[3]["latents_FHWC"], LatentDataset(chain / "data" / "clips")[3]["latents_FHWC"])
+
+
+def test_generate_writes_videos(chain, tmp_path):
+    assert cfjax("generate", "generate.py", tmp_path, run=chain / "dmd", videos=2) == 0
+    assert len(list(tmp_path.glob("*_a_red_circle_moving_left.mp4"))) == 2
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["network_calls"] == 10 and len(settings["seconds_per_block"]) == 2
+
+
+def test_evaluate_writes_figures(chain, tmp_path):
+    assert cfjax("evaluate", "evaluate.py", tmp_path, run=chain / "dmd", clips=4, batch=4) == 0
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["stage"] == "dmd" and record["step"] == 2 and len(record["captions"]) == 4
+    assert 0.0 <= record["summary"]["all_correct"] <= 1.0
+
+
+def test_a_run_needs_its_world_not_its_clips(chain):
+    """Opening a run for generation leaves its dataset alone: it may be gone, or be on another machine."""
+    clips, away = chain / "data" / "clips", chain / "away"
+    clips.rename(away)
+    try:
+        assert open_run(str(chain / "dmd")).latent_shape == (6, 4, 4, 16)
+        assert not clips.exists()
+    finally:
+        away.rename(clips)
+
+
+def test_a_finished_run_returns_at_once(chain, capsys):
+    before = (chain / "dmd" / "metrics.jsonl").read_bytes()
+    assert cfjax("train", "dmd.py:toy", chain / "dmd", **dmd_keys(chain)) == 0
+    assert "step 2 of 2 is done already" in capsys.readouterr().out
+    assert (chain / "dmd" / "metrics.jsonl").read_bytes() == before
+
+
+def test_existing_pairs_are_left_alone(chain, capsys):
+    keys = {**tiny_data(chain), "roles__teacher__init": chain / "ar", "pairs": 8}
+    assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **keys) == 0
+    assert "exists already" in capsys.readouterr().out
+
+
+# ---- mistakes: exit code 2 and one line
+
+
+def one_line(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+def test_another_stages_checkpoint_is_refused(chain, tmp_path, capsys):
+    keys = {**dmd_keys(chain), "roles__student__init": chain / "teacher"}
+    assert cfjax("train", "dmd.py:toy", tmp_path, **keys) == 2
+    assert "holds stage 'bidirectional', expected 'ode_regression'" in one_line(capsys)
+
+
+def test_another_stages_workdir_is_refused(chain, capsys):
+    keys = {**tiny(chain), "roles__student__init": chain / "teacher", "roles__student__init_ema": True}
+    assert cfjax("train", "ar_diffusion.py:toy", chain / "teacher", **keys) == 2
+    assert "holds stage 'bidirectional', expected 'ar_diffusion'" in one_line(capsys)
+
+
+def test_an_unknown_key_is_named(tmp_path, capsys):
+    assert cfjax("train", "dmd.py:toy", tmp_path, objective__real_guidence=1.0) == 2
+    assert "has no such key; did you mean objective.real_guidance" in one_line(capsys)
+
+
+def test_an_unknown_preset_is_named(chain, tmp_path, capsys):
+    assert cfjax("train", "bidirectional.py:toy", tmp_path, **tiny(chain), roles__student__preset="wan_2b") == 2
+    assert "model.preset='wan_2b': use one of wan_1_3b, wan_14b, toy" in one_line(capsys)
+
+
+def test_a_missing_run_is_named(chain, tmp_path, capsys):
+    assert cfjax("train", "ar_diffusion.py:toy", tmp_path, **tiny(chain), roles__student__init="runs/nowhere") == 2
+    assert "roles.student.init='runs/nowhere': no such run" in one_line(capsys)
+
+
+def test_an_unknown_word_is_named(chain, tmp_path, capsys):
+    keys = {"run": chain / "dmd", "prompt": "a purple circle moving left"}
+    assert cfjax("generate", "generate.py", tmp_path, **keys) == 2
+    assert "this model never saw 'purple'; write 'a COLOUR SHAPE moving DIRECTION'" in one_line(capsys)
+
+
+def test_blocks_must_divide_the_clip(chain, tmp_path, capsys):
+    keys = {**tiny(chain), "roles__student__init": chain / "teacher", "blocks__frames": 4}
+    assert cfjax("train", "ar_diffusion.py:toy", tmp_path, **keys) == 2
+    assert "6 latent frames do not divide into blocks" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("data__channels", 8, "has other data.shapes, data.channels or data.text_length than the config"),
+        ("data__shapes__frames", 9, "has other data.shapes, data.channels or data.text_length than the config"),
+        ("data__clips", 32, "holds 64 clips, not data.clips=32"),
+    ],
+)
+def test_data_that_stands_there_must_be_what_the_config_describes(chain, tmp_path, capsys, key, value, told):
+    assert cfjax("train", "bidirectional.py:toy", tmp_path, **{**tiny(chain), key: value}) == 2
+    assert told in one_line(capsys)
+
+
+# ---- an exported model
+
+
+@pytest.fixture(scope="module")
+def exported(chain) -> Path:
+    folder = chain / "exported"
+    assert cfjax("export", "export.py", folder, run=chain / "teacher", clips=60) == 0
+    return folder
+
+
+def test_an_exported_model_initialises_a_stage(chain, exported, tmp_path):
+    """By its path, in a data folder of its own that takes the model's world."""
+    keys = {
+        **tiny(tmp_path),
+        "data__assets": exported,
+        "optim__student__name": "adamw",
+        "roles__student__init": exported,
+    }
+    assert cfjax("train", "ar_diffusion.py:toy", tmp_path / "ar", **keys) == 0
+    assert read_meta(tmp_path / "ar")["world"] == read_meta(chain / "ar")["world"]
+
+
+def test_an_exported_models_stage_is_checked(chain, exported, tmp_path, capsys):
+    keys = {**dmd_keys(chain), "roles__student__init": exported}
+    assert cfjax("train", "dmd.py:toy", tmp_path, **keys) == 2
+    assert "holds stage 'bidirectional', expected 'ode_regression'" in one_line(capsys)
+
+
+def test_an_exported_model_generates_what_its_run_generates(chain, exported):
+    run, copy = open_run(str(chain / "teacher")), open_run(str(exported))
+    assert (copy.stage, copy.step, copy.sampler, copy.blocks) == (run.stage, run.step, run.sampler, run.blocks)
+    captions = ["a red circle moving left"] * 2
+    np.testing.assert_allclose(copy.sample(captions, 0), run.sample(captions, 0), atol=0.05)
+
+
+@pytest.mark.slow
+def test_quickstart_runs_from_an_exported_teacher(tmp_path):
+    root, teacher = tmp_path / "own", tmp_path / "teacher"
+    keys = {**tiny(root), "data__shapes__frames": 12}
+    assert cfjax("train", "bidirectional.py:toy", root, **keys) == 0
+    assert cfjax("export", "export.py", teacher, run=root, clips=60) == 0
+    keys = {"budget": "tiny", "teacher": teacher}
+    assert cfjax("quickstart", "quickstart.py", tmp_path / "all", **keys) == 0
+    assert (tmp_path / "all" / "report" / "index.html").stat().st_size > 10_000
