@@ -185,8 +185,8 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
     )
     student, teacher = results["dmd"], results["ar"]
     say(
-        f"\nstudent: {100 * student['summary']['all_correct']:.0f} % of captions all right with "
-        f"{student['network_calls']} network calls; AR teacher: {100 * teacher['summary']['all_correct']:.0f} % with "
+        f"\nstudent: {100 * student['summary']['all_correct']:.1f} % of captions all right with "
+        f"{student['network_calls']} network calls; AR teacher: {100 * teacher['summary']['all_correct']:.1f} % with "
         f"{teacher['network_calls']}"
     )
     say(f"report: {page}")
@@ -197,7 +197,7 @@ def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """The curves worth a panel."""
     wanted = ("student/loss", "critic/loss", "student/dmd_gradient_norm", "samples/all_correct")
     curves = read_curves(run)
-    return {name: curves[name] for name in wanted if name in curves}
+    return {name: curves[name] for name in wanted if len(curves.get(name, ())) > 1}
 
 
 def environment() -> dict[str, str]:

@@ -22,6 +22,7 @@ def get_config(arg: str = ""):
         stages=("bidirectional",),
     )
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
+    c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
     weighting = "uniform" if toy else "bsmntw"
     c.objective = {"shift": 5.0, "weighting": weighting, "text_dropout": 0.1 if toy else 0.0, "bf16_timesteps": False}

@@ -37,6 +37,7 @@ def get_config(arg: str = ""):
         stages=("bidirectional",),
     )
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
+    c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
     full = (1000, 750, 500, 250)
     few = {"2step": (1000, 500), "1step": (1000,)}

@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
     c.roles.student = presets.role("toy" if toy else "wan_1_3b", init=init, init_ema=toy, stages=("ar_diffusion",))
     c.data = presets.toy_data(name="pairs") if toy else presets.wan_data("data/wan")
     c.data.name = "pairs"
+    c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
     c.objective = {"steps": (1000, 750, 500, 250), "shift": 5.0}
     c.optim.student = presets.toy_optimizer(0.005) if toy else presets.optimizer(2e-6, 0.9)
