@@ -7,4 +7,5 @@ make_environment .venv ".[test]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# Two workers: most of the time goes into compiling, which uses one core. A file stays on one worker: fixtures are shared.
+exec .venv/bin/python -m pytest -n "${CFJAX_TEST_WORKERS:-2}" --dist loadfile "$@"
