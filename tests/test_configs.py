@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from cfjax import experiment
-from cfjax.__main__ import main
 from cfjax.core.errors import UserError
 from cfjax.data.latents import LatentDataset
 from cfjax.objectives.ode_regression import PairsConfig
 from cfjax.runs import open_run
 from cfjax.training.checkpoint import read_meta
+from tests.commands import ROOT, cfjax, tiny, tiny_data
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 TRAINED = ("bidirectional", "ar_diffusion", "ode_regression", "dmd")
 
@@ -85,28 +84,6 @@ def test_a_misspelt_switch_is_a_mistake(path):
 # ---- the chain
 
 
-def cfjax(verb: str, config: str, workdir: Path | str, **keys: object) -> int:
-    """Runs one command; `a__b=1` is --config.a.b=1."""
-    overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in keys.items()]
-    return main([verb, f"--config={ROOT}/configs/{config}", f"--workdir={workdir}", *overrides])
-
-
-def tiny_data(root: Path) -> dict[str, object]:
-    return {
-        "data__path": root / "data",
-        "data__assets": "",
-        "data__clips": 64,
-        "data__batch_size": 4,
-        "data__shapes__frames": 6,
-        "progress": False,
-    }
-
-
-def tiny(root: Path, trained: str = "student") -> dict[str, object]:
-    """Two steps on six frames; Adam where Muon would only take longer to compile."""
-    return {**tiny_data(root), "steps": 2, "log_every": 1, "sample_clips": 0, f"roles__{trained}__remat": "none"}
-
-
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Path:
     """Teacher, AR teacher, pairs, ODE student and DMD student under one folder."""
@@ -153,6 +130,16 @@ def test_every_stage_trains_two_steps(chain, run, stage, roles):
     for role, updates in roles.items():
         assert len(seen[f"{role}/loss"]) == updates and np.isfinite(seen[f"{role}/loss"]).all()
     assert ("samples/all_correct" in seen) == (run == "ode")
+
+
+def test_a_mesh_trains_the_same_run(chain, tmp_path):
+    """Eight devices, each axis that is in use at two, from the command line: the curves of one device."""
+    init = {"roles__student__init": chain / "teacher", "roles__student__init_ema": True}
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    keys = {**tiny(chain), "optim__student__name": "adamw", **init, **mesh}
+    assert cfjax("train", "ar_diffusion.py:toy", tmp_path, **keys) == 0
+    for name in ("student/loss", "student/grad_norm"):
+        np.testing.assert_allclose(curves(tmp_path)[name], curves(chain / "ar")[name], rtol=1e-4)
 
 
 def test_pairs_hold_noise_first_and_the_students_levels(chain):
@@ -295,14 +282,3 @@ def test_an_exported_model_generates_what_its_run_generates(chain, exported):
     assert (copy.stage, copy.step, copy.sampler, copy.blocks) == (run.stage, run.step, run.sampler, run.blocks)
     captions = ["a red circle moving left"] * 2
     np.testing.assert_allclose(copy.sample(captions, 0), run.sample(captions, 0), atol=0.05)
-
-
-@pytest.mark.slow
-def test_quickstart_runs_from_an_exported_teacher(tmp_path):
-    root, teacher = tmp_path / "own", tmp_path / "teacher"
-    keys = {**tiny(root), "data__shapes__frames": 12}
-    assert cfjax("train", "bidirectional.py:toy", root, **keys) == 0
-    assert cfjax("export", "export.py", teacher, run=root, clips=60) == 0
-    keys = {"budget": "tiny", "teacher": teacher}
-    assert cfjax("quickstart", "quickstart.py", tmp_path / "all", **keys) == 0
-    assert (tmp_path / "all" / "report" / "index.html").stat().st_size > 10_000
