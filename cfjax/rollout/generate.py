@@ -89,7 +89,7 @@ def few_step_block(
     return jax.lax.scan(step, noise_BFHWC, (levels[:-1], levels[1:], fresh))[0]
 
 
-def renoise_draws(key: jax.Array, noise_BFHWC: jax.Array, steps: int, blocks: Blocks) -> jax.Array:
+def renoise_draws(key: jax.Array, noise_BFHWC: jax.Array, steps: int) -> jax.Array:
     """Fresh noise [B, F, J, H, W, C] for the steps after the first; J = steps - 1, at least 1."""
     shape = noise_BFHWC.shape
     return jax.random.normal(key, (*shape[:2], max(steps - 1, 1), *shape[2:]), jnp.float32)
@@ -109,7 +109,7 @@ def generate_few_step(
     batch, num_frames, height, width, _ = noise_BFHWC.shape
     sigmas, first = sampler.sigmas(), sampler.first_sigmas()
     steps = max(len(sigmas), len(first))
-    renoise = renoise_draws(key, noise_BFHWC, steps, blocks) if renoise_BFJHWC is None else renoise_BFJHWC
+    renoise = renoise_draws(key, noise_BFHWC, steps) if renoise_BFJHWC is None else renoise_BFJHWC
     tokens = model.config.tokens_per_frame(height, width)
     cache = init_cache(model.config, batch, num_frames, tokens, blocks)
 
