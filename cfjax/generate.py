@@ -89,7 +89,7 @@ def write_videos(
     pixels = to_uint8(video)
     for index, (text, clip) in enumerate(zip(captions, pixels, strict=True)):
         write_mp4(workdir / f"{index:03d}_{text.replace(' ', '_')[:80]}.mp4", clip, fps=c.fps, scale=c.scale)
-    write_png(workdir / "contact_sheet.png", contact_sheet(pixels))
+    write_png(workdir / "contact_sheet.png", contact_sheet(pixels), scale=max(1, c.scale // 2))
     record = {**c.to_dict(), "stage": run.stage, "step": run.step, "captions": captions, **timings}
     (workdir / "settings.json").write_text(json.dumps(record, indent=1))
     rate = pixels.shape[0] * pixels.shape[1] / timings["seconds"]
