@@ -1,0 +1,49 @@
+"""Convolutions over images and videos, channels last, as immutable pytrees."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cfjax.nn.layers import align
+
+Padding = str | Sequence[tuple[int, int]]
+AXES = {2: "HW", 3: "DHW"}  # `lax.conv_general_dilated`'s letters for our H, W and (time first) P, H, W
+
+
+def fan_in_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """U(-1/sqrt(n), 1/sqrt(n)) for n inputs per output of a [*window, in, out] kernel (PyTorch's default)."""
+    fan_in = 1
+    for size in shape[:-1]:
+        fan_in *= size
+    return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
+
+
+class Conv(nnx.Module):
+    """y = x * kernel + bias over 2 (height, width) or 3 (time, height, width) axes, computed in `dtype`.
+
+    Args:
+      in_dim, out_dim: channels.
+      window: size along each axis; its length says how many axes there are.
+      use_bias: without it `bias` is None.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, window: tuple[int, ...], key: jax.Array, *, use_bias: bool = True):
+        self.kernel = nnx.Param(fan_in_uniform(key, (*window, in_dim, out_dim)))
+        self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32)) if use_bias else None
+
+    def __call__(
+        self, x: jax.Array, dtype: str, *, strides: tuple[int, ...] | None = None, padding: Padding = "SAME"
+    ) -> jax.Array:
+        """Convolves x [B, *axes, in]; strides default to 1. Padding is "SAME", "VALID" or (before, after) per axis."""
+        kernel = self.kernel[...].astype(dtype)
+        axes = AXES[kernel.ndim - 2]
+        y = jax.lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel,
+            strides or (1,) * len(axes),
+            padding,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        )
+        return y if self.bias is None else y + align(self.bias[...].astype(dtype), y)
