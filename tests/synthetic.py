@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ DIT = {"dim": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 2, "freq_dim": 25
 TEXT_DIM, TEXT_HEADS, TEXT_FFN, TEXT_LAYERS = 32, 4, 64, 2
 VAE_DIM, Z_DIM = 8, 16
 LATENTS_MEAN = (
-    (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
-    + (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
 )  # fmt: skip
 LATENTS_STD = (
-    (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
-    + (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def vae_shapes(base: int, z_dim: int) -> Shapes:
     """Wan2.1_VAE.pth: widths 1, 2, 4, 4 times `base`, two residual blocks per level (three in the decoder)."""
     widths = [base, base, 2 * base, 4 * base, 4 * base]
     down, index = {}, 0
-    for level, (width_in, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for level, (width_in, width) in enumerate(pairwise(widths)):
         for block in range(2):
             down |= _vae_res(f"encoder.downsamples.{index}", width if block else width_in, width)
             index += 1
@@ -124,7 +125,7 @@ def vae_shapes(base: int, z_dim: int) -> Shapes:
 
 
 def taehv_shapes(width: int = 64, widths: Sequence[int] = (256, 128, 64, 64), z_dim: int = 16) -> Shapes:
-    """taew2_1.pth: three levels each way; time is pooled in the encoder's first two, grown in the decoder's last two."""
+    """taew2_1.pth: three levels; time is pooled in the encoder's first two, grown in the decoder's last two."""
 
     def mem(name: str, dim: int) -> Shapes:
         return _conv(f"{name}.conv.0", dim, 2 * dim, 3, 3) | {
