@@ -18,8 +18,10 @@ from cfjax.core.tree import from_named, named_leaves
 from cfjax.data.latents import LatentDataset
 from cfjax.data.precompute import precompute
 from cfjax.data.shapes import ShapesConfig
+from cfjax.flow.schedule import sigma_table
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
 from cfjax.nn.visibility import Blocks
+from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
 from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.objectives.ode_regression import PairsConfig, ode_regression
@@ -165,9 +167,35 @@ def initial_model(name: str, role: ConfigDict, data: Data, seed: int) -> Wan:
     return load_role(role.init, role.init_role, concrete, ema=role.init_ema, stages=tuple(role.init_stages))
 
 
+# What `--config.reference=True` turns on, by stage: the PyTorch reference's quirks that change numbers and are off by
+# default (Q1, Q2, Q3, Q4, Q6). Its other choices are the defaults already.
+REFERENCE: dict[str, dict[str, Any]] = {
+    "bidirectional": {"bf16_timesteps": True},
+    "ar_diffusion": {"bf16_timesteps": True},
+    "ode_regression": {},
+    "consistency": {"bf16_timesteps": True, "boundary": False},
+    "dmd": {
+        "context_noise": float(sigma_table(1000, 5.0)[-1]),
+        "kv_gradient": "straight_through",
+        "score_table_shift": 8.0,
+    },
+}
+
+
+def objective_of(c: ConfigDict) -> ConfigDict:
+    """`c.objective`, with the reference's quirks when `c.reference` is set.
+
+    Raises:
+      UserError: an unknown stage.
+    """
+    if c.stage not in REFERENCE:
+        raise UserError(f"stage={c.stage!r}: cfjax train knows {', '.join(REFERENCE)}")
+    return ConfigDict({**c.objective.to_dict(), **(REFERENCE[c.stage] if c.reference else {})})
+
+
 def dmd_config(c: ConfigDict) -> DMDConfig:
     """Stage 3's choices from `c.objective`."""
-    o = c.objective
+    o = objective_of(c)
     few = FewStep(tuple(o.steps), tuple(o.first_steps), o.shift)
     rollout = SelfForcing(
         sigmas=tuple(map(float, few.sigmas())),
@@ -192,18 +220,20 @@ def losses_of(c: ConfigDict) -> dict[str, Loss]:
     Raises:
       UserError: an unknown stage.
     """
-    blocks = blocks_of(c)
+    blocks, o = blocks_of(c), objective_of(c)
     if c.stage == "bidirectional":
-        return {"student": flow_matching(DiffusionConfig(**c.objective.to_dict()))}
+        return {"student": flow_matching(DiffusionConfig(**o.to_dict()))}
     if c.stage == "ar_diffusion":
-        return {"student": ar_diffusion(DiffusionConfig(**c.objective.to_dict()), blocks)}
+        return {"student": ar_diffusion(DiffusionConfig(**o.to_dict()), blocks)}
     if c.stage == "ode_regression":
-        pairs = PairsConfig(steps=tuple(c.objective.steps), shift=c.objective.shift)
-        return {"student": ode_regression(pairs, blocks)}
-    if c.stage == "dmd":
-        config = dmd_config(c)
-        return {"student": generator_loss(config, blocks), "critic": critic_loss(config, blocks)}
-    raise UserError(f"stage={c.stage!r}: cfjax train knows bidirectional, ar_diffusion, ode_regression and dmd")
+        return {"student": ode_regression(PairsConfig(steps=tuple(o.steps), shift=o.shift), blocks)}
+    if c.stage == "consistency":
+        for group, role in (("roles", "teacher"), ("ema", "student")):
+            if role not in c[group]:
+                raise UserError(f"{group}.{role} is missing: consistency distillation needs a teacher and an average")
+        return {"student": consistency(ConsistencyConfig(**o.to_dict()), blocks)}
+    config = dmd_config(c)
+    return {"student": generator_loss(config, blocks), "critic": critic_loss(config, blocks)}
 
 
 def stage_of(c: ConfigDict) -> Stage:

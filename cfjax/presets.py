@@ -129,6 +129,7 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "stage": stage,
             "seed": seed,
             "steps": steps,
+            "reference": False,  # every quirk of the PyTorch reference that changes this stage's numbers
             "roles": ConfigDict(),
             "optim": ConfigDict(),
             "ema": ConfigDict(),

@@ -3,17 +3,19 @@
     cfjax train --config=configs/ar_diffusion.py --workdir=runs/ar            chunk-wise, Wan 1.3B
     cfjax train --config=configs/ar_diffusion.py:framewise --workdir=runs/ar
     cfjax train --config=configs/ar_diffusion.py:toy --workdir=runs/toy/ar
+    cfjax train --config=configs/ar_diffusion.py:diffusion_forcing --workdir=runs/df    the paper's baseline
 
 Numbers of the PyTorch reference: lr 2e-6, betas (0, 0.999), 2K steps or more at batch 64, no EMA. The reference drops
-no captions (quirk Q19); the toy drops 10 %, because guidance is used at sampling.
+no captions (quirk Q19); the toy drops 10 %, because guidance is used at sampling. `objective.noise_augmentation` noises
+the clean half, at table indices from that number up.
 """
 
 from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`."""
-    words = presets.switches(arg, "toy", "framewise")
+    """`toy`, `framewise`, `diffusion_forcing`."""
+    words = presets.switches(arg, "toy", "framewise", "diffusion_forcing")
     toy = "toy" in words
     c = presets.experiment("ar_diffusion", steps=500 if toy else 5000)
     c.roles.student = presets.role(
@@ -25,7 +27,14 @@ def get_config(arg: str = ""):
     c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
     weighting = "uniform" if toy else "bsmntw"
-    c.objective = {"shift": 5.0, "weighting": weighting, "text_dropout": 0.1 if toy else 0.0, "bf16_timesteps": False}
+    c.objective = {
+        "shift": 5.0,
+        "weighting": weighting,
+        "text_dropout": 0.1 if toy else 0.0,
+        "bf16_timesteps": False,
+        "forcing": "diffusion" if "diffusion_forcing" in words else "teacher",
+        "noise_augmentation": 0,
+    }
     c.optim.student = presets.toy_optimizer(0.005) if toy else presets.optimizer(2e-6)
     if toy:
         c.ema.student = presets.ema(0.99)

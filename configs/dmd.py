@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
         "toy" if toy else "wan_1_3b",
         init="runs/toy/ode" if toy else "runs/ode",
         init_ema=toy,
-        stages=("ode_regression",),
+        stages=("ode_regression", "consistency"),
     )
     c.roles.critic = presets.role(
         "toy" if toy else "wan_1_3b",

@@ -19,7 +19,7 @@ from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-TRAINED = ("bidirectional", "ar_diffusion", "ode_regression", "dmd")
+TRAINED = ("bidirectional", "ar_diffusion", "ode_regression", "consistency", "dmd")
 
 
 def get_config(path: Path):

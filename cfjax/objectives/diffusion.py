@@ -15,7 +15,7 @@ from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, velocity
 from cfjax.flow.schedule import bsmntw, nearest, round_timestep_bf16, sigma_table
 from cfjax.models.wan import embed_text, teacher_forced
-from cfjax.nn.visibility import FULL, Blocks
+from cfjax.nn.visibility import FULL, Blocks, Visibility
 from cfjax.objectives.stage import Batch, Loss, Models
 
 Draws = Mapping[str, jax.Array]
@@ -30,14 +30,25 @@ class DiffusionConfig:
       weighting: "bsmntw" (PyTorch reference), "uniform", or "x0": sigma^2 / mean sigma^2, the error of the clean video.
       text_dropout: chance of the negative prompt per clip (the reference drops none, quirk Q19).
       bf16_timesteps: round timesteps to bfloat16 as the reference does (quirk Q1).
+      forcing: what an AR network's noisy block sees of the past: "teacher" clean blocks, "diffusion" noisy ones.
+      noise_augmentation: with teacher forcing, a > 0 noises the clean half too, at table indices U{a..999} per block (a
+        larger a is *less* noise) and with the noisy half's own eps, as the reference does; 0 is off.
     """
 
     shift: float = 5.0
     weighting: str = "bsmntw"
     text_dropout: float = 0.0
     bf16_timesteps: bool = False
+    forcing: str = "teacher"
+    noise_augmentation: int = 0
 
     def __post_init__(self) -> None:
+        if self.forcing not in ("teacher", "diffusion"):
+            raise UserError(f"objective.forcing={self.forcing!r}: use teacher or diffusion")
+        if not 0 <= self.noise_augmentation < 1000:
+            raise UserError(f"objective.noise_augmentation={self.noise_augmentation}: use an index of 0 (off) to 999")
+        if self.noise_augmentation and self.forcing != "teacher":
+            raise UserError("objective.noise_augmentation noises the clean half, which only forcing=teacher has")
         if self.weighting not in ("bsmntw", "uniform", "x0"):
             raise UserError(f"objective.weighting={self.weighting!r}: use bsmntw, uniform or x0")
         if not 0.0 <= self.text_dropout < 1.0:
@@ -59,14 +70,21 @@ def _per_block(index_BF: jax.Array, blocks: Blocks) -> jax.Array:
     return index_BF[:, jnp.asarray(first)]
 
 
-def draw(key: jax.Array, shape: tuple[int, ...], text_dropout: float) -> dict[str, jax.Array]:
-    """Random numbers of one loss: eps ~ N(0, 1) [B,F,H,W,C]; index ~ U{0..999} [B,F]; drop ~ Bernoulli [B]."""
+def draw(key: jax.Array, shape: tuple[int, ...], config: DiffusionConfig) -> dict[str, jax.Array]:
+    """Random numbers of one loss: eps ~ N(0, 1) [B,F,H,W,C]; index ~ U{0..999} [B,F]; drop ~ Bernoulli [B].
+
+    With noise augmentation also augment ~ U{a..999} [B,F].
+    """
     key_eps, key_index, key_drop = jax.random.split(key, 3)
-    return {
+    draws = {
         "eps_BFHWC": jax.random.normal(key_eps, shape, jnp.float32),
         "index_BF": jax.random.randint(key_index, shape[:2], 0, 1000),
-        "drop_B": jax.random.bernoulli(key_drop, text_dropout, shape[:1]),
+        "drop_B": jax.random.bernoulli(key_drop, config.text_dropout, shape[:1]),
     }
+    if config.noise_augmentation:
+        key_augment = jax.random.fold_in(key_index, 1)
+        draws["augment_BF"] = jax.random.randint(key_augment, shape[:2], config.noise_augmentation, 1000)
+    return draws
 
 
 def drop_text(batch: Batch, drop_B: jax.Array) -> jax.Array:
@@ -102,7 +120,7 @@ def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         x0 = batch["latents_BFHWC"].astype(jnp.float32)
-        draws = draw(key, x0.shape, config.text_dropout) if draws is None else draws
+        draws = draw(key, x0.shape, config) if draws is None else draws
         index_BF = jnp.broadcast_to(draws["index_BF"][:, :1], x0.shape[:2])
         x, told_BF, weight_BF = _noised(config, x0, draws, index_BF)
         model = models[role]
@@ -112,19 +130,32 @@ def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
     return loss
 
 
+def _past(config: DiffusionConfig, x0: jax.Array, draws: Draws, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """The clean half and the level it is told: the clip itself at 0, or its noise-augmented copy."""
+    if not config.noise_augmentation:
+        return x0, jnp.zeros(x0.shape[:2], jnp.float32)
+    noised, told_BF, _ = _noised(config, x0, draws, _per_block(draws["augment_BF"], blocks))
+    return noised, told_BF
+
+
 def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student") -> Loss:
-    """Stage 1: AR diffusion with teacher forcing; a noise level per block, noisy blocks see *clean* earlier ones.
+    """Stage 1: AR diffusion, a noise level per block. Teacher forcing: noisy blocks see *clean* earlier ones.
 
     L = E w(sigma_b) |v(x_sigma^b, sigma_b, x0^{<b}, text) - (eps - x0)^b|^2; gradients flow through the clean half.
+    With `forcing="diffusion"` (diffusion forcing, arXiv 2407.01392) x_sigma^{<b} stands in x0^{<b}'s place.
     """
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         x0 = batch["latents_BFHWC"].astype(jnp.float32)
-        draws = draw(key, x0.shape, config.text_dropout) if draws is None else draws
+        draws = draw(key, x0.shape, config) if draws is None else draws
         x, told_BF, weight_BF = _noised(config, x0, draws, _per_block(draws["index_BF"], blocks))
         model = models[role]
         text_kv = embed_text(model, drop_text(batch, draws["drop_B"]))
-        v = teacher_forced(model, x, told_BF, x0, text_kv, blocks)
+        if config.forcing == "diffusion":
+            v = model(x, told_BF, text_kv, Visibility("block_causal", blocks))
+        else:
+            past, past_BF = _past(config, x0, draws, blocks)
+            v = teacher_forced(model, x, told_BF, past, text_kv, blocks, clean_sigma_BF=past_BF)
         return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF)
 
     return loss

@@ -9,7 +9,7 @@ import pytest
 from cfjax.core.errors import UserError
 from cfjax.flow.schedule import sigma_table
 from cfjax.models.wan import embed_text, teacher_forced
-from cfjax.nn.visibility import FULL, Blocks
+from cfjax.nn.visibility import FULL, Blocks, Visibility
 from cfjax.objectives import diffusion
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, draw, flow_matching
 from tests.objectives.learning import (
@@ -60,7 +60,9 @@ class Stub:
 
     def __init__(self, monkeypatch):
         monkeypatch.setattr(diffusion, "embed_text", lambda model, text: text)
-        monkeypatch.setattr(diffusion, "teacher_forced", lambda model, x, s, clean, text, _: model(x, s, text, clean))
+        monkeypatch.setattr(
+            diffusion, "teacher_forced", lambda model, x, s, clean, text, _, **told: model(x, s, text, clean)
+        )
 
     def __call__(self, x, sigma_BF, text_BSE, past=None):
         past = 0.0 if past is None or past is FULL else past
@@ -85,7 +87,7 @@ LAYOUTS = {
 def test_loss_is_the_formula(monkeypatch, layout, weighting, bf16):
     stub, batch = Stub(monkeypatch), tiny_batch()
     config = DiffusionConfig(weighting=weighting, bf16_timesteps=bf16)
-    draws = {**draw(jax.random.key(5), SHAPE, 0.0), "drop_B": jnp.array([True, False])}
+    draws = {**draw(jax.random.key(5), SHAPE, config), "drop_B": jnp.array([True, False])}
     seen = jnp.stack([batch["negative_text_SE"], batch["text_BSE"][1]])
     blocks = LAYOUTS.get(layout)
     loss = flow_matching(config) if blocks is None else ar_diffusion(config, blocks)
@@ -100,7 +102,7 @@ def test_loss_is_the_formula(monkeypatch, layout, weighting, bf16):
 
 
 def test_network_gets_the_noised_clip_the_clean_past_and_its_text():
-    batch, draws, blocks = tiny_batch(), draw(jax.random.key(5), SHAPE, 0.0), Blocks(2)
+    batch, draws, blocks = tiny_batch(), draw(jax.random.key(5), SHAPE, DiffusionConfig()), Blocks(2)
     x0 = np.asarray(batch["latents_BFHWC"])
 
     def flow(x, sigma):
@@ -110,6 +112,49 @@ def test_network_gets_the_noised_clip_the_clean_past_and_its_text():
     expected = reference_loss(x0, draws, flow, "bsmntw", False, blocks.spans(FRAMES))
     loss = jax.jit(lambda m, b, d: ar_diffusion(DiffusionConfig(), blocks)({"student": m}, b, KEY, d))
     assert float(loss(tiny(), batch, draws)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_diffusion_forcing_shows_the_noisy_past(monkeypatch):
+    """The network gets one noised clip, block-causal; no clean half exists."""
+    seen = {}
+
+    def network(x, told_BF, text, visibility):
+        seen.update(x=x, told=told_BF, visibility=visibility)
+        return 0.3 * x
+
+    monkeypatch.setattr(diffusion, "embed_text", lambda model, text: text)
+    monkeypatch.setattr(diffusion, "teacher_forced", None)
+    batch, config, blocks = tiny_batch(), DiffusionConfig(forcing="diffusion"), Blocks(3)
+    draws = draw(jax.random.key(5), SHAPE, config)
+    loss = ar_diffusion(config, blocks)({"student": network}, batch, KEY, draws)[0]
+    expected = reference_loss(
+        np.asarray(batch["latents_BFHWC"]), draws, lambda x, sigma: 0.3 * x, "bsmntw", False, blocks.spans(FRAMES)
+    )
+    assert seen["visibility"] == Visibility("block_causal", blocks)
+    assert float(loss) == pytest.approx(expected, rel=2e-5)
+
+
+def test_noise_augmentation_noises_the_clean_half_with_the_same_noise(monkeypatch):
+    """Indices from a on, per block, the noisy half's eps, told as the clean half's time (PyTorch reference)."""
+    seen = {}
+
+    def network(model, x, told_BF, past, text, blocks, *, clean_sigma_BF):
+        seen.update(past=past, told=clean_sigma_BF)
+        return x
+
+    monkeypatch.setattr(diffusion, "embed_text", lambda model, text: text)
+    monkeypatch.setattr(diffusion, "teacher_forced", network)
+    batch, config = tiny_batch(), DiffusionConfig(noise_augmentation=600)
+    draws = draw(jax.random.key(5), SHAPE, config)
+    assert int(draws["augment_BF"].min()) >= 600
+    ar_diffusion(config, Blocks(3))({"student": None}, batch, KEY, draws)
+    sigma = (reference_timesteps() / 1000.0)[np.repeat(np.asarray(draws["augment_BF"])[:, ::3], 3, axis=1)]
+    wide = sigma[:, :, None, None, None]
+    past = (1 - wide) * np.asarray(batch["latents_BFHWC"]) + wide * np.asarray(draws["eps_BFHWC"])
+    np.testing.assert_allclose(seen["told"], sigma, rtol=1e-6)
+    np.testing.assert_allclose(seen["past"], past, atol=1e-6)
+    with pytest.raises(UserError, match="only forcing=teacher has"):
+        DiffusionConfig(noise_augmentation=600, forcing="diffusion")
 
 
 def test_bf16_timesteps_collapse_the_table_and_keep_its_noise_near(monkeypatch):
@@ -132,12 +177,12 @@ def test_bf16_timesteps_collapse_the_table_and_keep_its_noise_near(monkeypatch):
 
 
 def test_draws_have_their_distributions():
-    draws = draw(KEY, (4000, 2, 1, 1, 1), 0.1)
+    draws = draw(KEY, (4000, 2, 1, 1, 1), DiffusionConfig(text_dropout=0.1))
     index = np.asarray(draws["index_BF"])
     assert index.min() == 0 and index.max() == 999 and abs(index.mean() - 499.5) < 10
     assert np.mean(draws["drop_B"]) == pytest.approx(0.1, abs=0.02)
     assert np.std(draws["eps_BFHWC"]) == pytest.approx(1.0, abs=0.03)
-    assert not np.any(draw(KEY, (4000, 2, 1, 1, 1), 0.0)["drop_B"])
+    assert not np.any(draw(KEY, (4000, 2, 1, 1, 1), DiffusionConfig())["drop_B"])
 
 
 def test_weights_average_to_one():
@@ -147,7 +192,10 @@ def test_weights_average_to_one():
         assert np.mean(weights) == pytest.approx(1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [{"weighting": "cosine"}, {"text_dropout": 1.0}])
+WRONG = [{"weighting": "cosine"}, {"text_dropout": 1.0}, {"forcing": "self"}, {"noise_augmentation": 1000}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(UserError, match=f"objective.{next(iter(wrong))}="):
         DiffusionConfig(**wrong)
