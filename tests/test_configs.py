@@ -19,7 +19,6 @@ from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-TRAINED = ("bidirectional", "ar_diffusion", "ode_regression", "consistency", "dmd")
 
 
 def get_config(path: Path):
@@ -81,12 +80,33 @@ def test_a_misspelt_switch_is_a_mistake(path):
         get_config(path)("toi")
 
 
+def test_one_switch_turns_on_the_references_quirks():
+    """`--config.reference=True`: Q1, Q2, Q3, Q4 and Q6; without it each is off, and a named key still sets it alone."""
+
+    def objective(config: str, **keys: object):
+        c = get_config(ROOT / "configs" / f"{config}.py")("")
+        with c.unlocked():
+            c.update(keys)
+        return c, experiment.objective_of(c)
+
+    for config in ("bidirectional", "ar_diffusion", "consistency"):
+        assert not objective(config)[1].bf16_timesteps and objective(config, reference=True)[1].bf16_timesteps
+    off, on = (experiment.dmd_config(objective("dmd", reference=value)[0]) for value in (False, True))
+    assert (off.score_table_shift, off.self_forcing.context_noise, off.self_forcing.kv_gradient) == (
+        None,
+        0.0,
+        "detached",
+    )
+    assert (on.score_table_shift, on.self_forcing.kv_gradient) == (8.0, "straight_through")
+    assert on.self_forcing.context_noise == pytest.approx(0.00498008, abs=1e-8)
+
+
 # ---- the chain
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Path:
-    """Teacher, AR teacher, pairs, ODE student and DMD student under one folder."""
+    """Teacher, AR teacher, pairs, ODE, consistency and DMD students under one folder."""
     root = tmp_path_factory.mktemp("chain")
     few = {**tiny(root), "optim__student__name": "adamw"}
     assert cfjax("train", "bidirectional.py:toy", root / "teacher", **tiny(root), sampler__steps=2) == 0
@@ -96,6 +116,8 @@ def chain(tmp_path_factory) -> Path:
     assert cfjax("precompute", "ode_pairs.py:toy", root / "none", **tiny_data(root), **pairs) == 0
     init = {"roles__student__init": root / "ar"}
     assert cfjax("train", "ode_regression.py:toy", root / "ode", **{**few, "sample_clips": 2}, **init) == 0
+    teacher = {"roles__teacher__init": root / "ar", "roles__teacher__remat": "none", "objective__solver_steps": 4}
+    assert cfjax("train", "consistency.py:toy", root / "cd", **few, **init, **teacher) == 0
     assert cfjax("train", "dmd.py:toy", root / "dmd", **dmd_keys(root)) == 0
     return root
 
@@ -121,6 +143,7 @@ def curves(run: Path) -> dict[str, list[float]]:
         ("teacher", "bidirectional", {"student": 2}),
         ("ar", "ar_diffusion", {"student": 2}),
         ("ode", "ode_regression", {"student": 2}),
+        ("cd", "consistency", {"student": 2}),
         ("dmd", "dmd", {"student": 1, "critic": 2}),
     ],
 )

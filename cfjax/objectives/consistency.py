@@ -2,7 +2,8 @@
 
 No ODE pairs: one guided Euler step of the AR teacher, given the clean past, links two neighbouring noise levels, and
 the student's prediction at the noisier one is pulled towards its own average's prediction at the cleaner one
-(consistency models, arXiv 2303.01469; PyTorch reference). As in stage 2a the map (noisy block, clean past) -> clean block is single-valued.
+(consistency models, arXiv 2303.01469; PyTorch reference). As in stage 2a the map (noisy block, clean past) -> clean
+block is single-valued.
 """
 
 from collections.abc import Mapping
