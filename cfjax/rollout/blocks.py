@@ -5,12 +5,14 @@ over a function of one block that calls `denoise_block` any number of times and 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from cfjax.core.errors import UserError
 from cfjax.models.cache import KVCache, write
 from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
@@ -46,6 +48,39 @@ def commit_block(
     return write(cache, kv, start, clean_BFHWC.shape[1], blocks)
 
 
+def layout_from(blocks: Blocks, start: int) -> Blocks:
+    """The layout of the frames from `start` on: an independent first frame exists only at 0."""
+    return blocks if start == 0 else replace(blocks, independent_first_frame=False)
+
+
+def given_blocks(blocks: Blocks, given: int) -> int:
+    """How many blocks `given` frames (an encoded image, the end of another video) fill; 0 for none.
+
+    Raises:
+      UserError: they end inside a block.
+    """
+    if not given:
+        return 0
+    try:
+        return len(blocks.spans(given))
+    except UserError:
+        first = "1 + " if blocks.independent_first_frame else ""
+        raise UserError(
+            f"{given} given latent frames end inside a block: give {first}a multiple of {blocks.frames}"
+            + ("" if first else ", or blocks.independent_first_frame=True for 1 + a multiple")
+        ) from None
+
+
+def commit_given(model: Wan, given_BFHWC: jax.Array, text_kv: KV, cache: KVCache, blocks: Blocks) -> KVCache:
+    """The cache after frames that were not generated here, committed block by block from frame 0, without noise."""
+    given_blocks(blocks, given_BFHWC.shape[1])
+
+    def step(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, tuple[()]]:
+        return commit_block(model, inputs[0], text_kv, cache, start, blocks), ()
+
+    return scan_blocks(step, cache, given_BFHWC, None, given_BFHWC.shape[1], blocks)[0]
+
+
 def scan_blocks(
     step: BlockStep, cache: KVCache, per_frame: Any, per_block: Any, num_frames: int, blocks: Blocks, *, start: int = 0
 ) -> tuple[KVCache, Any]:
@@ -55,12 +90,12 @@ def scan_blocks(
       step: the work of one block; gets `(frames of this block, per-block inputs)`.
       per_frame: pytree of arrays [B, F, ...], cut into blocks along F.
       per_block: pytree of arrays with a leading block axis.
-      start: absolute index of the first frame (video extension); an independent first frame exists only at 0.
+      start: absolute index of the first frame, after given ones.
 
     Returns:
       The last cache, and the outputs with blocks joined along axis 1 (outputs of `step` are [B, F_block, ...]).
     """
-    layout = blocks if start == 0 else Blocks(frames=blocks.frames)
+    layout = layout_from(blocks, start)
     spans = layout.spans(num_frames)
     peel = 1 if layout.independent_first_frame else 0
     outputs = []

@@ -20,7 +20,7 @@ from cfjax.flow.solvers import SOLVERS
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from cfjax.rollout.blocks import commit_block, commit_given, denoise_block, given_blocks, layout_from, scan_blocks
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,53 @@ def generate_few_step(
     blocks: Blocks,
     *,
     renoise_BFJHWC: jax.Array | None = None,
+    given_BFHWC: jax.Array | None = None,
 ) -> jax.Array:
-    """A whole video by few-step causal sampling: latents_BFHWC, float32. `renoise` may be injected."""
-    batch, num_frames, height, width, _ = noise_BFHWC.shape
+    """A whole video by few-step causal sampling: latents_BFHWC, float32.
+
+    Args:
+      noise_BFHWC: one frame of noise per frame to generate.
+      renoise_BFJHWC: the fresh noise between steps (None: drawn from `key`).
+      given_BFHWC: frames that precede them (an encoded image, the end of another video) and are part of the result.
+        The first generated block is then the one with `first_steps`.
+    """
     sigmas, first = sampler.sigmas(), sampler.first_sigmas()
     steps = max(len(sigmas), len(first))
     renoise = renoise_draws(key, noise_BFHWC, steps) if renoise_BFJHWC is None else renoise_BFJHWC
-    tokens = model.config.tokens_per_frame(height, width)
-    cache = init_cache(model.config, batch, num_frames, tokens, blocks)
+    cache, start = _started(model, noise_BFHWC, text_kv, blocks, given_BFHWC)
 
     def block(levels: np.ndarray, cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
         (noise, fresh), _ = inputs
         x0 = few_step_block(model, noise, jnp.moveaxis(fresh, 2, 0), levels, text_kv, cache, start, blocks)
         return commit_block(model, x0, text_kv, cache, start, blocks), x0
 
-    draws = (noise_BFHWC, renoise)
-    if not sampler.first_steps:
-        return scan_blocks(lambda *a: block(sigmas, *a), cache, draws, None, num_frames, blocks)[1]
-    size = blocks.spans(num_frames)[0][1]
-    head, tail = jax.tree.map(lambda x: x[:, :size], draws), jax.tree.map(lambda x: x[:, size:], draws)
-    cache, x0 = block(first, cache, jnp.int32(0), (head, None))
-    if num_frames == size:
-        return x0
-    rest = scan_blocks(lambda *a: block(sigmas, *a), cache, tail, None, num_frames - size, blocks, start=size)[1]
-    return jnp.concatenate([x0, rest], axis=1)
+    draws, num_frames, parts = (noise_BFHWC, renoise), noise_BFHWC.shape[1], []
+    size = layout_from(blocks, start).spans(num_frames)[0][1] if sampler.first_steps else 0
+    if size:
+        head, draws = jax.tree.map(lambda x: x[:, :size], draws), jax.tree.map(lambda x: x[:, size:], draws)
+        cache, x0 = block(first, cache, jnp.int32(start), (head, None))
+        parts.append(x0)
+    if num_frames > size:
+        rest = (cache, draws, None, num_frames - size, blocks)
+        parts.append(scan_blocks(lambda *a: block(sigmas, *a), *rest, start=start + size)[1])
+    return _joined(given_BFHWC, *parts)
+
+
+def _started(
+    model: Wan, noise_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, given_BFHWC: jax.Array | None
+) -> tuple[KVCache, int]:
+    """The cache before the first generated block, and that block's first frame."""
+    _, num_frames, height, width, _ = noise_BFHWC.shape
+    start = 0 if given_BFHWC is None else given_BFHWC.shape[1]
+    tokens = model.config.tokens_per_frame(height, width)
+    cache = init_cache(model.config, text_kv.k_LBTNK.shape[1], start + num_frames, tokens, blocks)
+    return cache if given_BFHWC is None else commit_given(model, given_BFHWC, text_kv, cache, blocks), start
+
+
+def _joined(*parts: jax.Array | None) -> jax.Array:
+    """Frames in a row; None is nothing."""
+    known = [part for part in parts if part is not None]
+    return known[0] if len(known) == 1 else jnp.concatenate(known, axis=1)
 
 
 def both_prompts(positive: KV, negative: KV) -> KV:
@@ -139,27 +162,50 @@ def _twice(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x, x], axis=0)
 
 
-def generate_many_step(
-    model: Wan, noise_BFHWC: jax.Array, positive: KV, negative: KV, sampler: ManyStep, blocks: Blocks
+def many_step_block(
+    model: Wan,
+    noise_BFHWC: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    sampler: ManyStep,
+    blocks: Blocks,
 ) -> jax.Array:
-    """A whole video by the AR diffusion teacher: a fresh ODE solve per block, both prompts' caches side by side."""
-    batch, num_frames, height, width, _ = noise_BFHWC.shape
-    text_kv = both_prompts(positive, negative)
+    """One block by a fresh ODE solve; text and cache hold both prompts (`both_prompts`)."""
     sigmas, told = sampler.grid()
-    cache = init_cache(model.config, 2 * batch, num_frames, model.config.tokens_per_frame(height, width), blocks)
+
+    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        v = denoise_block(model, _twice(x), sigma, text_kv, cache, start, blocks)
+        positive, negative = jnp.split(v, 2)
+        return guide(positive, negative, sampler.guidance, "sampling")
+
+    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=told)
+
+
+def generate_many_step(
+    model: Wan,
+    noise_BFHWC: jax.Array,
+    positive: KV,
+    negative: KV,
+    sampler: ManyStep,
+    blocks: Blocks,
+    *,
+    given_BFHWC: jax.Array | None = None,
+) -> jax.Array:
+    """A whole video by the AR diffusion teacher: a fresh ODE solve per block, both prompts' caches side by side.
+
+    `given_BFHWC` as in `generate_few_step`.
+    """
+    text_kv = both_prompts(positive, negative)
+    twice = None if given_BFHWC is None else _twice(given_BFHWC)
+    cache, start = _started(model, noise_BFHWC, text_kv, blocks, twice)
 
     def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
-        (noise,), _ = inputs
-
-        def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            v = denoise_block(model, _twice(x), sigma, text_kv, cache, start, blocks)
-            positive, negative = jnp.split(v, 2)
-            return guide(positive, negative, sampler.guidance, "sampling")
-
-        x0 = SOLVERS[sampler.solver](velocity, noise, sigmas, model_sigmas=told)
+        x0 = many_step_block(model, inputs[0], text_kv, cache, start, sampler, blocks)
         return commit_block(model, _twice(x0), text_kv, cache, start, blocks), x0
 
-    return scan_blocks(block, cache, (noise_BFHWC,), None, num_frames, blocks)[1]
+    x0 = scan_blocks(block, cache, noise_BFHWC, None, noise_BFHWC.shape[1], blocks, start=start)[1]
+    return _joined(given_BFHWC, x0)
 
 
 def generate_bidirectional(
@@ -177,16 +223,21 @@ def generate_bidirectional(
     return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=told)
 
 
-def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames: int) -> int:
-    """Network evaluations per video, guidance branches and cache commits counted; `blocks=None` is bidirectional."""
-    if isinstance(sampler, FewStep):
-        assert blocks is not None
-        rest = len(blocks.spans(num_frames)) - 1
-        return len(sampler.first_sigmas()) + 1 + rest * (len(sampler.sigmas()) + 1)
-    per_solve = 2 * sampler.steps - 1 if sampler.solver == "heun" else sampler.steps
+def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames: int, given: int = 0) -> int:
+    """Network evaluations per video, guidance branches and cache commits counted; `blocks=None` is bidirectional.
+
+    Args:
+      num_frames: frames to generate.  given: frames before them, whose blocks are committed only.
+    """
+    per_solve = 0
+    if isinstance(sampler, ManyStep):
+        per_solve = 2 * sampler.steps - 1 if sampler.solver == "heun" else sampler.steps
     if blocks is None:
         return 2 * per_solve
-    return len(blocks.spans(num_frames)) * 2 * (per_solve + 1)
+    commits, count = given_blocks(blocks, given), len(layout_from(blocks, given).spans(num_frames))
+    if isinstance(sampler, FewStep):
+        return commits + len(sampler.first_sigmas()) + 1 + (count - 1) * (len(sampler.sigmas()) + 1)
+    return 2 * commits + count * 2 * (per_solve + 1)
 
 
 def generate(
@@ -197,12 +248,20 @@ def generate(
     key: jax.Array,
     sampler: FewStep | ManyStep,
     blocks: Blocks | None,
+    given_BFHWC: jax.Array | None = None,
 ) -> jax.Array:
-    """Text rows and noise to latents_BFHWC, by whichever sampler; `blocks=None` is bidirectional."""
+    """Text rows and noise to latents_BFHWC, by whichever sampler; `blocks=None` is bidirectional.
+
+    Raises:
+      UserError: given frames for the bidirectional sampler, or ones that end inside a block.
+    """
     positive = embed_text(model, text_BSE)
     if isinstance(sampler, FewStep):
-        return generate_few_step(model, noise_BFHWC, positive, key, sampler, blocks or Blocks(noise_BFHWC.shape[1]))
+        layout = blocks or Blocks(noise_BFHWC.shape[1])
+        return generate_few_step(model, noise_BFHWC, positive, key, sampler, layout, given_BFHWC=given_BFHWC)
     negative = embed_text(model, jnp.broadcast_to(negative_SE[None], text_BSE.shape))
-    if blocks is None:
-        return generate_bidirectional(model, noise_BFHWC, positive, negative, sampler)
-    return generate_many_step(model, noise_BFHWC, positive, negative, sampler, blocks)
+    if blocks is not None:
+        return generate_many_step(model, noise_BFHWC, positive, negative, sampler, blocks, given_BFHWC=given_BFHWC)
+    if given_BFHWC is not None:
+        raise UserError("the bidirectional sampler makes all frames at once: it cannot go on from given ones")
+    return generate_bidirectional(model, noise_BFHWC, positive, negative, sampler)

@@ -1,9 +1,10 @@
 """A stream: the same two moves as `generate`, one jitted call per block, pixels out as soon as a block is done.
 
-Memory is constant when the blocks have a window; without one the cache holds `num_frames`.
+Memory is constant when the blocks have a window; without one the cache holds `num_frames`. Every sampler that goes
+block by block streams: few-step, and many-step with both prompts' caches side by side.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,8 +15,13 @@ import numpy as np
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block
-from cfjax.rollout.generate import FewStep, few_step_block
+from cfjax.rollout.blocks import commit_block, commit_given, given_blocks, layout_from
+from cfjax.rollout.generate import FewStep, ManyStep, few_step_block, many_step_block
+
+# (absolute block index, shape [B, F, H, W, C], steps) -> (starting noise, fresh noise between steps [J, B, F, H, W, C])
+Noise = Callable[[int, tuple[int, ...], int], tuple[jax.Array, jax.Array]]
+# Calls a jitted function; `core.programs.Programs` measures what compiling it costs.
+Call = Callable[..., Any]
 
 
 class StreamCodec(Protocol):
@@ -26,14 +32,29 @@ class StreamCodec(Protocol):
     def decode_step(self, latents_BFHWC: jax.Array, state: Any) -> tuple[jax.Array, Any]: ...
 
 
-def block_noise(key: jax.Array, block: int, shape: tuple[int, ...], steps: int) -> tuple[jax.Array, jax.Array]:
+def block_noise(
+    key: jax.Array, block: int | jax.Array, shape: tuple[int, ...], steps: int
+) -> tuple[jax.Array, jax.Array]:
     """The noise a block starts from, [B, F, H, W, C], and the fresh noise between its steps, [J, B, F, H, W, C]."""
     key_start, key_fresh = jax.random.split(jax.random.fold_in(key, block))
     fresh = jax.random.normal(key_fresh, (max(steps - 1, 1), *shape), jnp.float32)
     return jax.random.normal(key_start, shape, jnp.float32), fresh
 
 
-@partial(jax.jit, static_argnames=("sigmas", "blocks"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("shape", "steps"))
+def _seeded(seeds_B: jax.Array, block: jax.Array, *, shape: tuple[int, ...], steps: int) -> tuple[jax.Array, jax.Array]:
+    def one(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return block_noise(jax.random.key(seed), block, shape, steps)
+
+    return jax.vmap(one, out_axes=(0, 1))(seeds_B)
+
+
+def seeded_noise(seeds_B: np.ndarray) -> Noise:
+    """Noise in which every video follows its own seed alone, whatever it is batched with."""
+    return lambda block, shape, steps: _seeded(jnp.asarray(seeds_B), block, shape=shape[1:], steps=steps)
+
+
+@partial(jax.jit, static_argnames=("sampler", "first", "blocks"), donate_argnames="cache")
 def _next_block(
     model: Wan,
     noise: jax.Array,
@@ -42,14 +63,66 @@ def _next_block(
     cache: KVCache,
     start: jax.Array,
     *,
-    sigmas: tuple[float, ...],
+    sampler: FewStep | ManyStep,
+    first: bool,
     blocks: Blocks,
 ) -> tuple[jax.Array, KVCache]:
-    x0 = few_step_block(model, noise, fresh, sigmas, text_kv, cache, start, blocks)
-    return x0, commit_block(model, x0, text_kv, cache, start, blocks)
+    if isinstance(sampler, FewStep):
+        sigmas = sampler.first_sigmas() if first else sampler.sigmas()
+        x0 = few_step_block(model, noise, fresh, sigmas, text_kv, cache, start, blocks)
+        return x0, commit_block(model, x0, text_kv, cache, start, blocks)
+    x0 = many_step_block(model, noise, text_kv, cache, start, sampler, blocks)
+    return x0, commit_block(model, jnp.concatenate([x0, x0]), text_kv, cache, start, blocks)
 
 
-_decode_step = jax.jit(lambda codec, latents, state: codec.decode_step(latents, state))
+_commit_given = jax.jit(commit_given, static_argnames="blocks", donate_argnames="cache")
+decode_step = jax.jit(lambda codec, latents, state: codec.decode_step(latents, state))
+
+
+def plain(function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+    """Just calls it."""
+    return function(*args, **static)
+
+
+def stream_latents(
+    model: Wan,
+    text_kv: KV,
+    sampler: FewStep | ManyStep,
+    blocks: Blocks,
+    noise: Noise,
+    *,
+    num_frames: int,
+    latent_shape: tuple[int, int, int],
+    batch: int = 1,
+    given_BFHWC: jax.Array | None = None,
+    call: Call = plain,
+) -> Iterator[jax.Array]:
+    """Yields the latents_BFHWC of one generated block after another; `given` frames are committed, not yielded.
+
+    Args:
+      text_kv: of the prompts; for a many-step sampler `both_prompts`.
+      noise: where it comes from, by absolute block index: an extension meets the noise that the longer video met.
+      num_frames: latent frames to generate, after the given ones.
+      latent_shape: (H, W, C) of a latent frame.
+    """
+    height, width, _ = latent_shape
+    given = 0 if given_BFHWC is None else given_BFHWC.shape[1]
+    before, layout = given_blocks(blocks, given), layout_from(blocks, given)
+    rows, tokens = text_kv.k_LBTNK.shape[1], model.config.tokens_per_frame(height, width)
+    cache = init_cache(model.config, rows, given + num_frames, tokens, blocks)
+    if given_BFHWC is not None:
+        clean = jnp.concatenate([given_BFHWC] * (rows // batch))
+        cache = call(_commit_given, model, clean, text_kv, cache, blocks=blocks)
+    for index, (start, stop) in enumerate(layout.spans(num_frames)):
+        first, steps = False, 1
+        if isinstance(sampler, FewStep):
+            first = index == 0 and bool(sampler.first_steps)
+            steps = len(sampler.first_sigmas() if first else sampler.sigmas())
+        own, fresh = noise(before + index, (batch, stop - start, *latent_shape), steps)
+        at = jnp.int32(given + start)
+        static = {"sampler": sampler, "first": first, "blocks": blocks}
+        x0, cache = call(_next_block, model, own, fresh, text_kv, cache, at, **static)
+        yield x0
 
 
 def stream(
@@ -57,28 +130,27 @@ def stream(
     codec: StreamCodec,
     text_kv: KV,
     key: jax.Array,
-    sampler: FewStep,
+    sampler: FewStep | ManyStep,
     blocks: Blocks,
     *,
     num_frames: int,
     latent_shape: tuple[int, int, int],
     batch: int = 1,
+    given_BFHWC: jax.Array | None = None,
+    noise: Noise | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (video_BPHWC, latents_BFHWC) block after block, on the host.
+    """Yields (video_BPHWC, latents_BFHWC) block after block, on the host; given frames first, when there are any.
 
     Args:
-      num_frames: latent frames in all.
-      latent_shape: (H, W, C) of a latent frame.
+      num_frames, latent_shape, given_BFHWC: as in `stream_latents`.
+      noise: None draws it from `key`.
     """
-    height, width, _ = latent_shape
-    cache = init_cache(model.config, batch, num_frames, model.config.tokens_per_frame(height, width), blocks)
+    sizes: dict[str, Any] = {"num_frames": num_frames, "latent_shape": latent_shape, "batch": batch}
+    drawn = noise or partial(block_noise, key)
     state = codec.init_state(batch)
-    for index, (start, stop) in enumerate(blocks.spans(num_frames)):
-        sigmas = sampler.first_sigmas() if index == 0 else sampler.sigmas()
-        shape = (batch, stop - start, *latent_shape)
-        noise, fresh = block_noise(key, index, shape, len(sigmas))
-        x0, cache = _next_block(
-            model, noise, fresh, text_kv, cache, jnp.int32(start), sigmas=tuple(map(float, sigmas)), blocks=blocks
-        )
-        video, state = _decode_step(codec, x0, state)
+    if given_BFHWC is not None:
+        video, state = decode_step(codec, given_BFHWC, state)
+        yield np.asarray(video), np.asarray(given_BFHWC)
+    for x0 in stream_latents(model, text_kv, sampler, blocks, drawn, given_BFHWC=given_BFHWC, **sizes):
+        video, state = decode_step(codec, x0, state)
         yield np.asarray(video), np.asarray(x0)

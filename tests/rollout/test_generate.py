@@ -20,8 +20,16 @@ from cfjax.models.wan import KV, embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout import stream as stream_module
 from cfjax.rollout.blocks import commit_block, denoise_block
-from cfjax.rollout.generate import FewStep, ManyStep, generate, generate_few_step, generate_many_step, network_calls
-from cfjax.rollout.stream import block_noise, stream
+from cfjax.rollout.generate import (
+    FewStep,
+    ManyStep,
+    both_prompts,
+    generate,
+    generate_few_step,
+    generate_many_step,
+    network_calls,
+)
+from cfjax.rollout.stream import block_noise, seeded_noise, stream
 from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, TEXT_LEN, normal, relative, text, text_kv, tiny
 
 BLOCKS, WINDOW = Blocks(2), Blocks(2, window=4, sink=1)
@@ -46,10 +54,13 @@ def negative_kv() -> KV:
 
 @cache
 def few_step(sampler: FewStep, blocks: Blocks):
-    """The compiled sampler; noise and fresh noise [B, F, J, H, W, C] are given."""
-    return jax.jit(
-        lambda noise, fresh: generate_few_step(tiny(), noise, text_kv(), KEY, sampler, blocks, renoise_BFJHWC=fresh)
-    )
+    """The compiled sampler; noise and fresh noise [B, F, J, H, W, C] are given, and perhaps the first frames."""
+
+    def sample(noise, fresh, given=None):
+        draws = {"renoise_BFJHWC": fresh, "given_BFHWC": given}
+        return generate_few_step(tiny(), noise, text_kv(), KEY, sampler, blocks, **draws)
+
+    return jax.jit(sample)
 
 
 @pytest.mark.parametrize("sampler", [FewStep(FOUR), FewStep(TWO, FOUR)], ids=["one_list", "first_list"])
@@ -118,6 +129,58 @@ def test_bidirectional_is_one_solve_over_all_frames():
     assert relative(sample(tiny(), normal(1), text(), NEGATIVE, KEY), x) < 1e-5
 
 
+# ---- given frames: image to video, extension of a video
+
+GIVEN = {
+    "chunkwise": (FewStep(FOUR), BLOCKS, 4),
+    "framewise_image": (FewStep(FOUR), Blocks(1), 1),
+    "image_of_its_own": (FewStep(FOUR), Blocks(5, independent_first_frame=True), 1),
+    "window_sink": (FewStep(FOUR), WINDOW, 4),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_extension_is_the_longer_videos_end(name):
+    """Given a video's first frames and the same noise, the sampler makes the rest of that video."""
+    sampler, blocks, given = GIVEN[name]
+    noise, fresh = normal(1), normal(2, (BATCH, FRAMES, 3, *SHAPE[2:]))
+    whole = few_step(sampler, blocks)(noise, fresh)
+    extended = few_step(sampler, blocks)(noise[:, given:], fresh[:, given:], whole[:, :given])
+    np.testing.assert_array_equal(extended[:, :given], whole[:, :given])
+    error = relative(extended, whole)
+    print(f"{name}: extension vs longer video {error:.1e}")
+    assert error < 1e-5
+    other = few_step(sampler, blocks)(noise[:, given:], fresh[:, given:], whole[:, :given] + 0.5)
+    assert relative(other[:, given:], whole[:, given:]) > 1e-2  # the given frames are looked at
+
+
+def test_the_first_list_is_for_the_first_generated_block():
+    """Given frames are committed block by block as they are; then the loop begins, with the first list."""
+    sampler, noise, fresh = FewStep(TWO, FOUR), normal(1), normal(2, (BATCH, FRAMES, 3, *SHAPE[2:]))
+    given, cache, clips = normal(3)[:, :2], empty_cache(), []
+    cache = commit(tiny(), given, text_kv(), cache, jnp.int32(0), blocks=BLOCKS)
+    for start, stop in [(2, 4), (4, 6)]:
+        x, levels = noise[:, start:stop], [SIGMA_OF[step] for step in (FOUR if start == 2 else TWO)]
+        for j, sigma in enumerate(levels):
+            v = denoise(tiny(), x, sigma, text_kv(), cache, jnp.int32(start), blocks=BLOCKS)
+            x = x0_from_flow(v, x, sigma)
+            if j + 1 < len(levels):
+                x = add_noise(x, fresh[:, start:stop, j], levels[j + 1])
+        cache = commit(tiny(), x, text_kv(), cache, jnp.int32(start), blocks=BLOCKS)
+        clips.append(x)
+    got = few_step(sampler, BLOCKS)(noise[:, 2:], fresh[:, 2:], given)
+    assert relative(got, jnp.concatenate([given, *clips], axis=1)) < 1e-5
+
+
+def test_given_frames_must_fill_blocks():
+    with pytest.raises(UserError, match="1 given latent frames end inside a block: give a multiple of 2, or"):
+        generate_few_step(tiny(), normal(1), text_kv(), KEY, FewStep(FOUR), BLOCKS, given_BFHWC=normal(3)[:, :1])
+    with pytest.raises(UserError, match=r"give 1 \+ a multiple of 5"):
+        network_calls(FewStep(FOUR), Blocks(5, independent_first_frame=True), 5, given=2)
+    with pytest.raises(UserError, match="it cannot go on from given ones"):
+        generate(tiny(), normal(1), text(), NEGATIVE, KEY, ManyStep(), None, normal(3))
+
+
 # ---- network calls
 
 
@@ -137,23 +200,26 @@ def calls(monkeypatch):
 
 
 SAMPLERS = {
-    "four_step": (FewStep(FOUR), BLOCKS),
-    "two_step": (FewStep(TWO, FOUR), Blocks(1)),
-    "independent_first_frame": (FewStep((1000,)), Blocks(5, independent_first_frame=True)),
-    "unipc": (ManyStep("unipc", 5), BLOCKS),
-    "heun": (ManyStep("heun", 5), BLOCKS),
-    "bidirectional": (ManyStep("unipc", 5), None),
-    "bidirectional_heun": (ManyStep("heun", 5), None),
+    "four_step": (FewStep(FOUR), BLOCKS, 0),
+    "two_step": (FewStep(TWO, FOUR), Blocks(1), 0),
+    "two_step_extension": (FewStep(TWO, FOUR), BLOCKS, 4),
+    "independent_first_frame": (FewStep((1000,)), Blocks(5, independent_first_frame=True), 0),
+    "unipc": (ManyStep("unipc", 5), BLOCKS, 0),
+    "unipc_extension": (ManyStep("unipc", 5), Blocks(1), 2),
+    "heun": (ManyStep("heun", 5), BLOCKS, 0),
+    "bidirectional": (ManyStep("unipc", 5), None, 0),
+    "bidirectional_heun": (ManyStep("heun", 5), None, 0),
 }
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_network_calls_are_what_a_sampler_makes(calls, name):
-    sampler, blocks = SAMPLERS[name]
+    sampler, blocks, given = SAMPLERS[name]
     sample = jax.jit(partial(generate, sampler=sampler, blocks=blocks))
-    jax.block_until_ready(sample(tiny(), normal(1), text(), text()[0], KEY))
+    first = normal(3)[:, :given] if given else None
+    jax.block_until_ready(sample(tiny(), normal(1)[:, given:], text(), text()[0], KEY, given_BFHWC=first))
     jax.effects_barrier()
-    assert sum(calls) == network_calls(sampler, blocks, FRAMES)
+    assert sum(calls) == network_calls(sampler, blocks, FRAMES - given, given)
 
 
 def test_network_calls_of_the_published_models():
@@ -187,9 +253,14 @@ class Plain:
         return latents_BFHWC + state, state + 1
 
 
-def streamed(sampler: FewStep, blocks: Blocks) -> list[tuple[np.ndarray, np.ndarray]]:
-    sizes = {"num_frames": FRAMES, "latent_shape": SHAPE[2:], "batch": BATCH}
-    return list(stream(tiny(), Plain(), text_kv(), KEY, sampler, blocks, **sizes))
+def streamed(sampler, blocks: Blocks, kv: KV | None = None, given=None) -> list[tuple[np.ndarray, np.ndarray]]:
+    frames = FRAMES if given is None else FRAMES - given.shape[1]
+    sizes = {"num_frames": frames, "latent_shape": SHAPE[2:], "batch": BATCH, "given_BFHWC": given}
+    return list(stream(tiny(), Plain(), kv or text_kv(), KEY, sampler, blocks, **sizes))
+
+
+def joined(chunks: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    return np.concatenate([latents for _, latents in chunks], axis=1)
 
 
 def stream_noise(sampler: FewStep, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
@@ -220,8 +291,7 @@ def test_stream_is_the_sampler_block_by_block(name):
     chunks = streamed(sampler, blocks)
     assert stream_module._next_block._cache_size() == compiles
     assert [video.shape[1] for video, _ in chunks] == [2, 2, 2]
-    latents = np.concatenate([latents for _, latents in chunks], axis=1)
-    error = relative(latents, few_step(sampler, blocks)(*stream_noise(sampler, blocks)))
+    error = relative(joined(chunks), few_step(sampler, blocks)(*stream_noise(sampler, blocks)))
     print(f"{name}: stream vs sampler {error:.1e}")
     assert error < 1e-5
     for index, (video, latents) in enumerate(chunks):  # the codec's state went from block to block
@@ -233,3 +303,32 @@ def test_a_second_stream_compiles_nothing():
     before = stream_module._next_block._cache_size()
     streamed(FewStep(FOUR), BLOCKS)
     assert stream_module._next_block._cache_size() == before
+
+
+def test_a_stream_goes_on_from_given_frames():
+    """As the longer stream of the same key did; the given frames come out first, decoded by the same codec state."""
+    whole = streamed(FewStep(FOUR), BLOCKS)
+    chunks = streamed(FewStep(FOUR), BLOCKS, given=whole[0][1])
+    assert relative(joined(chunks), joined(whole)) < 1e-5
+    for (video, _), (same, _) in zip(chunks, whole, strict=True):
+        np.testing.assert_allclose(video, same, atol=1e-5)
+
+
+def test_a_many_step_stream_is_its_sampler():
+    sampler, kv = ManyStep("unipc", steps=4), both_prompts(text_kv(), negative_kv())
+    noise = stream_noise(FewStep(FOUR), BLOCKS)[0]
+    got = jax.jit(partial(generate_many_step, sampler=sampler, blocks=BLOCKS))(tiny(), noise, text_kv(), negative_kv())
+    chunks = streamed(sampler, BLOCKS, kv)
+    assert relative(joined(chunks), got) < 1e-5
+    assert relative(joined(streamed(sampler, BLOCKS, kv, given=joined(chunks[:2]))), got) < 1e-5
+
+
+def test_a_video_follows_its_own_seed_alone():
+    """Whatever stands beside it in the batch; and every block and every step draws afresh."""
+    shape = (2, 1, 2, 2, 3)
+    pair, fresh = seeded_noise(np.array([3, 4], np.uint32))(1, shape, 3)
+    alone, alone_fresh = seeded_noise(np.array([4], np.uint32))(1, (1, *shape[1:]), 3)
+    np.testing.assert_array_equal(pair[1:], alone)
+    np.testing.assert_array_equal(fresh[:, 1:], alone_fresh)
+    draws = [pair[0], pair[1], fresh[0, 0], fresh[1, 0], seeded_noise(np.array([3, 4], np.uint32))(2, shape, 3)[0][0]]
+    assert len({np.asarray(draw).tobytes() for draw in draws}) == len(draws)
