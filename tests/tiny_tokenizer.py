@@ -66,7 +66,10 @@ def write_tokenizer(folder: str | Path) -> Path:
         warnings.filterwarnings("ignore", message=".*byte fallback", category=UserWarning)
         tokenizer = T5Converter(slow).converted()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=extra_tokens(), **SPECIAL)
-    fast.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    record = json.loads(fast.backend_tokenizer.to_str())
+    # As the release, which an older library wrote, has it.
+    record["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True}
+    (folder / "tokenizer.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     added = [*SPECIAL.values(), *extra_tokens()]
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     ids = sorted((fast.convert_tokens_to_ids(token), token) for token in added)

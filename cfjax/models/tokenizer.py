@@ -1,32 +1,60 @@
-"""Captions to token ids: a word-level tokenizer built from the captions of a dataset, on the `tokenizers` library.
+"""Captions to token ids: umT5's pieces for real weights, plain words for the toy, both on the `tokenizers` library.
 
-The file is an ordinary `tokenizer.json` with umT5's conventions (pad 0, EOS 1, EOS appended to every caption), so any
-`tokenizer.json` that keeps those two ids, such as umT5's own, can be loaded in its place.
+Both clean a caption as the PyTorch reference does, and both keep umT5's conventions: pad 0, EOS 1, EOS appended to
+every caption. A tokenizer is its `tokenizer.json`; umT5's may be given as `spiece.model` instead.
 """
 
+import hashlib
 import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
+import ftfy
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from cfjax.core.errors import UserError
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
-PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+PAD_ID, EOS_ID = 0, 1
+TOKENIZER_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "spiece.model"
+SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
 def clean(caption: str) -> str:
-    """The reference's text cleaning without its mojibake repair: HTML unescaped twice, whitespace collapsed."""
-    return " ".join(html.unescape(html.unescape(caption)).split())
+    """The reference's text cleaning: mojibake mended, HTML unescaped twice, whitespace collapsed, ends stripped."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
 
 
-class CaptionTokenizer:
-    """Lowercased words and punctuation marks as tokens; words not seen when it was built become `<unk>`."""
+class TextTokenizer(Protocol):
+    """What a text encoder needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+
+    def encode(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """`(ids_BS, mask_BS)`: int32 ids with EOS appended and padded with 0 to S = `length`; mask true at real tokens.
+
+        An empty caption is a single EOS.
+        """
+
+    def unknown_words(self, caption: str) -> list[str]:
+        """The parts of `caption` that `encode` would replace by `<unk>`, in order."""
+
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers that are read from the same file; differs where ids do."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json to `path`."""
+
+
+class _Wrapped:
+    """A `tokenizers.Tokenizer` with umT5's pad and EOS; what both kinds of tokenizer share."""
 
     def __init__(self, tokenizer: Tokenizer):
-        """Wraps a `tokenizers.Tokenizer`; use `build` or `load`.
+        """Wraps `tokenizer`.
 
         Raises:
           UserError: ids 0 and 1 are not padding and EOS.
@@ -36,6 +64,55 @@ class CaptionTokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
+
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json to `path`."""
+        Path(path).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """A hash of the tokenizer's content: 64 hex digits."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self._tokenizer.get_vocab_size()
+
+    def unknown_words(self, caption: str) -> list[str]:
+        """The parts of `caption` that `encode` would replace by `<unk>`, in order."""
+        unk_id = self._tokenizer.token_to_id(UNK)
+        text = clean(caption)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == unk_id]
+
+    def _ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Ids of the cleaned captions, EOS appended."""
+        encodings = self._tokenizer.encode_batch([clean(c) for c in captions], add_special_tokens=False)
+        return [[*encoding.ids, EOS_ID] for encoding in encodings]
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(ids_BS, mask_BS)` of rows that fit."""
+    ids_BS = np.full((len(rows), length), PAD_ID, np.int32)
+    mask_BS = np.zeros((len(rows), length), bool)
+    for row, ids in enumerate(rows):
+        ids_BS[row, : len(ids)] = ids
+        mask_BS[row, : len(ids)] = True
+    return ids_BS, mask_BS
+
+
+class PieceTokenizer(_Wrapped):
+    """umT5's own tokenizer; same ids as transformers' fast tokenizer on the same folder."""
+
+    def encode(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `TextTokenizer`. A caption that does not fit is cut, its last token EOS (PyTorch reference)."""
+        return _padded(
+            [ids if len(ids) <= length else [*ids[: length - 1], EOS_ID] for ids in self._ids(captions)], length
+        )
+
+
+class CaptionTokenizer(_Wrapped):
+    """Lowercased words and punctuation marks as tokens; words not seen when it was built become `<unk>`."""
 
     @classmethod
     def build(cls, captions: Iterable[str]) -> "CaptionTokenizer":
@@ -59,48 +136,84 @@ class CaptionTokenizer:
         Raises:
           UserError: the file is missing or is not a tokenizer.
         """
-        try:
-            tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
-        except Exception as error:  # the library raises bare Exception on malformed files
-            raise UserError(f"{path}: not a tokenizer.json ({error})") from None
-        return cls(tokenizer)
-
-    def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json to `path`."""
-        Path(path).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
-        return self._tokenizer.get_vocab_size()
-
-    def unknown_words(self, caption: str) -> list[str]:
-        """The words of `caption` that `encode` would replace by `<unk>`, in order."""
-        unk_id = self._tokenizer.token_to_id(UNK)
-        text = clean(caption)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == unk_id]
+        return cls(_read_json(Path(path)))
 
     def encode(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """`(ids_BS, mask_BS)`: int32 ids with EOS appended and padded with 0 to S = `length`; mask true at real tokens.
-
-        An empty caption is a single EOS.
+        """See `TextTokenizer`.
 
         Raises:
           UserError: a caption does not fit into `length` tokens.
         """
-        ids_BS = np.full((len(captions), length), PAD_ID, np.int32)
-        mask_BS = np.zeros((len(captions), length), bool)
-        encodings = self._tokenizer.encode_batch([clean(c) for c in captions], add_special_tokens=False)
-        for row, (caption, encoding) in enumerate(zip(captions, encodings, strict=True)):
-            ids = [*encoding.ids, EOS_ID]
+        rows = self._ids(captions)
+        for caption, ids in zip(captions, rows, strict=True):
             if len(ids) > length:
                 raise UserError(
                     f"caption {caption!r} has {len(ids)} tokens, EOS included, but the text length is {length}: "
                     "shorten it or raise the length"
                 )
-            ids_BS[row, : len(ids)] = ids
-            mask_BS[row, : len(ids)] = True
-        return ids_BS, mask_BS
+        return _padded(rows, length)
+
+
+def load_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The tokenizer in `folder`: its tokenizer.json, or its spiece.model where that is absent.
+
+    Words (a `WordLevel` model, as the toy's) or pieces (`Unigram`, as umT5's) is what the file says.
+
+    Raises:
+      UserError: neither file is there, or it is broken, of another kind, or has other ids for padding and EOS.
+    """
+    folder = Path(folder)
+    file = folder / TOKENIZER_FILE
+    if not file.exists():
+        file = folder / SENTENCEPIECE_FILE
+        if not file.exists():
+            raise UserError(f"{folder}: no tokenizer here, neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}")
+    tokenizer = _read_json(file) if file.name == TOKENIZER_FILE else _read_sentencepiece(file)
+    try:
+        if isinstance(tokenizer.model, models.WordLevel):
+            return CaptionTokenizer(tokenizer)
+        if isinstance(tokenizer.model, models.Unigram):
+            return PieceTokenizer(tokenizer)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    raise UserError(f"{file}: a {type(tokenizer.model).__name__} tokenizer, which is not umT5's (Unigram)")
+
+
+def _read_json(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the tokenizer ({error.strerror})") from None
+    except Exception as error:  # the library raises bare Exception on malformed files
+        raise UserError(f"{file}: not a tokenizer.json ({error})") from None
+
+
+def _read_sentencepiece(file: Path) -> Tokenizer:
+    """spiece.model as the fast tokenizer that transformers makes of it, which has no byte fallback.
+
+    The sentinels (<extra_id_*>) are not in that file and so are plain text here.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the tokenizer ({error.strerror})") from None
+    except DecodeError as error:
+        raise UserError(f"{file}: not a SentencePiece model ({error})") from None
+    if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
+        raise UserError(f"{file}: not a Unigram model, so not umT5's")
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
+    for piece in proto.pieces:  # names of special tokens are recognised in the text, too
+        if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED):
+            special = piece.type != piece.USER_DEFINED
+            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=special)])
+    steps = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), SPACE)]
+    if proto.normalizer_spec.precompiled_charsmap:
+        steps.insert(0, normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
+    return tokenizer

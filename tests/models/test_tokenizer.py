@@ -1,11 +1,17 @@
-"""The caption tokenizer: umT5's conventions, stable ids, clear errors."""
+"""Tokenizers: umT5's conventions, ids equal to transformers' on the same folder, stable ids for words, clear errors."""
 
+import html
+import re
+
+import ftfy
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfjax.core.errors import UserError
-from cfjax.models.tokenizer import CaptionTokenizer
+from cfjax.models.tokenizer import CaptionTokenizer, PieceTokenizer, clean, load_tokenizer
+from tests.tiny_tokenizer import EXTRA_IDS, vocab_size, write_tokenizer
 
 CAPTIONS = ["A red circle moves left.", "a blue square moves up"]
 
@@ -68,3 +74,123 @@ def test_broken_files(tmp_path):
     Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")).save(str(tmp_path / "other.json"))
     with pytest.raises(UserError, match="ids 0 and 1 must be"):
         CaptionTokenizer.load(tmp_path / "other.json")
+
+
+LENGTH = 48
+NASTY = (
+    "A red circle moves to the right.",
+    "",
+    " \t\n ",
+    "  two\u00a0 spaces\u3000and\r\nlines\u2028here ",
+    "sch\u00c3\u00b6n \u00e2\u20ac\u0153quoted\u00e2\u20ac\x9d, it\u00e2\u20ac\u2122s mojibake",
+    "&amp;lt;b&amp;gt;50&amp;#37;&lt;/b&gt; &amp;amp;amp; &nbsp;x &quot;y&quot;",
+    "\u8272\u8c03\u8273\u4e3d\uff0c\u8fc7\u66dd\uff0c\u9759\u6001\uff0c\u7ec6\u8282\u6a21\u7cca\u4e0d\u6e05",
+    "\u4e00\u53ea\u732b \u5728 \u8349\u5730\u4e0a",
+    "a cat \U0001f408\U0001f680\U0001f680 \U0001f9ea flies",
+    "\U00010437\U00010437 \ufb01ne e\u0301 \u2460 \u00b4 \u00a8x \uff21\uff22",
+    "\u0420\u0443\u0441\u0441\u043a\u0438\u0439 \u0639\u0631\u0628\u064a \ud55c\uad6d\uc5b4",
+    "</s> <unk> <s>a<pad>b </s>",
+    "<0x41> \u2581x \u2581\u2581",
+    "control\x00\x07\x1b[31m chars \ufffd \ufeff",
+    "UPPER lower MiXeD 0123 --- !!!",
+    "very long " * 400,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "google" / "umt5-xxl")
+
+
+@pytest.fixture(scope="module")
+def folder_without_json(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sentencepiece")
+    for name in ("spiece.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (path / name).write_bytes((folder / name).read_bytes())
+    return path
+
+
+def reference_clean(text):
+    """The steps as the PyTorch reference lists them."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def reference(tokenizer, captions):
+    """What the PyTorch reference asks of transformers."""
+    cleaned = [reference_clean(text) for text in captions]
+    out = tokenizer(cleaned, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
+    return out.input_ids, out.attention_mask
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_cleaning(text):
+    assert clean(text) == reference_clean(text)
+
+
+def test_cleaning_by_hand():
+    assert clean(NASTY[4]) == 'sch\u00f6n "quoted", it\'s mojibake'
+    assert clean(NASTY[5]) == '<b>50%</b> & x "y"'
+    assert clean(NASTY[6])[:7] == "\u8272\u8c03\u8273\u4e3d,\u8fc7\u66dd"  # full-width commas become plain ones
+
+
+def test_pieces_equal_transformers(folder):
+    ours = load_tokenizer(folder)
+    assert isinstance(ours, PieceTokenizer) and ours.vocab_size == vocab_size()
+    ids_BS, mask_BS = ours.encode(NASTY, LENGTH)
+    expected_ids, expected_mask = reference(PreTrainedTokenizerFast.from_pretrained(folder), NASTY)
+    np.testing.assert_array_equal(ids_BS, expected_ids)
+    np.testing.assert_array_equal(mask_BS, expected_mask)
+    assert ids_BS.dtype == np.int32 and mask_BS.dtype == bool
+    assert ids_BS[1].tolist() == [1] + [0] * (LENGTH - 1)
+    assert mask_BS[-1].all() and ids_BS[-1, -1] == 1 and (ids_BS[-1, :-1] > 3).all()
+    assert (ids_BS == 3).any(), "no unknown piece was tried"
+
+
+def test_sentencepiece_file_alone_gives_the_same_ids(folder, folder_without_json):
+    ours = load_tokenizer(folder_without_json)
+    assert ours.vocab_size == vocab_size() - EXTRA_IDS
+    for given, expected in zip(ours.encode(NASTY, LENGTH), load_tokenizer(folder).encode(NASTY, LENGTH), strict=True):
+        np.testing.assert_array_equal(given, expected)
+    # transformers 5 builds a T5Tokenizer from the same file, with <unk> at T5's id 2 whatever the file says.
+    ids_BS, mask_BS = ours.encode(NASTY, LENGTH)
+    known = [i for i, row in enumerate(ids_BS) if 3 not in row]
+    assert len(known) > 8
+    expected_ids, expected_mask = reference(AutoTokenizer.from_pretrained(folder_without_json), NASTY)
+    np.testing.assert_array_equal(ids_BS[known], expected_ids[known])
+    np.testing.assert_array_equal(mask_BS[known], expected_mask[known])
+
+
+def test_what_the_pieces_do_not_know(folder):
+    assert load_tokenizer(folder).unknown_words("a cat \U0001f408\U0001f680 flies \u00b4") == [
+        "\U0001f408\U0001f680",
+        "\u00b4",
+    ]
+
+
+def test_fingerprints_and_saving(folder, folder_without_json, tokenizer, tmp_path):
+    for one in (load_tokenizer(folder), load_tokenizer(folder_without_json), tokenizer):
+        one.save(tmp_path / "tokenizer.json")
+        again = load_tokenizer(tmp_path)
+        assert type(again) is type(one) and again.vocab_size == one.vocab_size
+        np.testing.assert_array_equal(again.encode(CAPTIONS, 64)[0], one.encode(CAPTIONS, 64)[0])
+    assert load_tokenizer(folder).fingerprint() == load_tokenizer(folder).fingerprint()
+    assert tokenizer.fingerprint() == load_tokenizer(tmp_path).fingerprint()
+    assert tokenizer.fingerprint() != CaptionTokenizer.build(["other words"]).fingerprint()
+
+
+def test_folders_that_hold_no_umt5_tokenizer(folder, tmp_path):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor spiece\.model"):
+        load_tokenizer(tmp_path)
+    model = tmp_path / "spiece.model"
+    for content in (b"", b"not a model", (folder / "spiece.model").read_bytes()[:1000]):
+        model.write_bytes(content)
+        with pytest.raises(UserError, match=r"spiece\.model: not a (SentencePiece|Unigram) model"):
+            load_tokenizer(tmp_path)
+    for other, message in (
+        (models.BPE({"<pad>": 0, "</s>": 1}, []), "a BPE tokenizer"),
+        (models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0), r"tokenizer\.json: tokenizer: ids 0 and 1 must be"),
+    ):
+        Tokenizer(other).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(tmp_path)
