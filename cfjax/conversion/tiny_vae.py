@@ -1,0 +1,132 @@
+"""TAEHV in the layout of its release (taew2_1.pth): names are places in two `nn.Sequential`s, kernels [out, in, h, w].
+
+The original cuts a `TGrow` kernel that makes more frames than its decoder was asked for down to the last frame's rows
+when it loads a file (`patch_tgrow_layers`). So does `import_tiny_vae`, by the config; `infer_config_tiny_vae` asks for
+fewer frames than the file has only where encoder and decoder would disagree on the frames per latent, from the first
+stage on, which is the original's own default. Nothing is cut of the published taew2_1, so its way back is exact.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
+from cfjax.core.errors import UserError
+from cfjax.core.tree import from_named, named_leaves
+from cfjax.models.tiny_vae import BLOCKS, TinyVAE, TinyVAEConfig
+
+KERNEL = Layout(load=lambda x, _: x.transpose(2, 3, 1, 0), save=lambda x, _: x.transpose(3, 2, 0, 1))
+STAGES = 3
+# Places in the original's encoder and decoder: the first stage's first module, modules per stage.
+ENCODER, DECODER = (2, BLOCKS + 2), (3, BLOCKS + 3)
+
+
+def _grow(stage: int) -> Layout:
+    """The last rows of a kernel [frames * C, C, 1, 1], as many as the config grows."""
+
+    def load(x: np.ndarray, config: TinyVAEConfig) -> np.ndarray:
+        return KERNEL.load(x[-config.time_grow[stage] * config.decoder_widths[stage] :], config)
+
+    return Layout(load, KERNEL.save)
+
+
+def _conv(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    return Rule(f"{ours}/kernel", f"{theirs}.weight", KERNEL), Rule(f"{ours}/bias", f"{theirs}.bias", SAME)
+
+
+def _blocks(ours: str, theirs: str, first: int) -> list[Rule]:
+    """A stage's memory blocks; the other modules of their `conv` are ReLUs."""
+    convs = (("conv_in", 0), ("conv_mid", 2), ("conv_out", 4))
+    names = [(f"{ours}/{j}/{conv}", f"{theirs}.{first + j}.conv.{k}") for j in range(BLOCKS) for conv, k in convs]
+    return [rule for name in names for rule in _conv(*name)]
+
+
+def _stage(i: int) -> list[Rule]:
+    """Stage i of encoder and decoder."""
+    encoder, decoder = (first + i * modules for first, modules in (ENCODER, DECODER))
+    grow = decoder + BLOCKS + 1  # their upsampling between blocks and TGrow has no weights
+    return [
+        Rule(f"encoder/stages/{i}/shrink/pool/kernel", f"encoder.{encoder}.conv.weight", KERNEL),
+        Rule(f"encoder/stages/{i}/shrink/down/kernel", f"encoder.{encoder + 1}.weight", KERNEL),
+        *_blocks(f"encoder/stages/{i}/blocks/layers", "encoder", encoder + 2),
+        *_blocks(f"decoder/stages/{i}/blocks/layers", "decoder", decoder),
+        Rule(f"decoder/stages/{i}/grow/grow/kernel", f"decoder.{grow}.conv.weight", _grow(i)),
+        Rule(f"decoder/stages/{i}/grow/up/kernel", f"decoder.{grow + 1}.weight", KERNEL),
+    ]
+
+
+TAEHV = (
+    *_conv("encoder/conv_in", "encoder.0"),
+    *(rule for i in range(STAGES) for rule in _stage(i)),
+    *_conv("encoder/conv_out", f"encoder.{ENCODER[0] + STAGES * ENCODER[1]}"),
+    *_conv("decoder/conv_in", "decoder.1"),
+    *_conv("decoder/conv_out", f"decoder.{DECODER[0] + STAGES * DECODER[1] + 1}"),
+)
+LAYOUTS = {"taehv": TAEHV}
+
+
+def abstract_tiny_vae(config: TinyVAEConfig) -> TinyVAE:
+    """The module's structure with shapes in place of arrays; allocates nothing."""
+    return jax.eval_shape(lambda key: TinyVAE(config, key), jax.random.key(0))
+
+
+def infer_config_tiny_vae(
+    shapes: Mapping[str, tuple[int, ...]], layout: str, about: Mapping[str, Any] | None = None
+) -> TinyVAEConfig:
+    """Sizes from the shapes of a file's arrays; there is no config.json (`about` is None).
+
+    Raises:
+      UserError: an unknown layout, an array that tells a size is missing or misshapen, or the file is of a TAEHV with
+        another architecture (pixel patches, "super" blocks).
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r}: a tiny VAE is in layout {', '.join(LAYOUTS)}")
+
+    def kernel(key: str) -> tuple[int, int]:
+        """(out, in) of a convolution."""
+        if key not in shapes or len(shapes[key]) != 4:
+            raise UserError(f"{key}: no convolution of this name; give taew2_1.pth, TAEHV's weights for Wan2.1")
+        return shapes[key][0], shapes[key][1]
+
+    width, channels = kernel("encoder.0.weight")
+    if channels != 3:
+        raise UserError(f"encoder.0.weight takes {channels} channels, not 3 (pixel patches); give taew2_1.pth")
+    latent_channels = kernel("decoder.1.weight")[1]
+    pools = [kernel(f"encoder.{ENCODER[0] + i * ENCODER[1]}.conv.weight") for i in range(STAGES)]
+    grows = [kernel(f"decoder.{DECODER[0] + i * DECODER[1] + BLOCKS + 1}.conv.weight") for i in range(STAGES)]
+    pool = [merged // one for one, merged in pools]
+    grow = [made // one for made, one in grows]
+    for i in range(STAGES):
+        if math.prod(grow) > math.prod(pool):
+            grow[i] = 1
+    last = kernel(f"decoder.{DECODER[0] + STAGES * DECODER[1] + 1}.weight")[1]
+    return TinyVAEConfig(
+        latent_channels=latent_channels,
+        encoder_width=width,
+        decoder_widths=(grows[0][1], grows[1][1], grows[2][1], last),
+        time_pool=(pool[0], pool[1], pool[2]),
+        time_grow=(grow[0], grow[1], grow[2]),
+    )
+
+
+def config_json_tiny_vae(config: TinyVAEConfig, layout: str) -> dict[str, Any] | None:
+    """None: the layout has no config.json."""
+    return None
+
+
+def import_tiny_vae(weights: Mapping[str, Any], config: TinyVAEConfig, table: tuple[Rule, ...] = TAEHV) -> TinyVAE:
+    """A tiny autoencoder from a state dict of arrays, in host memory.
+
+    Raises:
+      UserError: the state dict does not fit.
+    """
+    template = abstract_tiny_vae(config)
+    return from_named(template, load_named(table, weights, named_leaves(template), config))
+
+
+def export_tiny_vae(model: TinyVAE, table: tuple[Rule, ...] = TAEHV) -> dict[str, np.ndarray]:
+    """The state dict that `import_tiny_vae` reads back; works on anything shaped like a tiny autoencoder."""
+    return save_named(table, named_leaves(model), model.config)
