@@ -1,23 +1,29 @@
 """Strict two-way conversion of named arrays by an ordered table; knows nothing of any model.
 
 A table says, for our names (regex), what the array is called in the other code base and how its layout differs. Both
-directions read the same rows, so what one writes the other reads back bit for bit. Every array on either side must be
-accounted for: a missing, left-over or misshapen one is an error, and so is a row that matches nothing.
+directions read the same rows, so what one writes the other reads back bit for bit; dtypes stay as they are. Every array
+on either side must be accounted for: a missing, left-over or misshapen one is an error, and so is a row that matches
+nothing. All of that is found out from names, shapes and dtypes, before the first array is read.
 """
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from einops import EinopsError
 
 from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.tree import match
 
 Move = Callable[[np.ndarray, Any], np.ndarray]
 LAYER = "{layer}"
+DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
+SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -63,50 +69,111 @@ def _resolve(table: Sequence[Rule], ours: Mapping[str, Any]) -> dict[str, _Row]:
     return rows
 
 
-def load_named(
-    table: Sequence[Rule], theirs: Mapping[str, Any], template: Mapping[str, Any], config: Any
-) -> dict[str, np.ndarray]:
-    """Our named arrays, float32, from theirs.
+def _listed(names: set[str]) -> str:
+    """The first three, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{sorted(names)[:3]}{more}"
+
+
+def their_names(table: Sequence[Rule], template: Mapping[str, Any]) -> list[str]:
+    """The other side's names of a model with our `template` (names with shapes)."""
+    return [source for row in _resolve(table, template).values() for source in row.sources]
+
+
+def check_names(wanted: Iterable[str], given: Iterable[str]) -> None:
+    """UserError unless both name the same arrays."""
+    names, found = set(wanted), set(given)
+    missing, extra = names - found, found - names
+    if missing or extra:
+        raise UserError(f"weights do not fit the model: missing {_listed(missing)}, left over {_listed(extra)}")
+
+
+def _moved(move: Move, shape: tuple[int, ...], config: Any) -> tuple[int, ...] | None:
+    """The shape after a move, None where it cannot take that shape; nothing is allocated but bytes of one layer."""
+    try:
+        return move(np.broadcast_to(np.zeros((), np.bool_), shape), config).shape
+    except (ValueError, EinopsError):
+        return None
+
+
+def _check_array(source: str, given: LazyArray, first: LazyArray, part: tuple[int, ...], name: str) -> None:
+    if given.shape != first.shape:
+        raise UserError(f"{source} has shape {given.shape}, which {name} {part} cannot take")
+    if given.dtype not in DTYPES:
+        known = ", ".join(dtype.name for dtype in DTYPES)
+        raise UserError(f"{source} has dtype {given.dtype.name}; weights must be one of {known}")
+    if given.dtype != first.dtype:
+        raise UserError(f"{source} has dtype {given.dtype.name}, another layer's is {first.dtype.name}; make them one")
+
+
+def import_plan(
+    table: Sequence[Rule], theirs: Mapping[str, LazyArray], template: Mapping[str, Any], config: Any
+) -> dict[str, LazyArray]:
+    """Our named arrays from theirs, in their dtype; nothing is read yet.
 
     Args:
       template: our names with shapes (`jax.ShapeDtypeStruct` will do).
       config: handed to the layouts.
 
     Raises:
-      UserError: an array of theirs is missing, left over or of another shape, or the table does not fit the template.
+      UserError: an array of theirs is missing, left over, of another shape or not of `DTYPES`, the layers of a stacked
+        array differ in dtype, or the table does not fit the template.
     """
     rows = _resolve(table, template)
-    wanted = {source for row in rows.values() for source in row.sources}
-    missing, extra = sorted(wanted - theirs.keys()), sorted(theirs.keys() - wanted)
-    if missing or extra:
-        raise UserError(f"weights do not fit the model: missing {missing[:3]}, left over {extra[:3]}")
+    check_names((source for row in rows.values() for source in row.sources), theirs)
     out = {}
     for name, row in rows.items():
         shape = tuple(template[name].shape)
         part = shape[1:] if row.stacked else shape
-        array = np.empty((len(row.sources), *part), np.float32)
-        for i, source in enumerate(row.sources):
-            given = np.asarray(theirs[source])
-            try:
-                loaded = row.layout.load(given, config)
-            except (ValueError, EinopsError) as error:
-                raise UserError(f"{source} has shape {given.shape}, which {name} {part} cannot take") from error
-            if loaded.shape != part:
-                raise UserError(f"{source} has shape {given.shape}, which {name} {part} cannot take")
-            array[i] = loaded
-        out[name] = array if row.stacked else array[0]
+        first = theirs[row.sources[0]]
+        if _moved(row.layout.load, first.shape, config) != part:
+            raise UserError(f"{row.sources[0]} has shape {first.shape}, which {name} {part} cannot take")
+        for source in row.sources:
+            _check_array(source, theirs[source], first, part, name)
+        parts = tuple(_reader(row.layout.load, theirs[source].read, config) for source in row.sources)
+        out[name] = LazyArray(shape, first.dtype, parts, row.stacked)
     return out
 
 
-def save_named(table: Sequence[Rule], ours: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-    """Their named arrays from ours; the inverse of `load_named`.
+def export_plan(table: Sequence[Rule], ours: Mapping[str, LazyArray], config: Any) -> dict[str, LazyArray]:
+    """Their named arrays from ours; the inverse of `import_plan`, nothing is read yet.
 
     Raises:
       UserError: the table does not fit our names.
     """
     out = {}
     for name, row in _resolve(table, ours).items():
-        array = np.asarray(ours[name])
-        for source, part in zip(row.sources, array if row.stacked else (array,), strict=True):
-            out[source] = np.ascontiguousarray(row.layout.save(part, config))
+        array = ours[name]
+        shape = _moved(row.layout.save, array.shape[1:] if row.stacked else array.shape, config)
+        if shape is None:
+            raise UserError(f"{name} has shape {array.shape}, which {row.sources[0]} cannot take")
+        for i, source in enumerate(row.sources):
+            read = array.entry(i) if row.stacked else array.read
+            out[source] = LazyArray(shape, array.dtype, (_reader(row.layout.save, read, config),))
     return out
+
+
+def _reader(move: Move, read: Callable[[], np.ndarray], config: Any) -> Callable[[], np.ndarray]:
+    return lambda: move(read(), config)
+
+
+def load_named(
+    table: Sequence[Rule], theirs: Mapping[str, Any], template: Mapping[str, Any], config: Any
+) -> dict[str, np.ndarray]:
+    """`import_plan`, read."""
+    return {name: x.read() for name, x in import_plan(table, as_lazy(theirs), template, config).items()}
+
+
+def save_named(table: Sequence[Rule], ours: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+    """`export_plan`, read."""
+    plan = export_plan(table, as_lazy(ours), config)
+    return {name: np.ascontiguousarray(x.read()) for name, x in plan.items()}
+
+
+def fingerprint(arrays: Mapping[str, LazyArray]) -> str:
+    """16 hex digits of names, shapes, dtypes and the first bytes of every array's first part: cheap, layout-free."""
+    digest = hashlib.sha256()
+    for name, x in sorted(arrays.items()):
+        digest.update(f"{name} {x.shape} {x.dtype.name} ".encode())
+        digest.update(x.parts[0]().ravel()[: SAMPLE // x.dtype.itemsize].tobytes())
+    return digest.hexdigest()[:16]

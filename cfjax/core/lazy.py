@@ -1,0 +1,77 @@
+"""Arrays that are not in memory yet: a shape, a dtype, and how to read them part by part.
+
+Converting a large network must not need room for it: readers, tables and writers hand these to each other, and one part
+(a whole array, or one layer of a stacked one) exists at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """An array that is read when asked for.
+
+    Attributes:
+      shape, dtype: of the whole array.
+      parts: readers; one that gives the array itself, or (`stacked`) one per entry of the first axis.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: tuple[Callable[[], np.ndarray], ...]
+    stacked: bool = False
+
+    @classmethod
+    def of(cls, array: Any) -> "LazyArray":
+        """An array that is in memory already."""
+        given = np.asarray(array)
+        return cls(given.shape, given.dtype, (lambda: given,))
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return self.size * self.dtype.itemsize
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The parts in order, each read as it is reached."""
+        return (part() for part in self.parts)
+
+    def read(self) -> np.ndarray:
+        """The whole array."""
+        if not self.stacked:
+            return self.parts[0]()
+        out = np.empty(self.shape, self.dtype)
+        for i, part in enumerate(self):
+            out[i] = part
+        return out
+
+    def entry(self, i: int) -> Callable[[], np.ndarray]:
+        """Reader of entry `i` of the first axis."""
+        return self.parts[i] if self.stacked else lambda: self.parts[0]()[i]
+
+    def watched(self, seen: Callable[[int], Any]) -> "LazyArray":
+        """The same array; every part read is told to `seen` by its number of bytes."""
+
+        def telling(part: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+            def read() -> np.ndarray:
+                array = part()
+                seen(array.nbytes)
+                return array
+
+            return read
+
+        return replace(self, parts=tuple(map(telling, self.parts)))
+
+
+def as_lazy(named: Mapping[str, Any]) -> dict[str, LazyArray]:
+    """Named arrays as lazy ones; lazy ones stay as they are."""
+    return {name: x if isinstance(x, LazyArray) else LazyArray.of(x) for name, x in named.items()}
