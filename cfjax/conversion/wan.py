@@ -2,7 +2,7 @@
 
 Both are PyTorch: linear weights [out, in], the patch embedding a 3-d convolution, and a head's channels stored as
 (real, imaginary) pairs where ours are [real parts, imaginary parts] (see `nn.rope`). The head's 64 outputs are ordered
-(p, q, c) everywhere. Names of the original: those of the release.
+(p, q, c) everywhere. Names of the original: those of the release, and of the PyTorch reference's checkpoints.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 
 from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
+from cfjax.core.errors import UserError
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.wan import Wan, WanConfig
 
@@ -97,13 +98,133 @@ ORIGINAL = (
 )
 
 
+LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
+HEAD_DIM = 128  # of every published Wan model; the weights alone do not tell it
+TEXT_LENGTH = 512
+# What config.json calls a size, by layout.
+SIZES = {
+    "original": {
+        "dim": "dim",
+        "ffn_dim": "ffn_dim",
+        "freq_dim": "freq_dim",
+        "in_dim": "in_dim",
+        "out_dim": "out_dim",
+        "num_layers": "num_layers",
+        "text_dim": "text_dim",
+    },
+    "diffusers": {
+        "ffn_dim": "ffn_dim",
+        "freq_dim": "freq_dim",
+        "in_channels": "in_dim",
+        "out_channels": "out_dim",
+        "num_layers": "num_layers",
+        "text_dim": "text_dim",
+    },
+}
+# What config.json may say of switches that our network has thrown for good.
+FIXED = {
+    "model_type": ("t2v",),
+    "qk_norm": (True, "rms_norm_across_heads"),
+    "cross_attn_norm": (True,),
+    "image_dim": (None,),
+    "added_kv_proj_dim": (None,),
+    "pos_embed_seq_len": (None,),
+}
+IMAGE_KEYS = ("img_emb.", "k_img.", "image_embedder.", "add_k_proj.")
+
+
+def infer_config_wan(
+    shapes: Mapping[str, tuple[int, ...]], layout: str, about: Mapping[str, Any] | None = None
+) -> WanConfig:
+    """Sizes from the weights' shapes, checked against config.json, which alone knows the number of heads and eps.
+
+    Args:
+      shapes: name -> shape of every array.
+      layout: "original" or "diffusers".
+      about: config.json; None takes 128 channels per head and eps 1e-6, as every published Wan model has.
+
+    Raises:
+      UserError: an image-to-video model, arrays that tell a size are missing, or config.json says something else.
+    """
+    about = about or {}
+    image = next((name for name in shapes if any(key in f".{name}" for key in IMAGE_KEYS)), None)
+    if image or about.get("model_type") == "i2v":
+        raise UserError(
+            f"an image-to-video model ({image or 'config.json: model_type i2v'}) needs CLIP image features in its"
+            " cross-attention, which this network has not; convert a text-to-video (T2V) one"
+        )
+    for key, allowed in FIXED.items():
+        if key in about and about[key] not in allowed:
+            raise UserError(f"config.json: {key} is {about[key]!r}, this network needs {allowed[-1]!r}")
+    sizes = _sizes(shapes, LAYOUTS[layout] is ORIGINAL)
+    for key, name in SIZES[layout].items():
+        if key in about and about[key] != sizes[name]:
+            raise UserError(f"config.json: {key} is {about[key]}, but the weights have {sizes[name]}")
+    heads = about.get("num_heads" if layout == "original" else "num_attention_heads")
+    if heads is None:
+        if sizes["dim"] % HEAD_DIM:
+            raise UserError(
+                f"no config.json tells the number of heads, and {sizes['dim']} channels are not a multiple of {HEAD_DIM}"
+                " per head; put the model's config.json beside the weights"
+            )
+        heads = sizes["dim"] // HEAD_DIM
+    if (width := heads * about.get("attention_head_dim", sizes["dim"] // heads)) != sizes["dim"]:
+        raise UserError(f"config.json: {heads} heads are {width} wide together, but the weights have {sizes['dim']}")
+    return WanConfig(num_heads=heads, eps=about.get("eps", 1e-6), **sizes)
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], original: bool) -> dict[str, Any]:
+    """Every size that shapes tell."""
+    room = "{}_embedding.0" if original else "condition_embedder.{}_embedder.linear_1"
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if name not in shapes or len(shapes[name]) != rank:
+            raise UserError(f"{name} is missing or not of rank {rank}; these are not a Wan transformer's weights")
+        return shapes[name]
+
+    dim, in_dim, _, *patch = shape("patch_embedding.weight", 5)
+    rows = shape("head.head.weight" if original else "proj_out.weight", 2)[0]
+    return {
+        "dim": dim,
+        "ffn_dim": shape(f"blocks.0.ffn.{'0' if original else 'net.0.proj'}.weight", 2)[0],
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+        "in_dim": in_dim,
+        "out_dim": rows // (patch[0] * patch[1]),
+        "text_dim": shape(f"{room.format('text')}.weight", 2)[1],
+        "freq_dim": shape(f"{room.format('time')}.weight", 2)[1],
+        "patch": (patch[0], patch[1]),
+    }
+
+
+def config_json_wan(config: WanConfig, layout: str) -> dict[str, Any]:
+    """config.json beside the weights in this layout; `infer_config_wan` reads it back."""
+    if layout == "original":
+        sizes = {key: getattr(config, name) for key, name in SIZES[layout].items() if name != "text_dim"}
+        more = {"model_type": "t2v", "num_heads": config.num_heads, "eps": config.eps, "text_len": TEXT_LENGTH}
+        return {"_class_name": "WanModel", **sizes, **more}
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": config.head_dim,
+        "cross_attn_norm": True,
+        "eps": config.eps,
+        "image_dim": None,
+        "num_attention_heads": config.num_heads,
+        "patch_size": [1, *config.patch],
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        **{key: getattr(config, name) for key, name in SIZES[layout].items()},
+    }
+
+
 def abstract_wan(config: WanConfig) -> Wan:
     """The network's structure with shapes in place of arrays; allocates nothing."""
     return jax.eval_shape(lambda key: Wan(config, key), jax.random.key(0))
 
 
 def import_wan(weights: Mapping[str, Any], config: WanConfig, table: tuple[Rule, ...] = DIFFUSERS) -> Wan:
-    """A network from a state dict of arrays, in float32 host memory.
+    """A network from a state dict of arrays, in host memory and their dtype.
 
     Args:
       weights: name -> array (NumPy's, or anything `np.asarray` takes).
