@@ -164,8 +164,8 @@ def infer_config_wan(
     if heads is None:
         if sizes["dim"] % HEAD_DIM:
             raise UserError(
-                f"no config.json tells the number of heads, and {sizes['dim']} channels are not a multiple of {HEAD_DIM}"
-                " per head; put the model's config.json beside the weights"
+                f"no config.json tells the number of heads, and {sizes['dim']} channels are no multiple of"
+                f" {HEAD_DIM}; put the model's config.json beside the weights"
             )
         heads = sizes["dim"] // HEAD_DIM
     if (width := heads * about.get("attention_head_dim", sizes["dim"] // heads)) != sizes["dim"]:
