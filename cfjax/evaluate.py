@@ -75,7 +75,7 @@ def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) 
     """
     if clips % batch:
         raise UserError(f"clips={clips} must be a multiple of batch={batch}")
-    real = evaluation_clips(run.world.shapes, clips)
+    real = evaluation_clips(run.toy.shapes, clips)
     captions = [clip["caption"] for clip in real]
     videos, fastest = [], float("inf")
     run.sample(captions[:batch], seed)  # compiles
@@ -84,7 +84,7 @@ def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) 
         videos.append(run.sample(captions[start : start + batch], seed + 1 + start))
         fastest = min(fastest, time.perf_counter() - begun)
     video = np.concatenate(videos)
-    summary = evaluate_shapes(video, [clip["factors"] for clip in real], run.world.shapes)["summary"]
+    summary = evaluate_shapes(video, [clip["factors"] for clip in real], run.toy.shapes)["summary"]
     return {
         "stage": run.stage,
         "step": run.step,

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     }
     partial = workdir.with_name(f".{workdir.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    run.world.save(partial)
+    run.toy.save(partial)
     (partial / MODEL_FILE).write_bytes(save(named))
     (partial / META_FILE).write_text(json.dumps(record, indent=1))
     curves = read_curves(Path(c.run), every=200)

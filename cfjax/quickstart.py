@@ -146,7 +146,7 @@ def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
 def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, float]) -> None:
     """Writes report/index.html and metrics.json, and says what comes next."""
     page = root / "report" / "index.html"
-    world = open_run(c.teacher).world
+    world = open_run(c.teacher).toy
     results: dict[str, Any] = {key: load_evaluation(root / "evaluation" / key) for key in TITLES}
     real = real_clips(world, c.budgets[c.budget].evaluation)
     commands = {step.key: step.command() for step in steps}

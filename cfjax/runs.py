@@ -1,7 +1,8 @@
-"""Opening what was trained: a run directory, or a teacher that ships with the package, as (weights, config, world)."""
+"""Opening what was trained or converted: (weights, config, world) of a run directory or an exported model."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
+from cfjax.core.precision import Policy
+from cfjax.core.tree import map_named, match, named_leaves
 from cfjax.experiment import (
     META_FILE,
     blocks_of,
@@ -19,28 +22,52 @@ from cfjax.experiment import (
     load_shipped,
     sampler_of,
     toy_world,
-    wan_config,
 )
-from cfjax.models.wan import Wan, make_wan
+from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.training.checkpoint import load_role, read_meta
+from cfjax.wan_world import RECORD, WanWorld, config_from_record, placed_template
 from cfjax.world import World, asset, shipped_world
+
+# Weights that enter the network in its compute dtype anyway may rest in it: same numbers, half the memory in bfloat16.
+RESTING: tuple[tuple[str, str], ...] = (
+    (r"(patch_embedding|head|text_embedding/(up|down))/(kernel|bias)", "compute"),
+    (r"blocks/(self_attn|cross_attn)/([qkvo]/(kernel|bias)|norm_[qk]/scale)", "compute"),
+    (r"blocks/ffn/(up|down)/(kernel|bias)", "compute"),
+    (r"(time_embedding/(up|down)|time_projection)/(kernel|bias)", "float32"),
+    (r"blocks/(modulation|norm3/(scale|bias))|head_modulation", "float32"),
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained generator and what it needs to generate. `blocks` is None for a bidirectional one."""
+    """A trained generator and what it needs to generate. `blocks` is None for a bidirectional one.
+
+    `weights` says which of the checkpoint's were taken: "student", or "student, averaged".
+    """
 
     name: str
     stage: str
     step: int
     model: Wan
-    world: World
+    world: World | WanWorld
     sampler: FewStep | ManyStep
     blocks: Blocks | None
     latent_shape: tuple[int, int, int, int]
     config: ConfigDict
+    weights: str = "student"
+
+    @property
+    def toy(self) -> World:
+        """The toy world.
+
+        Raises:
+          UserError: the run lives in another.
+        """
+        if not isinstance(self.world, World):
+            raise UserError(f"run={self.name!r}: this needs a run of the toy world, whose clips can be measured")
+        return self.world
 
     def calls(self) -> int:
         """Network evaluations per video."""
@@ -48,8 +75,8 @@ class Run:
 
     def sample(self, captions: list[str], seed: int) -> np.ndarray:
         """Videos of some captions, video_BPHWC float32 (not clipped), with the run's own sampler."""
-        text = jnp.asarray(self.world.text.encode(captions))
-        negative = jnp.asarray(self.world.text.encode([""])[0])
+        text = jnp.asarray(self.world.encode_prompts(captions))
+        negative = jnp.asarray(self.world.negative_text_SE())
         noise = jax.random.normal(jax.random.key(seed), (len(captions), *self.latent_shape))
         sample = _sampler(self.sampler, self.blocks)
         return np.asarray(self.world.codec.decode(sample(self.model, noise, text, negative, jax.random.key(seed + 1))))
@@ -66,40 +93,100 @@ def _sampler(sampler: FewStep | ManyStep, blocks: Blocks | None) -> Any:
     return _SAMPLERS[key]
 
 
-def open_run(name: str, *, ema: bool = True) -> Run:
-    """Opens a run directory or an exported model (a path, or a shipped name); averaged weights when the run keeps them.
+def open_run(
+    name: str,
+    *,
+    ema: bool = True,
+    world: str = "",
+    decoder: str = "vae",
+    with_text: bool = True,
+    text_cache: str = "",
+    stage: str = "",
+    block_frames: int = 0,
+    precision: str = "",
+    attention: str = "",
+) -> Run:
+    """Opens a run directory (trained, or written by `cfjax convert`) or an exported model (a path, or a shipped name).
+
+    Args:
+      ema: averaged weights, when the run keeps them.
+      world: a Wan world's folder; "" looks beside the run and where its record points.
+      decoder, with_text, text_cache: see `WanWorld.load`.
+      stage, block_frames: what the run has to be; "" and 0 take it as it is.
+      precision, attention: of the network, in place of the run's own.
 
     Raises:
-      UserError: neither, or a run without a toy world (Wan weights need `cfjax convert`).
+      UserError: nothing there, another stage or block size, no world, or a world that it was not trained in.
     """
-    if record := asset(name, META_FILE):
-        meta = json.loads(record.read_text())
-        c = config_from_meta(meta)
-        world = shipped_world(name)
-        config = wan_config(c.roles.student, world.codec.latent_channels, world.text.width)
-        model = load_shipped(name, jax.eval_shape(lambda k: Wan(config, k), jax.random.key(0)))
+    exported = asset(name, META_FILE)
+    if exported is None and not Path(name).is_dir():
+        raise UserError(f"run={name!r}: no such run directory, and no shipped teacher of that name")
+    meta = json.loads(exported.read_text()) if exported else read_meta(name)
+    c = config_from_meta(meta)
+    blocks = _blocks_of(name, meta, c, stage, block_frames)
+    if exported:
+        home: World | WanWorld = shipped_world(name)
+    elif c.data.source:
+        home = toy_world(c)
     else:
-        if not Path(name).is_dir():
-            raise UserError(f"run={name!r}: no such run directory, and no shipped teacher of that name")
-        meta = read_meta(name)
-        c = config_from_meta(meta)
-        if not meta["world"]:
-            raise UserError(f"run={name!r} was not trained in a toy world; only those can be generated from so far")
-        world = toy_world(c)
-        if meta["world"] != world.fingerprint():
-            raise UserError(f"run={name!r} was trained in another world than {c.data.path}/world now holds")
-        config = wan_config(c.roles.student, world.codec.latent_channels, world.text.width)
-        template = make_wan(config, jax.random.key(0))
-        model = load_role(name, "student", template, ema=ema and "student" in c.ema)
-    causal = c.sampler.kind != "bidirectional"
+        folder = _find_world(Path(name), meta, world)
+        home = WanWorld.load(folder, decoder=decoder, with_text=with_text, text_cache=text_cache)
+    if not exported and meta["world"] and meta["world"] != home.fingerprint():
+        where = home.path if isinstance(home, WanWorld) else f"{c.data.path}/world"
+        raise UserError(f"run={name!r} was trained in another world than {where} now holds")
+    averaged = not exported and ema and "student" in c.ema
     return Run(
         name=name,
         stage=meta["stage"],
         step=int(meta["step"]),
-        model=model,
-        world=world,
+        model=_load_model(name, _network(meta, precision, attention), exported is not None, averaged),
+        world=home,
         sampler=sampler_of(c),
-        blocks=blocks_of(c) if causal else None,
+        blocks=blocks,
         latent_shape=tuple(meta["latent_shape"]),
         config=c,
+        weights="student, averaged" if averaged else "student",
     )
+
+
+def _blocks_of(name: str, meta: Mapping[str, Any], c: ConfigDict, stage: str, block_frames: int) -> Blocks | None:
+    """The run's layout, if the run is what was asked for."""
+    blocks = blocks_of(c) if c.sampler.kind != "bidirectional" else None
+    if stage and meta["stage"] != stage:
+        raise UserError(f"run={name!r} holds stage {meta['stage']!r}, not stage={stage!r}; name another run")
+    if block_frames and (blocks is None or blocks.frames != block_frames):
+        found = f"generates blocks of {blocks.frames}" if blocks else "is bidirectional"
+        raise UserError(f"run={name!r} {found}, not block_frames={block_frames}; name another run")
+    return blocks
+
+
+def _network(meta: Mapping[str, Any], precision: str, attention: str) -> WanConfig:
+    """The sizes that the checkpoint records, for inference."""
+    config = config_from_record(WanConfig, meta["models"]["student"])
+    policy = Policy(precision, config.precision.island) if precision else config.precision
+    return replace(config, remat="none", precision=policy, attention=attention or config.attention)
+
+
+def _load_model(name: str, config: WanConfig, exported: bool, averaged: bool) -> Wan:
+    """The student, its weights in the dtype that they are used in."""
+    template = placed_template(lambda: Wan(config, jax.random.key(0)))
+    rests = {"compute": config.precision.compute, "float32": "float32"}
+    dtypes = {leaf: jnp.dtype(rests[rest]) for leaf, rest in match(RESTING, named_leaves(template)).items()}
+    if exported:
+        return map_named(lambda leaf, x: x.astype(dtypes[leaf]), load_shipped(name, template))
+    template = map_named(lambda leaf, x: x.update(dtype=dtypes[leaf]), template)
+    return load_role(name, "student", template, ema=averaged)
+
+
+def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:
+    """The folder of a run's Wan world: given, recorded (beside the run or a path), or beside the run."""
+    if given:
+        return Path(given)
+    recorded = str(meta.get("world_path", ""))
+    places = [run / recorded, Path(recorded)] if recorded else []
+    places.append(run / "world")
+    for place in places:
+        if (place / RECORD).is_file():
+            return place
+    looked = ", ".join(map(str, places))
+    raise UserError(f"run={str(run)!r} has no Wan world ({looked}); name one with --config.world=FOLDER")

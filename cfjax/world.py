@@ -54,6 +54,24 @@ class World:
             raise UserError(f"{folder}: not a world ({error}); make one with cfjax precompute") from None
         return cls(shapes, PatchCodec.load(folder / "codec.safetensors"), TextEncoder.load(folder))
 
+    @property
+    def text_length(self) -> int:
+        """S, the text rows of every caption."""
+        return self.text.length
+
+    @property
+    def width(self) -> int:
+        """E, the width of the text rows."""
+        return self.text.width
+
+    def encode_prompts(self, captions: Sequence[str]) -> np.ndarray:
+        """Text rows, float32 [n, S, E]."""
+        return self.text.encode(captions)
+
+    def negative_text_SE(self) -> np.ndarray:
+        """Text rows of the empty caption, which training dropped captions to."""
+        return self.text.encode([""])[0]
+
     def fingerprint(self) -> str:
         """Equal for two worlds iff models can move between them."""
         codec = b"".join(np.asarray(a, np.float32).tobytes() for a in (self.codec.mean, self.codec.basis))

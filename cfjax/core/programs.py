@@ -1,0 +1,37 @@
+"""Compiling apart from running: each jitted function is compiled ahead of its first call, and the seconds are kept."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+class Programs:
+    """Calls jitted functions; a first call with new shapes or static arguments compiles it, on a clock of its own.
+
+    Attributes:
+      seconds: spent tracing and compiling so far.
+      temporary_bytes: the largest scratch memory that a program so far asks the device for, 0 when it does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.temporary_bytes = 0
+        self._compiled: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """`function(*args, **static)`; `static` are its static arguments, by name."""
+        leaves, treedef = jax.tree.flatten(args)
+        shapes = tuple((jax.numpy.shape(leaf), jax.numpy.result_type(leaf)) for leaf in leaves)
+        key = (function, treedef, shapes, tuple(sorted(static.items())))
+        if key not in self._compiled:
+            begun = time.perf_counter()
+            self._compiled[key] = function.lower(*args, **static).compile()  # type: ignore[attr-defined]
+            self.seconds += time.perf_counter() - begun
+            memory = self._compiled[key].memory_analysis()
+            self.temporary_bytes = max(self.temporary_bytes, getattr(memory, "temp_size_in_bytes", 0))
+        return self._compiled[key](*args)
