@@ -2,14 +2,23 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from cfjax.core.errors import UserError
+from cfjax.core.precision import F32
+from cfjax.core.tree import map_named
+from cfjax.models import umt5, vae, wan
+from cfjax.models.umt5 import UMT5
+from cfjax.models.vae import VAEConfig, WanVAE
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
+
+Module = TypeVar("Module")
+WIDTHS = ("toy", "full")
 
 
 @dataclass(frozen=True)
@@ -22,19 +31,21 @@ class Case:
       blocks: the causal layout.
       frames, height, width: of the latents that networks are tried on.
       text_length: text rows.
+      steps: of the many-step sampler.
       seed: of the inputs.
       tolerance: overrides every check's own bound when set.
     """
 
     dit: Callable[[], Wan] | None
-    vae: Callable[[], Any] | None
-    text_encoder: Callable[[], Any] | None
+    vae: Callable[[], WanVAE] | None
+    text_encoder: Callable[[], UMT5] | None
     tokenizer: str
     blocks: Blocks
     frames: int
     height: int
     width: int
     text_length: int
+    steps: int
     seed: int
     tolerance: float | None = None
 
@@ -51,12 +62,48 @@ class Case:
         return usual if self.tolerance is None else self.tolerance
 
 
+class Absent(UserError):
+    """A part that the case does not have."""
+
+
 def have(part: str, make: Callable[[], Any] | None) -> Any:
     """The part itself.
 
     Raises:
-      UserError: the case has none.
+      Absent: the case has none.
     """
     if make is None:
-        raise UserError(f"--only={part}: there is no {part} to compare; give --config.world, or leave {part} out")
+        raise Absent(f"there is no {part} to compare")
     return make()
+
+
+def random_weights(module: Module, seed: int) -> Module:
+    """Every parameter random: biases and scales are moved off 0 and 1, and no kernel is left at zero (Wan's head)."""
+
+    def leaf(name: str, x: jax.Array) -> np.ndarray:
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        noise, value = rng.standard_normal(x.shape, np.float32), np.asarray(x, np.float32)
+        if name.endswith(("bias", "scale")):
+            return value + np.float32(0.1) * noise
+        return value if value.any() else noise * np.float32(x.shape[-2] ** -0.5)
+
+    return jax.tree.map(jax.numpy.asarray, map_named(leaf, module))
+
+
+def random_parts(width: str, seed: int) -> dict[str, Callable[[], Any]]:
+    """`Case`'s parts with random weights: "toy" sizes, or the "full" ones of the 1.3B release.
+
+    Raises:
+      UserError: another width.
+    """
+    if width not in WIDTHS:
+        raise UserError(f"width={width!r}: use {' or '.join(WIDTHS)}")
+    toy, key = width == "toy", jax.random.key(seed)
+    text = umt5.PRESETS["toy" if toy else "umt5_xxl"]
+    dit = replace(wan.PRESETS["toy" if toy else "wan_1_3b"], text_dim=text.dim, remat="none", precision=F32)
+    codec = VAEConfig(base_dim=8) if toy else vae.PRESETS["wan"]
+    return {
+        "dit": lambda: random_weights(wan.make_wan(dit, key), seed),
+        "vae": lambda: random_weights(vae.make_vae(codec, key), seed),
+        "text_encoder": lambda: random_weights(jax.jit(umt5.make_umt5, static_argnums=0)(text, key), seed),
+    }

@@ -1,7 +1,7 @@
 """One table for every comparison: what was compared, how far apart the two sides are, and where they part.
 
-A *check* is a function from a case (weights and test inputs) to rows; each side of a comparison keeps its checks in a
-dict by name, from which `--only` picks.
+A *check* is a function from a subject (weights and test inputs, `case.Case`) to rows; each side of a comparison keeps
+its checks in a dict by name, from which `--only` picks.
 """
 
 import json
@@ -15,8 +15,8 @@ import numpy as np
 
 from cfjax.core.errors import UserError
 
-Case = TypeVar("Case")
-Check = Callable[[Case], Iterable["Row"]]
+Subject = TypeVar("Subject")
+Check = Callable[[Subject], Iterable["Row"]]
 FLOOR = 1e-3  # of the largest array: the least scale on which one of many is measured
 
 
@@ -139,7 +139,7 @@ def compare_named(
     return replace(row, max_rel=errors[name], ok=errors[name] <= tolerance)
 
 
-def pick(checks: Mapping[str, Check[Case]], only: str) -> dict[str, Check[Case]]:
+def pick(checks: Mapping[str, Check[Subject]], only: str) -> dict[str, Check[Subject]]:
     """The checks that a comma-separated list names, in their own order; "" for all.
 
     Raises:
@@ -153,7 +153,7 @@ def pick(checks: Mapping[str, Check[Case]], only: str) -> dict[str, Check[Case]]
 
 
 def run_checks(
-    checks: Mapping[str, Check[Case]], case: Case, told: Callable[[str], None]
+    checks: Mapping[str, Check[Subject]], subject: Subject, told: Callable[[str], None]
 ) -> tuple[list[Row], dict[str, float]]:
     """All rows, and the seconds of every check; `told` hears each check's name before it runs."""
     rows: list[Row] = []
@@ -161,7 +161,7 @@ def run_checks(
     for name, check in checks.items():
         told(name)
         start = time.perf_counter()
-        rows += check(case)
+        rows += check(subject)
         seconds[name] = round(time.perf_counter() - start, 2)
     return rows, seconds
 

@@ -1,0 +1,87 @@
+"""What every layer of the video network puts out, layer by layer: to find where two implementations part.
+
+The network itself scans its blocks and keeps nothing between them; here the same block function runs one at a time.
+"""
+
+import operator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.typing import ArrayLike
+
+from cfjax.models.wan import KV, Block, Wan, WanConfig, _block, _time_embedding, embed_text
+from cfjax.nn.attention import attend
+from cfjax.nn.rope import rope_table
+from cfjax.nn.visibility import FULL, Visibility
+
+
+@partial(jax.jit, static_argnames=("config", "visibility", "frames"))
+def _run(
+    block: Block,
+    stream_BFTD: jax.Array,
+    e0_BF6D: jax.Array,
+    text: KV,
+    table: tuple[jax.Array, jax.Array],
+    config: WanConfig,
+    visibility: Visibility,
+    frames: int,
+) -> jax.Array:
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
+        return attend(q, k, v, visibility, num_frames=frames, backend=config.attention)
+
+    return _block(block, stream_BFTD, e0_BF6D, text, None, table, self_attend, config)[0]
+
+
+@jax.jit
+def _before_blocks(
+    model: Wan, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_BSE: jax.Array
+) -> tuple[dict[str, jax.Array], KV]:
+    """The embeddings by name, and the text's keys and values of all blocks."""
+    config = model.config
+    ph, pw = config.patch
+    patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
+    e_BFD, e0_BF6D = _time_embedding(model, sigma_BF)
+    embeddings = {
+        "patch_embedding": config.precision.to_island(model.patch_embedding(patches, config.precision.compute)),
+        "time_embedding": e_BFD,
+        "time_projection": e0_BF6D,
+        "text_embedding": model.text_embedding(text_BSE, config.precision.compute),
+    }
+    return embeddings, embed_text(model, text_BSE)
+
+
+def layer_outputs(
+    model: Wan,
+    latents_BFHWC: ArrayLike,
+    sigma_BF: ArrayLike,
+    text_BSE: ArrayLike,
+    visibility: Visibility = FULL,
+    clean_BFHWC: ArrayLike | None = None,
+) -> dict[str, np.ndarray]:
+    """Outputs in the order they are computed: the four embeddings, then "blocks.0", "blocks.1" ...
+
+    Shapes: patch_embedding and blocks [B, F, T, D], time_embedding [B, F, D], time_projection [B, F, 6, D],
+    text_embedding [B, S, D].
+
+    Args:
+      clean_BFHWC: the clean half of a teacher-forced pass, at sigma 0; F is then that of [clean, noisy].
+    """
+    latents_BFHWC, sigma_BF, text_BSE = (jnp.asarray(x, jnp.float32) for x in (latents_BFHWC, sigma_BF, text_BSE))
+    config, frames = model.config, latents_BFHWC.shape[1]
+    position_F = jnp.arange(frames)
+    if clean_BFHWC is not None:
+        latents_BFHWC = jnp.concatenate([jnp.asarray(clean_BFHWC), latents_BFHWC], axis=1)
+        sigma_BF = jnp.concatenate([jnp.zeros_like(sigma_BF), sigma_BF], axis=1)
+        position_F = jnp.tile(position_F, 2)
+    height, width = latents_BFHWC.shape[2] // config.patch[0], latents_BFHWC.shape[3] // config.patch[1]
+    table = rope_table(position_F, height, width, config.head_dim)
+    outputs, text_kv = _before_blocks(model, latents_BFHWC, sigma_BF, text_BSE)
+    stream, e0_BF6D = outputs["patch_embedding"], outputs["time_projection"]
+    for layer in range(config.num_layers):
+        block, text = jax.tree.map(operator.itemgetter(layer), (model.blocks, text_kv))
+        stream = _run(block, stream, e0_BF6D, text, table, config, visibility, frames)
+        outputs[f"blocks.{layer}"] = stream
+    return {name: np.asarray(x) for name, x in outputs.items()}
