@@ -1,5 +1,6 @@
-"""Reading latent datasets: memory-mapped records, and a grain pipeline that resumes at the exact record.
+"""Reading latent datasets: one interface, the toy's memory-mapped arrays, a grain pipeline that resumes exactly.
 
+`ClipDataset` is what every set looks like from outside (`cfjax.data.sets.open_dataset` picks its reader).
 `LatentDataset` checks a folder against its manifest before anything is trained on it. `make_iterator` deals the records
 out to processes, shuffles and batches them; its state is a small JSON-able dict that belongs in a checkpoint.
 """
@@ -7,7 +8,7 @@ out to processes, shuffles and batches them; its state is a small JSON-able dict
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -20,7 +21,52 @@ Batch = dict[str, np.ndarray]
 _MEND = "precompute it again"
 
 
-def _read_json(file: Path) -> Any:
+class ClipDataset(Protocol):
+    """Random access to clips and their captions' text rows, wherever they are kept.
+
+    `dataset[i]` is {"latents_FHWC", "text_SE": float32, "index": int32} and, for ODE sets, "trajectory_JFHWC".
+
+    Attributes:
+      path: its folder.
+      manifest: its parsed manifest.json.
+      negative_text_SE: float32 rows of the negative prompt.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    negative_text_SE: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(F, H, W, C) of a record."""
+        ...
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether there are clips; without, `latents_FHWC` is NaN and only its shape means anything."""
+        ...
+
+    @property
+    def trajectory_points(self) -> int:
+        """J, the stored states per record; 0 when this is no ODE set."""
+        ...
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(S, E) of a caption's rows."""
+        ...
+
+    def caption(self, index: int) -> str:
+        """The caption of record `index`."""
+        ...
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file of a dataset. Raises UserError when it is missing or broken."""
     try:
         return json.loads(file.read_text())
     except FileNotFoundError as error:
@@ -45,7 +91,7 @@ class LatentDataset:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest = _read_json(self.path / "manifest.json")
+        self.manifest = read_json(self.path / "manifest.json")
         if not isinstance(self.manifest, dict) or self.manifest.get("version") != MANIFEST_VERSION:
             raise UserError(f"{self.path}/manifest.json: not a version {MANIFEST_VERSION} latent dataset; {_MEND}")
         arrays = self.manifest.get("arrays", {})
@@ -57,7 +103,7 @@ class LatentDataset:
         self.text_table = self._open("text")
         self.negative_text_SE = np.array(self._open("negative_text"))
         self._trajectory = self._open("trajectory") if "trajectory" in arrays else None
-        self.captions: list[str] = _read_json(self.path / "captions.json")
+        self.captions: list[str] = read_json(self.path / "captions.json")
         self._check()
 
     def _open(self, name: str) -> np.ndarray:
@@ -110,6 +156,17 @@ class LatentDataset:
     def trajectory_points(self) -> int:
         """J, the stored states per record; 0 when this is no ODE set."""
         return 0 if self._trajectory is None else self._trajectory.shape[1]
+
+    @property
+    def has_latents(self) -> bool:
+        """Always: this kind of set is made from clips."""
+        return True
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(S, E) of a caption's rows."""
+        rows, width = self.text_table.shape[1:]
+        return rows, width
 
     def caption(self, index: int) -> str:
         """The caption of record `index`."""
@@ -165,7 +222,7 @@ class LatentIterator:
 
 
 def make_iterator(
-    dataset: LatentDataset,
+    dataset: ClipDataset,
     batch_size: int,
     seed: int,
     *,

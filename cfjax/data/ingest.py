@@ -1,0 +1,232 @@
+"""Sources of clips and prompts, and the one loop that encodes what they hold and writes it down, part by part."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from cfjax.core.errors import UserError
+from cfjax.data.clips import ClipFile
+from cfjax.data.lmdb_rows import LmdbRows
+from cfjax.data.parts import Part, SetWriter
+from cfjax.data.video import ClipFormat, Unusable, read_clip
+
+EncodeText = Callable[[Sequence[str]], np.ndarray]
+EncodeVideo = Callable[[np.ndarray], np.ndarray]
+
+
+class Source(Protocol):
+    """Items in a fixed order, which every process sees alike."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a report calls the item."""
+        ...
+
+    def caption(self, index: int) -> str:
+        """Its caption. Raises Unusable without one."""
+        ...
+
+    def load(self, index: int) -> dict[str, np.ndarray]:
+        """{"video": uint8 [P, H, W, 3]}, or what a record holds: latents and trajectory, or nothing.
+
+        Raises:
+          Unusable: the item has to be left out.
+        """
+        ...
+
+
+class ClipSource:
+    """The clips of a folder (`list_clips`), in one format."""
+
+    def __init__(self, folder: str | Path, clips: Sequence[ClipFile], wanted: ClipFormat) -> None:
+        self.folder, self.clips, self.wanted = Path(folder), clips, wanted
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def name(self, index: int) -> str:
+        """Its path in the folder."""
+        return self.clips[index].name
+
+    def caption(self, index: int) -> str:
+        """Its caption. Raises Unusable for a clip that the listing found fault with."""
+        if self.clips[index].fault:
+            raise Unusable(self.clips[index].fault)
+        return self.clips[index].caption
+
+    def load(self, index: int) -> dict[str, np.ndarray]:
+        """Its frames."""
+        return {"video": read_clip(self.folder / self.name(index), self.wanted)}
+
+
+class LmdbSource:
+    """The rows of an LMDB; `copy` also takes their latents, without it a record holds only the text rows."""
+
+    def __init__(self, rows: LmdbRows, *, copy: bool) -> None:
+        self.rows, self.copy = rows, copy
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """Its LMDB's name and its number therein."""
+        path, row = self.rows.locate(index)
+        return f"{path.name}/{row}"
+
+    def caption(self, index: int) -> str:
+        """Its prompt."""
+        try:
+            return self.rows.caption(index)
+        except UserError as error:
+            raise Unusable(f"no caption: {error}") from None
+
+    def load(self, index: int) -> dict[str, np.ndarray]:
+        """Its latents and trajectory, which are also looked at when they stay where they are."""
+        try:
+            arrays = self.rows.arrays(index)
+        except UserError as error:
+            raise Unusable(f"unreadable: {error}") from None
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise Unusable("not finite: latents")
+        return arrays if self.copy else {}
+
+
+class PromptSource:
+    """Prompts alone."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def name(self, index: int) -> str:
+        """Its line in the file, counted from 1."""
+        return f"line {index + 1}"
+
+    def caption(self, index: int) -> str:
+        """The line."""
+        return self.prompts[index]
+
+    def load(self, index: int) -> dict[str, np.ndarray]:
+        """Nothing."""
+        return {}
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """One prompt per line; only trailing whitespace goes, blank lines stay (PyTorch reference).
+
+    Raises:
+      UserError: it cannot be read, or is empty.
+    """
+    try:
+        with open(file, encoding="utf-8") as lines:
+            prompts = [line.rstrip() for line in lines]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot read these prompts ({error})") from None
+    if not prompts:
+        raise UserError(f"{file}: no prompts in it")
+    return prompts
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    item: int
+    caption: str
+    arrays: dict[str, np.ndarray]
+    fault: str = ""
+
+
+def _load(source: Source, item: int) -> _Loaded:
+    try:
+        return _Loaded(item, source.caption(item), source.load(item))
+    except Unusable as error:
+        return _Loaded(item, "", {}, str(error))
+
+
+def _ahead(pool: ThreadPoolExecutor, source: Source, items: Iterable[int], depth: int) -> Iterator[_Loaded]:
+    """Loaded items in order, `depth` of them under way at any time."""
+    rest = iter(items)
+    waiting: deque[Future[_Loaded]] = deque(pool.submit(_load, source, item) for item in islice(rest, depth))
+    while waiting:
+        loaded = waiting.popleft().result()
+        waiting.extend(pool.submit(_load, source, item) for item in islice(rest, 1))
+        yield loaded
+
+
+def ingest(
+    writer: SetWriter,
+    source: Source,
+    *,
+    encode_text: EncodeText,
+    encode_video: EncodeVideo | None = None,
+    shard: int = 0,
+    shards: int = 1,
+    batch_size: int = 1,
+    workers: int = 2,
+    progress: bool = True,
+) -> bool:
+    """Makes this process's parts that are not there yet; True once the whole set is there.
+
+    Args:
+      encode_text: captions to text rows [n, S, E], zero beyond each caption's own.
+      encode_video: uint8 [B, P, H, W, 3] to latents_BFHWC; always called with `batch_size` clips.
+      workers: threads that read ahead.
+
+    Raises:
+      UserError: no item of the source can be used.
+    """
+    todo = writer.todo(shard, shards)
+    total = sum(len(writer.items_of(index)) for index in todo)
+    bar = tqdm(total=total, desc=writer.path.name, unit="item", disable=not progress, dynamic_ncols=True)
+    with ThreadPoolExecutor(max(workers, 1)) as pool, bar:
+        for index in todo:
+            with writer.part(index) as part:
+                _fill(part, source, pool, encode_text, encode_video, batch_size, max(workers, 1), bar)
+    return writer.finish()
+
+
+def _fill(
+    part: Part,
+    source: Source,
+    pool: ThreadPoolExecutor,
+    encode_text: EncodeText,
+    encode_video: EncodeVideo | None,
+    batch_size: int,
+    depth: int,
+    bar: Any,
+) -> None:
+    batch: list[_Loaded] = []
+
+    def flush() -> None:
+        if not batch:
+            return
+        arrays = [dict(loaded.arrays) for loaded in batch]
+        if encode_video is not None:
+            videos = [entry.pop("video") for entry in arrays]
+            full = np.stack([*videos, *[videos[-1]] * (batch_size - len(videos))])  # one shape, one compiled program
+            for entry, latents in zip(arrays, encode_video(full), strict=False):
+                entry["latents"] = latents
+        text = encode_text([loaded.caption for loaded in batch])
+        for loaded, entry, rows in zip(batch, arrays, text, strict=True):
+            part.add(source.name(loaded.item), loaded.item, loaded.caption, rows, **entry)
+        bar.update(len(batch))
+        batch.clear()
+
+    for loaded in _ahead(pool, source, part.items, depth):
+        if loaded.fault:
+            part.skip(source.name(loaded.item), loaded.item, loaded.fault)
+            bar.update()
+        else:
+            batch.append(loaded)
+        if len(batch) == batch_size:
+            flush()
+    flush()

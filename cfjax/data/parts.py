@@ -1,0 +1,263 @@
+"""Writing a set of records in parts: by any number of processes, each part whole or absent, going on where it stopped.
+
+A source's items are cut into parts of `part_items`; part p belongs to process p modulo their number. A part is
+part-NNNNN.array_record, renamed into place when complete, and then part-NNNNN.json, which says how many records it
+holds and what was left out: with that file the part is done, and no later run makes it again, whatever the number of
+processes. Whoever finds all parts done writes the manifest; without one the folder is not a dataset.
+"""
+
+import io
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from cfjax.core.errors import UserError
+from cfjax.data.latents import read_json
+from cfjax.data.precompute import digest
+from cfjax.data.records import (
+    MANIFEST,
+    NEGATIVE_TEXT,
+    RECORDS_VERSION,
+    REPORT,
+    Layout,
+    Record,
+    misfit,
+    pack,
+    part_fault,
+    storage_dtype,
+    trim_text,
+)
+
+JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An item that was left out; `reason` is "kind: details"."""
+
+    name: str
+    item: int
+    reason: str
+
+
+class Part:
+    """One part while it is written: every item is added or skipped."""
+
+    def __init__(self, file: Path, items: range, layout: Layout) -> None:
+        self.items, self.layout, self._file = items, layout, file
+        self.skipped: list[Skipped] = []
+        self.records = 0
+        self._seen: set[int] = set()
+        self._writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
+
+    def add(self, name: str, item: int, caption: str, text_SE: np.ndarray, **arrays: np.ndarray) -> None:
+        """Stores one record (latents and trajectory in `arrays`); one that does not fit the set is skipped."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = {key: np.asarray(a).astype(storage_dtype(self.layout.dtype)) for key, a in arrays.items()}
+            stored["text"] = trim_text(np.asarray(text_SE)).astype(storage_dtype(self.layout.text_dtype))
+        record = Record(name, item, caption, stored)
+        if fault := misfit(record, self.layout):
+            return self.skip(name, item, fault)
+        self._count(item)
+        self._writer.write(pack(record))
+        self.records += 1
+
+    def skip(self, name: str, item: int, reason: str) -> None:
+        """Leaves an item out, and says why in the report."""
+        self._count(item)
+        self.skipped.append(Skipped(name, item, reason))
+
+    def _count(self, item: int) -> None:
+        if item in self._seen or item not in self.items:
+            raise ValueError(f"item {item} is not one of this part's, or came twice")
+        self._seen.add(item)
+
+    def close(self) -> None:
+        """Ends the file. Raises OSError when it could not be written whole."""
+        if not self._writer.is_open():
+            return
+        self._writer.close()
+        reader = ArrayRecordReader(str(self._file))  # the writer does not tell whether its last bytes arrived
+        found = reader.num_records()
+        reader.close()
+        if found != self.records:
+            raise OSError(f"{self._file}: {found} of {self.records} records arrived; is the disk full?")
+
+    def missing(self) -> set[int]:
+        """Items that were neither added nor skipped."""
+        return set(self.items) - self._seen
+
+
+class SetWriter:
+    """A set in the making, in `path`.
+
+    writer = SetWriter(path, items=N, part_items=64, layout=layout, job={...}, description={...})
+    writer.write_negative(text_SE)
+    for index in writer.todo(shard, shards):
+        with writer.part(index) as part:
+            for item in part.items: part.add(...) or part.skip(...)
+    writer.finish()  # True, and a manifest, once all parts of all processes are there
+
+    Args:
+      job: JSON-able values that decide what the records are; a folder begun with other values is refused.
+      description: JSON-able entries for the manifest.
+
+    Raises:
+      UserError: nothing to do, or the folder belongs to another job.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        items: int,
+        part_items: int,
+        layout: Layout,
+        job: Mapping[str, Any],
+        description: Mapping[str, Any],
+    ) -> None:
+        if items < 1 or part_items < 1:
+            raise UserError(f"{path}: {items} items in parts of {part_items}; there must be some")
+        self.path, self.items, self.part_items, self.layout = Path(path), items, part_items, layout
+        self._description = dict(description)
+        self._job = json.loads(
+            json.dumps({**job, "items": items, "part_items": part_items, "layout": layout.to_json()})
+        )
+        self._claim()
+
+    def _claim(self) -> None:
+        if self.path.exists() and not (self.path / JOB).exists() and any(self.path.iterdir()):
+            raise UserError(f"output={str(self.path)!r} holds other files; choose another, or an empty folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / JOB).exists():
+            write_atomically(self.path / JOB, json.dumps(self._job, indent=1).encode())
+        found = read_json(self.path / JOB)
+        other = sorted(key for key in {*found, *self._job} if found.get(key) != self._job.get(key))
+        if other:
+            raise UserError(
+                f"{self.path} was begun with another {', '.join(other)}; remove it, or choose another output"
+            )
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return -(-self.items // self.part_items)
+
+    def items_of(self, index: int) -> range:
+        """The items of a part."""
+        return range(index * self.part_items, min((index + 1) * self.part_items, self.items))
+
+    def _names(self, index: int) -> tuple[Path, Path]:
+        stem = f"part-{index:05d}"
+        return self.path / f"{stem}.array_record", self.path / f"{stem}.json"
+
+    def done(self, index: int) -> bool:
+        """Whether a part is there, whole."""
+        file, about = self._names(index)
+        if not about.exists():
+            return False
+        record = read_json(about)
+        return not record["records"] or not part_fault(file, record)
+
+    def todo(self, shard: int = 0, shards: int = 1) -> list[int]:
+        """The parts that this process still has to make.
+
+        Raises:
+          UserError: a shard out of range.
+        """
+        if not 0 <= shard < shards:
+            raise UserError(f"shard={shard} of shards={shards}: use 0 <= shard < shards")
+        return [index for index in range(shard, self.parts, shards) if not self.done(index)]
+
+    @contextmanager
+    def part(self, index: int) -> Iterator[Part]:
+        """A part to fill; leaving the block publishes it, leaving it by an exception removes every trace."""
+        file, about = self._names(index)
+        partial = _beside(file)
+        part = Part(partial, self.items_of(index), self.layout)
+        try:
+            yield part
+            if part.missing():
+                raise ValueError(f"part {index}: items {sorted(part.missing())} were neither added nor skipped")
+            part.close()
+            size = partial.stat().st_size
+            record = {"file": file.name, "records": part.records, "bytes": size if part.records else 0}
+            if part.records:
+                os.replace(partial, file)
+            skipped = [asdict(s) for s in sorted(part.skipped, key=lambda s: s.item)]
+            write_atomically(about, json.dumps({**record, "skipped": skipped}, ensure_ascii=False).encode())
+        finally:
+            try:
+                part.close()
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def write_negative(self, text_SE: np.ndarray) -> None:
+        """Stores the negative prompt's real rows, once, in float32."""
+        file = self.path / NEGATIVE_TEXT
+        if not file.exists():
+            buffer = io.BytesIO()
+            np.save(buffer, np.asarray(trim_text(text_SE), np.float32))
+            write_atomically(file, buffer.getvalue())
+
+    def skipped(self) -> list[Skipped]:
+        """What was left out in the parts that are done, in the source's order."""
+        abouts = [self._names(index)[1] for index in range(self.parts)]
+        return [Skipped(**entry) for about in abouts if about.exists() for entry in read_json(about)["skipped"]]
+
+    def finish(self) -> bool:
+        """Publishes the set if all its parts are there; every process may try, and may try again.
+
+        Raises:
+          UserError: not one item could be used.
+        """
+        if not all(map(self.done, range(self.parts))):
+            return False
+        abouts = [read_json(self._names(index)[1]) for index in range(self.parts)]
+        parts = [{key: about[key] for key in ("file", "records", "bytes")} for about in abouts if about["records"]]
+        skipped = self.skipped()
+        kinds = Counter(s.reason.partition(":")[0] for s in skipped)
+        records = sum(part["records"] for part in parts)
+        report = {
+            "items": self.items,
+            "records": records,
+            "left_out": dict(kinds),
+            "skipped": list(map(asdict, skipped)),
+        }
+        write_atomically(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+        if not records:
+            raise UserError(f"{self.path}: none of {self.items} items can be used; the first: {skipped[0].reason}")
+        manifest = {
+            "version": RECORDS_VERSION,
+            "records": records,
+            "items": self.items,
+            "layout": self.layout.to_json(),
+            "parts": parts,
+            **self._description,
+            "source_sha256": digest(self._description.get("source", {})),
+        }
+        write_atomically(self.path / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        for stale in self.path.glob(".*.partial"):
+            stale.unlink(missing_ok=True)
+        return True
+
+
+def _beside(file: Path) -> Path:
+    """A name that no other process of any machine takes."""
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """The file whole or not at all."""
+    partial = _beside(file)
+    partial.write_bytes(data)
+    os.replace(partial, file)

@@ -1,0 +1,249 @@
+"""Records are bytes and back; sets are written in parts that are whole or absent, by any number of processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cfjax.core.errors import UserError
+from cfjax.data.ingest import PromptSource, ingest, read_prompts
+from cfjax.data.latents import make_iterator
+from cfjax.data.parts import SetWriter
+from cfjax.data.records import Layout, Record, RecordDataset, pack, trim_text, unpack
+from cfjax.data.sets import open_dataset
+from cfjax.data.video import Unusable
+
+SHAPE, ROWS, WIDTH = (2, 2, 2, 3), 6, 4
+LAYOUT = Layout(SHAPE, ROWS, WIDTH)
+
+
+def encode_text(captions):
+    """One row per letter, each saying which letter; zeros beyond."""
+    out = np.zeros((len(captions), ROWS, WIDTH), np.float32)
+    for i, caption in enumerate(captions):
+        for j, letter in enumerate(caption[: ROWS - 1] + "."):
+            out[i, j] = ord(letter)
+    return out
+
+
+class Numbers:
+    """Latents that say their own number; every seventh cannot be used, item 9 is not finite."""
+
+    def __init__(self, count, breaks_at=None):
+        self.count, self.breaks_at = count, breaks_at
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f"n{index}"
+
+    def caption(self, index):
+        return str(index)
+
+    def load(self, index):
+        if index == self.breaks_at:
+            raise KeyboardInterrupt
+        if index % 7 == 6:
+            raise Unusable("too short: by far")
+        return {"latents": np.full(SHAPE, np.inf if index == 9 else index, np.float32)}
+
+
+USABLE = [i for i in range(23) if i % 7 != 6 and i != 9]
+
+
+def writer(path, count=23, part_items=4, layout=LAYOUT, **job):
+    return SetWriter(
+        path,
+        items=count,
+        part_items=part_items,
+        layout=layout,
+        job={"seed": 0, **job},
+        description={"source": {"n": 1}},
+    )
+
+
+def make(path, source=None, shard=0, shards=1, **options):
+    source = source or Numbers(23)
+    out = writer(path, len(source), **options)
+    out.write_negative(encode_text(["no"])[0])
+    return ingest(out, source, encode_text=encode_text, shard=shard, shards=shards, batch_size=3, progress=False)
+
+
+def values(dataset):
+    return [int(dataset[i]["latents_FHWC"][0, 0, 0, 0]) for i in range(len(dataset))]
+
+
+def test_a_record_survives_its_bytes():
+    arrays = {"latents": np.arange(24, dtype=np.float16).reshape(SHAPE), "text": np.ones((2, 4), ml_dtypes.bfloat16)}
+    back = unpack(pack(Record("dir/ä.mp4", 7, "größer\n", arrays)))
+    assert (back.name, back.item, back.caption, back.arrays.keys()) == ("dir/ä.mp4", 7, "größer\n", arrays.keys())
+    for name, array in arrays.items():
+        assert back.arrays[name].dtype == array.dtype and (back.arrays[name] == array).all()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b"x" + b, lambda b: b[:20], bytes])
+def test_damaged_bytes_are_no_record(damage):
+    data = pack(Record("a", 0, "c", {"text": np.ones((2, 4), np.float32)}))
+    if damage(data) == data:
+        assert unpack(data).caption == "c"
+    else:
+        with pytest.raises(ValueError, match="record"):
+            unpack(damage(data))
+
+
+def test_only_real_text_rows_are_stored(tmp_path):
+    make(tmp_path / "set")
+    dataset = open_dataset(tmp_path / "set")
+    assert len(dataset.record(0).arrays["text"]) == 2 and dataset.record(0).arrays["text"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(dataset[0]["text_SE"], encode_text(["0"])[0])
+    np.testing.assert_array_equal(dataset.negative_text_SE, encode_text(["no"])[0])
+    assert len(trim_text(np.zeros((3, 2)))) == 0
+
+
+def test_a_set_holds_what_could_be_used_and_reports_the_rest(tmp_path):
+    assert make(tmp_path / "set")
+    dataset = open_dataset(tmp_path / "set")
+    assert isinstance(dataset, RecordDataset) and values(dataset) == USABLE
+    assert [dataset.caption(i) for i in range(len(dataset))] == [str(i) for i in USABLE]
+    assert dataset.latent_shape == SHAPE and dataset.text_shape == (ROWS, WIDTH) and dataset.has_latents
+    report = json.loads((tmp_path / "set" / "report.json").read_text())
+    assert report["left_out"] == {"too short": 3, "not finite": 1} and report["records"] == len(USABLE)
+    assert [(s["name"], s["item"]) for s in report["skipped"]] == [("n6", 6), ("n9", 9), ("n13", 13), ("n20", 20)]
+    assert not list((tmp_path / "set").glob(".*"))
+
+
+def test_batches_come_out_of_the_common_iterator(tmp_path):
+    make(tmp_path / "set")
+    batch = next(make_iterator(open_dataset(tmp_path / "set"), 4, 0))
+    assert batch["latents_BFHWC"].shape == (4, *SHAPE) and batch["text_BSE"].dtype == np.float32
+    first = batch["latents_BFHWC"][:, 0, 0, 0, 0]
+    np.testing.assert_array_equal(first, [USABLE[i] for i in batch["index_B"]])
+    np.testing.assert_array_equal(batch["text_BSE"][:, 0, 0], [ord(str(int(n))[0]) for n in first])
+
+
+def test_shards_are_disjoint_and_complete(tmp_path):
+    done = [make(tmp_path / "set", shard=shard, shards=3) for shard in (2, 0, 1)]
+    assert done == [False, False, True]
+    assert values(open_dataset(tmp_path / "set")) == USABLE
+    make(tmp_path / "one")
+    for file in ("manifest.json", "report.json"):
+        assert (tmp_path / "set" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+
+
+def test_an_interrupted_job_goes_on_where_it_was(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "set", Numbers(23, breaks_at=17))
+    with pytest.raises(UserError, match="unfinished"):
+        open_dataset(tmp_path / "set")
+    assert not list((tmp_path / "set").glob(".*")), "the part that was under way leaves no trace"
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").glob("part-*")}
+    assert len(before) == 8  # four parts of four, each with its record
+    assert writer(tmp_path / "set").todo(0, 2) == [4] and writer(tmp_path / "set").todo(1, 2) == [5]
+    assert make(tmp_path / "set")
+    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").glob("part-*")}
+    assert before.items() < after.items() and values(open_dataset(tmp_path / "set")) == USABLE
+
+
+def test_a_killed_process_loses_only_its_part(tmp_path):
+    """SIGKILL in the middle of the fourth part, with bytes of it on disk; the same command then completes the set."""
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        from tests.data.test_records import Numbers, make
+
+        class Deadly(Numbers):
+            def load(self, index):
+                if index == 15:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().load(index)
+
+        make(Path(sys.argv[1]), Deadly(23))
+    """
+    code = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "set")]
+    root = Path(__file__).parents[2]
+    died = subprocess.run(code, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert len(list((tmp_path / "set").glob("part-*.json"))) == 3
+    assert list((tmp_path / "set").glob(".part-00003*.partial")), "a kill leaves the file it was writing"
+    assert make(tmp_path / "set") and values(open_dataset(tmp_path / "set")) == USABLE
+    assert not list((tmp_path / "set").glob(".*"))
+
+
+def test_a_lost_part_is_made_again(tmp_path):
+    make(tmp_path / "set")
+    (tmp_path / "set" / "part-00002.array_record").unlink()
+    with pytest.raises(UserError, match=r"part-00002\.array_record: missing"):
+        open_dataset(tmp_path / "set")
+    assert writer(tmp_path / "set").todo() == [2]
+    assert make(tmp_path / "set") and values(open_dataset(tmp_path / "set")) == USABLE
+
+
+def test_finishing_again_changes_nothing(tmp_path):
+    make(tmp_path / "set")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
+    assert make(tmp_path / "set", shard=1, shards=2)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
+
+
+def test_another_job_is_refused(tmp_path):
+    make(tmp_path / "set")
+    with pytest.raises(UserError, match="begun with another seed"):
+        writer(tmp_path / "set", seed=1)
+    with pytest.raises(UserError, match="another items"):
+        writer(tmp_path / "set", count=24)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        writer(tmp_path / "thesis")
+    with pytest.raises(UserError, match="shard=3 of shards=3"):
+        writer(tmp_path / "set").todo(3, 3)
+
+
+def test_a_source_without_one_usable_item_says_so(tmp_path):
+    class Nothing(Numbers):
+        def load(self, index):
+            raise Unusable("unreadable: all of them")
+
+    with pytest.raises(UserError, match="none of 5 items can be used; the first: unreadable"):
+        make(tmp_path / "set", Nothing(5))
+    assert json.loads((tmp_path / "set" / "report.json").read_text())["left_out"] == {"unreadable": 5}
+
+
+def test_every_item_must_be_accounted_for(tmp_path):
+    with pytest.raises(ValueError, match="neither added nor skipped"), writer(tmp_path / "set").part(0) as part:
+        part.skip("n0", 0, "why: not")
+    with pytest.raises(ValueError, match="came twice"), writer(tmp_path / "set").part(0) as part:
+        part.skip("n0", 0, "why: not")
+        part.skip("n0", 0, "why: not")
+    assert not list((tmp_path / "set").glob("part*")) and not list((tmp_path / "set").glob(".*"))
+
+
+def test_prompts_need_no_latents_and_little_disk(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one  \n\n  two\u2028too\n")
+    prompts = read_prompts(tmp_path / "prompts.txt")
+    assert prompts == ["one", "", "  two\u2028too"]  # only the end is stripped, blank lines stay (PyTorch reference)
+    layout = Layout((21, 60, 104, 16), ROWS, WIDTH, kept_in="none")
+    assert make(tmp_path / "set", PromptSource(prompts), layout=layout)
+    dataset = open_dataset(tmp_path / "set")
+    assert [dataset.caption(i) for i in range(3)] == prompts and not dataset.has_latents
+    assert dataset.latent_shape == (21, 60, 104, 16)
+    batch = next(make_iterator(dataset, 2, 0))
+    assert batch["latents_BFHWC"].shape == (2, 21, 60, 104, 16) and np.isnan(batch["latents_BFHWC"]).all()
+    size = sum(file.stat().st_size for file in (tmp_path / "set").glob("part-*"))
+    assert size < 200_000
+
+
+def test_a_prompt_file_must_hold_prompts(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
+    for name, message in (("empty.txt", "no prompts"), ("latin.txt", "cannot read"), ("none.txt", "cannot read")):
+        with pytest.raises(UserError, match=message):
+            read_prompts(tmp_path / name)
