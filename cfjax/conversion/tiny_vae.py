@@ -10,13 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
 from cfjax.core.errors import UserError
 from cfjax.core.tree import from_named, named_leaves
-from cfjax.models.tiny_vae import BLOCKS, TinyVAE, TinyVAEConfig
+from cfjax.models.tiny_vae import BLOCKS, TinyVAE, TinyVAEConfig, abstract_tiny_vae
 
 KERNEL = Layout(load=lambda x, _: x.transpose(2, 3, 1, 0), save=lambda x, _: x.transpose(3, 2, 0, 1))
 STAGES = 3
@@ -66,11 +65,6 @@ TAEHV = (
     *_conv("decoder/conv_out", f"decoder.{DECODER[0] + STAGES * DECODER[1] + 1}"),
 )
 LAYOUTS = {"taehv": TAEHV}
-
-
-def abstract_tiny_vae(config: TinyVAEConfig) -> TinyVAE:
-    """The module's structure with shapes in place of arrays; allocates nothing."""
-    return jax.eval_shape(lambda key: TinyVAE(config, key), jax.random.key(0))
 
 
 def infer_config_tiny_vae(

@@ -13,7 +13,6 @@ What is fast in XLA: frames folded into the batch of a 2-D convolution, the past
 or two convolutions are slower), and `Grow` as one convolution of small frames.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,14 +20,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 
 from cfjax.core.errors import UserError
+from cfjax.core.fingerprint import fingerprint
 from cfjax.core.precision import Policy
-from cfjax.core.tree import named_leaves
-from cfjax.nn.conv import Conv
+from cfjax.nn.conv import Conv, draw_kernels
 
 BLOCKS = 3  # memory blocks per stage
 SPACE = 8  # three stages, each halving or doubling height and width
@@ -330,19 +328,21 @@ class TinyVAE(nnx.Module):
         return _per_frame(encoder.conv_out, x, dtype).astype(jnp.float32), kept
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says about this codec; the fingerprint is of the weights, as float32."""
-        digest = hashlib.sha256()
-        for name, leaf in named_leaves(self).items():
-            digest.update(name.encode() + np.asarray(leaf, np.float32).tobytes())
+        """What a manifest says about this codec; the fingerprint sees every bit of the weights."""
         return {
             "name": "tiny_vae",
             "channels": self.latent_channels,
             "stride": list(self.stride),
-            "fingerprint": digest.hexdigest()[:16],
+            "fingerprint": fingerprint(self),
         }
 
 
-@partial(jax.jit, static_argnums=0)
+def abstract_tiny_vae(config: TinyVAEConfig) -> TinyVAE:
+    """The tiny autoencoder's structure with shapes in place of arrays; allocates nothing."""
+    return jax.eval_shape(lambda key: TinyVAE(config, key), jax.random.key(0))
+
+
+@partial(jax.jit, static_argnames="config")
 def make_tiny_vae(config: TinyVAEConfig, key: jax.Array) -> TinyVAE:
-    """A tiny autoencoder with random weights, in one compiled program."""
-    return TinyVAE(config, key)
+    """A random tiny autoencoder in one compiled program."""
+    return draw_kernels(abstract_tiny_vae(config), key)

@@ -20,9 +20,8 @@ from flax import nnx
 from cfjax.core.errors import UserError
 from cfjax.core.fingerprint import fingerprint
 from cfjax.core.precision import Policy
-from cfjax.core.tree import map_named, named_leaves
 from cfjax.nn.attention import dense
-from cfjax.nn.conv import Conv
+from cfjax.nn.conv import Conv, draw_kernels
 from cfjax.nn.layers import Linear, align
 
 # Mean and standard deviation of Wan2.1's 16 latent channels over its training videos (PyTorch reference).
@@ -393,19 +392,5 @@ def abstract_vae(config: VAEConfig) -> WanVAE:
 
 @partial(jax.jit, static_argnames="config")
 def make_vae(config: VAEConfig, key: jax.Array) -> WanVAE:
-    """A random autoencoder: kernels U(-1/sqrt(n), 1/sqrt(n)) for n inputs per output, norms 1, biases 0.
-
-    All kernels are cut from one draw; a hundred draws, as the constructor makes them, compile ten times as long.
-    """
-    template = abstract_vae(config)
-    kernels = {name: leaf for name, leaf in named_leaves(template).items() if name.endswith("kernel")}
-    ends = np.cumsum([leaf.size for leaf in kernels.values()])
-    pieces = jnp.split(jax.random.uniform(key, (int(ends[-1]),), jnp.float32, -1.0, 1.0), ends[:-1])
-    drawn = dict(zip(kernels, pieces, strict=True))
-
-    def leaf(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-        if name in drawn:
-            return drawn[name].reshape(like.shape) * (like.size // like.shape[-1]) ** -0.5
-        return jnp.full(like.shape, name.endswith("scale"), jnp.float32)
-
-    return map_named(leaf, template)
+    """A random autoencoder in one compiled program: kernels U(-1/sqrt(n), 1/sqrt(n)) for n inputs per output."""
+    return draw_kernels(abstract_vae(config), key)

@@ -1,13 +1,17 @@
 """Convolutions over images and videos, channels last, as immutable pytrees."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from cfjax.core.tree import map_named, named_leaves
 from cfjax.nn.layers import align
 
+M = TypeVar("M")
 Padding = str | Sequence[tuple[int, int]]
 AXES = {2: "HW", 3: "DHW"}  # `lax.conv_general_dilated`'s letters for our H, W and (time first) P, H, W
 
@@ -47,3 +51,21 @@ class Conv(nnx.Module):
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         )
         return y if self.bias is None else y + align(self.bias[...].astype(dtype), y)
+
+
+def draw_kernels(template: M, key: jax.Array) -> M:
+    """A random network in the shape of `template`: kernels as `fan_in_uniform`, scales 1, biases 0, all float32.
+
+    All kernels are cut from one draw; a draw for each, as constructors make them, compiles ten times as long.
+    """
+    kernels = {name: leaf for name, leaf in named_leaves(template).items() if name.endswith("kernel")}
+    ends = np.cumsum([leaf.size for leaf in kernels.values()])
+    pieces = jnp.split(jax.random.uniform(key, (int(ends[-1]),), jnp.float32, -1.0, 1.0), ends[:-1])
+    drawn = dict(zip(kernels, pieces, strict=True))
+
+    def leaf(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if name in drawn:
+            return drawn[name].reshape(like.shape) * (like.size // like.shape[-1]) ** -0.5
+        return jnp.full(like.shape, name.endswith("scale"), jnp.float32)
+
+    return map_named(leaf, template)
