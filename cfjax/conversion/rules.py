@@ -147,8 +147,8 @@ def export_plan(table: Sequence[Rule], ours: Mapping[str, LazyArray], config: An
         shape = _moved(row.layout.save, array.shape[1:] if row.stacked else array.shape, config)
         if shape is None:
             raise UserError(f"{name} has shape {array.shape}, which {row.sources[0]} cannot take")
-        for i, source in enumerate(row.sources):
-            read = array.entry(i) if row.stacked else array.read
+        readers = array.entries() if row.stacked else (array.read,)
+        for source, read in zip(row.sources, readers, strict=True):
             out[source] = LazyArray(shape, array.dtype, (_reader(row.layout.save, read, config),))
     return out
 

@@ -6,6 +6,7 @@ Converting a large network must not need room for it: readers, tables and writer
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,21 @@ class LazyArray:
             out[i] = part
         return out
 
-    def entry(self, i: int) -> Callable[[], np.ndarray]:
-        """Reader of entry `i` of the first axis."""
-        return self.parts[i] if self.stacked else lambda: self.parts[0]()[i]
+    def entries(self) -> tuple[Callable[[], np.ndarray], ...]:
+        """Readers of the entries of the first axis; an array in one part is kept from the first entry to the last."""
+        if self.stacked:
+            return self.parts
+        kept: list[np.ndarray] = []
+
+        def entry(i: int) -> np.ndarray:
+            if not kept:
+                kept.append(self.read())
+            part = kept[0][i]
+            if i == self.shape[0] - 1:
+                kept.clear()
+            return part
+
+        return tuple(partial(entry, i) for i in range(self.shape[0]))
 
     def watched(self, seen: Callable[[int], Any]) -> "LazyArray":
         """The same array; every part read is told to `seen` by its number of bytes."""

@@ -2,11 +2,16 @@
 
 A checkpoint holds the train state as a flat dict of named arrays ("params/student/blocks/..."), the data iterator's
 state, and a meta record (stage, step, and whatever the verb adds: model configs, codec, blocks).
+
+`write_streamed` makes one of arrays that are read as they are written, and `open_role` reads one so: for networks that
+are larger than memory.
 """
 
+import asyncio
 import base64
 import re
-from collections.abc import Generator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,9 +24,11 @@ import tensorstore as ts
 from absl import logging
 
 from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import from_named, named_leaves
 
 FOLDER = "checkpoints"
+PARTS = ("params", "ema")
 BROKEN = "checkpoints_broken"
 
 
@@ -92,6 +99,22 @@ def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, A
             raise UserError(f"{folder}: {name} has shape {tuple(saved[name])}, this config needs {tuple(leaf.shape)}")
 
 
+class _PartsHandler(ocp.type_handlers.NumpyHandler):
+    """Saves `LazyArray`s: one part at a time is read, written and let go; a stacked array has a chunk per layer."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Lock()
+
+    async def _open_and_write(self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        async with self._turn:  # Orbax starts all arrays at once
+            if value.stacked:
+                tspec["metadata"]["chunks"] = [1, *value.shape[1:]]
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            for i, part in enumerate(value):
+                await (store[i] if value.stacked else store).write(part)
+
+
 def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -131,6 +154,50 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str,
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
+def _record(state: Mapping[str, Any], data_state: Any, meta: Mapping[str, Any], step: int) -> dict[str, Any]:
+    return {
+        "meta": _jsonable({**meta, "step": step}),
+        "data_state": _jsonable(data_state),
+        "leaves": {name: list(leaf.shape) for name, leaf in state.items()},
+    }
+
+
+def write_streamed(workdir: str | Path, arrays: Mapping[str, LazyArray], meta: Mapping[str, Any]) -> None:
+    """A checkpoint of step 0 in a new run directory, complete or not there at all.
+
+    Host memory holds one part of one array (see `LazyArray`) beside what the readers keep. Nothing is compressed.
+
+    Args:
+      arrays: by "params/<role>/<leaf>" or "ema/<role>/<leaf>".
+
+    Raises:
+      UserError: there is a checkpoint already; or whatever reading an array raises.
+    """
+    directory = Path(workdir).absolute() / FOLDER
+    if directory.exists():
+        raise UserError(f"{directory} exists; name another folder")
+    directory.mkdir(parents=True)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, _PartsHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
+        "record": ocp.JsonCheckpointHandler(),
+    }
+    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False, save_root_metadata=False)
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(_record(arrays, {}, meta, 0))
+    )
+    manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    try:
+        manager.save(0, args=args)
+    except BaseException:
+        shutil.rmtree(directory)
+        raise
+    finally:
+        manager.close()
+
+
 class CheckpointStore:
     """The checkpoints of one run, in `workdir/checkpoints/<step>`.
 
@@ -154,12 +221,8 @@ class CheckpointStore:
         if step in self._manager.all_steps():
             return
         arrays = {name: _detached(leaf) for name, leaf in _flatten(state).items()}
-        record = {
-            "meta": _jsonable({**meta, "step": step}),
-            "data_state": _jsonable(data_state),
-            "leaves": {name: list(leaf.shape) for name, leaf in arrays.items()},
-        }
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record))
+        record = ocp.args.JsonSave(_record(arrays, data_state, meta, step))
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=record)
         self._manager.save(step, args=args, force=True)
 
     def restore_latest(self, template: Any, *, stage: str | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
@@ -287,3 +350,52 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
                 continue
             return _unflatten(template, {name.removeprefix(prefix): array for name, array in arrays.items()})
     raise UserError(f"{run_dir}: no readable checkpoint")
+
+
+def stored_roles(run_dir: str | Path) -> list[tuple[str, bool]]:
+    """(role, whether its float32 shadow) of everything that the newest readable checkpoint of a run holds.
+
+    Raises:
+      UserError: no run, or nothing readable.
+    """
+    run_dir = Path(run_dir).absolute()
+    with closing(_good_records(run_dir)) as records:
+        for _, _, record in records:
+            found = {tuple(name.split("/")[:2]) for name in record["leaves"] if name.startswith(PARTS)}
+            return sorted(((role, part == PARTS[1]) for part, role in found), key=lambda x: x[::-1])
+    raise UserError(f"{run_dir}: no readable checkpoint")
+
+
+def open_role(run_dir: str | Path, role: str, *, ema: bool = False) -> dict[str, LazyArray]:
+    """One role's arrays of a run's newest readable checkpoint by name, in the dtype they were saved in; not yet read.
+
+    Raises:
+      UserError: no run, nothing readable, or no such role.
+    """
+    run_dir, prefix = Path(run_dir).absolute(), f"{PARTS[ema]}/{role}/"
+    with closing(_good_records(run_dir)) as records:
+        for _, step, record in records:
+            state = run_dir / FOLDER / str(step) / "state"
+            names = [name for name in record["leaves"] if name.startswith(prefix)]
+            if not names:
+                raise UserError(f"{state.parent} holds no {prefix[:-1]!r}")
+            try:
+                _probe(state.parent)
+                return {name.removeprefix(prefix): _stored(state, name) for name in names}
+            except Exception as error:
+                logging.warning("checkpoint %s is broken and is passed over (%s)", state.parent, _one_line(error))
+    raise UserError(f"{run_dir}: no readable checkpoint")
+
+
+def _stored(state: Path, name: str) -> LazyArray:
+    """A saved array, read layer by layer where it was written so."""
+    kvstore = {"driver": "ocdbt", "base": f"file://{state}/", "path": f"{name}/"}
+    store = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    shape, chunk = tuple(store.shape), store.chunk_layout.read_chunk.shape
+    stacked = len(shape) > 1 and chunk is not None and chunk[0] == 1 < shape[0]
+    parts = [store[i] for i in range(shape[0])] if stacked else [store]
+    return LazyArray(shape, store.dtype.numpy_dtype, tuple(_reader(part) for part in parts), stacked)
+
+
+def _reader(part: Any) -> Callable[[], np.ndarray]:
+    return lambda: part.read().result()
