@@ -21,9 +21,11 @@ from cfjax.data.shapes import ShapesConfig
 from cfjax.flow.schedule import sigma_table
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
 from cfjax.nn.visibility import Blocks
+from cfjax.objectives import sid
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
-from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
+from cfjax.objectives.dmd import DMDConfig, critic_loss
+from cfjax.objectives.dmd import generator_loss as dmd
 from cfjax.objectives.ode_regression import PairsConfig, ode_regression
 from cfjax.objectives.stage import Ema, Loss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep
@@ -205,6 +207,8 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
     )
     return DMDConfig(
         self_forcing=rollout,
+        student_input=o.student_input,
+        forcing=o.forcing,
         real_guidance=o.real_guidance,
         fake_guidance=o.fake_guidance,
         score_shift=o.score_shift,
@@ -232,8 +236,11 @@ def losses_of(c: ConfigDict) -> dict[str, Loss]:
             if role not in c[group]:
                 raise UserError(f"{group}.{role} is missing: consistency distillation needs a teacher and an average")
         return {"student": consistency(ConsistencyConfig(**o.to_dict()), blocks)}
+    if o.matching not in ("dmd", "sid"):
+        raise UserError(f"objective.matching={o.matching!r}: use dmd or sid")
     config = dmd_config(c)
-    return {"student": generator_loss(config, blocks), "critic": critic_loss(config, blocks)}
+    student = sid.generator_loss(config, blocks, alpha=o.sid_alpha) if o.matching == "sid" else dmd(config, blocks)
+    return {"student": student, "critic": critic_loss(config, blocks)}
 
 
 def stage_of(c: ConfigDict) -> Stage:

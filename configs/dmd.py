@@ -4,6 +4,9 @@
     cfjax train --config=configs/dmd.py:framewise --workdir=runs/dmd
     cfjax train --config=configs/dmd.py:framewise,2step --workdir=runs/dmd    4 steps for the first block, then 2
     cfjax train --config=configs/dmd.py:toy --workdir=runs/toy/dmd
+    cfjax train --config=configs/dmd.py:sid --workdir=runs/sid                SiD instead of DMD
+    cfjax train --config=configs/dmd.py:causvid --workdir=runs/causvid        noised real clips instead of self-rollout
+    cfjax train --config=configs/dmd.py:bidirectional --workdir=runs/few      a few-step bidirectional student
 
 Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five
 iterations, guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. Its quirks that change numbers are keys of
@@ -16,8 +19,8 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`."""
-    words = presets.switches(arg, "toy", "framewise", "2step", "1step")
+    """`toy`, `framewise`, `2step`, `1step`, `sid`, `causvid`, `bidirectional`."""
+    words = presets.switches(arg, "toy", "framewise", "2step", "1step", "sid", "causvid", "bidirectional")
     toy = "toy" in words
     c = presets.experiment("dmd", steps=600 if toy else 1000)
     c.roles.student = presets.role(
@@ -42,7 +45,14 @@ def get_config(arg: str = ""):
     full = (1000, 750, 500, 250)
     few = {"2step": (1000, 500), "1step": (1000,)}
     steps = next((few[word] for word in words if word in few), full)
+    if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
+        c.blocks.frames = 12 if toy else 21
+        c.roles.student = presets.role(c.roles.critic.preset, init=c.roles.critic.init, stages=("bidirectional",))
     c.objective = {
+        "matching": "sid" if "sid" in words else "dmd",
+        "sid_alpha": 1.0,
+        "student_input": "noised_data" if "causvid" in words else "self_rollout",
+        "forcing": "diffusion",
         "steps": steps,
         "first_steps": full if steps != full else (),
         "shift": 5.0,

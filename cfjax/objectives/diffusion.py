@@ -64,7 +64,7 @@ def _weights(config: DiffusionConfig, table: np.ndarray) -> np.ndarray:
     return np.ones_like(table)
 
 
-def _per_block(index_BF: jax.Array, blocks: Blocks) -> jax.Array:
+def per_block(index_BF: jax.Array, blocks: Blocks) -> jax.Array:
     """Every frame of a block takes its block's first value."""
     first = [start for start, stop in blocks.spans(index_BF.shape[1]) for _ in range(start, stop)]
     return index_BF[:, jnp.asarray(first)]
@@ -134,7 +134,7 @@ def _past(config: DiffusionConfig, x0: jax.Array, draws: Draws, blocks: Blocks) 
     """The clean half and the level it is told: the clip itself at 0, or its noise-augmented copy."""
     if not config.noise_augmentation:
         return x0, jnp.zeros(x0.shape[:2], jnp.float32)
-    noised, told_BF, _ = _noised(config, x0, draws, _per_block(draws["augment_BF"], blocks))
+    noised, told_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
     return noised, told_BF
 
 
@@ -148,7 +148,7 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         x0 = batch["latents_BFHWC"].astype(jnp.float32)
         draws = draw(key, x0.shape, config) if draws is None else draws
-        x, told_BF, weight_BF = _noised(config, x0, draws, _per_block(draws["index_BF"], blocks))
+        x, told_BF, weight_BF = _noised(config, x0, draws, per_block(draws["index_BF"], blocks))
         model = models[role]
         text_kv = embed_text(model, drop_text(batch, draws["drop_B"]))
         if config.forcing == "diffusion":

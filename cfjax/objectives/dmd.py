@@ -1,7 +1,10 @@
 """Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.3; PyTorch reference).
 
 The causal student generates with its own cache; a frozen bidirectional teacher (the real score, with guidance) and a
-trained bidirectional critic (the fake score) say in which direction its videos should move.
+trained bidirectional critic (the fake score) say in which direction its videos should move. The paper's
+baselines differ in two choices: what the student starts from (`student_input`; CausVid, arXiv 2412.07772, takes noised
+real clips), and how the scores become a gradient (DMD here, SiD in `objectives.sid`). One block of all frames is
+bidirectional DMD.
 """
 
 from collections.abc import Mapping
@@ -12,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from cfjax.core.errors import UserError
 from cfjax.flow.guidance import guide
 from cfjax.flow.path import add_noise, flow_from_x0, velocity, x0_from_flow
 from cfjax.flow.schedule import lookup, score_sigma, sigma_table
-from cfjax.models.wan import Wan, embed_text
-from cfjax.nn.visibility import Blocks
+from cfjax.models.wan import Wan, embed_text, teacher_forced
+from cfjax.nn.visibility import Blocks, Visibility
+from cfjax.objectives.diffusion import per_block
 from cfjax.objectives.stage import Batch, Loss, Models
 from cfjax.rollout.generate import both_prompts
 from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
@@ -30,6 +35,8 @@ class DMDConfig:
 
     Attributes:
       self_forcing: how the student rolls out.
+      student_input: "self_rollout", or "noised_data": real clips noised at a few-step level per block, denoised in one
+        pass (CausVid); their past is then noisy ("diffusion") or clean ("teacher"), as `forcing` says.
       real_guidance, fake_guidance: w in pos + w (pos - neg), the "dmd" convention (quirk Q7); 0 is no guidance.
       score_shift, score_min, score_max: the level at which scores are compared (PyTorch reference).
       score_table_shift: the reference converts the scores' flows with a shift-8 table although it noised with shift 5
@@ -37,6 +44,8 @@ class DMDConfig:
     """
 
     self_forcing: SelfForcing
+    student_input: str = "self_rollout"
+    forcing: str = "diffusion"
     real_guidance: float = 3.0
     fake_guidance: float = 0.0
     score_shift: float = 5.0
@@ -44,16 +53,53 @@ class DMDConfig:
     score_max: float = 0.98
     score_table_shift: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.student_input not in ("self_rollout", "noised_data"):
+            raise UserError(f"objective.student_input={self.student_input!r}: use self_rollout or noised_data")
+        if self.forcing not in ("teacher", "diffusion"):
+            raise UserError(f"objective.forcing={self.forcing!r}: use teacher or diffusion")
+
 
 def draw(key: jax.Array, shape: tuple[int, ...], config: DMDConfig, blocks: Blocks) -> dict[str, jax.Array]:
-    """Random numbers of one loss: the rollout's (see `draw_rollout`), score_sigma_B in [min, max], score_eps_BFHWC."""
+    """Random numbers of one loss: the student's, score_sigma_B in [min, max], score_eps_BFHWC.
+
+    The student's: see `draw_rollout`; for noised data noise_BFHWC and level_BF, one few-step level per block.
+    """
     key_rollout, key_level, key_eps = jax.random.split(key, 3)
     u_B = jax.random.randint(key_level, shape[:1], 0, 1000).astype(jnp.float32) / 1000.0
+    if config.student_input == "noised_data":
+        key_noise, key_step = jax.random.split(key_rollout)
+        level_BF = jax.random.randint(key_step, shape[:2], 0, len(config.self_forcing.sigmas))
+        student = {
+            "noise_BFHWC": jax.random.normal(key_noise, shape, jnp.float32),
+            "level_BF": per_block(level_BF, blocks),
+        }
+    else:
+        student = draw_rollout(key_rollout, shape, config.self_forcing, blocks)
     return {
-        **draw_rollout(key_rollout, shape, config.self_forcing, blocks),
+        **student,
         "score_sigma_B": score_sigma(u_B, config.score_shift, config.score_min, config.score_max),
         "score_eps_BFHWC": jax.random.normal(key_eps, shape, jnp.float32),
     }
+
+
+def student_video(
+    model: Wan, batch: Batch, draws: Draws, config: DMDConfig, blocks: Blocks, *, gradient: bool
+) -> jax.Array:
+    """x0_BFHWC of the student, with or without gradient to its weights."""
+    text_kv = embed_text(model, batch["text_BSE"])
+    if config.student_input == "self_rollout":
+        rolled = rollout(stop_gradient(model), stop_gradient(text_kv), dict(draws), config.self_forcing, blocks)
+        return replay_exit(model, text_kv, rolled, config.self_forcing, blocks) if gradient else rolled.x0_BFHWC
+    clean = batch["latents_BFHWC"].astype(jnp.float32)
+    sigma_BF = jnp.asarray(config.self_forcing.sigmas, jnp.float32)[draws["level_BF"]]
+    x = add_noise(clean, draws["noise_BFHWC"], sigma_BF)
+    if config.forcing == "teacher":
+        v = teacher_forced(model, x, sigma_BF, clean, text_kv, blocks)
+    else:
+        v = model(x, sigma_BF, text_kv, Visibility("block_causal", blocks))
+    x0 = x0_from_flow(v, x, sigma_BF)
+    return x0 if gradient else stop_gradient(x0)
 
 
 def score_x0(model: Wan, x_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: Any, config: DMDConfig) -> jax.Array:
@@ -78,7 +124,7 @@ def guided_x0(
     return guide(positive_x0, negative_x0, scale, "dmd")
 
 
-def _scores_at(x0: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
+def noised_for_scores(x0: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
     sigma_BF = jnp.broadcast_to(draws["score_sigma_B"][:, None], x0.shape[:2])
     return add_noise(x0, draws["score_eps_BFHWC"], sigma_BF), sigma_BF
 
@@ -87,7 +133,7 @@ def distribution_gradient(
     x0: jax.Array, models: Models, batch: Batch, draws: Draws, config: DMDConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """g = (f - r) / mean|x0 - r| per sample (6.4): away from the student's own distribution; no gradient."""
-    x, sigma_BF = _scores_at(stop_gradient(x0), draws)
+    x, sigma_BF = noised_for_scores(stop_gradient(x0), draws)
     fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
     real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
     normaliser = jnp.mean(jnp.abs(x0 - real), axis=(1, 2, 3, 4), keepdims=True)
@@ -97,15 +143,12 @@ def distribution_gradient(
 
 
 def generator_loss(config: DMDConfig, blocks: Blocks, role: str = "student") -> Loss:
-    """1/2 mean (x0 - sg(x0 - g))^2 on the self-rollout x0, whose gradient is g / numel (DMD, arXiv 2311.18828)."""
+    """1/2 mean (x0 - sg(x0 - g))^2 on the student's video x0, whose gradient is g / numel (DMD, arXiv 2311.18828)."""
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         shape = batch["latents_BFHWC"].shape
         draws = draw(key, shape, config, blocks) if draws is None else draws
-        student = models[role]
-        text_kv = embed_text(student, batch["text_BSE"])
-        rolled = rollout(stop_gradient(student), stop_gradient(text_kv), dict(draws), config.self_forcing, blocks)
-        x0 = replay_exit(student, text_kv, rolled, config.self_forcing, blocks)
+        x0 = student_video(models[role], batch, draws, config, blocks, gradient=True)
         gradient, metrics = distribution_gradient(x0, models, batch, draws, config)
         value = 0.5 * jnp.mean(jnp.square(x0 - stop_gradient(x0 - gradient)))
         return value, {**metrics, "sample_std": stop_gradient(jnp.std(x0))}
@@ -119,9 +162,8 @@ def critic_loss(config: DMDConfig, blocks: Blocks, role: str = "critic", student
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         shape = batch["latents_BFHWC"].shape
         draws = draw(key, shape, config, blocks) if draws is None else draws
-        text_kv = embed_text(models[student], batch["text_BSE"])
-        x0 = stop_gradient(rollout(models[student], text_kv, dict(draws), config.self_forcing, blocks).x0_BFHWC)
-        x, sigma_BF = _scores_at(x0, draws)
+        x0 = student_video(models[student], batch, draws, config, blocks, gradient=False)
+        x, sigma_BF = noised_for_scores(x0, draws)
         fake_x0 = score_x0(models[role], x, sigma_BF, embed_text(models[role], batch["text_BSE"]), config)
         flow = flow_from_x0(fake_x0, x, sigma_BF)
         return jnp.mean(jnp.square(flow - velocity(x0, draws["score_eps_BFHWC"]))), {}
