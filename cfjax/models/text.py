@@ -1,10 +1,12 @@
 """Strings in, text rows out: tokenizer, encoder and text length kept together, in memory and on disk."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +15,60 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cfjax.core.errors import UserError
+from cfjax.core.precision import F32, Policy
 from cfjax.core.tree import from_named, named_leaves
-from cfjax.models.tokenizer import CaptionTokenizer
-from cfjax.models.umt5 import PRESETS, UMT5, UMT5Config, encode_text, make_umt5
+from cfjax.models.tokenizer import TOKENIZER_FILE, CaptionTokenizer, TextTokenizer, load_tokenizer
+from cfjax.models.umt5 import PRESETS, UMT5, UMT5Config, encode_by_layer, make_umt5
 
-TOKENIZER_FILE, CONFIG_FILE, WEIGHTS_FILE = "tokenizer.json", "text_encoder.json", "text_encoder.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "text_encoder.json", "text_encoder.safetensors"
 FORMAT = 1
-CHUNK = 32  # captions per compiled call; the last chunk is filled up, so that one shape is compiled
+SHORTEST = 64  # rows are computed in a power of two of at least this many: a caption of 80 tokens costs 128, not 512
+# Enough to tell two trainings apart, and small: what a fingerprint reads.
+FINGERPRINT_LEAVES = (
+    "final_norm/scale",
+    "layers/attention_norm/scale",
+    "layers/ffn_norm/scale",
+    "layers/position_bias",
+)
 
-_encode_text = jax.jit(encode_text)
 _make_umt5 = jax.jit(make_umt5, static_argnums=0)
+
+
+def weights_fingerprint(named: Mapping[str, Any]) -> str:
+    """A hash of an encoder's small leaves (norms and position biases), by value: 64 hex digits.
+
+    Args:
+      named: leaves by name, at least `FINGERPRINT_LEAVES`; the dtype they are stored in does not count.
+    """
+    digest = hashlib.sha256()
+    for name in FINGERPRINT_LEAVES:
+        digest.update(np.ascontiguousarray(np.asarray(named[name]).astype(np.float32)).tobytes())
+    return digest.hexdigest()
+
+
+def text_fingerprint(weights: str, config: UMT5Config, tokenizer: TextTokenizer, policy: Policy = F32) -> str:
+    """What a caption's rows depend on besides the caption and the text length: 16 hex digits.
+
+    Args:
+      weights: what tells these weights from others; a converted encoder's record has it, so they need not be read.
+    """
+    about = [weights, dataclasses.asdict(config), tokenizer.fingerprint(), dataclasses.asdict(policy)]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A frozen text encoder. `length` is S, the number of text rows of every caption."""
+    """A frozen text encoder. `length` is S, the number of text rows of every caption.
 
-    tokenizer: CaptionTokenizer
+    Weights stay in the dtype they have; products run in `policy.compute`, the rest in `policy.island`.
+    `weights` is the fingerprint that the weights' record holds, "" where there is none: the weights are then asked.
+    """
+
+    tokenizer: TextTokenizer
     model: UMT5
     length: int
+    policy: Policy = F32
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -64,17 +101,22 @@ class TextEncoder:
         """Text rows, float32 [n, S, E], zero beyond each caption's tokens.
 
         Raises:
-          UserError: a caption has more than `length` tokens.
+          UserError: a caption has more than `length` tokens and the tokenizer does not cut it.
         """
         ids_BS, mask_BS = self.tokenizer.encode(captions, self.length)
         out = np.zeros((len(captions), self.length, self.width), np.float32)
-        for start in range(0, len(captions), CHUNK):
-            stop = min(start + CHUNK, len(captions))
-            fill = ((0, CHUNK - (stop - start)), (0, 0))
-            ids, mask = np.pad(ids_BS[start:stop], fill), np.pad(mask_BS[start:stop], fill)
-            rows = _encode_text(self.model, jnp.asarray(ids), jnp.asarray(mask))
-            out[start:stop] = np.asarray(rows)[: stop - start]
+        for row, tokens in enumerate(mask_BS.sum(axis=1)):
+            # One at a time: reading the weights is what an encoder of umT5's size waits for, and so no caption's rows
+            # depend on its neighbours. Nor do they depend on the padding behind them, so short captions run short.
+            rows = min(max(SHORTEST, 1 << (int(tokens) - 1).bit_length()), self.length)
+            ids, mask = (jnp.asarray(a[row : row + 1, :rows]) for a in (ids_BS, mask_BS))
+            out[row, :rows] = np.asarray(encode_by_layer(self.model, ids, mask, self.policy))[0]
         return out
+
+    def fingerprint(self) -> str:
+        """Equal for two encoders that give the same rows; reads no large weight."""
+        weights = self.weights or weights_fingerprint(named_leaves(self.model))
+        return text_fingerprint(weights, self.model.config, self.tokenizer, self.policy)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, text_encoder.json (sizes, length) and text_encoder.safetensors into `folder`."""
@@ -108,4 +150,4 @@ class TextEncoder:
             raise UserError(f"{folder / WEIGHTS_FILE}: cannot read the text encoder's weights ({error})") from None
         template = jax.eval_shape(lambda: make_umt5(config, jax.random.key(0)))
         model = from_named(template, {name: jnp.asarray(value) for name, value in weights.items()})
-        return cls(CaptionTokenizer.load(folder / TOKENIZER_FILE), model, length)
+        return cls(load_tokenizer(folder), model, length)

@@ -106,10 +106,10 @@ class Layer(nnx.Module):
         self, x_BSE: jax.Array, bucket_SS: jax.Array, mask_BS: jax.Array, config: UMT5Config, policy: Policy
     ) -> jax.Array:
         normed = self.attention_norm(x_BSE, config.eps)
-        x_BSE = x_BSE + self.attend(normed, bucket_SS, mask_BS, config, policy).astype(jnp.float32)
+        x_BSE = x_BSE + policy.to_island(self.attend(normed, bucket_SS, mask_BS, config, policy))
         normed = self.ffn_norm(x_BSE, config.eps)
         hidden = gelu_tanh(self.gate(normed, policy)) * self.up(normed, policy)
-        return x_BSE + self.down(hidden, policy).astype(jnp.float32)
+        return x_BSE + policy.to_island(self.down(hidden, policy))
 
 
 class UMT5(nnx.Module):
@@ -124,18 +124,31 @@ class UMT5(nnx.Module):
         self.layers = jax.vmap(lambda k: Layer(k, config))(jax.random.split(layers_key, config.layers))
         self.final_norm = RMSNorm(config.dim)
 
+    def embed(self, ids_BS: jax.Array, policy: Policy) -> jax.Array:
+        """The first residual stream x_BSE, in the island dtype."""
+        return policy.to_island(self.token_embedding[...][ids_BS])
+
+    def buckets_SS(self, length: int) -> jax.Array:
+        """Bias buckets for `length` rows; the same for every layer, which has its own bias for each."""
+        return jnp.asarray(relative_buckets(length, self.config.buckets, self.config.max_distance))
+
+    def layer(self, index: jax.Array, x_BSE: jax.Array, mask_BS: jax.Array, policy: Policy) -> jax.Array:
+        """The residual stream after layer `index`."""
+        one = jax.tree.map(lambda leaf: leaf[index], self.layers)
+        return one(x_BSE, self.buckets_SS(x_BSE.shape[1]), mask_BS.astype(bool), self.config, policy)
+
+    def finish(self, x_BSE: jax.Array) -> jax.Array:
+        """float32 rows of the last residual stream."""
+        return self.final_norm(x_BSE, self.config.eps).astype(jnp.float32)
+
     def __call__(self, ids_BS: jax.Array, mask_BS: jax.Array, policy: Policy = F32) -> jax.Array:
         """The text rows, float32 [B, S, E]; rows of padding are whatever the layers make of them."""
-        config = self.config
-        mask_BS = mask_BS.astype(bool)
-        bucket_SS = jnp.asarray(relative_buckets(ids_BS.shape[1], config.buckets, config.max_distance))
-        x_BSE = self.token_embedding[...][ids_BS].astype(jnp.float32)
+        mask_BS, bucket_SS = mask_BS.astype(bool), self.buckets_SS(ids_BS.shape[1])
 
-        def run(x, layer):
-            return layer(x, bucket_SS, mask_BS, config, policy), None
+        def run(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+            return layer(x, bucket_SS, mask_BS, self.config, policy), None
 
-        x_BSE, _ = jax.lax.scan(run, x_BSE, self.layers)
-        return self.final_norm(x_BSE, config.eps)
+        return self.finish(jax.lax.scan(run, self.embed(ids_BS, policy), self.layers)[0])
 
 
 def make_umt5(config: UMT5Config, key: jax.Array) -> UMT5:
@@ -143,10 +156,32 @@ def make_umt5(config: UMT5Config, key: jax.Array) -> UMT5:
     return UMT5(config, key)
 
 
+def zero_padding(rows_BSE: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """Rows of padding set to zero, as the video network expects them (PyTorch reference)."""
+    return jnp.where(mask_BS.astype(bool)[..., None], rows_BSE, 0.0)
+
+
 def encode_text(model: UMT5, ids_BS: jax.Array, mask_BS: jax.Array, policy: Policy = F32) -> jax.Array:
-    """What the video network attends to: float32 text_BSE with the rows of padding set to zero (PyTorch reference).
+    """What the video network attends to: float32 text_BSE with the rows of padding set to zero.
 
     Args:
       ids_BS: int32 token ids. mask_BS: true (or 1) at real tokens, EOS included; at least one per caption.
     """
-    return jnp.where(mask_BS.astype(bool)[..., None], model(ids_BS, mask_BS, policy), 0.0)
+    return zero_padding(model(ids_BS, mask_BS, policy), mask_BS)
+
+
+_embed = jax.jit(UMT5.embed, static_argnames="policy")
+_layer = jax.jit(UMT5.layer, static_argnames="policy", donate_argnames="x_BSE")
+_finish = jax.jit(lambda model, x_BSE, mask_BS: zero_padding(model.finish(x_BSE), mask_BS))
+
+
+def encode_by_layer(model: UMT5, ids_BS: jax.Array, mask_BS: jax.Array, policy: Policy = F32) -> jax.Array:
+    """`encode_text` as one compiled layer called once per layer, for weights that fill the memory.
+
+    Weights in bfloat16 are then widened, where the products need it, one layer at a time: inside one loop, XLA on CPU
+    widens the whole stack first, which for umT5-XXL is 22 GB on top of 11.
+    """
+    x_BSE = _embed(model, ids_BS, policy=policy)
+    for index in range(model.config.layers):
+        x_BSE = _layer(model, jnp.int32(index), x_BSE, mask_BS, policy=policy)
+    return _finish(model, x_BSE, mask_BS)
