@@ -1,0 +1,336 @@
+"""A user's clone of the PyTorch reference, imported from where it lies and made to run on a CPU from outside.
+
+Works on clones of Causal-Forcing and of its ancestor Self-Forcing. Nothing of a clone is copied, and nothing in it is
+changed on disk: CUDA-only imports are stubbed in `sys.modules`, flash and flex attention become dense attention in the
+tensors' own dtype, and the sizes that the code hard-codes (1560 tokens per frame, 30 layers, 12 heads of 128, a window
+of 32760 tokens: quirk Q14) are set on the instances. Random draws are taken from a list that the caller gives (Q36).
+"""
+
+import contextlib
+import importlib
+import io
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import diffusers.models.modeling_utils  # noqa: F401  (the clone's base classes; must load before anything is patched)
+import numpy as np
+import torch
+import torch.nn.attention.flex_attention
+import torch.utils.checkpoint
+
+from cfjax.core.errors import UserError
+from cfjax.models.wan import WanConfig
+
+# The clone's own packages. Their names are general ones, so they live in `sys.modules` only while a clone is open.
+OWN = ("wan", "utils", "model", "pipeline", "demo_utils")
+# Packages whose __init__ imports what a CPU machine lacks, or what no check needs: opened as bare folders.
+BARE = ("wan", "wan.modules", "wan.utils", "utils", "model", "demo_utils")
+MUST_HOLD = ("wan/modules/causal_model.py", "wan/modules/model.py", "utils/wan_wrapper.py", "utils/scheduler.py")
+QUERY_CHUNK = 1024  # masked attention is computed for so many queries at a time: memory stays linear in the keys
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_lens: torch.Tensor | None = None, **_: Any
+) -> torch.Tensor:
+    """Flash attention's signature on [B, T, N, K] tensors; keys past `k_lens` are not seen. In the tensors' dtype."""
+    mask = None
+    if k_lens is not None and bool((k_lens < k.shape[1]).any()):
+        mask = (torch.arange(k.shape[1])[None] < k_lens[:, None])[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
+
+
+def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_mask: Any) -> torch.Tensor:
+    """Flex attention's signature on [B, N, T, K] tensors, under the clone's own mask rule."""
+    keys = torch.arange(key.shape[2])[None]
+    outputs = []
+    for start in range(0, query.shape[2], QUERY_CHUNK):
+        part = query[:, :, start : start + QUERY_CHUNK]
+        queries = torch.arange(start, start + part.shape[2])[:, None]
+        mask = block_mask.mask_mod(0, 0, queries, keys)
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(part, key, value, attn_mask=mask))
+    return torch.cat(outputs, dim=2)
+
+
+def keep_rule(rule: Callable[..., torch.Tensor], **_: Any) -> types.SimpleNamespace:
+    """In place of flex attention's mask builder: the rule is enough for `masked_attention`."""
+    return types.SimpleNamespace(mask_mod=rule)
+
+
+def zero_caches(config: WanConfig, batch: int, tokens: int, text_rows: int) -> tuple[list[dict], list[dict]]:
+    """The reference's empty self- and cross-attention caches, of the model's own sizes."""
+    heads = (config.num_heads, config.head_dim)
+    zeros = lambda n: torch.zeros(batch, n, *heads)  # noqa: E731
+    index = lambda: torch.zeros(1, dtype=torch.long)  # noqa: E731
+    layers = range(config.num_layers)
+    own = [
+        {"k": zeros(tokens), "v": zeros(tokens), "global_end_index": index(), "local_end_index": index()}
+        for _ in layers
+    ]
+    text = [{"k": zeros(text_rows), "v": zeros(text_rows), "is_init": False} for _ in layers]
+    return own, text
+
+
+class _Bf16Times:
+    """`torch` as a module of the clone sees it, with bfloat16 kept for timesteps (`ones`) and float32 elsewhere.
+
+    Consistency distillation casts everything to bfloat16 by name (quirk Q30); its timesteps' rounding (quirk Q2) is
+    what a float32 comparison must keep.
+    """
+
+    bfloat16 = torch.float32
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def ones(*size: Any, **kwargs: Any) -> torch.Tensor:
+        if "dtype" in kwargs:
+            kwargs["dtype"] = torch.bfloat16
+        return torch.ones(*size, **kwargs)
+
+
+class NoEncoder(torch.nn.Module):
+    """Stands where the clone builds its text encoder or VAE. As a text encoder, returns the rows it was given."""
+
+    def __init__(self, rows: Mapping[str, torch.Tensor] | None = None):
+        super().__init__()
+        self.rows = dict(rows or {})
+
+    def forward(self, text_prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": torch.cat([self.rows[prompt] for prompt in text_prompts])}
+
+    def decode_to_pixel(self, latents: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        return latents
+
+
+@dataclass
+class Reference:
+    """An open clone.
+
+    Attributes:
+      root: its folder.
+      name: "Causal-Forcing" or "Self-Forcing", told by what it holds.
+    """
+
+    root: Path
+    name: str
+
+    def module(self, name: str) -> Any:
+        """One of the clone's modules by dotted name, patched for CPU; what it prints while importing is dropped."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            module = importlib.import_module(name)
+        for attribute in ("attention", "flash_attention"):
+            if name in _ATTENTION_USERS and hasattr(module, attribute):
+                setattr(module, attribute, dense_attention)
+        if name == "wan.modules.causal_model":
+            vars(module).update(flex_attention=masked_attention, create_block_mask=keep_rule)
+        return module
+
+    def has(self, path: str) -> bool:
+        """Whether the clone holds a file."""
+        return (self.root / path).exists()
+
+    def wrapper(
+        self,
+        weights: Mapping[str, np.ndarray],
+        config: WanConfig,
+        *,
+        causal: bool,
+        tokens_per_frame: int,
+        frames: int,
+        text_rows: int,
+        shift: float = 5.0,
+        block_frames: int = 1,
+        window: int = 0,
+        sink: int = 0,
+    ) -> Any:
+        """`WanDiffusionWrapper` around a network of the given weights (original layout, loaded strictly), in float32.
+
+        Args:
+          causal: CausalWanModel, else WanModel.
+          tokens_per_frame, frames, text_rows: sizes that the reference hard-codes.
+          shift: timestep shift of the wrapper's own table (the reference's score networks have 8, quirk Q3).
+          block_frames: frames per block.
+          window, sink: local attention in frames; 0 is none.
+        """
+        wrappers = self.module("utils.wan_wrapper")
+        self._patch_networks(config, text_rows)
+        local = {"local_attn_size": window or -1, "sink_size": sink} if causal else {}
+        with self.quiet():
+            wrapper = wrappers.WanDiffusionWrapper(timestep_shift=shift, is_causal=causal, **local)
+        load_strictly(wrapper.model, weights)
+        wrapper.seq_len = tokens_per_frame * frames
+        if causal:
+            wrapper.model.num_frame_per_block = block_frames
+            for block in wrapper.model.blocks:
+                block.self_attn.max_attention_size = tokens_per_frame * (window or frames)
+        return wrapper
+
+    def _patch_networks(self, config: WanConfig, text_rows: int) -> None:
+        """`from_pretrained` makes a fresh network of these sizes instead of reading `wan_models/`."""
+        sizes = {
+            key: getattr(config, key)
+            for key in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "eps")
+        }
+        sizes |= {"patch_size": (1, *config.patch), "text_len": text_rows}
+        for name, cls in (("wan.modules.causal_model", "CausalWanModel"), ("wan.modules.model", "WanModel")):
+            network = getattr(self.module(name), cls)
+            network.from_pretrained = classmethod(lambda cls, _, **local: cls(**sizes, **local))
+
+    def without_encoders(self, *names: str, rows: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Text encoder and VAE constructors of these modules return a `NoEncoder`."""
+        for name in names:
+            module = self.module(name)
+            for attribute in ("WanTextEncoder", "WanVAEWrapper"):
+                if hasattr(module, attribute):
+                    setattr(module, attribute, lambda *_, **__: NoEncoder(rows))
+
+    def float32_with_bf16_times(self, name: str) -> Any:
+        """A module of the clone whose bfloat16 casts are float32, its timesteps excepted."""
+        module = self.module(name)
+        module.torch = _Bf16Times()
+        return module
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Drops what the clone prints and its progress bars."""
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+
+    @contextlib.contextmanager
+    def draws(self, *values: Any) -> Iterator[None]:
+        """Random numbers of the code inside, in the order in which it asks for them; every one must be used.
+
+        Raises:
+          RuntimeError: the code drew something of another shape, or more, or less than was given.
+        """
+        queue = list(values)
+
+        def take(shape: Sequence[int] | None, what: str) -> Any:
+            if not queue:
+                raise RuntimeError(f"the reference drew {what} of shape {shape} which nothing was recorded for")
+            value = queue.pop(0)
+            if shape is not None and tuple(value.shape) != tuple(shape):
+                raise RuntimeError(f"the reference drew {what} of shape {tuple(shape)}, recorded {tuple(value.shape)}")
+            return value
+
+        def randint(*args: Any, size: Any = None, **_: Any) -> torch.Tensor:
+            return take(size if size is not None else args[2], "randint").clone()
+
+        patches = (
+            mock.patch.object(torch, "randn", lambda *s, **_: take(_sizes(s), "randn")),
+            mock.patch.object(torch, "randn_like", lambda x, **_: take(x.shape, "randn_like")),
+            mock.patch.object(torch, "randint", randint),
+            mock.patch.object(random, "randrange", lambda *_: take(None, "randrange")),
+        )
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            stack.enter_context(self.quiet())
+            yield
+        if queue:
+            raise RuntimeError(f"the reference left {len(queue)} recorded draws unused")
+
+
+_ATTENTION_USERS = ("wan.modules.attention", "wan.modules.model", "wan.modules.causal_model")
+
+
+def _sizes(args: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
+
+
+def load_strictly(module: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Copies arrays into a torch module; every name must fit, both ways."""
+    module.load_state_dict({name: torch.tensor(np.asarray(value)) for name, value in weights.items()}, strict=True)
+
+
+def _check(root: Path) -> str:
+    """The clone's name.
+
+    Raises:
+      UserError: no such folder, or something else is in it.
+    """
+    if not root.is_dir():
+        raise UserError(
+            f"--reference_dir={root}: no such folder; clone thu-ml/Causal-Forcing or guandeh17/Self-Forcing there"
+        )
+    missing = [path for path in MUST_HOLD if not (root / path).is_file()]
+    if missing:
+        raise UserError(
+            f"--reference_dir={root}: {missing[0]} is not there; give a clone of Causal-Forcing or Self-Forcing"
+        )
+    return "Causal-Forcing" if (root / "model/naive_consistency.py").is_file() else "Self-Forcing"
+
+
+def _bare(name: str, folder: Path) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__path__ = [str(folder)]
+    return module
+
+
+def _stubs(root: Path) -> dict[str, Any]:
+    """Modules to have in place before the clone imports anything; None makes an import fail as if not installed."""
+    stubs: dict[str, Any] = {name: _bare(name, root / name.replace(".", "/")) for name in BARE}
+    memory = types.ModuleType("demo_utils.memory")
+    for name in ("get_cuda_free_memory_gb", "DynamicSwapInstaller", "move_model_to_device_with_memory_preservation"):
+        setattr(memory, name, None)
+    memory.gpu = torch.device("cpu")  # type: ignore[attr-defined]
+    return stubs | {"demo_utils.memory": memory, "flash_attn": None, "flash_attn_interface": None}
+
+
+@contextlib.contextmanager
+def _modules(root: Path) -> Iterator[None]:
+    """Stubs in place of what the clone cannot import; afterwards `sys.modules` is as before under these names."""
+    stubs = _stubs(root)
+
+    def taken() -> dict[str, Any]:
+        return {m: module for m, module in sys.modules.items() if m.split(".")[0] in OWN or m in stubs}
+
+    before = taken()
+    for name in before:
+        del sys.modules[name]
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in taken():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def open_reference(reference_dir: str | Path) -> Iterator[Reference]:
+    """Opens a clone; its modules can be imported, and its code run, only inside.
+
+    Raises:
+      UserError: the folder is missing, is not a clone, or does not import.
+    """
+    root = Path(reference_dir).expanduser().resolve()
+    name = _check(root)
+    same: Callable[..., Any] = lambda value, *_, **__: value  # noqa: E731
+    patches = (
+        mock.patch.object(sys, "path", [str(root), *sys.path]),
+        mock.patch.object(sys, "dont_write_bytecode", True),
+        mock.patch.object(torch, "compile", same),
+        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(torch.Tensor, "cuda", same),
+        mock.patch.object(torch.distributed, "broadcast", lambda *_, **__: None),
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_modules(root))
+        for patch in patches:
+            stack.enter_context(patch)
+        reference = Reference(root, name)
+        try:
+            for needed in (*_ATTENTION_USERS, "utils.wan_wrapper", "pipeline"):
+                reference.module(needed)
+        except ImportError as error:
+            raise UserError(f"--reference_dir={root}: the clone does not import: {error}") from error
+        yield reference
