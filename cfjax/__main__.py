@@ -14,6 +14,7 @@ VERBS = {
     "train": "train one stage of an experiment, or go on with it",
     "generate": "generate videos from a trained run, block by block",
     "evaluate": "measure the videos that a trained run generates",
+    "compare": "the same weights through cfjax and through PyTorch, one table of errors",
     "export": "write a run's weights and world as one small folder",
 }
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from cfjax.comparison.report import Absent
 from cfjax.core.errors import UserError
 from cfjax.core.precision import F32
 from cfjax.core.tree import map_named
@@ -60,10 +61,6 @@ class Case:
     def bound(self, usual: float) -> float:
         """The tolerance of a check whose own is `usual`."""
         return usual if self.tolerance is None else self.tolerance
-
-
-class Absent(UserError):
-    """A part that the case does not have."""
 
 
 def have(part: str, make: Callable[[], Any] | None) -> Any:

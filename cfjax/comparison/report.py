@@ -152,16 +152,34 @@ def pick(checks: Mapping[str, Check[Subject]], only: str) -> dict[str, Check[Sub
     return {name: check for name, check in checks.items() if not names or name in names}
 
 
+class Absent(UserError):
+    """What a check needs is not there: a part that the run does not have."""
+
+
 def run_checks(
-    checks: Mapping[str, Check[Subject]], subject: Subject, told: Callable[[str], None]
+    checks: Mapping[str, Check[Subject]], subject: Subject, tell: Callable[[str], None], *, strict: bool
 ) -> tuple[list[Row], dict[str, float]]:
-    """All rows, and the seconds of every check; `told` hears each check's name before it runs."""
+    """All rows, and the seconds of every check.
+
+    Args:
+      tell: hears one line per check, before it runs.
+      strict: a check whose part is absent is an error, and not left out.
+
+    Raises:
+      UserError: `strict`, and something is absent.
+    """
     rows: list[Row] = []
     seconds = {}
     for name, check in checks.items():
-        told(name)
+        tell(f"  {name} ...")
         start = time.perf_counter()
-        rows += check(subject)
+        try:
+            rows += check(subject)
+        except Absent as absent:
+            if strict:
+                raise UserError(f"--only={name}: {absent}") from None
+            tell(f"  {name} is left out: {absent}")
+            continue
         seconds[name] = round(time.perf_counter() - start, 2)
     return rows, seconds
 

@@ -1,0 +1,179 @@
+"""`cfjax compare`: the same weights and inputs through cfjax and through PyTorch, one table of errors, a verdict."""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cfjax.comparison.case import Case, random_parts
+from cfjax.comparison.report import Check, exit_code, pick, run_checks, table, to_json, worst
+from cfjax.core.cli import Flag, parse
+from cfjax.core.console import say
+from cfjax.core.errors import UserError
+from cfjax.core.precision import F32
+from cfjax.experiment import META_FILE, load_shipped
+from cfjax.models.wan import Wan, WanConfig
+from cfjax.nn.visibility import Blocks
+from cfjax.runs import _find_world
+from cfjax.training.checkpoint import FOLDER, load_role, read_meta
+from cfjax.wan_world import config_from_record, load_codec, load_text, placed_template, read_record
+from cfjax.world import asset
+
+DESCRIPTION = """Compares cfjax with an independent PyTorch implementation: the same weights, inputs, noise and times
+in float32. Prints one table (what, shape, largest absolute and relative error, cosine, the first layer that diverges)
+and writes it as JSON. Exit code 0: all within tolerance; 1: something is not; 2: the command has a mistake."""
+FLAGS = (
+    Flag(
+        "against", "diffusers: the Hugging Face classes; reference: a clone of it", choices=("diffusers", "reference")
+    ),
+    Flag("reference_dir", "with --against=reference: your clone of Causal-Forcing or Self-Forcing", default=""),
+    Flag("only", "comma-separated checks, as --only=dit,vae (empty: all)", default=""),
+    Flag("tolerance", "largest relative error allowed, in place of each check's own", kind=float),
+    Flag("json", "where the table goes as JSON (empty: WORKDIR/compare.json)", default=""),
+    Flag("seed", "of inputs and random weights", kind=int, default=0),
+)
+NEEDS = {"diffusers": ("torch", "diffusers", "transformers"), "reference": ("torch",)}
+PACKAGES = ("cfjax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
+VAE_STRIDE = 8
+SIDE = 16  # pixels per patch of latents
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line and compares; 0 if everything agrees, else 1."""
+    c, workdir, flags = parse(
+        "compare",
+        argv,
+        description=DESCRIPTION,
+        extra_flags=FLAGS,
+        default_config="configs/compare.py",
+        default_workdir="runs/compare",
+    )
+    chosen = pick(checks_of(flags["against"], flags["reference_dir"]), flags["only"])
+    case = open_case(c, flags["seed"], flags["tolerance"])
+    file = Path(flags["json"] or workdir / "compare.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0]
+    say(f"cfjax on {device.device_kind} against {flags['against']}, weights: {c.run or f'random, {c.random} sizes'}")
+    # Accelerators multiply float32 matrices in fewer bits unless they are told not to.
+    with jax.default_matmul_precision("highest"):
+        rows, seconds = run_checks(chosen, case, say, strict=bool(flags["only"]))
+    meta = {
+        "command": shlex.join(["cfjax", "compare", *argv]),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "against": flags["against"],
+        "seed": flags["seed"],
+        "config": json.loads(c.to_json()),
+        "device": {"jax": f"{device.platform}: {device.device_kind}", "torch": "cpu"},
+        "versions": versions(),
+        "seconds": seconds,
+    }
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(to_json(rows, meta), encoding="utf-8")
+    os.replace(unfinished, file)
+    say(table(rows))
+    failed = sum(not row.ok for row in rows)
+    verdict = f"{failed} of {len(rows)} past their tolerance" if failed else f"all {len(rows)} within their tolerance"
+    closest = f"; closest to its tolerance: {worst(rows).part}, {worst(rows).what}" if rows else "; nothing to compare"
+    say(f"{verdict}{closest}; {file}")
+    return exit_code(rows)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a comparison depends on; "" for one that is not installed as a package."""
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    return {name: version(name) for name in PACKAGES}
+
+
+def checks_of(against: str | None, reference_dir: str) -> Mapping[str, Check[Case]]:
+    """The checks of one side.
+
+    Raises:
+      UserError: no side named, its packages or its clone are missing.
+    """
+    if against is None:
+        raise UserError("--against is missing: --against=diffusers, or --against=reference --reference_dir=CLONE")
+    missing = [name for name in NEEDS[against] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--against={against} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    if against == "diffusers":
+        from cfjax.comparison.diffusers import CHECKS
+
+        return CHECKS
+    if not reference_dir:
+        raise UserError("--against=reference needs --reference_dir=CLONE, the folder of your clone of Causal-Forcing")
+    from cfjax.comparison.reference_checks import open_checks
+
+    return open_checks(reference_dir)
+
+
+def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
+    """The weights that the config names, to be read part by part, and the sizes of the inputs.
+
+    Raises:
+      UserError: no such run, role or world, or sizes that the model does not take.
+    """
+    for name in ("frames", "height", "width", "text_length", "steps"):
+        if c[name] < 1:
+            raise UserError(f"--config.{name}={c[name]}: use 1 or more")
+    for name in ("height", "width"):
+        if c[name] % SIDE:
+            raise UserError(f"--config.{name}={c[name]}: a video's sides are multiples of {SIDE} pixels")
+    parts = _run_parts(c) if c.run else {**random_parts(c.random, seed), "tokenizer": "", "blocks": Blocks()}
+    return Case(
+        **parts,
+        frames=c.frames,
+        height=c.height // VAE_STRIDE,
+        width=c.width // VAE_STRIDE,
+        text_length=c.text_length,
+        steps=c.steps,
+        seed=seed,
+        tolerance=tolerance,
+    )
+
+
+def _run_parts(c: ConfigDict) -> dict[str, Any]:
+    """The parts of a run and of its Wan world; a run of a toy world, or a shipped teacher, has a network only."""
+    record = asset(c.run, META_FILE)
+    if record is None and not Path(c.run).is_dir():
+        raise UserError(f"--config.run={c.run}: no such run directory, and no shipped teacher of that name")
+    meta = json.loads(record.read_text()) if record else read_meta(c.run)
+    if c.role not in meta["models"]:
+        raise UserError(f"--config.role={c.role}: {c.run} holds {', '.join(meta['models'])}")
+    averaged = c.ema and c.role in meta["config"]["ema"]
+    network = replace(config_from_record(WanConfig, meta["models"][c.role]), remat="none", precision=F32)
+
+    def dit() -> Wan:
+        template = placed_template(lambda: Wan(network, jax.random.key(0)))
+        return load_shipped(c.run, template) if record else load_role(c.run, c.role, template, ema=averaged)
+
+    parts: dict[str, Any] = {"dit": dit, "vae": None, "text_encoder": None, "tokenizer": ""}
+    parts["blocks"] = Blocks(**meta["blocks"])
+    toy = bool(record) or bool(meta["config"]["data"]["source"])
+    return parts if toy and not c.world else parts | _world_parts(_find_world(Path(c.run), meta, c.world))
+
+
+def _world_parts(world: Path) -> dict[str, Any]:
+    """Autoencoder, text encoder and tokenizer of a Wan world, as far as it has them."""
+    length = int(read_record(world)["text_length"])
+    have = lambda part: (world / part / FOLDER).is_dir()  # noqa: E731
+    return {
+        "vae": partial(load_codec, world, "vae") if have("vae") else None,
+        "text_encoder": (lambda: load_text(world, length).model) if have("text_encoder") else None,
+        "tokenizer": str(world / "tokenizer") if (world / "tokenizer").is_dir() else "",
+    }

@@ -1,0 +1,35 @@
+"""Compare with PyTorch: the same weights, inputs, noise and timesteps on both sides, one table of errors.
+
+cfjax compare --against=diffusers --config.run=checkpoints/wan_1_3b --workdir=runs/compare
+cfjax compare --against=reference --reference_dir=Causal-Forcing --config.run=checkpoints/causal_forcing
+
+Without a run, random weights are compared, and nothing needs to be on disk:
+
+cfjax compare --against=diffusers
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Whose weights, and the sizes of the inputs that networks are tried on (small ones tell as much as large ones).
+
+    `run`: a run directory, converted or trained, or a shipped teacher ("" for random weights); `world`: its Wan world,
+    "" for where the run says; `role`, `ema`: which of the run's networks, and whether its average where there is one;
+    `random`: sizes of random weights, "toy" or "full" (Wan 1.3B, its VAE and text encoder); `frames`: latent frames;
+    `height`, `width`: pixels; `text_length`: text rows; `steps`: of the many-step sampler.
+    """
+    return ConfigDict(
+        {
+            "run": "",
+            "world": "",
+            "role": "student",
+            "ema": True,
+            "random": "toy",
+            "frames": 6,
+            "height": 64,
+            "width": 96,
+            "text_length": 32,
+            "steps": 50,
+        }
+    )
