@@ -123,15 +123,9 @@ class Reference:
     name: str
 
     def module(self, name: str) -> Any:
-        """One of the clone's modules by dotted name, patched for CPU; what it prints while importing is dropped."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            module = importlib.import_module(name)
-        for attribute in ("attention", "flash_attention"):
-            if name in _ATTENTION_USERS and hasattr(module, attribute):
-                setattr(module, attribute, dense_attention)
-        if name == "wan.modules.causal_model":
-            vars(module).update(flex_attention=masked_attention, create_block_mask=keep_rule)
-        return module
+        """One of the clone's modules by dotted name; what it prints while importing is dropped."""
+        with self.quiet():
+            return importlib.import_module(name)
 
     def has(self, path: str) -> bool:
         """Whether the clone holds a file."""
@@ -239,7 +233,15 @@ class Reference:
             raise RuntimeError(f"the reference left {len(queue)} recorded draws unused")
 
 
-_ATTENTION_USERS = ("wan.modules.attention", "wan.modules.model", "wan.modules.causal_model")
+def _patch_attention(reference: Reference) -> None:
+    """Dense attention for flash and flex attention, wherever the clone has taken them by name."""
+    for name in ("wan.modules.attention", "wan.modules.model", "wan.modules.causal_model"):
+        module = reference.module(name)
+        for attribute in ("attention", "flash_attention"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, dense_attention)
+    causal = reference.module("wan.modules.causal_model")
+    vars(causal).update(flex_attention=masked_attention, create_block_mask=keep_rule)
 
 
 def _sizes(args: Sequence[Any]) -> tuple[int, ...]:
@@ -329,8 +331,8 @@ def open_reference(reference_dir: str | Path) -> Iterator[Reference]:
             stack.enter_context(patch)
         reference = Reference(root, name)
         try:
-            for needed in (*_ATTENTION_USERS, "utils.wan_wrapper", "pipeline"):
-                reference.module(needed)
+            _patch_attention(reference)
+            reference.module("utils.wan_wrapper")
         except ImportError as error:
             raise UserError(f"--reference_dir={root}: the clone does not import: {error}") from error
         yield reference
