@@ -23,7 +23,7 @@ OUT = Path(__file__).with_name("umt5_original.npz")
 
 def original_encoder(reference_dir: str) -> torch.nn.Module:
     """The clone's encoder at the miniature's size."""
-    torch.cuda.current_device = lambda: 0  # a default argument of the module asks for it; CPU is asked for below
+    torch.cuda.current_device = lambda: 0  # only a default argument that is not used asks for it
     package = types.ModuleType("wan_modules")  # the modules without the package's __init__, which needs CUDA
     package.__path__ = [str(Path(reference_dir) / "wan" / "modules")]
     sys.modules[package.__name__] = package
