@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from cfjax.core.errors import UserError
 from cfjax.core.precision import Policy
 from cfjax.core.tree import from_named, named_leaves
-from cfjax.data.latents import LatentDataset
+from cfjax.data.latents import ClipDataset
 from cfjax.data.precompute import precompute
+from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.flow.schedule import sigma_table
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
@@ -26,7 +27,7 @@ from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
 from cfjax.objectives.dmd import DMDConfig, critic_loss
 from cfjax.objectives.dmd import generator_loss as dmd
-from cfjax.objectives.ode_regression import PairsConfig, ode_regression
+from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
 from cfjax.objectives.stage import Ema, Loss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.self_forcing import SelfForcing
@@ -42,7 +43,7 @@ META_FILE = "model.json"
 class Data:
     """What a stage trains on: the dataset, and the world it was made in (None for precomputed Wan latents)."""
 
-    dataset: LatentDataset
+    dataset: ClipDataset
     world: World | None
 
     @property
@@ -53,7 +54,7 @@ class Data:
     @property
     def text_width(self) -> int:
         """Width of the text rows."""
-        return self.dataset.text_table.shape[-1]
+        return self.dataset.text_shape[-1]
 
 
 def blocks_of(c: ConfigDict) -> Blocks:
@@ -84,14 +85,14 @@ def open_data(c: ConfigDict) -> Data:
     """
     root, name = Path(c.data.path), c.data.name
     if not c.data.source:
-        return Data(LatentDataset(root / name), None)
+        return Data(_suitable(c, open_dataset(root / name)), None)
     if c.data.source != "shapes":
         raise UserError(f"data.source={c.data.source!r}: use 'shapes', or '' for a dataset made by cfjax precompute")
     world = toy_world(c)
     if name == "clips" and not (root / name).exists():
         source = SplitSource(world.shapes, 0, c.data.clips)
         precompute(source, world.codec, world.text.encode, root / name, text_encoder=text_record(world))
-    dataset = LatentDataset(root / name)
+    dataset = _suitable(c, open_dataset(root / name))
     made_in = dataset.manifest.get("text_encoder", {}).get("world")
     if made_in != world.fingerprint():
         raise UserError(f"{root / name} was made in another world than {root / 'world'}; remove it and run again")
@@ -100,6 +101,22 @@ def open_data(c: ConfigDict) -> Data:
             f"{root / name} holds {len(dataset)} clips, not data.clips={c.data.clips}; remove it to make it anew"
         )
     return Data(dataset, world)
+
+
+def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
+    """The dataset, if the stage can train on it.
+
+    Raises:
+      UserError: prompts alone where clips are needed, or no trajectories, or at other levels, for ODE regression.
+    """
+    if not dataset.has_latents and (c.stage != "dmd" or c.objective.student_input != "self_rollout"):
+        raise UserError(f"{dataset.path} holds prompts alone; stage {c.stage} needs clips: choose another data.name")
+    if c.stage == "ode_regression" and dataset.trajectory_points != len(c.objective.steps) + 1:
+        raise UserError(
+            f"{dataset.path} has {dataset.trajectory_points} states per clip; ODE regression needs the "
+            f"{len(c.objective.steps)} levels of objective.steps and the end: make pairs with configs/ode_pairs.py"
+        )
+    return dataset
 
 
 def toy_world(c: ConfigDict) -> World:
@@ -230,7 +247,8 @@ def losses_of(c: ConfigDict) -> dict[str, Loss]:
     if c.stage == "ar_diffusion":
         return {"student": ar_diffusion(DiffusionConfig(**o.to_dict()), blocks)}
     if c.stage == "ode_regression":
-        return {"student": ode_regression(PairsConfig(steps=tuple(o.steps), shift=o.shift), blocks)}
+        pairs = PairsConfig(steps=tuple(o.steps), shift=o.shift)
+        return {"student": ode_regression(pairs, blocks, how=Regression(o.levels_per, o.past))}
     if c.stage == "consistency":
         for group, role in (("roles", "teacher"), ("ema", "student")):
             if role not in c[group]:

@@ -3,6 +3,7 @@
     cfjax train --config=configs/consistency.py --workdir=runs/cd                  chunk-wise, Wan 1.3B
     cfjax train --config=configs/consistency.py:framewise --workdir=runs/cd
     cfjax train --config=configs/consistency.py:toy --workdir=runs/toy/cd
+    cfjax train --config=configs/consistency.py:asymmetric --workdir=runs/acd      a bidirectional teacher (Figure 10)
 
 Student, its average and the teacher all start from stage 1. Numbers of the PyTorch reference: 48 levels, guidance 3,
 lr 2e-6, betas (0, 0.999), EMA 0.99 from the start, 3K steps or more; stage 3 starts from the average. Its rounded
@@ -13,8 +14,8 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`."""
-    words = presets.switches(arg, "toy", "framewise")
+    """`toy`, `framewise`, `asymmetric`."""
+    words = presets.switches(arg, "toy", "framewise", "asymmetric")
     toy = "toy" in words
     c = presets.experiment("consistency", steps=400 if toy else 5000)
     init, preset = ("runs/toy/ar", "toy") if toy else ("runs/ar", "wan_1_3b")
@@ -23,7 +24,19 @@ def get_config(arg: str = ""):
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
     c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
-    c.objective = {"solver_steps": 48, "shift": 5.0, "guidance": 3.0, "boundary": toy, "bf16_timesteps": False}
+    c.objective = {
+        "solver_steps": 48,
+        "shift": 5.0,
+        "guidance": 3.0,
+        "teacher": "causal",
+        "boundary": toy,
+        "bf16_timesteps": False,
+    }
+    if "asymmetric" in words:
+        c.objective.teacher = "bidirectional"
+        c.roles.teacher = presets.role(
+            preset, init="toy_teacher" if toy else "checkpoints/wan_1_3b", stages=("bidirectional",)
+        )
     c.optim.student = presets.toy_optimizer(0.002) if toy else presets.optimizer(2e-6)
     c.ema.student = presets.ema(0.9 if toy else 0.99)
     c.sampler = presets.few_step()

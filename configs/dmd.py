@@ -4,6 +4,7 @@
     cfjax train --config=configs/dmd.py:framewise --workdir=runs/dmd
     cfjax train --config=configs/dmd.py:framewise,2step --workdir=runs/dmd    4 steps for the first block, then 2
     cfjax train --config=configs/dmd.py:toy --workdir=runs/toy/dmd
+    cfjax train --config=configs/dmd.py:from_ar --workdir=runs/ar_dmd         no few-step initialisation
     cfjax train --config=configs/dmd.py:sid --workdir=runs/sid                SiD instead of DMD
     cfjax train --config=configs/dmd.py:causvid --workdir=runs/causvid        noised real clips instead of self-rollout
     cfjax train --config=configs/dmd.py:bidirectional --workdir=runs/few      a few-step bidirectional student
@@ -19,8 +20,9 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`, `sid`, `causvid`, `bidirectional`."""
-    words = presets.switches(arg, "toy", "framewise", "2step", "1step", "sid", "causvid", "bidirectional")
+    """`toy`, `framewise`, `2step`, `1step`, `from_ar`, `sid`, `causvid`, `bidirectional`."""
+    variants = ("from_ar", "sid", "causvid", "bidirectional")
+    words = presets.switches(arg, "toy", "framewise", "2step", "1step", *variants)
     toy = "toy" in words
     c = presets.experiment("dmd", steps=600 if toy else 1000)
     c.roles.student = presets.role(
@@ -45,6 +47,8 @@ def get_config(arg: str = ""):
     full = (1000, 750, 500, 250)
     few = {"2step": (1000, 500), "1step": (1000,)}
     steps = next((few[word] for word in words if word in few), full)
+    if "from_ar" in words:
+        c.roles.student.update({"init": "runs/toy/ar" if toy else "runs/ar", "init_stages": ("ar_diffusion",)})
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
         c.blocks.frames = 12 if toy else 21
         c.roles.student = presets.role(c.roles.critic.preset, init=c.roles.critic.init, stages=("bidirectional",))

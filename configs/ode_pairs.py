@@ -2,6 +2,7 @@
 
     cfjax precompute --config=configs/ode_pairs.py --workdir=runs/pairs
     cfjax precompute --config=configs/ode_pairs.py:toy --workdir=runs/toy/pairs
+    cfjax precompute --config=configs/ode_pairs.py:bidirectional --workdir=runs/pairs     the baseline's
 
 48 Euler steps, guidance 6 (PyTorch reference); stored at the student's four levels and at the end. `objective.method`
 "full" solves all blocks at once against the clean context, "cached" block by block; they agree to 1e-4.
@@ -11,8 +12,8 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`."""
-    words = presets.switches(arg, "toy", "framewise")
+    """`toy`, `framewise`, `bidirectional`."""
+    words = presets.switches(arg, "toy", "framewise", "bidirectional")
     toy = "toy" in words
     c = presets.experiment("ode_pairs", steps=0)
     init = "runs/toy/ar" if toy else "runs/ar"
@@ -29,4 +30,13 @@ def get_config(arg: str = ""):
     }
     c.pairs = 1024 if toy else 6000
     c.output = "pairs"
+    c.part_items = 256 if toy else 16  # what a killed job may lose
+    c.text_dtype = "float32" if toy else "bfloat16"
+    c.shard = -1  # several processes share the job: this one's number, by default JAX's
+    c.shards = 0
+    if "bidirectional" in words:
+        c.objective.method = "bidirectional"
+        c.roles.teacher.update({"init": "toy_teacher" if toy else "checkpoints/wan_1_3b", "init_ema": False})
+        c.roles.teacher.init_stages = ("bidirectional",)
+        c.output = "bidirectional_pairs"
     return c

@@ -2,6 +2,7 @@
 
     cfjax train --config=configs/ode_regression.py --workdir=runs/ode
     cfjax train --config=configs/ode_regression.py:toy --workdir=runs/toy/ode
+    cfjax train --config=configs/ode_regression.py:bidirectional --workdir=runs/sf_ode     Self Forcing's and CausVid's
 
 Needs the pairs of configs/ode_pairs.py. Numbers of the PyTorch reference: lr 2e-6, betas (0.9, 0.999), 1K steps or
 more, no EMA.
@@ -11,8 +12,8 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`."""
-    words = presets.switches(arg, "toy", "framewise")
+    """`toy`, `framewise`, `bidirectional`."""
+    words = presets.switches(arg, "toy", "framewise", "bidirectional")
     toy = "toy" in words
     c = presets.experiment("ode_regression", steps=400 if toy else 5000)
     init = "runs/toy/ar" if toy else "runs/ar"
@@ -21,7 +22,12 @@ def get_config(arg: str = ""):
     c.data.name = "pairs"
     c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
-    c.objective = {"steps": (1000, 750, 500, 250), "shift": 5.0}
+    c.objective = {"steps": (1000, 750, 500, 250), "shift": 5.0, "levels_per": "clip", "past": "clip"}
+    if "bidirectional" in words:  # the student, too, starts from the bidirectional network
+        c.data.name = "bidirectional_pairs"
+        c.roles.student.update({"init": "toy_teacher" if toy else "checkpoints/wan_1_3b", "init_ema": False})
+        c.roles.student.init_stages = ("bidirectional",)
+        c.objective.update({"levels_per": "block", "past": "noisy"})
     c.optim.student = presets.toy_optimizer(0.005) if toy else presets.optimizer(2e-6, 0.9)
     if toy:
         c.ema.student = presets.ema(0.99)

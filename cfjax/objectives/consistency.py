@@ -33,6 +33,8 @@ class ConsistencyConfig:
     Attributes:
       solver_steps: N, the levels of the discretised path (48); `shift` is their timestep shift.
       guidance: the teacher's scale in the sampling convention (the reference: 3 here, 6 for ODE pairs, quirk Q8).
+      teacher: "causal", the AR teacher given the clean past; "bidirectional", one that sees the whole noisy clip: the
+        paper's asymmetric baseline (its Figure 10), whose averaged velocity is not the causal one.
       boundary: also train the last interval, whose target is the teacher's own end point. The reference draws
         n <= N - 2 and so never does (quirk Q23): it relies on the initialisation there.
       bf16_timesteps: round the timesteps that the networks are told to bfloat16, convert flows with the nearest level
@@ -42,10 +44,13 @@ class ConsistencyConfig:
     solver_steps: int = 48
     shift: float = 5.0
     guidance: float = 3.0
+    teacher: str = "causal"
     boundary: bool = False
     bf16_timesteps: bool = False
 
     def __post_init__(self) -> None:
+        if self.teacher not in ("causal", "bidirectional"):
+            raise UserError(f"objective.teacher={self.teacher!r}: use causal or bidirectional")
         if self.solver_steps < 2:
             raise UserError(f"objective.solver_steps={self.solver_steps}: consistency links two levels; use 2 or more")
 
@@ -76,16 +81,25 @@ def _told(config: ConsistencyConfig, sigma_BF: jax.Array) -> tuple[jax.Array, ja
 
 
 def _teacher_step(
-    teacher: Wan, x: jax.Array, told_BF: jax.Array, gap_BF: jax.Array, batch: Batch, scale: float, blocks: Blocks
+    teacher: Wan,
+    x: jax.Array,
+    told_BF: jax.Array,
+    gap_BF: jax.Array,
+    batch: Batch,
+    config: ConsistencyConfig,
+    blocks: Blocks,
 ) -> jax.Array:
     """x_sigma' = x_sigma - (sigma - sigma') v with the guided flow; each branch has both halves on its own prompt."""
     negative = jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape)
     text_kv = both_prompts(embed_text(teacher, batch["text_BSE"]), embed_text(teacher, negative))
     twice = lambda a: jnp.concatenate([a, a], axis=0)  # noqa: E731
-    clean = batch["latents_BFHWC"].astype(jnp.float32)
-    v = teacher_forced(teacher, twice(x), twice(told_BF), twice(clean), text_kv, blocks)
+    if config.teacher == "bidirectional":
+        v = teacher(twice(x), twice(told_BF), text_kv)
+    else:
+        clean = batch["latents_BFHWC"].astype(jnp.float32)
+        v = teacher_forced(teacher, twice(x), twice(told_BF), twice(clean), text_kv, blocks)
     v_pos, v_neg = jnp.split(v, 2)
-    return x - expand(gap_BF, x) * guide(v_pos, v_neg, scale, "sampling")
+    return x - expand(gap_BF, x) * guide(v_pos, v_neg, config.guidance, "sampling")
 
 
 def consistency(config: ConsistencyConfig, blocks: Blocks, role: str = "student") -> Loss:
@@ -110,7 +124,7 @@ def consistency(config: ConsistencyConfig, blocks: Blocks, role: str = "student"
             return x0_from_flow(v, x, convert_BF)
 
         told_BF, _ = _told(config, sigma_BF)
-        x_next = stop_gradient(_teacher_step(models["teacher"], x, told_BF, gap_BF, batch, config.guidance, blocks))
+        x_next = stop_gradient(_teacher_step(models["teacher"], x, told_BF, gap_BF, batch, config, blocks))
         target = stop_gradient(predict(models[f"{role}_ema"], x_next, next_BF))
         if config.boundary:  # at sigma' = 0 the teacher's step is the answer, and no network is asked
             target = jnp.where(expand(next_BF, x) > 0.0, target, x_next)

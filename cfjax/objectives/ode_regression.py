@@ -4,11 +4,12 @@ The teacher's PF-ODE is solved block by block *given the clean past*, so that (n
 is a function: the student can learn it. With a bidirectional teacher the same pairs would depend on unseen future
 noise, and regression would return their mean. Pairs are made by one full-sequence pass per network call
 (`method="full"`), or block by block against a KV cache (`method="cached"`); both are the same mathematics.
+`method="bidirectional"` makes that baseline's pairs (CausVid, Self Forcing), and `Regression` says how they are met.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from cfjax.flow.schedule import sigma_table, warp_steps
 from cfjax.flow.solvers import euler
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import KV, Wan, clean_context, embed_text, replay, teacher_forced
-from cfjax.nn.visibility import Blocks
+from cfjax.nn.visibility import Blocks, Visibility
+from cfjax.objectives.diffusion import per_block
 from cfjax.objectives.stage import Batch, Loss, Models
 from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
 from cfjax.rollout.generate import both_prompts
@@ -65,7 +67,7 @@ class PairsConfig:
         return tuple(indices)
 
 
-Method = Literal["full", "cached"]
+METHODS = ("full", "cached", "bidirectional")
 
 
 def ode_pairs(
@@ -77,14 +79,20 @@ def ode_pairs(
     config: PairsConfig,
     blocks: Blocks,
     *,
-    method: Method = "full",
+    method: str = "full",
 ) -> jax.Array:
     """The AR teacher's trajectories given the clean past: [B, J + 1, F, H, W, C], the student's levels, then the end.
 
-    Each guidance branch conditions both halves on its own prompt.
+    Each guidance branch conditions both halves on its own prompt. With method "bidirectional" the model is a
+    bidirectional teacher: all frames are solved together from their noise and `clean` is not looked at.
+
+    Raises:
+      UserError: an unknown method.
     """
+    if method not in METHODS:
+        raise UserError(f"objective.method={method!r}: use one of {', '.join(METHODS)}")
     text_kv = both_prompts(embed_text(model, text_BSE), embed_text(model, negative_BSE))
-    solve = {"full": _solve_full, "cached": _solve_cached}[method]
+    solve = {"full": _solve_full, "cached": _solve_cached, "bidirectional": _solve_bidirectional}[method]
     trajectory = solve(model, clean_BFHWC, text_kv, noise_BFHWC, config, blocks)  # [B, F, N + 1, H, W, C]
     keep = jnp.asarray([*config.kept(), config.solver_steps])
     return jnp.moveaxis(trajectory[:, :, keep], 2, 1)
@@ -108,6 +116,17 @@ def _solve_full(
 
     states = _euler_states(velocity, noise, config)
     return jnp.moveaxis(states, 0, 2)
+
+
+def _solve_bidirectional(
+    model: Wan, clean: jax.Array, text_kv: KV, noise: jax.Array, config: PairsConfig, blocks: Blocks
+) -> jax.Array:
+    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        v = model(_twice(x), jnp.broadcast_to(sigma, (2 * x.shape[0], x.shape[1])), text_kv)
+        positive, negative = jnp.split(v, 2)
+        return guide(positive, negative, config.guidance, "sampling")
+
+    return jnp.moveaxis(_euler_states(velocity, noise, config), 0, 2)
 
 
 def _solve_cached(
@@ -135,31 +154,62 @@ def _euler_states(velocity: Any, noise: jax.Array, config: PairsConfig) -> jax.A
     return euler(velocity, noise, config.grid(), trajectory=True)[1]
 
 
-def draw(key: jax.Array, batch: int, frames: int, levels: int) -> dict[str, jax.Array]:
-    """level_BF ~ U{0..levels - 1}, one per sample and shared by its frames (quirk Q9)."""
-    level_B1 = jax.random.randint(key, (batch, 1), 0, levels)
-    return {"level_BF": jnp.broadcast_to(level_B1, (batch, frames))}
+def draw(
+    key: jax.Array, shape: tuple[int, ...], levels: int, blocks: Blocks, per: str = "clip"
+) -> dict[str, jax.Array]:
+    """level_BF ~ U{0..levels - 1} for shape [B, F]: one per clip (the reference, quirk Q9), or one per block."""
+    if per == "block":
+        return {"level_BF": per_block(jax.random.randint(key, shape, 0, levels), blocks)}
+    return {"level_BF": jnp.broadcast_to(jax.random.randint(key, (shape[0], 1), 0, levels), shape)}
 
 
-def ode_regression(config: PairsConfig, blocks: Blocks, role: str = "student") -> Loss:
+@dataclass(frozen=True)
+class Regression:
+    """How the student meets the pairs; the default is the paper's causal ODE initialisation.
+
+    Attributes:
+      levels_per: "clip" (PyTorch reference, quirk Q9) or "block" (Self Forcing, CausVid).
+      past: what a block sees of the earlier ones: "clip", the clean clip that the AR teacher was given; "endpoint", the
+        trajectory's own end (the only clean past that a bidirectional teacher's pairs have); "noisy", the earlier
+        blocks at their own levels, as in diffusion forcing (Self Forcing, CausVid).
+    """
+
+    levels_per: str = "clip"
+    past: str = "clip"
+
+    def __post_init__(self) -> None:
+        if self.levels_per not in ("clip", "block"):
+            raise UserError(f"objective.levels_per={self.levels_per!r}: use clip or block")
+        if self.past not in ("clip", "endpoint", "noisy"):
+            raise UserError(f"objective.past={self.past!r}: use clip, endpoint or noisy")
+
+
+def ode_regression(
+    config: PairsConfig, blocks: Blocks, role: str = "student", *, how: Regression | None = None
+) -> Loss:
     """L = E_k |x_k - sigma_k v(x_k, sigma_k; clean past) - x_end|^2, plain mean square (PyTorch reference).
 
     The batch holds `trajectory_BJFHWC` from `ode_pairs` and `latents_BFHWC`, the clean past. Injectable: level_BF.
     """
+    how = how or Regression()
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Mapping[str, jax.Array] | None = None):
         trajectory = batch["trajectory_BJFHWC"].astype(jnp.float32)
         clean = batch["latents_BFHWC"].astype(jnp.float32)
         sigmas = jnp.asarray(config.sigmas())
         if draws is None:
-            batch_size, frames = clean.shape[:2]
-            draws = draw(key, batch_size, frames, len(config.steps))
+            draws = draw(key, clean.shape[:2], len(config.steps), blocks, how.levels_per)
         level_BF = draws["level_BF"]
         states_BFJ = jnp.moveaxis(trajectory, 1, 2)
         x = jnp.take_along_axis(states_BFJ, level_BF[:, :, None, None, None, None], axis=2)[:, :, 0]
         model = models[role]
         sigma_BF = sigmas[level_BF]
-        v = teacher_forced(model, x, sigma_BF, clean, embed_text(model, batch["text_BSE"]), blocks)
+        text_kv = embed_text(model, batch["text_BSE"])
+        if how.past == "noisy":
+            v = model(x, sigma_BF, text_kv, Visibility("block_causal", blocks))
+        else:
+            past = clean if how.past == "clip" else trajectory[:, -1]
+            v = teacher_forced(model, x, sigma_BF, past, text_kv, blocks)
         error = jnp.mean(jnp.square(x0_from_flow(v, x, sigma_BF) - trajectory[:, -1]), axis=(2, 3, 4))
         at_noise = level_BF == 0
         return jnp.mean(error), {"error_from_noise": jnp.sum(error * at_noise) / jnp.maximum(jnp.sum(at_noise), 1)}
