@@ -10,6 +10,7 @@ from cfjax.core.errors import UserError
 
 VERBS = {
     "quickstart": "train and watch a tiny streaming video generator on this machine",
+    "convert": "other people's weights into a run directory, and back out",
     "precompute": "render or encode a data set once: latents, captions, ODE pairs",
     "train": "train one stage of an experiment, or go on with it",
     "generate": "generate videos from a trained run, block by block",

@@ -29,6 +29,7 @@ from cfjax.core.tree import from_named, named_leaves
 
 FOLDER = "checkpoints"
 PARTS = ("params", "ema")
+IN_FLIGHT = 32e6
 BROKEN = "checkpoints_broken"
 
 
@@ -100,19 +101,32 @@ def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, A
 
 
 class _PartsHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `LazyArray`s: one part at a time is read, written and let go; a stacked array has a chunk per layer."""
+    """Saves `LazyArray`s: parts are read in turn and at most `IN_FLIGHT` bytes of them (or one part) are being written.
+
+    A stacked array has a chunk per layer.
+    """
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._turn = asyncio.Lock()
+        self._writes: list[Any] = []
+        self._bytes = 0
 
     async def _open_and_write(self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        if value.stacked:
+            tspec["metadata"]["chunks"] = [1, *value.shape[1:]]
+        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        own = []
         async with self._turn:  # Orbax starts all arrays at once
-            if value.stacked:
-                tspec["metadata"]["chunks"] = [1, *value.shape[1:]]
-            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            for i, part in enumerate(value):
-                await (store[i] if value.stacked else store).write(part)
+            for i, read in enumerate(value.parts):
+                size = value.nbytes // len(value.parts)
+                if self._bytes + size > IN_FLIGHT:
+                    await asyncio.gather(*self._writes)
+                    self._writes, self._bytes = [], 0
+                own.append((store[i] if value.stacked else store).write(read()))
+                self._writes.append(own[-1])
+                self._bytes += size
+        await asyncio.gather(*own)
 
 
 def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -> ocp.CheckpointManager:

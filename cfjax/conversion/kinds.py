@@ -1,0 +1,159 @@
+"""The networks of a Wan system and the layouts that their weights come in; which of them a file's names belong to."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cfjax.conversion import tiny_vae, umt5, vae, wan
+from cfjax.conversion.rules import Rule, export_plan, import_plan, their_names
+from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray
+from cfjax.core.tree import named_leaves
+from cfjax.models.tiny_vae import TinyVAEConfig
+from cfjax.models.umt5 import UMT5Config
+from cfjax.models.vae import VAEConfig
+from cfjax.models.wan import WanConfig
+
+Arrays = Mapping[str, LazyArray]
+ENOUGH = 0.5  # of the names must be a network's for the file to be taken for its
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One network's conversion.
+
+    Attributes:
+      title: for messages.
+      layouts: name -> table.
+      abstract: config -> the module with shapes in place of arrays.
+      infer: (shapes, layout, config.json or None) -> config.
+      config_json: (config, layout) -> config.json or None.
+      example: a config whose names are every config's, but for the numbers in them.
+      prepare: what to do to a file's arrays first.
+    """
+
+    title: str
+    layouts: Mapping[str, tuple[Rule, ...]]
+    abstract: Callable[[Any], Any]
+    infer: Callable[[Mapping[str, tuple[int, ...]], str, Mapping[str, Any] | None], Any]
+    config_json: Callable[[Any, str], Mapping[str, Any] | None]
+    example: Any
+    prepare: Callable[[Arrays], dict[str, LazyArray]] = dict
+
+    def template(self, config: Any) -> dict[str, Any]:
+        """Our names with shapes."""
+        return named_leaves(self.abstract(config))
+
+
+KINDS = {
+    "dit": Kind(
+        "Wan transformer",
+        wan.LAYOUTS,
+        wan.abstract_wan,
+        wan.infer_config_wan,
+        wan.config_json_wan,
+        WanConfig(dim=4, ffn_dim=4, num_heads=2, num_layers=1),
+    ),
+    "vae": Kind(
+        "Wan VAE",
+        vae.LAYOUTS,
+        vae.abstract_vae,
+        vae.infer_config_vae,
+        vae.config_json_vae,
+        VAEConfig(base_dim=2),
+    ),
+    "text_encoder": Kind(
+        "umT5 encoder",
+        umt5.LAYOUTS,
+        umt5.abstract_umt5,
+        umt5.infer_config_umt5,
+        umt5.config_json_umt5,
+        UMT5Config(vocab_size=4, dim=4, heads=2, head_dim=2, ffn_dim=4, layers=1),
+        umt5.untied_umt5,
+    ),
+    "tiny_vae": Kind(
+        "tiny VAE",
+        tiny_vae.LAYOUTS,
+        tiny_vae.abstract_tiny_vae,
+        tiny_vae.infer_config_tiny_vae,
+        tiny_vae.config_json_tiny_vae,
+        TinyVAEConfig(),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network's weights in our names, not yet read.
+
+    Attributes:
+      kind: a key of `KINDS`.
+      layout, file: what it came in.
+    """
+
+    kind: str
+    config: Any
+    arrays: Arrays
+    layout: str
+    file: str
+
+    def exported(self, layout: str) -> dict[str, LazyArray]:
+        """The weights by another layout's names."""
+        return export_plan(KINDS[self.kind].layouts[layout], self.arrays, self.config)
+
+    def about(self, layout: str) -> Mapping[str, Any] | None:
+        """config.json in another layout."""
+        return KINDS[self.kind].config_json(self.config, layout)
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
+
+
+@cache
+def _signature(kind: str, layout: str) -> frozenset[str]:
+    row = KINDS[kind]
+    return frozenset(map(_numberless, their_names(row.layouts[layout], row.template(row.example))))
+
+
+def recognised(names: Iterable[str]) -> tuple[str, str]:
+    """(kind, layout) whose names, but for numbers, are most like these.
+
+    Raises:
+      UserError: none comes near.
+    """
+    found = frozenset(map(_numberless, names))
+    likeness = {
+        (kind, layout): len(found & _signature(kind, layout)) / len(found | _signature(kind, layout))
+        for kind, row in KINDS.items()
+        for layout in row.layouts
+    }
+    best = max(likeness, key=lambda key: likeness[key])
+    if likeness[best] < ENOUGH:
+        known = ", ".join(f"{row.title} ({', '.join(row.layouts)})" for row in KINDS.values())
+        raise UserError(f"no known network: names such as {sorted(names)[:2]}; known are {known}")
+    return best
+
+
+def imported(arrays: Arrays, file: Path, about: Callable[[str, str, Arrays], Mapping[str, Any] | None]) -> Network:
+    """A file's network, every name, shape and dtype checked, nothing read.
+
+    Args:
+      about: (kind, layout, arrays) -> config.json that describes such weights, or None.
+
+    Raises:
+      UserError: unknown or unfit weights; the line begins with the file's name.
+    """
+    try:
+        kind, layout = recognised(arrays)
+        row = KINDS[kind]
+        theirs = row.prepare(arrays)
+        shapes = {name: x.shape for name, x in theirs.items()}
+        config = row.infer(shapes, layout, about(kind, layout, theirs))
+        ours = import_plan(row.layouts[layout], theirs, row.template(config), config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return Network(kind, config, ours, layout, file.name)

@@ -1,0 +1,139 @@
+"""Whole systems of weights to write: the reference's .pt, a Wan release in safetensors, a diffusers pipeline."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cfjax.conversion.files import PREFIX
+from cfjax.conversion.kinds import KINDS
+from cfjax.conversion.sources import AVERAGE, CRITIC, GENERATOR, PIPELINE, TOKENIZERS, Found, Source
+from cfjax.conversion.write import write_json, write_pickle, write_safetensors
+from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray
+
+Watch = Callable[[int], Any]
+TRANSFORMER = "diffusion_pytorch_model"
+# Names in a Wan release, without suffix.
+RELEASE = {"vae": "Wan2.1_VAE", "text_encoder": "models_t5_umt5-xxl-enc-bf16", "tiny_vae": "taew2_1"}
+CHECKPOINT = "model.pt"
+# Folder, file stem and index entry of a pipeline's networks.
+COMPONENTS = {
+    "dit": ("transformer", TRANSFORMER, ["diffusers", "WanTransformer3DModel"]),
+    "vae": ("vae", TRANSFORMER, ["diffusers", "AutoencoderKLWan"]),
+    "text_encoder": ("text_encoder", "model", ["transformers", "UMT5EncoderModel"]),
+}
+DIFFUSERS_VERSION = "0.35.0"
+
+
+def write_target(
+    kind: str, source: Source, folder: Path, *, shift: float, max_bytes: float, watch: Watch = lambda _: None
+) -> int:
+    """Writes all of `source` into an empty folder in the layout `kind`; returns the number of tensors written.
+
+    Args:
+      kind: "pt" (the reference's nested checkpoint beside a release's other files), "safetensors" (a release without
+        pickles) or "diffusers" (a pipeline).
+      shift: of the pipeline's scheduler.
+      max_bytes: of one safetensors shard.
+      watch: is told the bytes of every array read.
+
+    Raises:
+      UserError: the layout cannot hold a network, or two of a kind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = [(found, _plan(found, "diffusers" if kind == "diffusers" else "original", watch)) for found in source.found]
+    if kind == "pt":
+        _write_pt(plans, folder)
+    elif kind == "safetensors":
+        _write_release(_single(plans, kind), folder, max_bytes)
+    else:
+        _write_pipeline(_single(plans, kind), folder, max_bytes)
+    if source.tokenizer:
+        target = folder / (TOKENIZERS[0] if kind == "diffusers" else TOKENIZERS[1])
+        shutil.copytree(source.tokenizer, target)
+    if kind == "diffusers":
+        _write_index(source, folder, shift)
+    return sum(len(arrays) for _, arrays in plans)
+
+
+Plans = list[tuple[Found, dict[str, LazyArray]]]
+
+
+def _plan(found: Found, layout: str, watch: Watch) -> dict[str, LazyArray]:
+    layouts = KINDS[found.network.kind].layouts
+    if layout not in layouts:
+        if layout == "diffusers":
+            raise UserError(f"{found.network.kind} has no {layout} layout; leave it out with --config.parts")
+        (layout,) = layouts
+    return {name: x.watched(watch) for name, x in found.network.exported(layout).items()}
+
+
+def _single(plans: Plans, kind: str) -> Plans:
+    transformers = [found for found, _ in plans if found.network.kind == "dit"]
+    if len(transformers) > 1:
+        entries = ", ".join(map(entry_of, transformers))
+        raise UserError(f"to={kind!r} holds one transformer, the source has {entries}; choose one by --config.key")
+    return plans
+
+
+def entry_of(found: Found) -> str:
+    """What a training checkpoint calls a transformer."""
+    return CRITIC if found.role == "critic" else AVERAGE if found.ema else GENERATOR
+
+
+def _write_pt(plans: Plans, folder: Path) -> None:
+    entries = {}
+    for found, arrays in plans:
+        if found.network.kind == "dit":
+            entries[entry_of(found)] = {PREFIX + name: x for name, x in arrays.items()}
+            write_json(folder / "config.json", found.network.about("original") or {})
+        else:
+            write_pickle(folder / f"{RELEASE[found.network.kind]}.pth", arrays)
+    if entries:
+        write_pickle(folder / CHECKPOINT, entries)
+
+
+def _write_release(plans: Plans, folder: Path, max_bytes: float) -> None:
+    for found, arrays in plans:
+        if found.network.kind == "dit":
+            write_json(folder / "config.json", found.network.about("original") or {})
+        write_safetensors(folder, RELEASE.get(found.network.kind, TRANSFORMER), arrays, max_bytes)
+
+
+def _write_pipeline(plans: Plans, folder: Path, max_bytes: float) -> None:
+    for found, arrays in plans:
+        name, stem, _ = COMPONENTS[found.network.kind]
+        (folder / name).mkdir()
+        about = {"_diffusers_version": DIFFUSERS_VERSION} if stem == TRANSFORMER else {}
+        about |= found.network.about("diffusers") or {}
+        if stem != TRANSFORMER:
+            dtypes = {x.dtype.name for x in arrays.values()}
+            about["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+        write_json(folder / name / "config.json", about)
+        write_safetensors(folder / name, stem, arrays, max_bytes)
+
+
+def _write_index(source: Source, folder: Path, shift: float) -> None:
+    """model_index.json and the scheduler: what is not there is null, as diffusers writes it."""
+    here = {found.network.kind for found in source.found}
+    index: dict[str, Any] = {
+        name: entry if kind in here else [None, None] for kind, (name, _, entry) in COMPONENTS.items()
+    }
+    index |= {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "tokenizer": ["transformers", "T5TokenizerFast"] if source.tokenizer else [None, None],
+    }
+    write_json(folder / PIPELINE, index)
+    (folder / "scheduler").mkdir()
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "flow_shift": shift,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    }
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

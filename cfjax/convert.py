@@ -1,0 +1,273 @@
+"""`cfjax convert`: other people's weights into a run directory, and back out, bit for bit, one array at a time."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from cfjax.conversion.files import SAFETENSORS
+from cfjax.conversion.kinds import KINDS, Network
+from cfjax.conversion.rules import fingerprint
+from cfjax.conversion.sources import Found, Source, open_source
+from cfjax.conversion.targets import entry_of, write_target
+from cfjax.conversion.wan import TEXT_LENGTH, config_json_wan
+from cfjax.conversion.write import write_json
+from cfjax.core.cli import parse
+from cfjax.core.console import say
+from cfjax.core.errors import UserError
+from cfjax.core.precision import Policy
+from cfjax.models.wan import PRESETS, WanConfig
+from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles, write_streamed
+from cfjax.wan_world import FORMAT, KIND, RECORD, config_from_record, read_record
+from cfjax.wan_world import fingerprint as world_fingerprint
+
+DESCRIPTION = """Reads a Wan release, a diffusers folder, a .pt of Causal Forcing, Self Forcing or CausVid, a tiny
+decoder, or a run directory, and writes it as a run directory (to=orbax), the reference's .pt (pt), a release in
+safetensors (safetensors) or a diffusers folder (diffusers). Every array must be known and fit; nothing half-written
+stays."""
+TARGETS = ("orbax", "pt", "safetensors", "diffusers")
+WORLD, TOKENIZER = "world", "tokenizer"
+FPS = 16
+# Of every stage and sampler (PyTorch reference).
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"  # noqa: RUF001
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line and converts."""
+    c, workdir, _ = parse("convert", argv, description=DESCRIPTION, default_config="configs/convert.py")
+    if c.to not in TARGETS:
+        raise UserError(f"--config.to={c.to!r}: use one of {', '.join(TARGETS)}")
+    if not c.source:
+        raise UserError("--config.source is missing: name a folder or a file")
+    started = time.monotonic()
+    source = _open(c)
+    _check_free(c.to, source, workdir, c.overwrite)
+    for each in source.found:
+        _describe(each)
+    if source.ignored:
+        say(f"  left out: {', '.join(source.ignored)} (no weights)")
+    total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
+    partial = workdir.with_name(f".{workdir.name}.{os.getpid()}.partial")
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar:
+            tensors = _write(c, source, partial, workdir, bar.update)
+        _put(partial, workdir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    seconds = time.monotonic() - started
+    parameters = sum(x.size for each in source.found for x in each.network.arrays.values())
+    speed = f"{total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e9 / seconds:.2f} GB/s)"
+    say(f"{workdir}: {tensors:,} tensors, {parameters:,} parameters, {speed}")
+    return 0
+
+
+def _describe(found: Found) -> None:
+    network = found.network
+    arrays = network.arrays.values()
+    dtypes = "/".join(sorted({x.dtype.name for x in arrays}))
+    role = f" ({entry_of(found)})" if network.kind == "dit" else ""
+    tensors = sum(len(x.parts) for x in arrays)
+    layout = f", {network.layout} layout" if network.layout else ""
+    say(f"  {network.file}: {KINDS[network.kind].title}{role}, {tensors} tensors, {dtypes}{layout}")
+
+
+def _open(c: ConfigDict) -> Source:
+    """The source of the config, foreign or a run directory."""
+    parts = [part for part in c.parts.split(",") if part]
+    unknown = [part for part in parts if part not in KINDS]
+    if unknown:
+        raise UserError(f"--config.parts={c.parts}: {unknown[0]!r} is none of {', '.join(KINDS)}")
+    path = Path(c.source)
+    if (path / FOLDER).is_dir() or (path / WORLD / RECORD).is_file():
+        if c.to == "orbax":
+            raise UserError(f"--config.source={c.source} is a run directory already; say what to write by --config.to")
+        return open_run_source(path, parts, c.key)
+    assumed = None
+    if c.world:
+        read_record(c.world)
+        if (Path(c.world).parent / FOLDER).is_dir():
+            models = read_meta(Path(c.world).parent)["models"]
+            assumed = config_json_wan(config_from_record(WanConfig, models["student"]), "original")
+    return open_source(path, parts=parts, key=c.key, assumed=assumed)
+
+
+def open_run_source(path: Path, parts: Sequence[str] = (), key: str = "") -> Source:
+    """A run directory's transformers (trained or converted) and its world, as a source.
+
+    Args:
+      parts: kinds to take, empty for all.  key: the transformer to take (generator, generator_ema, critic), "" for all.
+
+    Raises:
+      UserError: a part or the key is not there.
+    """
+    found = []
+    meta: dict[str, Any] = {}
+    if (path / FOLDER).is_dir() and (not parts or "dit" in parts):
+        meta = read_meta(path)
+        for role, ema in stored_roles(path):
+            if role in ("student", "critic"):
+                found.append(Found(_stored("dit", path, role, ema, meta["models"][role], meta), role, ema))
+        if key:
+            found = [replace(each, role="student", ema=False) for each in found if entry_of(each) == key]
+            if not found:
+                raise UserError(f"--config.key={key}: {path} has no such network")
+    world = _world_of(path, meta)
+    for kind in KINDS:
+        folder = world / kind
+        if kind != "dit" and (folder / FOLDER).is_dir() and (not parts or kind in parts):
+            record = read_meta(folder, stages=(kind,))
+            found.append(Found(_stored(kind, folder, kind, False, record["model"], record), kind))
+    missing = [part for part in parts if part not in {each.network.kind for each in found}]
+    if missing or not found:
+        raise UserError(f"{path}: holds no {missing[0] if missing else 'weights'}")
+    text = any(each.network.kind == "text_encoder" for each in found)
+    return Source(found, world / TOKENIZER if text and (world / TOKENIZER).is_dir() else None)
+
+
+def _stored(kind: str, folder: Path, role: str, ema: bool, config: dict[str, Any], meta: dict[str, Any]) -> Network:
+    record = config_from_record(type(KINDS[kind].example), config)
+    return Network(
+        kind, record, open_role(folder, role, ema=ema), meta.get("source", {}).get("layout", ""), str(folder)
+    )
+
+
+def _world_of(run: Path, meta: dict[str, Any]) -> Path:
+    recorded = str(meta.get("world_path", ""))
+    places = [run / recorded, Path(recorded)] if recorded else []
+    return next((place for place in places if (place / RECORD).is_file()), run / WORLD)
+
+
+def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: Callable[[int], Any]) -> int:
+    """Everything into `partial`; the number of tensors."""
+    if c.to != "orbax":
+        shift = float(c.experiment.sampler.shift)
+        return write_target(c.to, source, partial, shift=shift, max_bytes=c.max_shard_gb * 1e9, watch=watch)
+    transformers = [each for each in source.found if each.network.kind == "dit"]
+    for each in source.found:
+        if each.network.kind != "dit":
+            network = each.network
+            arrays = {f"params/{each.role}/{name}": x.watched(watch) for name, x in network.arrays.items()}
+            meta = {
+                "stage": network.kind,
+                "model": asdict(network.config),
+                "fingerprint": fingerprint(network.arrays),
+                "source": _source_record(network),
+            }
+            write_streamed(partial / WORLD / network.kind, arrays, meta)
+    if source.tokenizer:
+        shutil.copytree(source.tokenizer, partial / WORLD / TOKENIZER)
+    if (partial / WORLD).exists():
+        record = {"kind": KIND, "format": FORMAT, "text_length": TEXT_LENGTH, "fps": FPS}
+        write_json(partial / WORLD / RECORD, {**record, "negative_prompt": NEGATIVE_PROMPT})
+    if transformers:
+        arrays = {
+            f"{'ema' if each.ema else 'params'}/{each.role}/{name}": x.watched(watch)
+            for each in transformers
+            for name, x in each.network.arrays.items()
+        }
+        write_streamed(partial, arrays, _run_meta(c, transformers, partial, workdir))
+    return sum(len(x.parts) for each in source.found for x in each.network.arrays.values())
+
+
+def _source_record(network: Network) -> dict[str, Any]:
+    dtypes = {name: x.dtype.name for name, x in network.arrays.items()}
+    return {"layout": network.layout, "file": network.file, "dtype": dtypes}
+
+
+def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: Path) -> dict[str, Any]:
+    """What `experiment.run_meta` writes of a trained run, and where the weights come from."""
+    experiment = c.experiment.copy_and_resolve_references()
+    models = {}
+    for each in transformers:
+        if each.ema:
+            continue
+        role = experiment.roles.get(each.role, experiment.roles.student)
+        config = replace(
+            each.network.config,
+            remat=role.remat,
+            attention=role.attention,
+            precision=Policy(compute=role.precision),
+        )
+        role.preset = preset_of(config)
+        models[each.role] = asdict(config)
+    if not any(each.ema for each in transformers):
+        experiment.ema = ConfigDict()
+    elif "student" not in experiment.ema:
+        experiment.ema.student = {"decay": 0.99, "start": 0}
+    beside = [home / WORLD for home in (partial, workdir) if (home / WORLD / RECORD).exists()]
+    home = Path(c.world) if c.world else beside[0] if len(beside) == 1 else None  # two will be merged
+    student = next(each.network for each in transformers if each.role == "student")
+    return {
+        "stage": experiment.stage,
+        "config": experiment.to_dict(),
+        "models": models,
+        "blocks": experiment.blocks.to_dict(),
+        "latent_shape": [*c.latents, student.config.in_dim],
+        "world": world_fingerprint(home) if home else "",
+        "world_path": c.world or (WORLD if beside else ""),
+        "source": _source_record(student),
+    }
+
+
+def preset_of(config: WanConfig) -> str:
+    """The preset of these sizes; "" where there is none, and the recorded sizes are all there is."""
+    sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch", "eps")
+    same = lambda other: all(getattr(config, name) == getattr(other, name) for name in sizes)  # noqa: E731
+    return next((name for name, other in PRESETS.items() if same(other)), "")
+
+
+def _check_free(to: str, source: Source, workdir: Path, overwrite: bool) -> None:
+    """UserError if something is in the way that may not be replaced."""
+    if to != "orbax":
+        there = sorted(workdir.iterdir()) if workdir.is_dir() else []
+    else:
+        kinds = {each.network.kind for each in source.found}
+        units = [workdir / FOLDER] if "dit" in kinds else []
+        units += [workdir / WORLD / kind for kind in sorted(kinds - {"dit"})]
+        units += [workdir / WORLD / TOKENIZER] if source.tokenizer else []
+        there = [unit for unit in units if unit.exists()]
+    if there and not overwrite:
+        raise UserError(f"{there[0]} exists; choose another --workdir, or add --config.overwrite=True")
+    if workdir / FOLDER in there and "source" not in read_meta(workdir):
+        raise UserError(f"{workdir} holds a run that was trained here; choose another --workdir")
+    if to == "orbax" and (workdir / WORLD / RECORD).exists():
+        read_record(workdir / WORLD)
+
+
+def _put(partial: Path, workdir: Path) -> None:
+    """Moves what was written to its place, a folder or file at a time; an existing world keeps its record and parts."""
+    if not workdir.exists():
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(workdir)
+        return
+    units = [path for path in partial.iterdir() if path.name != WORLD]
+    units += [*(partial / WORLD).iterdir()] if (partial / WORLD).is_dir() else []
+    replaced = partial / ".replaced"
+    replaced.mkdir()
+    for stale in _stale(units, workdir):
+        stale.rename(replaced / stale.name)
+    for number, path in enumerate(units):
+        target = workdir / path.relative_to(partial)
+        if target.exists() and path.name == RECORD:
+            continue
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            target.rename(replaced / str(number))
+        path.rename(target)
+
+
+def _stale(units: Sequence[Path], workdir: Path) -> list[Path]:
+    """Shards and indices of networks that are written anew: a loader would take them for the new one's."""
+    stems = {path.name.split(".")[0].split("-0")[0] for path in units if SAFETENSORS in path.name}
+    there = [path for path in workdir.iterdir() if SAFETENSORS in path.name]
+    return [path for path in there if path.name.split(".")[0].split("-0")[0] in stems]
