@@ -171,7 +171,7 @@ def encode_text(model: UMT5, ids_BS: jax.Array, mask_BS: jax.Array, policy: Poli
 
 
 _embed = jax.jit(UMT5.embed, static_argnames="policy")
-_layer = jax.jit(UMT5.layer, static_argnames="policy", donate_argnames="x_BSE")
+compiled_layer = jax.jit(UMT5.layer, static_argnames="policy", donate_argnames="x_BSE")
 _finish = jax.jit(lambda model, x_BSE, mask_BS: zero_padding(model.finish(x_BSE), mask_BS))
 
 
@@ -183,5 +183,5 @@ def encode_by_layer(model: UMT5, ids_BS: jax.Array, mask_BS: jax.Array, policy: 
     """
     x_BSE = _embed(model, ids_BS, policy=policy)
     for index in range(model.config.layers):
-        x_BSE = _layer(model, jnp.int32(index), x_BSE, mask_BS, policy=policy)
+        x_BSE = compiled_layer(model, jnp.int32(index), x_BSE, mask_BS, policy=policy)
     return _finish(model, x_BSE, mask_BS)
