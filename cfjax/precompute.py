@@ -1,8 +1,11 @@
-"""`cfjax precompute`: clips to latents and text rows, or an AR teacher's ODE pairs; once, before training."""
+"""`cfjax precompute`: clips, LMDBs and prompts to latents and text rows, or an AR teacher's ODE pairs; once."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +13,46 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cfjax.core.cli import parse
+from cfjax.core.cli import Flag, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.data.precompute import LatentWriter
+from cfjax.data.check import check_dataset
+from cfjax.data.clips import list_clips
+from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource, Source, ingest, read_prompts
+from cfjax.data.lmdb_rows import LmdbRows, is_lmdb
+from cfjax.data.parts import SetWriter
+from cfjax.data.precompute import digest
+from cfjax.data.records import Layout
+from cfjax.data.sets import text_beside
+from cfjax.data.video import ClipFormat
 from cfjax.experiment import Data, blocks_of, initial_model, open_data
+from cfjax.models.codec import Codec
 from cfjax.objectives.ode_regression import PairsConfig, ode_pairs
+from cfjax.training.checkpoint import read_meta
+from cfjax.wan_world import WanWorld
+from cfjax.world import World
 
-DESCRIPTION = """Makes a dataset under the config's data.path: the clips that the config's data.source describes, or,
-with configs/ode_pairs.py, the AR teacher's ODE trajectories. What exists already is left as it is."""
+DESCRIPTION = """Encodes a folder of clips, an LMDB or a file of prompts (configs/precompute.py), solves the AR
+teacher's ODE trajectories (configs/ode_pairs.py), or makes the toy's clips (a toy config). What is there is kept."""
+CHECK = Flag("check", "instead: look at every record of this dataset; exit code 1 if one is bad", default="")
+SHOWN = 10
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parses the command line and precomputes."""
-    c, _, _ = parse("precompute", argv, description=DESCRIPTION, default_workdir="runs/precompute")
-    if c.stage == "ode_pairs":
+    """Parses the command line and precomputes, or checks; 1 when a check finds fault."""
+    c, _, own = parse(
+        "precompute",
+        argv,
+        description=DESCRIPTION,
+        extra_flags=[CHECK],
+        default_config="configs/precompute.py",
+        default_workdir="runs/precompute",
+    )
+    if own["check"]:
+        return check(own["check"], c)
+    if "source" in c:
+        precompute_source(c)
+    elif c.stage == "ode_pairs":
         precompute_pairs(c)
     else:
         data = open_data(c)
@@ -32,57 +60,299 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def precompute_pairs(c: ConfigDict) -> Path:
-    """Solves the AR teacher's PF-ODE for `c.pairs` clips and writes `data.path`/`output`, whole or not at all.
+def check(path: str, c: ConfigDict) -> int:
+    """Says every fault of the dataset at `path`; 1 if there is any."""
+    lmdb = {"ground_truth": c.ground_truth, "fallback_shape": tuple(c.latent_shape)} if "source" in c else {}
+    count = 0
+    for fault in check_dataset(path, progress=c.progress, **lmdb):
+        say(str(fault))
+        count += 1
+    say(f"{path}: {count} faults" if count else f"{path}: every record is good")
+    return int(count > 0)
+
+
+# ---- clips, LMDBs, prompts
+
+
+def precompute_source(c: ConfigDict) -> Path:
+    """Encodes this process's share of `c.source` and writes it to `c.output`.
 
     Raises:
-      UserError: more pairs than clips, or a teacher of another stage.
+      UserError: no such source or world, sizes that do not go together, or nothing that can be used.
+    """
+    if not c.source:
+        raise UserError("source='': give --config.source=FOLDER of clips, an LMDB, or a .txt file of prompts")
+    lmdb = is_lmdb(c.source)
+    if not c.output and not lmdb:
+        raise UserError("output='': give the folder of the new dataset, --config.output=data/wan/clips")
+    world = open_any_world(c.world)
+    output = Path(c.output) if c.output else text_beside(c.source)
+    open_source = _open_lmdb if lmdb else _open_prompts if Path(c.source).is_file() else _open_clips
+    source, layout, about, encode_video = open_source(c, world)
+    job = {"world": world.fingerprint(), **about["job"]}
+    writer = SetWriter(
+        output,
+        items=len(source),
+        part_items=c.part_items,
+        layout=layout,
+        job=job,
+        description={"world_path": c.world, "text_encoder": _text_record(world), **about["manifest"]},
+    )
+    shard, shards = shard_of(c)
+    before = set(writer.skipped())
+    if writer.todo(shard, shards):
+        writer.write_negative(_negative(world))
+    complete = ingest(
+        writer,
+        source,
+        encode_text=_encode_text(world),
+        encode_video=encode_video,
+        shard=shard,
+        shards=shards,
+        batch_size=c.batch_size,
+        workers=c.workers,
+        progress=c.progress,
+    )
+    _tell(writer, complete, [s for s in writer.skipped() if s not in before])
+    return output
+
+
+def _tell(writer: SetWriter, complete: bool, skipped: Sequence[Any]) -> None:
+    for one in skipped[:SHOWN]:
+        say(f"left out {one.name}: {one.reason}")
+    if len(skipped) > SHOWN:
+        say(f"left out {len(skipped) - SHOWN} more")
+    if complete:
+        out, items = len(writer.skipped()), writer.items
+        say(f"{writer.path}: {items - out} records of {items} items, {out} left out (report.json says why)")
+    else:
+        there = sum(map(writer.done, range(writer.parts)))
+        say(f"{writer.path}: {there} of {writer.parts} parts are there; the other shards make the rest")
+
+
+def shard_of(c: ConfigDict) -> tuple[int, int]:
+    """(this process's number, how many share the job): `c.shard` of `c.shards`, by default JAX's processes."""
+    shards = c.shards or jax.process_count()
+    return (jax.process_index() if c.shard < 0 else c.shard), shards
+
+
+About = dict[str, dict[str, Any]]
+Opened = tuple[Source, Layout, About, EncodeVideo | None]
+
+
+def _open_clips(c: ConfigDict, world: "World | WanWorld") -> Opened:
+    wanted = ClipFormat(c.frames, c.height, c.width, c.fps, c.fit, c.max_crop, c.upscale)
+    wanted.check_stride(world.codec.stride)
+    clips = list_clips(c.source, c.captions)
+    shape = jax.ShapeDtypeStruct((1, c.frames, c.height, c.width, 3), jnp.float32)
+    latent = jax.eval_shape(lambda codec, video: codec.encode(video), world.codec, shape).shape[1:]
+    codec = world.codec.describe()
+    listing = digest({"clips": [[clip.name, clip.caption, clip.fault] for clip in clips]})
+    about: About = {
+        "job": {"clips": listing, "format": asdict(wanted), "codec": codec},
+        "manifest": {"codec": codec, "source": {"name": "clips", "path": c.source, **asdict(wanted)}},
+    }
+    encode = video_encoder(world.codec, c.encode_frames)
+    return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode
+
+
+def _open_lmdb(c: ConfigDict, world: "World | WanWorld") -> Opened:
+    rows = LmdbRows(c.source, ground_truth=c.ground_truth, fallback_shape=tuple(c.latent_shape))
+    place = {"path": str(Path(c.source).resolve()), "ground_truth": c.ground_truth}
+    about: About = {
+        "job": {"lmdb": place},
+        "manifest": {"lmdb": place, "source": {"name": "lmdb", "path": c.source, "ground_truth": c.ground_truth}},
+    }
+    layout = _layout(
+        c,
+        world,
+        rows.latent_shape,
+        kept_in="records" if c.copy_latents else "lmdb",
+        trajectory_points=rows.trajectory_points,
+    )
+    return LmdbSource(rows, copy=c.copy_latents), layout, about, None
+
+
+def _open_prompts(c: ConfigDict, world: "World | WanWorld") -> Opened:
+    prompts = read_prompts(c.source)
+    if len(c.latent_shape) != 4 or c.latent_shape[-1] != world.codec.latent_channels:
+        raise UserError(f"latent_shape={c.latent_shape}: give (F, H, W, {world.codec.latent_channels})")
+    about: About = {
+        "job": {"prompts": digest({"prompts": prompts})},
+        "manifest": {"source": {"name": "prompts", "path": c.source}},
+    }
+    return PromptSource(prompts), _layout(c, world, tuple(c.latent_shape), kept_in="none"), about, None
+
+
+def _layout(c: ConfigDict, world: "World | WanWorld", latent_shape: tuple[int, ...], **values: Any) -> Layout:
+    frames, height, width, channels = latent_shape
+    rows, text_width = (
+        (world.text_length, world.width) if isinstance(world, WanWorld) else (world.text.length, world.text.width)
+    )
+    return Layout((frames, height, width, channels), rows, text_width, dtype=c.dtype, text_dtype=c.text_dtype, **values)
+
+
+# ---- worlds
+
+
+def open_any_world(path: str | Path) -> "World | WanWorld":
+    """The toy's world or a Wan system's, by its world.json.
+
+    Raises:
+      UserError: there is none, or it is broken.
+    """
+    file = Path(path) / "world.json"
+    try:
+        kind = json.loads(file.read_text()).get("kind", "toy")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"world={str(path)!r}: no world there ({error}); make one with cfjax convert") from None
+    return World.load(path) if kind == "toy" else WanWorld.load(path)
+
+
+def _encode_text(world: "World | WanWorld") -> Any:
+    return world.encode_prompts if isinstance(world, WanWorld) else world.text.encode
+
+
+def _negative(world: "World | WanWorld") -> np.ndarray:
+    return world.negative_text_SE() if isinstance(world, WanWorld) else world.text.encode([""])[0]
+
+
+def _text_record(world: "World | WanWorld") -> dict[str, Any]:
+    name = "umt5" if isinstance(world, WanWorld) else "umt5-toy"
+    return {"name": name, "world": world.fingerprint()}
+
+
+def video_encoder(codec: Codec, frames: int) -> EncodeVideo:
+    """uint8 [B, P, H, W, 3] to float32 latents_BFHWC, `frames` pixel frames at a time (0: all at once).
+
+    Raises:
+      UserError: `frames` is not a multiple of the codec's stride in time.
+    """
+    scaled = lambda video: video.astype(jnp.float32) * (2.0 / 255.0) - 1.0  # noqa: E731
+    whole = jax.jit(lambda codec, video: codec.encode(scaled(video)))
+    time = codec.stride[0]
+    if not frames or time == 1:
+        return lambda video: np.asarray(whole(codec, video), np.float32)
+    if frames % time:
+        raise UserError(f"encode_frames={frames}: use a multiple of {time}, or 0 for the whole clip at once")
+    step = jax.jit(lambda codec, video, state: codec.encode_step(scaled(video), state))
+
+    def encode(video: np.ndarray) -> np.ndarray:
+        state, out = codec.init_encode_state(len(video)), []  # type: ignore[attr-defined]
+        # The first frame alone makes a latent frame, every `time` after it another one.
+        for start, stop in _cuts(video.shape[1], frames):
+            latents, state = step(codec, video[:, start:stop], state)
+            out.append(np.asarray(latents, np.float32))
+        return np.concatenate(out, axis=1)
+
+    return encode
+
+
+def _cuts(total: int, frames: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the pieces: 1 + frames, then `frames` each; the last may be shorter."""
+    start, stop = 0, min(1 + frames, total)
+    while start < total:
+        yield start, stop
+        start, stop = stop, min(stop + frames, total)
+
+
+# ---- ODE pairs
+
+
+def precompute_pairs(c: ConfigDict) -> Path:
+    """Solves the AR teacher's PF-ODE for `c.pairs` clips and writes this process's share to `data.path`/`output`.
+
+    Raises:
+      UserError: more pairs than clips, a teacher of another stage, or pairs begun with other settings.
     """
     data = open_data(c)
     target = Path(c.data.path) / c.output
-    if target.exists():
+    if (target / "manifest.json").exists():
         say(f"{target} exists already; remove it to make it anew")
         return target
     if c.pairs > len(data.dataset):
         raise UserError(f"pairs={c.pairs}, but {c.data.path}/{c.data.name} holds {len(data.dataset)} clips")
-    if c.pairs % c.data.batch_size:
-        raise UserError(f"pairs={c.pairs} must be a multiple of data.batch_size={c.data.batch_size}")
     values = c.objective.to_dict()
     method = values.pop("method")
     if method not in ("full", "cached"):
         raise UserError(f"objective.method={method!r}: use full or cached")
     config = PairsConfig(**values)
-    teacher = initial_model("teacher", c.roles.teacher, data, c.seed)
-    solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
-    _write_pairs(c, data, target, config, teacher, solve)
-    say(f"{target}: {c.pairs} ODE pairs at timesteps {tuple(config.steps)}")
+    writer = _pairs_writer(c, data, target, config)
+    shard, shards = shard_of(c)
+    todo = writer.todo(shard, shards)
+    if todo:
+        writer.write_negative(data.dataset.negative_text_SE)
+        teacher = initial_model("teacher", c.roles.teacher, data, c.seed)
+        solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
+        _solve_parts(c, data, writer, todo, partial(solve, teacher))
+    complete = writer.finish()
+    if complete:
+        say(f"{target}: {c.pairs - len(writer.skipped())} ODE pairs at timesteps {tuple(config.steps)}")
+    _tell(writer, complete, writer.skipped())
     return target
 
 
-def _write_pairs(c: ConfigDict, data: Data, target: Path, config: PairsConfig, teacher, solve) -> None:
-    dataset = data.dataset
-    negative = jnp.asarray(dataset.negative_text_SE)
-    writer = LatentWriter(
-        target,
-        records=c.pairs,
-        latent_shape=dataset.latent_shape,
+def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) -> SetWriter:
+    dataset, role = data.dataset, c.roles.teacher
+    step = read_meta(role.init)["step"] if role.init and (Path(role.init) / "checkpoints").is_dir() else 0
+    rows, width = dataset.text_shape
+    layout = Layout(
+        dataset.latent_shape,
+        rows,
+        width,
         trajectory_points=len(config.steps) + 1,
-        description={**_described(dataset.manifest), "pairs": c.to_dict()},
+        text_dtype=c.text_dtype,
     )
-    with writer:
-        starts = range(0, c.pairs, c.data.batch_size)
-        for start in tqdm(starts, desc="ODE pairs", unit="batch", disable=not c.progress, dynamic_ncols=True):
-            records = [dataset[i] for i in range(start, start + c.data.batch_size)]
-            clean = jnp.asarray(np.stack([r["latents_FHWC"] for r in records]), jnp.float32)
-            text = jnp.asarray(np.stack([r["text_SE"] for r in records]))
-            noise = jax.random.normal(jax.random.fold_in(jax.random.key(c.seed), start), clean.shape)
-            against = jnp.broadcast_to(negative[None], text.shape)
-            trajectory = solve(teacher, clean, text, against, noise)
-            ids = np.asarray(dataset.caption_ids[start : start + len(records)])
-            writer.append(np.asarray(clean), ids, np.asarray(trajectory))
-        writer.write_text(dataset.captions, dataset.text_table, dataset.negative_text_SE)
+    job = {
+        "clips": digest(dataset.manifest),
+        "teacher": {"init": role.init, "role": role.init_role, "ema": role.init_ema, "step": step},
+        "objective": c.objective.to_dict(),
+        "blocks": c.blocks.to_dict(),
+        "seed": c.seed,
+    }
+    described: dict[str, Any] = {
+        key: dataset.manifest[key] for key in ("codec", "text_encoder", "world_path") if key in dataset.manifest
+    }
+    source = {"name": "ode_pairs", "of": dataset.manifest.get("source", {}), "pairs": c.to_dict()}
+    return SetWriter(
+        target,
+        items=c.pairs,
+        part_items=c.part_items,
+        layout=layout,
+        job=job,
+        description={**described, "source": source},
+    )
 
 
-def _described(manifest: dict) -> dict:
-    """The entries of a manifest that say where clips came from."""
-    return {key: manifest[key] for key in ("codec", "text_encoder", "source") if key in manifest}
+def _solve_parts(c: ConfigDict, data: Data, writer: SetWriter, todo: Sequence[int], solve: Any) -> None:
+    """The trajectories of some parts. Pair i's noise depends on the seed and i alone, however the job is cut."""
+    dataset, size = data.dataset, c.data.batch_size
+    negative = jnp.asarray(dataset.negative_text_SE)
+    draw = jax.jit(
+        jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(c.seed), i), dataset.latent_shape))
+    )
+    total = sum(len(writer.items_of(index)) for index in todo)
+    with tqdm(total=total, desc="ODE pairs", unit="pair", disable=not c.progress, dynamic_ncols=True) as bar:
+        for index in todo:
+            with writer.part(index) as part:
+                for start in range(part.items.start, part.items.stop, size):
+                    items = list(range(start, min(start + size, part.items.stop)))
+                    records = [dataset[i] for i in items]
+                    filled = items + items[-1:] * (size - len(items))  # one shape, one compiled program
+                    clean, text = (
+                        jnp.asarray(np.stack([records[min(n, len(records) - 1)][name] for n in range(size)]))
+                        for name in ("latents_FHWC", "text_SE")
+                    )
+                    against = jnp.broadcast_to(negative[None], text.shape)
+                    trajectory = np.asarray(solve(clean, text, against, draw(jnp.asarray(filled))))
+                    for item, record, states in zip(items, records, trajectory, strict=False):
+                        latents = record["latents_FHWC"]
+                        part.add(
+                            f"{dataset.path.name}/{item}",
+                            item,
+                            dataset.caption(item),
+                            record["text_SE"],
+                            latents=latents,
+                            trajectory=states,
+                        )
+                    bar.update(len(items))

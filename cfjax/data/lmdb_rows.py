@@ -101,15 +101,15 @@ class LmdbRows:
     Args:
       ground_truth: the last of several entries is the clean clip (Causal Forcing). Without it the ODE's end point,
         which is then the last entry, stands for the clip (Self Forcing and CausVid, whose pairs come from noise alone).
-      latent_shape: used where the set's own metadata lost it, which happens when the last file it was made from added
-        nothing (quirk Q32).
+      fallback_shape: (F, H, W, C) where the set's own metadata lost it, which happens when the last file that it was
+        made from added nothing (quirk Q32).
 
     Raises:
       UserError: not such an LMDB, or its shards do not fit together.
     """
 
     def __init__(
-        self, path: str | Path, *, ground_truth: bool = True, latent_shape: tuple[int, int, int, int] | None = None
+        self, path: str | Path, *, ground_truth: bool = True, fallback_shape: tuple[int, int, int, int] | None = None
     ) -> None:
         self.path, self.ground_truth = Path(path), ground_truth
         files = lmdb_files(path)
@@ -118,13 +118,11 @@ class LmdbRows:
         self._shards = [_Shard(file) for file in files]
         shapes = [shard.shape("latents") for shard in self._shards]
         self._rows = [shape[0] if shape else 0 for shape in shapes]
-        entries = {self._entry_shape(s, shape, latent_shape) for s, shape in zip(self._shards, shapes, strict=True)}
+        entries = {self._entry_shape(s, shape, fallback_shape) for s, shape in zip(self._shards, shapes, strict=True)}
         if len(entries) != 1:
             raise UserError(f"{path}: its LMDBs hold rows of different shapes: {sorted(entries)}")
         self.entries, frames, channels, height, width = entries.pop()
         self.latent_shape = (frames, height, width, channels)
-        if latent_shape is not None and self.latent_shape != tuple(latent_shape):
-            raise UserError(f"{path}: its latents are {self.latent_shape} (F, H, W, C), not {tuple(latent_shape)}")
         levels = self.entries - 1 if ground_truth else self.entries
         self.trajectory_points = levels if self.entries > 1 else 0
 

@@ -68,7 +68,8 @@ class Part:
         if fault := misfit(record, self.layout):
             return self.skip(name, item, fault)
         self._count(item)
-        self._writer.write(pack(record))
+        with self._told():
+            self._writer.write(pack(record))
         self.records += 1
 
     def skip(self, name: str, item: int, reason: str) -> None:
@@ -82,15 +83,24 @@ class Part:
         self._seen.add(item)
 
     def close(self) -> None:
-        """Ends the file. Raises OSError when it could not be written whole."""
+        """Ends the file. Raises UserError when it could not be written whole."""
         if not self._writer.is_open():
             return
-        self._writer.close()
+        with self._told():
+            self._writer.close()
         reader = ArrayRecordReader(str(self._file))  # the writer does not tell whether its last bytes arrived
         found = reader.num_records()
         reader.close()
         if found != self.records:
-            raise OSError(f"{self._file}: {found} of {self.records} records arrived; is the disk full?")
+            raise UserError(f"{self._file}: {found} of {self.records} records arrived; is the disk full?")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the writer could not do, in one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise UserError(f"{self._file.parent}: cannot write there ({' '.join(str(error).split())})") from None
 
     def missing(self) -> set[int]:
         """Items that were neither added nor skipped."""

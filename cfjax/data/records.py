@@ -177,8 +177,9 @@ class RecordDataset:
         self._lmdb: LmdbRows | None = None
         if self.layout.kept_in == "lmdb":
             about = self.manifest["lmdb"]
-            self._lmdb = LmdbRows(about["path"], ground_truth=about["ground_truth"], latent_shape=self.latent_shape)
-            if self._lmdb.trajectory_points != self.trajectory_points or len(self._lmdb) != about["rows"]:
+            self._lmdb = LmdbRows(about["path"], ground_truth=about["ground_truth"], fallback_shape=self.latent_shape)
+            found = (self._lmdb.latent_shape, self._lmdb.trajectory_points, len(self._lmdb))
+            if found != (self.latent_shape, self.trajectory_points, self.manifest["items"]):
                 raise UserError(f"{about['path']} is not what it was when {self.path} was made; precompute it again")
         try:
             negative = np.load(self.path / NEGATIVE_TEXT, allow_pickle=False)

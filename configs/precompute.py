@@ -1,0 +1,60 @@
+"""Data in: video clips, an LMDB of the PyTorch reference, or prompts; encoded once, before training.
+
+A folder of clips with captions, 81 frames of 480 x 832 at 16 frames per second:
+
+    cfjax precompute --config=configs/precompute.py --config.source=FOLDER
+        --config.world=checkpoints/wan_1_3b/world --config.output=data/wan/clips
+
+Captions stand in captions.csv, .jsonl (columns file, caption) or .json ({file: caption}) in the folder, in a table that
+`captions` names, or in NAME.txt beside NAME.mp4. What cannot be used is left out, and report.json says why.
+
+An LMDB, or a folder of them (clean latents or ODE pairs). Its latents stay where they are unless `copy_latents` is set,
+only the prompts are encoded; without `output` they go beside it, and training opens the LMDB by its own path:
+
+    cfjax precompute --config=configs/precompute.py --config.source=dataset/clean_data
+    cfjax train --config=configs/ar_diffusion.py --config.data.path=dataset --config.data.name=clean_data
+        --workdir=runs/ar
+
+Prompts, one per line, are all that stage 3 needs:
+
+    cfjax precompute --config=configs/precompute.py --config.source=prompts.txt --config.output=data/wan/prompts
+    cfjax train --config=configs/dmd.py --config.data.name=prompts --workdir=runs/dmd
+
+A job that was stopped goes on where it was when the same command is given again. Several processes share one when each
+is given its `shard` of `shards`; under jax.distributed that is the default. Looking at every record of any dataset:
+
+    cfjax precompute --check=data/wan/clips
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Sizes of Wan2.1 at 480p; `fit` and `max_crop` say how other shapes are made to fit, see cfjax.data.video."""
+    return ConfigDict(
+        {
+            "source": "",
+            "captions": "",
+            "world": "checkpoints/wan_1_3b/world",
+            "output": "",
+            "frames": 81,
+            "height": 480,
+            "width": 832,
+            "fps": 16.0,
+            "fit": "cover",
+            "max_crop": 0.5,
+            "upscale": False,
+            "ground_truth": True,  # an LMDB's last entry is the clean clip; False: the ODE's end, as in CausVid
+            "copy_latents": False,
+            "latent_shape": (21, 60, 104, 16),  # F, H, W, C that stage 3 generates from prompts
+            "dtype": "float16",
+            "text_dtype": "bfloat16",
+            "encode_frames": 16,  # pixel frames encoded at a time, a multiple of 4; 0 is the whole clip at once
+            "batch_size": 1,
+            "part_items": 64,  # what a killed job may lose
+            "workers": 2,
+            "shard": -1,
+            "shards": 0,
+            "progress": True,
+        }
+    )
