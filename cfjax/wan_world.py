@@ -23,7 +23,13 @@ from jax.sharding import SingleDeviceSharding
 from cfjax.core.errors import UserError
 from cfjax.core.precision import Policy
 from cfjax.models.codec import Codec
-from cfjax.models.text import TextEncoder
+from cfjax.models.text import TextEncoder, text_fingerprint
+from cfjax.models.text_cache import TextCache, encode_cached
+from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from cfjax.models.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE, load_tokenizer
+from cfjax.models.umt5 import UMT5, UMT5Config
+from cfjax.models.vae import VAEConfig, WanVAE
+from cfjax.models.vae_tiling import encode_in_steps
 from cfjax.training.checkpoint import FOLDER, load_role, read_meta
 
 RECORD, KIND, FORMAT = "world.json", "wan", 1
@@ -72,34 +78,43 @@ def load_codec(path: str | Path, decoder: str) -> Codec:
     values = read_meta(folder, stages=(decoder,))["model"]
     key = jax.random.key(0)
     if decoder == "vae":
-        from cfjax.models.vae import VAEConfig, WanVAE
-
         config = config_from_record(VAEConfig, values)
         return load_role(folder, decoder, placed_template(lambda: WanVAE(config, key)))
-    from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
-
     tiny_config = config_from_record(TinyVAEConfig, values)
     return load_role(folder, decoder, placed_template(lambda: TinyVAE(tiny_config, key)))
 
 
 def load_text(path: str | Path, length: int) -> TextEncoder:
-    """The text encoder of the world at `path`, in the dtype it was released in.
+    """The text encoder of the world at `path`, its weights in the dtype they were released in.
 
     Raises:
       UserError: the world has none, or its tokenizer is missing.
     """
-    from cfjax.models.tokenizer import load_tokenizer
-    from cfjax.models.umt5 import UMT5, UMT5Config
-
-    folder, tokenizer = Path(path) / "text_encoder", Path(path) / "tokenizer"
-    if not (folder / FOLDER).is_dir():
-        raise UserError(f"{path} has no text_encoder; convert one with cfjax convert, or give a filled text cache")
-    meta = read_meta(folder, stages=("text_encoder",))
+    meta = _text_record(path)
     config = config_from_record(UMT5Config, meta["model"])
     dtypes = set(meta.get("source", {}).get("dtype", {}).values())
-    dtype = "bfloat16" if dtypes == {"bfloat16"} else "float32"
-    template = placed_template(lambda: UMT5(config, jax.random.key(0)), dtype)
-    return TextEncoder(load_tokenizer(tokenizer), load_role(folder, "text_encoder", template), length)
+    template = placed_template(lambda: UMT5(config, jax.random.key(0)), "bfloat16" if dtypes == {"bfloat16"} else "")
+    model = load_role(Path(path) / "text_encoder", "text_encoder", template)
+    return TextEncoder(load_tokenizer(Path(path) / "tokenizer"), model, length, weights=meta.get("fingerprint", ""))
+
+
+def open_cache(path: str | Path, folder: str | Path, length: int) -> TextCache:
+    """The embeddings in `folder` that the text encoder of the world at `path` made; its weights are not read.
+
+    Raises:
+      UserError: the world has no text encoder, or its tokenizer is missing.
+    """
+    meta = _text_record(path)
+    config = config_from_record(UMT5Config, meta["model"])
+    tokenizer = load_tokenizer(Path(path) / "tokenizer")
+    return TextCache(folder, text_fingerprint(meta["fingerprint"], config, tokenizer), length)
+
+
+def _text_record(path: str | Path) -> dict[str, Any]:
+    folder = Path(path) / "text_encoder"
+    if not (folder / FOLDER).is_dir():
+        raise UserError(f"{path} has no text_encoder; add one with cfjax convert")
+    return read_meta(folder, stages=("text_encoder",))
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,7 @@ class WanWorld:
             codec=load_codec(folder, decoder),
             text=load_text(folder, length) if with_text else None,
             text_length=length,
-            width=int(read_meta(folder / "text_encoder", stages=("text_encoder",))["model"]["dim"]),
+            width=int(_text_record(folder)["model"]["dim"]),
             negative_prompt=record["negative_prompt"],
             fps=float(record["fps"]),
             text_cache=str(text_cache),
@@ -146,12 +161,22 @@ class WanWorld:
 
     def encode_prompts(self, captions: Sequence[str]) -> np.ndarray:
         """Text rows, float32 [n, S, E]; from the cache where they are there, else by the text encoder."""
-        text = self.text or load_text(self.path, self.text_length)
-        return text.encode(captions)
+
+        def load() -> TextEncoder:
+            return self.text or load_text(self.path, self.text_length)
+
+        if not self.text_cache:
+            return load().encode(captions)
+        return encode_cached(load, open_cache(self.path, self.text_cache, self.text_length), captions)
 
     def negative_text_SE(self) -> np.ndarray:
         """Text rows of the negative prompt."""
         return self.encode_prompts([self.negative_prompt])[0]
+
+    def encode(self, video_BPHWC: jax.Array) -> jax.Array:
+        """Normalised latents_BFHWC by the Wan VAE (also when another decoder is in use), a latent frame at a time."""
+        vae = self.codec if isinstance(self.codec, WanVAE) else load_codec(self.path, "vae")
+        return jax.jit(encode_in_steps, static_argnames="frames")(vae, video_BPHWC, frames=1)
 
     def fingerprint(self) -> str:
         """Equal for two worlds iff models can move between them; reads no large file."""
@@ -179,8 +204,10 @@ def fingerprint(path: str | Path) -> str:
     """The world's fingerprint, from its parts' records and its tokenizer: 16 hex digits."""
     parts: dict[str, Any] = {"text_length": read_record(path)["text_length"]}
     for part in ("vae", "text_encoder"):
-        folder = Path(path) / part
-        if (folder / FOLDER).is_dir():
-            meta = read_meta(folder)
-            parts[part] = {"model": meta["model"], "fingerprint": meta.get("fingerprint", "")}
+        if (Path(path) / part / FOLDER).is_dir():
+            meta = read_meta(Path(path) / part)
+            sizes = {name: value for name, value in meta["model"].items() if name != "precision"}
+            parts[part] = [sizes, meta["fingerprint"]]
+    files = (Path(path) / "tokenizer" / name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE))
+    parts["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

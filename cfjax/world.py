@@ -68,9 +68,14 @@ class World:
         """Text rows, float32 [n, S, E]."""
         return self.text.encode(captions)
 
+    @property
+    def negative_prompt(self) -> str:
+        """The empty caption, which training dropped captions to."""
+        return ""
+
     def negative_text_SE(self) -> np.ndarray:
-        """Text rows of the empty caption, which training dropped captions to."""
-        return self.text.encode([""])[0]
+        """Text rows of the negative prompt."""
+        return self.encode_prompts([self.negative_prompt])[0]
 
     def fingerprint(self) -> str:
         """Equal for two worlds iff models can move between them."""

@@ -1,21 +1,69 @@
-"""Generate videos from a trained run, streamed block by block where its sampler is few-step.
+"""Generate videos from a run that was trained here or converted, streamed block by block where its sampler is causal.
 
-cfjax generate --config.prompt="a red circle moving left" --config.run=runs/quickstart/dmd --workdir=runs/videos
+    cfjax generate --config.prompt="a red circle moving left" --config.run=runs/quickstart/dmd --workdir=runs/videos
+    cfjax generate --config=configs/generate.py:wan --config.run=checkpoints/causal_forcing --config.prompt="A surfer"
+    ... --config.image=photo.jpg --config.independent_first_frame=True            image to video, chunk-wise
+    ... --config.video=clip.mp4 --config.given_frames=9 --config.frames=81        the video's end, and 12 latents more
+    ... --config.frames=321 --config.window=21 --config.sink=3                    a longer video, constant memory
+
+Writes one mp4 per video, contact_sheet.png and settings.json (settings, versions, device, timings). Files that are
+there already are not replaced unless overwrite=True.
 """
 
 from ml_collections import ConfigDict
 
+from cfjax import presets
 
-def get_config():
-    """`prompt`: one caption, or several separated by `|`; `run`: a run directory or a shipped teacher."""
+
+def get_config(arg: str = ""):
+    """`wan`: 480 x 832 pixels, 81 frames, 16 per second; `toy` (the default): the moving-shapes world."""
+    wan = "wan" in presets.switches(arg, "toy", "wan")
     return ConfigDict(
         {
-            "run": "runs/quickstart/dmd",
-            "prompt": "a red circle moving left",
-            "videos": 4,
-            "seed": 0,
-            "fps": 8,
-            "scale": 8,
-            "ema": True,
+            # the model
+            "run": "checkpoints/causal_forcing" if wan else "runs/quickstart/dmd",
+            "ema": True,  # averaged weights, when the run keeps them
+            "world": "",  # a Wan world's folder; "": beside the run
+            "decoder": "vae",  # or tiny_vae
+            "precision": "",  # of the network's matrix products: float32, bfloat16; "": the run's own
+            "attention": "",  # auto, xla, cudnn; "": the run's own
+            "expect": ConfigDict({"stage": "", "block_frames": 0}),  # what the run has to be
+            # what to make
+            "prompt": "A cat surfs on a wave at sunset" if wan else "a red circle moving left",  # several: a | b
+            "prompts": "",  # or a file: .txt, .jsonl, .csv
+            "negative_prompt": "",  # "": the world's own
+            "videos": 1 if wan else 4,  # of each prompt
+            "seed": 0,  # of a prompt's first video
+            "seeds": (),  # of all its videos, in place of seed and videos
+            "image": "",  # begin with this picture
+            "video": "",  # go on from this video's end, or from these latents (.safetensors, .npz)
+            "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
+            "fit": "cover",  # or stretch, as the PyTorch reference
+            "height": 480 if wan else 0,  # pixels; 0: what the run was trained on
+            "width": 832 if wan else 0,
+            "frames": 81 if wan else 0,  # pixel frames in all, given ones included
+            # how
+            "sampler": ConfigDict(
+                {
+                    "steps": (),  # few-step: timesteps; (): the run's own
+                    "first_steps": (),  # of the first generated block
+                    "solver": "",  # many-step: unipc, euler, heun; "": the run's own
+                    "solver_steps": 0,
+                    "guidance": -1.0,
+                    "shift": 0.0,
+                }
+            ),
+            "window": -1,  # latent frames that stay visible; 0: all; -1: the run's own
+            "sink": -1,  # first frames that stay visible inside the window
+            "independent_first_frame": False,  # the first latent frame is a block of its own
+            "batch": 1 if wan else 8,  # videos at a time
+            "tile": 0,  # decode in tiles of so many pixels; 0: whole frames, block by block
+            "text_cache": "",  # a folder of text embeddings; the text encoder is read for what it lacks
+            # what to write
+            "fps": 16.0 if wan else 8.0,
+            "scale": 1 if wan else 8,
+            "save_latents": False,
+            "overwrite": False,
+            "progress": True,
         }
     )

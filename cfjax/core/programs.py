@@ -20,7 +20,9 @@ class Programs:
         self.temporary_bytes = 0
         self._compiled: dict[Any, Any] = {}
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many programs there are."""
         return len(self._compiled)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:

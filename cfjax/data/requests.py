@@ -1,4 +1,4 @@
-"""What a user asks videos of: prompts from a flag or a file, and the picture, video or latents that a video begins with."""
+"""What a user asks for: prompts from a flag or a file, and the picture, video or latents that a video begins with."""
 
 import csv
 import json
@@ -22,6 +22,7 @@ FIELDS = ("prompt", "seed", "image")
 LATENTS = (".npz", ".safetensors")
 SLUG = 48  # characters of a prompt that its file's name keeps
 MAX_SEED = 2**32 - 1
+EMPTY = "prompt is empty; give --config.prompt='a red circle moving left'"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise UserError("prompt is empty; give --config.prompt='a red circle moving left'")
+            raise UserError(EMPTY)
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed={self.seed}: use 0 to {MAX_SEED}")
 
     def slug(self) -> str:
-        """The prompt and seed as part of a file's name: ASCII letters and digits; a checksum stands for what is lost."""
+        """Prompt and seed as part of a file's name: ASCII letters and digits; a checksum stands for what is lost."""
         plain = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode().lower()
         words = re.sub(r"[^a-z0-9]+", "_", plain).strip("_")
         kept = words[:SLUG].rstrip("_")
@@ -55,7 +56,7 @@ def read_requests(
 
     Args:
       prompt: one prompt, or several separated by `|`; ignored when `file` is given.
-      file: .txt with a prompt per line, .jsonl or .csv with the fields prompt, seed, image (the last two may be absent).
+      file: .txt with a prompt per line, .jsonl or .csv with the fields prompt, seed, image (the last two are optional).
       image: the picture that every video without its own begins with.
       seed: the i-th video of a prompt gets seed + i, unless its line has a seed to count from.
       seeds: the seeds of every prompt's videos, in place of `seed` and `videos`.
@@ -66,9 +67,7 @@ def read_requests(
     """
     rows = read_prompts(file) if file else [{"prompt": text.strip()} for text in prompt.split("|") if text.strip()]
     if not rows:
-        raise UserError(
-            f"{file}: no prompts" if file else "prompt is empty; give --config.prompt='a red circle moving left'"
-        )
+        raise UserError(f"{file}: no prompts" if file else EMPTY)
     if videos < 1:
         raise UserError(f"videos={videos}: use 1 or more")
     out = []
@@ -106,12 +105,12 @@ def _json_row(file: Path, number: int, line: str) -> Any:
 
 def _checked(file: Path, number: int, row: Any) -> dict[str, Any]:
     """A row with known fields only, empty ones left out."""
-    if not isinstance(row, dict) or not row.get("prompt") or set(row) - set(FIELDS):
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or set(row) - set(FIELDS):
         raise UserError(f"{file}, row {number}: needs a prompt, and may have {' and '.join(FIELDS[1:])}; nothing else")
     kept = {key: value for key, value in row.items() if value not in ("", None)}
     try:
         return {**kept, "seed": int(kept["seed"])} if "seed" in kept else kept
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{file}, row {number}: seed={kept['seed']!r} is no whole number") from None
 
 

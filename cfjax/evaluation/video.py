@@ -75,6 +75,23 @@ def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
     return frames.repeat(int(scale), axis=-3).repeat(int(scale), axis=-2)
 
 
+def shrink(frames: np.ndarray, width: int) -> np.ndarray:
+    """uint8 clips [..., H, W, 3] averaged down to at most `width` pixels across; smaller ones stay as they are."""
+    height, wide = frames.shape[-3:-1]
+    if wide <= width:
+        return frames
+    size = (width, max(1, round(height * width / wide)))
+    flat = frames.reshape(-1, height, wide, 3)
+    small = np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in flat])
+    return small.reshape(*frames.shape[:-3], *small.shape[-3:])
+
+
+def pick_frames(videos_NPHWC: np.ndarray, count: int) -> np.ndarray:
+    """`count` frames of each clip (all, when there are fewer), spread evenly from the first to the last."""
+    total = videos_NPHWC.shape[1]
+    return videos_NPHWC[:, np.linspace(0, total - 1, max(min(count, total), 1)).round().astype(int)]
+
+
 def _rate(fps: float, what: str) -> Fraction:
     if not 0 < fps <= 1000:
         raise UserError(f"{what}: fps={fps} must lie in (0, 1000]")
@@ -159,10 +176,9 @@ def contact_sheet(videos_NPHWC: np.ndarray, columns: int = 8, gap: int = 2, back
       UserError: the clips are not uint8 [N, P, H, W, 3], or columns, gap or background is out of range.
     """
     videos = check_uint8(videos_NPHWC, "NPHWC", "contact sheet")
-    frames = videos.shape[1]
-    columns = min(columns, frames)
-    picks = np.linspace(0, frames - 1, max(columns, 1)).round().astype(int)
-    return _tile(videos[:, picks].reshape(-1, *videos.shape[2:]), columns, gap, background, "contact sheet")
+    picked = pick_frames(videos, columns)
+    columns = min(columns, videos.shape[1])
+    return _tile(picked.reshape(-1, *videos.shape[2:]), columns, gap, background, "contact sheet")
 
 
 def grid_video(videos_NPHWC: np.ndarray, columns: int, gap: int = 2, background: int = 255) -> np.ndarray:

@@ -18,7 +18,7 @@ from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, commit_given, given_blocks, layout_from
 from cfjax.rollout.generate import FewStep, ManyStep, few_step_block, many_step_block
 
-# (absolute block index, shape [B, F, H, W, C], steps) -> (starting noise, fresh noise between steps [J, B, F, H, W, C])
+# (absolute block index, shape [B, F, H, W, C], steps) -> (starting noise, fresh noise [steps - 1, B, F, H, W, C])
 Noise = Callable[[int, tuple[int, ...], int], tuple[jax.Array, jax.Array]]
 # Calls a jitted function; `core.programs.Programs` measures what compiling it costs.
 Call = Callable[..., Any]
@@ -35,9 +35,9 @@ class StreamCodec(Protocol):
 def block_noise(
     key: jax.Array, block: int | jax.Array, shape: tuple[int, ...], steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The noise a block starts from, [B, F, H, W, C], and the fresh noise between its steps, [J, B, F, H, W, C]."""
+    """The noise a block starts from, [B, F, H, W, C], and the fresh noise between its steps, [steps - 1, B, ...]."""
     key_start, key_fresh = jax.random.split(jax.random.fold_in(key, block))
-    fresh = jax.random.normal(key_fresh, (max(steps - 1, 1), *shape), jnp.float32)
+    fresh = jax.random.normal(key_fresh, (steps - 1, *shape), jnp.float32)
     return jax.random.normal(key_start, shape, jnp.float32), fresh
 
 
@@ -49,9 +49,15 @@ def _seeded(seeds_B: jax.Array, block: jax.Array, *, shape: tuple[int, ...], ste
     return jax.vmap(one, out_axes=(0, 1))(seeds_B)
 
 
-def seeded_noise(seeds_B: np.ndarray) -> Noise:
-    """Noise in which every video follows its own seed alone, whatever it is batched with."""
-    return lambda block, shape, steps: _seeded(jnp.asarray(seeds_B), block, shape=shape[1:], steps=steps)
+def plain(function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+    """Just calls it."""
+    return function(*args, **static)
+
+
+def seeded_noise(seeds_B: np.ndarray, call: Call = plain) -> Noise:
+    """Noise in which every video follows its own seed (uint32) alone, whatever it is batched with."""
+    seeds = jnp.asarray(seeds_B, jnp.uint32)
+    return lambda block, shape, steps: call(_seeded, seeds, jnp.int32(block), shape=shape[1:], steps=steps)
 
 
 @partial(jax.jit, static_argnames=("sampler", "first", "blocks"), donate_argnames="cache")
@@ -75,13 +81,9 @@ def _next_block(
     return x0, commit_block(model, jnp.concatenate([x0, x0]), text_kv, cache, start, blocks)
 
 
+_empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
 _commit_given = jax.jit(commit_given, static_argnames="blocks", donate_argnames="cache")
 decode_step = jax.jit(lambda codec, latents, state: codec.decode_step(latents, state))
-
-
-def plain(function: Callable[..., Any], *args: Any, **static: Any) -> Any:
-    """Just calls it."""
-    return function(*args, **static)
 
 
 def stream_latents(
@@ -109,7 +111,8 @@ def stream_latents(
     given = 0 if given_BFHWC is None else given_BFHWC.shape[1]
     before, layout = given_blocks(blocks, given), layout_from(blocks, given)
     rows, tokens = text_kv.k_LBTNK.shape[1], model.config.tokens_per_frame(height, width)
-    cache = init_cache(model.config, rows, given + num_frames, tokens, blocks)
+    room = {"num_frames": given + num_frames, "tokens_per_frame": tokens, "blocks": blocks}
+    cache = call(_empty_cache, config=model.config, batch=rows, **room)
     if given_BFHWC is not None:
         clean = jnp.concatenate([given_BFHWC] * (rows // batch))
         cache = call(_commit_given, model, clean, text_kv, cache, blocks=blocks)

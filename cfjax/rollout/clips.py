@@ -1,0 +1,189 @@
+"""Whole clips with every second accounted for: network, decoder and first frame apart, compiling left out."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfjax.core.programs import Programs
+from cfjax.models.cache import init_cache
+from cfjax.models.codec import Codec
+from cfjax.models.wan import KV, Wan, embed_text
+from cfjax.nn.visibility import Blocks
+from cfjax.rollout.generate import FewStep, ManyStep, both_prompts, generate_bidirectional
+from cfjax.rollout.sizes import Sizes
+from cfjax.rollout.stream import Noise, decode_step, stream_latents
+
+_embed = jax.jit(embed_text)
+
+
+@jax.jit
+def _both(positive: KV, negative: KV) -> KV:
+    """Every prompt beside the one negative prompt."""
+    return both_prompts(positive, KV(*(jnp.broadcast_to(n, p.shape) for p, n in zip(positive, negative, strict=True))))
+
+
+_bidirectional = jax.jit(generate_bidirectional, static_argnames="sampler")
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a batch of videos cost in seconds, compiled.
+
+    Attributes:
+      text: the prompts' keys and values of all layers, once per batch.
+      network: of each block; the first one's include committing the given frames.
+      decode: of each block (and of the given frames), or one figure for a clip that is decoded whole.
+      first_frame: from the start to the first generated pixels on the host.
+    """
+
+    text: float
+    network: list[float]
+    decode: list[float]
+    first_frame: float
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Some videos, their latents, and what they cost."""
+
+    video_BPHWC: np.ndarray
+    latents_BFHWC: np.ndarray
+    times: Times
+
+
+class _Clock:
+    """Wall time without the time that compiling took."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+        self._last = self._now()
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._programs.seconds
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._last = self._last, self._now()
+        return self._last - before
+
+
+def prompt_kv(model: Wan, text_BSE: jax.Array, negative_SE: jax.Array | None, programs: Programs) -> KV:
+    """Keys and values of the prompts, and of the negative prompt behind them when the sampler is guided."""
+    positive = programs(_embed, model, text_BSE)
+    if negative_SE is None:
+        return positive
+    return programs(_both, positive, programs(_embed, model, negative_SE[None]))
+
+
+def make_clips(
+    model: Wan,
+    codec: Codec,
+    text_BSE: np.ndarray,
+    negative_SE: np.ndarray,
+    sampler: FewStep | ManyStep,
+    blocks: Blocks | None,
+    noise: Noise,
+    sizes: Sizes,
+    *,
+    given_BFHWC: np.ndarray | None = None,
+    decode_whole: Callable[[jax.Array], jax.Array] | None = None,
+    programs: Programs | None = None,
+    progress: Callable[[], Any] = lambda: None,
+) -> Clips:
+    """One batch of videos, block by block where the sampler is causal.
+
+    Args:
+      noise: by block, see `stream_latents`; a bidirectional sampler takes block 0 of all frames.
+      decode_whole: decodes finished latents (tiled, say) in place of the codec's stream.
+      programs: keeps what is compiled for the next batch.
+      progress: called after each block.
+    """
+    programs = Programs() if programs is None else programs
+    clock, batch = _Clock(programs), len(text_BSE)
+    guided = isinstance(sampler, ManyStep)
+    text_kv = prompt_kv(model, jnp.asarray(text_BSE), jnp.asarray(negative_SE) if guided else None, programs)
+    jax.block_until_ready(text_kv)
+    text_seconds = clock.lap()
+    given = None if given_BFHWC is None else jnp.asarray(given_BFHWC)
+    if blocks is None:
+        assert isinstance(sampler, ManyStep)
+        parts = iter([_all_frames(model, text_kv, sampler, noise, sizes, batch, programs)])
+    else:
+        shape = (sizes.height, sizes.width, model.config.in_dim)
+        which: dict[str, Any] = {"num_frames": sizes.generated, "latent_shape": shape, "batch": batch}
+        parts = stream_latents(model, text_kv, sampler, blocks, noise, given_BFHWC=given, call=programs, **which)
+    latents, video, network, decoded, first = [], [], [], [], 0.0
+    state = codec.init_state(batch)
+
+    def decode(x0: jax.Array) -> None:
+        nonlocal state
+        pixels, state = programs(decode_step, codec, x0, state)
+        video.append(np.asarray(pixels))
+        decoded.append(clock.lap())
+
+    if given is not None:
+        latents.append(given)
+        if decode_whole is None:
+            decode(given)
+    for x0 in parts:
+        latents.append(jax.block_until_ready(x0))
+        network.append(clock.lap())
+        if decode_whole is None:
+            decode(x0)
+        first = first or text_seconds + sum(network) + sum(decoded)
+        progress()
+    whole = jnp.concatenate(latents, axis=1)
+    if decode_whole is not None:
+        video.append(np.asarray(decode_whole(whole)))
+        decoded.append(clock.lap())
+        first = text_seconds + sum(network) + sum(decoded)
+    return Clips(np.concatenate(video, axis=1), np.asarray(whole), Times(text_seconds, network, decoded, first))
+
+
+def _all_frames(
+    model: Wan, text_kv: KV, sampler: ManyStep, noise: Noise, sizes: Sizes, batch: int, programs: Programs
+) -> jax.Array:
+    shape = (batch, sizes.generated, sizes.height, sizes.width, model.config.in_dim)
+    positive, negative = (KV(*(x[:, cut] for x in text_kv)) for cut in (slice(batch), slice(batch, None)))
+    return programs(_bidirectional, model, noise(0, shape, 1)[0], positive, negative, sampler=sampler)
+
+
+def cache_bytes(model: Wan, sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, batch: int) -> int:
+    """Bytes of the KV cache of a batch; 0 for a bidirectional sampler, which has none."""
+    if blocks is None:
+        return 0
+    rows = batch * (2 if isinstance(sampler, ManyStep) else 1)
+    tokens = model.config.tokens_per_frame(sizes.height, sizes.width)
+    cache = jax.eval_shape(partial(init_cache, model.config, rows, sizes.frames, tokens, blocks))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def timing_record(times: Sequence[Times], videos: int, pixel_frames: int, batch: int) -> dict[str, Any]:
+    """Seconds and rates of some batches as plain numbers.
+
+    Args:
+      videos, batch: in all, and at a time (a last batch that is filled up counts in full).
+      pixel_frames: generated ones of each video.
+    """
+    network = [sum(t.network) for t in times]
+    decode = [sum(t.decode) for t in times]
+    blocks = [second for t in times for second in t.network]
+    frames = pixel_frames * batch * len(times)
+    percentiles = {f"p{q}": float(np.percentile(blocks, q)) for q in (50, 95, 99)}
+    return {
+        "videos": videos,
+        "first_frame_seconds": [t.first_frame for t in times],
+        "seconds_per_block": times[-1].network,
+        "block_seconds": percentiles,
+        "prompt_kv_seconds": sum(t.text for t in times),
+        "network_seconds": sum(network),
+        "decode_seconds": sum(decode),
+        "frames_per_second_without_decoder": frames / sum(network),
+        "frames_per_second_with_decoder": frames / (sum(network) + sum(decode)),
+    }
