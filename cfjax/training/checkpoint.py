@@ -9,6 +9,7 @@ are larger than memory.
 
 import asyncio
 import base64
+import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -103,8 +104,11 @@ def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, A
 class _PartsHandler(ocp.type_handlers.NumpyHandler):
     """Saves `LazyArray`s: parts are read in turn and at most `IN_FLIGHT` bytes of them (or one part) are being written.
 
-    A stacked array has a chunk per layer.
+    A stacked array has a chunk per layer. What goes wrong is kept in `error`: raised inside Orbax's threads, it would
+    spill on the terminal.
     """
+
+    error: BaseException | None = None
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -115,18 +119,27 @@ class _PartsHandler(ocp.type_handlers.NumpyHandler):
     async def _open_and_write(self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         if value.stacked:
             tspec["metadata"]["chunks"] = [1, *value.shape[1:]]
-        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        own = []
-        async with self._turn:  # Orbax starts all arrays at once
-            for i, read in enumerate(value.parts):
-                size = value.nbytes // len(value.parts)
-                if self._bytes + size > IN_FLIGHT:
-                    await asyncio.gather(*self._writes)
-                    self._writes, self._bytes = [], 0
-                own.append((store[i] if value.stacked else store).write(read()))
-                self._writes.append(own[-1])
-                self._bytes += size
-        await asyncio.gather(*own)
+        try:
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            async with self._turn:  # Orbax starts all arrays at once
+                own = [
+                    await self._write(store[i] if value.stacked else store, value, i) for i in range(len(value.parts))
+                ]
+            await asyncio.gather(*own)
+        except Exception as error:
+            self.error = self.error or error
+
+    async def _write(self, store: ts.TensorStore, value: LazyArray, part: int) -> Any:
+        """Starts writing one part."""
+        if self.error:
+            raise self.error
+        size = value.nbytes // len(value.parts)
+        if self._bytes + size > IN_FLIGHT:
+            await asyncio.gather(*self._writes)
+            self._writes, self._bytes = [], 0
+        self._writes.append(store.write(value.parts[part]()))
+        self._bytes += size
+        return self._writes[-1]
 
 
 def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -> ocp.CheckpointManager:
@@ -190,9 +203,11 @@ def write_streamed(workdir: str | Path, arrays: Mapping[str, LazyArray], meta: M
     directory = Path(workdir).absolute() / FOLDER
     if directory.exists():
         raise UserError(f"{directory} exists; name another folder")
-    directory.mkdir(parents=True)
+    partial = directory.with_name(f".{FOLDER}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    handler = _PartsHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _PartsHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (LazyArray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handlers = {
         "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
@@ -202,14 +217,18 @@ def write_streamed(workdir: str | Path, arrays: Mapping[str, LazyArray], meta: M
     args = ocp.args.Composite(
         state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(_record(arrays, {}, meta, 0))
     )
-    manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     try:
-        manager.save(0, args=args)
-    except BaseException:
-        shutil.rmtree(directory)
-        raise
-    finally:
+        manager = ocp.CheckpointManager(partial, options=options, item_handlers=handlers)
+        try:
+            manager.save(0, args=args)
+        except Exception as error:  # what is missing then is only an after-effect
+            handler.error = handler.error or error
         manager.close()
+        if handler.error:
+            raise handler.error
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class CheckpointStore:
