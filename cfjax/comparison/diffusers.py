@@ -5,65 +5,26 @@ reads one part, computes ours, hands the weights over, and computes theirs: at n
 of one part in memory.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from einops import rearrange
 
 from cfjax.comparison.case import Case, have
+from cfjax.comparison.diffusers_parts import check_text, check_tokenizer, check_vae
+from cfjax.comparison.diffusers_sampling import check_sampling, check_unipc
 from cfjax.comparison.layers import layer_outputs
 from cfjax.comparison.report import Check, Row, compare_arrays, compare_named
+from cfjax.comparison.twins import dit_twin, from_torch, recorded, to_torch
 from cfjax.conversion.wan import export_wan
-from cfjax.flow.schedule import UNIPC_SIGMA_MAX
-from cfjax.flow.solvers import unipc
 from cfjax.models.wan import Wan, WanConfig, embed_text
-from cfjax.rollout.generate import ManyStep
 
 SIGMAS = (1.0, 0.8333333, 0.5, 0.0625)  # where the network is tried
-FLOW, GRADIENT, SAMPLE = 1e-4, 1e-3, 1e-3  # what is allowed of a forward pass, a gradient, a whole sampler
-Twin = TypeVar("Twin", bound=torch.nn.Module)
-
-
-def filled(twin: Twin, named: dict[str, np.ndarray]) -> Twin:
-    """`twin` with the named weights, all of them and no others; empties `named` on the way."""
-    state = {name: torch.tensor(named.pop(name)) for name in list(named)}
-    twin.load_state_dict(state, strict=True, assign=True)
-    return twin.eval()
-
-
-def dit_twin(config: WanConfig, named: dict[str, np.ndarray]) -> WanTransformer3DModel:
-    """diffusers' network with weights in its own names (`export_wan`)."""
-    twin = WanTransformer3DModel(
-        patch_size=(1, *config.patch),
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        eps=config.eps,
-    )
-    return filled(twin, named)
-
-
-def to_torch(latents_BFHWC: Any) -> torch.Tensor:
-    """[B, C, F, H, W], as PyTorch's networks take it."""
-    return torch.tensor(rearrange(np.asarray(latents_BFHWC), "b f h w c -> b c f h w"))
-
-
-def from_torch(video: torch.Tensor) -> np.ndarray:
-    """Channels last again."""
-    return rearrange(video.detach().numpy(), "b c f h w -> b f h w c")
+FLOW, GRADIENT = 1e-4, 1e-3  # allowed of a forward pass, of a gradient
 
 
 def call_twin(twin: torch.nn.Module, latents: Any, timestep: Any, text_BSE: Any) -> torch.Tensor:
@@ -72,34 +33,23 @@ def call_twin(twin: torch.nn.Module, latents: Any, timestep: Any, text_BSE: Any)
     return twin(to_torch(latents), torch.tensor(np.asarray(timestep, np.float32)), rows, return_dict=False)[0]
 
 
-@contextlib.contextmanager
-def recorded(twin: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Fills a dict with every layer's output of the calls made inside, by our names."""
-    kept: dict[str, np.ndarray] = {}
-    hooks = []
-
-    def listen(name: str, module: torch.nn.Module) -> None:
-        hook = lambda _, __, out: kept.__setitem__(name, out.detach().numpy())  # noqa: E731
-        hooks.append(module.register_forward_hook(hook))
-
-    listen("patch_embedding", twin.patch_embedding)
-    listen("time_embedding", twin.condition_embedder.time_embedder)
-    listen("time_projection", twin.condition_embedder.time_proj)
-    listen("text_embedding", twin.condition_embedder.text_embedder)
-    for index, block in enumerate(twin.blocks):
-        listen(f"blocks.{index}", block)
-    try:
-        yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()
+def dit_modules(twin: Any) -> dict[str, torch.nn.Module]:
+    """Their modules by our layers' names, in order."""
+    embedder = twin.condition_embedder
+    return {
+        "patch_embedding": twin.patch_embedding,
+        "time_embedding": embedder.time_embedder,
+        "time_projection": embedder.time_proj,
+        "text_embedding": embedder.text_embedder,
+        **{f"blocks.{index}": block for index, block in enumerate(twin.blocks)},
+    }
 
 
-def paired(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, Any]]:
+def paired(ours: dict[str, np.ndarray], theirs: dict[str, list[np.ndarray]]) -> dict[str, tuple[Any, Any]]:
     """Layer outputs side by side, in our shapes; for one timestep per sample, which they do not repeat over frames."""
     pairs = {}
     for name, mine in ours.items():
-        other = theirs[name]
+        (other,) = theirs[name]
         if name == "patch_embedding":
             other = rearrange(other, "b d f h w -> b f (h w) d")
         elif name in ("time_embedding", "time_projection"):
@@ -136,7 +86,7 @@ def check_dit(case: Case) -> list[Row]:
     del model
     with torch.no_grad():
         for sigma, mine, outputs in zip(SIGMAS, ours, layers, strict=True):
-            with recorded(twin) as kept:
+            with recorded(dit_modules(twin)) as kept:
                 theirs = from_torch(call_twin(twin, latents, [np.float32(1000) * np.float32(sigma)], text))
             pairs = {**paired(outputs, kept), "head": (mine, theirs)}
             what = f"flow at t={1000 * sigma:g}"
@@ -181,53 +131,12 @@ def check_gradients(case: Case) -> list[Row]:
     ]
 
 
-def wan_scheduler(shift: float) -> UniPCMultistepScheduler:
-    """diffusers' UniPC on the release's grid: from 0.99979985 (shift 5), where diffusers' own starts at 1 - 1e-6."""
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
-    )
-    own = scheduler.set_timesteps
-
-    def set_timesteps(num_inference_steps: int, device: Any = None) -> None:
-        own(device=device, sigmas=np.linspace(UNIPC_SIGMA_MAX, 0.0, num_inference_steps + 1)[:-1])
-
-    scheduler.set_timesteps = set_timesteps
-    return scheduler
-
-
-def check_unipc(case: Case) -> list[Row]:
-    """The sampler's grid bit for bit, and a whole solve of a nonlinear ODE that stands in for the network."""
-    sampler = ManyStep(steps=case.steps)
-    sigmas, told = sampler.grid()
-    scheduler = wan_scheduler(sampler.shift)
-    scheduler.set_timesteps(case.steps)
-    assert told is not None
-    rows = [
-        compare_arrays("unipc", "sigmas", sigmas, scheduler.sigmas.numpy(), tolerance=0.0),
-        compare_arrays("unipc", "timesteps", told * 1000, scheduler.timesteps.numpy(), tolerance=1e-12),
-    ]
-    width = 16
-    w_in, w_out = case.normal("w_in", width, 32) / 4, case.normal("w_out", 32, width) / 4
-    bias, noise = case.normal("bias", 1, 32) / 4, case.normal("noise", 8, width)
-
-    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        return 2.0 * jnp.tanh(x @ w_in + 4.0 * sigma * bias) @ w_out + jnp.sin(3.0 * x)
-
-    def velocity_torch(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        inner = torch.tanh(x @ torch.tensor(w_in) + 4.0 * sigma * torch.tensor(bias))
-        return 2.0 * inner @ torch.tensor(w_out) + torch.sin(3.0 * x)
-
-    ours = jax.jit(lambda x: unipc(velocity, x, sigmas, model_sigmas=told))(noise)
-    sample = torch.tensor(noise)
-    for t in scheduler.timesteps:
-        sample = scheduler.step(velocity_torch(sample, t.item() / 1000), t, sample, return_dict=False)[0]
-    what = f"{case.steps} steps of a nonlinear ODE"
-    rows.append(compare_arrays("unipc", what, ours, sample.numpy(), tolerance=case.bound(1e-5)))
-    return rows
-
-
 CHECKS: dict[str, Check[Case]] = {
     "dit": check_dit,
     "gradients": check_gradients,
+    "vae": check_vae,
+    "text": check_text,
+    "tokenizer": check_tokenizer,
     "unipc": check_unipc,
+    "sampling": check_sampling,
 }
