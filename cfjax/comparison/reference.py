@@ -63,20 +63,6 @@ def keep_rule(rule: Callable[..., torch.Tensor], **_: Any) -> types.SimpleNamesp
     return types.SimpleNamespace(mask_mod=rule)
 
 
-def zero_caches(config: WanConfig, batch: int, tokens: int, text_rows: int) -> tuple[list[dict], list[dict]]:
-    """The reference's empty self- and cross-attention caches, of the model's own sizes."""
-    heads = (config.num_heads, config.head_dim)
-    zeros = lambda n: torch.zeros(batch, n, *heads)  # noqa: E731
-    index = lambda: torch.zeros(1, dtype=torch.long)  # noqa: E731
-    layers = range(config.num_layers)
-    own = [
-        {"k": zeros(tokens), "v": zeros(tokens), "global_end_index": index(), "local_end_index": index()}
-        for _ in layers
-    ]
-    text = [{"k": zeros(text_rows), "v": zeros(text_rows), "is_init": False} for _ in layers]
-    return own, text
-
-
 class _Bf16Times:
     """`torch` as a module of the clone sees it, with bfloat16 kept for timesteps (`ones`) and float32 elsewhere.
 
@@ -110,6 +96,31 @@ class NoEncoder(torch.nn.Module):
         return latents
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What the reference hard-codes.
+
+    Attributes:
+      config: of the network.
+      tokens_per_frame, frames, text_rows: 1560, 21 and 512 there.
+      block_frames: frames per block.
+      window, sink: local attention in frames; 0 is none.
+    """
+
+    config: WanConfig
+    tokens_per_frame: int
+    frames: int
+    text_rows: int
+    block_frames: int = 1
+    window: int = 0
+    sink: int = 0
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that a self-attention cache holds."""
+        return self.tokens_per_frame * (self.window or self.frames)
+
+
 @dataclass
 class Reference:
     """An open clone.
@@ -131,52 +142,27 @@ class Reference:
         """Whether the clone holds a file."""
         return (self.root / path).exists()
 
-    def wrapper(
-        self,
-        weights: Mapping[str, np.ndarray],
-        config: WanConfig,
-        *,
-        causal: bool,
-        tokens_per_frame: int,
-        frames: int,
-        text_rows: int,
-        shift: float = 5.0,
-        block_frames: int = 1,
-        window: int = 0,
-        sink: int = 0,
-    ) -> Any:
-        """`WanDiffusionWrapper` around a network of the given weights (original layout, loaded strictly), in float32.
+    def wrapper(self, weights: Mapping[str, np.ndarray], sizes: Sizes, *, causal: bool, shift: float = 5.0) -> Any:
+        """`WanDiffusionWrapper` around a network of the given weights, in float32, causal or bidirectional.
 
         Args:
-          causal: CausalWanModel, else WanModel.
-          tokens_per_frame, frames, text_rows: sizes that the reference hard-codes.
+          weights: in the original layout; loaded strictly.
           shift: timestep shift of the wrapper's own table (the reference's score networks have 8, quirk Q3).
-          block_frames: frames per block.
-          window, sink: local attention in frames; 0 is none.
         """
-        wrappers = self.module("utils.wan_wrapper")
-        self._patch_networks(config, text_rows)
-        local = {"local_attn_size": window or -1, "sink_size": sink} if causal else {}
+        self.pretend_pretrained(sizes)
+        local = {"local_attn_size": sizes.window or -1, "sink_size": sizes.sink} if causal else {}
         with self.quiet():
-            wrapper = wrappers.WanDiffusionWrapper(timestep_shift=shift, is_causal=causal, **local)
-        load_strictly(wrapper.model, weights)
-        wrapper.seq_len = tokens_per_frame * frames
-        if causal:
-            wrapper.model.num_frame_per_block = block_frames
-            for block in wrapper.model.blocks:
-                block.self_attn.max_attention_size = tokens_per_frame * (window or frames)
-        return wrapper
+            made = self.module("utils.wan_wrapper").WanDiffusionWrapper(timestep_shift=shift, is_causal=causal, **local)
+        return fit(made, weights, sizes)
 
-    def _patch_networks(self, config: WanConfig, text_rows: int) -> None:
+    def pretend_pretrained(self, sizes: Sizes) -> None:
         """`from_pretrained` makes a fresh network of these sizes instead of reading `wan_models/`."""
-        sizes = {
-            key: getattr(config, key)
-            for key in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "eps")
-        }
-        sizes |= {"patch_size": (1, *config.patch), "text_len": text_rows}
-        for name, cls in (("wan.modules.causal_model", "CausalWanModel"), ("wan.modules.model", "WanModel")):
-            network = getattr(self.module(name), cls)
-            network.from_pretrained = classmethod(lambda cls, _, **local: cls(**sizes, **local))
+        fields = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "eps")
+        kwargs = {name: getattr(sizes.config, name) for name in fields}
+        kwargs |= {"patch_size": (1, *sizes.config.patch), "text_len": sizes.text_rows}
+        for name, network in (("wan.modules.causal_model", "CausalWanModel"), ("wan.modules.model", "WanModel")):
+            made = classmethod(lambda cls, _, **local: cls(**kwargs, **local))
+            getattr(self.module(name), network).from_pretrained = made
 
     def without_encoders(self, *names: str, rows: Mapping[str, torch.Tensor] | None = None) -> None:
         """Text encoder and VAE constructors of these modules return a `NoEncoder`."""
@@ -246,6 +232,28 @@ def _patch_attention(reference: Reference) -> None:
 
 def _sizes(args: Sequence[Any]) -> tuple[int, ...]:
     return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
+
+
+def zero_caches(sizes: Sizes, batch: int) -> tuple[list[dict], list[dict]]:
+    """The reference's empty self- and cross-attention caches, of these sizes."""
+    heads = (sizes.config.num_heads, sizes.config.head_dim)
+    zeros = lambda n: torch.zeros(batch, n, *heads)  # noqa: E731
+    index = lambda: torch.zeros(1, dtype=torch.long)  # noqa: E731
+    layers, n = range(sizes.config.num_layers), sizes.cache_tokens
+    own = [{"k": zeros(n), "v": zeros(n), "global_end_index": index(), "local_end_index": index()} for _ in layers]
+    text = [{"k": zeros(sizes.text_rows), "v": zeros(sizes.text_rows), "is_init": False} for _ in layers]
+    return own, text
+
+
+def fit(wrapper: Any, weights: Mapping[str, np.ndarray], sizes: Sizes) -> Any:
+    """A `WanDiffusionWrapper` with these weights and sizes in place of its own."""
+    load_strictly(wrapper.model, weights)
+    wrapper.seq_len = sizes.tokens_per_frame * sizes.frames
+    if not wrapper.uniform_timestep:
+        wrapper.model.num_frame_per_block = sizes.block_frames
+        for block in wrapper.model.blocks:
+            block.self_attn.max_attention_size = sizes.cache_tokens
+    return wrapper
 
 
 def load_strictly(module: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from cfjax.comparison.layers import layer_outputs
 from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, to_torch, weights
-from cfjax.comparison.reference import NoEncoder, Reference
+from cfjax.comparison.reference import NoEncoder, Reference, Sizes
 from cfjax.flow.path import add_noise
 from cfjax.flow.schedule import bsmntw, lookup, sigma_table, unipc_grid, warp_steps
 from cfjax.models.wan import Wan, embed_text, teacher_forced
@@ -119,15 +119,21 @@ def _ours_flow(subject: Subject, visibility: Visibility, frames: int, aug: bool)
     return out
 
 
+def reference_sizes(subject: Subject, frames: int, blocks: Blocks) -> Sizes:
+    """The subject's sizes for a clip of so many frames."""
+    return Sizes(
+        subject.config, subject.tokens_per_frame, frames, subject.case.text_length,
+        block_frames=blocks.frames, window=blocks.window, sink=blocks.sink,
+    )  # fmt: skip
+
+
 def _theirs_flow(reference: Reference, subject: Subject, visibility: Visibility, frames: int, aug: bool) -> Arrays:
     blocks, forced = visibility.blocks, visibility.kind == "teacher_forced"
     causal = visibility.kind != "full"
     if causal and frames * subject.tokens_per_frame * (2 if forced else 1) % 128 == 0:
         raise NotThere("the reference cannot take a multiple of 128 tokens (quirk Q15); change frames, height or width")
-    wrapper = reference.wrapper(
-        weights(subject.student), subject.config, causal=causal, tokens_per_frame=subject.tokens_per_frame,
-        frames=frames, text_rows=subject.case.text_length, block_frames=blocks.frames, window=blocks.window,
-    )  # fmt: skip
+    sizes = reference_sizes(subject, frames, blocks)
+    wrapper = reference.wrapper(weights(subject.student), sizes, causal=causal)
     if causal:
         wrapper.model.independent_first_frame = blocks.independent_first_frame
     t = lambda name: torch.tensor(  # noqa: E731

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, to_torch, weights
-from cfjax.comparison.reference import NoEncoder, Reference, dense_attention, zero_caches
+from cfjax.comparison.reference import NoEncoder, Reference, Sizes, dense_attention, zero_caches
+from cfjax.comparison.reference_forward import reference_sizes
 from cfjax.models.cache import init_cache, visible_frames, write
 from cfjax.models.wan import KV, embed_text
 from cfjax.nn.visibility import Blocks
@@ -37,12 +38,8 @@ def _rows(subject: Subject) -> dict[str, torch.Tensor]:
     return text | {NEGATIVE: torch.tensor(subject.negative_text[None])}
 
 
-def _wrapper(reference: Reference, subject: Subject, roll: Roll) -> Any:
-    return reference.wrapper(
-        weights(subject.student), subject.config, causal=True, tokens_per_frame=subject.tokens_per_frame,
-        frames=subject.case.frames + roll.given, text_rows=subject.case.text_length,
-        block_frames=roll.blocks.frames, window=roll.blocks.window, sink=roll.blocks.sink,
-    )  # fmt: skip
+def _sizes(subject: Subject, roll: Roll) -> Sizes:
+    return reference_sizes(subject, subject.case.frames + roll.given, roll.blocks)
 
 
 def _pipeline_args(subject: Subject, roll: Roll) -> SimpleNamespace:
@@ -52,11 +49,6 @@ def _pipeline_args(subject: Subject, roll: Roll) -> SimpleNamespace:
         num_frame_per_block=roll.blocks.frames, num_train_timestep=1000, timestep_shift=5.0,
         guidance_scale=3.0, negative_prompt=NEGATIVE,
     )  # fmt: skip
-
-
-def _caches(subject: Subject, roll: Roll, batch: int) -> tuple[list[dict], list[dict]]:
-    frames = roll.blocks.window or subject.case.frames + roll.given
-    return zero_caches(subject.config, batch, frames * subject.tokens_per_frame, subject.case.text_length)
 
 
 def _renoise(subject: Subject, roll: Roll) -> np.ndarray:
@@ -79,7 +71,8 @@ def _given(subject: Subject, roll: Roll) -> np.ndarray | None:
 
 def _theirs_few(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
     pipelines = reference.module("pipeline.causal_inference")
-    wrapper = _wrapper(reference, subject, roll)
+    sizes = _sizes(subject, roll)
+    wrapper = reference.wrapper(weights(subject.student), sizes, causal=True)
     rows = NoEncoder(_rows(subject))
     with reference.quiet():
         pipeline = pipelines.CausalInferencePipeline(
@@ -94,7 +87,7 @@ def _theirs_few(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
     size = 1 if roll.given else BATCH
     for i in range(0, BATCH, size):
         clips = slice(i, i + size)
-        pipeline.kv_cache1, pipeline.crossattn_cache = _caches(subject, roll, size)
+        pipeline.kv_cache1, pipeline.crossattn_cache = zero_caches(sizes, size)
         with torch.no_grad(), reference.draws(*_recorded(renoise[clips], roll)):
             _, made = pipeline.inference(
                 to_torch(noise[clips]), PROMPTS[clips], return_latents=True,
@@ -120,7 +113,8 @@ def _ours_few(subject: Subject, roll: Roll) -> Arrays:
 
 def _theirs_many(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
     pipelines = reference.module("pipeline.causal_diffusion_inference")
-    wrapper = _wrapper(reference, subject, roll)
+    sizes = _sizes(subject, roll)
+    wrapper = reference.wrapper(weights(subject.student), sizes, causal=True)
     with reference.quiet():
         pipeline = pipelines.CausalDiffusionInferencePipeline(
             _pipeline_args(subject, roll), "cpu",
@@ -128,8 +122,8 @@ def _theirs_many(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
         )  # fmt: skip
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = subject.config.num_layers, subject.tokens_per_frame
     pipeline.sampling_steps = subject.case.steps
-    pipeline.kv_cache_pos, pipeline.crossattn_cache_pos = _caches(subject, roll, BATCH)
-    pipeline.kv_cache_neg, pipeline.crossattn_cache_neg = _caches(subject, roll, BATCH)
+    pipeline.kv_cache_pos, pipeline.crossattn_cache_pos = zero_caches(sizes, BATCH)
+    pipeline.kv_cache_neg, pipeline.crossattn_cache_neg = zero_caches(sizes, BATCH)
     with torch.no_grad(), reference.draws():
         _, latents = pipeline.inference(to_torch(subject.latents("noise")), PROMPTS, return_latents=True)
     return {"": from_torch(latents)}
