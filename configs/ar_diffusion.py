@@ -4,6 +4,8 @@
     cfjax train --config=configs/ar_diffusion.py:framewise --workdir=runs/ar
     cfjax train --config=configs/ar_diffusion.py:toy --workdir=runs/toy/ar
     cfjax train --config=configs/ar_diffusion.py:diffusion_forcing --workdir=runs/df    the paper's baseline
+    cfjax train --config=configs/ar_diffusion.py:direct_forcing --workdir=runs/pfvg        (arXiv 2510.01784)
+    cfjax train --config=configs/ar_diffusion.py:resampling_forcing --workdir=runs/rf      (arXiv 2512.15702)
 
 Numbers of the PyTorch reference: lr 2e-6, betas (0, 0.999), 2K steps or more at batch 64, no EMA. The reference drops
 no captions (quirk Q19); the toy drops 10 %, because guidance is used at sampling. `objective.noise_augmentation` noises
@@ -14,8 +16,9 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `diffusion_forcing`."""
-    words = presets.switches(arg, "toy", "framewise", "diffusion_forcing")
+    """`toy`, `framewise`, `diffusion_forcing`, `direct_forcing`, `resampling_forcing`."""
+    strategies = {"diffusion_forcing": "clean", "direct_forcing": "direct", "resampling_forcing": "resampled"}
+    words = presets.switches(arg, "toy", "framewise", *strategies)
     toy = "toy" in words
     c = presets.experiment("ar_diffusion", steps=500 if toy else 5000)
     c.roles.student = presets.role(
@@ -34,6 +37,9 @@ def get_config(arg: str = ""):
         "bf16_timesteps": False,
         "forcing": "diffusion" if "diffusion_forcing" in words else "teacher",
         "noise_augmentation": 0,
+        "history": next((strategies[word] for word in words if word in strategies), "clean"),
+        "history_shift": 0.6,
+        "history_steps": 1,
     }
     c.optim.student = presets.toy_optimizer(0.005) if toy else presets.optimizer(2e-6)
     if toy:

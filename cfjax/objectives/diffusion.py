@@ -14,8 +14,9 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, velocity
 from cfjax.flow.schedule import bsmntw, nearest, round_timestep_bf16, sigma_table
-from cfjax.models.wan import embed_text, teacher_forced
+from cfjax.models.wan import KV, Wan, embed_text, teacher_forced
 from cfjax.nn.visibility import FULL, Blocks, Visibility
+from cfjax.objectives.history import HISTORIES, degraded, draw_history
 from cfjax.objectives.stage import Batch, Loss, Models
 
 Draws = Mapping[str, jax.Array]
@@ -33,6 +34,8 @@ class DiffusionConfig:
       forcing: what an AR network's noisy block sees of the past: "teacher" clean blocks, "diffusion" noisy ones.
       noise_augmentation: with teacher forcing, a > 0 noises the clean half too, at table indices U{a..999} per block (a
         larger a is *less* noise) and with the noisy half's own eps, as the reference does; 0 is off.
+      history: with teacher forcing, "clean", or the network's own degraded past: "direct" or "resampled"
+        (`objectives.history`), whose levels are drawn with `history_shift`, solved in `history_steps` Euler steps.
     """
 
     shift: float = 5.0
@@ -41,6 +44,9 @@ class DiffusionConfig:
     bf16_timesteps: bool = False
     forcing: str = "teacher"
     noise_augmentation: int = 0
+    history: str = "clean"
+    history_shift: float = 0.6
+    history_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.forcing not in ("teacher", "diffusion"):
@@ -49,6 +55,12 @@ class DiffusionConfig:
             raise UserError(f"objective.noise_augmentation={self.noise_augmentation}: use an index of 0 (off) to 999")
         if self.noise_augmentation and self.forcing != "teacher":
             raise UserError("objective.noise_augmentation noises the clean half, which only forcing=teacher has")
+        if self.history not in HISTORIES:
+            raise UserError(f"objective.history={self.history!r}: use one of {', '.join(HISTORIES)}")
+        if self.history != "clean" and (self.forcing != "teacher" or self.noise_augmentation):
+            raise UserError(f"objective.history={self.history!r} needs forcing='teacher' and noise_augmentation=0")
+        if self.history_steps < 1 or not self.history_shift > 0:
+            raise UserError("objective.history_steps must be 1 or more, and objective.history_shift positive")
         if self.weighting not in ("bsmntw", "uniform", "x0"):
             raise UserError(f"objective.weighting={self.weighting!r}: use bsmntw, uniform or x0")
         if not 0.0 <= self.text_dropout < 1.0:
@@ -73,7 +85,7 @@ def per_block(index_BF: jax.Array, blocks: Blocks) -> jax.Array:
 def draw(key: jax.Array, shape: tuple[int, ...], config: DiffusionConfig) -> dict[str, jax.Array]:
     """Random numbers of one loss: eps ~ N(0, 1) [B,F,H,W,C]; index ~ U{0..999} [B,F]; drop ~ Bernoulli [B].
 
-    With noise augmentation also augment ~ U{a..999} [B,F].
+    With noise augmentation also augment ~ U{a..999} [B,F]; with a history of the network's own see `draw_history`.
     """
     key_eps, key_index, key_drop = jax.random.split(key, 3)
     draws = {
@@ -84,6 +96,8 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DiffusionConfig) -> dic
     if config.noise_augmentation:
         key_augment = jax.random.fold_in(key_index, 1)
         draws["augment_BF"] = jax.random.randint(key_augment, shape[:2], config.noise_augmentation, 1000)
+    if config.history != "clean":
+        draws |= draw_history(jax.random.fold_in(key_eps, 1), shape, config.history_shift)
     return draws
 
 
@@ -130,8 +144,13 @@ def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
     return loss
 
 
-def _past(config: DiffusionConfig, x0: jax.Array, draws: Draws, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """The clean half and the level it is told: the clip itself at 0, or its noise-augmented copy."""
+def _past(
+    config: DiffusionConfig, model: Wan, x0: jax.Array, text_kv: KV, draws: Draws, blocks: Blocks
+) -> tuple[jax.Array, jax.Array]:
+    """The clean half and the level it is told: the clip or what the network makes of it at 0, or a noisy copy."""
+    if config.history != "clean":
+        past = degraded(model, x0, text_kv, dict(draws), blocks, config.history, config.history_steps)
+        return past, jnp.zeros(x0.shape[:2], jnp.float32)
     if not config.noise_augmentation:
         return x0, jnp.zeros(x0.shape[:2], jnp.float32)
     noised, told_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
@@ -154,7 +173,7 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
         if config.forcing == "diffusion":
             v = model(x, told_BF, text_kv, Visibility("block_causal", blocks))
         else:
-            past, past_BF = _past(config, x0, draws, blocks)
+            past, past_BF = _past(config, model, x0, text_kv, draws, blocks)
             v = teacher_forced(model, x, told_BF, past, text_kv, blocks, clean_sigma_BF=past_BF)
         return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF)
 

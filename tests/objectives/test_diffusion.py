@@ -192,7 +192,13 @@ def test_weights_average_to_one():
         assert np.mean(weights) == pytest.approx(1.0, rel=1e-5)
 
 
-WRONG = [{"weighting": "cosine"}, {"text_dropout": 1.0}, {"forcing": "self"}, {"noise_augmentation": 1000}]
+WRONG = [
+    {"history": "own"},
+    {"weighting": "cosine"},
+    {"text_dropout": 1.0},
+    {"forcing": "self"},
+    {"noise_augmentation": 1000},
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
