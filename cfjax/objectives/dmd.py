@@ -125,6 +125,7 @@ def guided_x0(
 
 
 def noised_for_scores(x0: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
+    """(x_sigma, sigma_BF) at which the scores are compared: one level per clip, see `draw`."""
     sigma_BF = jnp.broadcast_to(draws["score_sigma_B"][:, None], x0.shape[:2])
     return add_noise(x0, draws["score_eps_BFHWC"], sigma_BF), sigma_BF
 
