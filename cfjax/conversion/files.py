@@ -31,6 +31,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # in front.
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 PREFIX = "model."
+POINTER = b"version https://git-lfs"
 ST_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64, "I64": np.int64}
 ST_DTYPES |= {"I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 ST_DTYPES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
@@ -76,6 +77,9 @@ def read_weights(path: str | Path) -> WeightFile:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
     if path.name.endswith(INDEX):
         return WeightFile(path, {"": stripped(_read_shards(path), path)})
     if path.name.endswith(SAFETENSORS):
@@ -166,10 +170,10 @@ def _read_pickle(path: Path) -> WeightFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
-        what = f" ({named[1] or named[2]})" if named else ""
+        what = f"holds {named[1] or named[2]}" if named else "is no file of torch.save"
         raise UserError(
-            f"{path}: refused: it holds something other than tensors and plain containers{what}, and such a pickle can"
-            " run any code; save its state dict alone"
+            f"{path}: refused: it {what}, and what is not tensors and plain containers alone can run any code;"
+            " save its state dict alone"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: broken or cut short ({_one_line(error)}); copy it again") from None
