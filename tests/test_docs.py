@@ -1,0 +1,55 @@
+"""The commands of the documentation, as they are written there, on miniature releases; only sizes are made small."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cfjax.__main__ import main
+from cfjax.evaluation.video import write_mp4
+from tests import synthetic
+from tests.commands import ROOT
+
+# What these verbs are also told, so that a machine without an accelerator takes seconds.
+SMALL = {
+    "generate": ["--config.height=32", "--config.width=48", "--config.frames=9"],
+    "precompute": ["--config.height=32", "--config.width=48", "--config.frames=9"],
+}
+
+
+def commands(page: str) -> list[list[str]]:
+    """The `cfjax ...` lines of a page's bash blocks, in order; a backslash joins lines."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("cfjax ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where a user would stand: configs, a Wan release, a student's checkpoint, clips with captions, prompts."""
+    root = tmp_path_factory.mktemp("user")
+    shutil.copytree(ROOT / "configs", root / "configs")
+    synthetic.main(str(root))
+    rng = np.random.default_rng(0)
+    (root / "clips").mkdir()
+    for name in ("first", "second"):
+        still = rng.integers(0, 255, (1, 32, 48, 3), np.uint8)
+        write_mp4(root / "clips" / f"{name}.mp4", np.repeat(still, 12, axis=0), fps=16)
+        (root / "clips" / f"{name}.txt").write_text(f"the {name} clip")
+    (root / "prompts.txt").write_text("A cat surfs on a wave\nA paper boat in the rain\n")
+    return root
+
+
+@pytest.mark.slow
+def test_every_command_of_the_wan_and_compare_pages_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    listed = [*commands("docs/wan.md"), *(c for c in commands("docs/compare.md") if "--against=reference" not in c)]
+    assert {command[0] for command in listed} == {"convert", "generate", "precompute", "compare"} and len(listed) > 10
+    for command in listed:
+        small = [] if any(word.startswith("--check") for word in command) else SMALL.get(command[0], [])
+        assert main([*command, *small]) == 0, shlex.join(["cfjax", *command])
+    assert list((folder / "runs" / "videos").glob("*.mp4")) and (folder / "runs" / "videos" / "settings.json").exists()
+    assert (folder / "exported" / "causal_forcing.pt").exists()
