@@ -10,20 +10,12 @@ pairs' ratios, of wall time and of CPU time (which a busy machine disturbs less)
 XLA's own, without a compilation cache. Prints a table and writes it as JSON.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from measure import compile_call, interleave, parser, ratio, write
 
 from cfjax.core.console import say
 from cfjax.core.tree import named_leaves
@@ -111,26 +103,15 @@ def compare(frames: int, block: int, batch: int, pairs: int) -> dict[str, Any]:
     row: dict[str, Any] = {"frames": frames, "frames_per_block": block, "batch": batch, "pairs": pairs}
     compiled = {}
     for name, video in (("sequential", sequential), ("replay", replayed)):
-        lowered = jax.jit(gradient_of(video, blocks)).lower(model, text, draws(0), weight)
-        start = time.perf_counter()
-        compiled[name] = lowered.compile()
-        memory = compiled[name].memory_analysis()
-        row[name] = {"compile_s": time.perf_counter() - start, "temp_mib": memory.temp_size_in_bytes / 2**20}
-        row[name] |= {"ms": [], "cpu_ms": []}
+        compiled[name], row[name] = compile_call(gradient_of(video, blocks), model, text, draws(0), weight)
     warm = {name: run(model, text, draws(2), weight) for name, run in compiled.items()}
     row["gradient_difference"] = difference(warm["replay"], warm["sequential"])
-    for pair in range(pairs):
-        arguments = jax.block_until_ready((model, text, draws(pair), weight))
-        for name in ("sequential", "replay") if pair % 2 else ("replay", "sequential"):
-            start, cpu_start = time.perf_counter(), time.process_time()
-            jax.block_until_ready(compiled[name](*arguments))
-            row[name]["ms"].append(1e3 * (time.perf_counter() - start))
-            row[name]["cpu_ms"].append(1e3 * (time.process_time() - cpu_start))
+    for name, times in interleave(
+        compiled, lambda i: dict.fromkeys(compiled, (model, text, draws(i), weight)), pairs
+    ).items():
+        row[name] |= times
     for clock, key in (("ms", "speedup"), ("cpu_ms", "cpu_speedup")):
-        ratios = [s / r for s, r in zip(row["sequential"][clock], row["replay"][clock], strict=True)]
-        row[key] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-        for name in compiled:
-            row[name][f"median_{clock}"] = statistics.median(row[name][clock])
+        row[key] = ratio(row["sequential"][clock], row["replay"][clock])
     return row
 
 
@@ -158,24 +139,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures every layout, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=8, help="timed pairs per layout; a multiple of 4 exit steps")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "replay.json")
-    options = parser.parse_args()
+    command = parser(__doc__, "replay.json")
+    command.add_argument("--batch", type=int, default=8)
+    command.add_argument("--pairs", type=int, default=8, help="timed pairs per layout; a multiple of 4 exit steps")
+    options = command.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     rows = [compare(frames, block, options.batch, options.pairs) for frames, block in LAYOUTS]
-    record = {
-        "command": " ".join(["python", "benchmarks/replay.py", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__},
-        "network": "toy preset, full remat, float32",
-        "rows": rows,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.out, rows, network="toy preset, full remat, float32")
     say(table(rows))
 
 
