@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     say(table(rows))
     failed = sum(not row.ok for row in rows)
     verdict = f"{failed} of {len(rows)} past their tolerance" if failed else f"all {len(rows)} within their tolerance"
-    closest = f"; closest to its tolerance: {worst(rows).part}, {worst(rows).what}" if rows else "; nothing to compare"
+    closest = f"; nearest to its bound: {worst(rows).part}, {worst(rows).what}" if rows else "; nothing to compare"
     say(f"{verdict}{closest}; {file}")
     return exit_code(rows)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline, prompt_clean
 from einops import rearrange
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfjax.comparison.case import Case, have
 from cfjax.comparison.report import Absent, Row, compare_arrays
@@ -18,7 +19,7 @@ from cfjax.comparison.twins import from_torch, recorded, text_twin, to_torch, va
 from cfjax.conversion import umt5, vae
 from cfjax.core.precision import F32
 from cfjax.models.text import TextEncoder
-from cfjax.models.tokenizer import load_tokenizer
+from cfjax.models.tokenizer import TOKENIZER_FILE, load_tokenizer
 from cfjax.models.umt5 import UMT5, encode_by_layer
 from cfjax.models.vae import Decoder, Encoder, WanVAE
 
@@ -145,6 +146,13 @@ def _text_layers(model: UMT5, ids_BS: np.ndarray, mask_BS: np.ndarray) -> dict[s
     return out
 
 
+def _their_tokenizer(folder: str) -> tuple[Any, str]:
+    """(tokenizer, note). tokenizer.json as it is: transformers 5's `T5Tokenizer` has unknown pieces at id 2, not 3."""
+    if (Path(folder) / TOKENIZER_FILE).is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder), ""
+    return AutoTokenizer.from_pretrained(folder), "from spiece.model, where transformers 5 has unknown pieces at id 2"
+
+
 def check_text(case: Case) -> list[Row]:
     """Rows of random tokens under padding masks, layer by layer; with a tokenizer, captions to rows as well."""
     model = have("text encoder", case.text_encoder)
@@ -171,9 +179,7 @@ def check_text(case: Case) -> list[Row]:
     note = "rows of padding are zeroed"
     rows = [compare_arrays("text", what, ours, zeroed, tolerance=tolerance, layers=layers, note=note)]
     if case.tokenizer:
-        pipe = Pipeline(
-            tokenizer=AutoTokenizer.from_pretrained(case.tokenizer), text_encoder=twin, vae=None, scheduler=None
-        )
+        pipe = Pipeline(tokenizer=_their_tokenizer(case.tokenizer)[0], text_encoder=twin, vae=None, scheduler=None)
         with torch.no_grad():
             theirs = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=length)[
                 0
@@ -187,14 +193,13 @@ def check_tokenizer(case: Case) -> list[Row]:
     if not case.tokenizer:
         raise Absent("there is no tokenizer to compare")
     ids, mask = load_tokenizer(case.tokenizer).encode(CAPTIONS, case.text_length)
-    theirs = AutoTokenizer.from_pretrained(case.tokenizer)(
+    tokenizer, note = _their_tokenizer(case.tokenizer)
+    theirs = tokenizer(
         [prompt_clean(caption) for caption in CAPTIONS],
         padding="max_length",
         max_length=case.text_length,
         truncation=True,
         return_tensors="np",
     )
-    return [
-        compare_arrays("tokenizer", "ids", ids, theirs["input_ids"], tolerance=0.0),
-        compare_arrays("tokenizer", "mask", mask, theirs["attention_mask"], tolerance=0.0),
-    ]
+    compare = partial(compare_arrays, "tokenizer", tolerance=0.0, note=note)
+    return [compare("ids", ids, theirs["input_ids"]), compare("mask", mask, theirs["attention_mask"])]
