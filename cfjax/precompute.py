@@ -1,7 +1,8 @@
 """`cfjax precompute`: clips, LMDBs and prompts to latents and text rows, or an AR teacher's ODE pairs; once."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,16 @@ from cfjax.data.parts import SetWriter
 from cfjax.data.precompute import digest
 from cfjax.data.records import Layout
 from cfjax.data.sets import text_beside
-from cfjax.data.video import ClipFormat
+from cfjax.data.video import ClipFormat, Unusable
 from cfjax.experiment import Data, blocks_of, initial_model, open_data
 from cfjax.models.codec import Codec
+from cfjax.models.text import TextEncoder
+from cfjax.models.text_cache import FILL_AT_ONCE, fill
+from cfjax.models.vae import WanVAE
+from cfjax.models.vae_tiling import encode_in_steps
 from cfjax.objectives.ode_regression import PairsConfig, ode_pairs
 from cfjax.training.checkpoint import read_meta
-from cfjax.wan_world import WanWorld
+from cfjax.wan_world import WanWorld, load_text, open_cache
 from cfjax.world import World
 
 DESCRIPTION = """Encodes a folder of clips, an LMDB or a file of prompts (configs/precompute.py), solves the AR
@@ -85,7 +90,7 @@ def precompute_source(c: ConfigDict) -> Path:
     lmdb = is_lmdb(c.source)
     if not c.output and not lmdb:
         raise UserError("output='': give the folder of the new dataset, --config.output=data/wan/clips")
-    world = open_any_world(c.world)
+    world = open_any_world(c.world, c.text_cache)
     output = Path(c.output) if c.output else text_beside(c.source)
     open_source = _open_lmdb if lmdb else _open_prompts if Path(c.source).is_file() else _open_clips
     source, layout, about, encode_video = open_source(c, world)
@@ -100,7 +105,9 @@ def precompute_source(c: ConfigDict) -> Path:
     )
     shard, shards = shard_of(c)
     before = set(writer.skipped())
-    if writer.todo(shard, shards):
+    if todo := writer.todo(shard, shards):
+        if isinstance(world, WanWorld):
+            fill_text(world, source, (item for index in todo for item in writer.items_of(index)), c.progress)
         writer.write_negative(_negative(world))
     complete = ingest(
         writer,
@@ -140,7 +147,7 @@ About = dict[str, dict[str, Any]]
 Opened = tuple[Source, Layout, About, EncodeVideo | None]
 
 
-def _open_clips(c: ConfigDict, world: "World | WanWorld") -> Opened:
+def _open_clips(c: ConfigDict, world: World | WanWorld) -> Opened:
     wanted = ClipFormat(c.frames, c.height, c.width, c.fps, c.fit, c.max_crop, c.upscale)
     wanted.check_stride(world.codec.stride)
     clips = list_clips(c.source, c.captions)
@@ -156,7 +163,7 @@ def _open_clips(c: ConfigDict, world: "World | WanWorld") -> Opened:
     return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode
 
 
-def _open_lmdb(c: ConfigDict, world: "World | WanWorld") -> Opened:
+def _open_lmdb(c: ConfigDict, world: World | WanWorld) -> Opened:
     rows = LmdbRows(c.source, ground_truth=c.ground_truth, fallback_shape=tuple(c.latent_shape))
     place = {"path": str(Path(c.source).resolve()), "ground_truth": c.ground_truth}
     about: About = {
@@ -173,7 +180,7 @@ def _open_lmdb(c: ConfigDict, world: "World | WanWorld") -> Opened:
     return LmdbSource(rows, copy=c.copy_latents), layout, about, None
 
 
-def _open_prompts(c: ConfigDict, world: "World | WanWorld") -> Opened:
+def _open_prompts(c: ConfigDict, world: World | WanWorld) -> Opened:
     prompts = read_prompts(c.source)
     if len(c.latent_shape) != 4 or c.latent_shape[-1] != world.codec.latent_channels:
         raise UserError(f"latent_shape={c.latent_shape}: give (F, H, W, {world.codec.latent_channels})")
@@ -184,7 +191,7 @@ def _open_prompts(c: ConfigDict, world: "World | WanWorld") -> Opened:
     return PromptSource(prompts), _layout(c, world, tuple(c.latent_shape), kept_in="none"), about, None
 
 
-def _layout(c: ConfigDict, world: "World | WanWorld", latent_shape: tuple[int, ...], **values: Any) -> Layout:
+def _layout(c: ConfigDict, world: World | WanWorld, latent_shape: tuple[int, ...], **values: Any) -> Layout:
     frames, height, width, channels = latent_shape
     rows, text_width = (
         (world.text_length, world.width) if isinstance(world, WanWorld) else (world.text.length, world.text.width)
@@ -195,8 +202,11 @@ def _layout(c: ConfigDict, world: "World | WanWorld", latent_shape: tuple[int, .
 # ---- worlds
 
 
-def open_any_world(path: str | Path) -> "World | WanWorld":
-    """The toy's world or a Wan system's, by its world.json.
+def open_any_world(path: str | Path, text_cache: str = "") -> World | WanWorld:
+    """The toy's world, or a Wan system's without its text encoder, by its world.json.
+
+    Args:
+      text_cache: where embeddings are kept; "" is beside the world.
 
     Raises:
       UserError: there is none, or it is broken.
@@ -206,54 +216,58 @@ def open_any_world(path: str | Path) -> "World | WanWorld":
         kind = json.loads(file.read_text()).get("kind", "toy")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"world={str(path)!r}: no world there ({error}); make one with cfjax convert") from None
-    return World.load(path) if kind == "toy" else WanWorld.load(path)
+    if kind == "toy":
+        return World.load(path)
+    cache = text_cache or Path(path).with_name("text_cache")
+    return WanWorld.load(path, with_text=False, text_cache=cache)
 
 
-def _encode_text(world: "World | WanWorld") -> Any:
+def fill_text(world: WanWorld, source: Source, items: Iterable[int], progress: bool) -> None:
+    """Encodes every caption of these items into the world's cache; then the encoder's memory is free for the VAE."""
+    cache = open_cache(world.path, world.text_cache, world.text_length)
+    captions = [world.negative_prompt]
+    for item in items:
+        with suppress(Unusable):
+            captions.append(source.caption(item))
+    captions = list(dict.fromkeys(captions))
+    loaded: list[TextEncoder] = []
+
+    def load() -> TextEncoder:
+        if not loaded:
+            loaded.append(load_text(world.path, world.text_length))
+        return loaded[0]
+
+    with tqdm(total=len(captions), desc="captions", disable=not progress, dynamic_ncols=True) as bar:
+        for start in range(0, len(captions), FILL_AT_ONCE):
+            some = captions[start : start + FILL_AT_ONCE]
+            fill(load, cache, some)
+            bar.update(len(some))
+
+
+def _encode_text(world: World | WanWorld) -> Any:
     return world.encode_prompts if isinstance(world, WanWorld) else world.text.encode
 
 
-def _negative(world: "World | WanWorld") -> np.ndarray:
+def _negative(world: World | WanWorld) -> np.ndarray:
     return world.negative_text_SE() if isinstance(world, WanWorld) else world.text.encode([""])[0]
 
 
-def _text_record(world: "World | WanWorld") -> dict[str, Any]:
+def _text_record(world: World | WanWorld) -> dict[str, Any]:
     name = "umt5" if isinstance(world, WanWorld) else "umt5-toy"
     return {"name": name, "world": world.fingerprint()}
 
 
 def video_encoder(codec: Codec, frames: int) -> EncodeVideo:
-    """uint8 [B, P, H, W, 3] to float32 latents_BFHWC, `frames` pixel frames at a time (0: all at once).
+    """uint8 [B, P, H, W, 3] to float32 latents_BFHWC; Wan's VAE takes `frames` latent frames at a time (0: all)."""
 
-    Raises:
-      UserError: `frames` is not a multiple of the codec's stride in time.
-    """
-    scaled = lambda video: video.astype(jnp.float32) * (2.0 / 255.0) - 1.0  # noqa: E731
-    whole = jax.jit(lambda codec, video: codec.encode(scaled(video)))
-    time = codec.stride[0]
-    if not frames or time == 1:
-        return lambda video: np.asarray(whole(codec, video), np.float32)
-    if frames % time:
-        raise UserError(f"encode_frames={frames}: use a multiple of {time}, or 0 for the whole clip at once")
-    step = jax.jit(lambda codec, video, state: codec.encode_step(scaled(video), state))
+    @jax.jit
+    def encode(codec: Any, video: jax.Array) -> jax.Array:
+        scaled = video.astype(jnp.float32) * (2.0 / 255.0) - 1.0
+        if frames and isinstance(codec, WanVAE):
+            return encode_in_steps(codec, scaled, frames)
+        return codec.encode(scaled)
 
-    def encode(video: np.ndarray) -> np.ndarray:
-        state, out = codec.init_encode_state(len(video)), []  # type: ignore[attr-defined]
-        # The first frame alone makes a latent frame, every `time` after it another one.
-        for start, stop in _cuts(video.shape[1], frames):
-            latents, state = step(codec, video[:, start:stop], state)
-            out.append(np.asarray(latents, np.float32))
-        return np.concatenate(out, axis=1)
-
-    return encode
-
-
-def _cuts(total: int, frames: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the pieces: 1 + frames, then `frames` each; the last may be shorter."""
-    start, stop = 0, min(1 + frames, total)
-    while start < total:
-        yield start, stop
-        start, stop = stop, min(stop + frames, total)
+    return lambda video: np.asarray(encode(codec, video), np.float32)
 
 
 # ---- ODE pairs
@@ -285,10 +299,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
         teacher = initial_model("teacher", c.roles.teacher, data, c.seed)
         solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
         _solve_parts(c, data, writer, todo, partial(solve, teacher))
-    complete = writer.finish()
-    if complete:
-        say(f"{target}: {c.pairs - len(writer.skipped())} ODE pairs at timesteps {tuple(config.steps)}")
-    _tell(writer, complete, writer.skipped())
+    _tell(writer, writer.finish(), writer.skipped())
     return target
 
 

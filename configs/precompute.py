@@ -49,7 +49,8 @@ def get_config():
             "latent_shape": (21, 60, 104, 16),  # F, H, W, C that stage 3 generates from prompts
             "dtype": "float16",
             "text_dtype": "bfloat16",
-            "encode_frames": 16,  # pixel frames encoded at a time, a multiple of 4; 0 is the whole clip at once
+            "encode_frames": 4,  # latent frames that the VAE makes at a time; 0 is the whole clip at once
+            "text_cache": "",  # folder of captions already encoded; "" is text_cache beside the world
             "batch_size": 1,
             "part_items": 64,  # what a killed job may lose
             "workers": 2,

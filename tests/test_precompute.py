@@ -1,24 +1,32 @@
 """`cfjax precompute` from the command line: real clips, LMDBs and prompts of a toy world, into sets that train."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
+from cfjax import precompute as module
 from cfjax.__main__ import main
-from cfjax.core.errors import UserError
+from cfjax.data.clips import ClipFile
+from cfjax.data.ingest import ClipSource
 from cfjax.data.lmdb_rows import LmdbRows
+from cfjax.data.precompute import LatentWriter
+from cfjax.data.records import Record, pack
 from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.video import ClipFormat, read_clip, to_float
+from cfjax.models.text_cache import TextCache
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
-from cfjax.precompute import video_encoder
 from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.wan_world import WanWorld
 from cfjax.world import World, make_world
 from tests.commands import ROOT
 from tests.data.lmdbs import damage, rows_of, write_lmdb
@@ -152,40 +160,6 @@ def test_mistakes_are_one_line(clips, world, encoded, tmp_path, capsys, keys, me
     assert not list(tmp_path.glob("set/part*"))
 
 
-# ---- a codec that compresses time
-
-
-@jax.tree_util.register_static
-class HalvingCodec:
-    """Streams as Wan's VAE does: the first frame alone, then two at a time, each latent with the sum of all before."""
-
-    stride = (2, 1, 1)
-
-    def init_encode_state(self, batch):
-        return jnp.zeros((batch, 0, 1, 1, 1))
-
-    def encode_step(self, video_BPHWC, state):
-        lone = 1 - state.shape[1] % 2
-        frames = video_BPHWC.mean(axis=(2, 3, 4), keepdims=True)
-        sums = jnp.cumsum(jnp.concatenate([state, frames], axis=1), axis=1)[:, state.shape[1] :]
-        return sums[:, 1 - lone :: 2], jnp.concatenate([state, frames], axis=1)
-
-    def encode(self, video_BPHWC):
-        return self.encode_step(video_BPHWC, self.init_encode_state(len(video_BPHWC)))[0]
-
-
-def test_encoding_in_pieces_is_encoding_at_once():
-    video = np.random.default_rng(0).integers(0, 255, (2, 11, 4, 4, 3)).astype(np.uint8)
-    codec = HalvingCodec()
-    whole = video_encoder(codec, 0)(video)
-    assert whole.shape == (2, 6, 1, 1, 1)
-    np.testing.assert_allclose(whole, np.asarray(codec.encode(jnp.asarray(to_float(video)))), atol=1e-5)
-    for frames in (2, 4, 16):
-        np.testing.assert_allclose(video_encoder(codec, frames)(video), whole, atol=1e-5)
-    with pytest.raises(UserError, match="encode_frames=3: use a multiple of 2"):
-        video_encoder(codec, 3)
-
-
 # ---- LMDBs and prompts
 
 
@@ -246,9 +220,255 @@ def test_stage_three_asks_latents_only_for_their_shape(make):
     assert any(variable is rows for variable in used)
 
 
+def test_a_wan_worlds_captions_are_encoded_first_and_once(tmp_path, monkeypatch):
+    """The text encoder is read once for all captions of a process's parts, and not at all when they are there."""
+
+    class Encoder:
+        def encode(self, captions):
+            return np.stack(
+                [np.pad(np.full((len(c), 4), 1.0, np.float32), ((0, 99 - len(c)), (0, 0))) for c in captions]
+            )
+
+        def fingerprint(self):
+            return "f"
+
+    loads = []
+    monkeypatch.setattr(module, "load_text", lambda *_: loads.append(1) or Encoder())
+    monkeypatch.setattr(module, "open_cache", lambda path, folder, length: TextCache(folder, "f", length))
+    world = WanWorld(tmp_path, None, None, 99, 4, "worst quality", 16.0, str(tmp_path / "cache"))
+    clips = [ClipFile(f"{i}.mp4", f"caption {i % 40}", "no caption: none" if i == 5 else "") for i in range(90)]
+    source = ClipSource(tmp_path, clips, ClipFormat())
+    for _ in range(2):
+        module.fill_text(world, source, range(60), progress=False)
+        assert len(loads) == 1
+    cache = TextCache(tmp_path / "cache", "f", 99)
+    known = [
+        caption for caption in ("worst quality", *(f"caption {i}" for i in range(40))) if cache.get(caption) is not None
+    ]
+    assert len(known) == 41
+    module.fill_text(world, source, range(60, 90), progress=False)
+    assert len(loads) == 1  # the rest says nothing new
+
+
+# ---- ODE pairs
+
+
+def copies_of_noise(model, clean, text, negative, noise, *, config, blocks, method):
+    """Stands for the teacher's ODE: what is tested here is how the job is cut, not what it solves."""
+    return jnp.stack([noise] * len(config.steps) + [clean], axis=1)
+
+
+@pytest.fixture
+def pairs(tmp_path, monkeypatch):
+    """A command that makes seven pairs of small clips, and where its set lies."""
+    latents = np.random.default_rng(0).standard_normal((9, 6, 2, 2, 16))
+    with LatentWriter(tmp_path / "clips", records=9, latent_shape=(6, 2, 2, 16)) as writer:
+        writer.append(latents, np.arange(9) % 3)
+        writer.write_text(["a", "b", "c"], np.arange(1, 4)[:, None, None] * np.ones((3, 8, 64)), np.ones((8, 64)))
+    monkeypatch.setattr(module, "initial_model", lambda *_: None)
+    monkeypatch.setattr(module, "ode_pairs", copies_of_noise)
+
+    def run(output: str, **keys: object) -> tuple[int, Path]:
+        keys = {"pairs": 7, "part_items": 3, "data__batch_size": 2, "roles__teacher__init": "", **keys}
+        keys |= {"data__path": tmp_path, "data__source": "", "output": output, "progress": False}
+        return cfjax("precompute", "ode_pairs.py:toy", **keys), tmp_path / output
+
+    return run
+
+
+def test_pairs_do_not_depend_on_how_the_job_is_cut(pairs, tmp_path):
+    assert pairs("whole")[0] == 0
+    for shard in (1, 0, 2):
+        assert pairs("cut", shard=shard, shards=3, data__batch_size=3)[0] == 0
+    whole, cut, clips = (open_dataset(tmp_path / name) for name in ("whole", "cut", "clips"))
+    assert len(whole) == len(cut) == 7 and whole.trajectory_points == 5
+    first = [whole[i]["trajectory_JFHWC"][0] for i in range(7)]
+    assert np.unique(np.stack(first)[:, 0, 0, 0, 0]).size == 7  # each pair has noise of its own
+    for i in range(7):
+        for name, array in whole[i].items():
+            np.testing.assert_array_equal(cut[i][name], array)
+        for name in ("latents_FHWC", "text_SE"):
+            np.testing.assert_array_equal(whole[i][name], clips[i][name])
+        np.testing.assert_array_equal(whole[i]["trajectory_JFHWC"][4], clips[i]["latents_FHWC"])
+        assert whole.caption(i) == clips.caption(i)
+    np.testing.assert_array_equal(whole.negative_text_SE, clips.negative_text_SE)
+
+
+def test_a_stopped_job_of_pairs_goes_on(pairs, monkeypatch, capsys):
+    class Stop(Exception):
+        pass
+
+    calls = []
+
+    def stops(*args, **kwargs):
+        calls.append(1)
+        raise Stop
+
+    def solve_parts(c, data, writer, todo, solve):
+        original(c, data, writer, todo[:1], solve)
+        original(c, data, writer, todo[1:], stops)
+
+    original = module._solve_parts
+    monkeypatch.setattr(module, "_solve_parts", solve_parts)
+    with pytest.raises(Stop):
+        pairs("set")
+    monkeypatch.setattr(module, "_solve_parts", original)
+    path = pairs("whole")[1]
+    left = sorted(file.name for file in path.with_name("set").iterdir())
+    assert left == ["job.json", "negative_text.npy", "part-00000.array_record", "part-00000.json"] and len(calls) == 1
+    assert pairs("set")[0] == 0 and "7 records of 7 items" in capsys.readouterr().out
+    for i in range(7):
+        np.testing.assert_array_equal(
+            open_dataset(path.with_name("set"))[i]["trajectory_JFHWC"], open_dataset(path)[i]["trajectory_JFHWC"]
+        )
+    assert pairs("set", seed=1) == (0, path.with_name("set"))  # complete: kept, and said so
+    assert "exists already" in capsys.readouterr().out
+
+
+def test_pairs_of_another_seed_do_not_mix(pairs, capsys):
+    assert pairs("set", shard=0, shards=2)[0] == 0
+    assert pairs("set", shard=1, shards=2, seed=1)[0] == 2
+    assert "begun with another seed" in capsys.readouterr().err
+    assert pairs("other", pairs=10)[0] == 2 and "holds 9 clips" in capsys.readouterr().err
+
+
 # ---- the validator
 
 
 def test_the_validator_passes_what_is_good(encoded, capsys):
     code, said = check(encoded, capsys)
     assert code == 0 and said == [f"{encoded}: every record is good"]
+
+
+def test_the_validator_finds_every_planted_fault_in_records(encoded, tmp_path, capsys):
+    """One of each: a part gone, one cut off, a flipped bit, a record twice, shapes, numbers, bytes that are none."""
+    path = tmp_path / "set"
+    shutil.copytree(encoded, path)
+    dataset = open_dataset(encoded)
+    good = [dataset.record(i) for i in range(7)]
+
+    def plant(name: str, records: list[bytes]) -> dict[str, object]:
+        writer = ArrayRecordWriter(str(path / name), "group_size:1,uncompressed")
+        for data in records:
+            writer.write(data)
+        writer.close()
+        return {"file": name, "records": len(records), "bytes": (path / name).stat().st_size}
+
+    def changed(record: Record, item: int, **arrays: np.ndarray) -> bytes:
+        return pack(replace(record, item=item, arrays={**record.arrays, **arrays}))
+
+    latents, text = good[0].arrays["latents"], good[0].arrays["text"]
+    spoilt = latents.copy()
+    spoilt[1, 0, 0, 3] = np.nan
+    parts = [
+        plant(
+            "part-00000.array_record",
+            [
+                pack(good[0]),
+                pack(good[0]),
+                changed(good[0], 1, latents=spoilt),
+                changed(good[0], 2, latents=latents[:-1]),
+                changed(good[0], 3, latents=np.zeros_like(latents)),
+                changed(good[0], 4, text=text[:0]),
+                changed(good[0], 99),
+                b"bytes that are no record",
+                changed(good[0], 5),
+            ],
+        ),
+        plant("part-00001.array_record", [changed(good[1], 6), changed(good[2], 7), changed(good[3], 8)]),
+        plant("part-00002.array_record", [changed(good[4], 9)]),
+        {"file": "part-00099.array_record", "records": 1, "bytes": 1},
+    ]
+    flipped = bytearray((path / "part-00001.array_record").read_bytes())
+    flipped[flipped.find(good[2].arrays["latents"].tobytes()) + 50] ^= 4
+    (path / "part-00001.array_record").write_bytes(flipped)
+    truncate(path / "part-00002.array_record", 0.5)
+    np.save(path / "negative_text.npy", np.full((1, dataset.text_shape[1]), np.inf, np.float32))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest |= {"parts": parts, "records": 15}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    code, said = check(path, capsys)
+    first, second, third, lost = (path / str(part["file"]) for part in parts)
+    expected = [
+        (path / "manifest.json", "its parts have 14 records, not 15"),
+        (path / "negative_text.npy", "not finite"),
+        (f"{first}, record 1", "item 0 (a.mp4) is in part-00000.array_record, record 0 already"),
+        (f"{first}, record 2", "not finite: latents"),
+        (f"{first}, record 3", "wrong shape: latents float16 (8, 2, 4, 16)"),
+        (f"{first}, record 4", "constant: latents is 0 everywhere"),
+        (f"{first}, record 5", "wrong shape: 0 text rows"),
+        (f"{first}, record 6", "its item 99 is none of the source's 11"),
+        (f"{first}, record 7", "cannot be read: not a record of this format"),
+        (f"{second}, record 1", "cannot be read: Corrupted"),
+        (third, "65536 bytes instead of 131072"),
+        (third, "0 records can be found instead of 1"),
+        (lost, "missing"),
+    ]
+    assert code == 1 and said[-1] == f"{path}: {len(expected)} faults"
+    for line, (place, what) in zip(said[:-1], expected, strict=True):
+        assert line.startswith(f"{place}: {what}"), line
+
+
+def test_the_validator_finds_every_planted_fault_in_an_lmdb(world, tmp_path, capsys):
+    source = write_lmdb(tmp_path / "ode", rows_of(7, 6), [CAPTION] * 7)
+    damage(source, "latents_1_data", b"short")
+    damage(source, "latents_2_data", None)
+    damage(source, "prompts_3_data", b"\xff\xfe")
+    damage(source, "prompts_4_data", None)
+    damage(source, "latents_5_data", np.full(6 * 3 * 16 * 16, np.inf, np.float16).tobytes())
+    damage(source, "latents_6_data", np.zeros(6 * 3 * 16 * 16, np.float16).tobytes())
+    code, said = check(source, capsys)
+    expected = [
+        (1, "5 bytes of latents instead of 9216"),
+        (2, "no latents"),
+        (3, "the prompt is no UTF-8"),
+        (4, "no prompt"),
+        (5, "not finite"),
+        (6, "constant: latents is 0 everywhere"),
+    ]
+    assert code == 1 and said == [
+        *(f"{source}, record {row}: {what}" for row, what in expected),
+        f"{source}: {len(expected)} faults",
+    ]
+    # its text set knows which rows it left out, and is good unless a row that it uses went bad
+    assert precompute(source, world, tmp_path / "text") == 0
+    assert check(tmp_path / "text", capsys)[1] == [
+        f"{source}, record 6: {expected[5][1]}",
+        f"{tmp_path}/text: 1 faults",
+    ]
+
+
+def test_the_validator_finds_every_planted_fault_in_arrays(tmp_path, capsys):
+    path = tmp_path / "toy"
+    latents = np.random.default_rng(0).standard_normal((4, 2, 2, 2, 3))
+    with LatentWriter(path, records=4, latent_shape=(2, 2, 2, 3)) as writer:
+        writer.append(latents, np.arange(4) % 2)
+        writer.write_text(["a", "b"], np.ones((2, 3, 4)), np.ones((3, 4)))
+    assert check(path, capsys) == (0, [f"{path}: every record is good"])
+    stored = np.load(path / "latents.npy")
+    stored[1, 0, 0, 0, 0], stored[2] = np.nan, 0.5
+    np.save(path / "latents.npy", stored)
+    np.save(path / "caption_id.npy", np.array([0, 1, 2, 0], np.int32))
+    np.save(path / "text.npy", np.ones((2, 3, 5), np.float32))
+    (path / "negative_text.npy").unlink()
+    code, said = check(path, capsys)
+    whole = sorted(line for line in said if ", record" not in line)
+    assert code == 1 and [line for line in said if ", record" in line] == [
+        f"{path}/caption_id.npy, record 2: caption 2 is none of the 2",
+        f"{path}/latents.npy, record 1: not finite",
+        f"{path}/latents.npy, record 2: constant: latents is 0.5 everywhere",
+    ]
+    assert len(whole) == 3 and whole[2] == f"{path}: 5 faults"
+    assert whole[0].startswith(f"{path}/negative_text.npy: cannot be read")
+    assert whole[1].startswith(f"{path}/text.npy: holds float32 [2, 3, 5]")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 7}', '{"version": 2}'])
+def test_the_validator_survives_a_broken_manifest(tmp_path, capsys, text):
+    (tmp_path / "manifest.json").write_text(text)
+    code, said = check(tmp_path, capsys)
+    assert code == 1 and len(said) == 2 and said[0].startswith(f"{tmp_path}/manifest.json: ")
+
+
+def test_checking_nothing_is_a_mistake(tmp_path, capsys):
+    assert check(tmp_path, capsys)[0] == 2

@@ -1,6 +1,7 @@
 """Looking at every record of a dataset, of any kind, and saying of each bad one where it is and what is wrong."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def _check_part(
                 yield Fault(file, index, what)
             bar.update()
     finally:
-        reader.close()
+        with suppress(RuntimeError):  # a damaged file complains once more when it is closed
+            reader.close()
 
 
 def _record_fault(reader: Any, index: int, layout: Layout, items: range, seen: dict[int, str], here: str) -> str:

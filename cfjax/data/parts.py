@@ -12,7 +12,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,8 @@ class Part:
             self._writer.close()
         reader = ArrayRecordReader(str(self._file))  # the writer does not tell whether its last bytes arrived
         found = reader.num_records()
-        reader.close()
+        with suppress(RuntimeError):  # a damaged file complains when it is closed
+            reader.close()
         if found != self.records:
             raise UserError(f"{self._file}: {found} of {self.records} records arrived; is the disk full?")
 

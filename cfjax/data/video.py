@@ -77,7 +77,8 @@ def read_clip(path: str | Path, wanted: ClipFormat) -> np.ndarray:
                 # A frame shown twice is fitted once.
                 out.append(out[-1] if frame is None else fit_picture(*_upright(frame, stream), wanted))
     except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
-        raise Unusable(f"unreadable: {' '.join(str(error).split())}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise Unusable(f"unreadable: {reason}") from None
     if not out:
         raise Unusable("unreadable: no frame could be decoded")
     if len(out) < wanted.frames:
