@@ -66,8 +66,9 @@ def main(argv: Sequence[str]) -> int:
         shutil.rmtree(partial, ignore_errors=True)
     seconds = time.monotonic() - started
     parameters = sum(x.size for each in source.found for x in each.network.arrays.values())
-    speed = f"{total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e9 / seconds:.2f} GB/s)"
-    say(f"{workdir}: {tensors:,} tensors, {parameters:,} parameters, {speed}")
+    size = f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.2f} MB"
+    speed = f"{seconds:.1f} s, {total / 1e9 / seconds:.3f} GB/s"
+    say(f"{workdir}: {tensors:,} tensors, {parameters:,} parameters, {size} in {speed}")
     return 0
 
 
@@ -91,7 +92,7 @@ def _open(c: ConfigDict) -> Source:
     if (path / FOLDER).is_dir() or (path / WORLD / RECORD).is_file():
         if c.to == "orbax":
             raise UserError(f"--config.source={c.source} is a run directory already; say what to write by --config.to")
-        return open_run_source(path, parts, c.key)
+        return open_run_source(path, parts=parts, key=c.key, world=c.world)
     assumed = None
     if c.world:
         read_record(c.world)
@@ -101,11 +102,13 @@ def _open(c: ConfigDict) -> Source:
     return open_source(path, parts=parts, key=c.key, assumed=assumed)
 
 
-def open_run_source(path: Path, parts: Sequence[str] = (), key: str = "") -> Source:
+def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", world: str = "") -> Source:
     """A run directory's transformers (trained or converted) and its world, as a source.
 
     Args:
-      parts: kinds to take, empty for all.  key: the transformer to take (generator, generator_ema, critic), "" for all.
+      parts: kinds to take, empty for all.
+      key: the transformer to take (generator, generator_ema, critic), "" for all.
+      world: the world's folder, "" for the one that the run records.
 
     Raises:
       UserError: a part or the key is not there.
@@ -121,9 +124,9 @@ def open_run_source(path: Path, parts: Sequence[str] = (), key: str = "") -> Sou
             found = [replace(each, role="student", ema=False) for each in found if entry_of(each) == key]
             if not found:
                 raise UserError(f"--config.key={key}: {path} has no such network")
-    world = _world_of(path, meta)
+    home = Path(world) if world else _world_of(path, meta)
     for kind in KINDS:
-        folder = world / kind
+        folder = home / kind
         if kind != "dit" and (folder / FOLDER).is_dir() and (not parts or kind in parts):
             record = read_meta(folder, stages=(kind,))
             found.append(Found(_stored(kind, folder, kind, False, record["model"], record), kind))
@@ -131,7 +134,7 @@ def open_run_source(path: Path, parts: Sequence[str] = (), key: str = "") -> Sou
     if missing or not found:
         raise UserError(f"{path}: holds no {missing[0] if missing else 'weights'}")
     text = any(each.network.kind == "text_encoder" for each in found)
-    return Source(found, world / TOKENIZER if text and (world / TOKENIZER).is_dir() else None)
+    return Source(found, home / TOKENIZER if text and (home / TOKENIZER).is_dir() else None)
 
 
 def _stored(kind: str, folder: Path, role: str, ema: bool, config: dict[str, Any], meta: dict[str, Any]) -> Network:

@@ -167,7 +167,7 @@ def load_named(
 def save_named(table: Sequence[Rule], ours: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
     """`export_plan`, read."""
     plan = export_plan(table, as_lazy(ours), config)
-    return {name: np.ascontiguousarray(x.read()) for name, x in plan.items()}
+    return {name: np.asarray(x.read(), order="C") for name, x in plan.items()}
 
 
 def fingerprint(arrays: Mapping[str, LazyArray]) -> str:

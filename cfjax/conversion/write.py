@@ -29,7 +29,7 @@ def write_safetensors(folder: Path, stem: str, arrays: Mapping[str, LazyArray], 
     for i, shard in enumerate(shards):
         name = f"{stem}{SAFETENSORS}" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}{SAFETENSORS}"
         save_file(
-            {key: np.ascontiguousarray(x.read()) for key, x in shard.items()}, folder / name, metadata={"format": "pt"}
+            {key: np.asarray(x.read(), order="C") for key, x in shard.items()}, folder / name, metadata={"format": "pt"}
         )
         where |= dict.fromkeys(shard, name)
     if len(shards) > 1:
@@ -62,7 +62,7 @@ def write_pickle(path: Path, arrays: Mapping[str, LazyArray] | Mapping[str, Mapp
         if not array.size:
             return torch.empty(array.shape, dtype=dtype)
         file = scratch / str(next(counter))
-        data = np.ascontiguousarray(array.read())
+        data = np.asarray(array.read(), order="C")
         (data.view(np.int16) if data.dtype == ml_dtypes.bfloat16 else data).tofile(file)
         return torch.from_file(str(file), size=array.size, dtype=dtype).view(array.shape)
 

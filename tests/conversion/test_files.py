@@ -244,5 +244,5 @@ def test_writers_are_read_back(tmp_path):
     pickled = read_weights(tmp_path / "model.pt").entries["generator"]
     for name, array in weights.items():
         for read in (sharded[name], pickled[name]):
-            assert read.dtype == array.dtype
+            assert (read.shape, read.dtype) == (array.shape, array.dtype)
             np.testing.assert_array_equal(read.read(), array)

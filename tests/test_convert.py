@@ -1,0 +1,276 @@
+"""The verb: Wan folders, checkpoints and pipelines become run directories and come back; a mistake leaves nothing."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from cfjax import experiment
+from cfjax.conversion.files import read_weights
+from cfjax.conversion.kinds import KINDS
+from cfjax.conversion.rules import save_named
+from cfjax.conversion.wan import ORIGINAL, export_wan
+from cfjax.models.wan import WanConfig
+from cfjax.training.checkpoint import CheckpointStore, open_role, read_meta, stored_roles
+from cfjax.wan_world import config_from_record, fingerprint, read_record
+from tests import synthetic
+from tests.commands import ROOT, cfjax
+from tests.tiny import CONFIG, tiny
+
+torch.set_num_threads(1)
+
+
+def convert(source: Path | str, workdir: Path, arg: str = "", **keys: object) -> int:
+    return cfjax("convert", f"convert.py:{arg}", workdir, source=source, progress=False, **keys)
+
+
+def mistake(
+    capsys: pytest.CaptureFixture[str], source: Path | str, workdir: Path, arg: str = "", **keys: object
+) -> str:
+    """The one line of a failing command; the folder is as it was before."""
+    before = sorted(workdir.parent.rglob("*"))
+    assert convert(source, workdir, arg, **keys) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("cfjax convert: ") and line.count("\n") == 1
+    assert sorted(workdir.parent.rglob("*")) == before
+    return line
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("convert")
+
+
+@pytest.fixture(scope="module")
+def release(root):
+    return synthetic.write_wan_folder(root / "Wan2.1-T2V-1.3B")
+
+
+@pytest.fixture(scope="module")
+def run(release, root):
+    """The release, converted, with a tiny decoder added afterwards."""
+    assert convert(release, root / "wan") == 0
+    assert convert(synthetic.write_taehv(root / "taew2_1.pth"), root / "wan") == 0
+    return root / "wan"
+
+
+@pytest.fixture(scope="module")
+def student(root, run):
+    """A few-step student with its average and its critic, in the release's world."""
+    path = synthetic.write_causal_forcing_pt(
+        root / "self_forcing.pt", ("generator", "critic", "generator_ema"), "model._fsdp_wrapped_module."
+    )
+    assert convert(path, root / "student", "dmd,framewise,2step", world=run / "world") == 0
+    return root / "student"
+
+
+def test_a_release_becomes_a_run(run):
+    meta = read_meta(run)
+    assert (meta["stage"], meta["step"], meta["latent_shape"]) == ("bidirectional", 0, [21, 60, 104, 16])
+    config = config_from_record(WanConfig, meta["models"]["student"])
+    assert (config.dim, config.num_heads, config.num_layers, config.text_dim) == (48, 4, 2, 32)
+    assert (config.remat, config.precision.compute) == ("full", "bfloat16")
+    c = experiment.config_from_meta(meta)
+    assert c.sampler.kind == "bidirectional" and c.roles.student.preset == "" and not c.ema
+    experiment.sampler_of(c), experiment.blocks_of(c)
+    assert (meta["world_path"], meta["world"]) == ("world", fingerprint(run / "world"))
+    assert read_record(run / "world")["fps"] == 16
+    for kind in ("vae", "text_encoder", "tiny_vae"):
+        assert read_meta(run / "world" / kind, stages=(kind,))["model"]
+    dtypes = read_meta(run / "world" / "text_encoder")["source"]["dtype"]
+    assert set(dtypes.values()) == {"bfloat16"}
+    assert (run / "world" / "tokenizer" / "spiece.model").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "role", "layout", "weights"),
+    [
+        ("dit", "student", "original", synthetic.dit_weights),
+        ("vae", "vae", "original", synthetic.vae_weights),
+        ("tiny_vae", "tiny_vae", "taehv", synthetic.taehv_weights),
+    ],
+)
+def test_what_was_stored_is_the_release(run, kind, role, layout, weights):
+    folder = run if kind == "dit" else run / "world" / kind
+    meta = read_meta(folder)
+    config = config_from_record(
+        type(KINDS[kind].example), meta["models"]["student"] if kind == "dit" else meta["model"]
+    )
+    exported = save_named(KINDS[kind].layouts[layout], open_role(folder, role), config)
+    expected = weights()
+    assert exported.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(exported[name], array, err_msg=name)
+
+
+def test_a_checkpoint_remembers_what_it_was_trained_for(student, run):
+    meta = read_meta(student, stages=("dmd",))
+    assert meta["blocks"]["frames"] == 1
+    c = experiment.config_from_meta(meta)
+    assert (c.sampler.steps, c.sampler.first_steps) == ((1000, 500), (1000, 750, 500, 250))
+    assert stored_roles(student) == [("critic", False), ("student", False), ("student", True)]
+    assert set(meta["models"]) == {"student", "critic"} and "student" in c.ema
+    assert (meta["world_path"], meta["world"]) == (str(run / "world"), fingerprint(run / "world"))
+    for seed, (role, ema) in enumerate([("student", False), ("critic", False), ("student", True)], start=10):
+        config = config_from_record(WanConfig, meta["models"][role])
+        exported = save_named(ORIGINAL, open_role(student, role, ema=ema), config)
+        np.testing.assert_array_equal(exported["head.head.weight"], synthetic.dit_weights(seed)["head.head.weight"])
+
+
+@pytest.mark.parametrize("arg", ["ar_diffusion,framewise", "ode_regression", "consistency", "dmd,1step"])
+def test_stages(root, run, arg):
+    path = synthetic.write_causal_forcing_pt(root / "generator.pt", ("generator",))
+    assert convert(path, root / "stages" / arg, arg, world=run / "world") == 0
+    meta = read_meta(root / "stages" / arg)
+    stage, *switches = arg.split(",")
+    assert meta["stage"] == stage
+    assert meta["blocks"]["frames"] == (1 if "framewise" in switches else 3)
+    assert not meta["config"]["ema"]  # the file holds no average
+
+
+def test_back_out_to_the_reference(student, root, capsys):
+    assert convert(student, root / "reference", to="pt", parts="dit") == 0
+    assert "207 tensors, 271,152 parameters" in capsys.readouterr().out
+    state = torch.load(root / "reference" / "model.pt", weights_only=True)
+    assert sorted(state) == ["critic", "generator", "generator_ema"]
+    for seed, entry in enumerate(["generator", "critic", "generator_ema"], start=10):
+        expected = synthetic.dit_weights(seed)
+        assert {f"model.{name}" for name in expected} == state[entry].keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(state[entry][f"model.{name}"].numpy(), array)
+
+
+def test_back_out_to_a_release(run, release, root):
+    """Through the run directory and back: every array of every file, T5 in bfloat16 too."""
+    assert convert(run, root / "back", to="safetensors", max_shard_gb=1e-3) == 0
+    pairs = {
+        "diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.safetensors.index.json",
+        "Wan2.1_VAE.safetensors.index.json": "Wan2.1_VAE.pth",
+        "models_t5_umt5-xxl-enc-bf16.safetensors": "models_t5_umt5-xxl-enc-bf16.pth",
+    }
+    for ours, theirs in pairs.items():
+        found, expected = read_weights(root / "back" / ours).entries[""], read_weights(release / theirs).entries[""]
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            assert found[name].dtype == x.dtype and found[name].read().tobytes() == x.read().tobytes(), name
+    assert (root / "back" / "taew2_1.safetensors").exists()
+    assert json.loads((root / "back" / "config.json").read_text())["num_heads"] == 4
+
+
+def test_out_to_diffusers_and_in_again(student, run, root, capsys):
+    line = mistake(capsys, student, root / "pipeline", to="diffusers", parts="dit,vae,text_encoder")
+    assert "holds one transformer, the source has critic, generator, generator_ema" in line
+    keys = {"to": "diffusers", "parts": "dit,vae,text_encoder", "key": "generator_ema"}
+    assert convert(student, root / "pipeline", "dmd", **keys) == 0
+    scheduler = json.loads((root / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["flow_shift"] == 5.0
+    assert convert(root / "pipeline", root / "again", "dmd") == 0
+    average = open_role(student, "student", ema=True)
+    again = open_role(root / "again", "student")
+    assert all(again[name].read().tobytes() == x.read().tobytes() for name, x in average.items())
+    assert fingerprint(root / "again" / "world") == fingerprint(run / "world")  # whatever layout it came in
+
+
+def test_mistakes(release, run, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "--config.source is missing" in mistake(capsys, "", out)
+    assert "--config.to='onnx'" in mistake(capsys, release, out, to="onnx")
+    assert "'clip' is none of dit" in mistake(capsys, release, out, parts="dit,clip")
+    assert "is a run directory already" in mistake(capsys, run, out)
+    assert "no such file or folder" in mistake(capsys, tmp_path / "nowhere", out)
+    assert "unknown switch '3step'" in mistake(capsys, release, out, "dmd,3step")
+    assert "no Wan world here" in mistake(capsys, release, out, world=tmp_path)
+    assert "checkpoints exists" in mistake(capsys, release, run)
+    assert "tiny_vae exists" in mistake(capsys, root / "taew2_1.pth", run)
+    assert "holds no tiny_vae" in mistake(capsys, release, out, parts="tiny_vae")
+    assert "--config.key=critic" in mistake(capsys, run, out, to="pt", key="critic")
+    assert "tiny_vae has no diffusers layout" in mistake(capsys, run, out, to="diffusers")
+
+
+def test_broken_sources_leave_nothing(release, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    weights = synthetic.dit_weights()
+    synthetic.write_config(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    del weights["blocks.1.ffn.2.bias"]
+    synthetic.save_safetensors(tmp_path, file.stem, weights)
+    assert f"{file}: weights do not fit the model: missing ['blocks.1.ffn.2.bias']" in mistake(capsys, file, out)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "broken or cut short" in mistake(capsys, file, out)
+    synthetic.save_pt(tmp_path / "evil.pt", {"generator": {"a": torch.zeros(1)}, "code": Path("x")})
+    assert "refused: it holds pathlib.PosixPath" in mistake(capsys, tmp_path / "evil.pt", out)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "pip install torch" in mistake(capsys, release / "Wan2.1_VAE.pth", out)
+
+
+def test_a_failure_in_the_middle_leaves_nothing(release, tmp_path, capsys, monkeypatch):
+    """Every part but the last is written when reading fails."""
+    from cfjax import convert as verb
+    from cfjax.core.errors import UserError
+
+    def failing(*args: object) -> None:
+        raise UserError("disk full")
+
+    monkeypatch.setattr(verb, "_run_meta", failing)
+    assert "disk full" in mistake(capsys, release, tmp_path / "out")
+
+
+def test_overwriting(root, run, tmp_path):
+    path = synthetic.write_causal_forcing_pt(tmp_path / "x.pt", ("generator",), seed=20)
+    assert convert(path, tmp_path / "out", "dmd", world=run / "world") == 0
+    synthetic.write_causal_forcing_pt(path, ("generator",), seed=21)
+    assert convert(path, tmp_path / "out", "dmd", world=run / "world", overwrite=True) == 0
+    head = open_role(tmp_path / "out", "student")["head/bias"].read()
+    np.testing.assert_array_equal(head, synthetic.dit_weights(21)["head.head.bias"])
+    for shard in (1e-4, 1.0):  # many shards, then one: the old ones must go
+        assert (
+            convert(
+                tmp_path / "out", tmp_path / "st", to="safetensors", parts="dit", overwrite=True, max_shard_gb=shard
+            )
+            == 0
+        )
+    assert [file.name for file in (tmp_path / "st").glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_trained_run_comes_out_too(run, tmp_path):
+    """Its checkpoint has whole arrays where a converted one has layers; the world is another folder's."""
+    store = CheckpointStore(tmp_path / "trained")
+    meta = {"stage": "dmd", "models": {"student": asdict(CONFIG)}}
+    store.save(7, {"params": {"student": tiny()}}, {}, meta)
+    store.close()
+    assert convert(tmp_path / "trained", tmp_path / "out", to="safetensors", world=run / "world") == 0
+    found = read_weights(tmp_path / "out" / "diffusion_pytorch_model.safetensors").entries[""]
+    expected = export_wan(tiny(), ORIGINAL)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name].read(), array, err_msg=name)
+    assert (tmp_path / "out" / "Wan2.1_VAE.safetensors").exists()
+
+
+def test_a_trained_run_is_never_replaced(release, tmp_path, capsys):
+    store = CheckpointStore(tmp_path / "out")
+    store.save(3, {"params": {"student": {"x": jnp.zeros(2)}}}, {}, {"stage": "dmd"})
+    store.close()
+    assert "holds a run that was trained here" in mistake(capsys, release, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    """At most the largest shard and one converted array are held, whichever way; the release is several times larger.
+
+    About 20 s: a release of 350 MB in eight shards is written and converted in a process of its own.
+    """
+    script = ROOT / "tests" / "conversion" / "peak_memory.py"
+    out = subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True, text=True).stdout
+    sizes = json.loads(out.splitlines()[-1])
+    print({name: f"{value / 1e6:.0f} MB" for name, value in sizes.items()})
+    bound = sizes["shard"] + sizes["stacked"]
+    assert sizes["total"] > 2.5 * bound
+    assert max(sizes[way] for way in ("orbax", "safetensors", "pt")) < bound
