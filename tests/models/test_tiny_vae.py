@@ -154,13 +154,19 @@ def test_mistakes_are_named(call, says):
         call(small())
 
 
-def test_conversion_is_exact_and_strict():
-    weights = random_weights(SHAPES)
-    model = import_tiny_vae(weights, PUBLISHED)
-    again = export_tiny_vae(model)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_there_and_back_is_exact(dtype):
+    weights = {name: x.astype(dtype) for name, x in random_weights(SHAPES).items()}
+    again = export_tiny_vae(import_tiny_vae(weights, PUBLISHED))
     assert again.keys() == weights.keys()
     for name, array in weights.items():
+        assert again[name].dtype == dtype
         np.testing.assert_array_equal(again[name], array)
+
+
+def test_conversion_is_strict():
+    weights = random_weights(SHAPES)
+    model = import_tiny_vae(weights, PUBLISHED)
     assert jax.tree.structure(model) == jax.tree.structure(abstract_tiny_vae(PUBLISHED))
     assert sum(x.size for x in named_leaves(model).values()) == sum(x.size for x in weights.values())
     with pytest.raises(UserError, match=r"missing \['decoder.22.bias'\]"):
