@@ -283,13 +283,15 @@ def optimizers_of(c: ConfigDict, stage: Stage) -> dict[str, Any]:
 
 def run_meta(c: ConfigDict, data: Data, models: Mapping[str, Wan]) -> dict[str, Any]:
     """What a checkpoint remembers, so that other verbs need no config."""
+    made = data.dataset.manifest
     return {
         "stage": c.stage,
         "config": c.to_dict(),
         "models": {role: asdict(model.config) for role, model in models.items()},
         "blocks": c.blocks.to_dict(),
         "latent_shape": list(data.dataset.latent_shape),
-        "world": data.world.fingerprint() if data.world else "",
+        "world": made.get("text_encoder", {}).get("world", ""),
+        "world_path": made.get("world_path", ""),
     }
 
 

@@ -108,11 +108,11 @@ def precompute_source(c: ConfigDict) -> Path:
     if todo := writer.todo(shard, shards):
         if isinstance(world, WanWorld):
             fill_text(world, source, (item for index in todo for item in writer.items_of(index)), c.progress)
-        writer.write_negative(_negative(world))
+        writer.write_negative(world.negative_text_SE())
     complete = ingest(
         writer,
         source,
-        encode_text=_encode_text(world),
+        encode_text=world.encode_prompts,
         encode_video=encode_video,
         shard=shard,
         shards=shards,
@@ -193,10 +193,8 @@ def _open_prompts(c: ConfigDict, world: World | WanWorld) -> Opened:
 
 def _layout(c: ConfigDict, world: World | WanWorld, latent_shape: tuple[int, ...], **values: Any) -> Layout:
     frames, height, width, channels = latent_shape
-    rows, text_width = (
-        (world.text_length, world.width) if isinstance(world, WanWorld) else (world.text.length, world.text.width)
-    )
-    return Layout((frames, height, width, channels), rows, text_width, dtype=c.dtype, text_dtype=c.text_dtype, **values)
+    shape = (frames, height, width, channels)
+    return Layout(shape, world.text_length, world.width, dtype=c.dtype, text_dtype=c.text_dtype, **values)
 
 
 # ---- worlds
@@ -242,14 +240,6 @@ def fill_text(world: WanWorld, source: Source, items: Iterable[int], progress: b
             some = captions[start : start + FILL_AT_ONCE]
             fill(load, cache, some)
             bar.update(len(some))
-
-
-def _encode_text(world: World | WanWorld) -> Any:
-    return world.encode_prompts if isinstance(world, WanWorld) else world.text.encode
-
-
-def _negative(world: World | WanWorld) -> np.ndarray:
-    return world.negative_text_SE() if isinstance(world, WanWorld) else world.text.encode([""])[0]
 
 
 def _text_record(world: World | WanWorld) -> dict[str, Any]:
