@@ -58,12 +58,16 @@ def main(argv: Sequence[str]) -> int:
         say(f"  left out: {', '.join(source.ignored)} (no weights)")
     total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
     partial = workdir.with_name(f".{workdir.name}.{os.getpid()}.partial")
+    made = [folder for folder in partial.parents if not folder.exists()]
     try:
         with tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar:
             tensors = _write(c, source, partial, workdir, bar.update)
         _put(partial, workdir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
     seconds = time.monotonic() - started
     parameters = sum(x.size for each in source.found for x in each.network.arrays.values())
     size = f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.2f} MB"

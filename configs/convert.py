@@ -1,4 +1,4 @@
-"""Other people's weights into a run directory, and back out.
+r"""Other people's weights into a run directory, and back out.
 
     cfjax convert --config.source=Wan2.1-T2V-1.3B --workdir=checkpoints/wan_1_3b
     cfjax convert --config=configs/convert.py:dmd --config.source=causal_forcing.pt \

@@ -219,6 +219,8 @@ def test_a_failure_in_the_middle_leaves_nothing(release, tmp_path, capsys, monke
 
     monkeypatch.setattr(verb, "_run_meta", failing)
     assert "disk full" in mistake(capsys, release, tmp_path / "out")
+    assert convert(release, tmp_path / "some" / "deep" / "out") == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_overwriting(root, run, tmp_path):
