@@ -28,7 +28,9 @@ from cfjax.objectives.stage import Loss
 from cfjax.rollout.self_forcing import SelfForcing
 
 CONTEXT_NOISE = float(sigma_table(1000, 5.0)[-1])  # what add_noise at t = 0 adds (quirk Q4)
-DMD_FRAMES = 21  # the reference rolls out 21 frames, whatever it is given (quirk Q37)
+# The reference rolls out 21 frames, whatever it is given (quirk Q37), of one clip at a time: its cache refresh
+# multiplies [B, F] by [B F].
+DMD_FRAMES, DMD_BATCH = 21, 1
 AUGMENT_FROM = 400
 
 
@@ -41,7 +43,7 @@ class Exits:
     first_steps: tuple[int, ...] = ()
     first: int = 2
     rest: int = 2
-    score_k: tuple[int, int] = (700, 301)
+    score_k: int = 700
 
 
 def _ours(loss: Loss, role: str, models: dict[str, Any], batch: dict, draws: dict) -> Arrays:
@@ -65,18 +67,19 @@ def _theirs(loss: torch.Tensor, network: torch.nn.Module) -> Arrays:
     }
 
 
-def _batch(subject: Subject, frames: int) -> dict[str, np.ndarray]:
+def _batch(subject: Subject, frames: int, clips: int = BATCH) -> dict[str, np.ndarray]:
     return {
-        "latents_BFHWC": subject.latents("clip", frames),
-        "text_BSE": subject.text(),
+        "latents_BFHWC": subject.latents("clip", frames)[:clips],
+        "text_BSE": subject.text()[:clips],
         "negative_text_SE": subject.negative_text,
     }
 
 
-def _texts(subject: Subject) -> dict[str, dict[str, torch.Tensor]]:
-    negative = np.broadcast_to(subject.negative_text[None], subject.text().shape)
+def _texts(subject: Subject, clips: int = BATCH) -> dict[str, dict[str, torch.Tensor]]:
+    positive = subject.text()[:clips]
+    negative = np.broadcast_to(subject.negative_text[None], positive.shape)
     return {
-        "conditional_dict": {"prompt_embeds": torch.tensor(subject.text())},
+        "conditional_dict": {"prompt_embeds": torch.tensor(positive)},
         "unconditional_dict": {"prompt_embeds": torch.tensor(negative.copy())},
     }
 
@@ -229,14 +232,15 @@ def _theirs_consistency(reference: Reference, subject: Subject, blocks: Blocks) 
 def _dmd_draws(subject: Subject, exits: Exits) -> dict[str, np.ndarray]:
     count = len(exits.blocks.spans(DMD_FRAMES))
     steps = max(len(exits.steps), len(exits.first_steps))
-    renoise = [subject.latents(f"renoise {j}", DMD_FRAMES) for j in range(max(steps - 1, 1))]
+    latents = lambda name: subject.latents(name, DMD_FRAMES)[:DMD_BATCH]  # noqa: E731
+    score_u = np.full((DMD_BATCH,), exits.score_k / 1000.0, np.float32)
     return {
-        "noise_BFHWC": subject.latents("noise", DMD_FRAMES),
-        "renoise_BFJHWC": np.stack(renoise, axis=2),
-        "context_BFHWC": subject.latents("context", DMD_FRAMES),
+        "noise_BFHWC": latents("noise"),
+        "renoise_BFJHWC": np.stack([latents(f"renoise {j}") for j in range(max(steps - 1, 1))], axis=2),
+        "context_BFHWC": latents("context"),
         "exit_N": np.array([exits.first] + [exits.rest] * (count - 1), np.int32),
-        "score_sigma_B": np.asarray(score_sigma(np.array(exits.score_k) / 1000.0, 5.0, 0.02, 0.98)),
-        "score_eps_BFHWC": subject.latents("score eps", DMD_FRAMES),
+        "score_sigma_B": np.asarray(score_sigma(score_u, 5.0, 0.02, 0.98)),
+        "score_eps_BFHWC": latents("score eps"),
     }
 
 
@@ -254,7 +258,7 @@ def _recorded(draws: dict[str, np.ndarray], exits: Exits) -> Iterator[torch.Tens
         for j in range(last):
             yield to_torch(draws["renoise_BFJHWC"][:, start:stop, j]).flatten(0, 1)
         yield to_torch(draws["context_BFHWC"][:, start:stop]).flatten(0, 1)
-    yield torch.tensor(exits.score_k)[:, None]
+    yield torch.full((DMD_BATCH, 1), exits.score_k)
     yield to_torch(draws["score_eps_BFHWC"])
 
 
@@ -266,7 +270,7 @@ def _ours_dmd(subject: Subject, exits: Exits, role: str) -> Arrays:
     config = DMDConfig(rolled, score_table_shift=8.0)
     loss = {"student": generator_loss, "critic": critic_loss}[role](config, exits.blocks)
     models = {name: subject.role(name) for name in ("student", "critic", "real_score")}
-    return _ours(loss, role, models, _batch(subject, DMD_FRAMES), _dmd_draws(subject, exits))
+    return _ours(loss, role, models, _batch(subject, DMD_FRAMES, DMD_BATCH), _dmd_draws(subject, exits))
 
 
 def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, role: str) -> Arrays:
@@ -286,13 +290,13 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, role: str)
     model._initialize_inference_pipeline()
     pipeline = model.inference_pipeline
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = subject.config.num_layers, sizes.tokens_per_frame
-    own, text = zero_caches(sizes, BATCH)
+    own, text = zero_caches(sizes, DMD_BATCH)
     pipeline._initialize_kv_cache = lambda **_: setattr(pipeline, "kv_cache1", own)
     pipeline._initialize_crossattn_cache = lambda **_: setattr(pipeline, "crossattn_cache", text)
     compute: Callable[..., Any] = {"student": model.generator_loss, "critic": model.critic_loss}[role]
-    shape = [BATCH, DMD_FRAMES, subject.config.in_dim, subject.case.height, subject.case.width]
+    shape = [DMD_BATCH, DMD_FRAMES, subject.config.in_dim, subject.case.height, subject.case.width]
     with reference.draws(*_recorded(_dmd_draws(subject, exits), exits)):
-        loss, _ = compute(shape, clean_latent=None, **_texts(subject))
+        loss, _ = compute(shape, clean_latent=None, **_texts(subject, DMD_BATCH))
         network = {"student": model.generator, "critic": model.fake_score}[role].model
         return _theirs(loss, network)
 
@@ -342,11 +346,13 @@ def dmd_probes(subject: Subject) -> list[Probe]:
     probes = []
     chunks = Exits(subject.blocks(DMD_FRAMES)[0])
     frames = Exits(Blocks(frames=1), steps=(1000, 500), first_steps=STEPS, first=3, rest=1)
-    bounds = Exits(chunks.blocks, first=0, rest=0, score_k=(970, 2))
+    upper = Exits(chunks.blocks, first=0, rest=0, score_k=970)
+    lower = Exits(chunks.blocks, first=0, rest=0, score_k=2)
     for role, name in (("student", "generator"), ("critic", "critic")):
         for exits, what in (
             (chunks, f"blocks of {chunks.blocks.frames}, exit at step 3 of 4"),
-            (bounds, f"blocks of {chunks.blocks.frames}, exit at step 1, score levels at their bounds"),
+            (upper, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.98"),
+            (lower, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.02"),
             (frames, "blocks of 1, 2 steps, first block 4"),
         ):
             probes.append(_probe("dmd", f"DMD {name}, {what}", _ours_dmd, _theirs_dmd, exits, role))

@@ -40,7 +40,8 @@ class DMDConfig:
       real_guidance, fake_guidance: w in pos + w (pos - neg), the "dmd" convention (quirk Q7); 0 is no guidance.
       score_shift, score_min, score_max: the level at which scores are compared (PyTorch reference).
       score_table_shift: the reference converts the scores' flows with a shift-8 table although it noised with shift 5
-        (quirk Q3); None uses the exact level, 8.0 is faithful.
+        (quirk Q3), and noises at the nearest entry of its table: the bounds are not in it, so a tenth of the draws is
+        noised at 0.9799 or 0.0197 and told 0.98 or 0.02. None uses the exact level throughout, 8.0 is faithful.
     """
 
     self_forcing: SelfForcing
@@ -124,17 +125,24 @@ def guided_x0(
     return guide(positive_x0, negative_x0, scale, "dmd")
 
 
-def noised_for_scores(x0: jax.Array, draws: Draws) -> tuple[jax.Array, jax.Array]:
+def noising_level(sigma_BF: jax.Array, config: DMDConfig) -> jax.Array:
+    """The level that videos are noised at when the scores are told `sigma_BF`; see `score_table_shift`."""
+    if config.score_table_shift is None:
+        return sigma_BF
+    return lookup(sigma_table(1000, config.score_shift), sigma_BF)
+
+
+def noised_for_scores(x0: jax.Array, draws: Draws, config: DMDConfig) -> tuple[jax.Array, jax.Array]:
     """(x_sigma, sigma_BF) at which the scores are compared: one level per clip, see `draw`."""
     sigma_BF = jnp.broadcast_to(draws["score_sigma_B"][:, None], x0.shape[:2])
-    return add_noise(x0, draws["score_eps_BFHWC"], sigma_BF), sigma_BF
+    return add_noise(x0, draws["score_eps_BFHWC"], noising_level(sigma_BF, config)), sigma_BF
 
 
 def distribution_gradient(
     x0: jax.Array, models: Models, batch: Batch, draws: Draws, config: DMDConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """g = (f - r) / mean|x0 - r| per sample (6.4): away from the student's own distribution; no gradient."""
-    x, sigma_BF = noised_for_scores(stop_gradient(x0), draws)
+    x, sigma_BF = noised_for_scores(stop_gradient(x0), draws, config)
     fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
     real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
     normaliser = jnp.mean(jnp.abs(x0 - real), axis=(1, 2, 3, 4), keepdims=True)
@@ -164,9 +172,9 @@ def critic_loss(config: DMDConfig, blocks: Blocks, role: str = "critic", student
         shape = batch["latents_BFHWC"].shape
         draws = draw(key, shape, config, blocks) if draws is None else draws
         x0 = student_video(models[student], batch, draws, config, blocks, gradient=False)
-        x, sigma_BF = noised_for_scores(x0, draws)
+        x, sigma_BF = noised_for_scores(x0, draws, config)
         fake_x0 = score_x0(models[role], x, sigma_BF, embed_text(models[role], batch["text_BSE"]), config)
-        flow = flow_from_x0(fake_x0, x, sigma_BF)
+        flow = flow_from_x0(fake_x0, x, noising_level(sigma_BF, config))
         return jnp.mean(jnp.square(flow - velocity(x0, draws["score_eps_BFHWC"]))), {}
 
     return loss

@@ -24,7 +24,7 @@ def generator_loss(config: DMDConfig, blocks: Blocks, *, alpha: float = 1.0, rol
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         draws = draw(key, batch["latents_BFHWC"].shape, config, blocks) if draws is None else draws
         x0 = student_video(models[role], batch, draws, config, blocks, gradient=True)
-        x, sigma_BF = noised_for_scores(x0, draws)
+        x, sigma_BF = noised_for_scores(x0, draws, config)
         fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
         real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
         difference = real - fake
