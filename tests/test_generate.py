@@ -1,0 +1,270 @@
+"""`cfjax generate` on a miniature Wan system, from release files to mp4: what it writes is what the library makes."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from cfjax.data.requests import Request, read_image, read_latents
+from cfjax.evaluation.video import to_uint8
+from cfjax.generate import encode_texts, tiled_decoder
+from cfjax.models.vae_tiling import decode_tiled
+from cfjax.models.wan import Wan, embed_text
+from cfjax.rollout.generate import ManyStep, generate_few_step
+from cfjax.rollout.stream import decode_step, seeded_noise
+from cfjax.runs import RESTING, Run, open_run
+from cfjax.training.checkpoint import load_role
+from cfjax.wan_world import WanWorld, placed_template
+from tests.commands import cfjax
+from tests.synthetic import write_causal_forcing_pt, write_taehv, write_wan_folder
+from tests.tiny import relative
+
+SIDE, FRAMES = 32, 21  # pixels; 6 latent frames: two blocks of 3
+PROMPTS = ("A surfer", "一只猫在冲浪")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """`wan`, the bidirectional release with both decoders and its world, and `dmd`, a few-step student beside it."""
+    root = tmp_path_factory.mktemp("wan")
+    quiet = {"progress": False, "latents": "(6,4,4)"}
+    release, taehv = write_wan_folder(root / "release", shards=1), write_taehv(root / "taew2_1.pth")
+    assert cfjax("convert", "convert.py", root / "wan", source=release, **quiet) == 0
+    assert cfjax("convert", "convert.py", root / "wan", source=taehv, **quiet) == 0
+    student, world = write_causal_forcing_pt(root / "dmd.pt"), root / "wan" / "world"
+    assert cfjax("convert", "convert.py:dmd", root / "dmd", source=student, world=world, **quiet) == 0
+    return root
+
+
+def generate(root: Path, workdir: Path, run: str = "dmd", **keys: object) -> int:
+    sizes = {"height": SIDE, "width": SIDE, "frames": FRAMES}
+    asked = {"run": root / run, "decoder": "tiny_vae", "precision": "float32", "progress": False, "save_latents": True}
+    return cfjax("generate", "generate.py:wan", workdir, **{**sizes, **asked, **keys})
+
+
+def written(workdir: Path, kind: str) -> list[Path]:
+    return sorted(workdir.glob(f"*{kind}"))
+
+
+def frames_of(file: Path) -> np.ndarray:
+    with av.open(str(file)) as container:
+        assert container.streams.video[0].average_rate == 16
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.fixture(scope="module")
+def run(root) -> Run:
+    return open_run(str(root / "dmd"), decoder="tiny_vae", precision="float32")
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Path:
+    """Three videos by two at a time: the second batch is filled up."""
+    (root / "prompts.txt").write_text("\n".join((*PROMPTS, PROMPTS[0])), encoding="utf-8")
+    workdir = root / "whole"
+    assert generate(root, workdir, prompts=root / "prompts.txt", seed=5, batch=2, text_cache=root / "cache") == 0
+    return workdir
+
+
+def test_text_to_video_is_the_samplers_latents_decoded(whole, run):
+    """Latents: the whole sampler on the rows that the world's encoder gives. Pixels: those latents decoded at once."""
+    assert isinstance(run.world, WanWorld)
+    noises = [seeded_noise(np.array([5, 5]))(i, (2, 3, 4, 4, 16), 4) for i in range(2)]
+    noise = jnp.concatenate([start for start, _ in noises], axis=1)
+    fresh = jnp.concatenate([jnp.moveaxis(between, 0, 2) for _, between in noises], axis=1)
+
+    @jax.jit
+    def sample(model, text, noise, fresh):
+        key = jax.random.key(0)
+        kv = embed_text(model, text)
+        return generate_few_step(model, noise, kv, key, run.sampler, run.blocks, renoise_BFJHWC=fresh)
+
+    latents = sample(run.model, run.world.encode_prompts(PROMPTS), noise, fresh)
+    *got, again = (read_latents(file) for file in written(whole, ".safetensors"))
+    error = relative(np.stack(got), latents)
+    print(f"verb vs sampler, latents: {error:.1e}")
+    assert error < 1e-5 and relative(again, got[0]) < 1e-5
+    decoded = to_uint8(np.asarray(jax.jit(lambda codec, x: codec.decode(x))(run.world.codec, jnp.stack(got))))
+    for file, pixels in zip(written(whole, ".mp4")[:2], decoded, strict=True):
+        shown = frames_of(file)
+        assert shown.shape == pixels.shape == (FRAMES, SIDE, SIDE, 3)
+        # H.264 keeps colour at half the resolution: brightness is what can be compared.
+        grey = [x.astype(np.float32) @ np.array([0.2126, 0.7152, 0.0722], np.float32) for x in (shown, pixels)]
+        assert np.abs(grey[0] - grey[1]).mean() < 6 < np.abs(grey[0] - grey[1][::-1]).mean()
+
+
+def test_settings_tell_everything_that_a_rate_depends_on(whole):
+    names = [file.name for file in written(whole, ".mp4")]
+    assert [name[:3] for name in names] == ["000", "001", "002"] and all(n.endswith("_seed5.mp4") for n in names)
+    record = json.loads((whole / "settings.json").read_text())
+    assert [video["prompt"] for video in record["videos"]] == [*PROMPTS, PROMPTS[0]]
+    assert [video["file"] for video in record["videos"]] == names
+    assert (record["network_calls"], record["batch"], record["decoder"]["name"]) == (10, 2, "tiny_vae")
+    assert record["run"]["stage"] == "dmd" and record["network"]["dim"] == 48 and record["versions"]["jax"]
+    assert record["latent_shape"] == [6, 4, 4, 16] and record["frames"] == FRAMES
+    # Two layers, keys and values, two videos, 6 frames of 4 tokens, width 48, float32; and 6 frame numbers.
+    assert record["kv_cache_bytes"] == 2 * 2 * 2 * 6 * 4 * 48 * 4 + 6 * 4
+    times, seconds = record["timings"], record["seconds"]
+    assert len(times["seconds_per_block"]) == 2 and len(times["first_frame_seconds"]) == 2
+    assert 0 < times["block_seconds"]["p50"] <= times["block_seconds"]["p95"] <= times["network_seconds"]
+    assert times["frames_per_second_with_decoder"] < times["frames_per_second_without_decoder"]
+    assert times["frames_per_second_without_decoder"] == pytest.approx(4 * FRAMES / times["network_seconds"])
+    assert seconds["compile"] + times["network_seconds"] + times["decode_seconds"] < seconds["total"]
+    with Image.open(whole / "contact_sheet.png") as sheet:
+        assert sheet.size == (8 * SIDE + 7 * 2, 3 * SIDE + 2 * 2)
+
+
+def test_an_extension_is_the_longer_video_and_the_text_encoder_stays_on_disk(root, whole, tmp_path):
+    """From a video's own latents and seed the verb makes the rest of it; a cached prompt needs no encoder weights."""
+    weights = root / "wan" / "world" / "text_encoder" / "checkpoints" / "0" / "state"
+    latents, keys = written(whole, ".safetensors")[0], {"prompt": "|".join(PROMPTS), "seed": 5, "given_frames": 3}
+    weights.rename(root / "away")
+    try:
+        assert generate(root, tmp_path, video=latents, text_cache=root / "cache", batch=2, **keys) == 0
+    finally:
+        (root / "away").rename(weights)
+    same, other = (read_latents(file) for file in written(tmp_path, ".safetensors"))
+    error = relative(same, read_latents(latents))
+    print(f"extension vs longer video: {error:.1e}")
+    assert error < 1e-5 < relative(other[3:], same[3:])  # another prompt goes on elsewhere
+    record = json.loads((tmp_path / "settings.json").read_text())
+    assert (record["given_frames"], record["network_calls"], len(frames_of(written(tmp_path, ".mp4")[0]))) == (9, 6, 21)
+
+
+def test_image_to_video_begins_with_the_encoded_picture(root, run, tmp_path):
+    """Given frame 0 is the picture through the Wan VAE, whatever decodes; the rest are blocks of 3 after it."""
+    y, x = np.mgrid[:60, :90]
+    picture = np.stack([x * 255 / 90, y * 255 / 60, 128 + 0 * x], axis=-1).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    keys = {"image": tmp_path / "picture.png", "frames": 13, "independent_first_frame": True}
+    assert generate(root, tmp_path / "out", **keys) == 0
+    latents = read_latents(written(tmp_path / "out", ".safetensors")[0])
+    world = WanWorld.load(root / "wan" / "world", with_text=False)
+    assert latents.shape == (4, 4, 4, 16)
+    encoded = world.encode(jnp.asarray(read_image(tmp_path / "picture.png", SIDE, SIDE)[None]))
+    np.testing.assert_array_equal(latents[:1], encoded[0])
+    record = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert (record["given_frames"], record["network_calls"]) == (1, 1 + 5)
+
+
+def test_the_bidirectional_release_generates_with_its_own_decoder(root, tmp_path):
+    """UniPC under guidance by the world's negative prompt, decoded by the Wan VAE; one frame is a picture."""
+    assert generate(root, tmp_path, run="wan", decoder="vae", frames=1, sampler__solver_steps=2) == 0
+    record = json.loads((tmp_path / "settings.json").read_text())
+    assert (record["network_calls"], record["kv_cache_bytes"], record["blocks"]) == (4, 0, None)
+    assert frames_of(written(tmp_path, ".mp4")[0]).shape == (1, SIDE, SIDE, 3)
+    world = WanWorld.load(root / "wan" / "world", with_text=False)
+    latents = jnp.asarray(read_latents(written(tmp_path, ".safetensors")[0]))[None]
+    pixels = to_uint8(np.asarray(decode_step(world.codec, latents, world.codec.init_state(1))[0]))[0]
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        np.testing.assert_array_equal(np.asarray(sheet), pixels[0])
+
+
+def test_tiles_overlap_by_a_quarter(root):
+    run = open_run(str(root / "wan"), with_text=False)
+    decode = tiled_decoder(ConfigDict({"tile": 256}), run)
+    assert decode.func is decode_tiled and decode.args == (run.world.codec,)
+    assert decode.keywords == {"tile": (256, 256), "stride": (192, 192), "frames": 1}
+    assert tiled_decoder(ConfigDict({"tile": 0}), run) is None
+
+
+@pytest.mark.parametrize("asked", ["", "blurry"])
+def test_a_guided_sampler_gets_the_negative_prompt(asked):
+    """The config's, or else the world's; encoded together with the prompts."""
+
+    class Lengths:
+        negative_prompt = "bad"
+
+        def encode_prompts(self, captions):
+            return np.array([[len(caption)] for caption in captions], np.float32)
+
+    requests = [Request("four", 0), Request("sixsix", 0), Request("four", 1)]
+    job = SimpleNamespace(run=SimpleNamespace(world=Lengths()), sampler=ManyStep(), requests=requests)
+    texts, negative, _ = encode_texts(ConfigDict({"negative_prompt": asked}), job)
+    assert texts == {"four": [4], "sixsix": [6]} and negative == [len(asked or "bad")]
+
+
+# ---- opening a run
+
+
+def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
+    """What enters a product in bfloat16 anyway is kept in it: not a bit of the flow changes."""
+    loaded = open_run(str(root / "dmd"), precision="bfloat16", with_text=False, decoder="tiny_vae").model
+    wide = load_role(root / "dmd", "student", placed_template(lambda: Wan(loaded.config, jax.random.key(0))))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded)} == {"bfloat16", "float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(wide)} == {"float32"}
+    latents, text = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 2, 4, 4, 16), (1, 8, 32)]))
+
+    @jax.jit
+    def flow(model, latents, text):
+        return model(latents, jnp.full((1, 2), 0.7), embed_text(model, text))
+
+    np.testing.assert_array_equal(flow(loaded, latents, text), flow(wide, latents, text))
+    moved = [pattern for pattern, rest in RESTING if rest == "compute"]
+    assert len(moved) == 3
+
+
+def test_a_run_tells_its_sizes_itself(run):
+    assert (run.stage, run.step, run.latent_shape, run.weights) == ("dmd", 0, (6, 4, 4, 16), "student")
+    assert (run.model.config.dim, run.model.config.text_dim, run.model.config.remat) == (48, 32, "none")
+    assert run.world.width == 32 and run.world.fps == 16 and "过曝" in run.world.negative_prompt
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"height": 40}, "height=40: needs a multiple of 16 pixels; use 32 or 48"),
+        ({"frames": 20}, "frames=20: blocks of 3 latent frames at 4 pixel frames each do not make it; use 9 or 21"),
+        ({"expect__stage": "ar_diffusion"}, "holds stage 'dmd', not stage='ar_diffusion'"),
+        ({"expect__block_frames": 1}, "generates blocks of 3, not block_frames=1"),
+        ({"run": "wan", "expect__block_frames": 3}, "is bidirectional, not block_frames=3"),
+        ({"run": "wan", "window": 9}, "window: this run is bidirectional"),
+        ({"window": 2}, "blocks.window=2 must hold the sink and one block: at least 3"),
+        ({"run": "wan", "image": "x.png"}, "is bidirectional: it makes all frames at once"),
+        ({"image": "x.png"}, "1 given latent frames end inside a block: give a multiple of 3, or independent_first"),
+        ({"image": "x.png", "video": "x.mp4"}, "image and video are both given"),
+        ({"image": "x.png", "independent_first_frame": True, "frames": 13}, "image='x.png': cannot read the picture"),
+        ({"sampler__guidance": 3.0}, "has a few-step sampler, which has no such setting"),
+        ({"decoder": "taehv"}, "decoder='taehv': use vae or tiny_vae"),
+        ({"tile": 64}, "only decoder=vae of a Wan world decodes in tiles"),
+        ({"world": "nowhere"}, "no Wan world here"),
+        ({"seed": -1}, "seed=-1: use 0 to 4294967295"),
+        ({"batch": 0}, "batch=0: use 1 or more"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(root, tmp_path, capsys, keys, told):
+    assert generate(root, tmp_path / "out", **keys) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_replaced(root, whole, capsys):
+    assert generate(root, whole, prompt="|".join(PROMPTS), seed=5) == 2
+    assert (
+        "and 3 more would be replaced; choose another --workdir or --config.overwrite=True" in capsys.readouterr().err
+    )
+
+
+def test_a_run_belongs_to_its_world(root, tmp_path, capsys):
+    """Another tokenizer is another world."""
+    world = tmp_path / "world"
+    shutil.copytree(root / "wan" / "world", world)
+    file = world / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    assert generate(root, tmp_path / "out", world=world) == 2
+    assert "was trained in another world than" in capsys.readouterr().err
+    shutil.rmtree(world / "tiny_vae")
+    assert generate(root, tmp_path / "out", world=world) == 2
+    assert "has no tiny_vae; add one with cfjax convert" in capsys.readouterr().err
