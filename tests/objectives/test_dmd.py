@@ -66,10 +66,10 @@ def reference_gradient(x0, draws, batch, config: DMDConfig, slopes=(0.7, -0.4)) 
     out = []
     for i, clip in enumerate(np.asarray(x0, np.float64)):
         sigma = float(draws["score_sigma_B"][i])
-        x = (1 - sigma) * clip + sigma * np.asarray(draws["score_eps_BFHWC"][i])
-        used = sigma
+        noised = used = sigma
         if config.score_table_shift == 8.0:
-            used = TABLE8[np.abs(TABLE8 - sigma).argmin()]
+            noised, used = (float(table[np.abs(table - sigma).argmin()]) for table in (TABLE5, TABLE8))
+        x = (1 - noised) * clip + noised * np.asarray(draws["score_eps_BFHWC"][i])
         positive, negative = float(jnp.mean(batch["text_BSE"][i])), float(jnp.mean(batch["negative_text_SE"]))
 
         def clean(slope, prompt, x=x, sigma=sigma, used=used):
