@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cfjax.comparison.case import Case, random_parts
-from cfjax.comparison.report import Check, exit_code, pick, run_checks, table, to_json, worst
+from cfjax.comparison.report import Check, exit_code, pick, run_checks, table, to_json, verdict
 from cfjax.core.cli import Flag, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
@@ -81,10 +81,7 @@ def main(argv: Sequence[str]) -> int:
     unfinished.write_text(to_json(rows, meta), encoding="utf-8")
     os.replace(unfinished, file)
     say(table(rows))
-    failed = sum(not row.ok for row in rows)
-    verdict = f"{failed} of {len(rows)} past their tolerance" if failed else f"all {len(rows)} within their tolerance"
-    closest = f"; nearest to its bound: {worst(rows).part}, {worst(rows).what}" if rows else "; nothing to compare"
-    say(f"{verdict}{closest}; {file}")
+    say(f"{verdict(rows)}; {file}")
     return exit_code(rows)
 
 
@@ -110,7 +107,7 @@ def checks_of(against: str | None, reference_dir: str) -> Mapping[str, Check[Cas
         raise UserError("--against is missing: --against=diffusers, or --against=reference --reference_dir=CLONE")
     missing = [name for name in NEEDS[against] if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--against={against} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise UserError(f"--against={against} needs {', '.join(missing)}: pip install 'cfjax[compare]'")
     if against == "diffusers":
         from cfjax.comparison.diffusers import CHECKS
 

@@ -34,7 +34,7 @@ class Row:
       tolerance: bound of `max_rel`, for the layers too.
       first_divergent_layer: the first layer past the tolerance, "" for none or when layers were not compared.
       note: what explains a difference, or why there is nothing to compare.
-      ok: everything within the tolerance.
+      ok: everything within the tolerance; also of a row that only says why the other side has no such thing (all nan).
     """
 
     part: str
@@ -187,7 +187,7 @@ def run_checks(
 def _cells(row: Row) -> tuple[str, ...]:
     number = lambda x: "-" if math.isnan(x) else f"{x:.1e}"  # noqa: E731
     return (
-        "ok" if row.ok else "FAIL",
+        ("-" if math.isnan(row.max_rel) else "ok") if row.ok else "FAIL",
         row.part,
         row.what,
         "x".join(map(str, row.shape)) or "scalar",
@@ -216,10 +216,21 @@ def worst(rows: Sequence[Row]) -> Row:
 
     def used(row: Row) -> float:
         if math.isnan(row.max_rel):
-            return math.inf
+            return -1.0 if row.ok else math.inf
         return row.max_rel / row.tolerance if row.tolerance else row.max_rel and math.inf
 
     return max(rows, key=lambda row: (not row.ok, used(row)))
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """How many rows agree, in words, and which comes nearest to its tolerance or lies furthest past it."""
+    compared = [row for row in rows if not (row.ok and math.isnan(row.max_rel))]
+    if not compared:
+        return "nothing was compared"
+    failed, name = sum(not row.ok for row in compared), f"{worst(compared).part}, {worst(compared).what}"
+    if failed:
+        return f"{failed} of {len(compared)} past their tolerance, worst: {name}"
+    return f"all {len(compared)} within their tolerance, nearest to it: {name}"
 
 
 def exit_code(rows: Sequence[Row]) -> int:

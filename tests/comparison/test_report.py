@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from cfjax.comparison.report import (
     run_checks,
     table,
     to_json,
+    verdict,
     worst,
 )
 from cfjax.core.errors import UserError
@@ -95,6 +97,15 @@ def test_rows_have_a_table_a_worst_and_an_exit_code():
     assert len({line.index("flow") for line in lines[1:]}) == 1  # aligned
     assert worst(rows) is rows[3] and worst(rows[:3]) is rows[2] and worst(rows[:2]) is rows[1]
     assert [exit_code(rows), exit_code(rows[:2]), exit_code([])] == [1, 0, 1]
+
+
+def test_what_the_other_side_lacks_is_told_and_neither_passes_nor_fails():
+    lacking = replace(row(X * np.nan, note="no such loss in this clone"), ok=True)
+    rows = [lacking, row(X + 1e-4)]
+    assert exit_code(rows) == 0 and worst(rows) is rows[1] and table(rows).splitlines()[1].startswith("-  ")
+    assert verdict(rows) == "all 1 within their tolerance, nearest to it: dit, flow"
+    assert verdict([*rows, row(X + 2.0)]) == "1 of 2 past their tolerance, worst: dit, flow"
+    assert verdict([lacking]) == verdict([]) == "nothing was compared"
 
 
 def test_json_keeps_everything_and_is_valid_where_numbers_are_not():
