@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +40,7 @@ from cfjax.rollout.clips import Clips, Times, cache_bytes, make_clips, timing_re
 from cfjax.rollout.generate import FewStep, ManyStep, network_calls
 from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
 from cfjax.rollout.stream import seeded_noise
-from cfjax.runs import Run, open_run
+from cfjax.runs import Run, load_weights, open_run
 from cfjax.wan_world import WanWorld
 from cfjax.world import World
 
@@ -81,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
         ema=c.ema,
         world=c.world,
         decoder=c.decoder,
+        decoder_precision=c.decoder_precision,
+        with_model=False,
         with_text=False,
         text_cache=c.text_cache,
         stage=c.expect.stage,
@@ -91,6 +94,9 @@ def main(argv: Sequence[str]) -> int:
     job = plan(c, run, requests, files)
     seconds = {"open": time.perf_counter() - begun}
     texts, negative, seconds["text"] = encode_texts(c, job)
+    loading = time.perf_counter()
+    job = replace(job, run=load_weights(run))
+    seconds["open"] += time.perf_counter() - loading
     programs, times = Programs(), []
     sheet: list[np.ndarray] = []
     for part, clips in generate_batches(c, job, texts, negative, programs):
@@ -292,6 +298,7 @@ def generate_batches(
                 job.sizes,
                 given_BFHWC=np.stack(first) if first else None,
                 decode_whole=tiled_decoder(c, job.run),
+                finish=to_uint8,
                 programs=programs,
                 progress=bar.update,
             )
@@ -325,7 +332,7 @@ def write_clips(c: ConfigDict, job: Job, numbers: range, clips: Clips, sheet: li
     """One mp4 per video (and its latents), and its row for the contact sheet."""
     for i, number in enumerate(numbers):
         file, request = job.files[number], job.requests[number]
-        pixels = to_uint8(clips.video_BPHWC[i])
+        pixels = clips.video_BPHWC[i]
         write_mp4(file, pixels, fps=c.fps, scale=c.scale)
         sheet.append(shrink(pick_frames(pixels[None], SHEET_FRAMES)[0], SHEET_WIDTH))
         if c.save_latents:
@@ -351,7 +358,7 @@ def settings(
         "config": c.to_dict(),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "device": {"platform": device.platform, "kind": device.device_kind, "used": 1, "there": jax.device_count()},
-        "run": {"name": run.name, "stage": run.stage, "step": run.step, "weights": run.weights},
+        "run": {"name": run.name, "stage": run.stage, "step": run.step, "averaged": run.averaged},
         "network": asdict(run.model.config),
         "world": run.world.fingerprint(),
         "decoder": {"name": c.decoder if isinstance(run.world, WanWorld) else "patch", "tile": c.tile},
@@ -366,6 +373,7 @@ def settings(
         "batch": job.batch,
         "kv_cache_bytes": cache_bytes(run.model, job.sampler, job.blocks, sizes, job.batch),
         "peak_device_bytes": memory.get("peak_bytes_in_use"),
+        "peak_host_bytes": peak_host_bytes(),
         "largest_program_temporary_bytes": programs.temporary_bytes,
         "seconds": seconds,
         "timings": timing_record(times, len(job.requests), frames - before, job.batch),
@@ -373,6 +381,15 @@ def settings(
             {"file": file.name, **asdict(request)} for file, request in zip(job.files, job.requests, strict=True)
         ],
     }
+
+
+def peak_host_bytes() -> int | None:
+    """The most memory that this process held, where the system tells."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def report(job: Job, workdir: Path, record: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.training.checkpoint import load_role, read_meta
-from cfjax.wan_world import RECORD, WanWorld, config_from_record, placed_template
+from cfjax.wan_world import RECORD, WanWorld, config_from_record, placed_template, read_record
 from cfjax.world import World, asset, shipped_world
 
 # Weights that enter the network in its compute dtype anyway may rest in it: same numbers, half the memory in bfloat16.
@@ -42,9 +42,12 @@ RESTING: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """A trained generator and what it needs to generate. `blocks` is None for a bidirectional one.
+    """A trained generator and what it needs to generate.
 
-    `weights` says which of the checkpoint's were taken: "student", or "student, averaged".
+    Attributes:
+      model: the network; shapes in place of weights until `load_weights`, when it was opened so.
+      blocks: None for a bidirectional one.
+      averaged: whether the weights are the checkpoint's averaged ones.
     """
 
     name: str
@@ -56,7 +59,7 @@ class Run:
     blocks: Blocks | None
     latent_shape: tuple[int, int, int, int]
     config: ConfigDict
-    weights: str = "student"
+    averaged: bool = False
 
     @property
     def toy(self) -> World:
@@ -99,6 +102,8 @@ def open_run(
     ema: bool = True,
     world: str = "",
     decoder: str = "vae",
+    decoder_precision: str = "",
+    with_model: bool = True,
     with_text: bool = True,
     text_cache: str = "",
     stage: str = "",
@@ -111,7 +116,9 @@ def open_run(
     Args:
       ema: averaged weights, when the run keeps them.
       world: a Wan world's folder; "" looks beside the run and where its record points.
-      decoder, with_text, text_cache: see `WanWorld.load`.
+      decoder, decoder_precision, with_text, text_cache: see `WanWorld.load`.
+      with_model: False leaves the network's weights on disk, for `load_weights`: text and network then need not fit
+        into memory together.
       stage, block_frames: what the run has to be; "" and 0 take it as it is.
       precision, attention: of the network, in place of the run's own.
 
@@ -130,23 +137,41 @@ def open_run(
         home = toy_world(c)
     else:
         folder = _find_world(Path(name), meta, world)
-        home = WanWorld.load(folder, decoder=decoder, with_text=with_text, text_cache=text_cache)
+        reading: dict[str, Any] = {
+            "decoder_precision": decoder_precision,
+            "with_text": with_text,
+            "text_cache": text_cache,
+        }
+        home = World.load(folder) if _is_toy(folder) else WanWorld.load(folder, decoder=decoder, **reading)
     if not exported and meta["world"] and meta["world"] != home.fingerprint():
-        where = home.path if isinstance(home, WanWorld) else f"{c.data.path}/world"
+        where = home.path if isinstance(home, WanWorld) else "its world's folder"
         raise UserError(f"run={name!r} was trained in another world than {where} now holds")
-    averaged = not exported and ema and "student" in c.ema
-    return Run(
+    run = Run(
         name=name,
         stage=meta["stage"],
         step=int(meta["step"]),
-        model=_load_model(name, _network(meta, precision, attention), exported is not None, averaged),
+        model=_template(_network(meta, precision, attention)),
         world=home,
         sampler=sampler_of(c),
         blocks=blocks,
         latent_shape=tuple(meta["latent_shape"]),
         config=c,
-        weights="student, averaged" if averaged else "student",
+        averaged=not exported and ema and "student" in c.ema,
     )
+    return load_weights(run) if with_model else run
+
+
+def load_weights(run: Run) -> Run:
+    """The run with the weights that its checkpoint has for the shapes of its network.
+
+    Raises:
+      UserError: they do not fit, or cannot be read.
+    """
+    if asset(run.name, META_FILE):
+        model = jax.tree.map(lambda x, like: x.astype(like.dtype), load_shipped(run.name, run.model), run.model)
+    else:
+        model = load_role(run.name, "student", run.model, ema=run.averaged)
+    return replace(run, model=model)
 
 
 def _blocks_of(name: str, meta: Mapping[str, Any], c: ConfigDict, stage: str, block_frames: int) -> Blocks | None:
@@ -167,20 +192,22 @@ def _network(meta: Mapping[str, Any], precision: str, attention: str) -> WanConf
     return replace(config, remat="none", precision=policy, attention=attention or config.attention)
 
 
-def _load_model(name: str, config: WanConfig, exported: bool, averaged: bool) -> Wan:
-    """The student, its weights in the dtype that they are used in."""
+def _template(config: WanConfig) -> Wan:
+    """The network's shapes, each in the dtype that its weights are used in."""
     template = placed_template(lambda: Wan(config, jax.random.key(0)))
     rests = {"compute": config.precision.compute, "float32": "float32"}
     dtypes = {leaf: jnp.dtype(rests[rest]) for leaf, rest in match(RESTING, named_leaves(template)).items()}
-    if exported:
-        return map_named(lambda leaf, x: x.astype(dtypes[leaf]), load_shipped(name, template))
-    template = map_named(lambda leaf, x: x.update(dtype=dtypes[leaf]), template)
-    return load_role(name, "student", template, ema=averaged)
+    return map_named(lambda leaf, x: x.update(dtype=dtypes[leaf]), template)
+
+
+def _is_toy(world: Path) -> bool:
+    return "kind" not in json.loads((world / RECORD).read_text(encoding="utf-8"))
 
 
 def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:
     """The folder of a run's Wan world: given, recorded (beside the run or a path), or beside the run."""
     if given:
+        read_record(given)
         return Path(given)
     recorded = str(meta.get("world_path", ""))
     places = [run / recorded, Path(recorded)] if recorded else []

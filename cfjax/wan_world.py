@@ -11,7 +11,7 @@ bfloat16) only when a caption is not in the embedding cache, and it is freed aga
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,8 +64,8 @@ def placed_template(make: Callable[[], M], dtype: str = "") -> M:
     return jax.tree.map(leaf, jax.eval_shape(make))
 
 
-def load_codec(path: str | Path, decoder: str) -> Codec:
-    """The Wan VAE ("vae") or the tiny one ("tiny_vae") of the world at `path`.
+def load_codec(path: str | Path, decoder: str, precision: str = "") -> Codec:
+    """The Wan VAE ("vae") or the tiny one ("tiny_vae") of the world at `path`; `precision` in place of its own.
 
     Raises:
       UserError: an unknown name, or the world has none.
@@ -79,9 +79,15 @@ def load_codec(path: str | Path, decoder: str) -> Codec:
     key = jax.random.key(0)
     if decoder == "vae":
         config = config_from_record(VAEConfig, values)
+        config = replace(config, precision=_policy(config.precision, precision))
         return load_role(folder, decoder, placed_template(lambda: WanVAE(config, key)))
     tiny_config = config_from_record(TinyVAEConfig, values)
+    tiny_config = replace(tiny_config, precision=_policy(tiny_config.precision, precision))
     return load_role(folder, decoder, placed_template(lambda: TinyVAE(tiny_config, key)))
+
+
+def _policy(own: Policy, precision: str) -> Policy:
+    return replace(own, compute=precision) if precision else own
 
 
 def load_text(path: str | Path, length: int) -> TextEncoder:
@@ -139,9 +145,19 @@ class WanWorld:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, decoder: str = "vae", with_text: bool = True, text_cache: str | Path = ""
+        cls,
+        path: str | Path,
+        *,
+        decoder: str = "vae",
+        decoder_precision: str = "",
+        with_text: bool = True,
+        text_cache: str | Path = "",
     ) -> "WanWorld":
         """Reads what `cfjax convert` wrote.
+
+        Args:
+          decoder: "vae" or "tiny_vae".  decoder_precision: of its products, "" as recorded.
+          with_text: keep the text encoder in memory.  text_cache: folder of embeddings, "" for none.
 
         Raises:
           UserError: no world there, or a part is missing.
@@ -150,7 +166,7 @@ class WanWorld:
         length = int(record["text_length"])
         return cls(
             path=folder,
-            codec=load_codec(folder, decoder),
+            codec=load_codec(folder, decoder, decoder_precision),
             text=load_text(folder, length) if with_text else None,
             text_length=length,
             width=int(_text_record(folder)["model"]["dim"]),

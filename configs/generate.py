@@ -25,6 +25,7 @@ def get_config(arg: str = ""):
             "ema": True,  # averaged weights, when the run keeps them
             "world": "",  # a Wan world's folder; "": beside the run
             "decoder": "vae",  # or tiny_vae
+            "decoder_precision": "",  # float32, bfloat16 (PyTorch reference); "": as recorded
             "precision": "",  # of the network's matrix products: float32, bfloat16; "": the run's own
             "attention": "",  # auto, xla, cudnn; "": the run's own
             "expect": ConfigDict({"stage": "", "block_frames": 0}),  # what the run has to be

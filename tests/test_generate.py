@@ -13,15 +13,16 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from cfjax.core.errors import UserError
 from cfjax.data.requests import Request, read_image, read_latents
-from cfjax.evaluation.video import to_uint8
+from cfjax.evaluation.video import to_uint8, write_mp4
 from cfjax.generate import encode_texts, tiled_decoder
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.models.wan import Wan, embed_text
 from cfjax.rollout.generate import ManyStep, generate_few_step
 from cfjax.rollout.stream import decode_step, seeded_noise
 from cfjax.runs import RESTING, Run, open_run
-from cfjax.training.checkpoint import load_role
+from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
 from cfjax.wan_world import WanWorld, placed_template
 from tests.commands import cfjax
 from tests.synthetic import write_causal_forcing_pt, write_taehv, write_wan_folder
@@ -151,6 +152,14 @@ def test_image_to_video_begins_with_the_encoded_picture(root, run, tmp_path):
     assert latents.shape == (4, 4, 4, 16)
     encoded = world.encode(jnp.asarray(read_image(tmp_path / "picture.png", SIDE, SIDE)[None]))
     np.testing.assert_array_equal(latents[:1], encoded[0])
+    # A video of which the last frame is that picture: the same, but for what H.264 loses.
+    shown = np.repeat(to_uint8(read_image(tmp_path / "picture.png", SIDE, SIDE)), 3, axis=0)
+    write_mp4(tmp_path / "clip.mp4", np.concatenate([255 - shown[:2], shown[:1]]), fps=16)
+    keys = {"video": tmp_path / "clip.mp4", "given_frames": 1, "frames": 13, "independent_first_frame": True}
+    assert generate(root, tmp_path / "video", **keys) == 0
+    error = relative(read_latents(written(tmp_path / "video", ".safetensors")[0])[:1], latents[:1])
+    print(f"given frame from a video vs from its picture: {error:.1e}")
+    assert 0 < error < 0.1
     record = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert (record["given_frames"], record["network_calls"]) == (1, 1 + 5)
 
@@ -213,9 +222,26 @@ def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
 
 
 def test_a_run_tells_its_sizes_itself(run):
-    assert (run.stage, run.step, run.latent_shape, run.weights) == ("dmd", 0, (6, 4, 4, 16), "student")
+    assert (run.stage, run.step, run.latent_shape, run.averaged) == ("dmd", 0, (6, 4, 4, 16), False)
     assert (run.model.config.dim, run.model.config.text_dim, run.model.config.remat) == (48, 32, "none")
     assert run.world.width == 32 and run.world.fps == 16 and "过曝" in run.world.negative_prompt
+
+
+def test_runs_trained_here_open_too(root, run, tmp_path):
+    """With a world that the record names or the flag; the sizes are the record's, the weights averaged or not."""
+    meta = read_meta(root / "dmd")
+    meta["config"]["ema"] = {"student": {"decay": 0.99, "start": 0}}
+    store = CheckpointStore(tmp_path / "run")
+    state = {"params": {"student": run.model}, "ema": {"student": jax.tree.map(lambda x: 2 * x, run.model)}}
+    store.save(7, state, None, {**meta, "world_path": "", "config": {**meta["config"]}})
+    store.close()
+    where = {"world": str(root / "wan" / "world"), "with_text": False, "precision": "float32"}
+    with pytest.raises(UserError, match=r"has no Wan world .* name one with --config\.world=FOLDER"):
+        open_run(str(tmp_path / "run"))
+    for ema, factor in ((True, 2), (False, 1)):
+        opened = open_run(str(tmp_path / "run"), ema=ema, **where)
+        assert (opened.step, opened.averaged) == (7, ema)
+        jax.tree.map(lambda a, b, k=factor: np.testing.assert_array_equal(a, k * b), opened.model, run.model)
 
 
 # ---- mistakes

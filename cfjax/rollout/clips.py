@@ -50,7 +50,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Clips:
-    """Some videos, their latents, and what they cost."""
+    """Some videos (as `make_clips` was told to finish them), their latents, and what they cost."""
 
     video_BPHWC: np.ndarray
     latents_BFHWC: np.ndarray
@@ -93,6 +93,7 @@ def make_clips(
     *,
     given_BFHWC: np.ndarray | None = None,
     decode_whole: Callable[[jax.Array], jax.Array] | None = None,
+    finish: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
     programs: Programs | None = None,
     progress: Callable[[], Any] = lambda: None,
 ) -> Clips:
@@ -101,6 +102,7 @@ def make_clips(
     Args:
       noise: by block, see `stream_latents`; a bidirectional sampler takes block 0 of all frames.
       decode_whole: decodes finished latents (tiled, say) in place of the codec's stream.
+      finish: what is kept of a piece of video on the host, such as its bytes; not on the clock.
       programs: keeps what is compiled for the next batch.
       progress: called after each block.
     """
@@ -124,8 +126,10 @@ def make_clips(
     def decode(x0: jax.Array) -> None:
         nonlocal state
         pixels, state = programs(decode_step, codec, x0, state)
-        video.append(np.asarray(pixels))
+        pixels = np.asarray(pixels)
         decoded.append(clock.lap())
+        video.append(finish(pixels))
+        clock.lap()
 
     if given is not None:
         latents.append(given)
@@ -140,8 +144,9 @@ def make_clips(
         progress()
     whole = jnp.concatenate(latents, axis=1)
     if decode_whole is not None:
-        video.append(np.asarray(decode_whole(whole)))
+        pixels = np.asarray(decode_whole(whole))
         decoded.append(clock.lap())
+        video.append(finish(pixels))
         first = text_seconds + sum(network) + sum(decoded)
     return Clips(np.concatenate(video, axis=1), np.asarray(whole), Times(text_seconds, network, decoded, first))
 
