@@ -24,9 +24,8 @@ from cfjax.core.precision import F32
 from cfjax.experiment import META_FILE, load_shipped
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
-from cfjax.runs import _find_world
 from cfjax.training.checkpoint import FOLDER, load_role, read_meta
-from cfjax.wan_world import config_from_record, load_codec, load_text, placed_template, read_record
+from cfjax.wan_world import RECORD, config_from_record, load_codec, load_text, placed_template, read_record
 from cfjax.world import asset
 
 DESCRIPTION = """Compares cfjax with an independent PyTorch implementation: the same weights, inputs, noise and times
@@ -44,6 +43,7 @@ FLAGS = (
 )
 NEEDS = {"diffusers": ("torch", "diffusers", "transformers"), "reference": ("torch",)}
 PACKAGES = ("cfjax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
+WORLD = "world"
 VAE_STRIDE = 8
 SIDE = 16  # pixels per patch of latents
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     file = Path(flags["json"] or workdir / "compare.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
-    say(f"cfjax on {device.device_kind} against {flags['against']}, weights: {c.run or f'random, {c.random} sizes'}")
+    say(f"cfjax on {device.device_kind} against {flags['against']}, weights: {_whose(c)}")
     # Accelerators multiply float32 matrices in fewer bits unless they are told not to.
     with jax.default_matmul_precision("highest"):
         rows, seconds = run_checks(chosen, case, say, strict=bool(flags["only"]))
@@ -83,6 +83,11 @@ def main(argv: Sequence[str]) -> int:
     say(table(rows))
     say(f"{verdict(rows)}; {file}")
     return exit_code(rows)
+
+
+def _whose(c: ConfigDict) -> str:
+    named = ", ".join(name for name in (c.run, c.world) if name)
+    return named or f"random, {c.random} sizes"
 
 
 def versions() -> dict[str, str]:
@@ -131,9 +136,13 @@ def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
     for name in ("height", "width"):
         if c[name] % SIDE:
             raise UserError(f"--config.{name}={c[name]}: a video's sides are multiples of {SIDE} pixels")
-    parts = _run_parts(c) if c.run else {**random_parts(c.random, seed), "tokenizer": "", "blocks": Blocks()}
+    nothing: dict[str, Any] = {"dit": None, "vae": None, "text_encoder": None, "tokenizer": "", "blocks": Blocks()}
+    if c.run:
+        parts = _run_parts(c)
+    else:
+        parts = _world_parts(Path(c.world)) if c.world else random_parts(c.random, seed)
     return Case(
-        **parts,
+        **(nothing | parts),
         frames=c.frames,
         height=c.height // VAE_STRIDE,
         width=c.width // VAE_STRIDE,
@@ -145,7 +154,7 @@ def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
 
 
 def _run_parts(c: ConfigDict) -> dict[str, Any]:
-    """The parts of a run and of its Wan world; a run of a toy world, or a shipped teacher, has a network only."""
+    """The parts of a run and of its Wan world; without one, a network only."""
     record = asset(c.run, META_FILE)
     if record is None and not Path(c.run).is_dir():
         raise UserError(f"--config.run={c.run}: no such run directory, and no shipped teacher of that name")
@@ -159,14 +168,23 @@ def _run_parts(c: ConfigDict) -> dict[str, Any]:
         template = placed_template(lambda: Wan(network, jax.random.key(0)))
         return load_shipped(c.run, template) if record else load_role(c.run, c.role, template, ema=averaged)
 
-    parts: dict[str, Any] = {"dit": dit, "vae": None, "text_encoder": None, "tokenizer": ""}
-    parts["blocks"] = Blocks(**meta["blocks"])
-    toy = bool(record) or bool(meta["config"]["data"]["source"])
-    return parts if toy and not c.world else parts | _world_parts(_find_world(Path(c.run), meta, c.world))
+    world = Path(c.world) if c.world else _find_world(Path(c.run), str(meta.get("world_path", "")))
+    return {"dit": dit, "blocks": Blocks(**meta["blocks"])} | (_world_parts(world) if world else {})
+
+
+def _find_world(run: Path, recorded: str) -> Path | None:
+    """The run's Wan world, where its record points or beside it; None if there is none, as of a toy's run."""
+    places = [run / recorded, Path(recorded), run / WORLD] if recorded else [run / WORLD]
+    here = (place for place in places if (place / RECORD).is_file())
+    return next((place for place in here if "kind" in json.loads((place / RECORD).read_text("utf-8"))), None)
 
 
 def _world_parts(world: Path) -> dict[str, Any]:
-    """Autoencoder, text encoder and tokenizer of a Wan world, as far as it has them."""
+    """Autoencoder, text encoder and tokenizer of a Wan world, as far as it has them.
+
+    Raises:
+      UserError: there is no Wan world.
+    """
     length = int(read_record(world)["text_length"])
     have = lambda part: (world / part / FOLDER).is_dir()  # noqa: E731
     return {

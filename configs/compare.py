@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 def get_config():
     """Whose weights, and the sizes of the inputs that networks are tried on (small ones tell as much as large ones).
 
-    `run`: a run directory, converted or trained, or a shipped teacher ("" for random weights); `world`: its Wan world,
-    "" for where the run says; `role`, `ema`: which of the run's networks, and whether its average where there is one;
-    `random`: sizes of random weights, "toy" or "full" (Wan 1.3B, its VAE and text encoder); `frames`: latent frames;
-    `height`, `width`: pixels; `text_length`: text rows; `steps`: of the many-step sampler.
+    `run`: a run directory, converted or trained, or a shipped teacher; `world`: its Wan world ("": where the run says).
+    Without a run, the world's own parts are compared; without either, random weights.
+    `role`, `ema`: which of the run's networks, and whether its average where there is one; `random`: sizes of random
+    weights, "toy" or "full" (Wan 1.3B, its VAE and text encoder; the latter needs 50 GB of memory); `frames`: latent
+    frames; `height`, `width`: pixels; `text_length`: text rows; `steps`: of the many-step sampler.
     """
     return ConfigDict(
         {

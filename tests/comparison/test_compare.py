@@ -127,6 +127,12 @@ def test_tolerance_overrides_each_checks_own(run, tmp_path, capsys):
     assert "5 of 5 past their tolerance" in capsys.readouterr().out
 
 
+def test_a_world_without_a_run_has_parts_to_compare(run, tmp_path, capsys):
+    code, rows = run_compare(tmp_path, "--only=tokenizer", world=run / "world")
+    assert code == 0 and rows.keys() == {"tokenizer: ids", "tokenizer: mask"}
+    assert f"weights: {run / 'world'}" in capsys.readouterr().out
+
+
 def complaint(capsys, *args: str, **keys: object) -> str:
     """The one line that a mistaken command gets."""
     config = [f"--config={ROOT}/configs/compare.py", *(f"--config.{name}={value}" for name, value in keys.items())]
@@ -146,6 +152,9 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys):
     assert "use toy or full" in complaint(capsys, against, workdir, random="huge")
     assert "no such run" in complaint(capsys, against, workdir, run=tmp_path / "none")
     assert "holds student" in complaint(capsys, against, workdir, run=run, role="critic")
+    assert "no Wan world here" in complaint(capsys, against, workdir, world=tmp_path)
+    assert "--only=vae: there is no VAE" in complaint(capsys, against, workdir, "--only=vae", run="toy_teacher")
+    assert "--only=dit: there is no dit" in complaint(capsys, against, workdir, "--only=dit", world=run / "world")
     assert "--only=tokenizer: there is no tokenizer" in complaint(capsys, against, workdir, "--only=tokenizer")
     assert "needs --reference_dir" in complaint(capsys, "--against=reference", workdir)
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None if name == "diffusers" else name)
