@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     for each in source.found:
         _describe(each)
     if source.ignored:
-        say(f"  left out: {', '.join(source.ignored)} (no weights)")
+        say(f"  left out: {', '.join(source.ignored)}")
     total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
     partial = workdir.with_name(f".{workdir.name}.{os.getpid()}.partial")
     made = [folder for folder in partial.parents if not folder.exists()]
@@ -96,7 +96,8 @@ def _open(c: ConfigDict) -> Source:
     if (path / FOLDER).is_dir() or (path / WORLD / RECORD).is_file():
         if c.to == "orbax":
             raise UserError(f"--config.source={c.source} is a run directory already; say what to write by --config.to")
-        return open_run_source(path, parts=parts, key=c.key, world=c.world)
+        source = open_run_source(path, parts=parts, key=c.key, world=c.world)
+        return source if parts else _held_by(c.to, source)
     assumed = None
     if c.world:
         read_record(c.world)
@@ -104,6 +105,17 @@ def _open(c: ConfigDict) -> Source:
             models = read_meta(Path(c.world).parent)["models"]
             assumed = config_json_wan(config_from_record(WanConfig, models["student"]), "original")
     return open_source(path, parts=parts, key=c.key, assumed=assumed)
+
+
+def _held_by(to: str, source: Source) -> Source:
+    """What `to` is for when nobody named parts: a .pt is the transformers alone, diffusers knows no tiny decoder."""
+    left = {"pt": ("vae", "text_encoder", "tiny_vae"), "diffusers": ("tiny_vae",)}.get(to, ())
+    kept = [found for found in source.found if found.network.kind not in left]
+    if not kept or len(kept) == len(source.found):
+        return source
+    dropped = sorted({found.network.kind for found in source.found} & set(left))
+    tokenizer = source.tokenizer if any(found.network.kind == "text_encoder" for found in kept) else None
+    return Source(kept, tokenizer, [*source.ignored, *(f"{kind} (asked for by --config.parts)" for kind in dropped)])
 
 
 def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", world: str = "") -> Source:

@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
         {
             "source": "",  # folder or file
             "to": "orbax",  # a run directory; or pt, safetensors, diffusers
-            "parts": "",  # some of dit,vae,text_encoder,tiny_vae; "": all there are
+            "parts": "",  # some of dit,vae,text_encoder,tiny_vae; "": all there are that `to` is for
             "key": "",  # entry of a .pt: generator, generator_ema, critic; "": all, generator or else the average first
             "world": "",  # folder of a converted world, where the source has no VAE and text encoder
             "latents": (21, 60, 104),  # frames, height, width that the model is made for: 81 frames of 480 x 832

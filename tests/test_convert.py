@@ -135,7 +135,7 @@ def test_stages(root, run, arg):
 
 
 def test_back_out_to_the_reference(student, root, capsys):
-    assert convert(student, root / "reference", to="pt", parts="dit") == 0
+    assert convert(student, root / "reference", to="pt") == 0
     assert "207 tensors, 271,152 parameters" in capsys.readouterr().out
     state = torch.load(root / "reference" / "model.pt", weights_only=True)
     assert sorted(state) == ["critic", "generator", "generator_ema"]
@@ -190,7 +190,7 @@ def test_mistakes(release, run, root, tmp_path, capsys):
     assert "tiny_vae exists" in mistake(capsys, root / "taew2_1.pth", run)
     assert "holds no tiny_vae" in mistake(capsys, release, out, parts="tiny_vae")
     assert "--config.key=critic" in mistake(capsys, run, out, to="pt", key="critic")
-    assert "tiny_vae has no diffusers layout" in mistake(capsys, run, out, to="diffusers")
+    assert "tiny_vae has no diffusers layout" in mistake(capsys, run, out, to="diffusers", parts="dit,tiny_vae")
 
 
 def test_broken_sources_leave_nothing(release, tmp_path, capsys, monkeypatch):

@@ -52,4 +52,4 @@ def test_every_command_of_the_wan_and_compare_pages_runs(folder, monkeypatch):
         small = [] if any(word.startswith("--check") for word in command) else SMALL.get(command[0], [])
         assert main([*command, *small]) == 0, shlex.join(["cfjax", *command])
     assert list((folder / "runs" / "videos").glob("*.mp4")) and (folder / "runs" / "videos" / "settings.json").exists()
-    assert (folder / "exported" / "causal_forcing.pt").exists()
+    assert (folder / "exported" / "causal_forcing" / "model.pt").exists()
