@@ -332,3 +332,14 @@ def test_a_video_follows_its_own_seed_alone():
     np.testing.assert_array_equal(fresh[:, 1:], alone_fresh)
     draws = [pair[0], pair[1], fresh[0, 0], fresh[1, 0], seeded_noise(np.array([3, 4], np.uint32))(2, shape, 3)[0][0]]
     assert len({np.asarray(draw).tobytes() for draw in draws}) == len(draws)
+
+
+def test_a_windowed_stream_of_any_length_is_one_program():
+    """Its cache has the window's slots, so a longer video begins as the shorter one does and compiles nothing."""
+    short = streamed(FewStep(FOUR), WINDOW)
+    before = stream_module._next_block._cache_size()
+    sizes = {"num_frames": 2 * FRAMES, "latent_shape": SHAPE[2:], "batch": BATCH}
+    long = list(stream(tiny(), Plain(), text_kv(), KEY, FewStep(FOUR), WINDOW, **sizes))
+    assert stream_module._next_block._cache_size() == before
+    assert joined(long).shape[1] == 2 * FRAMES
+    np.testing.assert_array_equal(joined(long)[:, :FRAMES], joined(short))
