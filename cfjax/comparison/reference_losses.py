@@ -24,6 +24,7 @@ from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion
 from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
+from cfjax.objectives.sid import generator_loss as sid_loss
 from cfjax.objectives.stage import Loss
 from cfjax.rollout.self_forcing import SelfForcing
 
@@ -102,7 +103,7 @@ def _model(reference: Reference, module: str, name: str, sizes: Sizes, args: Sim
     start = cls._initialize_models
     if "device" not in inspect.signature(start).parameters:  # Self-Forcing: its base class passes one all the same
 
-        def started(self: Any, args: Any, _: Any) -> None:
+        def started(self: Any, args: Any, device: Any) -> None:
             start(self, args)
             self.scheduler = self.generator.get_scheduler()
 
@@ -262,25 +263,29 @@ def _recorded(draws: dict[str, np.ndarray], exits: Exits) -> Iterator[torch.Tens
     yield to_torch(draws["score_eps_BFHWC"])
 
 
-def _ours_dmd(subject: Subject, exits: Exits, role: str) -> Arrays:
+def _ours_dmd(subject: Subject, exits: Exits, which: str) -> Arrays:
     levels = lambda steps: tuple(map(float, warp_steps(steps, 5.0))) if steps else ()  # noqa: E731
     rolled = SelfForcing(
         levels(exits.steps), levels(exits.first_steps), context_noise=CONTEXT_NOISE, kv_gradient="straight_through"
     )
     config = DMDConfig(rolled, score_table_shift=8.0)
-    loss = {"student": generator_loss, "critic": critic_loss}[role](config, exits.blocks)
+    make: Any = {"dmd": generator_loss, "sid": sid_loss, "critic": critic_loss}[which]
+    role = "critic" if which == "critic" else "student"
     models = {name: subject.role(name) for name in ("student", "critic", "real_score")}
-    return _ours(loss, role, models, _batch(subject, DMD_FRAMES, DMD_BATCH), _dmd_draws(subject, exits))
+    batch, draws = _batch(subject, DMD_FRAMES, DMD_BATCH), _dmd_draws(subject, exits)
+    return _ours(make(config, exits.blocks), role, models, batch, draws)
 
 
-def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, role: str) -> Arrays:
+def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str) -> Arrays:
     sizes = reference_sizes(subject, DMD_FRAMES, exits.blocks)
     args = _args(
         sizes, denoising_step_list=list(exits.steps), denoising_step_list_first_chunk=list(exits.first_steps) or None,
         same_step_across_blocks=True, last_step_only=False, num_training_frames=DMD_FRAMES, context_noise=0,
         ts_schedule=False, denoising_loss_type="flow",
     )  # fmt: skip
-    model = _model(reference, "model.dmd", "DMD", sizes, args)
+    module, name = ("model.sid", "SiD") if which == "sid" else ("model.dmd", "DMD")
+    model = _model(reference, module, name, sizes, args)
+    model.num_training_frames, model.min_score_timestep = DMD_FRAMES, 0  # SiD's constructor leaves them out (quirk Q24)
     if exits.first_steps and not hasattr(model, "denoising_step_list_first_chunk"):
         raise NotThere(f"not in this clone ({reference.name}): a step list of its own for the first block")
     for network, name in ((model.generator, "student"), (model.fake_score, "critic"), (model.real_score, "real_score")):
@@ -293,12 +298,11 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, role: str)
     own, text = zero_caches(sizes, DMD_BATCH)
     pipeline._initialize_kv_cache = lambda **_: setattr(pipeline, "kv_cache1", own)
     pipeline._initialize_crossattn_cache = lambda **_: setattr(pipeline, "crossattn_cache", text)
-    compute: Callable[..., Any] = {"student": model.generator_loss, "critic": model.critic_loss}[role]
+    compute: Callable[..., Any] = model.critic_loss if which == "critic" else model.generator_loss
     shape = [DMD_BATCH, DMD_FRAMES, subject.config.in_dim, subject.case.height, subject.case.width]
     with reference.draws(*_recorded(_dmd_draws(subject, exits), exits)):
         loss, _ = compute(shape, clean_latent=None, **_texts(subject, DMD_BATCH))
-        network = {"student": model.generator, "critic": model.fake_score}[role].model
-        return _theirs(loss, network)
+        return _theirs(loss, (model.fake_score if which == "critic" else model.generator).model)
 
 
 def _probe(part: str, what: str, ours: Callable, theirs: Callable, *args: Any, note: str = "") -> Probe:
@@ -342,18 +346,19 @@ def consistency_probes(subject: Subject) -> list[Probe]:
 
 
 def dmd_probes(subject: Subject) -> list[Probe]:
-    """Distribution matching: generator and critic, at inner levels and at the bounds, with a first-block list."""
+    """Distribution matching: generator and critic, at inner levels and at the bounds, with a first-block list; SiD."""
     probes = []
     chunks = Exits(subject.blocks(DMD_FRAMES)[0])
     frames = Exits(Blocks(frames=1), steps=(1000, 500), first_steps=STEPS, first=3, rest=1)
     upper = Exits(chunks.blocks, first=0, rest=0, score_k=970)
     lower = Exits(chunks.blocks, first=0, rest=0, score_k=2)
-    for role, name in (("student", "generator"), ("critic", "critic")):
+    for which, name in (("dmd", "DMD generator"), ("critic", "critic")):
         for exits, what in (
             (chunks, f"blocks of {chunks.blocks.frames}, exit at step 3 of 4"),
             (upper, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.98"),
             (lower, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.02"),
             (frames, "blocks of 1, 2 steps, first block 4"),
         ):
-            probes.append(_probe("dmd", f"DMD {name}, {what}", _ours_dmd, _theirs_dmd, exits, role))
-    return probes
+            probes.append(_probe("dmd", f"{name}, {what}", _ours_dmd, _theirs_dmd, exits, which))
+    what = f"SiD generator, blocks of {chunks.blocks.frames}, exit at step 3 of 4"
+    return [*probes, _probe("dmd", what, _ours_dmd, _theirs_dmd, chunks, "sid")]
