@@ -122,8 +122,18 @@ def few_step(steps: tuple = (1000, 750, 500, 250), first_steps: tuple = ()) -> C
     return ConfigDict({"kind": "few_step", "steps": steps, "first_steps": first_steps, "shift": 5.0})
 
 
+def guard() -> ConfigDict:
+    """What is sampled every `sample_every` steps to warn of a collapse (cfjax/monitor.py); `world` decodes Wan latents
+    ("": the one that the dataset was made in)."""
+    return ConfigDict({"enabled": True, "prompts": 4, "seeds": 3, "world": ""})
+
+
 def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
-    """What every experiment has; the config adds roles, data, objective, optim, ema and sampler."""
+    """What every experiment has; the config adds roles, data, objective, optim, ema and sampler.
+
+    Few-step students are looked at six times a run: their samples cost a fraction of a step.
+    """
+    few = stage in ("ode_regression", "consistency", "dmd")
     return ConfigDict(
         {
             "stage": stage,
@@ -137,8 +147,9 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "log_every": 50,
             "save_every": 1000,
             "keep": 2,
-            "sample_every": 1000,
+            "sample_every": min(1000, max(1, steps // 6)) if few else 1000,
             "sample_clips": 12,
+            "guard": guard(),
             "progress": True,
             "mesh": ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}),
         }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cfjax import experiment
 from cfjax.core.errors import UserError
@@ -128,7 +129,8 @@ def dmd_keys(root: Path) -> dict[str, object]:
     inits = {"student": "ode", "critic": "teacher", "real_score": "teacher"}
     roles = {f"roles__{role}__init": root / run for role, run in inits.items()}
     roles |= {f"roles__{role}__remat": "none" for role in inits}
-    return {**tiny(root), **roles}
+    guard = {"guard__enabled": True, "guard__prompts": 2, "guard__seeds": 2}
+    return {**tiny(root), **guard, **roles}
 
 
 def curves(run: Path) -> dict[str, list[float]]:
@@ -154,7 +156,20 @@ def test_every_stage_trains_two_steps(chain, run, stage, roles):
     assert (meta["stage"], meta["step"], meta["latent_shape"]) == (stage, 2, [6, 4, 4, 16])
     for role, updates in roles.items():
         assert len(seen[f"{role}/loss"]) == updates and np.isfinite(seen[f"{role}/loss"]).all()
-    assert ("samples/all_correct" in seen) == (run == "ode")
+    assert ("samples/all_correct" in seen) == (run == "ode") and ("guard/motion" in seen) == (run == "dmd")
+
+
+def test_the_guard_watches_distribution_matching(chain):
+    """Curves in metrics.jsonl and TensorBoard, against real clips of the same prompts, which are kept beside them."""
+    seen = {name: values for name, values in curves(chain / "dmd").items() if name.startswith("guard/")}
+    wanted = ("motion", "frozen", "luma", "luma_drift", "saturation", "saturation_drift", "sharpness", "diversity")
+    assert {f"guard/{name}" for name in (*wanted, "seam", "warnings", "seconds")} <= seen.keys()
+    assert all(len(values) == 1 and np.isfinite(values).all() for values in seen.values())
+    events = EventAccumulator(str(chain / "dmd" / "events")).Reload()
+    assert events.Scalars("guard/motion")[0].step == 2 and "samples" in events.Tags()["images"]
+    kept = json.loads((chain / "dmd" / "guard.json").read_text())
+    assert kept["baseline"]["origin"] == "real clips" and len(kept["prompts"]) == 4
+    assert 2.0 < kept["baseline"]["values"]["motion"] < 6.0
 
 
 def test_a_mesh_trains_the_same_run(chain, tmp_path):

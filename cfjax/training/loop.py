@@ -145,6 +145,7 @@ def fit(
     meta: Mapping[str, Any] | None = None,
     sample_fn: SampleFn | None = None,
     sample_every: int = 0,
+    sample_first: bool = False,
     put_batch: Callable[[Mapping[str, np.ndarray]], Batch] = _put,
     progress: bool = True,
 ) -> TrainState:
@@ -165,7 +166,8 @@ def fit(
       accumulate: microbatches per update, one number or by role.
       writer: where curves go (default: one of its own in `workdir`).
       meta: JSON record for later verbs (model configs, codec, blocks ...); "stage" and "step" are added.
-      sample_fn: called with (state, step, writer) every `sample_every` iterations and after the last one.
+      sample_fn: called with (state, step, writer) every `sample_every` iterations and after the last one, and with
+        `sample_first` before the first one too.
       put_batch: places a batch on devices (default: the default device).
       progress: a bar on standard error.
 
@@ -195,6 +197,8 @@ def fit(
         updates = {r: make_update(stage, r, txs[r], accumulate=by_role.get(r, 1)) for r in stage.losses}
         bar = tqdm(total=steps, initial=start, unit="step", disable=not (progress and lead), dynamic_ncols=True)
         with StopSignal() as stop, bar:
+            if sample_fn is not None and sample_first and start == 0:
+                sample_fn(state, 0, writer)
             for step in range(start, steps):
                 for role in stage.roles_at(step):
                     batch = _next(iterator, step)

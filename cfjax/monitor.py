@@ -1,0 +1,318 @@
+"""What a run shows of itself while it trains: videos for the eye, and guard rails that warn when it collapses.
+
+Every `sample_every` steps a handful of prompts is sampled with several seeds each, by the averaged weights where there
+are any. The pixels' numbers (`cfjax.evaluation.guard`) become the curves `guard/...`, and one that is far from the
+baseline becomes a line on the terminal and in the log. The baseline is real clips of the same prompts, through the same
+decoder, where the data holds clips; for sets of prompts alone it is what the run samples before its first step. It is
+kept in `guard.json`, so that a resumed run is held against the same numbers.
+
+The cost of one look is `prompts` x `seeds` clips of the run's own sampler and of the decoder (and 15 ms a megapixel of
+numpy). A Wan system's clips are sampled as many at a time as the mesh has places for the batch, so that memory stays
+below the step's own rollout, and decoded one latent frame at a time, by the tiny decoder if the world has one. Training
+never dies of a look: what fails is told once and the looking stops.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cfjax.core.console import say
+from cfjax.core.errors import UserError
+from cfjax.core.sharding import batch_sharding, replicated
+from cfjax.data.latents import ClipDataset
+from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
+from cfjax.evaluation.shapes_metrics import evaluate_shapes
+from cfjax.evaluation.video import grid_video, pick_frames, replacing, shrink, to_uint8
+from cfjax.experiment import Data, blocks_of, sampler_of
+from cfjax.models.codec import Codec
+from cfjax.models.wan import Wan
+from cfjax.rollout.generate import generate, network_calls
+from cfjax.rollout.stream import decode_step
+from cfjax.training.checkpoint import FOLDER
+from cfjax.training.metrics import EventWriter
+from cfjax.training.state import TrainState
+from cfjax.wan_world import KIND, load_codec
+from cfjax.world import World, evaluation_clips, held_out_captions
+
+BASELINE = "guard.json"
+REAL_PER_CAPTION = 3  # the toy's real clips of each prompt
+SHOWN_FRAMES, SHOWN_WIDTH = 16, 208  # of a clip in the "samples" video
+
+_SHOWN = ("all_correct", "shape_correct", "colour_correct", "direction_correct", "presence", "step", "residual")
+
+# latents_BFHWC on the host to uint8 videos, one clip at a time
+Decode = Callable[[np.ndarray], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The clips of a look: the first `shown` are in the "samples" video, those from `first_watched` on are measured."""
+
+    captions: list[str]
+    text_BSE: np.ndarray
+    shown: int
+    first_watched: int
+
+    def watched(self) -> list[str]:
+        """The captions that are measured, one for each seed."""
+        return self.captions[self.first_watched :]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is looked at, in which world.
+
+    Attributes:
+      open_decoder: reads the decoder, which is let go again after each look.
+      time_stride: pixel frames per latent frame after the first.
+      real: real clips of the watched prompts as (caption, uint8 video), through the same decoder; None: there are none.
+      chunk: rows sampled at a time; 0 is all.
+    """
+
+    rows: Rows
+    open_decoder: Callable[[], Decode]
+    time_stride: int
+    real: Callable[[Decode], Iterator[tuple[str, np.ndarray]]] | None
+    chunk: int
+    toy: World | None
+
+
+# ---- what is looked at
+
+
+def toy_scene(c: ConfigDict, world: World) -> Scene | None:
+    """`sample_clips` held-out captions for the eye, and the guard's prompts with their seeds."""
+    prompts, seeds = (c.guard.prompts, c.guard.seeds) if c.guard.enabled else (0, 0)
+    known = held_out_captions(world.shapes)
+    captions = [clip["caption"] for clip in evaluation_clips(world.shapes, c.sample_clips)]
+    spread = np.unique(np.linspace(0, len(known) - 1, min(prompts, len(known))).round().astype(int))
+    watched = [known[i] for i in spread for _ in range(seeds)]
+    if not captions and not watched:
+        return None
+    every = captions + watched
+    rows = Rows(every, world.text.encode(every), len(captions) or len(every), len(captions))
+
+    def decode(latents_BFHWC: np.ndarray) -> Iterator[np.ndarray]:
+        return iter(to_uint8(np.asarray(world.codec.decode(jnp.asarray(latents_BFHWC)))))
+
+    def real(decode: Decode) -> Iterator[tuple[str, np.ndarray]]:
+        clips = evaluation_clips(world.shapes, REAL_PER_CAPTION * len(known))
+        chosen = [clip for clip in clips if clip["caption"] in set(watched)]
+        latents = np.asarray(world.codec.encode(jnp.asarray(np.stack([clip["video_PHWC"] for clip in chosen]))))
+        return zip((clip["caption"] for clip in chosen), decode(latents), strict=True)
+
+    return Scene(rows, lambda: decode, world.codec.stride[0], real, 0, world)
+
+
+def wan_scene(c: ConfigDict, dataset: ClipDataset, mesh: Mesh | None) -> Scene | None:
+    """A handful of the dataset's prompts, spread over it; decoded by the world that the set was made in.
+
+    Raises:
+      UserError: no world to decode with.
+    """
+    if not c.guard.enabled:
+        return None
+    if jax.process_count() > 1:
+        raise UserError("in a run of several processes the decoder of a Wan world is not read")
+    path = c.guard.world or dataset.manifest.get("world_path", "")
+    if not path:
+        raise UserError(f"{dataset.path} does not say which world it was made in; name it with --config.guard.world")
+    stride = open_codec(path).stride[0]  # a world that cannot be opened is told now, not hours later
+    chosen = spread_captions(dataset, c.guard.prompts)
+    captions = [caption for caption in chosen for _ in range(c.guard.seeds)]
+    text_BSE = np.stack([dataset[chosen[caption]]["text_SE"] for caption in captions])
+    rows = Rows(captions, text_BSE, len(captions), 0)
+
+    def open_decoder() -> Decode:
+        codec = open_codec(path)
+        return lambda latents_BFHWC: (decode_clip(codec, latents_FHWC) for latents_FHWC in latents_BFHWC)
+
+    def real(decode: Decode) -> Iterator[tuple[str, np.ndarray]]:
+        for caption, index in chosen.items():
+            yield caption, next(decode(dataset[index]["latents_FHWC"][None]))
+
+    places = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    return Scene(rows, open_decoder, stride, real if dataset.has_latents else None, places, None)
+
+
+def spread_captions(dataset: ClipDataset, count: int) -> dict[str, int]:
+    """At most `count` distinct captions, evenly over the dataset, and a record of each; few records are read."""
+    even, more = (np.linspace(0, len(dataset) - 1, n).round().astype(int) for n in (count, 8 * count))
+    out: dict[str, int] = {}
+    for index in (*even, *more):
+        out.setdefault(dataset.caption(int(index)), int(index))
+        if len(out) == count:
+            break
+    return out
+
+
+def open_codec(path: str | Path) -> Codec:
+    """The tiny decoder of a Wan world if it has one, else its VAE; the codec of a toy world.
+
+    Raises:
+      UserError: there is no world, or it is broken.
+    """
+    file = Path(path) / "world.json"
+    try:
+        kind = json.loads(file.read_text()).get("kind", "toy")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"guard: {path} is no world ({error}); name another with --config.guard.world") from None
+    if kind != KIND:
+        return World.load(path).codec
+    return load_codec(path, "tiny_vae" if (Path(path) / "tiny_vae" / FOLDER).is_dir() else "vae")
+
+
+def decode_clip(codec: Codec, latents_FHWC: np.ndarray) -> np.ndarray:
+    """uint8 video_PHWC, decoded one latent frame at a time: the least memory that a decoder needs."""
+    state, parts = codec.init_state(1), []
+    for frame in latents_FHWC:
+        video, state = decode_step(codec, jnp.asarray(frame)[None, None], state)
+        parts.append(to_uint8(np.asarray(video)[0]))
+    return np.concatenate(parts)
+
+
+# ---- looking
+
+
+def _off(when: str, error: Exception) -> None:
+    """Says that no more is looked at, in one line; the whole error goes to the log."""
+    logging.warning("guard: off", exc_info=error)
+    say(f"guard: off from {when} on ({' '.join(str(error).split()) or type(error).__name__}); training goes on")
+
+
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines:
+        logging.warning("guard: %s", line)
+        say(f"guard: {line}")
+
+
+class Monitor:
+    """Samples, shows, measures and warns; a `SampleFn` of `training.loop`."""
+
+    def __init__(self, c: ConfigDict, data: Data, scene: Scene, workdir: Path, mesh: Mesh | None) -> None:
+        self._c, self._scene, self._mesh, self._file = c, scene, mesh, workdir / BASELINE
+        self._latent_shape, self._negative_SE = data.dataset.latent_shape, data.dataset.negative_text_SE
+        self._sampler = sampler_of(c)
+        self._blocks = None if c.sampler.kind == "bidirectional" else blocks_of(c)
+        spans = self._blocks.spans(self._latent_shape[0]) if self._blocks else []
+        self._seams_K = seams(spans, scene.time_stride)
+        self._sample = jax.jit(self._generate, out_shardings=replicated(mesh) if mesh else None)
+        self._alive = True
+        if c.guard.enabled:
+            calls = network_calls(self._sampler, self._blocks, self._latent_shape[0])
+            against = "real clips" if scene.real else "the run's first samples"
+            clips = f"{len(scene.rows.watched())} clips of {calls} network calls"
+            say(f"guard: {clips} every {c.sample_every} steps, held against {against}")
+
+    @property
+    def wants_start(self) -> bool:
+        """Whether a look before the first step is needed, for want of another baseline."""
+        return bool(self._c.guard.enabled and self._scene.real is None)
+
+    def __call__(self, state: TrainState, step: int, writer: EventWriter) -> None:
+        if not self._alive:
+            return
+        try:
+            self._look(state, step, writer)
+        except Exception as error:  # whatever it is: a run of days must not end here
+            self._alive = False
+            _off(f"step {step}", error)
+
+    def _look(self, state: TrainState, step: int, writer: EventWriter) -> None:
+        begun = time.perf_counter()
+        latents = self._draw(state.ema.get("student", state.params["student"]))
+        if jax.process_index() > 0:
+            return
+        if not np.isfinite(latents).all():
+            _warn([f"step {step}: samples hold NaN or infinities; go on from an earlier checkpoint"])
+            return
+        rows, decode = self._scene.rows, self._scene.open_decoder()
+        collector, shown = Collector(self._seams_K), []
+        for i, (caption, video) in enumerate(zip(rows.captions, decode(latents), strict=True)):
+            if i < rows.shown:
+                shown.append(shrink(pick_frames(video[None], SHOWN_FRAMES)[0], SHOWN_WIDTH))
+            if i >= rows.first_watched:
+                collector.add(caption, video)
+        writer.video(step, "samples", grid_video(np.stack(shown), columns=4), scale=3 if self._scene.toy else 1)
+        if self._scene.toy and self._c.sample_clips:
+            self._follows(self._scene.toy, latents, step, writer)
+        if rows.watched():
+            now = Sample(step, collector.values())
+            told = warnings(now, self._baseline(decode, now), stage=self._c.stage)
+            curves = {**now.values, "warnings": len(told), "seconds": time.perf_counter() - begun}
+            writer.scalars(step, {f"guard/{name}": value for name, value in curves.items()})
+            _warn(told)
+
+    def _baseline(self, decode: Decode, now: Sample) -> Baseline:
+        """The one in the workdir; else real clips', or `now`, and it is kept."""
+        watched = self._scene.rows.watched()
+        try:
+            record = json.loads(self._file.read_text())
+            if record["prompts"] == watched:
+                return Baseline(**record["baseline"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        if self._scene.real is None:
+            baseline = Baseline(f"step {now.step}", False, now.values)
+        else:
+            collector = Collector(self._seams_K)
+            for caption, video in self._scene.real(decode):
+                collector.add(caption, video)
+            baseline = Baseline("real clips", True, collector.values())
+        with replacing(self._file) as partial:
+            partial.write_text(json.dumps({"prompts": watched, "baseline": asdict(baseline)}, indent=1))
+        return baseline
+
+    def _follows(self, world: World, latents: np.ndarray, step: int, writer: EventWriter) -> None:
+        """How well the toy's videos follow their captions."""
+        count = self._c.sample_clips
+        factors = [clip["factors"] for clip in evaluation_clips(world.shapes, count)]
+        video = np.asarray(world.codec.decode(jnp.asarray(latents[:count])))
+        summary = evaluate_shapes(video, factors, world.shapes)["summary"]
+        writer.scalars(step, {f"samples/{name}": float(summary[name]) for name in _SHOWN})
+
+    def _generate(self, model: Wan, text_BSE: jax.Array, negative_SE: jax.Array, row_B: jax.Array) -> jax.Array:
+        """Every row's noise follows its own number; fresh noise that of the first."""
+        start, fresh = jax.random.key(self._c.seed + 1), jax.random.key(self._c.seed + 2)
+        draw = lambda row: jax.random.normal(jax.random.fold_in(start, row), self._latent_shape)  # noqa: E731
+        noise = jax.vmap(draw)(row_B)
+        if self._mesh and self._scene.chunk:
+            noise = jax.lax.with_sharding_constraint(noise, batch_sharding(self._mesh))
+        key = jax.random.fold_in(fresh, row_B[0])
+        return generate(model, noise, text_BSE, negative_SE, key, self._sampler, self._blocks)
+
+    def _draw(self, model: Wan) -> np.ndarray:
+        """latents_BFHWC of all rows, on the host; a last chunk is filled up, so that one shape compiles."""
+        text_BSE, count = self._scene.rows.text_BSE, len(self._scene.rows.captions)
+        chunk = self._scene.chunk or count
+        parts = []
+        for first in range(0, count, chunk):
+            rows = np.minimum(np.arange(first, first + chunk), count - 1).astype(np.int32)
+            latents = self._sample(model, text_BSE[rows], self._negative_SE, rows)
+            parts.append(np.asarray(latents)[: count - first])
+        return np.concatenate(parts)
+
+
+def make_monitor(c: ConfigDict, data: Data, workdir: Path, mesh: Mesh | None = None) -> Monitor | None:
+    """What `fit` calls every `sample_every` iterations; None where nothing is to be looked at.
+
+    Raises:
+      UserError: guard.prompts or guard.seeds are not positive.
+    """
+    if c.guard.enabled and min(c.guard.prompts, c.guard.seeds) < 1:
+        raise UserError(f"guard.prompts={c.guard.prompts}, guard.seeds={c.guard.seeds}: use 1 or more")
+    try:
+        scene = toy_scene(c, data.world) if data.world else wan_scene(c, data.dataset, mesh)
+    except Exception as error:  # training does not need it
+        _off("start", error)
+        return None
+    return Monitor(c, data, scene, workdir, mesh) if scene else None
