@@ -25,7 +25,15 @@ from cfjax.experiment import META_FILE, load_shipped
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.training.checkpoint import FOLDER, load_role, read_meta
-from cfjax.wan_world import RECORD, config_from_record, load_codec, load_text, placed_template, read_record
+from cfjax.wan_world import (
+    config_from_record,
+    find_world,
+    is_wan_world,
+    load_codec,
+    load_text,
+    placed_template,
+    read_record,
+)
 from cfjax.world import asset
 
 DESCRIPTION = """Compares cfjax with an independent PyTorch implementation: the same weights, inputs, noise and times
@@ -43,7 +51,6 @@ FLAGS = (
 )
 NEEDS = {"diffusers": ("torch", "diffusers", "transformers"), "reference": ("torch",)}
 PACKAGES = ("cfjax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
-WORLD = "world"
 VAE_STRIDE = 8
 SIDE = 16  # pixels per patch of latents
 
@@ -168,15 +175,9 @@ def _run_parts(c: ConfigDict) -> dict[str, Any]:
         template = placed_template(lambda: Wan(network, jax.random.key(0)))
         return load_shipped(c.run, template) if record else load_role(c.run, c.role, template, ema=averaged)
 
-    world = Path(c.world) if c.world else _find_world(Path(c.run), str(meta.get("world_path", "")))
-    return {"dit": dit, "blocks": Blocks(**meta["blocks"])} | (_world_parts(world) if world else {})
-
-
-def _find_world(run: Path, recorded: str) -> Path | None:
-    """The run's Wan world, where its record points or beside it; None if there is none, as of a toy's run."""
-    places = [run / recorded, Path(recorded), run / WORLD] if recorded else [run / WORLD]
-    here = (place for place in places if (place / RECORD).is_file())
-    return next((place for place in here if "kind" in json.loads((place / RECORD).read_text("utf-8"))), None)
+    world = Path(c.world) if c.world else find_world(c.run, str(meta.get("world_path", "")))
+    parts = _world_parts(world) if world and is_wan_world(world) else {}  # a toy's world has none to compare
+    return {"dit": dit, "blocks": Blocks(**meta["blocks"])} | parts
 
 
 def _world_parts(world: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.precision import Policy
 from cfjax.models.wan import PRESETS, WanConfig
 from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles, write_streamed
-from cfjax.wan_world import FORMAT, KIND, RECORD, config_from_record, read_record
+from cfjax.wan_world import FORMAT, KIND, RECORD, config_from_record, find_world, read_record
 from cfjax.wan_world import fingerprint as world_fingerprint
 
 DESCRIPTION = """Reads a Wan release, a diffusers folder, a .pt of Causal Forcing, Self Forcing or CausVid, a tiny
@@ -140,7 +140,7 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
             found = [replace(each, role="student", ema=False) for each in found if entry_of(each) == key]
             if not found:
                 raise UserError(f"--config.key={key}: {path} has no such network")
-    home = Path(world) if world else _world_of(path, meta)
+    home = Path(world) if world else find_world(path, str(meta.get("world_path", ""))) or path / WORLD
     for kind in KINDS:
         folder = home / kind
         if kind != "dit" and (folder / FOLDER).is_dir() and (not parts or kind in parts):
@@ -158,12 +158,6 @@ def _stored(kind: str, folder: Path, role: str, ema: bool, config: dict[str, Any
     return Network(
         kind, record, open_role(folder, role, ema=ema), meta.get("source", {}).get("layout", ""), str(folder)
     )
-
-
-def _world_of(run: Path, meta: dict[str, Any]) -> Path:
-    recorded = str(meta.get("world_path", ""))
-    places = [run / recorded, Path(recorded)] if recorded else []
-    return next((place for place in places if (place / RECORD).is_file()), run / WORLD)
 
 
 def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: Callable[[int], Any]) -> int:

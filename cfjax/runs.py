@@ -27,7 +27,15 @@ from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.training.checkpoint import load_role, read_meta
-from cfjax.wan_world import RECORD, WanWorld, config_from_record, placed_template, read_record
+from cfjax.wan_world import (
+    WanWorld,
+    config_from_record,
+    find_world,
+    is_wan_world,
+    placed_template,
+    read_record,
+    world_places,
+)
 from cfjax.world import World, asset, shipped_world
 
 # Weights that enter the network in its compute dtype anyway may rest in it: same numbers, half the memory in bfloat16.
@@ -142,7 +150,7 @@ def open_run(
             "with_text": with_text,
             "text_cache": text_cache,
         }
-        home = World.load(folder) if _is_toy(folder) else WanWorld.load(folder, decoder=decoder, **reading)
+        home = WanWorld.load(folder, decoder=decoder, **reading) if is_wan_world(folder) else World.load(folder)
     if not exported and meta["world"] and meta["world"] != home.fingerprint():
         where = home.path if isinstance(home, WanWorld) else "its world's folder"
         raise UserError(f"run={name!r} was trained in another world than {where} now holds")
@@ -200,20 +208,13 @@ def _template(config: WanConfig) -> Wan:
     return map_named(lambda leaf, x: x.update(dtype=dtypes[leaf]), template)
 
 
-def _is_toy(world: Path) -> bool:
-    return "kind" not in json.loads((world / RECORD).read_text(encoding="utf-8"))
-
-
 def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:
-    """The folder of a run's Wan world: given, recorded (beside the run or a path), or beside the run."""
+    """The folder of a run's Wan world: the given one, or its own."""
     if given:
         read_record(given)
         return Path(given)
     recorded = str(meta.get("world_path", ""))
-    places = [run / recorded, Path(recorded)] if recorded else []
-    places.append(run / "world")
-    for place in places:
-        if (place / RECORD).is_file():
-            return place
-    looked = ", ".join(map(str, places))
+    if found := find_world(run, recorded):
+        return found
+    looked = ", ".join(map(str, world_places(run, recorded)))
     raise UserError(f"run={str(run)!r} has no Wan world ({looked}); name one with --config.world=FOLDER")

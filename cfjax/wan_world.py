@@ -216,6 +216,22 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def world_places(run: str | Path, recorded: str) -> list[Path]:
+    """Where a run's world may be: where its record points (beside the run, or a path of its own), or beside it."""
+    places = [Path(run) / recorded, Path(recorded)] if recorded else []
+    return [*places, Path(run) / "world"]
+
+
+def find_world(run: str | Path, recorded: str) -> Path | None:
+    """The folder of a run's world, of either kind; None if there is none, as of a run whose config makes its own."""
+    return next((place for place in world_places(run, recorded) if (place / RECORD).is_file()), None)
+
+
+def is_wan_world(path: str | Path) -> bool:
+    """Whether the world there is Wan's; the toy's record names no kind."""
+    return "kind" in json.loads((Path(path) / RECORD).read_text(encoding="utf-8"))
+
+
 def fingerprint(path: str | Path) -> str:
     """The world's fingerprint, from its parts' records and its tokenizer: 16 hex digits."""
     parts: dict[str, Any] = {"text_length": read_record(path)["text_length"]}

@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
     """`toy`, `framewise`, `diffusion_forcing`, `direct_forcing`, `resampling_forcing`."""
     strategies = {"diffusion_forcing": "clean", "direct_forcing": "direct", "resampling_forcing": "resampled"}
     words = presets.switches(arg, "toy", "framewise", *strategies)
+    strategy = next((word for word in reversed(words) if word in strategies), "")  # one at a time: the last
     toy = "toy" in words
     c = presets.experiment("ar_diffusion", steps=500 if toy else 5000)
     c.roles.student = presets.role(
@@ -35,9 +36,9 @@ def get_config(arg: str = ""):
         "weighting": weighting,
         "text_dropout": 0.1 if toy else 0.0,
         "bf16_timesteps": False,
-        "forcing": "diffusion" if "diffusion_forcing" in words else "teacher",
+        "forcing": "diffusion" if strategy == "diffusion_forcing" else "teacher",
         "noise_augmentation": 0,
-        "history": next((strategies[word] for word in words if word in strategies), "clean"),
+        "history": strategies[strategy] if strategy else "clean",
         "history_shift": 0.6,
         "history_steps": 1,
     }
