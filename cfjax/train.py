@@ -15,6 +15,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.sharding import batch_sharding, make_mesh, replicated, shard_model
 from cfjax.data.latents import make_iterator
 from cfjax.experiment import (
+    META_FILE,
     count_parameters,
     initial_model,
     open_data,
@@ -23,10 +24,12 @@ from cfjax.experiment import (
     stage_of,
 )
 from cfjax.monitor import make_monitor
+from cfjax.training.checkpoint import read_meta
 from cfjax.training.loop import fit
 from cfjax.training.metrics import EventWriter
 from cfjax.training.state import TrainState, init_state
 from cfjax.training.step import has_batch_axis
+from cfjax.world import asset
 
 DESCRIPTION = """Trains one stage: bidirectional, ar_diffusion, ode_regression or dmd, as the config says.
 Checkpoints, TensorBoard events and metrics.jsonl go to the workdir. To resume, run the same command again."""
@@ -50,6 +53,7 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     missing = sorted(set(stage.losses) - set(c.roles))
     if missing:
         raise UserError(f"roles.{missing[0]} is missing: stage {c.stage} trains {', '.join(stage.losses)}")
+    check_blocks(c)
     models = {name: initial_model(name, role, data, c.seed) for name, role in c.roles.items()}
     put_batch = None
     mesh = mesh_of(c)
@@ -93,6 +97,26 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     )
     writer.close()
     return state
+
+
+def check_blocks(c: ConfigDict) -> None:
+    """A causal network goes on with the blocks that it was trained with: chunk-wise weights are no frame-wise ones.
+
+    Raises:
+      UserError: a role starts from a causal run of another layout.
+    """
+    own = (c.blocks.frames, c.blocks.independent_first_frame)
+    for name, role in c.roles.items():
+        if not role.init or asset(role.init, META_FILE) or not Path(role.init).is_dir():
+            continue
+        meta = read_meta(role.init)
+        theirs = (meta["blocks"]["frames"], meta["blocks"]["independent_first_frame"])
+        if meta["stage"] != "bidirectional" and theirs != own:
+            raise UserError(
+                f"roles.{name}.init={role.init!r} was trained with blocks.frames={theirs[0]}, "
+                f"blocks.independent_first_frame={theirs[1]}, not {own[0]}, {own[1]}; "
+                "name a run of the same layout, or set these keys to its own"
+            )
 
 
 def mesh_of(c: ConfigDict) -> Mesh | None:

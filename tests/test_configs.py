@@ -249,6 +249,13 @@ def test_another_stages_workdir_is_refused(chain, capsys):
     assert "holds stage 'bidirectional', expected 'ar_diffusion'" in one_line(capsys)
 
 
+def test_a_run_of_other_blocks_is_refused(chain, tmp_path, capsys):
+    """Chunk-wise weights under a frame-wise config; a bidirectional run has no blocks to differ in."""
+    assert cfjax("train", "dmd.py:toy,framewise", tmp_path, **dmd_keys(chain)) == 2
+    assert f"roles.student.init='{chain / 'ode'}' was trained with blocks.frames=3" in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_key_is_named(tmp_path, capsys):
     assert cfjax("train", "dmd.py:toy", tmp_path, objective__real_guidence=1.0) == 2
     assert "has no such key; did you mean objective.real_guidance" in one_line(capsys)

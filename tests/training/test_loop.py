@@ -138,6 +138,21 @@ def test_samples_are_drawn_on_time_and_at_the_end(tmp_path):
     assert seen == [(4, 4), (8, 8), (11, 11)]
 
 
+def test_a_first_sample_is_drawn_once_and_keeps_its_curves(tmp_path):
+    """Before the first iteration of a fresh run, not of one that goes on; its point survives the restart."""
+    seen = []
+
+    def sample(state, step, writer):
+        seen.append(step)
+        writer.scalars(step, {"look": step})
+
+    for steps in (3, 5):
+        run(tmp_path, steps, sample_first=True, sample_fn=sample)
+    assert seen == [0, 3, 5]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "look" in line] == [0, 5]  # 3 is withdrawn
+
+
 def test_the_bar_names_roles_and_losses(tmp_path, capsys):
     run(tmp_path, 6, progress=True)
     assert re.search(r"6/6 .*step.*student=.*critic=", capsys.readouterr().err)
