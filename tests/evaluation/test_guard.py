@@ -1,7 +1,7 @@
 """The guard rails: every number on clips where it is known, and every warning on the collapse that it is for.
 
-Bounds of the warnings are measured on real toy clips through their codec: what is done to them is mild (30 % more
-chroma, a blur of 0.4 px, half of the seeds lost) and silent, or a collapse and told.
+Bounds of the warnings are measured on real toy clips through their codec: what is done to them is mild (20 % more
+chroma, a blur of 0.4 px, a third of the seeds alike) and silent, or a collapse and told.
 """
 
 import math
