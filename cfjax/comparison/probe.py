@@ -126,7 +126,7 @@ class Probe:
         for name in theirs:
             if name.startswith(("layer/", "grad/")):
                 continue
-            what = f"{self.what}: {name}" if name else self.what
+            what = ": ".join(filter(None, (self.what, name)))
             options: dict[str, Any] = {"tolerance": case.bound(self.tolerance), "note": self.note}
             yield compare_arrays(self.part, what, ours[name], theirs[name], layers=layers, **options)
         if gradients:
@@ -147,6 +147,12 @@ class Probe:
             yield Row(self.part, self.what, (), math.nan, math.nan, math.nan, self.tolerance, "", str(absent), True)
             return
         yield from self.rows(subject, self.run_ours(subject), theirs)
+
+
+def jit_once(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` for a program that runs once. On a CPU LLVM's optimisation, which takes longer than the run, is off."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=quick, **options)
 
 
 def weights(model: Wan) -> Arrays:

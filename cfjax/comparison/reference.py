@@ -261,22 +261,23 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, np.ndarray]) ->
     module.load_state_dict({name: torch.tensor(np.asarray(value)) for name, value in weights.items()}, strict=True)
 
 
-def _check(root: Path) -> str:
-    """The clone's name.
+def check_clone(reference_dir: str | Path) -> Path:
+    """The clone's folder.
 
     Raises:
       UserError: no such folder, or something else is in it.
     """
+    root = Path(reference_dir).expanduser().resolve()
     if not root.is_dir():
         raise UserError(
-            f"--reference_dir={root}: no such folder; clone thu-ml/Causal-Forcing or guandeh17/Self-Forcing there"
+            f"--reference_dir={reference_dir}: no such folder; clone thu-ml/Causal-Forcing or guandeh17/Self-Forcing"
         )
     missing = [path for path in MUST_HOLD if not (root / path).is_file()]
     if missing:
         raise UserError(
-            f"--reference_dir={root}: {missing[0]} is not there; give a clone of Causal-Forcing or Self-Forcing"
+            f"--reference_dir={reference_dir}: holds no {missing[0]}; give a clone of Causal-Forcing or Self-Forcing"
         )
-    return "Causal-Forcing" if (root / "model/naive_consistency.py").is_file() else "Self-Forcing"
+    return root
 
 
 def _bare(name: str, folder: Path) -> types.ModuleType:
@@ -322,8 +323,8 @@ def open_reference(reference_dir: str | Path) -> Iterator[Reference]:
     Raises:
       UserError: the folder is missing, is not a clone, or does not import.
     """
-    root = Path(reference_dir).expanduser().resolve()
-    name = _check(root)
+    root = check_clone(reference_dir)
+    name = "Causal-Forcing" if (root / "model/naive_consistency.py").is_file() else "Self-Forcing"
     same: Callable[..., Any] = lambda value, *_, **__: value  # noqa: E731
     patches = (
         mock.patch.object(sys, "path", [str(root), *sys.path]),

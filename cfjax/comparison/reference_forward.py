@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cfjax.comparison.layers import layer_outputs
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, to_torch, weights
+from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, jit_once, to_torch, weights
 from cfjax.comparison.reference import NoEncoder, Reference, Sizes
 from cfjax.flow.path import add_noise
 from cfjax.flow.schedule import bsmntw, lookup, sigma_table, unipc_grid, warp_steps
@@ -84,7 +84,6 @@ def level_index(subject: Subject, blocks: Blocks | None, frames: int, name: str 
     return index
 
 
-@partial(jax.jit, static_argnames="visibility")
 def _ours_pass(
     model: Wan,
     x: jax.Array,
@@ -111,7 +110,8 @@ def _ours_flow(subject: Subject, visibility: Visibility, frames: int, aug: bool)
         clean = jnp.asarray(subject.latents("clean", frames))
         told = jnp.asarray(table[level_index(subject, blocks, frames, "clean level")])
         clean_sigma = told if aug else jnp.zeros_like(told)
-    flow = _ours_pass(subject.student, x, sigma_BF, text, clean, clean_sigma, visibility=visibility)
+    run = jit_once(partial(_ours_pass, visibility=visibility))
+    flow = run(subject.student, x, sigma_BF, text, clean, clean_sigma)
     out = {"": np.asarray(flow)}
     if not aug:
         layers = layer_outputs(subject.student, x, sigma_BF, text, visibility, clean)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, gradients, to_torch, weights
+from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, gradients, jit_once, to_torch, weights
 from cfjax.comparison.reference import Reference, Sizes, fit, zero_caches
 from cfjax.comparison.reference_forward import STEPS, reference_sizes
 from cfjax.flow.schedule import score_sigma, sigma_table, warp_steps
@@ -55,7 +55,7 @@ def _ours(loss: Loss, role: str, models: dict[str, Any], batch: dict, draws: dic
         return loss({**others, role: model}, batch, jax.random.key(0), draws=draws)[0]  # type: ignore[call-arg]
 
     given = jax.tree.map(jnp.asarray, (others, batch, draws))
-    result, gradient = jax.jit(jax.value_and_grad(value))(models[role], *given)
+    result, gradient = jit_once(jax.value_and_grad(value))(models[role], *given)
     return {"": np.asarray(result)} | gradients(gradient)
 
 

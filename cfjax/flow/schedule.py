@@ -93,8 +93,11 @@ def round_timestep_bf16(sigma: ArrayLike) -> jax.Array:
     Above t = 512 the rounded timesteps are 4 apart, so the 1000 levels of T5 collapse to 294.
     """
     # Not `.astype(bfloat16).astype(float32)`: under jit XLA may drop such a pair of casts.
-    t = jnp.asarray(sigma, jnp.float32) * 1000.0
-    return jax.lax.reduce_precision(t, exponent_bits=8, mantissa_bits=7) / 1000.0
+    t = jax.lax.reduce_precision(jnp.asarray(sigma, jnp.float32) * 1000.0, exponent_bits=8, mantissa_bits=7)
+    # Under jit XLA divides by multiplying with 1/1000, which float32 has not exactly. One correction, which must not be
+    # folded away, makes 1000 sigma the rounded timestep to the bit (three of T5's have no such sigma).
+    rounded = jax.lax.optimization_barrier(t / 1000.0)
+    return jax.lax.optimization_barrier(rounded + (t - 1000.0 * rounded) / 1000.0)
 
 
 def gap_bf16(sigma: ArrayLike, sigma_next: ArrayLike) -> jax.Array:
