@@ -256,9 +256,26 @@ def fit(wrapper: Any, weights: Mapping[str, np.ndarray], sizes: Sizes) -> Any:
     return wrapper
 
 
+def _tensor(array: Any) -> torch.Tensor:
+    """Float32, in the array's own memory where that may be written to."""
+    array = np.asarray(array).astype(np.float32, copy=False)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
 def load_strictly(module: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
-    """Copies arrays into a torch module; every name must fit, both ways."""
-    module.load_state_dict({name: torch.tensor(np.asarray(value)) for name, value in weights.items()}, strict=True)
+    """Puts arrays in place of a torch module's parameters; every name must fit, both ways."""
+    module.load_state_dict({name: _tensor(x) for name, x in weights.items()}, strict=True, assign=True)
+
+
+@contextlib.contextmanager
+def uninitialised() -> Iterator[None]:
+    """Networks made inside do not fill their large parameters, which are replaced anyway: no time, and no memory."""
+    with contextlib.ExitStack() as stack:
+        for layer in (torch.nn.Linear, torch.nn.Conv3d, torch.nn.Conv2d, torch.nn.Embedding):
+            stack.enter_context(mock.patch.object(layer, "reset_parameters", lambda _: None))
+        for name in ("xavier_uniform_", "normal_", "zeros_", "ones_"):
+            stack.enter_context(mock.patch.object(torch.nn.init, name, lambda tensor, *_, **__: tensor))
+        yield
 
 
 def check_clone(reference_dir: str | Path) -> Path:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfjax.comparison.case import have
 from cfjax.comparison.probe import Arrays, NotThere, Probe, Subject, from_torch, to_torch
-from cfjax.comparison.reference import Reference, load_strictly
+from cfjax.comparison.reference import Reference, load_strictly, uninitialised
 from cfjax.comparison.report import Absent
 from cfjax.conversion.umt5 import export_umt5
 from cfjax.conversion.vae import export_vae
@@ -66,10 +66,11 @@ def _theirs_vae(reference: Reference, subject: Subject) -> Arrays:
     config = vae.config
     if config.z_dim != 16:
         raise NotThere("the reference normalises 16 latent channels")
-    network = reference.module("wan.modules.vae").WanVAE_(
-        dim=config.base_dim, z_dim=config.z_dim, dim_mult=list(config.multipliers), num_res_blocks=config.res_blocks,
-        temperal_downsample=list(config.temporal_downsample),
-    )  # fmt: skip
+    with uninitialised():
+        network = reference.module("wan.modules.vae").WanVAE_(
+            dim=config.base_dim, z_dim=config.z_dim, dim_mult=list(config.multipliers),
+            num_res_blocks=config.res_blocks, temperal_downsample=list(config.temporal_downsample),
+        )  # fmt: skip
     load_strictly(network, export_vae(vae))
     wrappers = reference.module(WRAPPERS)
     wrappers._video_vae = lambda **_: network  # in place of reading wan_models/
@@ -105,10 +106,11 @@ def _ours_text(subject: Subject) -> Arrays:
 def _theirs_text(reference: Reference, subject: Subject) -> Arrays:
     model = have("text encoder", subject.case.text_encoder)
     config = model.config
-    network = reference.module("wan.modules.t5").umt5_xxl(
-        encoder_only=True, vocab_size=config.vocab_size, dim=config.dim, dim_attn=config.heads * config.head_dim,
-        dim_ffn=config.ffn_dim, num_heads=config.heads, encoder_layers=config.layers, num_buckets=config.buckets,
-    )  # fmt: skip
+    with uninitialised():
+        network = reference.module("wan.modules.t5").umt5_xxl(
+            encoder_only=True, vocab_size=config.vocab_size, dim=config.dim, dim_attn=config.heads * config.head_dim,
+            dim_ffn=config.ffn_dim, num_heads=config.heads, encoder_layers=config.layers, num_buckets=config.buckets,
+        )  # fmt: skip
     load_strictly(network, export_umt5(model))
     wrapper_class = reference.module(WRAPPERS).WanTextEncoder
     wrapper = wrapper_class.__new__(wrapper_class)  # its constructor reads wan_models/
