@@ -1,8 +1,11 @@
 """`--against=reference`: every check of a clone of the PyTorch reference, by the names that `--only` knows."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from cfjax.comparison.case import Case
 from cfjax.comparison.probe import Probe, Subject
@@ -28,9 +31,24 @@ PROBES: dict[str, Callable[[Subject], list[Probe]]] = {
 }
 
 
+SMALL = 256  # width up to which a network's matrices gain nothing from threads, and lose much on a busy machine
+
+
+@contextlib.contextmanager
+def _threads(subject: Subject) -> Iterator[None]:
+    """One thread on PyTorch's side for a small network, its usual number for a large one."""
+    usual = torch.get_num_threads()
+    if subject.config.dim <= SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
 def _check(root: Path, probes: Callable[[Subject], list[Probe]], case: Case) -> list[Row]:
     subject, rows = Subject(case), list[Row]()
-    with open_reference(root) as reference:
+    with open_reference(root) as reference, _threads(subject):
         for probe in probes(subject):
             rows += probe.compare(reference, subject)
     return rows

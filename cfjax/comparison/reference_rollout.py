@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, jit_once, to_torch, weights
+from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, to_torch, weights
 from cfjax.comparison.reference import NoEncoder, Reference, Sizes, dense_attention, zero_caches
 from cfjax.comparison.reference_forward import reference_sizes
 from cfjax.models.cache import init_cache, visible_frames, write
@@ -108,7 +108,7 @@ def _ours_few(subject: Subject, roll: Roll) -> Arrays:
         )
 
     draws = (subject.latents("noise"), subject.text(), _renoise(subject, roll))
-    return {"": np.asarray(jit_once(sample)(subject.student, *draws, given))}
+    return {"": np.asarray(jax.jit(sample)(subject.student, *draws, given))}
 
 
 def _theirs_many(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
@@ -137,7 +137,7 @@ def _ours_many(subject: Subject, roll: Roll) -> Arrays:
         return generate_many_step(model, noise, embed_text(model, text), unwanted, sampler, roll.blocks)
 
     args = (subject.latents("noise"), subject.text(), subject.negative_text)
-    return {"": np.asarray(jit_once(sample)(subject.student, *args))}
+    return {"": np.asarray(jax.jit(sample)(subject.student, *args))}
 
 
 def _theirs_seen(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
