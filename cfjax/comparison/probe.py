@@ -47,6 +47,14 @@ class Subject:
         shaken = lambda leaf, x: x * (1.0 + SHAKE * self.case.normal(f"{name} {leaf}", *x.shape))  # noqa: E731
         return map_named(shaken, self.student)
 
+    @cached_property
+    def _student_weights(self) -> Arrays:
+        return weights(self.student)
+
+    def weights(self, role: str = "student") -> Arrays:
+        """A role's weights in the original layout; the student's are kept, being asked for by every probe."""
+        return self._student_weights if role == "student" else weights(self.role(role))
+
     @property
     def config(self) -> WanConfig:
         return self.student.config

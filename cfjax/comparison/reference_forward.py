@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cfjax.comparison.layers import layer_outputs
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, jit_once, to_torch, weights
+from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, jit_once, to_torch
 from cfjax.comparison.reference import NoEncoder, Reference, Sizes
 from cfjax.flow.path import add_noise
 from cfjax.flow.schedule import bsmntw, lookup, sigma_table, unipc_grid, warp_steps
@@ -133,7 +133,7 @@ def _theirs_flow(reference: Reference, subject: Subject, visibility: Visibility,
     if causal and frames * subject.tokens_per_frame * (2 if forced else 1) % 128 == 0:
         raise NotThere("the reference cannot take a multiple of 128 tokens (quirk Q15); change frames, height or width")
     sizes = reference_sizes(subject, frames, blocks)
-    wrapper = reference.wrapper(weights(subject.student), sizes, causal=causal)
+    wrapper = reference.wrapper(subject.weights(), sizes, causal=causal)
     if causal:
         wrapper.model.independent_first_frame = blocks.independent_first_frame
     t = lambda name: torch.tensor(  # noqa: E731

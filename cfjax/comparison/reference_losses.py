@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, gradients, jit_once, to_torch, weights
+from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, gradients, jit_once, to_torch
 from cfjax.comparison.reference import Reference, Sizes, fit, uninitialised, zero_caches
 from cfjax.comparison.reference_forward import STEPS, reference_sizes
 from cfjax.flow.schedule import score_sigma, sigma_table, warp_steps
@@ -142,7 +142,7 @@ def _theirs_diffusion(reference: Reference, subject: Subject, config: DiffusionC
     sizes = reference_sizes(subject, frames, blocks)
     args = _args(sizes, teacher_forcing=forced, noise_augmentation_max_timestep=config.noise_augmentation)
     model = _model(reference, "model.diffusion", "CausalDiffusion", sizes, args)
-    fit(model.generator, weights(subject.student), sizes)
+    fit(model.generator, subject.weights(), sizes)
     if config.bf16_timesteps:
         model.dtype = torch.bfloat16  # read for the timesteps only
     draws = _diffusion_draws(subject, frames)
@@ -187,7 +187,7 @@ def _theirs_ode(reference: Reference, subject: Subject, how: Regression, blocks:
     sizes = reference_sizes(subject, frames, blocks)
     args = _args(sizes, denoising_step_list=list(STEPS))
     model = _model(reference, "model.ode_regression", "ODERegression", sizes, args)
-    fit(model.generator, weights(subject.student), sizes)
+    fit(model.generator, subject.weights(), sizes)
     states = to_torch(_trajectory(subject))
     if forced:
         states = torch.cat([states, to_torch(subject.latents("clip", frames))[:, None]], dim=1)
@@ -219,7 +219,7 @@ def _theirs_consistency(reference: Reference, subject: Subject, blocks: Blocks) 
     reference.float32_with_bf16_times("model.naive_consistency")
     model = _model(reference, "model.naive_consistency", "NaiveConsistency", sizes, _args(sizes, discrete_cd_N=48))
     for network, role in ((model.generator, "student"), (model.generator_ema, "ema"), (model.teacher, "teacher")):
-        fit(network, weights(subject.role(role)), sizes)
+        fit(network, subject.weights(role), sizes)
     average = SimpleNamespace(copy_to=lambda _: None)  # the averaged weights are in place already
     clip = to_torch(subject.latents("clip", frames))
     with reference.draws(CD_LEVEL, to_torch(subject.latents("eps", frames))):
@@ -289,7 +289,7 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str
     if exits.first_steps and not hasattr(model, "denoising_step_list_first_chunk"):
         raise NotThere(f"not in this clone ({reference.name}): a step list of its own for the first block")
     for network, name in ((model.generator, "student"), (model.fake_score, "critic"), (model.real_score, "real_score")):
-        fit(network, weights(subject.role(name)), sizes)
+        fit(network, subject.weights(name), sizes)
     # Without recomputation the reference's cache writes make its backward pass fail (quirk Q6).
     model.generator.model.gradient_checkpointing = True
     model._initialize_inference_pipeline()

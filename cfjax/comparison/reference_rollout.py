@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, to_torch, weights
+from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, to_torch
 from cfjax.comparison.reference import NoEncoder, Reference, Sizes, dense_attention, zero_caches
 from cfjax.comparison.reference_forward import reference_sizes
 from cfjax.models.cache import init_cache, visible_frames, write
@@ -72,7 +72,7 @@ def _given(subject: Subject, roll: Roll) -> np.ndarray | None:
 def _theirs_few(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
     pipelines = reference.module("pipeline.causal_inference")
     sizes = _sizes(subject, roll)
-    wrapper = reference.wrapper(weights(subject.student), sizes, causal=True)
+    wrapper = reference.wrapper(subject.weights(), sizes, causal=True)
     rows = NoEncoder(_rows(subject))
     with reference.quiet():
         pipeline = pipelines.CausalInferencePipeline(
@@ -114,7 +114,7 @@ def _ours_few(subject: Subject, roll: Roll) -> Arrays:
 def _theirs_many(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
     pipelines = reference.module("pipeline.causal_diffusion_inference")
     sizes = _sizes(subject, roll)
-    wrapper = reference.wrapper(weights(subject.student), sizes, causal=True)
+    wrapper = reference.wrapper(subject.weights(), sizes, causal=True)
     with reference.quiet():
         pipeline = pipelines.CausalDiffusionInferencePipeline(
             _pipeline_args(subject, roll), "cpu",
