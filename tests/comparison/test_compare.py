@@ -46,6 +46,7 @@ def perturbed(monkeypatch, module, twin_of: str, name: str, change) -> None:
     monkeypatch.setattr(module, twin_of, wrapped)
 
 
+@pytest.mark.slow
 def test_a_converted_release_agrees_in_every_part(run, tmp_path, capsys):
     code, rows = run_compare(tmp_path, "--seed=3", run=run)
     said = capsys.readouterr().out

@@ -98,6 +98,7 @@ def test_one_block_of_all_frames_is_bidirectional():
 LOSSES = {"sid": (sid.generator_loss, DMD), "causvid": (dmd.generator_loss, NOISED)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_student_moves_to_the_real_scores_distribution(name):
     """From an AR model of copied frames around -1 to the teacher's independent frames around 1."""

@@ -117,6 +117,7 @@ def test_only_the_student_gets_a_gradient():
     assert size["student"] > 0 and size["student_ema"] == size["teacher"] == 0
 
 
+@pytest.mark.slow
 def test_learns_the_teachers_flow_map_given_the_clean_past():
     """From pure noise z to mean + STD z in frame 1, and to clean frame 1 in its copy: the PF-ODE's end points.
 

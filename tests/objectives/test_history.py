@@ -49,6 +49,7 @@ def test_resampled_goes_block_by_block_on_its_own_past(steps):
     assert error < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["direct", "resampled"])
 def test_the_loss_sees_the_degraded_past_as_a_constant(history):
     """Its value and gradient are those of teacher forcing with the degraded clip put in the clean half's place."""
