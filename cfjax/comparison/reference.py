@@ -160,9 +160,13 @@ class Reference:
         fields = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "eps")
         kwargs = {name: getattr(sizes.config, name) for name in fields}
         kwargs |= {"patch_size": (1, *sizes.config.patch), "text_len": sizes.text_rows}
+
+        def fresh(cls: Callable[..., Any], _: str, **local: int) -> Any:
+            with uninitialised():
+                return cls(**kwargs, **local)
+
         for name, network in (("wan.modules.causal_model", "CausalWanModel"), ("wan.modules.model", "WanModel")):
-            made = classmethod(lambda cls, _, **local: cls(**kwargs, **local))
-            getattr(self.module(name), network).from_pretrained = made
+            getattr(self.module(name), network).from_pretrained = classmethod(fresh)
 
     def without_encoders(self, *names: str, rows: Mapping[str, torch.Tensor] | None = None) -> None:
         """Text encoder and VAE constructors of these modules return a `NoEncoder`."""

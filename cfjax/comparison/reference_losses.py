@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, gradients, jit_once, to_torch
-from cfjax.comparison.reference import Reference, Sizes, fit, uninitialised, zero_caches
+from cfjax.comparison.reference import Reference, Sizes, fit, zero_caches
 from cfjax.comparison.reference_forward import STEPS, reference_sizes
 from cfjax.flow.schedule import score_sigma, sigma_table, warp_steps
 from cfjax.nn.visibility import Blocks
@@ -108,7 +108,7 @@ def _model(reference: Reference, module: str, name: str, sizes: Sizes, args: Sim
             self.scheduler = self.generator.get_scheduler()
 
         cls._initialize_models = started
-    with reference.quiet(), uninitialised():
+    with reference.quiet():
         return cls(args, torch.device("cpu"))
 
 
