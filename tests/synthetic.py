@@ -3,8 +3,9 @@
     python tests/synthetic.py DIR
 
 writes `DIR/Wan2.1-T2V-1.3B` (the original release), `DIR/Wan2.1-T2V-1.3B-Diffusers`, `DIR/causal_forcing.pt`,
-`DIR/self_forcing.pt` and `DIR/taew2_1.pth`. The shapes below are written from the published modules and know nothing of
-cfjax's conversion tables; called with the published sizes they give the published numbers of tensors and parameters.
+`DIR/self_forcing.pt`, `DIR/taew2_1.pth` and `DIR/prompts.txt`. The shapes below are written from the published modules
+and know nothing of cfjax's conversion tables; called with the published sizes they give the published numbers of tensors
+and parameters.
 """
 
 import json
@@ -357,6 +358,7 @@ def main(folder: str) -> None:
         root / "self_forcing.pt", ("generator", "critic", "generator_ema"), "model._fsdp_wrapped_module."
     )
     write_taehv(root / "taew2_1.pth")
+    (root / "prompts.txt").write_text("A cat surfs on a wave\nA paper boat in the rain\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Where a user would stand: configs, a Wan release, a student's checkpoint, clips with captions, prompts."""
+    """Where a user would stand: configs, miniature releases and prompts, clips with captions."""
     root = tmp_path
     shutil.copytree(ROOT / "configs", root / "configs")
     synthetic.main(str(root))
@@ -39,7 +39,6 @@ def folder(tmp_path) -> Path:
         still = rng.integers(0, 255, (1, 32, 48, 3), np.uint8)
         write_mp4(root / "clips" / f"{name}.mp4", np.repeat(still, 12, axis=0), fps=16)
         (root / "clips" / f"{name}.txt").write_text(f"the {name} clip")
-    (root / "prompts.txt").write_text("A cat surfs on a wave\nA paper boat in the rain\n")
     return root
 
 

@@ -1,10 +1,11 @@
 """Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.3; PyTorch reference).
 
 The causal student generates with its own cache; a frozen bidirectional teacher (the real score, with guidance) and a
-trained bidirectional critic (the fake score) say in which direction its videos should move. The paper's
-baselines differ in two choices: what the student starts from (`student_input`; CausVid, arXiv 2412.07772, takes noised
-real clips), and how the scores become a gradient (DMD here, SiD in `objectives.sid`). One block of all frames is
-bidirectional DMD.
+trained bidirectional critic (the fake score) say in which direction its videos should move.
+
+The paper's baselines differ in two choices: what the student starts from (`student_input`; CausVid, arXiv 2412.07772,
+takes noised real clips), and how the scores become a gradient (DMD here, SiD in `objectives.sid`). One block of all
+frames is bidirectional DMD.
 """
 
 from collections.abc import Mapping
