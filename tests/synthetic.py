@@ -4,8 +4,8 @@
 
 writes `DIR/Wan2.1-T2V-1.3B` (the original release), `DIR/Wan2.1-T2V-1.3B-Diffusers`, `DIR/causal_forcing.pt`,
 `DIR/self_forcing.pt`, `DIR/taew2_1.pth` and `DIR/prompts.txt`. The shapes below are written from the published modules
-and know nothing of cfjax's conversion tables; called with the published sizes they give the published numbers of tensors
-and parameters.
+and know nothing of cfjax's conversion tables; called with the published sizes they give the published numbers of
+tensors and parameters.
 """
 
 import json
