@@ -14,13 +14,16 @@ from tqdm import tqdm
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.evaluation.shapes_metrics import evaluate_shapes
+from cfjax.evaluation.guard import Collector
+from cfjax.evaluation.shapes_metrics import Factors, evaluate_shapes
+from cfjax.evaluation.tables import gather, write_table
 from cfjax.evaluation.video import to_uint8
 from cfjax.runs import Run, open_run
 from cfjax.world import World, evaluation_clips, stack_videos
 
 DESCRIPTION = """Generates videos for held-out captions with a run's own sampler and measures them from decoded pixels.
-Writes evaluation.json and samples.npz to the workdir."""
+Writes evaluation.json and samples.npz to the workdir. With --config=configs/evaluate.py:table it puts evaluations side
+by side instead: mean and standard deviation over seeds, table.json and table.md."""
 SHOWN = (
     "all_correct",
     "shape_correct",
@@ -30,12 +33,17 @@ SHOWN = (
     "step",
     "jerkiness",
     "residual",
+    "diversity",
 )
 
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, evaluates, prints the table."""
     c, workdir, _ = parse("evaluate", argv, description=DESCRIPTION, default_config="configs/evaluate.py")
+    if c.evaluations:
+        say(write_table(workdir, gather(c.evaluations)))
+        say(f"written to {workdir}/table.json and {workdir}/table.md")
+        return 0
     run = open_run(c.run, ema=c.ema)
     result = evaluate_run(run, clips=c.clips, batch=c.batch, seed=c.seed, kept=c.kept)
     save_evaluation(workdir, result)
@@ -53,14 +61,25 @@ def real_clips(world: World, clips: int) -> dict[str, Any]:
     """The same measurement on real clips, and after the codec's round trip: what a perfect model would score."""
     real = evaluation_clips(world.shapes, clips)
     video = stack_videos(real)
-    factors = [clip["factors"] for clip in real]
+    factors, captions = [clip["factors"] for clip in real], [clip["caption"] for clip in real]
     decoded = np.asarray(world.codec.decode(world.codec.encode(jnp.asarray(video))))
     return {
-        "captions": [clip["caption"] for clip in real],
+        "captions": captions,
         "videos": to_uint8(video),
-        "summary": evaluate_shapes(video, factors, world.shapes)["summary"],
-        "codec_summary": evaluate_shapes(decoded, factors, world.shapes)["summary"],
+        "summary": judge(video, factors, captions, world),
+        "codec_summary": judge(decoded, factors, captions, world),
     }
+
+
+def judge(
+    video_BPHWC: np.ndarray, factors: Sequence[Factors], captions: Sequence[str], world: World
+) -> dict[str, float]:
+    """`evaluate_shapes`' summary, and what needs no caption: see `guard.measure_clip` and `guard.diversity`."""
+    summary = evaluate_shapes(video_BPHWC, factors, world.shapes)["summary"]
+    guard = Collector()
+    for caption, clip in zip(captions, video_BPHWC, strict=True):
+        guard.add(caption, clip)
+    return {**{name: float(value) for name, value in summary.items()}, **guard.values()}
 
 
 def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) -> dict[str, Any]:
@@ -84,11 +103,11 @@ def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) 
         videos.append(run.sample(captions[start : start + batch], seed + 1 + start))
         fastest = min(fastest, time.perf_counter() - begun)
     video = np.concatenate(videos)
-    summary = evaluate_shapes(video, [clip["factors"] for clip in real], run.toy.shapes)["summary"]
+    summary = judge(video, [clip["factors"] for clip in real], captions, run.toy)
     return {
         "stage": run.stage,
         "step": run.step,
-        "summary": {name: float(value) for name, value in summary.items()},
+        "summary": summary,
         "network_calls": run.calls(),
         "frames_per_second": batch * video.shape[1] / fastest,
         "captions": captions[:kept],

@@ -32,7 +32,7 @@ from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import FILL_AT_ONCE, fill
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
-from cfjax.objectives.ode_regression import PairsConfig, ode_pairs
+from cfjax.objectives.ode_regression import METHODS, PairsConfig, ode_pairs
 from cfjax.training.checkpoint import read_meta
 from cfjax.wan_world import WanWorld, load_text, open_cache
 from cfjax.world import World
@@ -278,8 +278,8 @@ def precompute_pairs(c: ConfigDict) -> Path:
         raise UserError(f"pairs={c.pairs}, but {c.data.path}/{c.data.name} holds {len(data.dataset)} clips")
     values = c.objective.to_dict()
     method = values.pop("method")
-    if method not in ("full", "cached"):
-        raise UserError(f"objective.method={method!r}: use full or cached")
+    if method not in METHODS:  # before any file is touched
+        raise UserError(f"objective.method={method!r}: use one of {', '.join(METHODS)}")
     config = PairsConfig(**values)
     writer = _pairs_writer(c, data, target, config)
     shard, shards = shard_of(c)

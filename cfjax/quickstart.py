@@ -1,4 +1,4 @@
-"""`cfjax quickstart`: stages 1, 2 and 3 from the shipped teacher, evaluation, and one page that shows it all."""
+"""`cfjax quickstart`: a recipe's stages from the shipped teacher, evaluation, and one page that shows it all."""
 
 import json
 import os
@@ -23,19 +23,45 @@ from cfjax.evaluation.report import StageReport, write_report
 from cfjax.export import read_curves
 from cfjax.runs import open_run
 
-DESCRIPTION = """Trains the AR teacher, the ODE initialisation and the DMD student on the toy world, evaluates each
-over captions that none of them saw, and writes report/index.html. Interrupted? The same command goes on from there."""
+DESCRIPTION = """Trains every stage of a recipe (Causal Forcing's, unless the config names another) on the toy world,
+evaluates each over captions that none of them saw, and writes report/index.html. Interrupted? The same command goes
+on from there."""
 WALL_CLIPS = 8
+EVALUATE = "evaluate "  # key of an evaluation: this and the key of what it measures
 
+# What the networks of configs/quickstart.py are, for the page: key -> title, short title, one sentence.
 TITLES = {
-    "teacher": (
-        "Bidirectional teacher",
-        "Ships with the package. Sees all frames at once; 50 UniPC steps with guidance.",
+    "teacher": ("Bidirectional teacher", "Teacher", "Ships with the package. Sees all frames at once; 50 UniPC steps."),
+    "ar": ("AR teacher (stage 1)", "AR teacher", "Teacher forcing: a noisy block sees the clean blocks before it."),
+    "noise_augmentation": ("AR teacher, noised past", "Noised past", "Teacher forcing with noise added to the past."),
+    "diffusion_forcing": ("AR teacher by diffusion forcing", "Diffusion forcing", "A noisy block sees noisy blocks."),
+    "direct_forcing": ("AR teacher by Direct Forcing", "Direct Forcing", "The past is the network's own prediction."),
+    "resampling_forcing": (
+        "AR teacher by Resampling Forcing",
+        "Resampling",
+        "The network re-makes the past from noise.",
     ),
-    "ar": ("AR teacher (stage 1)", "Teacher forcing: a noisy block sees the clean blocks before it. 50 steps a block."),
-    "ode": ("Causal ODE student (stage 2)", "Regresses the AR teacher's ODE end points given the clean past. 4 steps."),
-    "dmd": ("DMD student (stage 3)", "Generates with its own cache while real and fake scores correct it. 4 steps."),
+    "bagger": ("AR teacher by BAgger", "BAgger", "Also learns to lead its own drifted rollouts back to the data."),
+    "ode": ("Causal ODE student (stage 2)", "ODE init", "Regresses the AR teacher's end points given the clean past."),
+    "bi_ode": ("ODE student of the bidirectional teacher", "ODE init, bi", "Regresses that teacher's end points."),
+    "cd": ("Causal CD student (stage 2)", "CD init", "Consistency distillation of the AR teacher, without pairs."),
+    "asymmetric_cd": ("Asymmetric CD student", "CD init, bi", "Consistency distillation of the bidirectional teacher."),
+    "dmd": ("DMD student (stage 3)", "Student", "Generates with its own cache; real and fake scores correct it."),
+    "cd_dmd": ("DMD student, from causal CD", "Student", "Stage 3 on top of consistency distillation."),
+    "asymmetric_cd_dmd": ("DMD student, from asymmetric CD", "Student", "Stage 3 on top of asymmetric CD."),
+    "bi_ode_dmd": ("Self Forcing student", "Student", "Stage 3 on top of the bidirectional teacher's pairs."),
+    "bi_ode_causvid": ("CausVid student", "Student", "DMD of one-pass predictions from noised real clips, no rollout."),
+    "ar_dmd": ("DMD student, from the AR teacher", "Student", "Stage 3 without a few-step initialisation."),
+    "sid": ("SiD student", "Student", "Score identity distillation in place of DMD."),
+    "gan": ("GAN student", "Student", "A classifier on the critic's features tells real clips from generated ones."),
+    "long_dmd": ("DMD student of long rollouts", "Student", "Rolls out past the window; scores see the last frames."),
+    "bidirectional_dmd": (
+        "Few-step bidirectional student",
+        "Student",
+        "DMD of a student that sees all frames at once.",
+    ),
 }
+VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {"train": train.main, "precompute": precompute.main}
 
 
 @dataclass(frozen=True)
@@ -63,67 +89,54 @@ def main(argv: Sequence[str]) -> int:
     )
     if c.budget not in c.budgets:
         raise UserError(f"budget={c.budget!r}: use one of {', '.join(sorted(c.budgets))}")
-    budget = c.budgets[c.budget]
-    _same_budget(root, c)
-    steps = recipe(c, budget, root)
+    _same_settings(root, c)
+    steps = recipe(c, root)
     seconds = run_steps(steps, root)
     report(c, root, steps, seconds)
     return 0
 
 
-def _same_budget(root: Path, c: ConfigDict) -> None:
-    """A workdir belongs to one budget: going on with another would mix two recipes."""
+def _same_settings(root: Path, c: ConfigDict) -> None:
+    """A workdir belongs to one budget, teacher, seed and layout: recipes in it share the stages they have in common."""
     file = root / "quickstart.json"
-    record = {"budget": c.budget, "budgets": c.budgets[c.budget].to_dict(), "teacher": c.teacher, "seed": c.seed}
+    settings = {"budget": c.budget, "budgets": c.budgets[c.budget].to_dict()}
+    record = {**settings, "teacher": c.teacher, "seed": c.seed, "layout": c.layout}
     if file.exists() and json.loads(file.read_text()) != record:
         raise UserError(f"{root} holds a quickstart with other settings; choose another --workdir, or remove it")
     root.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1))
 
 
-def recipe(c: ConfigDict, budget: ConfigDict, root: Path) -> list[Step]:
-    """The commands, in order."""
-    data = [
-        f"--config.data.path={root}/data",
-        f"--config.data.assets={c.teacher}",
-        f"--config.data.clips={budget.clips}",
-        f"--config.seed={c.seed}",
-    ]
+def recipe(c: ConfigDict, root: Path) -> list[Step]:
+    """The commands, in order: the stages of `c.stages`, then an evaluation of the teacher and of each network."""
+    budget = c.budgets[c.budget]
+    shared = {"data.path": f"{root}/data", "data.assets": c.teacher, "data.clips": budget.clips, "seed": c.seed}
+    shared |= {} if c.guard else {"guard.enabled": False}
 
-    def training(key: str, config: str, steps: int, *more: str) -> Step:
-        argv = [f"--config=configs/{config}.py:toy", f"--workdir={root}/{key}", f"--config.steps={steps}", *data, *more]
-        return Step(key, "train", argv, train.main)
+    def stage(s: ConfigDict) -> Step:
+        start = {role: c.teacher if key == "teacher" else f"{root}/{key}" for role, key in s.init.items()}
+        start |= dict.fromkeys(("critic", "real_score"), c.teacher) if s.budget == "dmd" else {}
+        amount = {"pairs" if s.verb == "precompute" else "steps": budget[s.budget]}
+        keys = {**amount, **{f"roles.{role}.init": init for role, init in start.items()}, **shared}
+        workdir = [] if s.verb == "precompute" else [f"--workdir={root}/{s.key}"]
+        argv = [f"--config={s.config}", *workdir, *(f"--config.{name}={value}" for name, value in keys.items())]
+        return Step(s.key, s.verb, argv, VERBS[s.verb])
 
-    def evaluation(key: str, run: str) -> Step:
+    def evaluation(key: str) -> Step:
         argv = [
-            f"--config.run={run}",
+            f"--config.run={c.teacher if key == 'teacher' else f'{root}/{key}'}",
             f"--workdir={root}/evaluation/{key}",
             f"--config.clips={budget.evaluation}",
             f"--config.batch={min(60, budget.evaluation)}",
         ]
-        return Step(f"evaluate {key}", "evaluate", argv, evaluate.main)
+        return Step(EVALUATE + key, "evaluate", argv, evaluate.main)
 
-    pairs = [
-        "--config=configs/ode_pairs.py:toy",
-        f"--config.pairs={budget.pairs}",
-        f"--config.roles.teacher.init={root}/ar",
-        *data,
-    ]
-    return [
-        training("ar", "ar_diffusion", budget.ar, f"--config.roles.student.init={c.teacher}"),
-        Step("pairs", "precompute", pairs, precompute.main),
-        training("ode", "ode_regression", budget.ode, f"--config.roles.student.init={root}/ar"),
-        training(
-            "dmd",
-            "dmd",
-            budget.dmd,
-            f"--config.roles.student.init={root}/ode",
-            f"--config.roles.critic.init={c.teacher}",
-            f"--config.roles.real_score.init={c.teacher}",
-        ),
-        evaluation("teacher", c.teacher),
-        *(evaluation(key, f"{root}/{key}") for key in ("ar", "ode", "dmd")),
-    ]
+    return [*map(stage, c.stages), *map(evaluation, ["teacher", *networks(c)])]
+
+
+def networks(c: ConfigDict) -> list[str]:
+    """The keys of the recipe's stages that train a network, in order; the last is the student."""
+    return [s.key for s in c.stages if s.verb == "train"]
 
 
 def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
@@ -131,7 +144,10 @@ def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
     file = root / "seconds.json"
     seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     for step in steps:
-        if step.verb == "evaluate" and load_evaluation(root / "evaluation" / step.key.split()[1]) is not None:
+        if (
+            step.verb == "evaluate"
+            and load_evaluation(root / "evaluation" / step.key.removeprefix(EVALUATE)) is not None
+        ):
             continue
         say(f"\n$ {step.command()}")
         begun = time.monotonic()
@@ -144,17 +160,20 @@ def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
 
 
 def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, float]) -> None:
-    """Writes report/index.html and metrics.json, and says what comes next."""
-    page = root / "report" / "index.html"
+    """Writes the recipe's page and metrics.json, and says what comes next."""
+    page = root / ("report" if c.recipe == "causal_forcing" else f"report_{c.recipe}") / "index.html"
+    shown = ["teacher", *networks(c)]
+    student, against = shown[-1], shown[min(1, len(shown) - 2)]  # the recipe's end, against its start
     world = open_run(c.teacher).toy
-    results: dict[str, Any] = {key: load_evaluation(root / "evaluation" / key) for key in TITLES}
+    results: dict[str, Any] = {key: load_evaluation(root / "evaluation" / key) for key in shown}
     real = real_clips(world, c.budgets[c.budget].evaluation)
     commands = {step.key: step.command() for step in steps}
     stages = [
         StageReport(
             key=key,
-            title=title,
-            text=text,
+            title=TITLES[key][0],
+            brief=TITLES[key][1],
+            text=TITLES[key][2],
             videos=results[key]["videos"][:WALL_CLIPS],
             summary=results[key]["summary"],
             network_calls=results[key]["network_calls"],
@@ -163,34 +182,34 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
             curves=_curves(root / key),
             command=commands.get(key, ""),
         )
-        for key, (title, text) in TITLES.items()
+        for key in shown
     ]
-    trained = sum(seconds.get(key, 0.0) for key in ("ar", "pairs", "ode", "dmd"))
+    trained = sum(seconds.get(s.key, 0.0) for s in c.stages)
     write_report(
         page,
-        title="Causal Forcing on a laptop",
+        title=f"{c.recipe.replace('_', ' ').capitalize()} on a laptop",
         real_videos=real["videos"][:WALL_CLIPS],
-        captions=results["dmd"]["captions"][:WALL_CLIPS],
+        captions=results[student]["captions"][:WALL_CLIPS],
         real_summary=real["summary"],
         codec_summary=real["codec_summary"],
         stages=stages,
+        student=student,
+        against=against,
         commands=[step.command() for step in steps],
         config=c.to_dict(),
         environment=environment(),
         notes=[
-            f"Training (stages 1 to 3 with the ODE pairs) took {trained / 60:.1f} minutes here.",
+            f"Training (with the ODE pairs, where there are any) took {trained / 60:.1f} minutes here.",
             "Captions were held out from every stage; each video is judged from its decoded pixels alone.",
-            "Frames per second: 60 videos at once, compiled, decoding included.",
+            "Frames per second: a batch of at most 60 videos, compiled, decoding included.",
         ],
     )
-    student, teacher = results["dmd"], results["ar"]
-    say(
-        f"\nstudent: {100 * student['summary']['all_correct']:.1f} % of captions all right with "
-        f"{student['network_calls']} network calls; AR teacher: {100 * teacher['summary']['all_correct']:.1f} % with "
-        f"{teacher['network_calls']}"
-    )
+    for key in (student, against):
+        result = results[key]
+        correct, calls = 100 * result["summary"]["all_correct"], result["network_calls"]
+        say(f"{TITLES[key][0]}: {correct:.1f} % of captions all right with {calls} network calls")
     say(f"report: {page}")
-    say(f'your own: cfjax generate --config.run={root}/dmd --config.prompt="a red circle moving left"')
+    say(f'your own: cfjax generate --config.run={root}/{student} --config.prompt="a red circle moving left"')
 
 
 def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:

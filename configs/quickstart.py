@@ -1,27 +1,98 @@
-"""The whole recipe on a laptop: AR teacher, causal ODE pairs, ODE initialisation, DMD, evaluation, one report page.
+"""A whole recipe on a laptop: every stage, evaluation, one report page.
 
     bash launch/quickstart.sh
     cfjax quickstart --config.budget=long
+    cfjax quickstart --config=configs/quickstart.py:causal_forcing_pp --workdir=runs/quickstart
+    cfjax quickstart --config=configs/quickstart.py:self_forcing --workdir=runs/quickstart
+    cfjax quickstart --config=configs/quickstart.py:causvid --workdir=runs/quickstart
+    cfjax evaluate --config=configs/evaluate.py:table --config.evaluations="runs/quickstart/evaluation/*"
 
-Every stage is an ordinary `cfjax train` command, printed before it runs. Starts from the toy teacher that ships with
-the package. Budgets are numbers of steps; "default" trains for at most 20 minutes on two cores, "long" for an hour or
-more, "tiny" only proves that everything is wired.
+Every stage is an ordinary `cfjax` command, printed before it runs. Starts from the toy teacher that ships with the
+package. Recipes in one workdir share the stages that they have in common. Budgets are numbers of steps; "default"
+trains for at most 20 minutes on two cores, "short" for less than 10, "long" for an hour or more, "tiny" only proves
+that everything is wired. `framewise`, `2step` and `1step` join any recipe (in a workdir of their own).
+
+Recipes are names of stages, and a stage is one config with what it starts from. Causal Forcing (arXiv 2602.02214),
+Causal Forcing++ (arXiv 2605.15141), Self Forcing (arXiv 2506.08009), CausVid (arXiv 2412.07772); the others change one
+thing in them. `none` is Causal Forcing without stage 2.
 """
 
 from ml_collections import ConfigDict
 
+from cfjax import presets
 
-def get_config():
-    """`budget`: default, long or tiny."""
+TEACHER = "teacher"  # the shipped bidirectional network, where an earlier stage could stand
+
+# key: verb, config and its switches, which budget, {role: what it starts from}
+STAGES = {
+    "ar": ("train", "ar_diffusion", (), "ar", {"student": TEACHER}),
+    "diffusion_forcing": ("train", "ar_diffusion", ("diffusion_forcing",), "ar", {"student": TEACHER}),
+    "direct_forcing": ("train", "ar_diffusion", ("direct_forcing",), "ar", {"student": TEACHER}),
+    "resampling_forcing": ("train", "ar_diffusion", ("resampling_forcing",), "ar", {"student": TEACHER}),
+    "pairs": ("precompute", "ode_pairs", (), "pairs", {"teacher": "ar"}),
+    "bi_pairs": ("precompute", "ode_pairs", ("bidirectional",), "pairs", {"teacher": TEACHER}),
+    "ode": ("train", "ode_regression", (), "ode", {"student": "ar"}),
+    "bi_ode": ("train", "ode_regression", ("bidirectional",), "ode", {"student": TEACHER}),
+    "cd": ("train", "consistency", (), "cd", {"student": "ar", "teacher": "ar"}),
+    "asymmetric_cd": ("train", "consistency", ("asymmetric",), "cd", {"student": "ar", "teacher": TEACHER}),
+    "dmd": ("train", "dmd", (), "dmd", {"student": "ode"}),
+    "cd_dmd": ("train", "dmd", (), "dmd", {"student": "cd"}),
+    "asymmetric_cd_dmd": ("train", "dmd", (), "dmd", {"student": "asymmetric_cd"}),
+    "bi_ode_dmd": ("train", "dmd", (), "dmd", {"student": "bi_ode"}),
+    "ar_dmd": ("train", "dmd", ("from_ar",), "dmd", {"student": "ar"}),
+    "bi_ode_causvid": ("train", "dmd", ("causvid",), "dmd", {"student": "bi_ode"}),
+    "sid": ("train", "dmd", ("sid",), "dmd", {"student": "ode"}),
+    "bidirectional_dmd": ("train", "dmd", ("bidirectional",), "dmd", {"student": TEACHER}),
+}
+
+RECIPES = {
+    "causal_forcing": ("ar", "pairs", "ode", "dmd"),
+    "causal_forcing_pp": ("ar", "cd", "cd_dmd"),
+    "self_forcing": ("bi_pairs", "bi_ode", "bi_ode_dmd"),
+    "causvid": ("bi_pairs", "bi_ode", "bi_ode_causvid"),
+    "none": ("ar", "ar_dmd"),
+    "asymmetric_cd": ("ar", "asymmetric_cd", "asymmetric_cd_dmd"),
+    "sid": ("ar", "pairs", "ode", "sid"),
+    "bidirectional": ("bidirectional_dmd",),
+    "diffusion_forcing": ("diffusion_forcing",),
+    "direct_forcing": ("direct_forcing",),
+    "resampling_forcing": ("resampling_forcing",),
+}
+
+
+def get_config(arg: str = ""):
+    """One of `RECIPES`, `framewise`, `2step`, `1step`; `budget`: default, short, long or tiny."""
+    words = presets.switches(arg, *RECIPES, "framewise", "2step", "1step")
+    recipe = next((word for word in words if word in RECIPES), "causal_forcing")
+    joined = tuple(word for word in words if word not in RECIPES)
+    if steps := [word for word in joined if word.endswith("step")]:
+        joined = (*(word for word in joined if word == "framewise"), steps[-1])
+    stages = []
+    for key in RECIPES[recipe]:
+        verb, config, own, amount, init = STAGES[key]
+        extra = tuple(word for word in joined if word == "framewise" or config == "dmd")
+        name = f"configs/{config}.py:" + ",".join(("toy", *own, *extra))
+        stages.append(ConfigDict({"key": key, "verb": verb, "config": name, "budget": amount, "init": init}))
     return ConfigDict(
         {
+            "recipe": recipe,
+            "layout": ",".join(joined),
+            "stages": tuple(stages),
             "budget": "default",
             "teacher": "toy_teacher",
             "seed": 0,
+            "guard": True,  # sample while training and warn of a collapse
             "budgets": {
-                "tiny": {"clips": 256, "ar": 4, "pairs": 64, "ode": 4, "dmd": 6, "evaluation": 24},
-                "default": {"clips": 16384, "ar": 500, "pairs": 1024, "ode": 400, "dmd": 600, "evaluation": 240},
-                "long": {"clips": 16384, "ar": 4000, "pairs": 8192, "ode": 3000, "dmd": 6000, "evaluation": 480},
+                "tiny": {"clips": 256, "ar": 4, "pairs": 64, "ode": 4, "cd": 4, "dmd": 6, "evaluation": 24},
+                "short": {
+                    "clips": 16384, "ar": 250, "pairs": 512, "ode": 200, "cd": 200, "dmd": 200, "evaluation": 240,
+                },
+                "default": {
+                    "clips": 16384, "ar": 500, "pairs": 1024, "ode": 400, "cd": 400, "dmd": 600, "evaluation": 240,
+                },
+                "long": {
+                    "clips": 16384, "ar": 4000, "pairs": 8192, "ode": 3000, "cd": 3000, "dmd": 6000, "evaluation": 480,
+                },
             },
         }
-    )
+    )  # fmt: skip

@@ -20,7 +20,6 @@ from cfjax.core.errors import UserError
 from cfjax.evaluation.curves import clean, curve_svg
 from cfjax.evaluation.results import (
     COLUMNS,
-    STUDENT_KEYS,
     Column,
     Row,
     StageReport,
@@ -70,14 +69,12 @@ def _interval(row: Row | None, key: str) -> str:
     return "" if low is None or high is None else f"{100 * low:.1f}\u2013\u2060{100 * high:.1f}\u202f%"
 
 
-def _headline(table: Mapping[str, Row]) -> str:
-    """Student against AR teacher, as cards; a card without a student's number is left out."""
-    student = next((table[key] for key in STUDENT_KEYS if key in table), None)
-    teacher = table.get("ar")
+def _headline(student: Row | None, teacher: Row | None, name: str) -> str:
+    """Student against teacher, whose short name is given, as cards; one without a student's number is left out."""
 
     def against(key: str, show: Callable[[float], str]) -> str:
         old = get(teacher, key)
-        return f"AR teacher {show(old)}" if old is not None else ""
+        return f"{name} {show(old)}" if old is not None else ""
 
     def ratio(key: str, less: str, more: str) -> str:
         new, old = get(student, key), get(teacher, key)
@@ -202,18 +199,18 @@ def _cell(row: Row, column: Column, best: bool) -> str:
     return f'<td data-column="{column.key}">{shown}</td>'
 
 
-def _kind(key: str) -> str:
-    return "student" if key in STUDENT_KEYS else "ceiling" if key in ("real", "codec") else "stage"
+def _kind(key: str, student: str) -> str:
+    return "student" if key == student else "ceiling" if key in ("real", "codec") else "stage"
 
 
-def _table(table: Mapping[str, Row], stages: Sequence[StageReport]) -> str:
+def _table(table: Mapping[str, Row], stages: Sequence[StageReport], student: str) -> str:
     columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in table.values())]
     if not columns:
         return ""
     head = "".join(f'<th scope="col">{c.title}<small>{c.unit}</small></th>' for c in columns)
     best = {c.key: _best(c, table, [stage.key for stage in stages]) for c in columns}
     body = "".join(
-        f'<tr data-row="{_text(key)}" class="{_kind(key)}"><th scope="row">{_text(row["title"])}</th>'
+        f'<tr data-row="{_text(key)}" class="{_kind(key, student)}"><th scope="row">{_text(row["title"])}</th>'
         + "".join(_cell(row, c, key in best[c.key]) for c in columns)
         + "</tr>\n"
         for key, row in table.items()
@@ -282,6 +279,8 @@ def write_report(
     real_summary: Mapping[str, float] | None,
     codec_summary: Mapping[str, float] | None,
     stages: Sequence[StageReport],
+    student: str = "dmd",
+    against: str = "ar",
     commands: Sequence[str],
     config: Mapping[str, Any],
     environment: Mapping[str, Any],
@@ -293,6 +292,7 @@ def write_report(
     Args:
       real_videos: uint8 [N, P, H, W, 3], clip n for captions[n]; clips of all stages share P, H and W.
       real_summary, codec_summary: `evaluate_shapes(...)["summary"]` of real clips, and of the same through the codec.
+      student, against: keys of the stages that the headline compares; one that is not there is left out.
       fps: playback frames per second of the wall.
 
     metrics.json: {"title", "stages": `metrics_table(...)`, "environment", "commands"}; unknown or non-finite is null.
@@ -308,6 +308,7 @@ def write_report(
     pairs = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in environment.items())
     items = "".join(f"<li>{_text(note)}</li>" for note in notes)
     shown_config = json.dumps(plain(config), indent=2, ensure_ascii=False) if config else ""
+    other = next((stage.short for stage in stages if stage.key == against), "AR teacher")
     assets = resources.files("cfjax") / "assets"
     page = "\n".join(
         part
@@ -317,9 +318,9 @@ def write_report(
             '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">',
             f"<title>{_text(title)}</title>\n<style>\n{(assets / 'report.css').read_text()}</style>\n</head>\n<body>",
             f"<header><h1>{_text(title)}</h1><p>{_text(_lead(stages))}</p></header>\n<main>",
-            _section("headline", "Student against AR teacher", _headline(table)),
+            _section("headline", f"Student against {other}", _headline(table.get(student), table.get(against), other)),
             _section("wall", "Side by side", wall),
-            _section("metrics", "Metrics", _table(table, stages)),
+            _section("metrics", "Metrics", _table(table, stages, student)),
             _section("training", "Training", _training(stages)),
             _section("commands", "Commands", f"<pre><code>{listing}</code></pre>" if listing else ""),
             _section("config", "Configuration", _details("Show the whole config", shown_config) if config else ""),

@@ -12,9 +12,6 @@ import numpy as np
 
 from cfjax.core.errors import UserError
 
-STUDENT_KEYS = ("student", "dmd")  # the stage that the headline holds against "ar": the first of these that is there
-_SHORT = {"teacher": "Teacher", "ar": "AR teacher", "ode": "ODE init", "student": "Student", "dmd": "Student"}
-
 Row = dict[str, float | str | None]
 
 
@@ -23,7 +20,8 @@ class StageReport:
     """One stage of the pipeline, as the page shows it; None and empty fields leave their place out.
 
     Args:
-      key: "teacher", "ar", "ode", "student" (or "dmd"), or another short name; unique within a report.
+      key: "teacher", "ar", "ode", "dmd", or another short name; unique within a report.
+      brief: the name for a narrow column, by default the title.
       text: one or two sentences on what this stage is.
       videos: uint8 [N, P, H, W, 3], clip n made for caption n; trailing clips may be missing.
       summary: `evaluate_shapes(...)["summary"]` of this stage's clips.
@@ -35,6 +33,7 @@ class StageReport:
 
     key: str
     title: str
+    brief: str = ""
     text: str = ""
     videos: np.ndarray | None = None
     summary: Mapping[str, float] = field(default_factory=dict)
@@ -47,7 +46,7 @@ class StageReport:
     @property
     def short(self) -> str:
         """The name for a narrow column."""
-        return _SHORT.get(self.key, self.title)
+        return self.brief or self.title
 
 
 def percent(value: float) -> str:

@@ -21,7 +21,7 @@ from cfjax.evaluation.results import COLUMNS
 
 VOID = {"meta", "link", "img", "input", "br"}
 CAPTIONS = ["a red square moving left", 'a "blue" circle & <b>more</b>', "a green ring moving up"]
-KEYS = ("teacher", "ar", "ode", "student")
+KEYS = ("teacher", "ar", "ode", "dmd")
 
 
 class Page(HTMLParser):
@@ -77,6 +77,7 @@ def stages() -> list[StageReport]:
         StageReport(
             key=key,
             title=f"The {key} stage",
+            brief={"ar": "AR teacher", "dmd": "Student"}.get(key, ""),
             text="What it <is>.",
             videos=clips(n),
             summary=summary(0.9 + 0.02 * n),
@@ -169,7 +170,7 @@ def test_metrics_json_equals_the_table(written: tuple[Path, Page]):
         (r, c): v for r, cells in record["stages"].items() for c, v in cells.items() if c in keys and v is not None
     }
     assert shown == expected
-    assert record["stages"]["student"]["step_ratio"] == pytest.approx(1.2 / 1.25)
+    assert record["stages"]["dmd"]["step_ratio"] == pytest.approx(1.2 / 1.25)
     assert record["stages"]["ar"]["all_correct_low"] == pytest.approx(0.87)
     assert record["stages"]["real"]["network_calls"] is None
 
@@ -182,7 +183,7 @@ def test_headline_compares_the_student_with_the_ar_teacher(written: tuple[Path, 
 
 
 def test_a_student_that_is_worse_is_told_as_such(tmp_path: Path):
-    worse = replace(stages()[3], key="dmd", network_calls=4000, frames_per_second=2.0)
+    worse = replace(stages()[3], network_calls=4000, frames_per_second=2.0)
     page = write(tmp_path / "page.html", stages=[stages()[1], worse])
     text = "\n".join(text for tag, text in page.texts if tag == "p")
     assert "20\u00d7 more" in text and "10\u00d7 slower" in text
@@ -196,7 +197,7 @@ def test_bold_marks_the_best_generated_value_only(written: tuple[Path, Page]):
         column = str(attributes.get("data-column", column))
         if tag == "b":
             bold.add((row, column))
-    assert {("student", "all_correct"), ("student", "network_calls"), ("student", "frames_per_second")} <= bold
+    assert {("dmd", "all_correct"), ("dmd", "network_calls"), ("dmd", "frames_per_second")} <= bold
     assert not {cell for cell in bold if cell[0] in ("real", "codec") or cell[1] in ("step", "residual")}
 
 
@@ -216,7 +217,7 @@ def test_curve_labels_keep_their_digits():
 
 
 def test_missing_pieces_leave_their_place_out(tmp_path: Path):
-    bare = StageReport(key="student", title="Student")
+    bare = StageReport(key="dmd", title="Student")
     page = write(
         tmp_path / "page.html", real_videos=None, captions=[], real_summary=None, codec_summary=None, stages=[bare],
         commands=[], config={}, environment={}, notes=[],

@@ -1,0 +1,66 @@
+"""Recipes and baselines on the toy world, side by side, over seeds: trains, evaluates, tabulates.
+
+    python benchmarks/recipes.py --seeds 0 1 2 --root runs/recipes
+    python benchmarks/recipes.py --seeds 0 --root runs/recipes --recipes none sid causvid
+
+Each recipe is `cfjax quickstart --config=configs/quickstart.py:RECIPE` in the root's folder of that seed, so stages in
+common are trained once per seed, and what is done is not done again. The table holds everything found under the root.
+"""
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import parser, write
+
+from cfjax.__main__ import main as cfjax
+from cfjax.evaluation.tables import gather, markdown, summarise_seeds
+from cfjax.quickstart import TITLES, environment
+
+RECIPES = ("causal_forcing", "causal_forcing_pp", "self_forcing", "causvid")
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+
+def train(root: Path, seeds: Sequence[int], recipes: Sequence[str], budget: str) -> None:
+    """Every recipe of every seed, seed by seed."""
+    for seed in seeds:
+        for recipe in recipes:
+            argv = [f"--config={CONFIG}:{recipe}", f"--workdir={root}/seed{seed}", f"--config.budget={budget}"]
+            if cfjax(["quickstart", *argv, f"--config.seed={seed}", "--config.guard=False"]):
+                raise SystemExit(f"{recipe}, seed {seed}: failed; run again to go on")
+
+
+def tabulate(root: Path) -> dict[str, dict[str, Any]]:
+    """Stage -> {"title", "seeds", "numbers"}, in the order of the pipeline."""
+    found = gather(f"{root}/seed*/evaluation/*")
+    keys = [key for key in TITLES if key in found]
+    return {
+        key: {"title": TITLES[key][0], "seeds": len(found[key]), "numbers": summarise_seeds(found[key])} for key in keys
+    }
+
+
+def commit() -> str:
+    """The commit that is measured, marked when the tree differs from it."""
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=CONFIG.parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def save(out: Path, rows: Mapping[str, Mapping[str, Any]], budget: str) -> None:
+    """The JSON record, and the markdown table beside it."""
+    every = [{"key": key, **row} for key, row in rows.items()]
+    write(out, every, commit=commit(), budget=budget, environment=environment())
+    titles = {key: str(row["title"]) for key, row in rows.items()}
+    out.with_suffix(".md").write_text(markdown(rows, titles) + "\n")
+
+
+if __name__ == "__main__":
+    command = parser(__doc__, "recipes.json")
+    command.add_argument("--root", type=Path, default=Path("runs/recipes"))
+    command.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    command.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    command.add_argument("--budget", default="short")
+    given = command.parse_args()
+    train(given.root, given.seeds, given.recipes, given.budget)
+    save(given.out, tabulate(given.root), given.budget)
