@@ -1,29 +1,48 @@
-"""Where arrays live: one mesh of four named axes, and an ordered table that says how each parameter is cut.
+"""Where arrays live: one mesh of four named axes, tables that say how parameters are cut, words for activations.
 
     data     copies of the network, each with its own part of the batch
     fsdp     the batch again, and the parameters: gathered layer by layer where they are used
-    context  the token axis of long sequences
+    context  the tokens *inside* every frame; in self-attention the heads, where they divide (see `nn.frames`)
     tensor   heads and hidden channels: the matrix products themselves are split
 
 Placement is a matter of arguments only: the same jitted function runs on one device or on a pod, and XLA derives the
-collectives. A rule's axis is dropped where it does not divide a dimension.
+collectives. Whoever runs on a mesh does so within `on_mesh(mesh)`; what is traced there finds it by `active_mesh`, and
+`cut` says how an activation or a cache lies on it. Without a mesh, `cut` is the identity. An axis is dropped where it
+does not divide a dimension. No other file names an axis: it uses the words of `ACTIVATIONS`.
+
+Why tokens are cut inside frames: under a causal mask the last frames see most, so whole frames would leave the devices
+with unequal work. A part of *every* frame is the same work under every visibility, and the same static rectangles.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cfjax.core.errors import UserError
 from cfjax.core.tree import map_named, match, named_leaves
 
 AXES = ("data", "fsdp", "context", "tensor")
 
+# Mesh axes that each dimension of an activation may be cut over: the first entry whose axes divide it.
+ACTIVATIONS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "batch": (("data", "fsdp"),),
+    "tokens": (("context",),),  # of each frame
+    "heads": (("tensor", "context"), ("tensor",)),  # of queries, keys and values inside self-attention
+    "text_heads": (("tensor",),),  # of the text's keys and values: they are few, and every token's part needs them
+    "channels": (("tensor",),),
+}
+
 # Mesh axis of each array dimension, or None. A pair of matrices (q k v -> o, up -> down) is cut over `tensor` along its
 # inner dimension, so that one reduction per pair suffices (Megatron-LM, arXiv 1909.08053).
 Cut = tuple[str | None, ...]
+Rules = Sequence[tuple[str, Cut]]
 WAN_RULES: tuple[tuple[str, Cut], ...] = (
     (r"blocks/(self|cross)_attn/[qkv]/kernel|blocks/ffn/up/kernel", (None, "fsdp", "tensor")),
     (r"blocks/(self|cross)_attn/o/kernel|blocks/ffn/down/kernel", (None, "tensor", "fsdp")),
@@ -31,6 +50,9 @@ WAN_RULES: tuple[tuple[str, Cut], ...] = (
     (r"(text_embedding/up|time_embedding/up|time_projection|patch_embedding)/kernel", ("fsdp", "tensor")),
     (r".*/(bias|scale)|blocks/modulation|head_modulation", ()),
 )
+# (whose leaves, their table): a leaf belongs to the first entry that matches it. A table is held strictly against its
+# leaves, and not consulted when there are none, so that a network with extra leaves needs one more entry here.
+TABLES: tuple[tuple[str, Rules], ...] = ((r".*", WAN_RULES),)
 
 
 def make_mesh(
@@ -49,33 +71,155 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def _spec(name: str, shape: tuple[int, ...], cut: Cut, mesh: Mesh) -> PartitionSpec:
+# ---- activations
+
+
+@contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """What is traced inside knows `mesh` (JAX's own abstract-mesh context); arrays are placed no differently."""
+    if mesh is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def active_mesh() -> AbstractMesh | None:
+    """The mesh of the enclosing `on_mesh`, or None, also inside a `shard_map`, where every array is one device's part.
+
+    `jax.shard_map` finds the mesh by itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.manual_axes else mesh
+
+
+def activation_spec(shape: Sequence[int], words: Sequence[str | None], *, free: Any = None) -> PartitionSpec:
+    """The active mesh's axes of every dimension, as `shard_map` and `cut` need them; all None without a mesh.
+
+    Args:
+      words: one of `ACTIVATIONS` per dimension, or None for a whole one.
+      free: entry of a dimension that its word's axes do not divide.
+    """
+    mesh = active_mesh()
+    if len(words) != len(shape):
+        raise ValueError(f"{len(words)} words {tuple(words)} for shape {tuple(shape)}")
+
+    def entry(size: int, word: str | None) -> Any:
+        if mesh is None or word is None:
+            return None
+        sizes = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in ACTIVATIONS[word]]
+        return next((axes for axes, parts in sizes if size % parts == 0), free)
+
+    return PartitionSpec(*(entry(size, word) for size, word in zip(shape, words, strict=True)))
+
+
+def cut(x: jax.Array, *words: str | None) -> jax.Array:
+    """`x`, to lie on the active mesh as its dimensions' words say; the identity without a mesh.
+
+    A dimension that its axes do not divide is left to XLA.
+    """
+    if active_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, words, free=PartitionSpec.UNCONSTRAINED))
+
+
+def context_parts(heads: int, tokens: int) -> tuple[str, int]:
+    """How self-attention shares its work over the context axis of the active mesh.
+
+    Returns:
+      ("heads", 1): every device has all tokens of some heads; also without a mesh. ("tokens", parts): the heads do not
+      divide, so every device has all heads and a part of each frame's query tokens. ("whole", 1): nor do the tokens.
+    """
+    mesh = active_mesh()
+    parts = 1 if mesh is None else mesh.shape["context"]
+    if parts == 1 or mesh is None or heads % (parts * mesh.shape["tensor"]) == 0:
+        return "heads", 1
+    return ("tokens", parts) if tokens % parts == 0 else ("whole", 1)
+
+
+def token_parts(tokens: int) -> int:
+    """Into how many parts the tokens of a frame are cut outside self-attention."""
+    mesh = active_mesh()
+    return mesh.shape["context"] if mesh is not None and tokens % mesh.shape["context"] == 0 else 1
+
+
+def over_context(fn: Callable[..., jax.Array], in_axes: Any, out_axes: int = 0) -> Callable[..., jax.Array]:
+    """`jax.vmap` over an axis that lies over the context axis; `shard_map`s inside learn of it."""
+    return jax.vmap(fn, in_axes=in_axes, out_axes=out_axes, spmd_axis_name="context" if active_mesh() else None)
+
+
+# ---- parameters
+
+
+def _spec(name: str, shape: tuple[int, ...], cut: Cut, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     if cut and len(cut) != len(shape):
         raise UserError(f"sharding rule {cut} of {name!r} has {len(cut)} entries; the array has shape {shape}")
     fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(cut, shape, strict=False))
     return PartitionSpec(*fits)
 
 
-def shardings(model: Any, mesh: Mesh, rules: Sequence[tuple[str, Cut]] = WAN_RULES) -> dict[str, NamedSharding]:
-    """The sharding of every leaf by name; shapes are enough, nothing is moved.
+def _cuts(names: Sequence[str], rules: Rules | None) -> dict[str, Cut]:
+    """Every name's cut, by `rules` or else by its entry of `TABLES`."""
+    if rules is not None:
+        return match(rules, names)
+    out: dict[str, Cut] = {}
+    for pattern, table in TABLES:
+        own = [name for name in names if name not in out and re.fullmatch(pattern, name)]
+        out |= match(table, own) if own else {}
+    return out
+
+
+def shardings(model: Any, mesh: Mesh, rules: Rules | None = None) -> dict[str, NamedSharding]:
+    """The sharding of every leaf by name; shapes are enough, nothing is moved. `rules`: instead of `TABLES`.
 
     Raises:
       UserError: the rules do not fit the model's names or ranks.
     """
     leaves = named_leaves(model)
-    cuts = match(rules, leaves)
+    cuts = _cuts(list(leaves), rules)
     return {name: NamedSharding(mesh, _spec(name, leaf.shape, cuts[name], mesh)) for name, leaf in leaves.items()}
 
 
-def shard_model(model: Any, mesh: Mesh, rules: Sequence[tuple[str, Cut]] = WAN_RULES) -> Any:
-    """The model with every leaf placed on the mesh by the rules."""
+def cut_parameters(model: Any, rules: Rules | None = None) -> Any:
+    """Inside jit: weights, or gradients of the same names, to lie on the active mesh as their tables say."""
+    mesh = active_mesh()
+    if mesh is None:
+        return model
+    leaves = named_leaves(model)
+    cuts = _cuts(list(leaves), rules)
+    spec = {name: _spec(name, leaf.shape, cuts[name], mesh) for name, leaf in leaves.items()}
+    return map_named(lambda name, leaf: jax.lax.with_sharding_constraint(leaf, spec[name]), model)
+
+
+def shard_model(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
+    """The model with every leaf placed on the mesh by the rules; of many processes each gives its own shards."""
     places = shardings(model, mesh, rules)
-    return map_named(lambda name, leaf: jax.device_put(leaf, places[name]), model)
+    return map_named(lambda name, leaf: place(leaf, places[name]), model)
+
+
+def place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """`leaf`, which every process holds whole, on the mesh. A key stays a key.
+
+    Of many processes, `jax.device_put` would leave replicated arrays that Orbax does not save.
+    """
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(place(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis of a batch over `data` and `fsdp`; every other axis whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(*ACTIVATIONS["batch"]))
+
+
+def batch_places(mesh: Mesh) -> int:
+    """Into how many parts `batch_sharding` cuts a batch."""
+    return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"][0])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
