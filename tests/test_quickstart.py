@@ -1,10 +1,50 @@
-"""The whole recipe from the command line, from a teacher of one's own, on the tiny budget."""
+"""Recipes: each is a chain of configs that exist, and runs from the command line from a teacher of one's own."""
 
 import json
+from importlib import util
+from pathlib import Path
 
 import pytest
 
-from tests.commands import cfjax, tiny
+from cfjax.core.errors import UserError
+from cfjax.quickstart import TITLES, main, recipe
+from tests.commands import ROOT, cfjax, tiny
+
+
+def config_module(name: str):
+    spec = util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+QUICKSTART = config_module("quickstart")
+
+
+@pytest.mark.parametrize("name", QUICKSTART.RECIPES)
+@pytest.mark.parametrize("layout", ["", ",framewise,2step"])
+def test_every_recipe_is_a_chain_of_configs(name, layout):
+    c = QUICKSTART.get_config(name + layout)
+    steps = recipe(c, Path("runs"))
+    trained = ["teacher"]
+    for stage in c.stages:
+        file, _, words = stage.config.removeprefix("configs/").partition(":")
+        config = config_module(file.removesuffix(".py")).get_config(words)
+        whole = stage.key == "bidirectional_dmd"  # one block of all frames, whatever the layout
+        assert config.blocks.frames == (12 if whole else 1 if layout else 3)
+        assert stage.budget in c.budgets.default and set(stage.init.values()) <= set(trained)
+        assert set(stage.init) <= set(config.roles)
+        if config.stage == "dmd":
+            assert config.sampler.steps == ((1000, 500) if layout else (1000, 750, 500, 250))
+        trained.append(stage.key)
+    shown = [step.key.removeprefix("evaluate ") for step in steps if step.verb == "evaluate"]
+    assert shown[0] == "teacher" and set(shown) <= set(TITLES)
+
+
+def test_a_workdir_belongs_to_one_budget_and_layout(tmp_path):
+    (tmp_path / "quickstart.json").write_text("{}")
+    with pytest.raises(UserError, match="other settings"):
+        main([f"--config={ROOT}/configs/quickstart.py:causvid", f"--workdir={tmp_path}"])
 
 
 @pytest.mark.slow
@@ -23,3 +63,11 @@ def test_quickstart_runs_from_an_exported_teacher(tmp_path):
         "ode": 20,
         "dmd": 20,
     }
+    # another recipe in the same workdir: the teacher is not measured again
+    assert cfjax("quickstart", "quickstart.py:causvid", tmp_path / "all", guard=False, **keys) == 0
+    stages = json.loads((tmp_path / "all" / "report_causvid" / "metrics.json").read_text())["stages"]
+    assert stages["bi_ode_causvid"]["network_calls"] == 20 and "ar" not in stages
+    assert cfjax("evaluate", "evaluate.py:table", tmp_path / "t", evaluations=f"{tmp_path}/all/evaluation/*") == 0
+    assert {"teacher", "ar", "ode", "dmd", "bi_ode", "bi_ode_causvid"} == set(
+        json.loads((tmp_path / "t" / "table.json").read_text())
+    )
