@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.precision import Policy
 from cfjax.core.tree import from_named, named_leaves
@@ -19,6 +20,7 @@ from cfjax.data.latents import ClipDataset
 from cfjax.data.precompute import precompute
 from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
+from cfjax.data.tolerant import TolerantDataset
 from cfjax.flow.schedule import sigma_table
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
 from cfjax.nn.visibility import Blocks
@@ -104,7 +106,7 @@ def open_data(c: ConfigDict) -> Data:
 
 
 def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
-    """The dataset, if the stage can train on it.
+    """The dataset, if the stage can train on it; up to `data.max_corrupt` of its records may be broken.
 
     Raises:
       UserError: prompts alone where clips are needed, or no trajectories, or at other levels, for ODE regression.
@@ -116,7 +118,7 @@ def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
             f"{dataset.path} has {dataset.trajectory_points} states per clip; ODE regression needs the "
             f"{len(c.objective.steps)} levels of objective.steps and the end: make pairs with configs/ode_pairs.py"
         )
-    return dataset
+    return TolerantDataset(dataset, c.data.max_corrupt, say) if c.data.max_corrupt else dataset
 
 
 def toy_world(c: ConfigDict) -> World:

@@ -78,8 +78,12 @@ def blocks(framewise: bool = False) -> ConfigDict:
 
 
 def wan_data(path: str) -> ConfigDict:
-    """Precomputed Wan latents, 21 x 60 x 104 x 16: 81 frames of 480 x 832."""
-    return ConfigDict({"path": path, "name": "clips", "source": "", "assets": "", "clips": 0, "batch_size": 64})
+    """Precomputed Wan latents, 21 x 60 x 104 x 16: 81 frames of 480 x 832.
+
+    `max_corrupt`: the fraction of records that may turn out broken; each is told and another takes its place.
+    """
+    values = {"path": path, "name": "clips", "source": "", "assets": "", "clips": 0, "batch_size": 64}
+    return ConfigDict({**values, "max_corrupt": 0.001})
 
 
 def toy_data(path: str = "runs/toy/data", *, assets: str = "toy_teacher", name: str = "clips") -> ConfigDict:
@@ -92,6 +96,7 @@ def toy_data(path: str = "runs/toy/data", *, assets: str = "toy_teacher", name: 
             "assets": assets,
             "clips": 16384,
             "batch_size": 32,
+            "max_corrupt": 0.0,
             "channels": 16,
             "text_length": 8,
             "shapes": ConfigDict(

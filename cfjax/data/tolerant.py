@@ -1,0 +1,93 @@
+"""Training on in spite of a few broken records: each is told once, counted, and another takes its place."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from cfjax.core.errors import UserError
+from cfjax.data.latents import Batch, ClipDataset
+
+Tell = Callable[[str], None]
+
+
+class TolerantDataset:
+    """A `ClipDataset` whose broken records are stood in for by the next good one, up to a fraction of the set.
+
+    Broken is what cannot be read (its file is then named) or holds numbers that are not finite. The stand-in is the
+    same in every epoch and after a resume, so runs stay repeatable; `index` is the stand-in's own. Thread-safe.
+
+    Args:
+      fraction: of the records, how many may be found broken before that is an error; counted from this process's start.
+      tell: takes one line per broken record (default: a warning in the log).
+
+    Attributes:
+      corrupt: the broken records found so far, record -> what is wrong with it.
+    """
+
+    def __init__(self, dataset: ClipDataset, fraction: float, tell: Tell = logging.warning) -> None:
+        if not 0.0 <= fraction < 1.0:
+            raise UserError(f"data.max_corrupt={fraction}: a fraction of the records, 0 or more and less than 1")
+        self._dataset, self._tell = dataset, tell
+        self._allowed = int(fraction * len(dataset))
+        self._lock = threading.Lock()
+        self.corrupt: dict[int, str] = {}
+        self.path, self.manifest, self.negative_text_SE = dataset.path, dataset.manifest, dataset.negative_text_SE
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __repr__(self) -> str:
+        return f"TolerantDataset({self._dataset!r}, {self._allowed} may be broken)"
+
+    def __getitem__(self, index: int) -> Batch:
+        for candidate in (int(index) + n for n in range(len(self))):
+            candidate %= len(self)
+            if candidate in self.corrupt:
+                continue
+            try:
+                record = self._dataset[candidate]
+                if self._dataset.has_latents and not np.isfinite(record["latents_FHWC"]).all():
+                    raise UserError(f"{self.path}, record {candidate}: latents are not finite")
+                return record
+            except UserError as error:
+                self._note(candidate, str(error))
+        raise UserError(f"{self.path}: no record can be read; precompute it again")
+
+    def _note(self, index: int, wrong: str) -> None:
+        with self._lock:
+            if index in self.corrupt:
+                return
+            self.corrupt[index] = wrong
+            count = len(self.corrupt)
+        if count > self._allowed:
+            raise UserError(
+                f"{wrong}; with it {count} of {len(self)} records are broken, more than data.max_corrupt allows: "
+                f"repair the set, or raise data.max_corrupt"
+            )
+        self._tell(f"{wrong}; left out ({count} of at most {self._allowed})")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(F, H, W, C) of a record."""
+        return self._dataset.latent_shape
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether there are clips, not only prompts."""
+        return self._dataset.has_latents
+
+    @property
+    def trajectory_points(self) -> int:
+        """J, the stored states per record; 0 when this is no ODE set."""
+        return self._dataset.trajectory_points
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(S, E) of a caption's rows."""
+        return self._dataset.text_shape
+
+    def caption(self, index: int) -> str:
+        """The caption of record `index`."""
+        return self._dataset.caption(index)
