@@ -6,8 +6,8 @@ Shape legend. Array names end in one letter per axis:
     T tokens           S text rows         E text width        D model width           L layers
     N attention heads  K head dim          J stored trajectory points
 
-`latents_BFHWC` is a batch of latent videos, `k_LBTNK` the keys of every layer. Videos are channels last, float32, in
-[-1, 1]; sigma is the clock: float32 in [0, 1], 1 is pure noise (timestep t = 1000 sigma).
+`latents_BFHWC` is a batch of latent videos, `k_LBFTNK` the keys of every layer and frame. Videos are channels last,
+float32, in [-1, 1]; sigma is the clock: float32 in [0, 1], 1 is pure noise (timestep t = 1000 sigma).
 """
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from
 from cfjax.comparison.reference import NoEncoder, Reference, Sizes, dense_attention, zero_caches
 from cfjax.comparison.reference_forward import reference_sizes
 from cfjax.models.cache import init_cache, visible_frames, write
-from cfjax.models.wan import KV, embed_text
+from cfjax.models.wan import FrameKV, embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step, generate_many_step
 
@@ -173,8 +173,8 @@ def _ours_seen(subject: Subject, roll: Roll) -> Arrays:
             np.asarray(visible_frames(cache, jnp.int32(start), jnp.int32(stop), roll.blocks))
         ]
         matrix[number, [*held, *range(start, stop)]] += 1
-        nothing = jnp.zeros((config.num_layers, 1, stop - start, config.num_heads, config.head_dim))
-        cache = write(cache, KV(nothing, nothing), jnp.int32(start), stop - start, roll.blocks)
+        nothing = jnp.zeros((config.num_layers, 1, stop - start, 1, config.num_heads, config.head_dim))
+        cache = write(cache, FrameKV(nothing, nothing), jnp.int32(start), stop - start, roll.blocks)
     return {"": matrix}
 
 

@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -35,8 +36,7 @@ ACTIVATIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "batch": (("data", "fsdp"),),
     "tokens": (("context",),),  # of each frame
     "heads": (("tensor", "context"), ("tensor",)),  # of queries, keys and values inside self-attention
-    "text_heads": (("tensor",),),  # of the text's keys and values: they are few, and every token's part needs them
-    "channels": (("tensor",),),
+    "channels": (("tensor",),),  # hidden ones; also heads outside self-attention
 }
 
 # Mesh axis of each array dimension, or None. A pair of matrices (q k v -> o, up -> down) is cut over `tensor` along its
@@ -44,8 +44,8 @@ ACTIVATIONS: dict[str, tuple[tuple[str, ...], ...]] = {
 Cut = tuple[str | None, ...]
 Rules = Sequence[tuple[str, Cut]]
 WAN_RULES: tuple[tuple[str, Cut], ...] = (
-    (r"blocks/(self|cross)_attn/[qkv]/kernel|blocks/ffn/up/kernel", (None, "fsdp", "tensor")),
-    (r"blocks/(self|cross)_attn/o/kernel|blocks/ffn/down/kernel", (None, "tensor", "fsdp")),
+    (r"blocks/((self|cross)_attn/[qkv]|ffn/up)/kernel(/int8)?", (None, "fsdp", "tensor")),
+    (r"blocks/((self|cross)_attn/o|ffn/down)/kernel(/int8)?", (None, "tensor", "fsdp")),
     (r"(text|time)_embedding/down/kernel|head/kernel", ("tensor", "fsdp")),
     (r"(text_embedding/up|time_embedding/up|time_projection|patch_embedding)/kernel", ("fsdp", "tensor")),
     (r".*/(bias|scale)|blocks/modulation|head_modulation", ()),
@@ -93,6 +93,10 @@ def active_mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.manual_axes else mesh
 
 
+# Axes that an enclosing `over_context` maps over: an array inside is a part already, and is not cut by them again.
+_mapped: ContextVar[tuple[str, ...]] = ContextVar("_mapped", default=())
+
+
 def activation_spec(shape: Sequence[int], words: Sequence[str | None], *, free: Any = None) -> PartitionSpec:
     """The active mesh's axes of every dimension, as `shard_map` and `cut` need them; all None without a mesh.
 
@@ -107,8 +111,9 @@ def activation_spec(shape: Sequence[int], words: Sequence[str | None], *, free: 
     def entry(size: int, word: str | None) -> Any:
         if mesh is None or word is None:
             return None
-        sizes = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in ACTIVATIONS[word]]
-        return next((axes for axes, parts in sizes if size % parts == 0), free)
+        choices = [tuple(axis for axis in axes if axis not in _mapped.get()) for axes in ACTIVATIONS[word]]
+        sizes = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in choices]
+        return next((axes or None for axes, parts in sizes if size % parts == 0), free)
 
     return PartitionSpec(*(entry(size, word) for size, word in zip(shape, words, strict=True)))
 
@@ -144,8 +149,18 @@ def token_parts(tokens: int) -> int:
 
 
 def over_context(fn: Callable[..., jax.Array], in_axes: Any, out_axes: int = 0) -> Callable[..., jax.Array]:
-    """`jax.vmap` over an axis that lies over the context axis; `shard_map`s inside learn of it."""
-    return jax.vmap(fn, in_axes=in_axes, out_axes=out_axes, spmd_axis_name="context" if active_mesh() else None)
+    """`jax.vmap` of `fn` over an array axis that is cut by the context axis; a `shard_map` in `fn` learns of it."""
+    if active_mesh() is None:
+        return jax.vmap(fn, in_axes=in_axes, out_axes=out_axes)
+
+    def one_part(*args: jax.Array) -> jax.Array:
+        token = _mapped.set((*_mapped.get(), "context"))
+        try:
+            return fn(*args)
+        finally:
+            _mapped.reset(token)
+
+    return jax.vmap(one_part, in_axes=in_axes, out_axes=out_axes, spmd_axis_name="context")
 
 
 # ---- parameters

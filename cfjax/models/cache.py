@@ -12,16 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cfjax.nn.frames import cut_kv
 from cfjax.nn.visibility import Blocks
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of clean frames, [L, B, slots * tokens, N, K], and the frame in each slot (-1: empty)."""
+    """Keys and values of clean frames, [L, B, slots, tokens, N, K], and the frame in each slot (-1: empty)."""
 
-    k_LBTNK: jax.Array
-    v_LBTNK: jax.Array
+    k_LBFTNK: jax.Array
+    v_LBFTNK: jax.Array
     frame_F: jax.Array
 
 
@@ -32,9 +33,9 @@ def init_cache(config: Any, batch: int, num_frames: int, tokens_per_frame: int, 
       config: a WanConfig (layers, heads, head dim, compute dtype).
     """
     slots = min(blocks.window, num_frames) if blocks.window else num_frames
-    shape = (config.num_layers, batch, slots * tokens_per_frame, config.num_heads, config.head_dim)
+    shape = (config.num_layers, batch, slots, tokens_per_frame, config.num_heads, config.head_dim)
     # Two buffers: a cache is donated, and one buffer cannot be donated twice.
-    k, v = (jnp.zeros(shape, config.precision.compute) for _ in range(2))
+    k, v = (cut_kv(jnp.zeros(shape, config.precision.compute)) for _ in range(2))
     return KVCache(k, v, jnp.full((slots,), -1, jnp.int32))
 
 
@@ -57,20 +58,18 @@ def slot_of(frame: jax.Array, slots: int, blocks: Blocks) -> jax.Array:
 def write(cache: KVCache, kv: Any, start: jax.Array, num_frames: int, blocks: Blocks) -> KVCache:
     """The cache after committing the block [start, start + num_frames) with keys and values `kv`."""
     slots = cache.frame_F.shape[0]
-    tokens = cache.k_LBTNK.shape[2] // slots
-    k, v, frame_F = cache.k_LBTNK, cache.v_LBTNK, cache.frame_F
+    k, v, frame_F = cache.k_LBFTNK, cache.v_LBFTNK, cache.frame_F
 
     def put(whole: jax.Array, part: jax.Array, slot: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), slot * tokens, axis=2)
+        return cut_kv(jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), slot, axis=2))
 
     if not blocks.window:
         slot = start
-        k, v = put(k, kv.k_LBTNK, slot), put(v, kv.v_LBTNK, slot)
+        k, v = put(k, kv.k_LBFTNK, slot), put(v, kv.v_LBFTNK, slot)
         frame_F = jax.lax.dynamic_update_slice_in_dim(frame_F, start + jnp.arange(num_frames, dtype=jnp.int32), slot, 0)
-        return replace(cache, k_LBTNK=k, v_LBTNK=v, frame_F=frame_F)
+        return replace(cache, k_LBFTNK=k, v_LBFTNK=v, frame_F=frame_F)
     for i in range(num_frames):  # the ring may wrap inside a block
-        cut = slice(i * tokens, (i + 1) * tokens)
         slot = slot_of(start + i, slots, blocks)
-        k, v = put(k, kv.k_LBTNK[:, :, cut], slot), put(v, kv.v_LBTNK[:, :, cut], slot)
+        k, v = put(k, kv.k_LBFTNK[:, :, i : i + 1], slot), put(v, kv.v_LBFTNK[:, :, i : i + 1], slot)
         frame_F = frame_F.at[slot].set(start + i)
-    return replace(cache, k_LBTNK=k, v_LBTNK=v, frame_F=frame_F)
+    return replace(cache, k_LBFTNK=k, v_LBFTNK=v, frame_F=frame_F)

@@ -23,14 +23,15 @@ from flax import nnx
 
 from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
+from cfjax.core.sharding import cut
 from cfjax.models.cache import KVCache, visible_frames
 from cfjax.nn import layers
-from cfjax.nn.attention import attend, dense
+from cfjax.nn.frames import attend_cached, attend_frames, attend_text, cut_kv
 from cfjax.nn.rope import rope_table, rotate, sinusoid
 from cfjax.nn.visibility import FULL, Blocks, Visibility
 
 KvGradient = Literal["detached", "straight_through"]
-# (q, k, v, this layer's extra input) -> attended values; all [B, T, N, K]
+# (q, k, v, this layer's extra input) -> attended values; all [B, F, T, N, K]
 SelfAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
 
@@ -107,10 +108,17 @@ def preset(name: str, **overrides: Any) -> WanConfig:
 
 
 class KV(NamedTuple):
-    """Keys (roped, absolute positions) and values of every layer; also the text's, without RoPE."""
+    """The text's keys and values of every layer."""
 
     k_LBTNK: jax.Array
     v_LBTNK: jax.Array
+
+
+class FrameKV(NamedTuple):
+    """Keys (roped, absolute positions) and values of every layer and frame."""
+
+    k_LBFTNK: jax.Array
+    v_LBFTNK: jax.Array
 
 
 class Attention(nnx.Module):
@@ -123,16 +131,16 @@ class Attention(nnx.Module):
 
     def query(self, x: jax.Array, config: WanConfig) -> jax.Array:
         q = self.norm_q(self.q(x, config.precision.compute), config.eps)
-        return rearrange(q, "b t (n k) -> b t n k", n=config.num_heads)
+        return rearrange(q, "... (n k) -> ... n k", n=config.num_heads)
 
     def key_value(self, x: jax.Array, config: WanConfig) -> tuple[jax.Array, jax.Array]:
         k = self.norm_k(self.k(x, config.precision.compute), config.eps)
         v = self.v(x, config.precision.compute)
-        split = lambda y: rearrange(y, "b t (n k) -> b t n k", n=config.num_heads)  # noqa: E731
+        split = lambda y: rearrange(y, "... (n k) -> ... n k", n=config.num_heads)  # noqa: E731
         return split(k), split(v)
 
-    def output(self, attended_BTNK: jax.Array, config: WanConfig) -> jax.Array:
-        return self.o(rearrange(attended_BTNK, "b t n k -> b t (n k)"), config.precision.compute)
+    def output(self, attended_BFTNK: jax.Array, config: WanConfig) -> jax.Array:
+        return self.o(rearrange(attended_BFTNK, "... n k -> ... (n k)"), config.precision.compute)
 
 
 class Block(nnx.Module):
@@ -170,7 +178,7 @@ class Wan(nnx.Module):
         frames = latents_BFHWC.shape[1]
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-            return attend(q, k, v, visibility, num_frames=frames, backend=self.config.attention)
+            return attend_frames(q, k, v, visibility, num_frames=frames, backend=self.config.attention)
 
         flow, _ = _backbone(self, latents_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend)
         return flow
@@ -213,7 +221,7 @@ def teacher_forced(
     clean_sigma = jnp.zeros_like(sigma_BF) if clean_sigma_BF is None else clean_sigma_BF
 
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-        return attend(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
+        return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
 
     flow, _ = _backbone(
         model,
@@ -235,37 +243,33 @@ def forward_block(
     cache: KVCache,
     start: jax.Array,
     blocks: Blocks,
-) -> tuple[jax.Array, KV]:
+) -> tuple[jax.Array, FrameKV]:
     """One block, frames [start, start + F), against what the cache shows it (PyTorch reference).
 
     Returns:
       The flow, and the block's own keys and values for `cache.write`. Reads the cache, never writes it.
     """
     frames = latents_BFHWC.shape[1]
-    tokens = model.config.tokens_per_frame(*latents_BFHWC.shape[2:4])
-    seen = jnp.repeat(visible_frames(cache, start, start + frames, blocks), tokens)
-    key_mask = jnp.concatenate([seen, jnp.ones((frames * tokens,), bool)])
+    seen_F = visible_frames(cache, start, start + frames, blocks)
 
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: KV) -> jax.Array:
-        keys = jnp.concatenate([past.k_LBTNK.astype(k.dtype), k], axis=1)
-        values = jnp.concatenate([past.v_LBTNK.astype(v.dtype), v], axis=1)
-        return dense(q, keys, values, key_mask_T=key_mask, backend=model.config.attention)
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
+        return attend_cached(q, k, v, *past, seen_F, backend=model.config.attention)
 
     positions = start + jnp.arange(frames)
-    past = KV(cache.k_LBTNK, cache.v_LBTNK)
+    past = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
     return _backbone(model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=past, emit_kv=True)
 
 
 def clean_context(
     model: Wan, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
-) -> KV:
+) -> FrameKV:
     """Keys and values of all frames in one block-causal pass: what committing block after block would leave."""
     frames = clean_BFHWC.shape[1]
     visibility = Visibility("block_causal", blocks)
     sigma = jnp.zeros(clean_BFHWC.shape[:2], jnp.float32) if sigma_BF is None else sigma_BF
 
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-        return attend(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
+        return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
 
     return _backbone(model, clean_BFHWC, sigma, text_kv, jnp.arange(frames), self_attend, emit_kv=True)[1]
 
@@ -275,34 +279,65 @@ def replay(
     noisy_BFHWC: jax.Array,
     sigma_BF: jax.Array,
     text_kv: KV,
-    context: KV,
+    context: FrameKV,
     blocks: Blocks,
     *,
     kv_gradient: KvGradient = "detached",
+    start: jax.Array | None = None,
 ) -> jax.Array:
     """Flow of all blocks at once, each against the context keys of the blocks before it.
 
     The values equal those of the sequential loop that left `context`. `kv_gradient` says what later blocks send back:
     "detached" nothing; "straight_through" the gradient of each earlier block's own keys and values in this pass, i.e.
     K = sg(K_context) + K_noisy - sg(K_noisy), which is what the PyTorch reference does (quirk Q6).
+
+    Args:
+      start: the noisy frames' first position, traced, when they are a stretch of a longer `context`; None: context and
+        noisy frames are the same ones. One program for every start, at the price of masked keys.
     """
     if kv_gradient not in ("detached", "straight_through"):
         raise UserError(f"kv_gradient={kv_gradient!r}: use detached or straight_through")
     frames = noisy_BFHWC.shape[1]
     visibility = Visibility("replay", blocks)
 
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: KV) -> jax.Array:
-        def with_context(known: jax.Array, own: jax.Array) -> jax.Array:
-            known = jax.lax.stop_gradient(known.astype(own.dtype))
-            if kv_gradient == "straight_through":
-                known = known + (own - jax.lax.stop_gradient(own))
-            return jnp.concatenate([known, own], axis=1)
+    def with_gradient(known: jax.Array, own: jax.Array) -> jax.Array:
+        known = jax.lax.stop_gradient(known.astype(own.dtype))
+        if kv_gradient == "detached":
+            return known
+        straight = own - jax.lax.stop_gradient(own)
+        if start is None:
+            return known + straight
+        if blocks.independent_first_frame:  # later on, the first frame ends a block that began before it
+            straight = straight.at[:, 0].multiply((start == 0).astype(own.dtype))
+        stretch = jax.lax.dynamic_slice_in_dim(known, start, frames, 1) + straight
+        return jax.lax.dynamic_update_slice_in_dim(known, stretch, start, 1)
 
-        keys, values = with_context(past.k_LBTNK, k), with_context(past.v_LBTNK, v)
-        return attend(q, keys, values, visibility, num_frames=frames, backend=model.config.attention)
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
+        keys, values = with_gradient(past.k_LBFTNK, k), with_gradient(past.v_LBFTNK, v)
+        backend = model.config.attention
+        if start is None:
+            keys, values = jnp.concatenate([keys, k], axis=1), jnp.concatenate([values, v], axis=1)
+            return attend_frames(q, keys, values, visibility, num_frames=frames, backend=backend)
+        return _attend_stretch(q, k, v, FrameKV(keys, values), start, blocks, backend)
 
-    flow, _ = _backbone(model, noisy_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend, layer_input=context)
+    first = 0 if start is None else start
+    positions = first + jnp.arange(frames)
+    flow, _ = _backbone(model, noisy_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=context)
     return flow
+
+
+def _attend_stretch(
+    q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV, start: jax.Array, blocks: Blocks, backend: str
+) -> jax.Array:
+    """Every block of the frames from a traced `start` on against its own keys and those of one layer's longer past."""
+    outputs = []
+    for a, b in blocks.spans(q.shape[1]):
+        latest = past.k_LBFTNK.shape[1] - q.shape[1] + a  # no start makes this block begin later
+        cache = KVCache(past.k_LBFTNK[:, :latest], past.v_LBFTNK[:, :latest], jnp.arange(latest))
+        seen_F = visible_frames(cache, start + a, start + b, blocks)
+        own = (x[:, a:b] for x in (q, k, v))
+        outputs.append(attend_cached(*own, cache.k_LBFTNK, cache.v_LBFTNK, seen_F, backend=backend))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def _time_embedding(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -321,32 +356,29 @@ def _block(
     e0_BF6D: jax.Array,
     text: KV,
     past: Any,
-    table: tuple[jax.Array, jax.Array],
+    table: tuple[jax.Array, ...],
     self_attend: SelfAttend,
     config: WanConfig,
-) -> tuple[jax.Array, KV]:
+) -> tuple[jax.Array, FrameKV]:
     """One transformer block on a stream of frames (PyTorch reference); returns its roped keys and values too."""
     policy, compute = config.precision, config.precision.compute
-    frames = stream_BFTD.shape[1]
     modulation = policy.to_island(block.modulation[...])[None, None] + e0_BF6D
     shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(modulation, 6, axis=2)  # each [B, F, 1, D]
-    flat = lambda x: rearrange(x, "b f t d -> b (f t) d")  # noqa: E731
-    framed = lambda x: rearrange(x, "b (f t) d -> b f t d", f=frames)  # noqa: E731
 
     with jax.named_scope("self_attention"):
-        h = flat(layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_a) + shift_a).astype(compute)
+        h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_a) + shift_a).astype(compute)
         k, v = block.self_attn.key_value(h, config)
         q, k = rotate(block.self_attn.query(h, config), table), rotate(k, table)
         attended = block.self_attn.output(self_attend(q, k, v, past), config)
-        stream_BFTD = stream_BFTD + gate_a * policy.to_island(framed(attended))
+        stream_BFTD = stream_BFTD + gate_a * policy.to_island(attended)
     with jax.named_scope("cross_attention"):
-        q_text = block.cross_attn.query(flat(block.norm3(stream_BFTD, config.eps, policy)).astype(compute), config)
-        attended = block.cross_attn.output(dense(q_text, text.k_LBTNK, text.v_LBTNK, backend=config.attention), config)
-        stream_BFTD = stream_BFTD + policy.to_island(framed(attended))
+        q_text = block.cross_attn.query(block.norm3(stream_BFTD, config.eps, policy).astype(compute), config)
+        attended = block.cross_attn.output(attend_text(q_text, *text, backend=config.attention), config)
+        stream_BFTD = stream_BFTD + policy.to_island(attended)
     with jax.named_scope("feed_forward"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_f) + shift_f).astype(compute)
         stream_BFTD = stream_BFTD + gate_f * policy.to_island(block.ffn(h, compute))
-    return stream_BFTD, KV(k, v)
+    return cut(stream_BFTD, "batch", None, "tokens", None), FrameKV(cut_kv(k), cut_kv(v))
 
 
 def _remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -367,7 +399,7 @@ def _backbone(
     layer_input: Any = None,
     emit_kv: bool = False,
     head_frames: int | None = None,
-) -> tuple[jax.Array, KV]:
+) -> tuple[jax.Array, FrameKV]:
     """Patchify, scan the blocks, head, unpatchify.
 
     Args:
@@ -382,11 +414,13 @@ def _backbone(
     height, width = latents_BFHWC.shape[2] // ph, latents_BFHWC.shape[3] // pw
     config.tokens_per_frame(*latents_BFHWC.shape[2:4])
     patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
+    patches = cut(patches, "batch", None, "tokens", None)
     stream = config.precision.to_island(model.patch_embedding(patches, config.precision.compute))
     e_BFD, e0_BF6D = _time_embedding(model, sigma_BF)
-    table = rope_table(position_F, height, width, config.head_dim)
+    flat_table = rope_table(position_F, height, width, config.head_dim)
+    table = tuple(rearrange(x, "(f t) k -> f t k", f=position_F.shape[0]) for x in flat_table)
 
-    def layer(stream: jax.Array, inputs: tuple[Block, KV, Any]) -> tuple[jax.Array, KV | None]:
+    def layer(stream: jax.Array, inputs: tuple[Block, KV, Any]) -> tuple[jax.Array, FrameKV | None]:
         block, text, past = inputs
         stream, kv = _block(block, stream, e0_BF6D, text, past, table, self_attend, config)
         return stream, kv if emit_kv else None
@@ -400,5 +434,6 @@ def _backbone(
         shift, scale = jnp.split(head_modulation, 2, axis=2)
         h = layers.layer_norm(stream, config.eps, config.precision) * (1 + scale) + shift
         out = model.head(h, config.precision.compute).astype(jnp.float32)
+    out = cut(out, "batch", None, None, None)
     flow = rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height, p=ph, q=pw)
     return flow, kv

@@ -42,11 +42,15 @@ def rope_table(frame_F: jax.Array, height: int, width: int, head_dim: int) -> tu
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x_BTNK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates every (real, imaginary) pair by its angle, in float32; returns x's dtype."""
-    cos, sin = (t[None, :, None, :] for t in table)
-    real, imag = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos], axis=-1).astype(x_BTNK.dtype)
+def rotate(x: jax.Array, table: tuple[jax.Array, ...]) -> jax.Array:
+    """Rotates every (real, imaginary) pair by its angle, in float32; returns x's dtype.
+
+    Args:
+      x: [B, ..., N, K] with the table's token axes in the middle: [T, K / 2] or, by frame, [F, T, K / 2].
+    """
+    cos, sin = (t[None, ..., None, :] for t in table)
+    real, imag = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos], axis=-1).astype(x.dtype)
 
 
 def sinusoid(timestep: jax.Array, dim: int) -> jax.Array:

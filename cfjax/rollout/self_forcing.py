@@ -16,7 +16,7 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.models.cache import KVCache, init_cache
-from cfjax.models.wan import KV, KvGradient, Wan, replay
+from cfjax.models.wan import KV, FrameKV, KvGradient, Wan, replay
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
 
@@ -60,7 +60,7 @@ class Rollout:
     x_exit_BFHWC: jax.Array
     sigma_exit_BF: jax.Array
     x0_BFHWC: jax.Array
-    context: KV
+    context: FrameKV
 
 
 def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, blocks: Blocks) -> dict[str, jax.Array]:
@@ -121,7 +121,7 @@ def rollout(model: Wan, text_kv: KV, draws: dict[str, jax.Array], config: SelfFo
     cache, (x_exit, sigma_exit, x0) = scan_blocks(
         block, cache, frames, (levels_NJ, draws["exit_N"]), num_frames, blocks
     )
-    return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, KV(cache.k_LBTNK, cache.v_LBTNK)))
+    return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)))
 
 
 def replay_exit(model: Wan, text_kv: KV, rolled: Rollout, config: SelfForcing, blocks: Blocks) -> jax.Array:

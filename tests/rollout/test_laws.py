@@ -77,8 +77,8 @@ def test_cache_holds_the_block_causal_pass():
     blocks, clean = Blocks(2), normal(2)
     context = jax.jit(lambda m, c, kv: clean_context(m, c, kv, blocks))(tiny(), clean, text_kv())
     cache, _ = stream(blocks, FRAMES, normal(1), clean, sigma_per_block(blocks, FRAMES), kept_sigma=False)
-    assert relative(cache.k_LBTNK, context.k_LBTNK) < 1e-5
-    assert relative(cache.v_LBTNK, context.v_LBTNK) < 1e-5
+    assert relative(cache.k_LBFTNK, context.k_LBFTNK) < 1e-5
+    assert relative(cache.v_LBFTNK, context.v_LBFTNK) < 1e-5
 
 
 def test_one_block_over_all_frames_is_bidirectional():
@@ -103,4 +103,4 @@ def test_causality():
 
 def test_windowed_cache_is_constant_memory():
     blocks = Blocks(2, window=4, sink=1)
-    assert init_cache(CONFIG, 1, 1000, TOKENS, blocks).k_LBTNK.shape[2] == 4 * TOKENS
+    assert init_cache(CONFIG, 1, 1000, TOKENS, blocks).k_LBFTNK.shape[2:4] == (4, TOKENS)

@@ -8,7 +8,7 @@ import pytest
 
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.models.cache import KVCache, init_cache
-from cfjax.models.wan import KV, embed_text, forward_block
+from cfjax.models.wan import FrameKV, embed_text, forward_block
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block
 from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
@@ -42,7 +42,7 @@ def sequential(model, text_BSE, draws, config, exits, blocks):
         outputs.append(x0)
         committed = add_noise(jax.lax.stop_gradient(x0), draws["context_BFHWC"][:, start:stop], config.context_noise)
         clean = jax.lax.stop_gradient(commit_block(frozen, committed, frozen_kv, clean, at, blocks))
-        cut = slice(start * TOKENS, stop * TOKENS)
+        cut = slice(start, stop)
 
         def through(cached, exit_kv, own_part, cut=cut):
             if config.kv_gradient == "detached":
@@ -51,8 +51,8 @@ def sequential(model, text_BSE, draws, config, exits, blocks):
             return cached.at[:, :, cut].set(straight)
 
         seen = KVCache(
-            through(seen.k_LBTNK, own.k_LBTNK, clean.k_LBTNK),
-            through(seen.v_LBTNK, own.v_LBTNK, clean.v_LBTNK),
+            through(seen.k_LBFTNK, own.k_LBFTNK, clean.k_LBFTNK),
+            through(seen.v_LBFTNK, own.v_LBFTNK, clean.v_LBFTNK),
             clean.frame_F,
         )
     return jnp.concatenate(outputs, axis=1)
@@ -140,5 +140,5 @@ def test_generated_context_is_what_inference_would_cache():
     draws = draw_rollout(jax.random.key(4), SHAPE, config, BLOCKS)
     kv = embed_text(tiny(), text())
     rolled = rollout(tiny(), kv, draws, config, BLOCKS)
-    assert isinstance(rolled.context, KV)
-    assert rolled.context.k_LBTNK.shape[2] == FRAMES * TOKENS
+    assert isinstance(rolled.context, FrameKV)
+    assert rolled.context.k_LBFTNK.shape[2:4] == (FRAMES, TOKENS)
