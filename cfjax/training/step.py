@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from cfjax.core.errors import UserError
+from cfjax.core.sharding import cut_parameters
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.objectives.stage import Batch, Ema, Models, Stage
 from cfjax.training.state import TrainState
@@ -57,7 +58,11 @@ def _grads(
     accumulate: int,
 ) -> tuple[jax.Array, Metrics, Any]:
     """Loss, metrics and gradient, averaged over `accumulate` microbatches in float32."""
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def value_and_grad(*args: Any) -> tuple[tuple[jax.Array, Metrics], Any]:
+        told, grads = jax.value_and_grad(loss_fn, has_aux=True)(*args)
+        return told, cut_parameters(grads)
+
     if accumulate == 1:
         (loss, metrics), grads = value_and_grad(params, batch, key)
         return loss, metrics, grads
@@ -83,7 +88,9 @@ def _shadow(ema: Any, params: Any, rule: Ema, step: jax.Array) -> Any:
     return jax.tree.map(lambda e, p: keep * e + (1.0 - keep) * p.astype(jnp.float32), ema, params)
 
 
-def make_update(stage: Stage, role: str, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Update:
+def make_update(
+    stage: Stage, role: str, tx: optax.GradientTransformation, *, accumulate: int = 1, placement: Any = None
+) -> Update:
     """The jitted update of one role: `(state, frozen, batch) -> (state, metrics)`; `state` is donated, its step kept.
 
     The loss sees `{**frozen, **state.params, "{role}_ema": shadow}`. The update is skipped, and metrics["finite"] is
@@ -93,6 +100,7 @@ def make_update(stage: Stage, role: str, tx: optax.GradientTransformation, *, ac
     Args:
       tx: an optax transformation over the dict of named leaves (`core.tree.named_leaves`), as `init_state` uses it.
       accumulate: number of microbatches the batch axis is split into; each has a key of its own.
+      placement: the state's shardings, a `TrainState` of them, that the new one keeps; None leaves it to XLA.
 
     Raises:
       UserError: `role` is not of this stage, or `accumulate` is not positive.
@@ -102,7 +110,7 @@ def make_update(stage: Stage, role: str, tx: optax.GradientTransformation, *, ac
     if accumulate < 1:
         raise UserError(f"accumulate={accumulate}: use 1 or more")
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=None if placement is None else (placement, None))
     def update(state: TrainState, frozen: Models, batch: Batch) -> tuple[TrainState, Metrics]:
         shadows = {f"{name}_ema": shadow for name, shadow in state.ema.items()}
         others: Mapping[str, Any] = {**frozen, **state.params, **shadows}

@@ -1,0 +1,48 @@
+"""Where a train state lies: weights by the tables of `core.sharding`, and everything that is shaped like them, too."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from cfjax.core.errors import UserError
+from cfjax.core.sharding import place, replicated, shardings
+from cfjax.core.tree import map_named, named_leaves
+from cfjax.training.state import TrainState
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """The sharding of every leaf: shadows and optimiser states lie like their weights, scalars on every device.
+
+    Raises:
+      UserError: an optimiser's array is shaped like no weight, so that nothing says where it lies.
+    """
+    weights = {role: named_leaves(model) for role, model in state.params.items()}
+    cuts = {role: shardings(model, mesh) for role, model in state.params.items()}
+
+    def where(name: str, leaf: Any) -> NamedSharding:
+        part, _, rest = name.partition("/")
+        role, _, rest = rest.partition("/")
+        if part in ("params", "ema"):
+            return cuts[role][rest]
+        if part == "opt":
+            for own, sharding in cuts[role].items():
+                if rest.endswith(f"/{own}") and leaf.shape == weights[role][own].shape:
+                    return sharding
+        if leaf.size > 1:
+            raise UserError(f"{name} {leaf.shape} is shaped like no weight of its role; nothing says where it lies")
+        return replicated(mesh)
+
+    return map_named(where, state)
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """The state on the mesh; of many processes each holds all of `state` and gives its own shards."""
+    return jax.tree.map(place, state, state_shardings(state, mesh))
+
+
+def placement_of(state: TrainState) -> TrainState | None:
+    """The shardings of a state that lies on a mesh, for `make_update`; None for one on a single device."""
+    leaves = jax.tree.leaves(state)
+    on_mesh = all(isinstance(leaf.sharding, NamedSharding) for leaf in leaves)
+    return jax.tree.map(lambda leaf: leaf.sharding, state) if on_mesh else None
