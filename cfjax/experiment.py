@@ -1,7 +1,6 @@
 """Where a ConfigDict ends and plain values begin: the verbs' shared door from configs to the library."""
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.flow.schedule import sigma_table
-from cfjax.models.wan import Wan, WanConfig, make_wan, preset
+from cfjax.models.wan import Wan, WanConfig, preset
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives import sid
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
@@ -33,7 +32,6 @@ from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regress
 from cfjax.objectives.stage import Ema, Loss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.self_forcing import SelfForcing
-from cfjax.training.checkpoint import load_role
 from cfjax.training.optim import make_optimizer
 from cfjax.world import SplitSource, World, asset, open_world
 
@@ -170,22 +168,6 @@ def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan
         raise UserError(f"{file.parent} holds stage {stage!r}, expected {' or '.join(map(repr, stages))}")
     arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
     return jax.tree.map(jax.numpy.asarray, from_named(template, arrays))
-
-
-def initial_model(name: str, role: ConfigDict, data: Data, seed: int) -> Wan:
-    """One role's starting weights: random, shipped, or another run's."""
-    config = wan_config(role, data.channels, data.text_width)
-    if not role.init:
-        return make_wan(config, jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())))
-    template = jax.eval_shape(lambda k: Wan(config, k), jax.random.key(0))
-    if asset(role.init, MODEL_FILE):
-        return load_shipped(role.init, template, stages=tuple(role.init_stages))
-    if not Path(role.init).exists():
-        raise UserError(
-            f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init"
-        )
-    concrete = make_wan(config, jax.random.key(0))
-    return load_role(role.init, role.init_role, concrete, ema=role.init_ema, stages=tuple(role.init_stages))
 
 
 # What `--config.reference=True` turns on, by stage: the PyTorch reference's quirks that change numbers and are off by

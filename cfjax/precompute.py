@@ -26,13 +26,14 @@ from cfjax.data.precompute import digest
 from cfjax.data.records import Layout
 from cfjax.data.sets import text_beside
 from cfjax.data.video import ClipFormat, Unusable
-from cfjax.experiment import Data, blocks_of, initial_model, open_data
+from cfjax.experiment import Data, blocks_of, open_data
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import FILL_AT_ONCE, fill
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
 from cfjax.objectives.ode_regression import METHODS, PairsConfig, ode_pairs
+from cfjax.roles import initial_model
 from cfjax.training.checkpoint import read_meta
 from cfjax.wan_world import WanWorld, load_text, open_cache
 from cfjax.world import World

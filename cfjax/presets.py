@@ -53,10 +53,21 @@ def toy_adam(lr: float, **overrides: Any) -> ConfigDict:
     return optimizer(lr, 0.0, 0.99, **values)
 
 
-def role(preset: str, *, init: str = "", init_role: str = "student", init_ema: bool = False, stages: tuple = ()):
+def role(
+    preset: str,
+    *,
+    init: str = "",
+    init_role: str = "student",
+    init_ema: bool = False,
+    stages: tuple = (),
+    storage: str = "float32",
+):
     """One network: its preset, and which run's role it starts from ("" is random, a shipped asset by its name).
 
-    `stages` names the stages whose checkpoints are accepted.
+    `stages` names the stages whose checkpoints are accepted. A frozen role's weights may rest in less memory: `storage`
+    "bfloat16" (no number changes where `precision` is bfloat16 too) or "int8" (kernels of the blocks, one scale per
+    output channel; flows change by about a per cent), and `offload` keeps its matrices in the host's memory, from where
+    each layer's are copied as it is reached. A trained role rests in float32 on the device.
     """
     return ConfigDict(
         {
@@ -64,6 +75,8 @@ def role(preset: str, *, init: str = "", init_role: str = "student", init_ema: b
             "remat": "full",
             "precision": "float32" if preset == "toy" else "bfloat16",
             "attention": "auto",
+            "storage": storage,
+            "offload": False,
             "init": init,
             "init_role": init_role,
             "init_ema": init_ema,

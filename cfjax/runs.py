@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
 from cfjax.core.precision import Policy
-from cfjax.core.tree import map_named, match, named_leaves
 from cfjax.experiment import (
     META_FILE,
     blocks_of,
@@ -23,6 +22,7 @@ from cfjax.experiment import (
     sampler_of,
     toy_world,
 )
+from cfjax.models.resting import resting
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
@@ -37,15 +37,6 @@ from cfjax.wan_world import (
     world_places,
 )
 from cfjax.world import World, asset, shipped_world
-
-# Weights that enter the network in its compute dtype anyway may rest in it: same numbers, half the memory in bfloat16.
-RESTING: tuple[tuple[str, str], ...] = (
-    (r"(patch_embedding|head|text_embedding/(up|down))/(kernel|bias)", "compute"),
-    (r"blocks/(self_attn|cross_attn)/([qkvo]/(kernel|bias)|norm_[qk]/scale)", "compute"),
-    (r"blocks/ffn/(up|down)/(kernel|bias)", "compute"),
-    (r"(time_embedding/(up|down)|time_projection)/(kernel|bias)", "float32"),
-    (r"blocks/(modulation|norm3/(scale|bias))|head_modulation", "float32"),
-)
 
 
 @dataclass(frozen=True)
@@ -203,9 +194,7 @@ def _network(meta: Mapping[str, Any], precision: str, attention: str) -> WanConf
 def _template(config: WanConfig) -> Wan:
     """The network's shapes, each in the dtype that its weights are used in."""
     template = placed_template(lambda: Wan(config, jax.random.key(0)))
-    rests = {"compute": config.precision.compute, "float32": "float32"}
-    dtypes = {leaf: jnp.dtype(rests[rest]) for leaf, rest in match(RESTING, named_leaves(template)).items()}
-    return map_named(lambda leaf, x: x.update(dtype=dtypes[leaf]), template)
+    return resting(template, config.precision.compute, config.precision.compute)
 
 
 def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:

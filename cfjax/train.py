@@ -12,20 +12,20 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.sharding import batch_sharding, make_mesh, replicated, shard_model
+from cfjax.core.sharding import batch_sharding, make_mesh, replicated
 from cfjax.data.latents import make_iterator
 from cfjax.experiment import (
     META_FILE,
-    count_parameters,
-    initial_model,
     open_data,
     optimizers_of,
     run_meta,
     stage_of,
 )
 from cfjax.monitor import make_monitor
+from cfjax.roles import check_roles, initial_model, stage_memory
 from cfjax.training.checkpoint import read_meta
 from cfjax.training.loop import fit
+from cfjax.training.memory import check_memory, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
 from cfjax.training.state import TrainState, init_state
 from cfjax.training.step import has_batch_axis
@@ -50,21 +50,17 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     """
     data = open_data(c)
     stage = stage_of(c)
-    missing = sorted(set(stage.losses) - set(c.roles))
-    if missing:
-        raise UserError(f"roles.{missing[0]} is missing: stage {c.stage} trains {', '.join(stage.losses)}")
+    check_roles(c, stage)
     check_blocks(c)
-    models = {name: initial_model(name, role, data, c.seed) for name, role in c.roles.items()}
-    put_batch = None
-    mesh = mesh_of(c)
-    if mesh:
-        models = {name: shard_model(model, mesh) for name, model in models.items()}
-        put_batch = partial(place_batch, mesh=mesh)
+    txs, mesh = optimizers_of(c, stage), mesh_of(c)
+    memory = stage_memory(c, stage, txs, data.channels, data.text_width, mesh)
+    say(f"{c.stage}: {len(data.dataset)} clips, {c.steps} steps in {workdir}; GiB per device, before activations:")
+    say("\n".join(memory_table(memory)))
+    check_memory(memory, memory_limit(jax.local_devices()[0]))
+    models = {name: initial_model(name, role, data, c.seed, mesh) for name, role in c.roles.items()}
+    put_batch = partial(place_batch, mesh=mesh) if mesh else None
     trained = {name: models[name] for name in stage.losses}
     frozen = {name: model for name, model in models.items() if name not in stage.losses}
-    txs = optimizers_of(c, stage)
-    sizes = ", ".join(f"{name} {count_parameters(model) / 1e6:.2f} M" for name, model in models.items())
-    say(f"{c.stage}: {sizes} parameters, {len(data.dataset)} clips, {c.steps} steps in {workdir}")
     writer = EventWriter(workdir, enabled=jax.process_index() == 0)
     writer.config(0, c.to_dict())
     monitor = make_monitor(c, data, workdir, mesh)

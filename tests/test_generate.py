@@ -17,11 +17,12 @@ from cfjax.core.errors import UserError
 from cfjax.data.requests import Request, read_image, read_latents
 from cfjax.evaluation.video import to_uint8, write_mp4
 from cfjax.generate import encode_texts, tiled_decoder
+from cfjax.models.resting import RESTING
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.models.wan import Wan, embed_text
 from cfjax.rollout.generate import ManyStep, generate_few_step
 from cfjax.rollout.stream import decode_step, seeded_noise
-from cfjax.runs import RESTING, Run, open_run
+from cfjax.runs import Run, open_run
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
 from cfjax.wan_world import WanWorld, placed_template
 from tests.commands import cfjax

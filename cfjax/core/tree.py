@@ -9,24 +9,23 @@ import jax
 from cfjax.core.errors import UserError
 
 T = TypeVar("T")
+IsLeaf = Callable[[Any], bool]
 
 
 def _name(path: Sequence[Any]) -> str:
     """'blocks/self_attn/q/kernel' from a key path; the `.value` that nnx adds below a Param is dropped."""
-    parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-    if parts and parts[-1] == "value":
-        parts.pop()
-    return "/".join(parts)
+    kept = [key for key in path if getattr(key, "name", "") != "value"]
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in kept)
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by slash-separated name, in flattening order."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+def named_leaves(tree: Any, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
+    """The leaves of a pytree by slash-separated name, in flattening order; `is_leaf` as in `jax.tree.map`."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
 
 
-def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_named(fn: Callable[[str, Any], Any], tree: Any, is_leaf: IsLeaf | None = None) -> Any:
     """Like `jax.tree.map`, with the leaf's name as the first argument."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_name(path), leaf), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_name(path), leaf), tree, is_leaf=is_leaf)
 
 
 def from_named(template: Any, named: Mapping[str, Any]) -> Any:

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cfjax.core.offload import on_device
 from cfjax.core.precision import Policy
+from cfjax.core.quantize import Quantized
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -54,6 +56,15 @@ def _matmul_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) ->
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def project(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
+    """x[..., i] @ kernel[i, o] in x's dtype, of a kernel that may rest in int8, or in the host's memory, or both."""
+    kernel = on_device(kernel)
+    if not isinstance(kernel, Quantized):
+        return matmul(x, kernel.astype(x.dtype))
+    y = matmul(x, kernel.int8.astype(x.dtype))
+    return (y * align(kernel.scale[0], y)).astype(x.dtype)  # the scale is float32, so is this product
+
+
 class Linear(nnx.Module):
     """y = x W + b with kernel [in, out], computed in `dtype`."""
 
@@ -62,7 +73,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32))
 
     def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
-        y = matmul(x.astype(dtype), self.kernel[...].astype(dtype))
+        y = project(x.astype(dtype), self.kernel.get_value())
         return y + align(self.bias[...].astype(dtype), y)
 
 

@@ -1,0 +1,102 @@
+"""A stage's networks, from config to weights: their sizes, how they rest, what they start from, what they cost."""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray, as_lazy
+from cfjax.core.offload import has_host_memory
+from cfjax.core.sharding import shard_model
+from cfjax.core.tree import named_leaves
+from cfjax.experiment import MODEL_FILE, Data, load_shipped, wan_config
+from cfjax.models.resting import STORAGES, fill, placed, resting
+from cfjax.models.wan import Wan, WanConfig, make_wan
+from cfjax.objectives.stage import Stage
+from cfjax.training.checkpoint import load_role, open_role, read_meta
+from cfjax.training.memory import RoleMemory, role_memory
+from cfjax.world import asset
+
+
+def check_roles(c: ConfigDict, stage: Stage) -> None:
+    """What a role is asked to be, it can be.
+
+    Raises:
+      UserError: a trained role is missing or does not rest in float32 on the device, an unknown storage, or a device
+        whose programs cannot read host memory.
+    """
+    missing = sorted(set(stage.losses) - set(c.roles))
+    if missing:
+        raise UserError(f"roles.{missing[0]} is missing: stage {c.stage} trains {', '.join(stage.losses)}")
+    for name, role in c.roles.items():
+        if role.storage not in STORAGES:
+            raise UserError(f"roles.{name}.storage={role.storage!r}: use one of {', '.join(STORAGES)}")
+        asked = f"storage={role.storage!r}" if role.storage != "float32" else "offload=True"
+        if name in stage.losses and (role.storage != "float32" or role.offload):
+            raise UserError(
+                f"roles.{name}.{asked}: {name} is trained: float32, on the device; this is for frozen roles"
+            )
+        if role.offload and not has_host_memory(jax.local_devices()[0]):
+            raise UserError(
+                f"roles.{name}.offload=True: programs on {jax.local_devices()[0].platform} cannot read host memory; "
+                f"set it to False, and roles.{name}.storage='int8' to save memory"
+            )
+
+
+def role_template(role: ConfigDict, channels: int, text_width: int, mesh: Mesh | None = None) -> Wan:
+    """One role's network as shapes, each with the dtype that it rests in and its place; allocates nothing."""
+    config = wan_config(role, channels, text_width)
+    return placed(resting(_shapes(config), role.storage, role.precision), mesh, offload=role.offload)
+
+
+def _shapes(config: WanConfig) -> Wan:
+    return jax.eval_shape(lambda key: Wan(config, key), jax.random.key(0))
+
+
+def stage_memory(
+    c: ConfigDict, stage: Stage, txs: Mapping[str, Any], channels: int, text_width: int, mesh: Mesh | None = None
+) -> list[RoleMemory]:
+    """What every role of `c` will hold on each device of `mesh`; from shapes, before anything is allocated."""
+    models = {name: role_template(role, channels, text_width, mesh) for name, role in c.roles.items()}
+    return role_memory(stage, models, txs, mesh, accumulate={name: c.optim[name].accumulate for name in stage.losses})
+
+
+def initial_model(name: str, role: ConfigDict, data: Data, seed: int, mesh: Mesh | None = None) -> Wan:
+    """One role's starting weights where they will rest: random, shipped, or another run's.
+
+    A role that rests in less than float32, or on the host, is read and converted array by array: neither the host nor
+    a device ever holds it in float32.
+
+    Raises:
+      UserError: nothing there, another stage, or weights that do not fit.
+    """
+    config = wan_config(role, data.channels, data.text_width)
+    template = role_template(role, data.channels, data.text_width, mesh)
+    plain, stages = role.storage == "float32" and not role.offload, tuple(role.init_stages)
+    if not role.init or asset(role.init, MODEL_FILE):
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        model = load_shipped(role.init, _shapes(config), stages=stages) if role.init else make_wan(config, key)
+        if plain:
+            return shard_model(model, mesh) if mesh else model
+        return fill(template, as_lazy(named_leaves(model)))
+    if not Path(role.init).exists():
+        raise UserError(
+            f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init"
+        )
+    if plain:
+        where = template if mesh else make_wan(config, jax.random.key(0))
+        return load_role(role.init, role.init_role, where, ema=role.init_ema, stages=stages)
+    read_meta(role.init, stages=stages)
+    return _filled(name, role, template, open_role(role.init, role.init_role, ema=role.init_ema))
+
+
+def _filled(name: str, role: ConfigDict, template: Wan, arrays: Mapping[str, LazyArray]) -> Wan:
+    try:
+        return fill(template, arrays)
+    except UserError as error:
+        raise UserError(f"roles.{name}.init={role.init!r}: {error}") from None
