@@ -13,6 +13,9 @@ Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999)
 iterations, guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. Its quirks that change numbers are keys of
 `objective`: context_noise 0.00498 (Q4), kv_gradient "straight_through" (Q6), score_table_shift 8 (Q3).
 
+The 14B real score rests in bfloat16 (the numbers are float32's, since it computes in bfloat16). With less memory:
+--config.roles.real_score.storage=int8, --config.roles.real_score.offload=True (its matrices in host memory), or both.
+
 Toy recipe: faster rates, and guidance 1, because the toy's captions are followed already and 3 over-saturates.
 """
 
@@ -40,6 +43,7 @@ def get_config(arg: str = ""):
         "toy" if toy else "wan_14b",
         init="toy_teacher" if toy else "checkpoints/wan_14b",
         stages=("bidirectional",),
+        storage="float32" if toy else "bfloat16",
     )
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
     c.log_every = 10 if toy else 50
