@@ -333,10 +333,10 @@ def _attend_stretch(
     outputs = []
     for a, b in blocks.spans(q.shape[1]):
         latest = past.k_LBFTNK.shape[1] - q.shape[1] + a  # no start makes this block begin later
-        cache = KVCache(past.k_LBFTNK[:, :latest], past.v_LBFTNK[:, :latest], jnp.arange(latest))
-        seen_F = visible_frames(cache, start + a, start + b, blocks)
-        own = (x[:, a:b] for x in (q, k, v))
-        outputs.append(attend_cached(*own, cache.k_LBFTNK, cache.v_LBFTNK, seen_F, backend=backend))
+        known_k, known_v = past.k_LBFTNK[:, :latest], past.v_LBFTNK[:, :latest]
+        seen_F = visible_frames(KVCache(known_k, known_v, jnp.arange(latest)), start + a, start + b, blocks)
+        out = attend_cached(q[:, a:b], k[:, a:b], v[:, a:b], known_k, known_v, seen_F, backend=backend)
+        outputs.append(out)
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -367,8 +367,9 @@ def _block(
 
     with jax.named_scope("self_attention"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_a) + shift_a).astype(compute)
-        k, v = block.self_attn.key_value(h, config)
-        q, k = rotate(block.self_attn.query(h, config), table), rotate(k, table)
+        q, (k, v) = block.self_attn.query(h, config), block.self_attn.key_value(h, config)
+        q, k, v = (cut(x, "batch", None, "tokens", "channels", None) for x in (q, k, v))
+        q, k = rotate(q, table), rotate(k, table)
         attended = block.self_attn.output(self_attend(q, k, v, past), config)
         stream_BFTD = stream_BFTD + gate_a * policy.to_island(attended)
     with jax.named_scope("cross_attention"):

@@ -5,7 +5,7 @@ trained bidirectional critic (the fake score) say in which direction its videos 
 
 The paper's baselines differ in two choices: what the student starts from (`student_input`; CausVid, arXiv 2412.07772,
 takes noised real clips), and how the scores become a gradient (DMD here, SiD in `objectives.sid`). One block of all
-frames is bidirectional DMD.
+frames is bidirectional DMD. With `long`, rollouts are longer than the scores' window, see `rollout.long_video`.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,13 @@ from cfjax.core.errors import UserError
 from cfjax.flow.guidance import guide
 from cfjax.flow.path import add_noise, flow_from_x0, velocity, x0_from_flow
 from cfjax.flow.schedule import lookup, score_sigma, sigma_table
+from cfjax.models.codec import Codec
 from cfjax.models.wan import Wan, embed_text, teacher_forced
 from cfjax.nn.visibility import Blocks, Visibility
 from cfjax.objectives.diffusion import per_block
 from cfjax.objectives.stage import Batch, Loss, Models
 from cfjax.rollout.generate import both_prompts
+from cfjax.rollout.long_video import LongVideo, draw_long, roll_window
 from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
 
 Draws = Mapping[str, jax.Array]
@@ -43,6 +45,7 @@ class DMDConfig:
       score_table_shift: the reference converts the scores' flows with a shift-8 table although it noised with shift 5
         (quirk Q3), and noises at the nearest entry of its table: the bounds are not in it, so a tenth of the draws is
         noised at 0.9799 or 0.0197 and told 0.98 or 0.02. None uses the exact level throughout, 8.0 is faithful.
+      long: rollouts longer than the scores' window; the losses then need a frozen role "codec". None is off.
     """
 
     self_forcing: SelfForcing
@@ -54,18 +57,24 @@ class DMDConfig:
     score_min: float = 0.02
     score_max: float = 0.98
     score_table_shift: float | None = None
+    long: LongVideo | None = None
 
     def __post_init__(self) -> None:
         if self.student_input not in ("self_rollout", "noised_data"):
             raise UserError(f"objective.student_input={self.student_input!r}: use self_rollout or noised_data")
         if self.forcing not in ("teacher", "diffusion"):
             raise UserError(f"objective.forcing={self.forcing!r}: use teacher or diffusion")
+        if self.long and self.student_input != "self_rollout":
+            raise UserError(
+                f"objective.max_frames={self.long.max_frames} needs objective.student_input=self_rollout, or 0"
+            )
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], config: DMDConfig, blocks: Blocks) -> dict[str, jax.Array]:
     """Random numbers of one loss: the student's, score_sigma_B in [min, max], score_eps_BFHWC.
 
-    The student's: see `draw_rollout`; for noised data noise_BFHWC and level_BF, one few-step level per block.
+    The student's: see `draw_rollout`, or `draw_long`, whose window is then what the scores get of `shape`'s frames; for
+    noised data noise_BFHWC and level_BF, one few-step level per block.
     """
     key_rollout, key_level, key_eps = jax.random.split(key, 3)
     u_B = jax.random.randint(key_level, shape[:1], 0, 1000).astype(jnp.float32) / 1000.0
@@ -76,6 +85,9 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DMDConfig, blocks: Bloc
             "noise_BFHWC": jax.random.normal(key_noise, shape, jnp.float32),
             "level_BF": per_block(level_BF, blocks),
         }
+    elif config.long:
+        student = draw_long(key_rollout, shape, config.self_forcing, config.long, blocks)
+        shape = (shape[0], config.long.window_frames, *shape[2:])
     else:
         student = draw_rollout(key_rollout, shape, config.self_forcing, blocks)
     return {
@@ -86,10 +98,29 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DMDConfig, blocks: Bloc
 
 
 def student_video(
-    model: Wan, batch: Batch, draws: Draws, config: DMDConfig, blocks: Blocks, *, gradient: bool
+    model: Wan,
+    batch: Batch,
+    draws: Draws,
+    config: DMDConfig,
+    blocks: Blocks,
+    *,
+    gradient: bool,
+    codec: Codec | None = None,
 ) -> jax.Array:
-    """x0_BFHWC of the student, with or without gradient to its weights."""
+    """x0_BFHWC of the student, with or without gradient to its weights.
+
+    Args:
+      codec: needed for `config.long` alone, the frozen role "codec": `models.get("codec")`. Frames that the loss is to
+        leave out (`counted_mean`) then carry no gradient, also not through the scores that see them.
+
+    Raises:
+      UserError: a long rollout without a codec.
+    """
     text_kv = embed_text(model, batch["text_BSE"])
+    if config.long:
+        if codec is None:
+            raise UserError("rollouts longer than the window need a frozen role 'codec', which makes its first latent")
+        return roll_window(model, text_kv, draws, config.self_forcing, config.long, blocks, codec, gradient=gradient)
     if config.student_input == "self_rollout":
         rolled = rollout(stop_gradient(model), stop_gradient(text_kv), dict(draws), config.self_forcing, blocks)
         return replay_exit(model, text_kv, rolled, config.self_forcing, blocks) if gradient else rolled.x0_BFHWC
@@ -102,6 +133,13 @@ def student_video(
         v = model(x, sigma_BF, text_kv, Visibility("block_causal", blocks))
     x0 = x0_from_flow(v, x, sigma_BF)
     return x0 if gradient else stop_gradient(x0)
+
+
+def counted_mean(x_BFHWC: jax.Array, draws: Draws, config: DMDConfig, blocks: Blocks) -> jax.Array:
+    """Mean over the frames that the student's loss counts: all, but for those of `LongVideo.counted_F`."""
+    if config.long is None:
+        return jnp.mean(x_BFHWC)
+    return jnp.mean(jnp.mean(x_BFHWC, axis=(0, 2, 3, 4)), where=config.long.counted_F(draws["count"], blocks))
 
 
 def score_x0(model: Wan, x_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: Any, config: DMDConfig) -> jax.Array:
@@ -158,9 +196,9 @@ def generator_loss(config: DMDConfig, blocks: Blocks, role: str = "student") -> 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         shape = batch["latents_BFHWC"].shape
         draws = draw(key, shape, config, blocks) if draws is None else draws
-        x0 = student_video(models[role], batch, draws, config, blocks, gradient=True)
+        x0 = student_video(models[role], batch, draws, config, blocks, gradient=True, codec=models.get("codec"))
         gradient, metrics = distribution_gradient(x0, models, batch, draws, config)
-        value = 0.5 * jnp.mean(jnp.square(x0 - stop_gradient(x0 - gradient)))
+        value = 0.5 * counted_mean(jnp.square(x0 - stop_gradient(x0 - gradient)), draws, config, blocks)
         return value, {**metrics, "sample_std": stop_gradient(jnp.std(x0))}
 
     return loss
@@ -172,7 +210,7 @@ def critic_loss(config: DMDConfig, blocks: Blocks, role: str = "critic", student
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         shape = batch["latents_BFHWC"].shape
         draws = draw(key, shape, config, blocks) if draws is None else draws
-        x0 = student_video(models[student], batch, draws, config, blocks, gradient=False)
+        x0 = student_video(models[student], batch, draws, config, blocks, gradient=False, codec=models.get("codec"))
         x, sigma_BF = noised_for_scores(x0, draws, config)
         fake_x0 = score_x0(models[role], x, sigma_BF, embed_text(models[role], batch["text_BSE"]), config)
         flow = flow_from_x0(fake_x0, x, noising_level(sigma_BF, config))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from cfjax.nn.visibility import Blocks
-from cfjax.objectives.dmd import DMDConfig, Draws, draw, guided_x0, noised_for_scores, student_video
+from cfjax.objectives.dmd import DMDConfig, Draws, counted_mean, draw, guided_x0, noised_for_scores, student_video
 from cfjax.objectives.stage import Batch, Loss, Models
 
 
@@ -18,18 +18,20 @@ def generator_loss(config: DMDConfig, blocks: Blocks, *, alpha: float = 1.0, rol
     """mean [(r - f) ((r - x) - alpha (r - f))] / sg(mean|x - r|), r the guided real and f the fake clean prediction.
 
     Gradient reaches the student through x and through both scores' inputs; the scores' weights are constants. The
-    normaliser is per clip. The critic's loss is `objectives.dmd.critic_loss`.
+    normaliser is per clip. The critic's loss is `objectives.dmd.critic_loss`. Of a long rollout's window the mean
+    leaves out what DMD's does; the reference's SiD counts everything.
     """
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         draws = draw(key, batch["latents_BFHWC"].shape, config, blocks) if draws is None else draws
-        x0 = student_video(models[role], batch, draws, config, blocks, gradient=True)
+        x0 = student_video(models[role], batch, draws, config, blocks, gradient=True, codec=models.get("codec"))
         x, sigma_BF = noised_for_scores(x0, draws, config)
         fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
         real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
         difference = real - fake
         normaliser = stop_gradient(jnp.mean(jnp.abs(x0 - real), axis=(1, 2, 3, 4), keepdims=True))
-        value = jnp.mean(jnp.nan_to_num(difference * ((real - x0) - alpha * difference) / normaliser))
+        summands = jnp.nan_to_num(difference * ((real - x0) - alpha * difference) / normaliser)
+        value = counted_mean(summands, draws, config, blocks)
         metrics = {"score_gap": jnp.mean(jnp.abs(difference)), "sample_std": jnp.std(x0)}
         return value, stop_gradient(metrics)
 

@@ -113,3 +113,36 @@ def scan_blocks(
     if len(outputs) == 1:
         return cache, outputs[0]
     return cache, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), *outputs)
+
+
+def loop_blocks(
+    step: BlockStep, cache: KVCache, per_frame: Any, per_block: Any, num_frames: int, blocks: Blocks, count: jax.Array
+) -> tuple[KVCache, Any]:
+    """`scan_blocks` over the first `count` blocks alone, a traced number: one program, and no work for the others.
+
+    Outputs have the length of `num_frames`, with zeros where no block was made. Not differentiable in reverse.
+    """
+    spans = blocks.spans(num_frames)
+    peel = 1 if blocks.independent_first_frame else 0
+
+    def inputs_at(number: Any, start: Any, frames: int) -> Any:
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, frames, axis=1)  # noqa: E731
+        pick = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
+        return jax.tree.map(cut, per_frame), jax.tree.map(pick, per_block)
+
+    def one(number: Any, start: Any, frames: int, carry: tuple[KVCache, Any]) -> tuple[KVCache, Any]:
+        cache, made = step(carry[0], start, inputs_at(number, start, frames))
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)  # noqa: E731
+        return cache, jax.tree.map(put, carry[1], made)
+
+    _, shapes = jax.eval_shape(lambda c: step(c, jnp.int32(0), inputs_at(0, 0, blocks.frames)), cache)
+    outputs = jax.tree.map(lambda s: jnp.zeros((s.shape[0], num_frames, *s.shape[2:]), s.dtype), shapes)
+    carry = (cache, outputs)
+    if peel:
+        carry = one(0, jnp.int32(0), 1, carry)
+
+    def body(number: jax.Array, carry: tuple[KVCache, Any]) -> tuple[KVCache, Any]:
+        start = jnp.int32(peel) + (number - peel).astype(jnp.int32) * blocks.frames
+        return one(number, start, blocks.frames, carry)
+
+    return jax.lax.fori_loop(peel, jnp.minimum(count, len(spans)), body, carry)

@@ -18,7 +18,7 @@ from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import KV, FrameKV, KvGradient, Wan, replay
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from cfjax.rollout.blocks import commit_block, denoise_block, loop_blocks, scan_blocks
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,19 @@ def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, bl
     }
 
 
-def rollout(model: Wan, text_kv: KV, draws: dict[str, jax.Array], config: SelfForcing, blocks: Blocks) -> Rollout:
+def rollout(
+    model: Wan,
+    text_kv: KV,
+    draws: dict[str, jax.Array],
+    config: SelfForcing,
+    blocks: Blocks,
+    *,
+    count: jax.Array | None = None,
+) -> Rollout:
     """Generates a video with the student's own cache, each block stopped at its exit step; no gradient.
 
-    One compile whatever the exit steps: they are traced, and the loop before the exit is a `fori_loop`.
+    One compile whatever the exit steps: they are traced, and the loop before the exit is a `fori_loop`. The number of
+    blocks may be traced too: `count` stops after so many, and leaves zeros behind them; None makes all that were drawn.
     """
     noise = draws["noise_BFHWC"]
     batch, num_frames, height, width, _ = noise.shape
@@ -118,14 +127,18 @@ def rollout(model: Wan, text_kv: KV, draws: dict[str, jax.Array], config: SelfFo
         return cache, (x_exit, jnp.broadcast_to(levels[exit_step], x.shape[:2]), x0)
 
     frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])
-    cache, (x_exit, sigma_exit, x0) = scan_blocks(
-        block, cache, frames, (levels_NJ, draws["exit_N"]), num_frames, blocks
-    )
+    work = (block, cache, frames, (levels_NJ, draws["exit_N"]), num_frames, blocks)
+    cache, (x_exit, sigma_exit, x0) = scan_blocks(*work) if count is None else loop_blocks(*work, count)
     return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)))
 
 
-def replay_exit(model: Wan, text_kv: KV, rolled: Rollout, config: SelfForcing, blocks: Blocks) -> jax.Array:
-    """The generated video again, x0_BFHWC, now with gradient through every block's exit step, in one pass."""
+def replay_exit(
+    model: Wan, text_kv: KV, rolled: Rollout, config: SelfForcing, blocks: Blocks, *, start: jax.Array | None = None
+) -> jax.Array:
+    """The generated video again, x0_BFHWC, now with gradient through every block's exit step, in one pass.
+
+    With a `start`, traced, `rolled` holds a stretch of a longer video (but its context whole), see `models.wan.replay`.
+    """
     v = replay(
         model,
         rolled.x_exit_BFHWC,
@@ -134,5 +147,6 @@ def replay_exit(model: Wan, text_kv: KV, rolled: Rollout, config: SelfForcing, b
         rolled.context,
         blocks,
         kv_gradient=config.kv_gradient,
+        start=start,
     )
     return x0_from_flow(v, rolled.x_exit_BFHWC, rolled.sigma_exit_BF)

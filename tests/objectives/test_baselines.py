@@ -41,7 +41,7 @@ class Score:
 def test_sid_is_the_formula_and_differentiates_through_the_scores(monkeypatch, alpha):
     """Value and gradient by the video's numbers, against SiD written out with affine scores."""
     monkeypatch.setattr(dmd, "embed_text", lambda model, text: KV(text, text))
-    monkeypatch.setattr(sid, "student_video", lambda student, *_, gradient: student)
+    monkeypatch.setattr(sid, "student_video", lambda student, *_, gradient, codec: student)
     draws = draw(jax.random.key(3), SHAPE, DMD, Blocks(3))
     models = {"critic": Score(0.7), "real_score": Score(-0.4)}
     batch = {"latents_BFHWC": jnp.zeros(SHAPE), "text_BSE": text(), "negative_text_SE": text()[0]}
