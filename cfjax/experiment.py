@@ -21,6 +21,7 @@ from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.flow.schedule import sigma_table
+from cfjax.models.codec import Codec
 from cfjax.models.wan import Wan, WanConfig, preset
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives import sid
@@ -31,8 +32,10 @@ from cfjax.objectives.dmd import generator_loss as dmd
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
 from cfjax.objectives.stage import Ema, Loss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep
+from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.optim import make_optimizer
+from cfjax.wan_world import load_codec
 from cfjax.world import SplitSource, World, asset, open_world
 
 MODEL_FILE = "model.safetensors"
@@ -216,7 +219,38 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
         score_min=o.score_min,
         score_max=o.score_max,
         score_table_shift=o.score_table_shift or None,
+        long=LongVideo(o.window_frames, o.max_frames) if o.window_frames or o.max_frames else None,
     )
+
+
+def codec_of(c: ConfigDict, data: Data) -> Codec | None:
+    """The frozen role "codec": what makes the first latent of a long rollout's window anew; None where none is long.
+
+    Raises:
+      UserError: no world to take it from, or latents of another one.
+    """
+    if c.stage != "dmd" or not c.objective.max_frames:
+        return None
+    if data.world:
+        return data.world.codec
+    made, o = data.dataset.manifest, c.objective
+    path = o.codec_world or made.get("world_path", "")
+    if not path:
+        raise UserError(
+            f"{data.dataset.path} does not say which world it was made in, whose codec objective.max_frames="
+            f"{o.max_frames} needs; name it with --config.objective.codec_world"
+        )
+    codec = load_codec(path, o.codec_decoder)
+    known = made.get("codec", {}).get("fingerprint", "")
+    if o.codec_decoder == "vae" and known and codec.describe()["fingerprint"] != known:
+        raise UserError(
+            f"{data.dataset.path} was made with another VAE than {path}; set --config.objective.codec_world"
+        )
+    if codec.latent_channels != data.channels:
+        raise UserError(
+            f"{path} has latents of {codec.latent_channels} channels, {data.dataset.path} of {data.channels}"
+        )
+    return codec
 
 
 def losses_of(c: ConfigDict) -> dict[str, Loss]:

@@ -22,6 +22,17 @@ def switches(arg: str, *known: str) -> list[str]:
     return words
 
 
+def one_of(words: list[str], *alternatives: str) -> None:
+    """Refuses switches that make no sense together.
+
+    Raises:
+      UserError: more than one of `alternatives` is among the words.
+    """
+    given = [word for word in words if word in alternatives]
+    if len(given) > 1:
+        raise UserError(f"--config=...:{','.join(words)}: {given[0]} and {given[1]} exclude each other; leave one out")
+
+
 def optimizer(lr: float, b1: float = 0.0, b2: float = 0.999, **overrides: Any) -> ConfigDict:
     """The reference's AdamW: constant rate, decay 0.01 on everything, clip 10 (PyTorch reference)."""
     values: dict[str, Any] = {

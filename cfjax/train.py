@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from cfjax.core.sharding import batch_sharding, make_mesh, replicated
 from cfjax.data.latents import make_iterator
 from cfjax.experiment import (
     META_FILE,
+    codec_of,
     open_data,
     optimizers_of,
     run_meta,
@@ -60,7 +62,9 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     models = {name: initial_model(name, role, data, c.seed, mesh) for name, role in c.roles.items()}
     put_batch = partial(place_batch, mesh=mesh) if mesh else None
     trained = {name: models[name] for name in stage.losses}
-    frozen = {name: model for name, model in models.items() if name not in stage.losses}
+    frozen: dict[str, Any] = {name: model for name, model in models.items() if name not in stage.losses}
+    if codec := codec_of(c, data):
+        frozen["codec"] = jax.device_put(codec, replicated(mesh)) if mesh else codec
     writer = EventWriter(workdir, enabled=jax.process_index() == 0)
     writer.config(0, c.to_dict())
     monitor = make_monitor(c, data, workdir, mesh)

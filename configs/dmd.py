@@ -8,6 +8,7 @@
     cfjax train --config=configs/dmd.py:sid --workdir=runs/sid                SiD instead of DMD
     cfjax train --config=configs/dmd.py:causvid --workdir=runs/causvid        noised real clips instead of self-rollout
     cfjax train --config=configs/dmd.py:bidirectional --workdir=runs/few      a few-step bidirectional student
+    cfjax train --config=configs/dmd.py:long --workdir=runs/long              rollouts of 21 to 27 latent frames
 
 Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five
 iterations, guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. Its quirks that change numbers are keys of
@@ -16,6 +17,12 @@ iterations, guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. Its
 The 14B real score rests in bfloat16 (the numbers are float32's, since it computes in bfloat16). With less memory:
 --config.roles.real_score.storage=int8, --config.roles.real_score.offload=True (its matrices in host memory), or both.
 
+`long` is for students that generate more than the scores can see: each update rolls out a drawn number of blocks, up to
+`objective.max_frames`, and the scores get the last `objective.window_frames`, whose first latent the codec of the
+dataset's world makes anew (objective.codec_world, where the dataset does not name it). The PyTorch reference's numbers
+for it: 3000 steps at batch 8, lr 1.5e-6; attention looks back 21 frames. What comes out makes long videos with
+`cfjax generate --config.frames=...`.
+
 Toy recipe: faster rates, and guidance 1, because the toy's captions are followed already and 3 over-saturates.
 """
 
@@ -23,11 +30,14 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`, `from_ar`, `sid`, `causvid`, `bidirectional`."""
+    """`toy`, `framewise`, `2step`, `1step`, `long`, `from_ar`, `sid`, `causvid`, `bidirectional`."""
     variants = ("from_ar", "sid", "causvid", "bidirectional")
-    words = presets.switches(arg, "toy", "framewise", "2step", "1step", *variants)
-    toy = "toy" in words
-    c = presets.experiment("dmd", steps=600 if toy else 1000)
+    words = presets.switches(arg, "toy", "framewise", "2step", "1step", "long", *variants)
+    presets.one_of(words, "long", "causvid")
+    presets.one_of(words, "long", "bidirectional")
+    toy, long = "toy" in words, "long" in words
+    window = 12 if toy else 21  # latent frames that the scores were trained on
+    c = presets.experiment("dmd", steps=600 if toy else 3000 if long else 1000)
     c.roles.student = presets.role(
         "toy" if toy else "wan_1_3b",
         init="runs/toy/ode" if toy else "runs/ode",
@@ -48,13 +58,16 @@ def get_config(arg: str = ""):
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
     c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
+    if long:
+        c.blocks.window = window
+        c.data.batch_size = c.data.batch_size if toy else 8
     full = (1000, 750, 500, 250)
     few = {"2step": (1000, 500), "1step": (1000,)}
     steps = next((few[word] for word in words if word in few), full)
     if "from_ar" in words:
         c.roles.student.update({"init": "runs/toy/ar" if toy else "runs/ar", "init_stages": ("ar_diffusion",)})
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
-        c.blocks.frames = 12 if toy else 21
+        c.blocks.frames = window
         c.roles.student = presets.role(c.roles.critic.preset, init=c.roles.critic.init, stages=("bidirectional",))
     c.objective = {
         "matching": "sid" if "sid" in words else "dmd",
@@ -72,9 +85,13 @@ def get_config(arg: str = ""):
         "score_min": 0.02,
         "score_max": 0.98,
         "score_table_shift": 0.0,
+        "window_frames": window if long else 0,
+        "max_frames": (18 if toy else 27) if long else 0,
+        "codec_world": "",
+        "codec_decoder": "vae",
     }
     c.cadence.student = 5
-    c.optim.student = presets.toy_adam(2e-4) if toy else presets.optimizer(2e-6)
+    c.optim.student = presets.toy_adam(2e-4) if toy else presets.optimizer(1.5e-6 if long else 2e-6)
     c.optim.critic = presets.toy_adam(4e-4) if toy else presets.optimizer(4e-7)
     c.ema.student = presets.ema(0.95 if toy else 0.99, 0 if toy else 200)
     c.sampler = presets.few_step(steps, full if steps != full else ())
