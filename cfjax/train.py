@@ -54,6 +54,7 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     stage = stage_of(c)
     check_roles(c, stage)
     check_blocks(c)
+    codec = codec_of(c, data)
     txs, mesh = optimizers_of(c, stage), mesh_of(c)
     memory = stage_memory(c, stage, txs, data.channels, data.text_width, mesh)
     say(f"{c.stage}: {len(data.dataset)} clips, {c.steps} steps in {workdir}; GiB per device, before activations:")
@@ -63,7 +64,7 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     put_batch = partial(place_batch, mesh=mesh) if mesh else None
     trained = {name: models[name] for name in stage.losses}
     frozen: dict[str, Any] = {name: model for name, model in models.items() if name not in stage.losses}
-    if codec := codec_of(c, data):
+    if codec is not None:
         frozen["codec"] = jax.device_put(codec, replicated(mesh)) if mesh else codec
     writer = EventWriter(workdir, enabled=jax.process_index() == 0)
     writer.config(0, c.to_dict())
