@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.sharding import batch_sharding, make_mesh, replicated
+from cfjax.core.sharding import batch_rows, make_mesh, on_mesh, place, place_rows, replicated
 from cfjax.data.latents import make_iterator
 from cfjax.experiment import (
     META_FILE,
@@ -23,12 +23,14 @@ from cfjax.experiment import (
     run_meta,
     stage_of,
 )
+from cfjax.models.wan import preset
 from cfjax.monitor import make_monitor
 from cfjax.roles import check_roles, initial_model, stage_memory
 from cfjax.training.checkpoint import read_meta
 from cfjax.training.loop import fit
 from cfjax.training.memory import check_memory, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
+from cfjax.training.placement import place_state
 from cfjax.training.state import TrainState, init_state
 from cfjax.training.step import has_batch_axis
 from cfjax.world import asset
@@ -55,47 +57,43 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     check_roles(c, stage)
     check_blocks(c)
     codec = codec_of(c, data)
+    check_mesh(c, data.dataset.latent_shape)
     txs, mesh = optimizers_of(c, stage), mesh_of(c)
     memory = stage_memory(c, stage, txs, data.channels, data.text_width, mesh)
     say(f"{c.stage}: {len(data.dataset)} clips, {c.steps} steps in {workdir}; GiB per device, before activations:")
     say("\n".join(memory_table(memory)))
     check_memory(memory, memory_limit(jax.local_devices()[0]))
     models = {name: initial_model(name, role, data, c.seed, mesh) for name, role in c.roles.items()}
-    put_batch = partial(place_batch, mesh=mesh) if mesh else None
     trained = {name: models[name] for name in stage.losses}
     frozen: dict[str, Any] = {name: model for name, model in models.items() if name not in stage.losses}
     if codec is not None:
-        frozen["codec"] = jax.device_put(codec, replicated(mesh)) if mesh else codec
+        frozen["codec"] = jax.tree.map(partial(place, sharding=replicated(mesh)), codec) if mesh else codec
     writer = EventWriter(workdir, enabled=jax.process_index() == 0)
     writer.config(0, c.to_dict())
     monitor = make_monitor(c, data, workdir, mesh)
-    iterator = make_iterator(
-        data.dataset,
-        c.data.batch_size,
-        c.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-    )
-    state = fit(
-        stage,
-        init_state(stage, trained, txs, c.seed),
-        frozen,
-        iterator,
-        txs,
-        steps=c.steps,
-        workdir=workdir,
-        log_every=c.log_every,
-        save_every=c.save_every,
-        keep=c.keep,
-        accumulate={name: c.optim[name].accumulate for name in stage.losses},
-        writer=writer,
-        meta=run_meta(c, data, models),
-        sample_fn=monitor,
-        sample_every=c.sample_every,
-        sample_first=monitor is not None and monitor.wants_start,
-        progress=c.progress,
-        **({"put_batch": put_batch} if put_batch else {}),
-    )
+    rows = batch_rows(mesh, c.data.batch_size) if mesh else range(c.data.batch_size)
+    state = init_state(stage, trained, txs, c.seed)
+    with on_mesh(mesh):
+        state = fit(
+            stage,
+            place_state(state, mesh) if mesh else state,
+            frozen,
+            make_iterator(data.dataset, c.data.batch_size, c.seed, rows=rows),
+            txs,
+            steps=c.steps,
+            workdir=workdir,
+            log_every=c.log_every,
+            save_every=c.save_every,
+            keep=c.keep,
+            accumulate={name: c.optim[name].accumulate for name in stage.losses},
+            writer=writer,
+            meta=run_meta(c, data, models),
+            sample_fn=monitor,
+            sample_every=c.sample_every,
+            sample_first=monitor is not None and monitor.wants_start,
+            progress=c.progress,
+            put_batch=partial(place_batch, mesh=mesh, rows=rows, batch_size=c.data.batch_size),
+        )
     writer.close()
     return state
 
@@ -121,15 +119,34 @@ def check_blocks(c: ConfigDict) -> None:
 
 
 def mesh_of(c: ConfigDict) -> Mesh | None:
-    """The mesh of `c.mesh`, or None for one device."""
+    """The mesh of `c.mesh`, or None for one device of one process."""
     sizes = c.mesh.to_dict()
-    return None if all(size == 1 for size in sizes.values()) else make_mesh(**sizes)
+    alone = jax.process_count() == 1 and all(size == 1 for size in sizes.values())
+    return None if alone else make_mesh(**sizes)
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Leaves with a batch axis cut over `data` and `fsdp`, the others on every device."""
-    cut, whole = batch_sharding(mesh), replicated(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(cut if has_batch_axis(name) else whole, np.asarray(leaf))
-        for name, leaf in batch.items()
-    }
+def check_mesh(c: ConfigDict, latent_shape: Sequence[int]) -> None:
+    """Frames divide over the context axis.
+
+    Raises:
+      UserError: the tokens of a role's frames do not.
+    """
+    for name, role in c.roles.items():
+        tokens = preset(role.preset).tokens_per_frame(*latent_shape[1:3])
+        if tokens % c.mesh.context:
+            raise UserError(f"mesh.context={c.mesh.context} must divide the {tokens} tokens per frame of roles.{name}")
+
+
+def place_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh | None, rows: Sequence[int], batch_size: int
+) -> dict[str, jax.Array]:
+    """The global batch, of which this process read `rows`; leaves without a batch axis on every device."""
+
+    def leaf(name: str, local: np.ndarray) -> jax.Array:
+        if mesh is None:
+            return jax.numpy.asarray(local)
+        if has_batch_axis(name):
+            return place_rows(rows, np.asarray(local), mesh, batch_size)
+        return place(np.asarray(local), replicated(mesh))
+
+    return {name: leaf(name, local) for name, local in batch.items()}

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cfjax.core.errors import UserError
@@ -68,7 +69,17 @@ def make_mesh(
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {named} has {math.prod(sizes)} places; they must multiply to {len(devices)} devices")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # no whole rings of the torus for every axis, as 8 x 2 on a 4 x 4 slice: share one
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=kinds)
+
+
+def abstract_mesh(*, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh without devices, for shapes and shardings alone."""
+    return AbstractMesh((data, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 # ---- activations
@@ -230,6 +241,28 @@ def place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis of a batch over `data` and `fsdp`; every other axis whole."""
     return NamedSharding(mesh, PartitionSpec(*ACTIVATIONS["batch"]))
+
+
+def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Which rows of a global batch lie on this process's devices, ascending: the ones that it must read.
+
+    Raises:
+      UserError: the batch does not divide over the mesh.
+    """
+    if batch_size % batch_places(mesh):
+        raise UserError(f"data.batch_size={batch_size} must divide by mesh.data * mesh.fsdp = {batch_places(mesh)}")
+    spans: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (span,) in spans for row in range(*span.indices(batch_size))})
+
+
+def place_rows(rows: Sequence[int], local: np.ndarray, mesh: Mesh, batch_size: int) -> jax.Array:
+    """A global batch of which this process holds the given rows, cut by `batch_sharding`."""
+    position = {row: i for i, row in enumerate(rows)}
+
+    def part(index: Any) -> np.ndarray:
+        return local[[position[row] for row in range(*index[0].indices(batch_size))]]
+
+    return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding(mesh), part)
 
 
 def batch_places(mesh: Mesh) -> int:

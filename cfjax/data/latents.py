@@ -1,12 +1,13 @@
 """Reading latent datasets: one interface, the toy's memory-mapped arrays, a grain pipeline that resumes exactly.
 
 `ClipDataset` is what every set looks like from outside (`cfjax.data.sets.open_dataset` picks its reader).
-`LatentDataset` checks a folder against its manifest before anything is trained on it. `make_iterator` deals the records
-out to processes, shuffles and batches them; its state is a small JSON-able dict that belongs in a checkpoint.
+`LatentDataset` checks a folder against its manifest before anything is trained on it. `make_iterator` shuffles the
+records, batches them and deals each batch's rows out to processes; its state is a small JSON-able dict that belongs in
+a checkpoint.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -212,7 +213,7 @@ class LatentIterator:
         """Continues after the batch that was last read when `state` was taken.
 
         Raises:
-          UserError: the state was taken with other settings (batch size, seed, shards, number of records ...).
+          UserError: the state was taken with other settings (batch size, seed, number of records ...).
         """
         saved = state.get("settings", {})
         for name, value in self._settings.items():
@@ -227,8 +228,7 @@ def make_iterator(
     seed: int,
     *,
     shuffle: bool = True,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_epochs: int | None = None,
     drop_remainder: bool = True,
     num_threads: int = 1,
@@ -236,35 +236,35 @@ def make_iterator(
 ) -> LatentIterator:
     """Batches of stacked records: latents_BFHWC, text_BSE, index_B (, trajectory_BJFHWC) and negative_text_SE.
 
-    This process sees the records `shard_index::shard_count`, newly shuffled every epoch; batches may span epochs.
-    `batch_size` is per process. Threads read ahead in this process (`num_threads=0`: no read-ahead).
+    All records, newly shuffled every epoch; batches may span epochs. Of many processes, every one deals out the same
+    global batches and reads only its own `rows` of each: the place in the data is then one number, and a run goes on
+    exactly on any other number of processes. Threads read ahead in this process (`num_threads=0`: no read-ahead).
+
+    Args:
+      batch_size: of the global batch.
+      rows: which of its rows this process reads, ascending (`core.sharding.batch_rows`); None is all.
 
     Raises:
-      UserError: the shard is out of range or holds fewer records than a batch.
+      UserError: the dataset holds fewer records than a batch, or a row is not of the batch.
     """
-    if not 0 <= shard_index < shard_count:
-        raise UserError(f"data: shard_index={shard_index} of shard_count={shard_count}; use 0 <= index < count")
-    held = len(range(shard_index, len(dataset), shard_count))
-    if not 0 < batch_size <= held:
-        raise UserError(f"data.batch_size={batch_size}: this process holds {held} records of {dataset.path}; lower it")
+    if not 0 < batch_size <= len(dataset):
+        raise UserError(f"data.batch_size={batch_size}: {dataset.path} holds {len(dataset)} records; lower it")
     if not 0 <= seed < 2**32:
         raise UserError(f"data.seed={seed}: use 0 to 2**32 - 1")
+    own = np.arange(batch_size) if rows is None else np.asarray(rows, int)
+    if not len(own) or own.min() < 0 or own.max() >= batch_size:
+        raise UserError(f"data: rows {own.tolist()} are not of a batch of {batch_size}")
     negative = dataset.negative_text_SE
 
-    def finish(batch: Batch) -> Batch:
-        return {_BATCH_NAMES[name]: array for name, array in batch.items()} | {"negative_text_SE": negative}
+    def read(index_B: np.ndarray) -> Batch:
+        records = [dataset[int(index)] for index in index_B[own[own < len(index_B)]]]
+        stacked = {_BATCH_NAMES[name]: np.stack([record[name] for record in records]) for name in records[0]}
+        return {**stacked, "negative_text_SE": negative}
 
-    records = grain.MapDataset.source(dataset)[shard_index::shard_count].seed(seed)
+    order = grain.MapDataset.range(len(dataset)).seed(seed)
     if shuffle:
-        records = records.shuffle()
-    batches = records.repeat(num_epochs).batch(batch_size, drop_remainder=drop_remainder).map(finish)
+        order = order.shuffle()
+    batches = order.repeat(num_epochs).batch(batch_size, drop_remainder=drop_remainder).map(read)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    settings = {
-        "records": len(dataset),
-        "batch_size": batch_size,
-        "seed": seed,
-        "shuffle": shuffle,
-        "shard_index": shard_index,
-        "shard_count": shard_count,
-    }
+    settings = {"records": len(dataset), "batch_size": batch_size, "seed": seed, "shuffle": shuffle}
     return LatentIterator(iter(batches.to_iter_dataset(options)), settings)

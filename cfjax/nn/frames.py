@@ -11,13 +11,15 @@ one of two ways (`core.sharding.context_parts`):
 Either way all devices have the same work under every visibility.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from cfjax.core.sharding import context_parts, cut, over_context, token_parts
 from cfjax.nn.attention import attend, dense
-from cfjax.nn.visibility import Span, Visibility
+from cfjax.nn.visibility import Visibility
 
 
 def _flat(x_BFTNK: jax.Array) -> jax.Array:
@@ -52,16 +54,13 @@ def attend_frames(
     if kind != "tokens":
         q, k, v = _flat(q_BFTNK), _flat(k_BFTNK), _flat(v_BFTNK)
         return _framed(attend(q, k, v, visibility, num_frames=num_frames, backend=backend), q_BFTNK.shape[1])
+
+    def attend_part(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, visibility, num_frames=num_frames, backend=backend)
+
     k, v = (cut(x, "batch", None, None, "channels", None) for x in (k_BFTNK, v_BFTNK))
-
-    def gather(x: jax.Array, spans: tuple[Span, ...]) -> jax.Array:
-        return rearrange(jnp.concatenate([x[:, a:b] for a, b in spans], axis=1), "b f t n k -> b (f t) n k")
-
-    outputs = [
-        _by_parts(q_BFTNK[:, slice(*r.queries)], gather(k, r.keys), gather(v, r.keys), parts, backend)
-        for r in visibility.rectangles(num_frames)
-    ]
-    return jnp.concatenate(outputs, axis=1)
+    k, v = (rearrange(x, "b f t n k -> b (f t) n k") for x in (k, v))
+    return _by_parts(attend_part, q_BFTNK, k, v, parts)
 
 
 def attend_cached(
@@ -90,15 +89,17 @@ def attend_cached(
 
 def attend_text(q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, *, backend: str = "auto") -> jax.Array:
     """Every frame's tokens against all text rows."""
-    return _by_parts(q_BFTNK, k_BTNK, v_BTNK, token_parts(q_BFTNK.shape[2]), backend)
-
-
-def _by_parts(q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, parts: int, backend: str) -> jax.Array:
-    """All queries against all keys, a part of each frame's queries per device."""
 
     def attend_part(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return dense(q, k, v, backend=backend)
 
+    return _by_parts(attend_part, q_BFTNK, k_BTNK, v_BTNK, token_parts(q_BFTNK.shape[2]))
+
+
+def _by_parts(
+    attend_part: Callable[..., jax.Array], q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, parts: int
+) -> jax.Array:
+    """All queries against all keys, a part of each frame's queries per device."""
     frames = q_BFTNK.shape[1]
     if parts == 1:
         flat = rearrange(q_BFTNK, "b f t n k -> b (f t) n k")

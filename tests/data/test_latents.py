@@ -60,14 +60,28 @@ def test_resume_gives_the_very_next_records_also_mid_epoch_and_across_epochs(dat
         assert indices(second, 20 - stop) == whole[stop:]
 
 
-def test_shards_are_disjoint_and_complete_in_every_epoch(dataset):
-    seen = []
-    for shard in range(3):
-        iterator = make_iterator(
-            dataset, 4, 1, shard_index=shard, shard_count=3, num_epochs=1, drop_remainder=False, num_threads=0
-        )
-        seen += [index for batch in iterator for index in batch["index_B"].tolist()]
-    assert sorted(seen) == list(range(RECORDS))
+def test_rows_of_processes_make_up_the_same_batches_whatever_their_number(dataset):
+    """Disjoint, complete, in order; a place taken by one process is the place of any other."""
+    whole = indices(make_iterator(dataset, 6, 1), 8)
+    for parts in ([[0, 1, 2], [3, 4, 5]], [[0, 1], [2, 3], [4, 5]], [[0, 2, 4], [1, 3, 5]]):
+        iterators = [make_iterator(dataset, 6, 1, rows=rows, num_threads=0) for rows in parts]
+        for step, batch in enumerate(whole):
+            read = [next(iterator)["index_B"] for iterator in iterators]
+            assert [batch[row] for rows in parts for row in rows] == np.concatenate(read).tolist()
+            if step == 3:
+                states = [iterator.get_state() for iterator in iterators]
+                assert states == [states[0]] * len(states)
+                iterators = [make_iterator(dataset, 6, 1, rows=rows, num_threads=0) for rows in parts]
+                for iterator in iterators:
+                    iterator.set_state(states[0])
+    other = make_iterator(dataset, 6, 1)
+    other.set_state(states[0])
+    assert indices(other, 4) == whole[4:]
+
+
+def test_an_epoch_that_ends_inside_a_batch(dataset):
+    iterator = make_iterator(dataset, 4, 1, num_epochs=1, drop_remainder=False, num_threads=0)
+    assert sorted(index for batch in iterator for index in batch["index_B"].tolist()) == list(range(RECORDS))
 
 
 def test_an_epoch_visits_every_record_once_and_epochs_differ(dataset):
@@ -92,8 +106,7 @@ def test_state_of_other_settings_is_refused(dataset):
     ("options", "message"),
     [
         ({"batch_size": 24}, "holds 23 records"),
-        ({"batch_size": 9, "shard_count": 3}, "holds 8 records"),
-        ({"shard_index": 2, "shard_count": 2}, "shard_index"),
+        ({"rows": [2, 4]}, r"rows \[2, 4\] are not of a batch of 4"),
         ({"seed": -1}, "seed"),
     ],
 )

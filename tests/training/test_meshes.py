@@ -1,0 +1,165 @@
+"""Every stage on every mesh: loss and gradients are the single device's, and what lies on a mesh is really cut."""
+
+import math
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cfjax.core.sharding import (
+    batch_sharding,
+    cut_parameters,
+    make_mesh,
+    on_mesh,
+    place,
+    replicated,
+    shard_model,
+    shardings,
+)
+from cfjax.core.tree import map_named, named_leaves
+from cfjax.models.wan import Wan, WanConfig
+from cfjax.nn.visibility import Blocks
+from cfjax.objectives.consistency import ConsistencyConfig, consistency
+from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
+from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
+from cfjax.objectives.ode_regression import PairsConfig, ode_regression
+from cfjax.objectives.stage import Ema, Stage
+from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.training.optim import make_optimizer
+from cfjax.training.placement import place_state, placement_of
+from cfjax.training.state import init_state
+from cfjax.training.step import has_batch_axis, make_update
+from tests.tiny import normal
+
+BLOCKS = Blocks(2)
+DMD = DMDConfig(SelfForcing((1.0, 0.6), kv_gradient="straight_through"))
+# The losses of a stage; both of DMD's draw the same numbers here, so that the self-rollout is compiled once.
+STAGES = {
+    "bidirectional": {"student": flow_matching(DiffusionConfig())},
+    "ar_diffusion": {"student": ar_diffusion(DiffusionConfig(text_dropout=0.5), BLOCKS)},
+    "ode_regression": {"student": ode_regression(PairsConfig(steps=(1000, 500)), BLOCKS)},
+    "consistency": {"student": consistency(ConsistencyConfig(solver_steps=4), BLOCKS)},
+    "dmd": {"student": generator_loss(DMD, BLOCKS), "critic": critic_loss(DMD, BLOCKS)},
+}
+# Eight heads divide by every axis: self-attention by heads. Six do not: by tokens, keys gathered, caches cut by tokens.
+MESHES = {
+    "data": (8, {"data": 8}),
+    "fsdp": (8, {"fsdp": 8}),
+    "context": (8, {"context": 8}),
+    "context_by_tokens": (6, {"context": 8}),
+    "tensor": (8, {"tensor": 8}),
+    "mixed": (8, {"data": 2, "context": 2, "tensor": 2}),
+    "mixed_by_tokens": (6, {"fsdp": 2, "context": 2, "tensor": 2}),
+}
+SHAPE, TEXT, LENGTH = (8, 4, 4, 8, 4), 8, 2  # eight tokens per frame
+
+
+def config(heads: int) -> WanConfig:
+    return WanConfig(
+        dim=8 * heads, ffn_dim=32, num_heads=heads, num_layers=2, in_dim=4, out_dim=4, text_dim=TEXT, freq_dim=16
+    )
+
+
+@cache
+def models(heads: int):
+    """Every weight random, by numpy: nothing to compile."""
+    template, rng = jax.eval_shape(lambda key: Wan(config(heads), key), jax.random.key(0)), np.random.default_rng(0)
+
+    def leaf(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+        spread = like.shape[-2] ** -0.5 if name.endswith("kernel") else 0.2
+        return jnp.asarray(rng.normal(float(name.endswith("scale")), spread, like.shape).astype(np.float32))
+
+    names = ("student", "critic", "real_score", "teacher", "student_ema")
+    return {name: map_named(leaf, template) for name in names}
+
+
+@cache
+def batch():
+    return {
+        "latents_BFHWC": normal(1, SHAPE),
+        "text_BSE": normal(2, (SHAPE[0], LENGTH, TEXT)),
+        "negative_text_SE": normal(3, (LENGTH, TEXT)),
+        "trajectory_BJFHWC": normal(4, (SHAPE[0], 3, *SHAPE[1:])),
+    }
+
+
+def on(mesh, models, batch, key):
+    """Everything of a loss, placed."""
+    where = {name: batch_sharding(mesh) if has_batch_axis(name) else replicated(mesh) for name in batch}
+    return (
+        {name: shard_model(model, mesh) for name, model in models.items()},
+        {name: place(leaf, where[name]) for name, leaf in batch.items()},
+        place(key, replicated(mesh)),
+    )
+
+
+# LLVM's optimisations are half of the compile time and change nothing that is looked at here.
+@partial(jax.jit, static_argnames="stage", compiler_options={"xla_backend_optimization_level": 0})
+def value_and_grad(stage, models, batch, key):
+    def of(role):
+        loss = STAGES[stage][role]
+        value, grads = jax.value_and_grad(lambda own: loss({**models, role: own}, batch, key)[0])(models[role])
+        return value, cut_parameters(grads)
+
+    return {role: of(role) for role in STAGES[stage]}
+
+
+@cache
+def alone(stage: str, heads: int):
+    return jax.device_get(value_and_grad(stage, models(heads), batch(), jax.random.key(7)))
+
+
+def compare(stage: str, name: str, capfd) -> None:
+    """Raises unless loss and gradients are those of one device, and cut as the tables say."""
+    heads, sizes = MESHES[name]
+    mesh = make_mesh(**sizes)
+    with on_mesh(mesh):
+        got = value_and_grad(stage, *on(mesh, models(heads), batch(), jax.random.key(7)))
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err, "XLA replicates an activation"
+    for role, (expected_loss, expected) in alone(stage, heads).items():
+        loss, grads = got[role]
+        errors, where = {}, shardings(models(heads)[role], mesh)
+        for leaf, grad in named_leaves(grads).items():
+            wanted = named_leaves(expected)[leaf]
+            errors[leaf] = float(np.linalg.norm(np.asarray(grad) - wanted) / np.linalg.norm(wanted))
+            assert grad.sharding.is_equivalent_to(where[leaf], grad.ndim), leaf
+        worst = max(errors, key=errors.__getitem__)
+        off = float(abs(loss / expected_loss - 1))
+        with capfd.disabled():
+            print(f"{stage} {role} on {name}: loss {off:.1e}, worst gradient {errors[worst]:.1e} ({worst})")
+        assert off < 1e-5 and errors[worst] < 1e-5, errors
+
+
+def test_loss_and_gradients_do_not_depend_on_the_mesh(capfd):
+    compare("ar_diffusion", "mixed", capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_on_every_mesh(stage, mesh, capfd):
+    compare(stage, mesh, capfd)
+
+
+def test_nothing_of_a_state_is_replicated_by_accident():
+    """Weights, moments and shadows are cut as the tables say, before an update and after it."""
+    heads, sizes = MESHES["mixed_by_tokens"]
+    mesh = make_mesh(**sizes)
+    stage = Stage("bidirectional", STAGES["bidirectional"], ema={"student": Ema()})
+    txs = {"student": make_optimizer("adamw", lr=1e-3, steps=10)}
+    with on_mesh(mesh):
+        given, placed_batch, _ = on(mesh, {"student": models(heads)["student"]}, batch(), jax.random.key(0))
+        before = place_state(init_state(stage, given, txs, 0), mesh)
+        after, metrics = make_update(stage, "student", txs["student"], placement=placement_of(before))(
+            before, {}, placed_batch
+        )
+    assert bool(metrics["finite"])
+    cuts = shardings(models(heads)["student"], mesh)
+    for state in (before, after):
+        for name, leaf in named_leaves(state).items():
+            own = next((sharding for weight, sharding in cuts.items() if name.endswith(f"/{weight}")), replicated(mesh))
+            assert leaf.sharding.is_equivalent_to(own, leaf.ndim), (name, leaf.sharding)
+            if name.endswith("kernel"):
+                assert 4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size, name
