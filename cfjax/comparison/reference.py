@@ -67,18 +67,20 @@ class _Bf16Times:
     """`torch` as a module of the clone sees it, with bfloat16 kept for timesteps (`ones`) and float32 elsewhere.
 
     Consistency distillation casts everything to bfloat16 by name (quirk Q30); its timesteps' rounding (quirk Q2) is
-    what a float32 comparison must keep.
+    what a float32 comparison must keep, or `keep` is False.
     """
 
     bfloat16 = torch.float32
 
+    def __init__(self, keep: bool = True) -> None:
+        self._times = torch.bfloat16 if keep else torch.float32
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    @staticmethod
-    def ones(*size: Any, **kwargs: Any) -> torch.Tensor:
+    def ones(self, *size: Any, **kwargs: Any) -> torch.Tensor:
         if "dtype" in kwargs:
-            kwargs["dtype"] = torch.bfloat16
+            kwargs["dtype"] = self._times
         return torch.ones(*size, **kwargs)
 
 
@@ -176,10 +178,10 @@ class Reference:
                 if hasattr(module, attribute):
                     setattr(module, attribute, lambda *_, **__: NoEncoder(rows))
 
-    def float32_with_bf16_times(self, name: str) -> Any:
-        """A module of the clone whose bfloat16 casts are float32, its timesteps excepted."""
+    def float32_with_bf16_times(self, name: str, *, keep: bool = True) -> Any:
+        """A module of the clone whose bfloat16 casts are float32, its timesteps excepted if these are to `keep`."""
         module = self.module(name)
-        module.torch = _Bf16Times()
+        module.torch = _Bf16Times(keep)
         return module
 
     @contextlib.contextmanager

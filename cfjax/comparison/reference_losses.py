@@ -6,7 +6,7 @@ timesteps is kept (quirks Q1 and Q2); bfloat16 elsewhere (quirk Q30) is not what
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +37,10 @@ AUGMENT_FROM = 400
 
 @dataclass(frozen=True)
 class Exits:
-    """One self-rollout: layout, step lists, the exit step of the first block and of the others, score draws k."""
+    """One self-rollout: layout, step lists, the exit step of the first block and of the others, score draws k.
+
+    Without `quirks` the reference's Q3, Q4 and Q6 are mended in it, and ours are off.
+    """
 
     blocks: Blocks
     steps: tuple[int, ...] = STEPS
@@ -45,6 +48,7 @@ class Exits:
     first: int = 2
     rest: int = 2
     score_k: int = 700
+    quirks: bool = True
 
 
 def _ours(loss: Loss, role: str, models: dict[str, Any], batch: dict, draws: dict) -> Arrays:
@@ -202,24 +206,28 @@ CD_LEVEL = 12  # 0.0040 in place of 0.00665 as the rounded step (quirk Q2)
 CD_ROLES = {"student": "student", "student_ema": "ema", "teacher": "teacher"}
 
 
-def _ours_consistency(subject: Subject, blocks: Blocks) -> Arrays:
+def _ours_consistency(subject: Subject, blocks: Blocks, quirks: bool) -> Arrays:
     frames = subject.case.frames
     draws = {"level_B": np.full((BATCH,), CD_LEVEL), "eps_BFHWC": subject.latents("eps", frames)}
-    loss = consistency(ConsistencyConfig(bf16_timesteps=True), blocks)
+    loss = consistency(ConsistencyConfig(bf16_timesteps=quirks), blocks)
     models = {ours: subject.role(name) for ours, name in CD_ROLES.items()}
     return _ours(loss, "student", models, _batch(subject, frames), draws)
 
 
-def _theirs_consistency(reference: Reference, subject: Subject, blocks: Blocks) -> Arrays:
+def _theirs_consistency(reference: Reference, subject: Subject, blocks: Blocks, quirks: bool) -> Arrays:
     if not reference.has("model/naive_consistency.py"):
         raise NotThere(f"not in this clone ({reference.name}): consistency distillation")
     frames = subject.case.frames
     _tokens_fit(subject, 2 * frames)
     sizes = reference_sizes(subject, frames, blocks)
-    reference.float32_with_bf16_times("model.naive_consistency")
+    reference.float32_with_bf16_times("model.naive_consistency", keep=quirks)
     model = _model(reference, "model.naive_consistency", "NaiveConsistency", sizes, _args(sizes, discrete_cd_N=48))
     for network, role in ((model.generator, "student"), (model.generator_ema, "ema"), (model.teacher, "teacher")):
         fit(network, subject.weights(role), sizes)
+    if not quirks:  # convert at the level itself, not at the nearest entry of the table of 1000
+        ends = model.scheduler
+        for network in (model.generator, model.generator_ema):
+            network.scheduler.timesteps, network.scheduler.sigmas = ends.timesteps, ends.sigmas
     average = SimpleNamespace(copy_to=lambda _: None)  # the averaged weights are in place already
     clip = to_torch(subject.latents("clip", frames))
     with reference.draws(CD_LEVEL, to_torch(subject.latents("eps", frames))):
@@ -265,10 +273,11 @@ def _recorded(draws: dict[str, np.ndarray], exits: Exits) -> Iterator[torch.Tens
 
 def _ours_dmd(subject: Subject, exits: Exits, which: str) -> Arrays:
     levels = lambda steps: tuple(map(float, warp_steps(steps, 5.0))) if steps else ()  # noqa: E731
-    rolled = SelfForcing(
-        levels(exits.steps), levels(exits.first_steps), context_noise=CONTEXT_NOISE, kv_gradient="straight_through"
-    )
-    config = DMDConfig(rolled, score_table_shift=8.0)
+    rolled = SelfForcing(levels(exits.steps), levels(exits.first_steps))
+    config = DMDConfig(rolled)
+    if exits.quirks:
+        rolled = replace(rolled, context_noise=CONTEXT_NOISE, kv_gradient="straight_through")
+        config = DMDConfig(rolled, score_table_shift=8.0)
     make: Any = {"dmd": generator_loss, "sid": sid_loss, "critic": critic_loss}[which]
     role = "critic" if which == "critic" else "student"
     models = {name: subject.role(name) for name in ("student", "critic", "real_score")}
@@ -298,11 +307,32 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str
     own, text = zero_caches(sizes, DMD_BATCH)
     pipeline._initialize_kv_cache = lambda **_: setattr(pipeline, "kv_cache1", own)
     pipeline._initialize_crossattn_cache = lambda **_: setattr(pipeline, "crossattn_cache", text)
+    if not exits.quirks:
+        _mend(model, own)
     compute: Callable[..., Any] = model.critic_loss if which == "critic" else model.generator_loss
     shape = [DMD_BATCH, DMD_FRAMES, subject.config.in_dim, subject.case.height, subject.case.width]
     with reference.draws(*_recorded(_dmd_draws(subject, exits), exits)):
         loss, _ = compute(shape, clean_latent=None, **_texts(subject, DMD_BATCH))
         return _theirs(loss, (model.fake_score if which == "critic" else model.generator).model)
+
+
+def _mend(model: Any, caches: list[dict[str, torch.Tensor]]) -> None:
+    """The reference's DMD without Q3 (shift-8 tables), Q4 (noise on what is cached), Q6 (gradient through caches)."""
+    for network in (model.fake_score, model.real_score):
+        network.scheduler = model.generator.scheduler
+    add_noise, forward = model.scheduler.add_noise, model.generator.forward
+
+    def noise_above_zero(x: torch.Tensor, eps: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return x if not timestep.any() else add_noise(x, eps, timestep)
+
+    def forward_with_plain_caches(*args: Any, **keys: Any) -> Any:
+        out = forward(*args, **keys)
+        if not torch.is_grad_enabled():
+            for layer in caches:
+                layer.update({name: layer[name].detach() for name in ("k", "v")})
+        return out
+
+    model.scheduler.add_noise, model.generator.forward = noise_above_zero, forward_with_plain_caches
 
 
 def _probe(part: str, what: str, ours: Callable, theirs: Callable, *args: Any, note: str = "") -> Probe:
@@ -338,11 +368,11 @@ def ode_probes(subject: Subject) -> list[Probe]:
 
 
 def consistency_probes(subject: Subject) -> list[Probe]:
-    """Consistency distillation."""
-    return [
-        _probe("consistency", f"consistency, blocks of {blocks.frames}", _ours_consistency, _theirs_consistency, blocks)
-        for blocks in subject.blocks(subject.case.frames)
-    ]
+    """Consistency distillation, with the rounded timesteps, and exact."""
+    layouts = subject.blocks(subject.case.frames)
+    cases = [(f"consistency, blocks of {blocks.frames}", blocks, True) for blocks in layouts]
+    cases.append(("consistency, exact timesteps", layouts[0], False))
+    return [_probe("consistency", what, _ours_consistency, _theirs_consistency, *how) for what, *how in cases]
 
 
 def dmd_probes(subject: Subject) -> list[Probe]:
@@ -352,12 +382,14 @@ def dmd_probes(subject: Subject) -> list[Probe]:
     frames = Exits(Blocks(frames=1), steps=(1000, 500), first_steps=STEPS, first=3, rest=1)
     upper = Exits(chunks.blocks, first=0, rest=0, score_k=970)
     lower = Exits(chunks.blocks, first=0, rest=0, score_k=2)
+    mended = replace(chunks, quirks=False)
     for which, name in (("dmd", "DMD generator"), ("critic", "critic")):
         for exits, what in (
             (chunks, f"blocks of {chunks.blocks.frames}, exit at step 3 of 4"),
             (upper, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.98"),
             (lower, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.02"),
             (frames, "blocks of 1, 2 steps, first block 4"),
+            (mended, f"blocks of {chunks.blocks.frames}, without the quirks"),
         ):
             probes.append(_probe("dmd", f"{name}, {what}", _ours_dmd, _theirs_dmd, exits, which))
     what = f"SiD generator, blocks of {chunks.blocks.frames}, exit at step 3 of 4"

@@ -20,11 +20,15 @@ from tests.golden.record_reference import FOLDER, RECORDED, key, probes, subject
 GOLDEN = {name: np.load(FOLDER / f"{name}.npz") for name in RECORDED}
 VALUE, GRADIENT = 1e-5, 1e-4  # measured: 3e-6 and 4e-6; a user's weights are allowed ten times as much
 ALL = [(name, *pair) for name in RECORDED for pair in probes(name)]
+SLOW = ("DMD generator, blocks of 7, without the quirks", "critic, blocks of 7, without the quirks")
 
 
-@pytest.mark.parametrize(
-    ("recording", "probe", "made"), ALL, ids=[f"{name}: {key(probe).replace('|', ' ')}" for name, probe, _ in ALL]
-)
+def case(name: str, probe: Probe, made: Subject):
+    marks = [pytest.mark.slow] if probe.what in SLOW else []
+    return pytest.param(name, probe, made, marks=marks, id=f"{name}: {key(probe).replace('|', ' ')}")
+
+
+@pytest.mark.parametrize(("recording", "probe", "made"), [case(*one) for one in ALL])
 def test_cfjax_gives_what_the_reference_gave(recording, probe, made):
     ours = summary(probe.run_ours(made))
     prefix = f"{key(probe)}|"
