@@ -1,0 +1,112 @@
+"""One update compiled for a machine that need not be there, and what the compiler says about it."""
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from cfjax.core.topology import GIB, Topology
+from cfjax.planning.collectives import Traffic, collectives
+
+# Without a GPU to try them on, XLA finds no tile sizes for some odd shapes (32760 tokens) in its Triton kernels.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+_FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_KERNEL = re.compile(r"splash_mha_[a-z]+")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One update on one device; bytes.
+
+    Attributes:
+      arguments: everything that rests on the device, what only other updates read too.  temporaries: what the program
+        allocates besides.  peak: the most that is in use at once, all arguments included.
+      fits: None on simulated devices, whose memory says nothing.
+      flops: what the mathematics asks of this device.  executed: recomputation included.
+      kernels: flash kernels that the compiled program calls.
+      problem: why it does not compile, or "".
+    """
+
+    role: str
+    arguments: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    fits: bool | None = None
+    flops: float = 0.0
+    executed: float = 0.0
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
+    compile_seconds: float = 0.0
+    problem: str = ""
+
+    def seconds(self, topology: Topology) -> float:
+        """Time of the executed FLOPs at the chip's peak, a lower bound; 0 where the peak is unknown."""
+        return self.executed / topology.flops if topology.flops else 0.0
+
+    def traffic_bytes(self) -> float:
+        """Bytes of all collectives."""
+        return sum(traffic.bytes for traffic in self.traffic.values())
+
+
+def _sizes(compiled: Any, platform: str) -> tuple[int, int, int]:
+    """(arguments that it reads, temporaries, peak). CPU's own peak has no temporaries: there it is their sum."""
+    memory = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = getattr(memory, "peak_memory_in_bytes", 0) if platform != "cpu" else 0
+    return arguments, temporaries, peak or arguments + temporaries + new
+
+
+def too_large(message: str) -> int | None:
+    """Bytes that a program would use, if that is what TPU's compiler complains about."""
+    found = _FULL.search(message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def compile_update(
+    role: str,
+    lowered: Any,
+    topology: Topology,
+    *,
+    arguments: int,
+    unknown_trips: float,
+) -> Cost:
+    """Compiles one update; a program that needs more memory than there is, is a result, not an error.
+
+    Args:
+      arguments: bytes of all arguments on a device, unread ones too (jit leaves them out, but they rest there).
+      unknown_trips: see `collectives`.
+    """
+    options = GPU_OPTIONS if topology.chip.platform == "gpu" else None
+    begun = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except Exception as error:
+        used = too_large(str(error))
+        if used is None:
+            raise
+        # What only other updates read is not in the compiler's figure, which does not say how much that is.
+        return Cost(
+            role,
+            arguments=arguments,
+            temporaries=max(used - arguments, 0),
+            peak=used,
+            fits=False,
+            compile_seconds=time.perf_counter() - begun,
+            problem=f"needs {used / GIB:.2f} GiB of HBM",
+        )
+    seconds = time.perf_counter() - begun
+    read, temporaries, peak = _sizes(compiled, topology.chip.platform)
+    peak += max(arguments - read, 0)
+    text = compiled.as_text()
+    return Cost(
+        role,
+        arguments=arguments,
+        temporaries=temporaries,
+        peak=peak,
+        fits=peak <= topology.memory if topology.memory else None,
+        traffic=collectives(text, unknown_trips=unknown_trips),
+        kernels=tuple(sorted(set(_KERNEL.findall(text)))),
+        compile_seconds=seconds,
+    )

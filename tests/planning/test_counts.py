@@ -1,0 +1,82 @@
+"""FLOPs and collectives of programs whose counts are known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cfjax.core.sharding import make_mesh
+from cfjax.planning.collectives import Traffic, collectives
+from cfjax.planning.flops import count_flops
+
+
+def loop(x: jax.Array, w_LDD: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_LDD)[0]
+
+
+def test_flops_of_a_scan_its_gradient_and_its_recomputation():
+    x, w = jnp.zeros((4, 16)), jnp.zeros((5, 16, 16))
+    product = 2 * 4 * 16 * 16
+    assert count_flops(loop, x, w) == 5 * product
+    assert count_flops(jax.grad(lambda w: loop(x, w).sum()), w) == pytest.approx((5 * 3) * product, rel=0.07)
+    remat = lambda x, w: jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w) @ w, None)), x, w)[0]  # noqa: E731
+    plain, again = (count_flops(jax.grad(lambda w, f=f: f(x, w).sum()), w) for f in (loop, remat))
+    assert again == pytest.approx(5 * product * (2 * 3 + 1), rel=0.07) and plain < again
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_told():
+    fn = lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)  # noqa: E731
+    assert count_flops(fn, jnp.int32(3), jnp.zeros((8, 8)), unknown_trips=1.5) == 1.5 * 2 * 8**3
+
+
+def test_a_convolution():
+    x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
+    assert count_flops(conv, x, kernel) == 2 * (2 * 8 * 8 * 5) * 9 * 3
+
+
+def test_collectives_of_a_sharded_loop():
+    """Weights cut over fsdp: the loop gathers every layer's [16, 16] float32; the loss is reduced once."""
+    mesh = make_mesh(fsdp=8)
+    place = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))  # noqa: E731
+
+    def step(x, w):
+        return jnp.sum(jax.lax.scan(lambda x, w: (x @ jax.lax.with_sharding_constraint(w, place()), None), x, w)[0])
+
+    shapes = [
+        jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=place("fsdp")),
+        jax.ShapeDtypeStruct((5, 16, 16), jnp.float32, sharding=place(None, "fsdp")),
+    ]
+    found = collectives(jax.jit(step).lower(*shapes).compile().as_text())
+    assert found["all-gather"] == Traffic(5, 5 * 16 * 16 * 4)
+    assert found["all-reduce"] == Traffic(1, 4)
+
+
+TPU_TEXT = """HloModule m
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %rs = bf16[2,4]{1,0} reduce-scatter(bf16[8,4]{1,0} %x), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+  %start = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%rs), replica_groups=[1,4]<=[4], dimensions={0}
+  %done = bf16[8,4]{1,0} all-gather-done(%start)
+}
+
+%cond (p: (s32[], bf16[8,4])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %known = (s32[], bf16[8,4]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"30"}}
+  %open = (s32[], bf16[8,4]) while(%t), condition=%cond, body=%body
+  %rs = f32[2,4]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_trips_starts_and_scattered_parts():
+    """As TPU's compiler writes them: a known loop, an open one, a start with both arrays, a type without operands."""
+    found = collectives(TPU_TEXT, unknown_trips=1.5)
+    assert found["all-gather"] == Traffic(31.5, 31.5 * 8 * 4 * 2)
+    assert found["reduce-scatter"] == Traffic(32.5, 31.5 * 8 * 4 * 2 + 4 * (2 * 4 * 4))
