@@ -92,6 +92,7 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
             sample_every=c.sample_every,
             sample_first=monitor is not None and monitor.wants_start,
             progress=c.progress,
+            stall_seconds=c.stall_seconds,
             put_batch=partial(place_batch, mesh=mesh, rows=rows, batch_size=c.data.batch_size),
         )
     writer.close()

@@ -3,9 +3,10 @@
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -18,8 +19,10 @@ from cfjax.core.errors import UserError
 from cfjax.objectives.stage import Batch, Models, Stage
 from cfjax.training.checkpoint import CheckpointStore
 from cfjax.training.metrics import EventWriter
+from cfjax.training.placement import placement_of
 from cfjax.training.state import TrainState, advance
-from cfjax.training.step import Metrics, make_update
+from cfjax.training.step import Metrics, Update, make_update
+from cfjax.training.watchdog import Watchdog
 
 
 class DataIterator(Protocol):
@@ -128,6 +131,137 @@ def _next(data: DataIterator, step: int) -> Mapping[str, np.ndarray]:
         raise UserError(f"the data ended at step {step}; let the iterator repeat (num_epochs=None)") from None
 
 
+@dataclass(frozen=True)
+class _Sampling:
+    """When which function looks at the run."""
+
+    fn: SampleFn | None
+    every: int
+    first: bool
+
+    def due(self, done: int, steps: int) -> bool:
+        return self.fn is not None and (done == steps or (self.every > 0 and done % self.every == 0))
+
+
+class _Desk:
+    """Where a run's batches come from and its results go: data, the bar, the curves, the checkpoints."""
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        store: CheckpointStore,
+        writer: EventWriter,
+        data: DataIterator,
+        meta: Mapping[str, Any],
+        *,
+        steps: int,
+        log_every: int,
+        save_every: int,
+        progress: bool,
+    ) -> None:
+        self.workdir, self.store, self.writer, self.steps = workdir, store, writer, steps
+        self._data, self._meta, self._log_every, self._save_every = data, meta, log_every, save_every
+        self._progress = progress
+        self._meter = _Meter(lambda: f"last checkpoint: step {max(store.steps(), default='none')}")
+
+    def resume(self, state: TrainState) -> tuple[TrainState, int]:
+        """The state of the newest good checkpoint, or this one; data and curves go on from there too. Its step."""
+        restored = self.store.restore_latest(state, stage=self._meta["stage"])
+        if restored is None:
+            return state, 0
+        state, place, _ = restored
+        start = int(state.step)
+        if start >= self.steps:
+            say(f"{self.workdir}: step {start} of {self.steps} is done already")
+            return state, start
+        self._data.set_state(place["data"])
+        self._meter.set_state(place["curves"])
+        say(f"{self.workdir}: going on from step {start}")
+        return state, start
+
+    def bar(self, start: int) -> tqdm:
+        """The progress bar."""
+        shown = self._progress and jax.process_index() == 0
+        return tqdm(total=self.steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
+
+    def batch(self, step: int) -> Mapping[str, np.ndarray]:
+        """The next batch."""
+        return _next(self._data, step)
+
+    def updated(self, step: int, role: str, metrics: Metrics, batch: Mapping[str, np.ndarray]) -> None:
+        """A role was updated at iteration `step`."""
+        self._meter.push(step, role, metrics, batch.get("index_B"))
+
+    def iteration(self, state: TrainState, step: int, bar: tqdm, *, stopped: bool) -> None:
+        """Logs and saves what is due after iteration `step`, which led to `state`."""
+        done, last = step + 1, step + 1 == self.steps
+        log = step % self._log_every == 0 or last
+        save = last or done % self._save_every == 0 or stopped
+        self._meter.drain(None if log or save else step)
+        bar.set_postfix({role: f"{loss:.4g}" for role, loss in self._meter.latest.items()}, refresh=False)
+        bar.update()
+        if log:
+            self.writer.scalars(step, self._meter.means())
+        if save:
+            place = {"data": self._data.get_state(), "curves": self._meter.get_state()}
+            self.store.save(done, state, place, self._meta)
+
+    def leave(self, signal_name: str, done: int, bar: tqdm) -> NoReturn:
+        """Ends the process as a signal asked, once the checkpoint is on disk."""
+        self.store.wait()
+        bar.close()
+        say(f"{signal_name}: saved step {done} of {self.steps} in {self.workdir}; the same command goes on from here")
+        raise SystemExit(0)
+
+
+def _updates(
+    stage: Stage,
+    txs: Mapping[str, optax.GradientTransformation],
+    accumulate: int | Mapping[str, int],
+    placement: TrainState | None,
+) -> dict[str, Update]:
+    """The jitted update of every role."""
+    by_role = accumulate if isinstance(accumulate, Mapping) else dict.fromkeys(stage.losses, accumulate)
+    return {
+        role: make_update(stage, role, txs[role], accumulate=by_role.get(role, 1), placement=placement)
+        for role in stage.losses
+    }
+
+
+def _iterate(
+    stage: Stage,
+    updates: Mapping[str, Update],
+    state: TrainState,
+    frozen: Models,
+    start: int,
+    desk: _Desk,
+    put_batch: Callable[[Mapping[str, np.ndarray]], Batch],
+    sampling: _Sampling,
+    stall_seconds: float,
+) -> TrainState:
+    """The iterations from `start` on."""
+    with StopSignal() as stop, Watchdog(stall_seconds) as watchdog, desk.bar(start) as bar:
+        if sampling.fn is not None and sampling.first and start == 0:
+            sampling.fn(state, 0, desk.writer)
+        for step in range(start, desk.steps):
+            for role in stage.roles_at(step):
+                batch = desk.batch(step)
+                state, metrics = updates[role](state, frozen, put_batch(batch))
+                desk.updated(step, role, metrics, batch)
+            state, done = advance(state), step + 1
+            stopped = stop.name(step)
+            desk.iteration(state, step, bar, stopped=stopped is not None)
+            watchdog.beat(step)
+            if stopped is not None and done < desk.steps:
+                desk.leave(stopped, done, bar)
+            if sampling.fn is not None and sampling.due(done, desk.steps):
+                with watchdog.paused():
+                    sampling.fn(state, done, desk.writer)
+        with watchdog.paused():
+            desk.store.wait()
+    return state
+
+
 def fit(
     stage: Stage,
     state: TrainState,
@@ -148,6 +282,7 @@ def fit(
     sample_first: bool = False,
     put_batch: Callable[[Mapping[str, np.ndarray]], Batch] = _put,
     progress: bool = True,
+    stall_seconds: float = 0.0,
 ) -> TrainState:
     """Trains `stage` until iteration `steps`, going on from the newest good checkpoint in `workdir` if there is one.
 
@@ -157,7 +292,8 @@ def fit(
     point) go to the writer every `log_every` iterations.
 
     Args:
-      state: a fresh state (`init_state`), which is consumed; also the template of a restored one, shardings included.
+      state: a fresh state (`init_state`), which is consumed; also the template of a restored one, shardings included,
+        so that a run may go on on another mesh or number of processes.
       frozen: further models that the losses see; never saved.
       data: iterator of numpy batches, or a function that makes it.
       txs: role -> optimiser, as given to `init_state`.
@@ -170,62 +306,25 @@ def fit(
         `sample_first` before the first one too.
       put_batch: places a batch on devices (default: the default device).
       progress: a bar on standard error.
+      stall_seconds: the process ends when no iteration ends for so long (`training.watchdog`); 0 is never.
 
     Raises:
       NonFiniteLoss: a loss or gradient is not finite.
       UserError: `workdir` holds another stage or other shapes; the data ended.
     """
-    lead = jax.process_index() == 0
-    store = CheckpointStore(workdir, keep=keep)
-    own_writer = writer is None
-    writer = EventWriter(workdir, enabled=lead) if writer is None else writer
+    store, own_writer = CheckpointStore(workdir, keep=keep), writer is None
+    writer = EventWriter(workdir, enabled=jax.process_index() == 0) if writer is None else writer
     try:
-        meter = _Meter(lambda: f"last checkpoint: step {max(store.steps(), default='none')}")
-        start, iterator = 0, data() if callable(data) else data
-        restored = store.restore_latest(state, stage=stage.name)
-        if restored is not None:
-            state, data_state, _ = restored
-            start = int(state.step)
-            if start >= steps:
-                say(f"{workdir}: step {start} of {steps} is done already")
-                return state
-            iterator.set_state(data_state["data"])
-            meter.set_state(data_state["curves"])
-            say(f"{workdir}: going on from step {start}")
+        named = {**(meta or {}), "stage": stage.name}
+        pace = {"steps": steps, "log_every": log_every, "save_every": save_every}
+        desk = _Desk(workdir, store, writer, data() if callable(data) else data, named, **pace, progress=progress)
+        updates = _updates(stage, txs, accumulate, placement_of(state))
+        state, start = desk.resume(state)
+        if start >= steps:
+            return state
         writer.restart(start)
-        by_role = accumulate if isinstance(accumulate, Mapping) else dict.fromkeys(stage.losses, accumulate)
-        updates = {r: make_update(stage, r, txs[r], accumulate=by_role.get(r, 1)) for r in stage.losses}
-        bar = tqdm(total=steps, initial=start, unit="step", disable=not (progress and lead), dynamic_ncols=True)
-        with StopSignal() as stop, bar:
-            if sample_fn is not None and sample_first and start == 0:
-                sample_fn(state, 0, writer)
-            for step in range(start, steps):
-                for role in stage.roles_at(step):
-                    batch = _next(iterator, step)
-                    state, metrics = updates[role](state, frozen, put_batch(batch))
-                    meter.push(step, role, metrics, batch.get("index_B"))
-                state, done = advance(state), step + 1
-                last = done == steps
-                log = step % log_every == 0 or last
-                stopped = stop.name(step)
-                save = last or done % save_every == 0 or stopped is not None
-                meter.drain(None if log or save else step)
-                bar.set_postfix({role: f"{loss:.4g}" for role, loss in meter.latest.items()}, refresh=False)
-                bar.update()
-                if log:
-                    writer.scalars(step, meter.means())
-                if save:
-                    place = {"data": iterator.get_state(), "curves": meter.get_state()}
-                    store.save(done, state, place, {**(meta or {}), "stage": stage.name})
-                if stopped is not None and not last:
-                    store.wait()
-                    bar.close()
-                    say(f"{stopped}: saved step {done} of {steps} in {workdir}; the same command goes on from here")
-                    raise SystemExit(0)
-                if sample_fn is not None and (last or (sample_every and done % sample_every == 0)):
-                    sample_fn(state, done, writer)
-            store.wait()
-        return state
+        sampling = _Sampling(sample_fn, sample_every, sample_first)
+        return _iterate(stage, updates, state, frozen, start, desk, put_batch, sampling, stall_seconds)
     finally:
         store.close()
         if own_writer:

@@ -16,6 +16,7 @@ import pytest
 from cfjax.core.errors import UserError
 from cfjax.training.checkpoint import CheckpointStore
 from cfjax.training.loop import NonFiniteLoss
+from cfjax.training.watchdog import STALLED
 from tests.training.toy import Counted, arrays, run
 
 ROOT = Path(__file__).parents[2]
@@ -167,3 +168,14 @@ def test_batches_are_placed_and_accumulated_as_asked(tmp_path):
 
     run(tmp_path, 2, put_batch=put, accumulate={"critic": 4})
     assert placed == [(8, 4)] * 3
+
+
+def test_a_run_that_no_longer_moves_ends_with_a_line(tmp_path):
+    process = start(tmp_path, "100", "hang_at=24", "stall=1.5")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == STALLED, (out, err)
+    line = err.splitlines()[-1]
+    assert re.match(r"cfjax: process 0 of 1: no iteration ended in 1\.5 s after step 19; .* goes on", line)
+    store = CheckpointStore(tmp_path)
+    assert 10 in store.steps()
+    store.close()

@@ -1,6 +1,7 @@
 """A linear model, two roles and a counted data source: the smallest run that has everything a stage has.
 
-As a script, one run in a process of its own: toy.py WORKDIR STEPS [die_in_save=STEP] [sleep=SECONDS]
+As a script, one run in a process of its own:
+    toy.py WORKDIR STEPS [die_in_save=STEP] [sleep=SECONDS] [hang_at=BATCH] [stall=SECONDS]
 """
 
 import os
@@ -36,11 +37,14 @@ class Linear(nnx.Module):
 class Counted:
     """Batches that are a function of their number; `index_B` are its records."""
 
-    def __init__(self, batch: int = 8, width: int = 4, pause: float = 0.0, bad: int | None = None) -> None:
+    def __init__(
+        self, batch: int = 8, width: int = 4, pause: float = 0.0, bad: int | None = None, hang_at: int | None = None
+    ) -> None:
         self.position, self._batch, self._width, self._pause, self._bad = 0, batch, width, pause, bad
+        self._hang_at = hang_at
 
     def __next__(self) -> dict[str, np.ndarray]:
-        time.sleep(self._pause)
+        time.sleep(3600 if self.position == self._hang_at else self._pause)
         rng = np.random.default_rng(self.position)
         x = rng.standard_normal((self._batch, self._width)).astype(np.float32)
         index = self.position * self._batch + np.arange(self._batch)
@@ -106,12 +110,8 @@ def main() -> None:
 
     CheckpointStore.save = save_and_die  # type: ignore[method-assign]
     width = int(options.get("width", 4))
-    run(
-        Path(sys.argv[1]),
-        int(sys.argv[2]),
-        width=width,
-        data=Counted(width=width, pause=float(options.get("sleep", 0))),
-    )
+    data = Counted(width=width, pause=float(options.get("sleep", 0)), hang_at=int(options.get("hang_at", -1)))
+    run(Path(sys.argv[1]), int(sys.argv[2]), width=width, data=data, stall_seconds=float(options.get("stall", 0)))
 
 
 if __name__ == "__main__":

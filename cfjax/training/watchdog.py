@@ -1,0 +1,61 @@
+"""A run that no longer moves ends with a line that says so, instead of holding its machines in silence."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+STALLED = 75  # exit status: EX_TEMPFAIL, "try again"; schedulers restart the job, which goes on from its checkpoint
+
+
+class Watchdog:
+    """While active, ends the process when no iteration ends for so many seconds.
+
+    A process that died or hangs leaves the others waiting in a collective, where no exception reaches them: hence a
+    thread of its own, and an exit without clean-up. The time before the first iteration's end (compiling) and what runs
+    within `paused` do not count.
+
+    Args:
+      seconds: between the ends of two iterations; 0 is no watchdog.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._over = threading.Event()
+        self._last: tuple[int, float] | None = None  # iteration, when it ended; None: not counting
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def beat(self, step: int) -> None:
+        """Iteration `step` has ended."""
+        self._last = (step, time.monotonic())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what may take long: sampling, the last save."""
+        before, self._last = self._last, None
+        yield
+        self._last = before and (before[0], time.monotonic())
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._seconds / 4)):
+            last = self._last
+            if last and time.monotonic() - last[1] > self._seconds:
+                sys.stderr.write(
+                    f"cfjax: process {jax.process_index()} of {jax.process_count()}: no iteration ended in "
+                    f"{self._seconds:g} s after step {last[0]}; another process died, or this one hangs. The run ends; "
+                    "the same command goes on from its last checkpoint (stall_seconds is the time, 0 is for ever)\n"
+                )
+                sys.stderr.flush()
+                os._exit(STALLED)
