@@ -19,6 +19,7 @@ VERBS = {
     "plan": "compile an experiment for a pod that need not be there: memory, FLOPs, collectives, a verdict",
     "export": "write a run's weights and world as one small folder",
 }
+SHARED = ("train", "precompute")  # verbs that several processes may work on together; the others are one process's
 
 
 def _usage() -> str:
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"cfjax: unknown verb {verb!r}; use one of {', '.join(VERBS)}\n")
         return 2
     try:
+        if verb in SHARED:
+            importlib.import_module("cfjax.core.distributed").initialize()
         return importlib.import_module(f"cfjax.{verb}").main(rest) or 0
     except UserError as error:
         sys.stderr.write(f"cfjax {verb}: {' '.join(str(error).split())}\n")

@@ -1,0 +1,121 @@
+"""Joining the processes of one run: who the others are, from the launcher's environment; before any JAX computation.
+
+JAX finds the others itself under SLURM (inside `srun`), Open MPI, on Cloud TPU and on TPUs of GKE. Elsewhere the
+launcher says it in three variables, which it may also use to overrule the cluster:
+
+    JAX_COORDINATOR_ADDRESS   host:port of process 0, the same for all
+    JAX_NUM_PROCESSES         how many processes there are
+    JAX_PROCESS_ID            which one this is, from 0
+    JAX_LOCAL_DEVICE_IDS      optional: the devices of this process, as 0,1 (default: all that the host shows)
+
+CFJAX_DISTRIBUTED=auto asks for JAX's own detection, which on Cloud TPU machines is a question to their metadata server
+(launch/tpu_pod.sh sets it); CFJAX_DISTRIBUTED=off keeps a process alone whatever surrounds it. With none of these, a
+process that no cluster names as one of several is left alone.
+"""
+
+import os
+from collections.abc import Mapping
+
+import jax
+from absl import logging
+
+from cfjax.core.errors import UserError
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+SWITCH = "CFJAX_DISTRIBUTED"
+
+# What a step's tasks are told by `srun`; a batch script or a login shell inside an allocation lacks some of them.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def initialize(environment: Mapping[str, str] | None = None, *, timeout_seconds: int = 300) -> bool:
+    """Joins this process to its run, if it is one of several; to be called before JAX is used, and once is enough.
+
+    Args:
+      environment: variables (default: the process's own).  JAX's detection reads the process's own in any case.
+      timeout_seconds: how long the others are waited for.
+
+    Returns:
+      Whether the process is now joined to others.
+
+    Raises:
+      UserError: the three variables are incomplete or contradictory; the coordinator can't be reached; JAX is in use.
+    """
+    if jax.distributed.is_initialized():
+        return True
+    environment = os.environ if environment is None else environment
+    switch = environment.get(SWITCH, "")
+    if switch not in ("", "auto", "off"):
+        raise UserError(f"{SWITCH}={switch!r}: use auto, off, or leave it unset")
+    if switch == "off":
+        return False
+    given = _given(environment)
+    cluster = "" if given else "cluster" if switch == "auto" else detected(environment)
+    if not given and not cluster:
+        return False
+    where = f"{given[0]} ({ADDRESS}), process {given[2]} of {given[1]}" if given else f"found by JAX ({cluster})"
+    try:
+        if given:
+            _initialize_given(*given, _device_ids(environment), timeout_seconds)
+        else:
+            jax.distributed.initialize(initialization_timeout=timeout_seconds)
+    except Exception as error:  # JAX, gRPC and the metadata client each raise their own kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"this process can't join its run, coordinator {where}: {reason}") from error
+    logging.info("joined: coordinator %s", where)
+    return True
+
+
+def detected(environment: Mapping[str, str]) -> str:
+    """The cluster that says that this process is one of several: "slurm", "openmpi", "tpu", or "" for none."""
+    if all(name in environment for name in _SLURM) and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return "slurm"
+    if "OMPI_MCA_orte_hnp_uri" in environment and int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "openmpi"
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    if "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1:  # as GKE sets them
+        return "tpu"
+    return ""
+
+
+def _given(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """(address, number of processes, index) as the launcher gave them, or None."""
+    values = {name: environment.get(name, "") for name in (ADDRESS, COUNT, INDEX)}
+    if not values[COUNT] and not values[INDEX]:  # an address alone is JAX's own variable: a cluster may tell the rest
+        if values[ADDRESS] and not detected(environment) and environment.get(SWITCH) != "auto":
+            raise UserError(f"{ADDRESS}={values[ADDRESS]!r} needs {COUNT} and {INDEX} beside it; no cluster tells them")
+        return None
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not set; a run started by hand needs {ADDRESS}, {COUNT} and {INDEX}")
+    count, index = (_number(name, values[name]) for name in (COUNT, INDEX))
+    if not 0 <= index < count:
+        raise UserError(f"{INDEX}={index}: must be 0 to {count - 1}, as {COUNT}={count}")
+    host, _, port = values[ADDRESS].rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{ADDRESS}={values[ADDRESS]!r}: write host:port")
+    return None if count == 1 else (values[ADDRESS], count, index)
+
+
+def _number(name: str, value: str) -> int:
+    if not value.strip().isdigit():
+        raise UserError(f"{name}={value!r}: must be a whole number")
+    return int(value)
+
+
+def _device_ids(environment: Mapping[str, str]) -> list[int] | None:
+    name = "JAX_LOCAL_DEVICE_IDS"
+    text = environment.get(name, "")
+    return [_number(name, part) for part in text.split(",")] if text else None
+
+
+def _initialize_given(address: str, count: int, index: int, device_ids: list[int] | None, timeout_seconds: int) -> None:
+    """Without "deactivate", JAX would look for a cluster all the same and give a SLURM task one device only."""
+    jax.distributed.initialize(
+        address,
+        count,
+        index,
+        local_device_ids=device_ids,
+        cluster_detection_method="deactivate",
+        initialization_timeout=timeout_seconds,
+    )

@@ -1,0 +1,100 @@
+"""Joining processes: what the environment says, two real processes, and what a wrong environment is told."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cfjax.core.distributed import detected, initialize
+from cfjax.core.errors import UserError
+
+JOINED = """
+from cfjax.core.distributed import initialize
+assert initialize() and initialize()
+import jax
+from jax.experimental import multihost_utils
+total = multihost_utils.process_allgather(jax.numpy.asarray(1 + jax.process_index())).sum()
+print(jax.process_index(), jax.process_count(), jax.device_count(), total, flush=True)
+"""
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment, cluster",
+    [
+        ({}, ""),
+        ({**SLURM, "SLURM_NTASKS": "16"}, "slurm"),
+        ({**SLURM, "SLURM_NTASKS": "1"}, ""),  # srun --pty bash
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, ""),  # the batch script itself
+        ({"OMPI_MCA_orte_hnp_uri": "1;tcp", "OMPI_COMM_WORLD_SIZE": "2"}, "openmpi"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, ""),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "tpu"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ""),
+    ],
+)
+def test_clusters_are_known_by_their_variables(environment, cluster):
+    assert detected(environment) == cluster
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {**SLURM, "SLURM_NTASKS": "16", "CFJAX_DISTRIBUTED": "off"},
+        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+    ],
+)
+def test_a_process_alone_is_left_alone(environment):
+    """JAX is in use in this process, so that an attempt to join would raise."""
+    assert initialize(environment) is False
+
+
+@pytest.mark.parametrize(
+    "environment, told",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "needs JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS not set"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "must be 0 to 1"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES"),
+        ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "host:port"),
+        ({"CFJAX_DISTRIBUTED": "yes"}, "use auto, off"),
+    ],
+)
+def test_a_wrong_environment_is_told_in_one_line(environment, told):
+    with pytest.raises(UserError, match=told) as error:
+        initialize(environment)
+    assert "\n" not in str(error.value)
+
+
+def test_joining_after_jax_was_used_is_told():
+    import jax
+
+    jax.devices()
+    with pytest.raises(UserError, match=r"process 1 of 2.*before any JAX calls"):
+        initialize({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
+
+
+def test_two_processes_join(free_port):
+    """The variables that the launchers set; a collective runs, and a second call changes nothing."""
+    ours = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port}", "JAX_NUM_PROCESSES": "2"}
+    clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    clean |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **ours}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED], env={**clean, "JAX_PROCESS_ID": str(i)}, stdout=-1, stderr=-1, text=True
+        )
+        for i in range(2)
+    ]
+    ends = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ends
+    assert [out.splitlines()[-1].split() for out, _ in ends] == [["0", "2", "2", "3"], ["1", "2", "2", "3"]]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
