@@ -111,7 +111,7 @@ def role_memory(
     """Every role's share of one device.
 
     Args:
-      models: role -> network as it will rest: `jax.ShapeDtypeStruct`s with shardings, or arrays.
+      models: role -> network as it will rest: `jax.ShapeDtypeStruct`s with shardings.
       mesh: None for one device.
       accumulate: microbatches per update of the trained roles; more than one keeps their sum beside each gradient.
     """

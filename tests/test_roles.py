@@ -1,0 +1,81 @@
+"""A role's weights from wherever they come, resting as they are asked to, and read without room for float32."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import pytest
+
+from cfjax import presets
+from cfjax.core import offload
+from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray, as_lazy
+from cfjax.core.sharding import make_mesh
+from cfjax.core.tree import named_leaves
+from cfjax.experiment import stage_of
+from cfjax.models.resting import fill
+from cfjax.roles import check_roles, initial_model, role_template
+from cfjax.training.checkpoint import write_streamed
+from configs import dmd
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `initial_model` asks of the data."""
+
+    channels: int = 16
+    text_width: int = 64
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that holds one toy network, random, written layer by layer."""
+    folder = tmp_path_factory.mktemp("roles") / "run"
+    model = initial_model("real_score", presets.role("toy"), Sizes(), 3)
+    rng = np.random.default_rng(0)
+    named = {
+        name: rng.standard_normal(leaf.shape).astype(np.float32) * (leaf.shape[-2] ** -0.5 if leaf.ndim > 2 else 1.0)
+        for name, leaf in named_leaves(model).items()
+    }
+    lazy = {
+        f"params/student/{name}": LazyArray(x.shape, x.dtype, tuple(lambda part=part: part for part in x), True)
+        if x.ndim == 3
+        else LazyArray.of(x)
+        for name, x in named.items()
+    }
+    write_streamed(folder, lazy, {"stage": "bidirectional"})
+    return str(folder), named
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("storage, away", [("float32", False), ("bfloat16", True), ("int8", False), ("int8", True)])
+def test_a_run_is_loaded_as_it_is_to_rest(run, storage, away, mesh):
+    folder, named = run
+    on = make_mesh(**mesh) if mesh else None
+    role = presets.role("toy", init=folder, stages=("bidirectional",), storage=storage)
+    role.offload = away
+    model = initial_model("real_score", role, Sizes(), 0, on)
+    template = role_template(role, Sizes.channels, Sizes.text_width, on)
+    whole = named_leaves(fill(role_template(presets.role("toy", storage=storage), 16, 64), as_lazy(named)))
+    for (name, leaf), like in zip(named_leaves(model).items(), jax.tree.leaves(template), strict=True):
+        np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
+        assert leaf.dtype == like.dtype
+        assert like.sharding is None or leaf.sharding == like.sharding, name
+
+
+def test_another_stage_or_size_is_named(run):
+    role = presets.role("toy", init=run[0], stages=("ar_diffusion",), storage="int8")
+    with pytest.raises(UserError, match="holds stage 'bidirectional', expected 'ar_diffusion'"):
+        initial_model("teacher", role, Sizes(), 0)
+    role.init_stages = ()
+    with pytest.raises(UserError, match=r"roles.teacher.init=.*head/bias is \(64,\), expected \(32,\)"):
+        initial_model("teacher", role, Sizes(channels=8), 0)
+
+
+def test_a_device_without_host_memory_is_told(monkeypatch):
+    c = dmd.get_config("toy")
+    c.roles.real_score.offload = True
+    check_roles(c, stage_of(c))
+    monkeypatch.setattr(offload, "HOST", "no such memory")
+    with pytest.raises(UserError, match=r"roles.real_score.offload=True: programs on cpu cannot read host memory"):
+        check_roles(c, stage_of(c))
