@@ -14,6 +14,8 @@ process that no cluster names as one of several is left alone.
 """
 
 import os
+import socket
+import time
 from collections.abc import Mapping
 
 import jax
@@ -33,7 +35,8 @@ def initialize(environment: Mapping[str, str] | None = None, *, timeout_seconds:
 
     Args:
       environment: variables (default: the process's own).  JAX's detection reads the process's own in any case.
-      timeout_seconds: how long the others are waited for.
+      timeout_seconds: how long the others are waited for. If the coordinator is there and others are not, XLA ends the
+        process (DEADLINE_EXCEEDED, exit code 134): it has no way back from there.
 
     Returns:
       Whether the process is now joined to others.
@@ -109,8 +112,24 @@ def _device_ids(environment: Mapping[str, str]) -> list[int] | None:
     return [_number(name, part) for part in text.split(",")] if text else None
 
 
+def _wait_for(address: str, timeout_seconds: int) -> None:
+    """Returns once something listens at `address`; XLA's own client aborts the process where nothing ever does."""
+    host, _, port = address.rpartition(":")
+    deadline, error = time.monotonic() + timeout_seconds, ""
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as failed:  # not up yet, or its name not known yet
+            error = str(failed)
+            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+    raise TimeoutError(f"nothing listens there after {timeout_seconds} s ({error}); start process 0, or mend {ADDRESS}")
+
+
 def _initialize_given(address: str, count: int, index: int, device_ids: list[int] | None, timeout_seconds: int) -> None:
     """Without "deactivate", JAX would look for a cluster all the same and give a SLURM task one device only."""
+    if index > 0:
+        _wait_for(address, timeout_seconds)
     jax.distributed.initialize(
         address,
         count,

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from cfjax.core.distributed import detected, initialize
@@ -70,11 +71,18 @@ def test_a_wrong_environment_is_told_in_one_line(environment, told):
 
 
 def test_joining_after_jax_was_used_is_told():
-    import jax
-
     jax.devices()
-    with pytest.raises(UserError, match=r"process 1 of 2.*before any JAX calls"):
-        initialize({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
+    with pytest.raises(UserError, match=r"process 0 of 2.*before any JAX calls"):
+        initialize({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+def test_an_absent_coordinator_is_told(free_port, host):
+    address = f"{host}:{free_port}"
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    with pytest.raises(UserError, match=rf"{address}.*process 1 of 2: nothing listens there") as error:
+        initialize(environment, timeout_seconds=1)
+    assert "\n" not in str(error.value)
 
 
 def test_two_processes_join(free_port):
