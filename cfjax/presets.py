@@ -180,6 +180,7 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "sample_clips": 12,
             "guard": guard(),
             "progress": True,
+            "profile": "",  # iterations to write an XProf trace of to workdir/profile, such as 100:105
             "stall_seconds": 1800.0,  # a run in which no iteration ends for so long ends itself; 0 is never
             "mesh": ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}),
         }

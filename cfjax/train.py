@@ -14,9 +14,11 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import batch_rows, make_mesh, on_mesh, place, place_rows, replicated
+from cfjax.core.topology import peak_flops
 from cfjax.data.latents import make_iterator
 from cfjax.experiment import (
     META_FILE,
+    Data,
     codec_of,
     open_data,
     optimizers_of,
@@ -25,11 +27,14 @@ from cfjax.experiment import (
 )
 from cfjax.models.wan import preset
 from cfjax.monitor import make_monitor
+from cfjax.objectives.stage import Stage
+from cfjax.plan import Shapes, whole_flops
 from cfjax.roles import check_roles, initial_model, stage_memory
 from cfjax.training.checkpoint import read_meta
 from cfjax.training.loop import fit
 from cfjax.training.memory import check_memory, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
+from cfjax.training.observe import Work, trace_window
 from cfjax.training.placement import place_state
 from cfjax.training.state import TrainState, init_state
 from cfjax.training.step import has_batch_axis
@@ -93,10 +98,25 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
             sample_first=monitor is not None and monitor.wants_start,
             progress=c.progress,
             stall_seconds=c.stall_seconds,
+            work=work_of(c, stage, data),
             put_batch=partial(place_batch, mesh=mesh, rows=rows, batch_size=c.data.batch_size),
         )
     writer.close()
     return state
+
+
+def work_of(c: ConfigDict, stage: Stage, data: Data) -> Work:
+    """What the curves of time need to know; FLOPs are counted where the devices' peak is known.
+
+    Raises:
+      UserError: `profile` is no window of iterations.
+    """
+    shape, window = data.dataset.latent_shape, trace_window(c.profile)
+    tokens = c.data.batch_size * shape[0] * preset(c.roles.student.preset).tokens_per_frame(*shape[1:3])
+    peak = sum(peak_flops(device.device_kind) for device in jax.devices())
+    shapes = Shapes(shape, data.dataset.text_shape)
+    flops = {role: whole_flops(c, shapes, role, remat=False) for role in stage.losses} if peak else {}
+    return Work(float(tokens), flops, peak, window)
 
 
 def check_blocks(c: ConfigDict) -> None:

@@ -56,6 +56,12 @@ CHIPS = {
         Chip("cpu", "cpu", 0, 0.0, 0.0),
     )
 }
+# How JAX calls the chips of this process (`Device.device_kind`): what the name holds, first match. H200 is a faster
+# memory on an H100.
+_KINDS = (
+    ("TPU7x", "tpu7x"), ("TPU v6", "v6e"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5", "v5p"),
+    ("TPU v4", "v4"), ("H100", "h100"), ("H200", "h100"),
+)  # fmt: skip
 # Shapes that a search goes through, smallest first.
 SHAPES = {
     1: ("1", "2", "4", "8", "16", "32", "64", "128", "256"),
@@ -63,6 +69,12 @@ SHAPES = {
     3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
 }
 GPU_SHAPES = ("1x2", "1x4", "1x8", "2x8", "4x8", "8x8", "16x8", "32x8")
+
+
+def peak_flops(device_kind: str) -> float:
+    """bfloat16 FLOP/s at the peak of one JAX device of this kind; 0 is unknown."""
+    name = next((chip for part, chip in _KINDS if part in device_kind), "cpu")
+    return CHIPS[name].flops / CHIPS[name].devices
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from cfjax.core.errors import UserError
 from cfjax.objectives.stage import Batch, Models, Stage
 from cfjax.training.checkpoint import CheckpointStore
 from cfjax.training.metrics import EventWriter
+from cfjax.training.observe import StepClock, Tracer, Work
 from cfjax.training.placement import placement_of
 from cfjax.training.state import TrainState, advance
 from cfjax.training.step import Metrics, Update, make_update
@@ -158,10 +159,12 @@ class _Desk:
         log_every: int,
         save_every: int,
         progress: bool,
+        work: Work,
     ) -> None:
         self.workdir, self.store, self.writer, self.steps = workdir, store, writer, steps
         self._data, self._meta, self._log_every, self._save_every = data, meta, log_every, save_every
         self._progress = progress
+        self.clock, self._tracer = StepClock(work), Tracer(workdir, work.trace)
         self._meter = _Meter(lambda: f"last checkpoint: step {max(store.steps(), default='none')}")
 
     def resume(self, state: TrainState) -> tuple[TrainState, int]:
@@ -186,11 +189,14 @@ class _Desk:
 
     def batch(self, step: int) -> Mapping[str, np.ndarray]:
         """The next batch."""
-        return _next(self._data, step)
+        self._tracer.before(step)
+        with self.clock.waiting():
+            return _next(self._data, step)
 
     def updated(self, step: int, role: str, metrics: Metrics, batch: Mapping[str, np.ndarray]) -> None:
         """A role was updated at iteration `step`."""
         self._meter.push(step, role, metrics, batch.get("index_B"))
+        self.clock.updated(role)
 
     def iteration(self, state: TrainState, step: int, bar: tqdm, *, stopped: bool) -> None:
         """Logs and saves what is due after iteration `step`, which led to `state`."""
@@ -198,13 +204,17 @@ class _Desk:
         log = step % self._log_every == 0 or last
         save = last or done % self._save_every == 0 or stopped
         self._meter.drain(None if log or save else step)
+        self.clock.step()
+        traced = self._tracer.after(step, state)
         bar.set_postfix({role: f"{loss:.4g}" for role, loss in self._meter.latest.items()}, refresh=False)
         bar.update()
         if log:
             self.writer.scalars(step, self._meter.means())
+        self.writer.performance(step, traced | (self.clock.values() if log else {}))
         if save:
             place = {"data": self._data.get_state(), "curves": self._meter.get_state()}
-            self.store.save(done, state, place, self._meta)
+            with self.clock.outside():
+                self.store.save(done, state, place, self._meta)
 
     def leave(self, signal_name: str, done: int, bar: tqdm) -> NoReturn:
         """Ends the process as a signal asked, once the checkpoint is on disk."""
@@ -255,7 +265,7 @@ def _iterate(
             if stopped is not None and done < desk.steps:
                 desk.leave(stopped, done, bar)
             if sampling.fn is not None and sampling.due(done, desk.steps):
-                with watchdog.paused():
+                with watchdog.paused(), desk.clock.outside():
                     sampling.fn(state, done, desk.writer)
         with watchdog.paused():
             desk.store.wait()
@@ -283,6 +293,7 @@ def fit(
     put_batch: Callable[[Mapping[str, np.ndarray]], Batch] = _put,
     progress: bool = True,
     stall_seconds: float = 0.0,
+    work: Work = Work(),
 ) -> TrainState:
     """Trains `stage` until iteration `steps`, going on from the newest good checkpoint in `workdir` if there is one.
 
@@ -306,6 +317,7 @@ def fit(
         `sample_first` before the first one too.
       put_batch: places a batch on devices (default: the default device).
       progress: a bar on standard error.
+      work: what the curves of time and rates need to know, and what to trace (`training.observe`).
       stall_seconds: the process ends when no iteration ends for so long (`training.watchdog`); 0 is never.
 
     Raises:
@@ -317,7 +329,8 @@ def fit(
     try:
         named = {**(meta or {}), "stage": stage.name}
         pace = {"steps": steps, "log_every": log_every, "save_every": save_every}
-        desk = _Desk(workdir, store, writer, data() if callable(data) else data, named, **pace, progress=progress)
+        iterator = data() if callable(data) else data
+        desk = _Desk(workdir, store, writer, iterator, named, **pace, progress=progress, work=work)
         updates = _updates(stage, txs, accumulate, placement_of(state))
         state, start = desk.resume(state)
         if start >= steps:

@@ -21,6 +21,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from cfjax.core.errors import UserError
 
 JSONL = "metrics.jsonl"
+PERFORMANCE = "performance.jsonl"  # what differs from machine to machine and from run to run
 
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -55,12 +56,14 @@ class EventWriter:
     """Writes scalars, text, images and videos of one run into `workdir`; a context manager.
 
     Args:
-      workdir: the run's folder; event files go to `workdir/events`, scalars also to `workdir/metrics.jsonl`.
+      workdir: the run's folder; event files go to `workdir/events`, scalars also to `workdir/metrics.jsonl`
+        (rates to `performance.jsonl`).
       enabled: False makes a writer that writes nothing, for all but one process of a multi-host run.
     """
 
     def __init__(self, workdir: str | Path, *, enabled: bool = True) -> None:
         self._path = Path(workdir) / JSONL
+        self._performance = Path(workdir) / PERFORMANCE
         self._enabled = enabled
         if enabled:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,16 +79,25 @@ class EventWriter:
         """The run goes on at `step`: what was told at or after it is withdrawn, so that no curve has a point twice."""
         if not self._enabled:
             return
-        if self._path.exists():
-            _drop_from(self._path, step)
+        for path in (self._path, self._performance):
+            if path.exists():
+                _drop_from(path, step)
         self._events.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point to each named curve, and one line {"step": step, name: value, ...}."""
+        self._numbers(step, values, self._path)
+
+    def performance(self, step: int, values: Mapping[str, float]) -> None:
+        """The same for times and rates, which go to performance.jsonl: metrics.jsonl is equal for equal runs."""
+        if values:
+            self._numbers(step, values, self._performance)
+
+    def _numbers(self, step: int, values: Mapping[str, float], file: Path) -> None:
         numbers = {name: float(value) for name, value in values.items()}
         self._add(step, [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
         if self._enabled:
-            with self._path.open("a") as lines:
+            with file.open("a") as lines:
                 lines.write(json.dumps({"step": int(step), **numbers}) + "\n")
 
     def text(self, step: int, name: str, markdown: str) -> None:

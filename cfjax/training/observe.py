@@ -2,8 +2,9 @@
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,36 @@ _GIB = 2.0**30
 Interval = tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the clock needs to know of a run.
+
+    Attributes:
+      tokens: latent tokens of one batch, all devices together.
+      flops: role -> FLOPs of one update, all devices together, recomputation not counted.
+      peak: FLOP/s of all devices together at their best; 0 is unknown.
+      trace: iterations [first, end) to write a profiler trace of.
+    """
+
+    tokens: float = 0.0
+    flops: Mapping[str, float] = field(default_factory=dict)
+    peak: float = 0.0
+    trace: tuple[int, int] | None = None
+
+
 class StepClock:
     """Wall time between two log lines, as curves. Devices run behind the host, so only means over many steps are right.
 
     perf/step_seconds       wall time of an iteration, all its roles' updates; sampling and saving are left out
-    perf/tokens_per_second  latent tokens of the batches that were read
+    perf/tokens_per_second  latent tokens of the batches that updates were made with
     perf/mfu                model FLOPs utilisation (PaLM, arXiv 2204.02311): the FLOPs that the mathematics asks for,
                             recomputation not counted, over what the devices could do; where both are known
     perf/data_wait          fraction of that time in which the loop waited for the data
     perf/memory_gib         most memory in use so far on the fullest local device; where the backend tells
-
-    Args:
-      peak: FLOP/s of all devices together at their best; 0 is unknown.
     """
 
-    def __init__(self, peak: float = 0.0, now: Any = time.perf_counter) -> None:
-        self._peak, self._now = peak, now
+    def __init__(self, work: Work, now: Callable[[], float] = time.perf_counter) -> None:
+        self._work, self._now = work, now
         self._begun = now()
         self._steps = 0
         self._tokens = self._flops = self._wait = self._left_out = 0.0
@@ -52,10 +67,10 @@ class StepClock:
         yield
         self._left_out += self._now() - start
 
-    def update(self, tokens: float, flops: float = 0.0) -> None:
+    def updated(self, role: str) -> None:
         """One role's update was sent off."""
-        self._tokens += tokens
-        self._flops += flops
+        self._tokens += self._work.tokens
+        self._flops += self._work.flops.get(role, 0.0)
 
     def step(self) -> None:
         """One iteration is over."""
@@ -72,8 +87,8 @@ class StepClock:
             "perf/tokens_per_second": self._tokens / seconds,
             "perf/data_wait": min(self._wait / seconds, 1.0),
         }
-        if self._peak and self._flops:
-            out["perf/mfu"] = self._flops / seconds / self._peak
+        if self._work.peak and self._flops:
+            out["perf/mfu"] = self._flops / seconds / self._work.peak
         if memory := peak_memory():
             out["perf/memory_gib"] = memory / _GIB
         self._begun, self._steps = now, 0

@@ -16,6 +16,7 @@ import pytest
 from cfjax.core.errors import UserError
 from cfjax.training.checkpoint import CheckpointStore
 from cfjax.training.loop import NonFiniteLoss
+from cfjax.training.observe import Work
 from cfjax.training.watchdog import STALLED
 from tests.training.toy import Counted, arrays, run
 
@@ -53,6 +54,19 @@ def test_cadence_counts_and_batches(tmp_path):
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10]
     assert ["student/loss" in line for line in lines] == [True, False, False, True, False, True]
     assert {"critic/loss", "critic/grad_norm", "critic/worst"} <= lines[1].keys()
+
+
+def test_times_and_rates_have_a_file_of_their_own_and_a_trace_is_written(tmp_path):
+    work = Work(tokens=10.0, flops={"critic": 1e6}, peak=1e9, trace=(4, 6))
+    run(tmp_path, 11, log_every=5, work=work)
+    lines = [json.loads(line) for line in (tmp_path / "performance.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 5, 10]
+    for line in lines:
+        rate = line["perf/tokens_per_second"] * line["perf/step_seconds"] / 10.0  # updates per iteration
+        assert 1.0 <= rate <= 2.0 and 0.0 <= line["perf/data_wait"] <= 1.0
+        assert line["perf/mfu"] == pytest.approx(1e6 / 1e9 / line["perf/step_seconds"])
+    assert lines[1]["perf/collective_share"] == 0.0  # of one device
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cfjax.core.errors import UserError
-from cfjax.training.observe import StepClock, Tracer, collective_share, trace_window
+from cfjax.training.observe import StepClock, Tracer, Work, collective_share, trace_window
 
 
 class Time:
@@ -18,12 +18,12 @@ class Time:
 
 def test_the_clock_counts_training_only():
     time = Time()
-    clock = StepClock(peak=100.0, now=time)
+    clock = StepClock(Work(tokens=30.0, flops={"student": 20.0}, peak=100.0), now=time)
     assert clock.values() == {}
     for _ in range(4):
         with clock.waiting():
             time.now += 0.5
-        clock.update(tokens=30.0, flops=20.0)
+        clock.updated("student")
         time.now += 1.5
         clock.step()
     with clock.outside():
