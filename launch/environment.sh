@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes a virtual environment once, and again when setup.cfg changes.
 
 # make_environment DIR REQUIREMENT: DIR is the environment, REQUIREMENT what pip installs in editable mode, e.g. ".[test]".
