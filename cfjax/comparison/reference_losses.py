@@ -17,6 +17,7 @@ import torch
 
 from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, gradients, jit_once, to_torch
 from cfjax.comparison.reference import Reference, Sizes, fit, zero_caches
+from cfjax.comparison.reference_codec import FadingCodec, FadingVAE
 from cfjax.comparison.reference_forward import STEPS, reference_sizes
 from cfjax.flow.schedule import score_sigma, sigma_table, warp_steps
 from cfjax.nn.visibility import Blocks
@@ -26,6 +27,7 @@ from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
 from cfjax.objectives.sid import generator_loss as sid_loss
 from cfjax.objectives.stage import Loss
+from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.self_forcing import SelfForcing
 
 CONTEXT_NOISE = float(sigma_table(1000, 5.0)[-1])  # what add_noise at t = 0 adds (quirk Q4)
@@ -39,7 +41,8 @@ AUGMENT_FROM = 400
 class Exits:
     """One self-rollout: layout, step lists, the exit step of the first block and of the others, score draws k.
 
-    Without `quirks` the reference's Q3, Q4 and Q6 are mended in it, and ours are off.
+    Without `quirks` the reference's Q3, Q4 and Q6 are mended in it, and ours are off. `frames` are rolled out, of
+    `max_frames` at most.
     """
 
     blocks: Blocks
@@ -49,6 +52,8 @@ class Exits:
     rest: int = 2
     score_k: int = 700
     quirks: bool = True
+    frames: int = DMD_FRAMES
+    max_frames: int = DMD_FRAMES
 
 
 def _ours(loss: Loss, role: str, models: dict[str, Any], batch: dict, draws: dict) -> Arrays:
@@ -239,9 +244,9 @@ def _theirs_consistency(reference: Reference, subject: Subject, blocks: Blocks, 
 
 
 def _dmd_draws(subject: Subject, exits: Exits) -> dict[str, np.ndarray]:
-    count = len(exits.blocks.spans(DMD_FRAMES))
+    count = len(exits.blocks.spans(exits.max_frames))
     steps = max(len(exits.steps), len(exits.first_steps))
-    latents = lambda name: subject.latents(name, DMD_FRAMES)[:DMD_BATCH]  # noqa: E731
+    latents = lambda name, frames=exits.max_frames: subject.latents(name, frames)[:DMD_BATCH]  # noqa: E731
     score_u = np.full((DMD_BATCH,), exits.score_k / 1000.0, np.float32)
     return {
         "noise_BFHWC": latents("noise"),
@@ -249,21 +254,22 @@ def _dmd_draws(subject: Subject, exits: Exits) -> dict[str, np.ndarray]:
         "context_BFHWC": latents("context"),
         "exit_N": np.array([exits.first] + [exits.rest] * (count - 1), np.int32),
         "score_sigma_B": np.asarray(score_sigma(score_u, 5.0, 0.02, 0.98)),
-        "score_eps_BFHWC": latents("score eps"),
+        "score_eps_BFHWC": latents("score eps", DMD_FRAMES),
+        "count": np.array(len(exits.blocks.spans(exits.frames)), np.int32),
     }
 
 
 def _recorded(draws: dict[str, np.ndarray], exits: Exits) -> Iterator[torch.Tensor]:
     """The same draws in the order and the shapes in which the reference asks for them."""
-    spans = exits.blocks.spans(DMD_FRAMES)
+    spans = exits.blocks.spans(exits.frames)
     yield torch.tensor([len(spans)])
-    yield to_torch(draws["noise_BFHWC"])
+    yield to_torch(draws["noise_BFHWC"][:, : exits.frames])
     if exits.first_steps:
         yield torch.tensor([exits.first])
         yield torch.full((len(spans) - 1,), exits.rest)
     else:
         yield torch.full((len(spans),), exits.rest)
-    for (start, stop), last in zip(spans, draws["exit_N"], strict=True):
+    for (start, stop), last in zip(spans, draws["exit_N"], strict=False):
         for j in range(last):
             yield to_torch(draws["renoise_BFJHWC"][:, start:stop, j]).flatten(0, 1)
         yield to_torch(draws["context_BFHWC"][:, start:stop]).flatten(0, 1)
@@ -278,23 +284,29 @@ def _ours_dmd(subject: Subject, exits: Exits, which: str) -> Arrays:
     if exits.quirks:
         rolled = replace(rolled, context_noise=CONTEXT_NOISE, kv_gradient="straight_through")
         config = DMDConfig(rolled, score_table_shift=8.0)
+    blocks = exits.blocks
+    if exits.max_frames > DMD_FRAMES:  # where the reference's attention looks back 21 frames
+        config = replace(config, long=LongVideo(DMD_FRAMES, exits.max_frames))
+        blocks = replace(blocks, window=DMD_FRAMES)
     make: Any = {"dmd": generator_loss, "sid": sid_loss, "critic": critic_loss}[which]
     role = "critic" if which == "critic" else "student"
-    models = {name: subject.role(name) for name in ("student", "critic", "real_score")}
+    models: dict[str, Any] = {name: subject.role(name) for name in ("student", "critic", "real_score")}
+    models["codec"] = FadingCodec(subject.config.in_dim)
     batch, draws = _batch(subject, DMD_FRAMES, DMD_BATCH), _dmd_draws(subject, exits)
-    return _ours(make(config, exits.blocks), role, models, batch, draws)
+    return _ours(make(config, blocks), role, models, batch, draws)
 
 
 def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str) -> Arrays:
     sizes = reference_sizes(subject, DMD_FRAMES, exits.blocks)
     args = _args(
         sizes, denoising_step_list=list(exits.steps), denoising_step_list_first_chunk=list(exits.first_steps) or None,
-        same_step_across_blocks=True, last_step_only=False, num_training_frames=DMD_FRAMES, context_noise=0,
+        same_step_across_blocks=True, last_step_only=False, num_training_frames=exits.max_frames, context_noise=0,
         ts_schedule=False, denoising_loss_type="flow",
     )  # fmt: skip
     module, name = ("model.sid", "SiD") if which == "sid" else ("model.dmd", "DMD")
     model = _model(reference, module, name, sizes, args)
-    model.num_training_frames, model.min_score_timestep = DMD_FRAMES, 0  # SiD's constructor leaves them out (quirk Q24)
+    model.vae = FadingVAE()
+    model.num_training_frames, model.min_score_timestep = exits.max_frames, 0  # SiD leaves them out (quirk Q24)
     if exits.first_steps and not hasattr(model, "denoising_step_list_first_chunk"):
         raise NotThere(f"not in this clone ({reference.name}): a step list of its own for the first block")
     for network, name in ((model.generator, "student"), (model.fake_score, "critic"), (model.real_score, "real_score")):
@@ -304,7 +316,7 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str
     model._initialize_inference_pipeline()
     pipeline = model.inference_pipeline
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = subject.config.num_layers, sizes.tokens_per_frame
-    own, text = zero_caches(sizes, DMD_BATCH)
+    own, text = zero_caches(replace(sizes, frames=exits.max_frames), DMD_BATCH)
     pipeline._initialize_kv_cache = lambda **_: setattr(pipeline, "kv_cache1", own)
     pipeline._initialize_crossattn_cache = lambda **_: setattr(pipeline, "crossattn_cache", text)
     if not exits.quirks:
@@ -383,6 +395,8 @@ def dmd_probes(subject: Subject) -> list[Probe]:
     upper = Exits(chunks.blocks, first=0, rest=0, score_k=970)
     lower = Exits(chunks.blocks, first=0, rest=0, score_k=2)
     mended = replace(chunks, quirks=False)
+    size = chunks.blocks.frames
+    long = replace(chunks, frames=DMD_FRAMES + size, max_frames=DMD_FRAMES + 2 * size)
     for which, name in (("dmd", "DMD generator"), ("critic", "critic")):
         for exits, what in (
             (chunks, f"blocks of {chunks.blocks.frames}, exit at step 3 of 4"),
@@ -390,6 +404,7 @@ def dmd_probes(subject: Subject) -> list[Probe]:
             (lower, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.02"),
             (frames, "blocks of 1, 2 steps, first block 4"),
             (mended, f"blocks of {chunks.blocks.frames}, without the quirks"),
+            (long, f"blocks of {size}, the end of {long.frames} frames"),
         ):
             probes.append(_probe("dmd", f"{name}, {what}", _ours_dmd, _theirs_dmd, exits, which))
     what = f"SiD generator, blocks of {chunks.blocks.frames}, exit at step 3 of 4"

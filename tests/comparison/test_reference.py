@@ -20,7 +20,11 @@ from tests.golden.record_reference import FOLDER, RECORDED, key, probes, subject
 GOLDEN = {name: np.load(FOLDER / f"{name}.npz") for name in RECORDED}
 VALUE, GRADIENT = 1e-5, 1e-4  # measured: 3e-6 and 4e-6; a user's weights are allowed ten times as much
 ALL = [(name, *pair) for name in RECORDED for pair in probes(name)]
-SLOW = ("DMD generator, blocks of 7, without the quirks", "critic, blocks of 7, without the quirks")
+SLOW = tuple(
+    f"{which}, blocks of 7, {what}"
+    for which in ("DMD generator", "critic")
+    for what in ("without the quirks", "the end of 28 frames")
+)
 
 
 def case(name: str, probe: Probe, made: Subject):

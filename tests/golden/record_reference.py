@@ -65,6 +65,8 @@ RECORDED: dict[str, dict[str, tuple[str, ...]]] = {
             "critic, blocks of 7, exit at step 1, score level 0.02",
             "DMD generator, blocks of 7, without the quirks",
             "critic, blocks of 7, without the quirks",
+            "DMD generator, blocks of 7, the end of 28 frames",
+            "critic, blocks of 7, the end of 28 frames",
         ),
     },
     "self_forcing": {"ode_regression": ("ODE regression, noisy past, a level per block, blocks of 3",)},
