@@ -23,6 +23,9 @@ dataset's world makes anew (objective.codec_world, where the dataset does not na
 for it: 3000 steps at batch 8, lr 1.5e-6; attention looks back 21 frames. What comes out makes long videos with
 `cfjax generate --config.frames=...`.
 
+`python launch/sweep.py run --config=configs/dmd.py:toy --workdir=runs/sweeps/dmd` sweeps over the student's rate and
+the critic updates per student update, on which the balance of the two networks hangs: four runs.
+
 Toy recipe: faster rates, and guidance 1, because the toy's captions are followed already and 3 over-saturates.
 """
 
@@ -96,3 +99,11 @@ def get_config(arg: str = ""):
     c.ema.student = presets.ema(0.95 if toy else 0.99, 0 if toy else 200)
     c.sampler = presets.few_step(steps, full if steps != full else ())
     return c
+
+
+def get_hyper(hyper, arg: str = ""):
+    """Student rate, this recipe's and twice as much, x iterations per student update (the critic learns in each)."""
+    lr = get_config(arg).optim.student.lr
+    return hyper.product(
+        [hyper.sweep("config.optim.student.lr", [lr, 2 * lr]), hyper.sweep("config.cadence.student", [2, 5])]
+    )

@@ -1,0 +1,225 @@
+"""The launchers: what their dry runs show, and what their scripts do where a stand-in takes the cluster's place."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cfjax.core.errors import UserError
+from tests.commands import ROOT
+
+sys.path.insert(0, str(ROOT / "launch"))
+from gke import jobset
+
+TRAIN = ["cfjax", "train", "--config=configs/dmd.py", "--workdir=/shared/runs/a b"]
+# A run that is told to stop saves and exits with 0, as cfjax does.
+STOPS = ["bash", "-c", "trap 'echo saved; exit 0' TERM; echo up; sleep 5 >/dev/null & wait"]
+
+
+def bash(script: str, *argv: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    search = f"{path}:{os.environ['PATH']}" if path else os.environ["PATH"]
+    whole = {**os.environ, "PATH": search, **environment}
+    return subprocess.run(["bash", script, *argv], cwd=ROOT, capture_output=True, text=True, env=whole)
+
+
+def stand_in(folder: Path, **scripts: str) -> Path:
+    """Programs of these names that a search path finds first."""
+    for name, body in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def options(script: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
+
+
+def worker(*command: str, told: bool) -> subprocess.CompletedProcess:
+    process = subprocess.Popen(["bash", "launch/worker.sh", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if told:
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    return subprocess.CompletedProcess(command, process.returncode, out)
+
+
+def test_a_stopped_run_is_told_from_a_finished_one():
+    stopped = worker(*STOPS, told=True)
+    assert stopped.returncode == 75 and "saved" in stopped.stdout
+    assert worker("bash", "-c", "echo up; exec sleep 5 >/dev/null", told=True).returncode == 75  # not listening yet
+    assert worker("true", told=False).returncode == 0
+    assert worker("bash", "-c", "exit 2", told=False).returncode == 2
+    assert worker("bash", "-c", "trap 'exit 3' TERM; echo up; sleep 5 >/dev/null & wait", told=True).returncode == 3
+
+
+def test_slurm_dry_run():
+    shown = bash("launch/slurm.sh", "--dry-run", "--nodes=4", "--grace=120", "--sbatch=--partition=h100", "--", *TRAIN)
+    assert shown.returncode == 0, shown.stderr
+    told = options(shown.stdout)
+    assert (told["nodes"], told["ntasks-per-node"], told["gres"]) == ("4", "8", "gpu:8")
+    assert told["signal"] == "TERM@120" and told["partition"] == "h100" and told["requeue"] == ""
+    assert f"set -- {TRAIN[0]} {TRAIN[1]} {TRAIN[2]} --workdir=/shared/runs/a\\ b\n" in shown.stdout
+    assert subprocess.run(["bash", "-n"], input=shown.stdout, text=True).returncode == 0
+    on_cpus = options(bash("launch/slurm.sh", "--dry-run", "--gpus=0", "--", *TRAIN).stdout)
+    assert "gres" not in on_cpus and on_cpus["ntasks-per-node"] == "1"
+
+
+@pytest.mark.parametrize(
+    "code, state, requeued", [(75, "RUNNING", True), (75, "CANCELLED", False), (0, "RUNNING", False)]
+)
+def test_slurm_starts_a_stopped_run_again(tmp_path, code, state, requeued):
+    """The batch script itself, between stand-ins of srun, squeue and scontrol."""
+    script = tmp_path / "job.sh"
+    script.write_text(bash("launch/slurm.sh", "--dry-run", "--", "some", "command").stdout)
+    path = stand_in(
+        tmp_path,
+        srun=f'echo "srun $*"; exit {code}',
+        squeue=f"echo {state}",
+        scontrol=f'echo "$*" >{tmp_path}/asked',
+        sleep="exit 0",
+    )
+    ran = bash(str(script), path=path, SLURM_JOB_ID="17")
+    assert ran.returncode == code and ran.stdout.endswith("bash launch/worker.sh some command\n")
+    assert (tmp_path / "asked").exists() == requeued
+    if requeued:
+        assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+def test_slurm_array_task_runs_its_line(tmp_path):
+    (tmp_path / "commands.txt").write_text(f"first one\n{shlex.join(TRAIN)}\n")
+    script = tmp_path / "job.sh"
+    script.write_text(bash("launch/slurm.sh", "--dry-run", f"--array={tmp_path}/commands.txt", "--parallel=1").stdout)
+    assert options(script.read_text())["array"] == "0-1%1"
+    path = stand_in(
+        tmp_path, srun='printf "%s\\n" "$@"; exit 75', squeue="echo RUNNING", scontrol='echo "$*"', sleep=":"
+    )
+    ran = bash(str(script), path=path, SLURM_ARRAY_JOB_ID="9", SLURM_ARRAY_TASK_ID="1", SLURM_JOB_ID="10")
+    assert ran.stdout.splitlines()[-len(TRAIN) - 1 :] == [*TRAIN, "requeue 9_1"]
+
+
+@pytest.mark.parametrize(
+    "script, argv, told",
+    [
+        ("slurm.sh", ["--nodes=4"], "no command behind --"),
+        ("slurm.sh", ["--nodes=four", "--", "x"], "--nodes=four: must be a whole number"),
+        ("slurm.sh", ["--node=4", "--", "x"], "unknown option --node=4"),
+        ("slurm.sh", ["--array=absent.txt"], "no such file"),
+        ("slurm.sh", ["--", "x"], "no sbatch here"),
+        ("tpu_pod.sh", ["--tpu=a", "--zone=z", "--", "x"], "say what to do"),
+        ("tpu_pod.sh", ["run", "--tpu=a", "--", "x"], "needs --zone"),
+        ("tpu_pod.sh", ["run", "--tpu=a", "--hosts=b", "--", "x"], "by one of"),
+        ("tpu_pod.sh", ["run", "--xpk", "--cluster=c", "--image=i", "--", "x"], "--xpk needs --tpu-type"),
+        ("tpu_pod.sh", ["stop", "--hosts=b", "--", "x"], "takes no command"),
+        ("setup.sh", ["cuda"], "tpu, gpu or cpu"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(script, argv, told):
+    refused = bash(f"launch/{script}", *argv)
+    assert refused.returncode == 2 and told in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_tpu_pod_dry_runs():
+    def shown(*argv: str) -> list[list[str]]:
+        ran = bash("launch/tpu_pod.sh", "--dry-run", *argv)
+        assert ran.returncode == 0, ran.stderr
+        return [shlex.split(line) for line in ran.stdout.splitlines()]
+
+    place = ["--tpu=pod", "--zone=us-east5-a", "--project=p"]
+    archive, copy, install = shown("setup", *place)
+    assert archive[:2] == ["git", "archive"] and archive[-1] == "HEAD"
+    assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"] and copy[-1] == "--worker=all"
+    assert install[-1].endswith("cd cfjax && bash launch/setup.sh tpu")
+    (started,) = shown("run", *place, "--", *TRAIN)
+    assert started[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
+    assert {"--zone=us-east5-a", "--project=p", "--worker=all"} <= set(started)
+    assert f"CFJAX_DISTRIBUTED=auto nohup bash launch/worker.sh {TRAIN[0]} {TRAIN[1]}" in started[-1]
+    assert shown("stop", *place)[0][-1] == "--command=kill -TERM $(cat cfjax/logs/run.pid)"
+    by_ssh = shown("run", "--hosts=me@h0,h1", "--port=1234", "--", *TRAIN)
+    assert [words[3] for words in by_ssh] == ["me@h0", "h1"]
+    for index, words in enumerate(by_ssh):
+        assert f"JAX_COORDINATOR_ADDRESS=h0:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={index};" in words[-1]
+    place = ["--xpk", "--cluster=c", "--tpu-type=v5p-128", "--image=i", "--slices=2"]
+    (through_xpk,) = shown("run", *place, "--", *TRAIN)
+    assert through_xpk[:3] == ["xpk", "workload", "create"] and "--num-slices=2" in through_xpk
+    assert "--restart-on-exit-codes=75" in through_xpk
+    assert shlex.split(through_xpk[-1].removeprefix("--command=")) == ["bash", "launch/worker.sh", *TRAIN]
+
+
+def test_tpu_pod_runs_and_stops_by_ssh(tmp_path):
+    """Two workers, whose ssh is this machine's shell, each in a home of its own."""
+    ssh = f'host="$3"; mkdir -p {tmp_path}/$host && cd {tmp_path}/$host && ln -sfn {ROOT}/launch . && exec bash -c "$4"'
+    path = stand_in(tmp_path, ssh=ssh)
+    place = ["--hosts=h0,h1", "--directory=."]
+    report = 'trap "echo saved; exit 0" TERM; echo $JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS'
+    started = bash("launch/tpu_pod.sh", "run", *place, "--", "bash", "-c", f"{report}; sleep 20 & wait", path=path)
+    assert started.returncode == 0, started.stderr
+    logs = [tmp_path / host / "logs" / "run.log" for host in ("h0", "h1")]
+    wait_for(lambda: all(log.exists() and "of" in log.read_text() for log in logs))
+    assert [log.read_text().split("\n")[-2] for log in logs] == ["0 of 2 at h0:8476", "1 of 2 at h0:8476"]
+    again = bash("launch/tpu_pod.sh", "run", *place, "--", "true", path=path)
+    assert again.returncode != 0 and "a run is there already" in again.stdout
+    assert bash("launch/tpu_pod.sh", "stop", *place, path=path).returncode == 0
+    wait_for(lambda: all("saved" in log.read_text() for log in logs))
+    shown = bash("launch/tpu_pod.sh", "logs", *place, path=path).stdout.splitlines()
+    assert {"[h0] saved", "[h1] saved"} <= set(shown)
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_jobset_on_tpus(capsys):
+    argv = ["--dry-run", "--name=dmd", "--image=reg/i", "--tpu=v5p:4x4x4", "--slices=2", "--bucket=b", "--", *TRAIN]
+    assert jobset.main(argv) == 0
+    made = yaml.safe_load(capsys.readouterr().out)
+    assert (made["kind"], made["apiVersion"], made["metadata"]["name"]) == ("JobSet", "jobset.x-k8s.io/v1alpha2", "dmd")
+    (job,) = made["spec"]["replicatedJobs"]
+    spec, pod = job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
+    assert job["replicas"] == 2 and spec["completions"] == spec["parallelism"] == 16 and spec["backoffLimit"] == 0
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["command"] == ["bash", "launch/worker.sh", *TRAIN]
+    assert container["volumeMounts"] == [{"name": "bucket", "mountPath": "/bucket"}]
+    # 2, a user's mistake, ends it; all else, 75 among it, starts it again
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2] and pod["restartPolicy"] == "Never"
+    assert made["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
+
+
+def test_jobset_on_gpus_names_its_coordinator():
+    """Pods of a JobSet are JOBSET-JOB-INDEX-POD.JOBSET: process 0 is pod 0."""
+    made = jobset.manifest("dmd", TRAIN, jobset.Machines(image="i", gpu="nvidia-h100-80gb", nodes=4))
+    (job,) = made["spec"]["replicatedJobs"]
+    container = job["template"]["spec"]["template"]["spec"]["containers"][0]
+    environment = {one["name"]: one.get("value") for one in container["env"]}
+    assert environment["JAX_COORDINATOR_ADDRESS"] == f"dmd-{job['name']}-0-0.dmd:8476"
+    assert environment["JAX_NUM_PROCESSES"] == "4" == str(job["template"]["spec"]["completions"])
+    assert "job-completion-index" in json.dumps(container["env"])
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+@pytest.mark.parametrize(
+    "name, machines, told",
+    [
+        ("Big_Name", {"tpu": "v5p:2x2x2"}, "--name=Big_Name"),
+        ("a", {"tpu": "v9:2x2x2"}, "--tpu=v9:2x2x2"),
+        ("a", {"tpu": "v5p:64"}, "write KIND:TOPOLOGY"),
+        ("a", {"tpu": "v5e:2x4", "chips": 3}, "no multiple of --chips=3"),
+        ("a", {}, "one of --tpu"),
+        ("a", {"tpu": "v5p:2x2x2", "image": ""}, "--image is missing"),
+    ],
+)
+def test_jobset_mistakes(name, machines, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        jobset.manifest(name, TRAIN, jobset.Machines(**{"image": "i", **machines}))
