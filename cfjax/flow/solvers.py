@@ -96,6 +96,28 @@ def heun(
     return _solution(end, None if states is None else states[::2])
 
 
+def rk4(velocity: Velocity, x: jax.Array, sigmas: Grid, *, trajectory: bool = False) -> Solution:
+    """Classical Runge-Kutta of fourth order, 4 N calls: the yardstick where the velocity is exact, as in `studies`.
+
+    A float64 state (`jax.enable_x64`) stays float64. It asks for the velocity at a final sigma of 0 too, where networks
+    are not trained; so it is no sampler, and not among `SOLVERS`.
+    """
+    grid, _ = _grids(sigmas, None)
+    x = jnp.asarray(x)
+    dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
+
+    def step(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+        s, h = at
+        k1 = velocity(x, s)
+        k2 = velocity(x + 0.5 * h * k1, s + 0.5 * h)
+        k3 = velocity(x + 0.5 * h * k2, s + 0.5 * h)
+        k4 = velocity(x + h * k3, s + h)
+        return x + h / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4), (x if trajectory else None)
+
+    columns = (jnp.asarray(grid[:-1], dtype), jnp.asarray(np.diff(grid), dtype))
+    return _solution(*jax.lax.scan(step, x.astype(dtype), columns))
+
+
 def _unipc_coefficients(grid: np.ndarray) -> dict[str, np.ndarray]:
     """Coefficients of every UniPC step (PyTorch reference: order 2, x0-prediction, B(h) = expm1(-h) "bh2"), each [N].
 

@@ -9,11 +9,13 @@ One set of weights, five uses, one backbone:
     replay(model, noisy, ..., context)   all blocks at once against such a context
 
 All take text as keys and values (`text_kv`), computed once per prompt. The output is the flow v = eps - x0.
+They and `embed_text` dispatch on the network's class: another network that registers its own can be trained and rolled
+out by everything that is built on them (`studies.toys`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, singledispatch
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -180,7 +182,7 @@ class Wan(nnx.Module):
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
             return attend_frames(q, k, v, visibility, num_frames=frames, backend=self.config.attention)
 
-        flow, _ = _backbone(self, latents_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend)
+        flow, _ = backbone(self, latents_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend)
         return flow
 
 
@@ -190,6 +192,7 @@ def make_wan(config: WanConfig, key: jax.Array) -> Wan:
     return Wan(config, key)
 
 
+@singledispatch
 def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
     """Cross-attention keys and values of all layers, [L, B, S, N, K]; all rows are attended (reference quirk Q18)."""
     config = model.config
@@ -201,6 +204,7 @@ def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
     return jax.lax.scan(layer, None, model.blocks)[1]
 
 
+@singledispatch
 def teacher_forced(
     model: Wan,
     noisy_BFHWC: jax.Array,
@@ -223,7 +227,7 @@ def teacher_forced(
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
         return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
 
-    flow, _ = _backbone(
+    flow, _ = backbone(
         model,
         jnp.concatenate([clean_BFHWC, noisy_BFHWC], axis=1),
         jnp.concatenate([clean_sigma, sigma_BF], axis=1),
@@ -235,6 +239,7 @@ def teacher_forced(
     return flow
 
 
+@singledispatch
 def forward_block(
     model: Wan,
     latents_BFHWC: jax.Array,
@@ -257,9 +262,10 @@ def forward_block(
 
     positions = start + jnp.arange(frames)
     past = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
-    return _backbone(model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=past, emit_kv=True)
+    return backbone(model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=past, emit_kv=True)
 
 
+@singledispatch
 def clean_context(
     model: Wan, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
 ) -> FrameKV:
@@ -271,9 +277,10 @@ def clean_context(
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
         return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
 
-    return _backbone(model, clean_BFHWC, sigma, text_kv, jnp.arange(frames), self_attend, emit_kv=True)[1]
+    return backbone(model, clean_BFHWC, sigma, text_kv, jnp.arange(frames), self_attend, emit_kv=True)[1]
 
 
+@singledispatch
 def replay(
     model: Wan,
     noisy_BFHWC: jax.Array,
@@ -322,7 +329,7 @@ def replay(
 
     first = 0 if start is None else start
     positions = first + jnp.arange(frames)
-    flow, _ = _backbone(model, noisy_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=context)
+    flow, _ = backbone(model, noisy_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=context)
     return flow
 
 
@@ -340,7 +347,7 @@ def _attend_stretch(
     return jnp.concatenate(outputs, axis=1)
 
 
-def _time_embedding(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
+def embed_time(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """e [B, F, D] (head) and e0 [B, F, 6, D] (blocks); the only place where sigma becomes t = 1000 sigma."""
     config = model.config
     island = config.precision.island
@@ -389,7 +396,7 @@ def _remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def _backbone(
+def backbone(
     model: Wan,
     latents_BFHWC: jax.Array,
     sigma_BF: jax.Array,
@@ -399,15 +406,17 @@ def _backbone(
     *,
     layer_input: Any = None,
     emit_kv: bool = False,
+    tap: Callable[[jax.Array, Any], Any] | None = None,
     head_frames: int | None = None,
-) -> tuple[jax.Array, FrameKV]:
-    """Patchify, scan the blocks, head, unpatchify.
+) -> tuple[jax.Array, Any]:
+    """Patchify, scan the blocks, head, unpatchify: the flow, and what every layer emits (None: nothing).
 
     Args:
       position_F: absolute frame index of each frame, for RoPE.
       self_attend: how a layer's queries meet its keys.
       layer_input: pytree with a leading layer axis, handed to `self_attend` layer by layer.
-      emit_kv: also return every layer's keys and values.
+      emit_kv: every layer emits its keys and values.
+      tap: or what this makes of the stream [B, F, T, D] that leaves the layer, and of its `layer_input`.
       head_frames: only the last so many frames reach the head.
     """
     config = model.config
@@ -417,16 +426,16 @@ def _backbone(
     patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
     patches = cut(patches, "batch", None, "tokens", None)
     stream = config.precision.to_island(model.patch_embedding(patches, config.precision.compute))
-    e_BFD, e0_BF6D = _time_embedding(model, sigma_BF)
+    e_BFD, e0_BF6D = embed_time(model, sigma_BF)
     flat_table = rope_table(position_F, height, width, config.head_dim)
     table = tuple(rearrange(x, "(f t) k -> f t k", f=position_F.shape[0]) for x in flat_table)
 
-    def layer(stream: jax.Array, inputs: tuple[Block, KV, Any]) -> tuple[jax.Array, FrameKV | None]:
+    def layer(stream: jax.Array, inputs: tuple[Block, KV, Any]) -> tuple[jax.Array, Any]:
         block, text, past = inputs
         stream, kv = _block(block, stream, e0_BF6D, text, past, table, self_attend, config)
-        return stream, kv if emit_kv else None
+        return stream, tap(stream, past) if tap else kv if emit_kv else None
 
-    stream, kv = jax.lax.scan(_remat(layer, config.remat), stream, (model.blocks, text_kv, layer_input))
+    stream, emitted = jax.lax.scan(_remat(layer, config.remat), stream, (model.blocks, text_kv, layer_input))
 
     with jax.named_scope("head"):
         if head_frames is not None:
@@ -437,4 +446,4 @@ def _backbone(
         out = model.head(h, config.precision.compute).astype(jnp.float32)
     out = cut(out, "batch", None, None, None)
     flow = rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height, p=ph, q=pw)
-    return flow, kv
+    return flow, emitted

@@ -14,7 +14,7 @@ from diffusers import UniPCMultistepScheduler
 
 from cfjax.core.errors import UserError
 from cfjax.flow import schedule
-from cfjax.flow.solvers import SOLVERS, euler, heun, unipc
+from cfjax.flow.solvers import SOLVERS, euler, heun, rk4, unipc
 
 MEAN, STD = 0.7, 0.5
 X = np.linspace(-2, 2, 5).astype(np.float32)
@@ -178,3 +178,15 @@ def test_wrong_number_of_model_sigmas_and_traced_grids():
         euler(gaussian_velocity, X, [0.5, 0.0], model_sigmas=[0.5, 0.0])
     with pytest.raises(UserError, match="host constants"):
         jax.jit(lambda grid: euler(gaussian_velocity, X, grid))(jnp.array([0.5, 0.0]))
+
+
+def test_rk4_is_of_fourth_order_and_keeps_float64():
+    with jax.enable_x64(True):
+        x, exact = jnp.asarray(X, jnp.float64), gaussian_flow(X.astype(np.float64), 1.0, 0.0)
+        errors = [np.abs(rk4(gaussian_velocity, x, np.linspace(1, 0, n + 1)) - exact).max() for n in (64, 128, 256)]
+        orders = np.log2(np.array(errors[:-1]) / errors[1:])
+        print("rk4 errors", errors, "orders", orders)
+        assert (abs(orders - 4) < 0.3).all() and errors[-1] < 1e-10
+    end, states = rk4(gaussian_velocity, X, np.linspace(1, 0, 65), trajectory=True)
+    assert end.dtype == jnp.float32 and states.shape == (65, 5)
+    np.testing.assert_allclose(end, exact, atol=2e-5)

@@ -1,0 +1,134 @@
+"""Video laws whose scores are known: mixtures of Gaussians with one covariance, over scalar videos of F frames.
+
+The velocity of the probability-flow ODE, v(x, s) = E[eps - x0 | x_s = x], is closed form for such a mixture, and so is
+that of any run of frames given *clean* earlier frames, which is a mixture again. That covers every teacher: all frames
+together (bidirectional), one frame given its past (autoregressive), and anything in between.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Mixture(NamedTuple):
+    """Components of a mixture, host constants in float64: means_KF, log_weights_K, and the covariance they share."""
+
+    means_KF: np.ndarray
+    log_weights_K: np.ndarray
+    covariance_FF: np.ndarray
+
+
+@dataclass(frozen=True)
+class LinearGaussian:
+    """A stationary AR(1) video: x^1 ~ N(0, 1), x^i = a x^{i-1} + sqrt(1 - a^2) w."""
+
+    frames: int = 5
+    a: float = 0.9
+
+    def mixture(self) -> Mixture:
+        """One component."""
+        index = np.arange(self.frames)
+        covariance = self.a ** np.abs(index[:, None] - index[None]).astype(float)
+        return Mixture(np.zeros((1, self.frames)), np.zeros(1), covariance)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A branching walk: x^1 ~ N(0, first^2), x^i = x^{i-1} +- step + noise w, each sign a fair coin.
+
+    The sign is the video's motion; a still or half-way step is what no sample of this law does.
+    """
+
+    frames: int = 5
+    first: float = 0.3
+    step: float = 0.5
+    noise: float = 0.12
+
+    def mixture(self) -> Mixture:
+        """One component per path, 2^(F - 1)."""
+        count = 2 ** (self.frames - 1)
+        signs = 1.0 - 2.0 * ((np.arange(count)[:, None] >> np.arange(self.frames - 1)[None]) & 1)
+        means = self.step * np.concatenate([np.zeros((count, 1)), np.cumsum(signs, axis=1)], axis=1)
+        index = np.arange(self.frames)
+        covariance = self.first**2 + self.noise**2 * np.minimum(index[:, None], index[None])
+        return Mixture(means, np.full(count, -np.log(count)), covariance)
+
+
+Law = LinearGaussian | Walk
+
+
+class Conditional(NamedTuple):
+    """The law of frames [i, i + C) given the frames before i: a mixture whose means depend linearly on that past.
+
+    past_means_KP, gain_CP, precision_PP: what weighs the components and moves their means; P = i.
+    values_C, vectors_CC: eigenvalues and eigenvectors of the covariance that is left.
+    """
+
+    means_KC: np.ndarray
+    log_weights_K: np.ndarray
+    past_means_KP: np.ndarray
+    gain_CP: np.ndarray
+    precision_PP: np.ndarray
+    values_C: np.ndarray
+    vectors_CC: np.ndarray
+
+
+@lru_cache(maxsize=256)
+def conditional(law: Law, start: int, stop: int) -> Conditional:
+    """Frames [start, stop) given the clean frames before `start`; components that look alike there are merged."""
+    means, log_weights, covariance = law.mixture()
+    seen, inverse = np.unique(means[:, :stop].round(12), axis=0, return_inverse=True)
+    weights = np.bincount(inverse.ravel(), np.exp(log_weights), minlength=len(seen))
+    past, window = slice(0, start), slice(start, stop)
+    precision = np.linalg.inv(covariance[past, past])
+    gain = covariance[window, past] @ precision
+    left = covariance[window, window] - gain @ covariance[past, window]
+    values, vectors = np.linalg.eigh(left)
+    return Conditional(seen[:, window], np.log(weights), seen[:, past], gain, precision, values, vectors)
+
+
+def velocity(law: Law, start: int, x_BC: jax.Array, sigma_B: jax.Array, past_BP: jax.Array) -> jax.Array:
+    """E[eps - x0 | x_s, clean past] of frames [start, start + C), [B, C], in the dtype of `x`.
+
+    Within a component, with d = x - (1-s) mu, S the covariance and S_s = (1-s)^2 S + s^2 I, it is
+    (s I - (1-s) S) S_s^{-1} d - mu; components are weighed by their posterior given x_s and the past.
+    """
+    part = conditional(law, start, start + x_BC.shape[1])
+    cast = lambda a: jnp.asarray(a, x_BC.dtype)  # noqa: E731
+    off_BKP = past_BP[:, None] - cast(part.past_means_KP)[None]
+    log_weights = cast(part.log_weights_K)[None]
+    log_weights -= 0.5 * jnp.einsum("bkp,pq,bkq->bk", off_BKP, cast(part.precision_PP), off_BKP)
+    vectors, values = cast(part.vectors_CC), cast(part.values_C)[None]
+    means = cast(part.means_KC @ part.vectors_CC)[None]
+    means += jnp.einsum("bkp,cp,cd->bkd", off_BKP, cast(part.gain_CP), vectors)
+    s_B1 = sigma_B.astype(x_BC.dtype)[:, None]
+    keep = 1.0 - s_B1
+    inverse = 1.0 / (keep**2 * values + s_B1**2)  # [B, C], of S_s in its eigenbasis
+    y = x_BC @ vectors
+    distance = y[:, None] - keep[:, :, None] * means
+    posterior = jax.nn.softmax(log_weights - 0.5 * jnp.sum(inverse[:, None] * distance**2, axis=-1), axis=-1)
+    mean = jnp.einsum("bk,bkc->bc", posterior, means)
+    flow = (s_B1 - keep * values) * inverse * (y - keep * mean) - mean
+    return flow @ vectors.T
+
+
+def joint_velocity(law: Law, x_BF: jax.Array, sigma_B: jax.Array) -> jax.Array:
+    """All frames together, at one level: the bidirectional teacher."""
+    return velocity(law, 0, x_BF, sigma_B, x_BF[:, :0])
+
+
+def sample(law: Law, rng: np.random.Generator, count: int, past_P: np.ndarray | None = None) -> np.ndarray:
+    """Videos [count, F] in float64; with a past, whole videos that begin with it."""
+    past = np.zeros(0) if past_P is None else np.asarray(past_P, float)
+    part = conditional(law, len(past), law.frames)
+    off = past[None] - part.past_means_KP
+    logits = part.log_weights_K - 0.5 * np.einsum("kp,pq,kq->k", off, part.precision_PP, off)
+    weights = np.exp(logits - logits.max())
+    chosen = rng.choice(len(weights), count, p=weights / weights.sum())
+    noise = rng.standard_normal((count, law.frames - len(past)))
+    fresh = (part.means_KC + off @ part.gain_CP.T)[chosen] + (noise * np.sqrt(part.values_C)) @ part.vectors_CC.T
+    return np.concatenate([np.broadcast_to(past, (count, len(past))), fresh], axis=1)
