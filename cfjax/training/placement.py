@@ -10,9 +10,11 @@ from cfjax.core.sharding import place, replicated, shardings
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.training.state import TrainState
 
+FEW = 16  # elements of an optimiser's constants, such as Muon's three coefficients: on every device
+
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """The sharding of every leaf: shadows and optimiser states lie like their weights, scalars on every device.
+    """The sharding of every leaf: shadows and optimiser states lie like their weights, scalars and a few constants on every device.
 
     Raises:
       UserError: an optimiser's array is shaped like no weight, so that nothing says where it lies.
@@ -29,7 +31,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
             for own, sharding in cuts[role].items():
                 if rest.endswith(f"/{own}") and leaf.shape == weights[role][own].shape:
                     return sharding
-        if leaf.size > 1:
+        if leaf.size > FEW:
             raise UserError(f"{name} {leaf.shape} is shaped like no weight of its role; nothing says where it lies")
         return replicated(mesh)
 
