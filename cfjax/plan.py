@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ FLAGS = (
     Flag("height", "pixels, where the data is Wan's", kind=int, default=480),
     Flag("width", "pixels, where the data is Wan's", kind=int, default=832),
     Flag("text", "rows of a prompt, where the data is Wan's", kind=int, default=512),
+    Flag("hlo", "write the compiled programs' HLO text, WORKDIR/ROLE.hlo.gz", kind=bool, default=False),
     Flag("only", "comma-separated roles whose updates are compiled (empty: all)", default=""),
 )
 WAN_STRIDE, WAN_CHANNELS, WAN_TEXT = (4, 8, 8), 16, 4096
@@ -80,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     shapes = shapes_of(c, flags)
     only = [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
-    plans = [plan(c, shapes, topology, devices, only=only, tell=True)]
+    plans = [plan(c, shapes, topology, devices, only=only, tell=True, keep=workdir if flags["hlo"] else None)]
     report(c, plans[0])
     if flags["fit"] > 0:
         plans += smallest(c, shapes, plans[0], flags["fit"], only)
@@ -180,9 +182,20 @@ def lower_update(
 
 
 def plan(
-    c: ConfigDict, shapes: Shapes, topology: Topology, devices: Sequence[Any], *, only: Sequence[str], tell: bool
+    c: ConfigDict,
+    shapes: Shapes,
+    topology: Topology,
+    devices: Sequence[Any],
+    *,
+    only: Sequence[str],
+    tell: bool = False,
+    keep: Path | None = None,
 ) -> Plan:
     """Compiles the updates of `c` (those of `only`, or all) for `devices`.
+
+    Args:
+      tell: print what rests, before anything is compiled.
+      keep: see `compile_update`.
 
     Raises:
       UserError: the mesh or the batch does not fit the devices, or an unknown role.
@@ -208,7 +221,7 @@ def plan(
     for role in only or stage.losses:
         needed, executed = (whole_flops(c, shapes, role, remat=remat) / len(devices) for remat in (False, True))
         lowered, arguments = lower_update(used, stage, txs, shapes, mesh, role)
-        cost = compile_update(role, lowered, topology, arguments=arguments, unknown_trips=open_loops(c))
+        cost = compile_update(role, lowered, topology, arguments=arguments, unknown_trips=open_loops(c), keep=keep)
         costs.append(replace(cost, flops=needed, executed=executed))
     accumulate = {role: c.optim[role].accumulate for role in stage.losses}
     return Plan(topology, c.mesh.to_dict(), c.data.batch_size, accumulate, attention, needed_bytes(memory), costs)
@@ -219,8 +232,10 @@ def smallest(c: ConfigDict, shapes: Shapes, first: Plan, tries: int, only: Seque
     stage = stage_of(c)
     txs = optimizers_of(c, stage)
 
-    def resting(mesh: Mapping[str, int], accumulate: int) -> int:
-        used = changed(c, Candidate("", dict(mesh), accumulate))
+    @cache
+    def resting(fsdp: int, tensor: int, accumulated: bool) -> int:
+        mesh = {"data": 1, "fsdp": fsdp, "context": 1, "tensor": tensor}  # tokens' parts hold the same weights
+        used = changed(c, Candidate("", mesh, 1 + accumulated))
         shape: Any = abstract_mesh(**mesh)
         return needed_bytes(stage_memory(used, stage, txs, shapes.latents[-1], shapes.text[-1], shape))
 
@@ -229,11 +244,14 @@ def smallest(c: ConfigDict, shapes: Shapes, first: Plan, tries: int, only: Seque
     activations = max(worst.peak - first.resting, 0)
     out: list[Plan] = []
     for candidate in candidates(first.topology, first.mesh, first.accumulate[worst.role], c.data.batch_size, heads):
-        estimate = resting(candidate.mesh, candidate.accumulate) + activations * candidate.share
+        estimate = (
+            resting(candidate.mesh["fsdp"], candidate.mesh["tensor"], candidate.accumulate > 1)
+            + activations * candidate.share
+        )
         if estimate > 1.2 * first.topology.memory or len(out) == tries:
             continue
         topology = parse_topology(candidate.topology)
-        found = plan(changed(c, candidate), shapes, topology, open_topology(topology), only=only, tell=False)
+        found = plan(changed(c, candidate), shapes, topology, open_topology(topology), only=only)
         out.append(found)
         peak = max(cost.peak for cost in found.costs) / GIB
         say(f"  {topology.name}  {overrides(candidate, stage.losses)}  peak {peak:.1f} GiB: {verdict(found)}")

@@ -2,7 +2,8 @@
 
 Counted is the largest array of every collective (the gathered one of an all-gather, the unreduced one of a
 reduce-scatter) on one device: what a ring moves is (n - 1) / n of it, an all-reduce twice that. A loop's body counts as
-often as XLA knows that it runs; a loop of unknown length as often as the caller says.
+often as XLA notes that it runs, or as its condition "counter < constant" says (TPU); a loop of unknown length as often
+as the caller says.
 """
 
 import math
@@ -19,7 +20,9 @@ _CALLED = re.compile(
     r"\b(body|condition|calls|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\] *\{([^}]*)\})")
+_CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_SCATTERS = "all-reduce-scatter"  # TPU's name of a computation that is a reduce-scatter, written as its meaning
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ class Traffic:
 class _Computation:
     own: list[tuple[str, int]] = field(default_factory=list)  # (kind, bytes)
     calls: list[tuple[str, float | None]] = field(default_factory=list)  # (computation, times; None: unknown)
+    loops: list[tuple[str, str]] = field(default_factory=list)  # (body, condition) of loops without a noted length
+    constants: list[int] = field(default_factory=list)
+    counts: bool = False  # holds "counter < something"
+
+    def trips(self) -> float | None:
+        """As a loop's condition: how often the loop runs, if that is plain to see."""
+        return float(self.constants[0]) if self.counts and len(self.constants) == 1 else None
 
 
 def _largest(text: str) -> int:
@@ -45,6 +55,18 @@ def _largest(text: str) -> int:
     return max(sizes, default=0)
 
 
+def _group(line: str) -> int:
+    """Devices that a collective runs over."""
+    found = _GROUPS.search(line)
+    if found is None:
+        return 1
+    size, listed, axes, chosen = found.groups()
+    if axes is not None:
+        sizes = dict(re.findall(r"('\w+')=(\d+)", axes))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", chosen))
+    return int(size) if size else len(listed.split(","))
+
+
 def _collective(line: str, types: str, operation: str) -> tuple[str, int] | None:
     """(kind, bytes) of a line that starts or runs a collective."""
     kind = operation.removesuffix("-start")
@@ -52,35 +74,46 @@ def _collective(line: str, types: str, operation: str) -> tuple[str, int] | None
         return None
     size = _largest(types)
     if kind == "reduce-scatter" and not operation.endswith("-start"):  # its type names the scattered part only
-        found = _GROUPS.search(line)
-        group = 1 if found is None else int(found[1]) if found[1] else len(found[2].split(","))
-        size = max(size * group, _largest(line))
+        size = max(size * _group(line), _largest(line))
     return kind, size
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
-    entry, current = "", _Computation()
+    entry, current, scatters = "", _Computation(), False
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
         if header:
             current = computations.setdefault(header[2], _Computation())
             entry = header[2] if header[1] else entry
+            scatters = header[2].startswith(_SCATTERS)
             continue
         operation = _OPERATION.match(line)
         if operation is None:
             continue
-        types, name = operation.groups()
-        found = _collective(line, types, name)
-        if found:
-            current.own.append(found)
-            continue  # what it applies is an addition
-        trips = _TRIPS.search(line)
-        times = float(trips[1]) if trips else None
-        for role, called in _CALLED.findall(line):
-            for target in called.strip("{}").replace("%", "").split(", "):
-                current.calls.append((target, times if name == "while" and role == "body" else 1.0))
+        _read(line, operation[1], operation[2], current, scatters)
     return computations, entry
+
+
+def _read(line: str, types: str, name: str, current: _Computation, scatters: bool) -> None:
+    """One operation of a computation."""
+    found = _collective(line, types, name)
+    if found:
+        current.own.append(("reduce-scatter" if scatters else found[0], found[1]))
+        return  # what it applies is an addition
+    if constant := _CONSTANT.search(line):
+        current.constants.append(int(constant[1]))
+    current.counts |= name == "compare" and "direction=LT" in line
+    called = [(role, target.strip("{}").replace("%", "").split(", ")) for role, target in _CALLED.findall(line)]
+    if name == "while":
+        inner = dict(called)
+        noted = _TRIPS.search(line)
+        if noted:
+            current.calls.append((inner["body"][0], float(noted[1])))
+        else:
+            current.loops.append((inner["body"][0], inner["condition"][0]))
+        return
+    current.calls.extend((one, 1.0) for _, targets in called for one in targets)
 
 
 def collectives(text: str, *, unknown_trips: float = 1.0) -> dict[str, Traffic]:
@@ -101,7 +134,8 @@ def collectives(text: str, *, unknown_trips: float = 1.0) -> dict[str, Traffic]:
         for kind, size in computation.own:
             total[kind][0] += 1
             total[kind][1] += size
-        for called, times in computation.calls:
+        trips = [(body, computations[condition].trips()) for body, condition in computation.loops]
+        for called, times in [*computation.calls, *trips]:
             for kind, traffic in of(called).items():
                 repeat = unknown_trips if times is None else times
                 total[kind][0] += repeat * traffic.runs

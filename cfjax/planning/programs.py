@@ -1,8 +1,10 @@
 """One update compiled for a machine that need not be there, and what the compiler says about it."""
 
+import gzip
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cfjax.core.topology import GIB, Topology
@@ -11,7 +13,8 @@ from cfjax.planning.collectives import Traffic, collectives
 # Without a GPU to try them on, XLA finds no tile sizes for some odd shapes (32760 tokens) in its Triton kernels.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
-_KERNEL = re.compile(r"splash_mha_[a-z]+")
+# A kernel's call, and the scope that the model gave it: "self_attention/splash_mha_fwd_residuals".
+_KERNEL = re.compile(r'op_name="[^"]*?\b(\w+_attention)\b[^"]*\b(splash_mha_\w+)')
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -24,7 +27,7 @@ class Cost:
         allocates besides.  peak: the most that is in use at once, all arguments included.
       fits: None on simulated devices, whose memory says nothing.
       flops: what the mathematics asks of this device.  executed: recomputation included.
-      kernels: flash kernels that the compiled program calls.
+      kernels: flash kernels that the compiled program calls, with the attention that calls them.
       problem: why it does not compile, or "".
     """
 
@@ -71,12 +74,14 @@ def compile_update(
     *,
     arguments: int,
     unknown_trips: float,
+    keep: Path | None = None,
 ) -> Cost:
     """Compiles one update; a program that needs more memory than there is, is a result, not an error.
 
     Args:
       arguments: bytes of all arguments on a device, unread ones too (jit leaves them out, but they rest there).
       unknown_trips: see `collectives`.
+      keep: folder for the program's optimised HLO text, or None.
     """
     options = GPU_OPTIONS if topology.chip.platform == "gpu" else None
     begun = time.perf_counter()
@@ -100,6 +105,10 @@ def compile_update(
     read, temporaries, peak = _sizes(compiled, topology.chip.platform)
     peak += max(arguments - read, 0)
     text = compiled.as_text()
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+        with gzip.open(keep / f"{role}.hlo.gz", "wt", encoding="utf-8") as file:
+            file.write(text)
     return Cost(
         role,
         arguments=arguments,
@@ -107,6 +116,6 @@ def compile_update(
         peak=peak,
         fits=peak <= topology.memory if topology.memory else None,
         traffic=collectives(text, unknown_trips=unknown_trips),
-        kernels=tuple(sorted(set(_KERNEL.findall(text)))),
+        kernels=tuple(sorted({"/".join(found) for found in _KERNEL.findall(text)})),
         compile_seconds=seconds,
     )

@@ -63,6 +63,16 @@ TPU_TEXT = """HloModule m
   %done = bf16[8,4]{1,0} all-gather-done(%start)
 }
 
+%all-reduce-scatter.1 (a: f32[8,4]) -> f32[2,4] {
+  %sum = f32[8,4]{1,0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = f32[2,4]{1,0} dynamic-slice(%sum, %i, %zero), dynamic_slice_sizes={2,4}
+}
+
+%counted (p: (s32[], bf16[8,4])) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i, %five), direction=LT
+}
+
 %cond (p: (s32[], bf16[8,4])) -> pred[] {
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
@@ -70,13 +80,17 @@ TPU_TEXT = """HloModule m
 ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
   %known = (s32[], bf16[8,4]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"30"}}
   %open = (s32[], bf16[8,4]) while(%t), condition=%cond, body=%body
+  %tpu = (s32[], bf16[8,4]) while(%t), condition=%counted, body=%body, metadata={op_name="jit(f)/while"}
   %rs = f32[2,4]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  %axes = f32[2,4]{1,0} reduce-scatter(%y), replica_groups=mesh['a'=1,'b'=4] {'b'}, dimensions={0}, to_apply=%add
+  %fused = f32[2,4]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
 
 
 def test_trips_starts_and_scattered_parts():
-    """As TPU's compiler writes them: a known loop, an open one, a start with both arrays, a type without operands."""
+    """As the compilers write them: loops of noted, readable and unknown length, starts, groups by lists and by axes."""
     found = collectives(TPU_TEXT, unknown_trips=1.5)
-    assert found["all-gather"] == Traffic(31.5, 31.5 * 8 * 4 * 2)
-    assert found["reduce-scatter"] == Traffic(32.5, 31.5 * 8 * 4 * 2 + 4 * (2 * 4 * 4))
+    assert found["all-gather"] == Traffic(36.5, 36.5 * 8 * 4 * 2)
+    assert found["reduce-scatter"] == Traffic(36.5 + 3, 36.5 * 8 * 4 * 2 + 3 * (8 * 4 * 4))
+    assert "all-reduce" not in found
