@@ -10,7 +10,7 @@
 #   launch/tpu_pod.sh --dry-run ...                                      prints the commands instead
 #
 #   --project=PROJECT  --directory=cfjax (on the workers)  --device=tpu (what setup installs: tpu, gpu, cpu)
-#   --port=8476 (of process 0, with --hosts)  --name=cfjax, --slices=1, --restarts=100, --grace=300 (with --xpk)
+#   --python=python3 (3.11 or newer, for setup)  --port=8476 (of process 0, with --hosts)  --name=cfjax, --slices=1, --restarts=100, --grace=300 (with --xpk)
 #
 # A multislice or queued resource is asked for with gcloud first; its nodes are then reached by --tpu, one call each.
 set -euo pipefail
@@ -22,11 +22,11 @@ fail() {
 }
 
 action="" tpu="" zone="" project="" hosts="" xpk="" cluster="" tpu_type="" image="" dry=""
-directory=cfjax device=tpu port=8476 name=cfjax slices=1 restarts=100 grace=300
+directory=cfjax device=tpu python=python3 port=8476 name=cfjax slices=1 restarts=100 grace=300
 while [ $# -gt 0 ]; do
   case "$1" in
     --tpu=* | --zone=* | --project=* | --hosts=* | --cluster=* | --tpu-type=* | --image=* | --directory=* | --device=* | \
-      --port=* | --name=* | --slices=* | --restarts=* | --grace=*)
+      --python=* | --port=* | --name=* | --slices=* | --restarts=* | --grace=*)
       key="${1%%=*}" key="${key#--}"
       printf -v "${key//-/_}" '%s' "${1#*=}"
       ;;
@@ -110,7 +110,7 @@ fi
 case "$action" in
   setup)
     send
-    everywhere "mkdir -p $directory && tar xzf cfjax.tar.gz -C $directory && cd $directory && bash launch/setup.sh $device"
+    everywhere "mkdir -p $directory && tar xzf cfjax.tar.gz -C $directory && cd $directory && PYTHON=$python bash launch/setup.sh $device"
     ;;
   run)
     # Cloud TPU machines ask their metadata server who the others are. The run outlives the connection.

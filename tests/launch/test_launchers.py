@@ -136,7 +136,7 @@ def test_tpu_pod_dry_runs():
     archive, copy, install = shown("setup", *place)
     assert archive[:2] == ["git", "archive"] and archive[-1] == "HEAD"
     assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"] and copy[-1] == "--worker=all"
-    assert install[-1].endswith("cd cfjax && bash launch/setup.sh tpu")
+    assert install[-1].endswith("cd cfjax && PYTHON=python3 bash launch/setup.sh tpu")
     (started,) = shown("run", *place, "--", *TRAIN)
     assert started[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
     assert {"--zone=us-east5-a", "--project=p", "--worker=all"} <= set(started)
