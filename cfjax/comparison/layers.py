@@ -12,7 +12,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import ArrayLike
 
-from cfjax.models.wan import KV, Block, Wan, WanConfig, _block, _time_embedding, embed_text
+from cfjax.models.wan import KV, Block, Wan, WanConfig, _block, embed_text, embed_time
 from cfjax.nn.attention import attend
 from cfjax.nn.rope import rope_table
 from cfjax.nn.visibility import FULL, Visibility
@@ -43,7 +43,7 @@ def _before_blocks(
     config = model.config
     ph, pw = config.patch
     patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
-    e_BFD, e0_BF6D = _time_embedding(model, sigma_BF)
+    e_BFD, e0_BF6D = embed_time(model, sigma_BF)
     embeddings = {
         "patch_embedding": config.precision.to_island(model.patch_embedding(patches, config.precision.compute)),
         "time_embedding": e_BFD,

@@ -195,7 +195,7 @@ def calls(monkeypatch):
         kv = jnp.zeros((CONFIG.num_layers, latents.shape[0], tokens, CONFIG.num_heads, CONFIG.head_dim))
         return latents, KV(kv, kv)
 
-    monkeypatch.setattr(wan, "_backbone", backbone)
+    monkeypatch.setattr(wan, "backbone", backbone)
     return counted
 
 
