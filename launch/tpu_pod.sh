@@ -10,7 +10,8 @@
 #   launch/tpu_pod.sh --dry-run ...                                      prints the commands instead
 #
 #   --project=PROJECT  --directory=cfjax (on the workers)  --device=tpu (what setup installs: tpu, gpu, cpu)
-#   --python=python3 (3.11 or newer, for setup)  --port=8476 (of process 0, with --hosts)  --name=cfjax, --slices=1, --restarts=100, --grace=300 (with --xpk)
+#   --python=python3 (3.11 or newer, for setup)  --port=8476 (of process 0, with --hosts)
+#   --name=cfjax --slices=1 --restarts=100 --grace=300 (with --xpk)
 #
 # A multislice or queued resource is asked for with gcloud first; its nodes are then reached by --tpu, one call each.
 set -euo pipefail
@@ -32,7 +33,7 @@ while [ $# -gt 0 ]; do
       ;;
     --xpk) xpk=yes ;;
     --dry-run) dry=yes ;;
-    --help) sed -n '2,16s/^# \{0,1\}//p' launch/tpu_pod.sh && exit 0 ;;
+    --help) sed -n '2,17s/^# \{0,1\}//p' launch/tpu_pod.sh && exit 0 ;;
     --) shift && break ;;
     setup | run | logs | stop)
       [ -z "$action" ] || fail "$action and $1: one at a time"
