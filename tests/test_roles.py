@@ -10,6 +10,7 @@ from cfjax import presets
 from cfjax.core import offload
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
+from cfjax.core.quantize import packed
 from cfjax.core.sharding import make_mesh
 from cfjax.core.tree import named_leaves
 from cfjax.experiment import stage_of
@@ -58,6 +59,8 @@ def test_a_run_is_loaded_as_it_is_to_rest(run, storage, away, mesh):
     template = role_template(role, Sizes.channels, Sizes.text_width, on)
     whole = named_leaves(fill(role_template(presets.role("toy", storage=storage), 16, 64), as_lazy(named)))
     for (name, leaf), like in zip(named_leaves(model).items(), jax.tree.leaves(template), strict=True):
+        if name.endswith("/int8") and away:
+            whole[name] = packed(np.asarray(whole[name]))
         np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
         assert leaf.dtype == like.dtype
         assert like.sharding is None or leaf.sharding == like.sharding, name

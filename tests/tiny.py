@@ -4,7 +4,9 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from cfjax.core.tree import map_named
 from cfjax.models.wan import Wan, WanConfig, embed_text, make_wan
 
 CONFIG = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, freq_dim=16)
@@ -19,6 +21,17 @@ def randomised(config: WanConfig, seed: int = 0) -> Wan:
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     shaken = [leaf + 0.2 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(treedef, shaken)
+
+
+def random_weights(config: WanConfig, seed: int = 0) -> Wan:
+    """The same in spirit, by numpy: nothing to compile, for sizes that one test alone has."""
+    template, rng = jax.eval_shape(lambda key: Wan(config, key), jax.random.key(0)), np.random.default_rng(seed)
+
+    def leaf(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+        spread = like.shape[-2] ** -0.5 if name.endswith("kernel") else 0.2
+        return jnp.asarray(rng.normal(float(name.endswith("scale")), spread, like.shape).astype(np.float32))
+
+    return map_named(leaf, template)
 
 
 @cache

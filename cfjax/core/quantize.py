@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LEVELS = 127
+ROWS = 4  # of int8 in one int32 word
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +22,8 @@ LEVELS = 127
 class Quantized:
     """What stands in a Param in place of a kernel [..., in, out]: two leaves, `NAME/int8` and `NAME/scale`.
 
-    int8: the kernel's shape.  scale: float32, [..., 1, out].
+    int8: the kernel's shape; or int32 words [..., in / 4, out] of four rows each (see `packed`).
+    scale: float32, [..., 1, out].
     """
 
     int8: Any
@@ -30,7 +32,13 @@ class Quantized:
     @property
     def shape(self) -> tuple[int, ...]:
         """The kernel's."""
-        return tuple(self.int8.shape)
+        *lead, rows, columns = self.int8.shape
+        return (*lead, rows * (ROWS if self.is_packed else 1), columns)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether `int8` holds words."""
+        return bool(self.int8.dtype == jnp.int32)
 
 
 def is_quantized(node: Any) -> bool:
@@ -46,12 +54,40 @@ def quantize(kernel: np.ndarray) -> Quantized:
     return Quantized(np.rint(wide / scale).astype(np.int8), scale)
 
 
+def packed(int8: np.ndarray) -> np.ndarray:
+    """Rows 4 i .. 4 i + 3 as the bytes of the words of row i, lowest first.
+
+    For weights in the host's memory: a TPU lays whole int8 arrays out in another way than their slices, so that XLA
+    would take all layers to the device and back before a scan reads the first; words are read where they lie.
+    """
+    *lead, rows, columns = int8.shape
+    fours = np.moveaxis(int8.reshape(*lead, rows // ROWS, ROWS, columns), -2, -1)
+    return np.ascontiguousarray(fours).view("<i4")[..., 0].astype(np.int32)
+
+
+def values(kernel: Quantized) -> jax.Array:
+    """The int8 kernel, unpacked."""
+    if not kernel.is_packed:
+        return kernel.int8
+    fours = jax.lax.bitcast_convert_type(kernel.int8, jnp.int8)
+    return jnp.moveaxis(fours, -1, -2).reshape(kernel.shape)
+
+
 def dequantize(kernel: Quantized) -> jax.Array:
     """The float32 kernel that `kernel` stands for."""
-    return kernel.int8.astype(jnp.float32) * kernel.scale
+    return values(kernel).astype(jnp.float32) * kernel.scale
 
 
 def quantized_shape(kernel: jax.ShapeDtypeStruct) -> Quantized:
     """The shapes and dtypes of `quantize` for a kernel's."""
     scale = (*kernel.shape[:-2], 1, kernel.shape[-1])
     return Quantized(kernel.update(dtype=jnp.int8), kernel.update(shape=scale, dtype=jnp.float32))
+
+
+def packed_shape(kernel: Any) -> Any:
+    """The shapes of a kernel whose rows are packed, if it is a quantised one and four divides them."""
+    if not isinstance(kernel, Quantized) or kernel.is_packed or kernel.shape[-2] % ROWS:
+        return kernel
+    *lead, rows, columns = kernel.shape
+    words = kernel.int8.update(shape=(*lead, rows // ROWS, columns), dtype=jnp.int32)
+    return Quantized(words, kernel.scale)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.offload import resting_place
-from cfjax.core.quantize import Quantized, is_quantized, quantize, quantized_shape
+from cfjax.core.quantize import Quantized, is_quantized, packed, packed_shape, quantize, quantized_shape
 from cfjax.core.sharding import place, shardings
 from cfjax.core.tree import map_named, match, named_leaves
 
@@ -70,7 +70,12 @@ def resting(template: M, storage: str, compute: str) -> M:
 
 
 def placed(template: M, mesh: Mesh | None, *, offload: bool) -> M:
-    """The shapes with their shardings: on the mesh (None: the default device, which has none), matrices on the host."""
+    """The shapes with their shardings: on the mesh (None: the default device, which has none), matrices on the host.
+
+    int8 kernels on the host are packed (`core.quantize.packed`).
+    """
+    if offload:
+        template = jax.tree.map(packed_shape, template, is_leaf=is_quantized)
     names = named_leaves(template)
     places: Mapping[str, Any] = shardings(template, mesh) if mesh else dict.fromkeys(names)
     if offload:
@@ -103,10 +108,10 @@ def _filled(like: Any, array: LazyArray) -> Any:
         for i, part in enumerate(array):
             whole[i if array.stacked else ...] = part
         return _put(whole, like)
-    int8, scale = np.empty(like.int8.shape, np.int8), np.empty(like.scale.shape, np.float32)
+    int8, scale = np.empty(like.int8.shape, like.int8.dtype), np.empty(like.scale.shape, np.float32)
     for i, entry in enumerate(array.entries()):
         layer = quantize(entry())
-        int8[i], scale[i] = layer.int8, layer.scale
+        int8[i], scale[i] = packed(layer.int8) if like.is_packed else layer.int8, layer.scale
     return Quantized(_put(int8, like.int8), _put(scale, like.scale))
 
 

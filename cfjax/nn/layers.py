@@ -8,7 +8,7 @@ from flax import nnx
 
 from cfjax.core.offload import on_device
 from cfjax.core.precision import Policy
-from cfjax.core.quantize import Quantized
+from cfjax.core.quantize import Quantized, values
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -61,7 +61,7 @@ def project(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
     kernel = on_device(kernel)
     if not isinstance(kernel, Quantized):
         return matmul(x, kernel.astype(x.dtype))
-    y = matmul(x, kernel.int8.astype(x.dtype))
+    y = matmul(x, values(kernel).astype(x.dtype))
     return (y * align(kernel.scale[0], y)).astype(x.dtype)  # the scale is float32, so is this product
 
 

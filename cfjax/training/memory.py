@@ -89,7 +89,9 @@ def device_bytes(tree: Any, *, on_host: bool = False) -> int:
 
 def _stored(model: Any) -> str:
     sizes: dict[str, int] = {}
-    for leaf in jax.tree.leaves(model):
+    for leaf in jax.tree.leaves(model, is_leaf=is_quantized):
+        if isinstance(leaf, Quantized):
+            return "int8"
         sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size
     return max(sizes, key=lambda name: sizes[name])
 
@@ -97,7 +99,7 @@ def _stored(model: Any) -> str:
 def count_weights(model: Any) -> int:
     """Number of parameters; a quantised kernel's scales are none."""
     leaves = jax.tree.leaves(model, is_leaf=is_quantized)
-    return sum(leaf.int8.size if isinstance(leaf, Quantized) else leaf.size for leaf in leaves)
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def role_memory(

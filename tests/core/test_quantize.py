@@ -12,15 +12,24 @@ import pytest
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.precision import BF16
-from cfjax.core.quantize import LEVELS, Quantized, dequantize, quantize
+from cfjax.core.quantize import (
+    LEVELS,
+    Quantized,
+    dequantize,
+    packed,
+    packed_shape,
+    quantize,
+    quantized_shape,
+    values,
+)
 from cfjax.core.tree import named_leaves
 from cfjax.experiment import load_shipped
 from cfjax.models.resting import QUANTIZED, fill, placed, resting
 from cfjax.models.wan import Wan, WanConfig, embed_text, preset
 from cfjax.nn.layers import project
-from tests.tiny import CONFIG, normal, randomised, relative
+from tests.tiny import CONFIG, normal, random_weights, relative
 
-TEACHER, RANDOM = 0.015, 0.02  # 1.09e-2 and 1.49e-2 were seen
+TEACHER, RANDOM = 0.015, 0.011  # 1.09e-2 and 7.6e-3 were seen
 WIDE = replace(CONFIG, dim=256, ffn_dim=1024, num_heads=2, num_layers=6)
 
 
@@ -69,6 +78,23 @@ def test_a_kernel_is_off_by_half_a_scale_at_most():
     assert spread == pytest.approx(12**-0.5, rel=0.05)
 
 
+def test_packed_rows_are_the_same_kernel():
+    kernel = quantize(np.random.default_rng(1).standard_normal((3, 8, 6)))
+    words = Quantized(packed(kernel.int8), kernel.scale)
+    assert (words.int8.dtype, words.int8.shape, words.shape, kernel.shape) == (
+        np.int32,
+        (3, 2, 6),
+        (3, 8, 6),
+        (3, 8, 6),
+    )
+    assert words.int8[1, 1, 5] & 255 == int(kernel.int8[1, 4, 5]) % 256
+    np.testing.assert_array_equal(values(words), kernel.int8)
+    shapes = quantized_shape(jax.ShapeDtypeStruct((3, 8, 6), jnp.float32))
+    assert packed_shape(shapes).shape == (3, 8, 6) and packed_shape(packed_shape(shapes)).int8.shape == (3, 2, 6)
+    odd = quantized_shape(jax.ShapeDtypeStruct((3, 6, 6), jnp.float32))
+    assert packed_shape(odd) is odd
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 8e-3)])
 def test_a_product_is_the_dequantised_kernels(dtype, tolerance):
     x = normal(3, (2, 7, 64))
@@ -84,7 +110,7 @@ def test_a_product_is_the_dequantised_kernels(dtype, tolerance):
 def test_the_flow_of_int8_weights_is_close():
     """By norm, on the shipped teacher and on a random network."""
     shipped = load_shipped("toy_teacher", shapes(preset("toy", remat="none")))
-    for name, model, bound in (("toy teacher", shipped, TEACHER), ("random", randomised(WIDE), RANDOM)):
+    for name, model, bound in (("toy teacher", shipped, TEACHER), ("random", random_weights(WIDE), RANDOM)):
         data = inputs(model.config)
         wide, narrow = flow(model, *data), flow(stored(model, "int8"), *data)
         error = distance(narrow, wide)
@@ -93,7 +119,7 @@ def test_the_flow_of_int8_weights_is_close():
 
 
 def test_bfloat16_weights_of_a_bfloat16_network_change_nothing():
-    model = with_precision(randomised(CONFIG), BF16)
+    model = with_precision(random_weights(CONFIG), BF16)
     np.testing.assert_array_equal(flow(stored(model, "bfloat16"), *inputs(CONFIG)), flow(model, *inputs(CONFIG)))
 
 
@@ -120,7 +146,7 @@ def temporaries(model: Wan) -> int:
 
 def test_one_layer_at_a_time_is_dequantised():
     """Temporaries do not grow with depth: six layers need what two do, and less than one whole float32 stack."""
-    few, many = (stored(randomised(replace(WIDE, num_layers=depth)), "int8") for depth in (2, 6))
+    few, many = (stored(random_weights(replace(WIDE, num_layers=depth)), "int8") for depth in (2, 6))
     layer = sum(leaf.size * 4 for name, leaf in named_leaves(few).items() if name.endswith("/int8")) // 2
     sizes = [temporaries(model) for model in (few, many)]
     print(f"temporaries {sizes}, one layer in float32 {layer}")
@@ -153,7 +179,7 @@ class Watched:
 
 @pytest.mark.parametrize("storage", ["int8", "bfloat16"])
 def test_a_network_is_filled_without_ever_holding_its_float32_weights(storage):
-    model = randomised(CONFIG)
+    model = random_weights(CONFIG)
     watched = Watched(model)
     template = placed(resting(shapes(CONFIG), storage, "float32"), None, offload=False)
     filled = fill(template, watched.arrays)
@@ -167,7 +193,7 @@ def test_misfits_are_named():
     with pytest.raises(UserError, match="storage='int4': use float32, bfloat16 or int8"):
         resting(shapes(CONFIG), "int4", "float32")
     template = resting(shapes(CONFIG), "int8", "float32")
-    named = as_lazy(named_leaves(randomised(CONFIG)))
+    named = as_lazy(named_leaves(random_weights(CONFIG)))
     with pytest.raises(UserError, match=r"missing .*head/bias"):
         fill(template, {name: x for name, x in named.items() if name != "head/bias"})
     with pytest.raises(UserError, match=r"q/kernel is \(2, 3\), expected \(2, 24, 24\)"):
