@@ -1,0 +1,95 @@
+"""Runs on long rollouts: which codec they take, what they refuse; the toy's trains and makes long videos."""
+
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from cfjax import presets
+from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray
+from cfjax.core.tree import map_named, named_leaves
+from cfjax.experiment import codec_of
+from cfjax.models.vae import VAEConfig, WanVAE, abstract_vae
+from cfjax.training.checkpoint import write_streamed
+from tests.commands import cfjax, tiny
+
+VAE = VAEConfig(base_dim=4)
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    return map_named(lambda _, like: jnp.full(like.shape, 0.1), abstract_vae(VAE))
+
+
+@pytest.fixture(scope="module")
+def world(vae, tmp_path_factory):
+    """A Wan world of an autoencoder and nothing else."""
+    path = tmp_path_factory.mktemp("wan") / "world"
+    arrays = {f"params/vae/{name}": LazyArray.of(leaf) for name, leaf in named_leaves(vae).items()}
+    write_streamed(path / "vae", arrays, {"stage": "vae", "model": asdict(VAE), "fingerprint": "0"})
+    (path / "world.json").write_text(json.dumps({"kind": "wan", "format": 1, "text_length": 3}))
+    return path
+
+
+def config(**objective):
+    c = presets.experiment("dmd", steps=600)
+    c.objective = {"window_frames": 21, "max_frames": 27, "codec_world": "", "codec_decoder": "vae", **objective}
+    return c
+
+
+def data(channels: int = 16, **manifest):
+    return SimpleNamespace(
+        dataset=SimpleNamespace(path="data/prompts", manifest=manifest), world=None, channels=channels
+    )
+
+
+def test_the_codec_is_that_of_the_datasets_world(vae, world):
+    made_with = {"fingerprint": vae.describe()["fingerprint"]}
+    for c, data_ in (
+        (config(), data(world_path=str(world), codec=made_with)),
+        (config(codec_world=str(world)), data()),
+    ):
+        codec = codec_of(c, data_)
+        assert codec is not None and codec.describe()["fingerprint"] == made_with["fingerprint"]
+
+
+def test_the_toys_codec_is_its_worlds_and_short_rollouts_need_none():
+    toy = SimpleNamespace(dataset=None, world=SimpleNamespace(codec="patches"), channels=16)
+    assert codec_of(config(), toy) == "patches"
+    assert codec_of(config(max_frames=0, window_frames=0), data()) is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "dataset", "told"),
+    [
+        ({}, {}, "does not say which world it was made in, .*name it with --config.objective.codec_world"),
+        ({"codec_world": "nowhere"}, {}, "nowhere has no vae"),
+        ({"codec_decoder": "best"}, {"world_path": "nowhere"}, "decoder='best': use "),
+        ({}, {"world_path": True, "codec": {"fingerprint": "other"}}, "was made with another VAE than"),
+        ({}, {"world_path": True, "channels": 48}, "has latents of 16 channels, data/prompts of 48"),
+    ],
+)
+def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, dataset, told):
+    if dataset.get("world_path") is True:
+        dataset = {**dataset, "world_path": str(world)}
+    with pytest.raises(UserError, match=told):
+        codec_of(config(**objective), data(**dataset))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matching", ["long", "long,sid"])
+def test_the_toy_trains_on_long_rollouts_and_makes_long_videos(tmp_path, matching):
+    roles = {f"roles__{role}__{key}": value for role in ("student", "critic", "real_score")
+             for key, value in (("init", ""), ("remat", "none"))}  # fmt: skip
+    window = {"objective__window_frames": 6, "objective__max_frames": 12, "blocks__window": 6}
+    run = tmp_path / "run"
+    assert cfjax("train", f"dmd.py:toy,{matching}", run, **tiny(tmp_path), **roles, **window) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and "student/loss" in rows[0]
+    if matching == "long":
+        assert cfjax("generate", "generate.py", tmp_path / "videos", run=run, videos=1, frames=18, progress=False) == 0
+        settings = json.loads((tmp_path / "videos" / "settings.json").read_text())
+        assert settings["network_calls"] == 6 * 5
