@@ -51,9 +51,16 @@ WAN_RULES: tuple[tuple[str, Cut], ...] = (
     (r"(text_embedding/up|time_embedding/up|time_projection|patch_embedding)/kernel", ("fsdp", "tensor")),
     (r".*/(bias|scale)|blocks/modulation|head_modulation", ()),
 )
+BRANCH_RULES: tuple[tuple[str, Cut], ...] = (  # of a discriminator
+    (r"branch/blocks/(cross_attn/[qkv]|ffn/up)/kernel", (None, "fsdp", "tensor")),
+    (r"branch/blocks/(cross_attn/o|ffn/down)/kernel", (None, "tensor", "fsdp")),
+    (r"branch/classifier/up/kernel", ("fsdp", "tensor")),
+    (r"branch/classifier/down/kernel", ("tensor", None)),
+    (r"branch/(registers|.*/(bias|scale))", ()),
+)
 # (whose leaves, their table): a leaf belongs to the first entry that matches it. A table is held strictly against its
 # leaves, and not consulted when there are none, so that a network with extra leaves needs one more entry here.
-TABLES: tuple[tuple[str, Rules], ...] = ((r".*", WAN_RULES),)
+TABLES: tuple[tuple[str, Rules], ...] = ((r"branch/.*", BRANCH_RULES), (r".*", WAN_RULES))
 
 
 def make_mesh(

@@ -8,7 +8,6 @@ are larger than memory.
 """
 
 import asyncio
-import base64
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from absl import logging
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import from_named, named_leaves
+from cfjax.training.plain import from_json, to_json
 
 FOLDER = "checkpoints"
 PARTS = ("params", "ema")
@@ -58,29 +58,6 @@ def _detached(leaf: jax.Array) -> jax.Array:
     """On CPU "host copies" alias the device buffer, which the next step donates; an asynchronous save needs its own."""
     on_cpu = all(device.platform == "cpu" for device in leaf.devices())
     return jnp.copy(leaf) if on_cpu else leaf
-
-
-def _jsonable(value: Any) -> Any:
-    """Iterator states and meta as plain JSON; bytes as base64."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, bytes):
-        return {"__bytes__": base64.b64encode(value).decode()}
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    return value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"__bytes__"}:
-            return base64.b64decode(value["__bytes__"])
-        return {key: _from_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
-    return value
 
 
 def _one_line(error: BaseException) -> str:
@@ -156,7 +133,7 @@ def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -
 
 def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-    return {key: _from_json(record[key]) for key in ("meta", "data_state", "leaves")}
+    return {key: from_json(record[key]) for key in ("meta", "data_state", "leaves")}
 
 
 def _probe(folder: Path) -> None:
@@ -183,8 +160,8 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str,
 
 def _record(state: Mapping[str, Any], data_state: Any, meta: Mapping[str, Any], step: int) -> dict[str, Any]:
     return {
-        "meta": _jsonable({**meta, "step": step}),
-        "data_state": _jsonable(data_state),
+        "meta": to_json({**meta, "step": step}),
+        "data_state": to_json(data_state),
         "leaves": {name: list(leaf.shape) for name, leaf in state.items()},
     }
 
@@ -250,13 +227,20 @@ class CheckpointStore:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data_state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts an asynchronous, atomic save; returns once `state` may be donated. A saved step stays as it is."""
+        """Starts an asynchronous, atomic save; returns once `state` may be donated. A saved step stays as it is.
+
+        Raises:
+          UserError: this save, or the one before it, could not be written (a full disk); older ones stay as they are.
+        """
         if step in self._manager.all_steps():
             return
         arrays = {name: _detached(leaf) for name, leaf in _flatten(state).items()}
         record = ocp.args.JsonSave(_record(arrays, data_state, meta, step))
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=record)
-        self._manager.save(step, args=args, force=True)
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:  # whatever a full or unreachable disk provokes
+            raise self._not_saved(error) from error
 
     def restore_latest(self, template: Any, *, stage: str | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
         """(state, data_state, meta) of the newest checkpoint that can be read, or None when there is none.
@@ -305,12 +289,30 @@ class CheckpointStore:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        """Blocks until the last save is on disk.
+
+        Raises:
+          UserError: it could not be written; older ones stay as they are.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def _not_saved(self, error: Exception) -> UserError:
+        kept = max(self.steps(), default=None)
+        good = "none is there yet" if kept is None else f"that of step {kept} is good"
+        return UserError(
+            f"{self._directory}: a checkpoint could not be written ({_one_line(error)}); {good}; free some space "
+            "and run the same command again"
+        )
 
     def close(self) -> None:
-        """Finishes the last save and frees the threads."""
-        self._manager.close()
+        """Finishes the last save and frees the threads; a save that failed was told by `save` or `wait`."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            logging.warning("closing %s: %s", self._directory, _one_line(error))
 
 
 def _check_stage(run_dir: Path, meta: Mapping[str, Any], stages: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back bit for bit; what is broken, foreign or misfit is told in one line."""
 
 import os
+import resource
 from pathlib import Path
 
 import jax
@@ -165,4 +166,29 @@ def test_arrays_come_back_where_the_template_lies(tmp_path):
         assert restored["w"].sharding == sharding
         np.testing.assert_array_equal(restored["w"], fill_value)
         jax.jit(lambda tree: tree["w"] * tree["n"])(restored)
+    store.close()
+
+
+def test_a_full_disk_during_a_save_leaves_the_checkpoint_before(tmp_path):
+    """The kernel refuses bytes beyond a limit, as a full disk does; with room again, saving goes on."""
+    store, weights = CheckpointStore(tmp_path), {"kernel": jnp.ones((256, 256))}
+    store.save(1, weights, {}, {"stage": "toy"})
+    store.wait()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = {"kernel": jax.random.normal(jax.random.key(0), (512, 512))}  # 1 MB that no compression shrinks
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+        with pytest.raises(UserError, match=r"could not be written .*; that of step 1 is good; free some space"):
+            store.save(2, noise, {}, {"stage": "toy"})
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    store.close()
+    store = CheckpointStore(tmp_path)
+    assert store.steps() == [1]
+    restored, _, meta = store.restore_latest({"kernel": jnp.zeros((256, 256))})
+    assert meta["step"] == 1 and float(restored["kernel"].min()) == 1.0
+    store.save(3, noise, {}, {"stage": "toy"})
+    store.wait()
+    np.testing.assert_array_equal(store.restore_latest(noise)[0]["kernel"], noise["kernel"])
     store.close()
