@@ -14,7 +14,7 @@ FEW = 16  # elements of an optimiser's constants, such as Muon's three coefficie
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """The sharding of every leaf: shadows and optimiser states lie like their weights, scalars and a few constants on every device.
+    """The sharding of every leaf: shadows and optimiser states lie like their weights, small constants on every device.
 
     Raises:
       UserError: an optimiser's array is shaped like no weight, so that nothing says where it lies.
