@@ -29,7 +29,7 @@ STUDENT = replace(CONFIG, dim=32, num_heads=2)
 TEACHER = replace(CONFIG, dim=64, num_heads=4, num_layers=3)  # deeper and wider than what it teaches
 DMD = DMDConfig(SelfForcing((1.0, 0.6)), student_input="noised_data")  # what the student is fed is another matter
 BLOCKS = Blocks(3)
-GRADIENT = 0.1
+GRADIENT = 0.02  # relative, by norm; 1.1e-2 was seen
 
 
 def resting_model(model: Wan, storage: str, mesh=None, *, offload: bool) -> Wan:
@@ -133,5 +133,5 @@ def test_dmd_with_a_larger_real_score_in_int8_on_the_host():
     moved = [np.concatenate([(s[n] - start[n]).ravel() for n in start]) for s in (plain_student, low_student)]
     errors["gradient"] = float(np.linalg.norm(moved[1] - moved[0]) / np.linalg.norm(moved[0]))
     print({name: f"{error:.1e}" for name, error in errors.items()})
-    assert 1e-5 < max(errors[name] for name in ("loss", "grad_norm", "dmd_normaliser")) < 3e-3  # 1.0e-3 was seen
+    assert 1e-5 < max(errors[name] for name in ("loss", "grad_norm", "dmd_normaliser")) < 3e-3  # 1.7e-3 was seen
     assert errors["gradient"] < GRADIENT
