@@ -4,6 +4,10 @@ Real users start from Wan2.1 and skip this. The toy teacher that ships with the 
 
     cfjax train --config=configs/bidirectional.py:toy --workdir=runs/teacher
 
+At Wan's size, what a slice of TPUs needs for it (compiled, on any machine):
+
+    cfjax plan --config=configs/bidirectional.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
+
 Toy recipe (it differs from the paper's): Muon, uniform weight over noise levels (the high ones decide the motion, and
 the bell-shaped weight of stage 1 all but ignores them), 10 % of captions dropped for guidance.
 """

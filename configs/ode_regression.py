@@ -3,6 +3,7 @@
     cfjax train --config=configs/ode_regression.py --workdir=runs/ode
     cfjax train --config=configs/ode_regression.py:toy --workdir=runs/toy/ode
     cfjax train --config=configs/ode_regression.py:bidirectional --workdir=runs/sf_ode     Self Forcing's and CausVid's
+    cfjax plan --config=configs/ode_regression.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Needs the pairs of configs/ode_pairs.py. Numbers of the PyTorch reference: lr 2e-6, betas (0.9, 0.999), 1K steps or
 more, no EMA.

@@ -1,0 +1,201 @@
+"""`cfjax plan`: figures against closed forms and against the arrays of a real run; what is compiled is what is run."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cfjax import plan
+from cfjax.__main__ import main
+from cfjax.core.cli import parse
+from cfjax.core.topology import GIB, parse_topology
+from cfjax.planning.programs import Cost
+from tests.commands import ROOT
+
+SMALL = ["--config.data.shapes.frames=6", "--config.data.batch_size=8"]
+
+
+def config(name: str, *overrides: str):
+    argv = [f"--config={ROOT}/configs/{name}", *overrides]
+    return parse("plan", argv, description="", extra_flags=plan.FLAGS[1:], default_workdir="w")[0]
+
+
+def shapes(c, **sizes: int) -> plan.Shapes:
+    given = {"frames": 81, "height": 480, "width": 832, "text": 512, **sizes}
+    return plan.shapes_of(c, given)
+
+
+def forward_flops(dim: int, ffn: int, layers: int, tokens: int, pairs: int, rows: int, text_dim: int, frames: int):
+    """Matrix products of one sample through Wan, in closed form."""
+    self_attention = 4 * 2 * tokens * dim**2 + 2 * 2 * pairs * dim
+    cross_attention = 2 * 2 * tokens * dim**2 + 2 * 2 * rows * dim**2 + 2 * 2 * tokens * rows * dim
+    ends = 2 * 2 * tokens * 64 * dim + 2 * rows * (text_dim * dim + dim**2)
+    time = 2 * frames * (256 * dim + dim**2 + 6 * dim**2)
+    return layers * (self_attention + cross_attention + 2 * 2 * tokens * dim * ffn) + ends + time
+
+
+def test_flops_of_a_full_network_are_the_closed_form():
+    """Wan 1.3B at 480 x 832, 81 frames: forward and twice that backward; the first products need no input gradient."""
+    c = config("bidirectional.py", "--config.data.batch_size=2")
+    tokens = 21 * 30 * 52
+    once = forward_flops(1536, 8960, 30, tokens, tokens**2, 512, 4096, 21)
+    needed = plan.whole_flops(c, shapes(c), "student", remat=False)
+    print(f"{needed:.4e} against {2 * 3 * once:.4e}")
+    assert needed == pytest.approx(2 * 3 * once, rel=1e-3)
+    executed = plan.whole_flops(c, shapes(c), "student", remat=True)
+    assert executed == pytest.approx(2 * 4 * once, rel=1e-2)
+
+
+def test_teacher_forcing_pays_for_its_rectangles_only():
+    c = config("ar_diffusion.py", "--config.data.batch_size=1")
+    frame, blocks = 30 * 52, 7
+    seen = sum((b + 1) * 3 * 3 for b in range(blocks)) * frame**2  # of the clean half, and of the noisy one
+    tokens = 2 * 21 * frame
+    once = forward_flops(1536, 8960, 30, tokens, 2 * seen, 512, 4096, 42) - 2 * 64 * 1536 * tokens / 2  # head: one half
+    assert plan.whole_flops(c, shapes(c), "student", remat=False) == pytest.approx(3 * once, rel=2e-3)
+
+
+def test_a_simulated_plan_counts_the_real_arguments(tmp_path, capsys):
+    """The stage compiled on eight devices: arguments are the state's and the batch's parts, and the JSON has it all."""
+    argv = ["plan", f"--config={ROOT}/configs/bidirectional.py:toy", *SMALL, "--config.roles.student.remat=none"]
+    argv += ["--config.optim.student.name=adamw"]  # compiles faster than the toy's Muon
+    argv += ["--topology=cpu:8", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", f"--workdir={tmp_path}"]
+    assert main(argv) == 0
+    told = capsys.readouterr().out
+    assert "verdict: simulated, no verdict" in told and "chunked (stands in for a flash kernel)" in told
+    (made,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    (cost,) = made["costs"]
+    assert made["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2} and made["fits"] is None
+    parameters, cut = 1_248_192, 8
+    state = 4 * 4 * parameters / cut  # weights, two moments, an average, float32
+    batch = 4 * (2 * (6 * 16 * 16 + 8 * 64 + 1) + 8 * 64)
+    assert state + batch < cost["arguments"] < 1.1 * (state + batch)  # biases and scales lie on every device
+    assert cost["temporaries"] > 0 and cost["peak"] >= cost["arguments"] + cost["temporaries"]
+    assert cost["traffic"]["all-gather"]["runs"] > 4 and cost["traffic"]["all-reduce"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config=configs/dmd.py:toy"], "--topology is missing"),
+        (["--config=configs/generate.py", "--topology=cpu:8"], "give the config of one, such as configs/dmd.py"),
+        (["--config=configs/dmd.py:toy", "--topology=cpu:8"], "mesh data=1 fsdp=1 context=1 tensor=1 has 1 places"),
+        (["--config=configs/dmd.py", "--topology=cpu:8", "--frames=80"], "--frames=80: use 1 + a multiple of 4"),
+        (["--config=configs/dmd.py", "--topology=cpu:8", "--width=830"], "--width=830: use a multiple of 16"),
+        (
+            ["--config=configs/dmd.py:toy", "--topology=cpu:8", "--config.mesh.fsdp=8", "--only=real_score"],
+            "--only=real_score: stage dmd trains",
+        ),
+        (
+            ["--config=configs/dmd.py:toy", "--topology=cpu:8", "--config.mesh.fsdp=8", "--config.data.batch_size=12"],
+            "data.batch_size=12 does not divide",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(argv, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", *argv, f"--workdir={tmp_path}/w"]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and not (tmp_path / "w").exists()
+
+
+def test_a_search_ends_at_the_first_machine_that_fits(monkeypatch, capsys):
+    """Peaks by a stand-in for the compiler: what rests, and activations that tokens and heads cut."""
+    c = config("dmd.py")
+    tried = []
+
+    def stand_in(c, shapes, topology, devices, *, only):
+        mesh = c.mesh.to_dict()
+        samples = c.data.batch_size / (mesh["fsdp"] * c.optim.student.accumulate)
+        peak = int((640 / (mesh["fsdp"] * mesh["tensor"]) + 80 * samples / (mesh["context"] * mesh["tensor"])) * GIB)
+        cost = Cost("student", peak=peak, fits=peak <= topology.memory)
+        tried.append((topology.name, peak))
+        accumulate = {role: c.optim[role].accumulate for role in c.optim}
+        return plan.Plan(topology, mesh, c.data.batch_size, accumulate, "splash", int(40 * GIB), [cost])
+
+    monkeypatch.setattr(plan, "plan", stand_in)
+    monkeypatch.setattr(plan, "open_topology", lambda topology: [None] * topology.devices)
+    c.mesh.fsdp, c.mesh.context = 16, 4
+    first = stand_in(c, None, parse_topology("v5p:4x4x4"), [], only=())
+    found = plan.smallest(c, shapes(c), first, 20, ())
+    assert found[-1].fits and all(not other.fits for other in found[:-1])
+    assert found[-1].topology.devices < 64 and "accumulate=" in capsys.readouterr().out
+
+
+def documented() -> list[tuple[str, list[str]]]:
+    """The `cfjax plan` commands in the docstrings of the training configs."""
+    found = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        doc = path.read_text().split('"""')[1]
+        for command in re.findall(r"^ +cfjax plan (.*(?:\\\n.*)*)", doc, re.MULTILINE):
+            found.append((path.stem, command.replace("\\\n", " ").split()))
+    return found
+
+
+def test_every_training_config_names_a_topology():
+    stages = {path.stem for path in (ROOT / "configs").glob("*.py") if 'else "wan_1_3b"' in path.read_text()}
+    assert {name for name, _ in documented()} == stages - {"ode_pairs"}, "ode_pairs trains nothing"
+
+
+SHRINK = """
+import dataclasses, sys
+from cfjax.models import wan
+for name in ("wan_1_3b", "wan_14b"):
+    full = wan.PRESETS[name]
+    wan.PRESETS[name] = dataclasses.replace(full, num_layers=2, dim=8 * full.num_heads, ffn_dim=64)
+from cfjax.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def shrunk(argv: list[str], workdir: Path) -> list[dict]:
+    """A documented command at toy depth, width and resolution, in a process with devices of its own."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    small = ["--height=64", "--width=64", "--text=8", f"--workdir={workdir}"]
+    command = [sys.executable, "-c", SHRINK, "plan", *argv, *small]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return json.loads((workdir / "plan.json").read_text())["plans"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "argv"), documented(), ids=lambda value: value if isinstance(value, str) else "")
+def test_documented_meshes_compile_on_as_many_simulated_devices(name, argv, tmp_path):
+    topology = next(word for word in argv if word.startswith("--topology=")).partition("=")[2]
+    devices = parse_topology(topology).devices
+    argv = [word if not word.startswith("--topology=") else f"--topology=cpu:{devices}" for word in argv]
+    (made,) = shrunk(argv, tmp_path)
+    assert math.prod(made["mesh"].values()) == devices == made["devices"]
+    for cost in made["costs"]:
+        assert cost["flops"] > 0 and cost["traffic"]["all-gather"]["runs"] > 0
+
+
+V5E = ["--topology=v5e:2x2", "--config.mesh.fsdp=2", "--config.data.batch_size=2"]
+
+
+@pytest.mark.slow
+def test_on_tpu_training_scores_and_rollout_call_the_splash_kernel(tmp_path):
+    """DMD's student update compiled for a slice of v5e: self-rollout through the cache (a traced mask: "segmented"),
+    replay with gradient (residuals kept, two backward kernels), and the bidirectional scores without one."""
+    made = shrunk(
+        [*V5E, "--config=configs/dmd.py", "--config.mesh.context=2", "--only=student"],
+        tmp_path,
+    )
+    kernels = set(made[0]["costs"][0]["kernels"])
+    print(sorted(kernels))
+    own = {kernel.partition("/")[2] for kernel in kernels if kernel.startswith("self_attention/")}
+    assert {"splash_mha_fwd_segmented_no_residuals", "splash_mha_fwd_no_residuals"} <= own
+    assert {"splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals"} <= own
+    made = shrunk(
+        [*V5E, "--config=configs/ar_diffusion.py", "--config.mesh.tensor=2"],
+        tmp_path,
+    )
+    teacher_forced = {kernel for kernel in made[0]["costs"][0]["kernels"] if kernel.startswith("self_attention/")}
+    assert {f"self_attention/splash_mha_{k}" for k in ("fwd_residuals", "dq_no_residuals", "dkv_no_residuals")} == (
+        teacher_forced
+    )
