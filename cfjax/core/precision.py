@@ -1,8 +1,9 @@
 """Who computes in which dtype: one policy, read by every layer.
 
-Parameters rest in float32. Matrix products and attention inputs run in `compute`; the *islands* (sinusoid and time
-embedding, modulation, norms, RoPE, softmax, the residual stream's gates, every loss) run in `island`, which is float32
-as in the original Wan2.1 (the Causal Forcing trainers run the islands in bfloat16 too; pass `island=bfloat16`).
+Trained parameters rest in float32 (frozen ones also in less, see `models.resting`). Matrix products and attention
+inputs run in `compute`; the *islands* (sinusoid and time embedding, modulation, norms, RoPE, softmax, the residual
+stream's gates, every loss) run in `island`, which is float32 as in the original Wan2.1 (the Causal Forcing trainers run
+the islands in bfloat16 too; pass `island=bfloat16`).
 """
 
 from dataclasses import dataclass
