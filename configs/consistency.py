@@ -38,6 +38,7 @@ def get_config(arg: str = ""):
         c.roles.teacher = presets.role(
             preset, init="toy_teacher" if toy else "checkpoints/wan_1_3b", stages=("bidirectional",)
         )
+    c.roles.teacher.storage = "float32" if toy else "bfloat16"  # which it computes in: the same numbers
     c.optim.student = presets.toy_optimizer(0.002) if toy else presets.optimizer(2e-6)
     c.ema.student = presets.ema(0.9 if toy else 0.99)
     c.sampler = presets.few_step()
