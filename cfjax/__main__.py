@@ -16,6 +16,7 @@ VERBS = {
     "generate": "generate videos from a trained run, block by block",
     "evaluate": "measure the videos that a trained run generates",
     "compare": "the same weights through cfjax and through PyTorch, one table of errors",
+    "study": "the paper's claim on laws with exact scores, and on the toy world, over seeds",
     "plan": "compile an experiment for a pod that need not be there: memory, FLOPs, collectives, a verdict",
     "export": "write a run's weights and world as one small folder",
 }

@@ -4,7 +4,6 @@ A video is [B, F, 1, 1, C], a block is one frame. What a Wan network calls keys 
 clean frames themselves and the level that they were told: the same caches carry them. Text is ignored.
 """
 
-from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,22 +38,25 @@ class ToyConfig:
         return height * width
 
 
-class Causal:
-    """A network that is asked for frames given their clean past. `config` is a ToyConfig."""
+class Toy:
+    """A network that is asked for frames given their clean past, or called on a whole video."""
 
     config: ToyConfig
 
-    @abstractmethod
     def given(
         self, x_BFC: jax.Array, sigma_BF: jax.Array, past_BPC: jax.Array, told_BP: jax.Array, position_F: jax.Array
     ) -> jax.Array:
         """Flow [B, F, C] of the frames at `position`, each given those of the P past frames that precede it.
 
         `told` is the level that the past is said to have: 0 when it is clean.
+
+        Raises:
+          UserError: a network that sees all frames at once.
         """
+        raise UserError(f"{type(self).__name__} sees all frames at once: it has no block given a clean past")
 
 
-def _given(model: Causal, x: jax.Array, sigma_BF: jax.Array, past: FrameKV, position_F: jax.Array) -> jax.Array:
+def _given(model: Toy, x: jax.Array, sigma_BF: jax.Array, past: FrameKV, position_F: jax.Array) -> jax.Array:
     known, told = past.k_LBFTNK[0, :, :, 0, 0], past.v_LBFTNK[0, :, :, 0, 0, 0]
     return model.given(x[:, :, 0, 0], sigma_BF, known, told, position_F)[:, :, None, None]
 
@@ -70,22 +72,22 @@ def _framewise(blocks: Blocks) -> None:
         raise UserError(f"toy networks are frame-wise and see the whole past: use Blocks(frames=1), not {blocks}")
 
 
-@embed_text.register  # type: ignore[misc]  # a Wan is expected
-def _(model: Causal, text_BSE: jax.Array) -> KV:
+@embed_text.register
+def _(model: Toy, text_BSE: jax.Array) -> KV:  # type: ignore[misc]  # a Wan is expected
     return KV(*(jnp.zeros((1, text_BSE.shape[0], 1, 1, 1)) for _ in range(2)))
 
 
-@clean_context.register  # type: ignore[misc]  # a Wan is expected
-def _(
-    model: Causal, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
+@clean_context.register
+def _(  # type: ignore[misc]  # a Wan is expected
+    model: Toy, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
 ) -> FrameKV:
     _framewise(blocks)
     return _frames(clean_BFHWC, jnp.zeros(clean_BFHWC.shape[:2]) if sigma_BF is None else sigma_BF)
 
 
-@teacher_forced.register  # type: ignore[misc]  # a Wan is expected
-def _(
-    model: Causal,
+@teacher_forced.register
+def _(  # type: ignore[misc]  # a Wan is expected
+    model: Toy,
     noisy_BFHWC: jax.Array,
     sigma_BF: jax.Array,
     clean_BFHWC: jax.Array,
@@ -98,9 +100,9 @@ def _(
     return _given(model, noisy_BFHWC, sigma_BF, context, jnp.arange(noisy_BFHWC.shape[1]))
 
 
-@replay.register  # type: ignore[misc]  # a Wan is expected
-def _(
-    model: Causal,
+@replay.register
+def _(  # type: ignore[misc]  # a Wan is expected
+    model: Toy,
     noisy_BFHWC: jax.Array,
     sigma_BF: jax.Array,
     text_kv: KV,
@@ -117,9 +119,9 @@ def _(
     return _given(model, noisy_BFHWC, sigma_BF, jax.lax.stop_gradient(context), position_F)
 
 
-@forward_block.register  # type: ignore[misc]  # a Wan is expected
-def _(
-    model: Causal,
+@forward_block.register
+def _(  # type: ignore[misc]  # a Wan is expected
+    model: Toy,
     latents_BFHWC: jax.Array,
     sigma_BF: jax.Array,
     text_kv: KV,
@@ -133,7 +135,7 @@ def _(
     return flow, _frames(latents_BFHWC, sigma_BF)
 
 
-class Student(nnx.Module, Causal):
+class Student(nnx.Module, Toy):
     """v(x^i, s, past, i) by an MLP of three hidden layers on (x^i, s, masked past and its levels, one-hot i)."""
 
     def __init__(self, config: ToyConfig, key: jax.Array):
@@ -143,7 +145,7 @@ class Student(nnx.Module, Causal):
     def given(
         self, x_BFC: jax.Array, sigma_BF: jax.Array, past_BPC: jax.Array, told_BP: jax.Array, position_F: jax.Array
     ) -> jax.Array:
-        """See `Causal`."""
+        """See `Toy.given`."""
         index = jnp.arange(past_BPC.shape[1])
         before = (index[None] < position_F[:, None]).astype(jnp.float32)[None]  # [1, F, P]
         here = (index[None] == position_F[:, None]).astype(jnp.float32)[None]
@@ -172,7 +174,7 @@ class Student(nnx.Module, Causal):
         return _given(self, latents_BFHWC, sigma_BF, own, jnp.arange(latents_BFHWC.shape[1]))
 
 
-class Critic(nnx.Module, Causal):
+class Critic(nnx.Module, Toy):
     """v(x, s) of a whole video by an MLP: a bidirectional network, for the fake score."""
 
     def __init__(self, config: ToyConfig, key: jax.Array):
@@ -206,7 +208,7 @@ class Layers(nnx.Module):
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class Exact(Causal):
+class Exact(Toy):
     """A teacher whose velocity is the law's own.
 
     Called on a whole video it is the bidirectional teacher. Given a clean past it is the autoregressive one, or sees
@@ -226,7 +228,7 @@ class Exact(Causal):
     def given(
         self, x_BFC: jax.Array, sigma_BF: jax.Array, past_BPC: jax.Array, told_BP: jax.Array, position_F: jax.Array
     ) -> jax.Array:
-        """See `Causal`; all F frames of the law at once, whatever `position` says of them."""
+        """See `Toy.given`; all F frames of the law at once, whatever `position` says of them."""
         frames, channels = self.law.frames, x_BFC.shape[2]
         flows = []
         for i in range(frames):

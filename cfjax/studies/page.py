@@ -1,0 +1,186 @@
+"""The study's page: verdicts, figures as inline SVG, tables, the command, commit, versions and seeds; and its JSON."""
+
+import html
+import io
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cfjax.studies.findings import Results, Table, Verdict, quality, settled, tables, verdicts
+from cfjax.studies.statistics import summary
+
+BI, AR, GREY = "#c0392b", "#2471a3", "#7f8c8d"
+COLOURS = {"causal_ode": AR, "causal_cd": "#16a085", "bi_ode": BI, "asym_cd": "#8e44ad", "bi_ode_cp": "#e67e22"}
+
+
+def commit() -> str:
+    """The commit of the code that ran, marked where the tree differs; "unknown" outside a clone."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty"]
+        found = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _bars(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
+    found = [summary(v) for v in values]
+    errors = [s["sd"] if np.isfinite(s["sd"]) else 0.0 for s in found]
+    axes.bar(range(len(names)), [s["mean"] for s in found], yerr=errors, color=colours, capsize=3)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+
+
+def _collisions(axes: Axes, results: Results) -> None:
+    rng = np.random.default_rng(0)
+    for row in results["collisions"]["rows"]:
+        at = row["frame"]
+        axes.scatter(at + rng.uniform(-0.15, 0.15, len(row["ends"])), row["ends"], s=8, color=BI)
+        axes.hlines(row["causal"], at - 0.35, at + 0.35, color=AR, lw=2.5)
+    axes.set(title="same noisy frame, same past", xlabel="frame i", ylabel="clean frame i")
+    axes.plot([], [], "o", ms=4, color=BI, label="bidirectional, future noise resampled")
+    axes.plot([], [], color=AR, lw=2.5, label="AR: one value")
+    axes.legend(fontsize=7)
+
+
+def _settling(axes: Axes, results: Results) -> None:
+    sigma, frames = results["plan"]["levels"][0], range(1, results["plan"]["frames"] + 1)
+    for k, (init, what) in enumerate((i, w) for i in ("bi_ode", "causal_ode") for w in ("dist_map", "dist_mean")):
+        if init not in results["plan"]["inits"]:
+            continue
+        values = [float(np.mean(settled(results, init, sigma, what, [f]))) for f in frames]
+        style: dict[str, Any] = {"color": BI if init == "bi_ode" else AR, "alpha": 1.0 if what == "dist_map" else 0.45}
+        label = f"{init}: to the {'flow map' if what == 'dist_map' else 'conditional mean'}"
+        axes.bar([f + 0.2 * k - 0.3 for f in frames], values, 0.19, label=label, **style)
+    truth = [r["ambiguity"] for r in results["truth"]["rows"] if (r["teacher"], r["sigma"]) == ("bidirectional", sigma)]
+    axes.plot(frames, truth, "k_", ms=22, label="E Var, bidirectional teacher")
+    axes.set(title=f"squared distances, s = {sigma:g}", xlabel="frame i", yscale="log")
+    axes.legend(fontsize=6.5)
+
+
+def _dose(axes: Axes, results: Results) -> None:
+    plan = results["plan"]
+    names = {0: "causal_ode", **{k: f"ahead_{k}" for k in plan["ahead"]}, plan["frames"] - 1: "bi_ode_cp"}
+    seen = [k for k in sorted(names) if names[k] in results["seeds"][0]["quality"]]
+    for measure, colour in (("spread", AR), ("motion", "#e67e22"), ("static", BI)):
+        found = [summary(quality(results, names[k], measure)) for k in seen]
+        sd = [s["sd"] if np.isfinite(s["sd"]) else 0.0 for s in found]
+        axes.errorbar(seen, [s["mean"] for s in found], sd, marker="o", capsize=3, color=colour, label=measure)
+    linear = results["linear"]["by_ahead"]
+    axes.plot(
+        [int(k) for k in linear], [v["w2"] for v in linear.values()], "--", color=GREY, label="W2, linear-Gaussian"
+    )
+    axes.set(title="future frames that the teacher sees", xlabel="k (clean past)", xticks=seen)
+    axes.legend(fontsize=7)
+
+
+def _consistency(axes: Axes, results: Results) -> None:
+    styles = {"causal": (AR, "-"), "clean_past": ("#e67e22", "--"), "joint": (BI, "-")}
+    for name, found in results["linear"]["consistency"].items():
+        colour, line = styles[name]
+        axes.loglog([int(n) for n in found], list(found.values()), line, marker="o", color=colour, label=name)
+    axes.set(title="consistency distillation, exact (linear-Gaussian)", xlabel="levels N", ylabel="W2")
+    axes.legend(fontsize=7)
+
+
+def _dmd(axes: Axes, results: Results, measure: str) -> None:
+    for init in results["plan"]["dmd"]:
+        points = [0, *results["plan"]["dmd_at"]]
+        values = [quality(results, init, measure)]
+        values += [[seed["dmd"][init][str(n)][measure] for seed in results["seeds"]] for n in points[1:]]
+        found = [summary(v) for v in values]
+        sd = [s["sd"] if np.isfinite(s["sd"]) else 0.0 for s in found]
+        axes.errorbar(points, [s["mean"] for s in found], sd, marker="o", color=COLOURS.get(init, GREY), label=init)
+    axes.set(title=f"{measure} during DMD", xlabel="iteration (a fifth are the student's)")
+    axes.legend(fontsize=7)
+
+
+def figures(results: Results) -> str:
+    """All panels as one inline SVG."""
+    inits, dmd = results["plan"]["inits"], bool(results["plan"]["dmd"])
+    figure = Figure(figsize=(13, 10.5 if dmd else 7.2), layout="constrained")
+    axes = figure.subplots(3 if dmd else 2, 3).ravel()
+    _collisions(axes[0], results)
+    _settling(axes[1], results)
+    _dose(axes[2], results)
+    for panel, measure in ((axes[3], "energy"), (axes[4], "motion")):
+        names = ["real", *inits]
+        _bars(panel, names, [quality(results, n, measure) for n in names], [COLOURS.get(n, GREY) for n in names])
+        panel.set_title(f"{measure}, 4-step rollout before DMD")
+    axes[3].set_yscale("symlog", linthresh=1e-3)
+    _consistency(axes[5], results)
+    for panel, measure in zip(axes[6:], ("energy", "static", "motion"), strict=False):
+        _dmd(panel, results, measure)
+    with io.StringIO() as buffer:
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def table_html(table: Table) -> str:
+    """A table with its title and note."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows)
+    body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    note = f'<p class="note">{html.escape(table.text)}</p>' if table.text else ""
+    title = html.escape(table.title)
+    if table.folded:
+        return f"<details><summary>{title}</summary>{body}{note}</details>"
+    return f"<section><h3>{title}</h3>{body}{note}</section>"
+
+
+def _verdict(verdict: Verdict) -> str:
+    mark = "holds here" if verdict.holds else "does not hold here"
+    return f"<li><b>{html.escape(verdict.claim)}</b> {html.escape(verdict.numbers)} <em>{mark}.</em></li>"
+
+
+def page(title: str, lead: str, parts: Sequence[str], about: Mapping[str, Any]) -> str:
+    """A self-contained page in the style of `evaluation.report`'s."""
+    style = (resources.files("cfjax") / "assets" / "report.css").read_text()
+    pairs = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in about.items())
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<style>{style}\nsvg {{ max-width: 100%; height: auto; background: #fff; border-radius: 10px; }}</style>\n"
+        f"<header><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p></header>\n{body}\n"
+        f"<section><h2>How it was made</h2><dl>{pairs}</dl></section>\n</html>\n"
+    )
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def write_study(
+    page_file: Path, numbers_file: Path, results: Results, *, command: str, environment: Mapping[str, Any]
+) -> None:
+    """The page, and every raw number as JSON."""
+    about = {"command": command, "commit": commit(), **environment, "seeds": len(results["seeds"])}
+    found = verdicts(results)
+    record = {**about, **results, "verdicts": [vars(v) for v in found]}
+    listed = "".join(map(_verdict, found))
+    settings = html.escape(json.dumps(results["plan"], indent=1))
+    parts = [
+        f"<section><h2>What holds</h2><ul>{listed}</ul></section>",
+        f"<section><h2>Figures</h2>{figures(results)}</section>",
+        "<section><h2>Numbers</h2></section>",
+        *map(table_html, tables(results)),
+        f"<details><summary>Settings</summary><pre>{settings}</pre></details>",
+    ]
+    lead = (
+        "Video laws whose scores are closed form, so that the teacher is exact and its teaching alone is judged. Mean "
+        "± standard deviation over seeds; every student has the same budget, and starts from the same AR network."
+    )
+    write(page_file, page("Does the initialisation's teacher matter?", lead, parts, about))
+    write(numbers_file, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,68 @@
+"""Means over seeds, tests between them, and measures of generated walks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from scipy.spatial.distance import cdist, pdist
+
+from cfjax.studies.laws import Walk
+
+MEASURES = ("energy", "patterns", "spread", "motion", "static", "offmode")
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation of the sample, 95 % t-interval of the mean, and the values themselves."""
+    array = np.asarray(values, float)
+    mean, sd = float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else float("nan")
+    half = float(stats.t.ppf(0.975, max(len(array) - 1, 1)) * sd / np.sqrt(len(array)))
+    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "values": array.tolist()}
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p of Welch's t-test; 1 where neither side varies and they agree, nan with fewer than two seeds."""
+    if min(len(a), len(b)) < 2:
+        return float("nan")
+    if np.ptp(a) == 0 and np.ptp(b) == 0:
+        return 1.0 if a[0] == b[0] else 0.0
+    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's correction over one family of tests; a nan is no test, and stays nan."""
+    known = sorted((value, name) for name, value in p.items() if np.isfinite(value))
+    out, worst = dict.fromkeys(p, float("nan")), 0.0
+    for rank, (value, name) in enumerate(known):
+        worst = max(worst, min(1.0, (len(known) - rank) * value))
+        out[name] = worst
+    return out
+
+
+def energy_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| of whole videos; unbiased, so it may be negative."""
+    return float(2.0 * cdist(a_NF, b_NF).mean() - pdist(a_NF).mean() - pdist(b_NF).mean())
+
+
+def _patterns(x_NF: np.ndarray) -> np.ndarray:
+    """How often each left/right pattern occurs, [2^(F-1)]."""
+    bits = (np.diff(x_NF, axis=1) > 0) @ (2 ** np.arange(x_NF.shape[1] - 1))
+    return np.bincount(bits, minlength=2 ** (x_NF.shape[1] - 1)) / len(x_NF)
+
+
+def measure(x_NF: np.ndarray, real_NF: np.ndarray, law: Walk) -> dict[str, float]:
+    """Generated walks against real ones, by name (`MEASURES`).
+
+    energy: energy distance.  patterns: total variation between the frequencies of left/right patterns.
+    spread: ratio of total variances.  motion: ratio of mean |step|.  static: fraction of steps shorter than half of the
+    law's.  offmode: fraction of steps further than 3 noise deviations from either sign's.
+    """
+    steps, real_steps = np.abs(np.diff(x_NF, axis=1)), np.abs(np.diff(real_NF, axis=1))
+    return {
+        "energy": energy_distance(x_NF, real_NF),
+        "patterns": float(0.5 * np.abs(_patterns(x_NF) - _patterns(real_NF)).sum()),
+        "spread": float(x_NF.var(axis=0).sum() / real_NF.var(axis=0).sum()),
+        "motion": float(steps.mean() / real_steps.mean()),
+        "static": float((steps < 0.5 * law.step).mean()),
+        "offmode": float((np.abs(steps - law.step) > 3.0 * law.noise).mean()),
+    }

@@ -1,0 +1,219 @@
+"""The branching walk: what is ambiguous, exact collisions, and what a trained student ends at.
+
+Conditioned on a clean past the couplings are exact: draw futures from the law given that past, and run the teacher's
+PF-ODE from data to noise. Then (x_s^i, x_0^i) of these videos are the teacher's pairs with that past. Solvers go from
+high to low sigma, so the reverse runs in u = 1 - s.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import root
+
+from cfjax.flow.path import x0_from_flow
+from cfjax.flow.solvers import rk4
+from cfjax.models.wan import embed_text, teacher_forced
+from cfjax.studies.laws import Law, joint_velocity, sample, velocity
+from cfjax.studies.toys import FRAMEWISE, Student
+
+TEACHERS = ("bidirectional", "causal")
+STEPS = 96  # of rk4, equal in sigma: every few-step level lies on this grid
+BANDWIDTH = 0.05  # of local-linear fits, in standard deviations of x_s^i
+CENTRAL = (0.02, 0.98)  # quantiles of x_s^i between which a student is judged
+Flow = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _forward_grid(steps: int) -> np.ndarray:
+    return np.linspace(1.0, 0.0, steps + 1)
+
+
+def _backwards(flow: Flow) -> Flow:
+    """dx/du = -v at s = 1 - u."""
+    return lambda x, u: -flow(x, 1.0 - u)
+
+
+@lru_cache(maxsize=8)
+def noising(law: Law, steps: int = STEPS) -> Any:
+    """Compiled: videos [N, F] to the bidirectional PF-ODE's states at s = k / steps, [steps + 1, N, F]."""
+    flow: Flow = lambda x, s: joint_velocity(law, x, jnp.broadcast_to(s, x.shape[:1]))  # noqa: E731
+    return jax.jit(lambda x: rk4(_backwards(flow), x, _forward_grid(steps), trajectory=True)[1])
+
+
+@lru_cache(maxsize=32)
+def frame_noising(law: Law, frame: int, steps: int = STEPS) -> Any:
+    """Compiled: (past [N, i], x_0^i [N]) to the AR PF-ODE's states of that frame, [steps + 1, N]."""
+
+    def solve(past: jax.Array, end: jax.Array) -> jax.Array:
+        flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past)  # noqa: E731
+        return rk4(_backwards(flow), end[:, None], _forward_grid(steps), trajectory=True)[1][:, :, 0]
+
+    return jax.jit(solve)
+
+
+@lru_cache(maxsize=8)
+def denoising(law: Law, steps: int = STEPS) -> Any:
+    """Compiled: noise [N, F] to the bidirectional PF-ODE's end."""
+    flow: Flow = lambda x, s: joint_velocity(law, x, jnp.broadcast_to(s, x.shape[:1]))  # noqa: E731
+    return jax.jit(lambda x: rk4(flow, x, _forward_grid(steps)))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Pairs of one teacher with given pasts, by frame and level, and what is the best guess of each.
+
+    All arrays [pasts, futures]: noisy x_s^i; end x_0^i; guess, a leave-one-out local-linear fit of the end on the noisy
+    frame; guess_error, that fit's own variance; inside, whether the point lies in the central quantiles.
+    clean [pasts, futures, F]: the videos.
+    """
+
+    frame: int
+    sigma: float
+    clean: np.ndarray
+    noisy: np.ndarray
+    end: np.ndarray
+    guess: np.ndarray
+    guess_error: np.ndarray
+    inside: np.ndarray
+
+    def ambiguity(self) -> float:
+        """E Var[x_0^i | x_s^i, past] by differences of neighbours; its bias falls with the number of futures."""
+        order = np.argsort(self.noisy, axis=1)
+        sorted_ends = np.take_along_axis(self.end, order, axis=1)
+        return float(np.mean(np.diff(sorted_ends, axis=1) ** 2) / 2.0)
+
+    def monotone(self) -> float:
+        """Fraction of neighbours in order: 1 where end is an increasing function of noisy."""
+        order = np.argsort(self.noisy, axis=1)
+        return float((np.diff(np.take_along_axis(self.end, order, axis=1), axis=1) >= 0).mean())
+
+    def prior(self) -> float:
+        """Mean variance of x_0^i given the past."""
+        return float(self.end.var(axis=1).mean())
+
+
+def local_linear(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Leave-one-out local-linear fit of y on x at every x (Gaussian kernel), and the sum of its squared weights."""
+    gap = x_N[None] - x_N[:, None]
+    kernel = np.exp(-0.5 * (gap / (BANDWIDTH * x_N.std())) ** 2)
+    np.fill_diagonal(kernel, 0.0)
+    s0, s1, s2 = kernel.sum(1), (kernel * gap).sum(1), (kernel * gap**2).sum(1)
+    weights = kernel * (s2[:, None] - s1[:, None] * gap)
+    weights /= np.maximum(s0 * s2 - s1**2, 1e-12)[:, None]
+    return weights @ y_N, (weights**2).sum(1)
+
+
+def _probe(frame: int, sigma: float, clean: np.ndarray, noisy: np.ndarray, end: np.ndarray) -> Probe:
+    fits = [local_linear(x, y) for x, y in zip(noisy, end, strict=True)]
+    guess = np.stack([fit for fit, _ in fits])
+    low, high = np.quantile(noisy, CENTRAL, axis=1, keepdims=True)
+    residual = np.mean((end - guess) ** 2, axis=1, keepdims=True)
+    error = residual * np.stack([squares for _, squares in fits])
+    return Probe(frame, sigma, clean, noisy, end, guess, error, (noisy >= low) & (noisy <= high))
+
+
+def probes(
+    law: Law, teacher: str, pasts: int, futures: int, seed: int, sigmas: tuple[float, ...], frames: tuple[int, ...]
+) -> list[Probe]:
+    """A probe per frame and level; the same pasts and futures for both teachers (`TEACHERS`)."""
+    rng, out = np.random.default_rng(seed), []
+    given = sample(law, rng, pasts)
+    for frame in frames:
+        clean = np.stack([sample(law, rng, futures, past[:frame]) for past in given])
+        flat = jnp.asarray(clean.reshape(-1, law.frames), jnp.float32)
+        if teacher == "bidirectional":
+            states = np.asarray(noising(law)(flat)[:, :, frame])
+        else:
+            states = np.asarray(frame_noising(law, frame)(flat[:, :frame], flat[:, frame]))
+        for sigma in sigmas:
+            noisy = states[round(sigma * STEPS)].reshape(pasts, futures).astype(float)
+            out.append(_probe(frame, sigma, clean, noisy, clean[:, :, frame]))
+    return out
+
+
+@jax.jit
+def _predict(student: Any, noisy: jax.Array, sigma: jax.Array, clean: jax.Array) -> jax.Array:
+    video = lambda x: x[:, :, None, None, None]  # noqa: E731
+    text_kv = embed_text(student, jnp.zeros((noisy.shape[0], 1, 1)))
+    sigma_BF = jnp.broadcast_to(sigma, noisy.shape)
+    flow = teacher_forced(student, video(noisy), sigma_BF, video(clean), text_kv, FRAMEWISE)
+    return x0_from_flow(flow, video(noisy), sigma_BF)[:, :, 0, 0, 0]
+
+
+def settling(student: Student, probe: Probe) -> dict[str, float]:
+    """Squared distances of a student's predictions: to the teacher's end points, and to their conditional mean.
+
+    dist_map, dist_mean: over the central quantiles.  floor_mean: what the fit's own variance adds to dist_mean.
+    """
+    frames = probe.clean.shape[2]
+    clean = jnp.asarray(probe.clean.reshape(-1, frames), jnp.float32)
+    noisy = jnp.zeros_like(clean).at[:, probe.frame].set(probe.noisy.ravel().astype(np.float32))
+    got = np.asarray(_predict(student, noisy, jnp.float32(probe.sigma), clean))[:, probe.frame]
+    got = got.reshape(probe.noisy.shape)
+    within = lambda x: float(x[probe.inside].mean())  # noqa: E731
+    return {
+        "dist_map": within((got - probe.end) ** 2),
+        "dist_mean": within((got - probe.guess) ** 2),
+        "floor_mean": within(probe.guess_error),
+    }
+
+
+def round_trip(law: Law, count: int, seed: int, steps: int = STEPS) -> float:
+    """Root mean square of data -> noise -> data under the bidirectional PF-ODE, float64: the solver's own error."""
+    with jax.enable_x64(True):
+        clean = jnp.asarray(sample(law, np.random.default_rng(seed), count))
+        back = denoising(law, steps)(noising(law, steps)(clean)[-1])
+        return float(jnp.sqrt(jnp.mean((back - clean) ** 2)))
+
+
+@dataclass(frozen=True)
+class Collision:
+    """One noise x_1^i and one past x_0^{<i}, reached by many noise vectors: where frame i ends in each of them.
+
+    ends: x_0^i of every solved future.  asked: futures resampled.  residual: largest |difference| of the past.
+    causal: where the AR teacher, which has no future to depend on, takes the same noise and past.
+    """
+
+    frame: int
+    ends: np.ndarray
+    asked: int
+    residual: float
+    causal: float
+
+
+def collide(law: Law, frame: int, futures: int, seed: int, steps: int = STEPS) -> Collision:
+    """Resamples the future noise and solves for the past noise that leads to the same past, x_1^i untouched (float64).
+
+    The roots found are an existence proof of collisions, not samples of a conditional law.
+    """
+    rng = np.random.default_rng(seed)
+    with jax.enable_x64(True):
+        solve = denoising(law, steps)
+        noise = rng.standard_normal(law.frames)
+        wanted = np.asarray(solve(jnp.asarray(noise[None])))[0, :frame]
+
+        @jax.jit
+        def miss(past: jax.Array, rest: jax.Array, wanted: jax.Array) -> jax.Array:
+            return solve(jnp.concatenate([past, rest])[None])[0, :frame] - wanted
+
+        slope = jax.jit(jax.jacfwd(miss))
+        ends, worst = [], 0.0
+        for _ in range(futures):
+            rest = np.concatenate([noise[frame : frame + 1], rng.standard_normal(law.frames - frame - 1)])
+            past = noise[:frame]
+            if frame:
+                given = (jnp.asarray(rest), jnp.asarray(wanted))
+                found = root(miss, past, args=given, jac=lambda *a: np.asarray(slope(*a)), tol=1e-14)
+                error = float(np.abs(miss(jnp.asarray(found.x), *given)).max())
+                if error > 1e-8:
+                    continue
+                past, worst = found.x, max(worst, error)
+            ends.append(float(solve(jnp.asarray(np.concatenate([past, rest]))[None])[0, frame]))
+        past_1P = jnp.asarray(wanted[None])
+        flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past_1P)  # noqa: E731
+        alone = np.asarray(rk4(flow, jnp.asarray(noise[None, frame : frame + 1]), _forward_grid(steps)))
+    return Collision(frame, np.array(ends), futures, worst, float(np.ravel(alone)[0]))

@@ -1,0 +1,68 @@
+"""The study of the paper's claim: does a bidirectional teacher make the few-step initialisation ill-posed, and so what?
+
+    cfjax study injectivity --workdir=runs/study
+    cfjax study injectivity --config=configs/study.py:quick --workdir=runs/study_quick
+    cfjax study injectivity --config=configs/study.py:full --workdir=runs/study_full
+    cfjax study ablation --config=configs/study.py:ablation --workdir=runs/ablation
+
+`injectivity` works on toy video laws whose scores are closed form. `quick` trains less, `full` more and goes on with
+DMD; without a switch it takes some ten minutes of two idle cores. `ablation` trains the toy world's real networks with
+`cfjax train`, changing only the teacher of the initialisation, over seeds; hours on a CPU.
+"""
+
+from ml_collections import ConfigDict
+
+from cfjax import presets
+
+
+def get_config(arg: str = ""):
+    """`quick`, `full`, `ablation`, or nothing."""
+    words = presets.switches(arg, "quick", "full", "ablation")
+    presets.one_of(words, "quick", "full", "ablation")
+    if "ablation" in words:
+        return ConfigDict(
+            {
+                "seeds": 5,
+                "budget": "short",  # of configs/quickstart.py, whose recipes these are
+                "teacher": "toy_teacher",
+                # the paper's method, then only the teacher of the initialisation changed, then none
+                "recipes": ("causal_forcing", "self_forcing", "causal_forcing_pp", "asymmetric_cd", "none"),
+                "forcings": ("diffusion_forcing",),  # against the AR teacher of the first recipe
+            }
+        )
+    c = ConfigDict(
+        {
+            "seeds": 5,
+            "frames": 5,
+            "pasts": 24,
+            "futures": 1000,
+            "futures_seed": 1,
+            "levels": (1.0, 0.625),
+            "collisions": 48,
+            "videos": 3000,
+            "inits": ("causal_ode", "bi_ode", "bi_ode_cp", "causal_cd", "asym_cd_cp", "asym_cd", "ar_diff"),
+            "ahead": (1, 2, 3),
+            "forcing": True,
+            "dmd": (),
+            "dmd_at": (250, 1000, 4000),
+            "budget": {
+                "ar_steps": 2500,
+                "ode_steps": 2500,
+                "cd_steps": 4000,
+                "batch": 256,
+                "pool": 65536,
+                "lr": 1e-3,
+                "dmd_lr": 2e-4,
+                "solver_steps": 384,
+                "cd_levels": 48,
+                "width": 96,
+            },
+        }
+    )
+    if "quick" in words:
+        c.update({"pasts": 12, "futures": 500, "collisions": 24, "videos": 2000, "ahead": (1, 2)})
+        c.budget.update({"ar_steps": 800, "ode_steps": 800, "cd_steps": 800, "pool": 32768, "lr": 3e-3})
+        c.budget.update({"solver_steps": 192})
+    if "full" in words:
+        c.update({"futures": 1500, "dmd": ("causal_ode", "bi_ode"), "levels": (1.0, 0.9375, 0.625)})
+    return c
