@@ -16,8 +16,9 @@ from cfjax.flow.path import add_noise, velocity
 from cfjax.flow.schedule import bsmntw, nearest, round_timestep_bf16, sigma_table
 from cfjax.models.wan import KV, Wan, embed_text, teacher_forced
 from cfjax.nn.visibility import FULL, Blocks, Visibility
-from cfjax.objectives.history import HISTORIES, degraded, draw_history
+from cfjax.objectives.history import HISTORIES, corrective_clip, direct, draw_history, prefix_frames, resampled
 from cfjax.objectives.stage import Batch, Loss, Models
+from cfjax.rollout.generate import ManyStep
 
 Draws = Mapping[str, jax.Array]
 
@@ -34,8 +35,13 @@ class DiffusionConfig:
       forcing: what an AR network's noisy block sees of the past: "teacher" clean blocks, "diffusion" noisy ones.
       noise_augmentation: with teacher forcing, a > 0 noises the clean half too, at table indices U{a..999} per block (a
         larger a is *less* noise) and with the noisy half's own eps, as the reference does; 0 is off.
-      history: with teacher forcing, "clean", or the network's own degraded past: "direct" or "resampled"
+      history: with teacher forcing, "clean", or the network's own degraded past: "direct", or "resampled"
         (`objectives.history`), whose levels are drawn with `history_shift`, solved in `history_steps` Euler steps.
+      bagger: chance that an update (a microbatch) learns from corrective clips, the network's rollouts played backwards
+        (`objectives.history`), instead of real ones; 0 is off. The paper's aggregated data hold 1/3, 1/2, 3/5 after
+        rounds 1, 2, 3. Its objective is forcing="diffusion".
+      bagger_prefix: the part of a corrective clip that is given clean and without loss, its drifted past; in blocks.
+      bagger_steps, bagger_guidance: UniPC steps and guidance scale of the rollouts.
     """
 
     shift: float = 5.0
@@ -47,6 +53,10 @@ class DiffusionConfig:
     history: str = "clean"
     history_shift: float = 0.6
     history_steps: int = 1
+    bagger: float = 0.0
+    bagger_prefix: float = 4 / 7
+    bagger_steps: int = 20
+    bagger_guidance: float = 3.0
 
     def __post_init__(self) -> None:
         if self.forcing not in ("teacher", "diffusion"):
@@ -61,6 +71,12 @@ class DiffusionConfig:
             raise UserError(f"objective.history={self.history!r} needs forcing='teacher' and noise_augmentation=0")
         if self.history_steps < 1 or not self.history_shift > 0:
             raise UserError("objective.history_steps must be 1 or more, and objective.history_shift positive")
+        if not 0.0 <= self.bagger <= 1.0:
+            raise UserError(f"objective.bagger={self.bagger}: use a probability, 0 for off")
+        if self.bagger and (self.history != "clean" or self.noise_augmentation):
+            raise UserError("objective.bagger needs history='clean' and noise_augmentation=0")
+        if not 0.0 < self.bagger_prefix < 1.0 or self.bagger_steps < 1:
+            raise UserError("objective.bagger_prefix must lie between 0 and 1, and objective.bagger_steps be 1 or more")
         if self.weighting not in ("bsmntw", "uniform", "x0"):
             raise UserError(f"objective.weighting={self.weighting!r}: use bsmntw, uniform or x0")
         if not 0.0 <= self.text_dropout < 1.0:
@@ -85,7 +101,8 @@ def per_block(index_BF: jax.Array, blocks: Blocks) -> jax.Array:
 def draw(key: jax.Array, shape: tuple[int, ...], config: DiffusionConfig) -> dict[str, jax.Array]:
     """Random numbers of one loss: eps ~ N(0, 1) [B,F,H,W,C]; index ~ U{0..999} [B,F]; drop ~ Bernoulli [B].
 
-    With noise augmentation also augment ~ U{a..999} [B,F]; with a history of the network's own see `draw_history`.
+    With noise augmentation also augment ~ U{a..999} [B,F]; with a resampled history see `draw_history`; with BAgger
+    rollout_eps ~ N(0, 1) [B,F,H,W,C] and corrective ~ Bernoulli, a scalar.
     """
     key_eps, key_index, key_drop = jax.random.split(key, 3)
     draws = {
@@ -96,7 +113,11 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DiffusionConfig) -> dic
     if config.noise_augmentation:
         key_augment = jax.random.fold_in(key_index, 1)
         draws["augment_BF"] = jax.random.randint(key_augment, shape[:2], config.noise_augmentation, 1000)
-    if config.history != "clean":
+    if config.bagger:
+        key_rollout = jax.random.fold_in(key_eps, 2)
+        draws["rollout_eps_BFHWC"] = jax.random.normal(key_rollout, shape, jnp.float32)
+        draws["corrective"] = jax.random.bernoulli(jax.random.fold_in(key_rollout, 1), config.bagger)
+    if config.history == "resampled":
         draws |= draw_history(jax.random.fold_in(key_eps, 1), shape, config.history_shift)
     return draws
 
@@ -121,9 +142,13 @@ def _noised(config: DiffusionConfig, x0: jax.Array, draws: Draws, index_BF: jax.
     return add_noise(x0, draws["eps_BFHWC"], sigma_BF), told_BF, weights
 
 
-def _weighted_error(v: jax.Array, target: jax.Array, weight_BF: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _weighted_error(
+    v: jax.Array, target: jax.Array, weight_BF: jax.Array, learned_F: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Means over all frames, or over those of `learned_F` (one or more)."""
     error_BF = jnp.mean(jnp.square(v - target), axis=(2, 3, 4))
-    return jnp.mean(weight_BF * error_BF), {"flow_error": jnp.mean(error_BF)}
+    where = None if learned_F is None else jnp.broadcast_to(learned_F[None], error_BF.shape)
+    return jnp.mean(weight_BF * error_BF, where=where), {"flow_error": jnp.mean(error_BF, where=where)}
 
 
 def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
@@ -145,16 +170,53 @@ def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
 
 
 def _past(
-    config: DiffusionConfig, model: Wan, x0: jax.Array, text_kv: KV, draws: Draws, blocks: Blocks
+    config: DiffusionConfig,
+    model: Wan,
+    x0: jax.Array,
+    noisy: tuple[jax.Array, jax.Array],
+    text_kv: KV,
+    draws: Draws,
+    blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """The clean half and the level it is told: the clip or what the network makes of it at 0, or a noisy copy."""
-    if config.history != "clean":
-        past = degraded(model, x0, text_kv, dict(draws), blocks, config.history, config.history_steps)
-        return past, jnp.zeros(x0.shape[:2], jnp.float32)
-    if not config.noise_augmentation:
-        return x0, jnp.zeros(x0.shape[:2], jnp.float32)
-    noised, told_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
-    return noised, told_BF
+    """The clean half and the level it is told: the clip or what the network makes of it at 0, or a noisy copy.
+
+    `noisy` is the noisy half and the level it is told.
+    """
+    if config.noise_augmentation:
+        noised, told_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
+        return noised, told_BF
+    zero_BF = jnp.zeros(x0.shape[:2], jnp.float32)
+    if config.history == "direct":
+        return direct(model, *noisy, text_kv, blocks), zero_BF
+    if config.history == "resampled":
+        return resampled(model, x0, text_kv, dict(draws), blocks, config.history_steps), zero_BF
+    return x0, zero_BF
+
+
+def _aggregated(
+    config: DiffusionConfig, models: Models, role: str, batch: Batch, draws: Draws, blocks: Blocks
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """BAgger's clips: x0_BFHWC, the drop-free text_BSE, and given_F, true where a frame is given and not learned.
+
+    The rollouts are made within the update by `{role}_ema` where the stage averages the role, else by the weights being
+    trained: the rounds of the paper (roll out a network, add to the data, train the next from the start) become one run
+    whose rollouts follow it. Real or corrective is drawn once per update, so that only corrective ones pay a rollout.
+    """
+    real = batch["latents_BFHWC"].astype(jnp.float32)
+    author = models.get(f"{role}_ema", models[role])
+    sampler = ManyStep(steps=config.bagger_steps, shift=config.shift, guidance=config.bagger_guidance)
+
+    def backwards() -> jax.Array:
+        words = batch["text_BSE"], batch["negative_text_SE"]
+        noise, codec = draws["rollout_eps_BFHWC"], models.get("codec")
+        return corrective_clip(author, real, noise, *words, sampler, blocks, codec)
+
+    x0 = jax.lax.cond(draws["corrective"], backwards, lambda: real)
+    text = batch["text_BSE"]
+    if "reversed_text_BSE" in batch:
+        text = jnp.where(draws["corrective"], batch["reversed_text_BSE"], text)
+    prefix = prefix_frames(real.shape[1], blocks, config.bagger_prefix)
+    return x0, text, draws["corrective"] & (jnp.arange(real.shape[1]) < prefix)
 
 
 def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student") -> Loss:
@@ -162,19 +224,29 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
 
     L = E w(sigma_b) |v(x_sigma^b, sigma_b, x0^{<b}, text) - (eps - x0)^b|^2; gradients flow through the clean half.
     With `forcing="diffusion"` (diffusion forcing, arXiv 2407.01392) x_sigma^{<b} stands in x0^{<b}'s place.
+
+    With `bagger` a corrective clip's first blocks are clean, at level 0, outside the mean. The paper words the caption
+    anew ("a reversed video of ..."): a batch may hold such rows, reversed_text_BSE; without them the clip keeps its
+    own caption, which is then wrong about the direction of motion (the given blocks show it).
     """
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
-        x0 = batch["latents_BFHWC"].astype(jnp.float32)
+        x0, text_BSE = batch["latents_BFHWC"].astype(jnp.float32), batch["text_BSE"]
         draws = draw(key, x0.shape, config) if draws is None else draws
+        learned_F = None
+        if config.bagger:
+            x0, text_BSE, given_F = _aggregated(config, models, role, batch, draws, blocks)
         x, told_BF, weight_BF = _noised(config, x0, draws, per_block(draws["index_BF"], blocks))
+        if config.bagger:
+            x, told_BF = jnp.where(given_F[None, :, None, None, None], x0, x), jnp.where(given_F[None], 0.0, told_BF)
+            learned_F = ~given_F
         model = models[role]
-        text_kv = embed_text(model, drop_text(batch, draws["drop_B"]))
+        text_kv = embed_text(model, drop_text({**batch, "text_BSE": text_BSE}, draws["drop_B"]))
         if config.forcing == "diffusion":
             v = model(x, told_BF, text_kv, Visibility("block_causal", blocks))
         else:
-            past, past_BF = _past(config, model, x0, text_kv, draws, blocks)
+            past, past_BF = _past(config, model, x0, (x, told_BF), text_kv, draws, blocks)
             v = teacher_forced(model, x, told_BF, past, text_kv, blocks, clean_sigma_BF=past_BF)
-        return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF)
+        return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF, learned_F)
 
     return loss

@@ -1,30 +1,45 @@
 """What stands in the clean past's place while an AR network trains: ways against exposure bias (paper's appendix).
 
-Teacher forcing shows a noisy block the *clean* past, but generation shows it the network's own. Both strategies degrade
-the past with the network being trained, without gradient, and keep the clean target:
+Teacher forcing shows a noisy block the *clean* past, but generation shows it the network's own. The first two degrade
+the past with the network being trained, without gradient, and keep the clean target; the third makes other clips:
 
-    direct      Direct Forcing (Pack and Force Your Memory, arXiv 2510.01784): every block is noised and predicted clean
-                in one step, all blocks at once given the clean past; one extra network call
-    resampled   Resampling Forcing (arXiv 2512.15702): every block is noised and its PF-ODE solved to the end, block
-                after block given the *already degraded* past, so that errors accumulate as they do in generation
+    direct      Direct Forcing (Pack and Force Your Memory, arXiv 2510.01784, section 3.2): a block noised for its own
+                loss is completed in one step, x_t + (1 - t) v (here x - sigma v), and this is the next blocks' past;
+                clips of a video are walked in order, their gradients gathered before one optimiser step
+    resampled   Resampling Forcing (arXiv 2512.15702, equations 5 to 7, algorithm 1): every block is noised to one level
+                t_s of the clip, logit-normal(0, 1) shifted by 0.6, and its PF-ODE solved to the end by the online
+                weights, block after block given the *already degraded* past; one Euler step
+    BAgger      Backwards Aggregation (arXiv 2512.12080): the network's own rollout after a real first block, played
+                backwards, goes from drifted to real; see `corrective_clip`
+
+Direct Forcing's network calls are its loss's own, one block after another; here they are repeated without gradient, so
+that the loss stays one pass over all blocks. With a block's own level and noise in both, the values are the same.
+
+Checked against published readings that give equations, algorithms and settings; the papers' PDFs were not at hand.
+Inferred: that Direct Forcing detaches its one-step estimates (clips are back-propagated one by one). Resampling Forcing
+warms up by teacher forcing (10K steps of 25K at 5 s), and BAgger, too, starts from a network that can generate: start
+either from a run of `ar_diffusion`. Not here: Resampling Forcing's history routing, MemoryPack.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.flow.schedule import shift_sigma
 from cfjax.models.cache import KVCache, init_cache
-from cfjax.models.wan import KV, Wan, teacher_forced
+from cfjax.models.codec import Codec
+from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from cfjax.rollout.generate import ManyStep, generate_many_step
 
 HISTORIES = ("clean", "direct", "resampled")
 
 
 def draw_history(key: jax.Array, shape: tuple[int, ...], shift: float) -> dict[str, jax.Array]:
-    """history_sigma_B, logit-normal(0, 1) and shifted (shift < 1 is towards clean), and history_eps_BFHWC."""
+    """Of "resampled": history_sigma_B, logit-normal(0, 1) and shifted (< 1 is towards clean), and history_eps_BFHWC."""
     key_level, key_eps = jax.random.split(key)
     level_B = jax.nn.sigmoid(jax.random.normal(key_level, shape[:1], jnp.float32))
     return {
@@ -33,28 +48,33 @@ def draw_history(key: jax.Array, shape: tuple[int, ...], shift: float) -> dict[s
     }
 
 
-def degraded(
-    model: Wan, clean_BFHWC: jax.Array, text_kv: KV, draws: dict[str, jax.Array], blocks: Blocks, kind: str, steps: int
+def direct(model: Wan, noised_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, blocks: Blocks) -> jax.Array:
+    """One-step estimates of all blocks, each given the earlier ones' estimates; without gradient.
+
+    Args:
+      noised_BFHWC, sigma_BF: the noisy blocks of the loss, and the level the network is told.
+    """
+    return _completed(model, noised_BFHWC, sigma_BF, text_kv, blocks, 1)
+
+
+def resampled(
+    model: Wan, clean_BFHWC: jax.Array, text_kv: KV, draws: dict[str, jax.Array], blocks: Blocks, steps: int
 ) -> jax.Array:
-    """The past as the network itself would have left it, shaped like the clean clip, without gradient.
+    """The past as the network itself would have left it, shaped like the clean clip; without gradient.
 
     Args:
       draws: see `draw_history`.
-      kind: "direct" or "resampled".
-      steps: Euler steps of "resampled", equal in sigma.
+      steps: Euler steps, equal in sigma (paper: 1).
     """
-    model, text_kv = stop_gradient(model), stop_gradient(text_kv)
     sigma_BF = jnp.broadcast_to(draws["history_sigma_B"][:, None], clean_BFHWC.shape[:2])
     noised = add_noise(clean_BFHWC, draws["history_eps_BFHWC"], sigma_BF)
-    if kind == "direct":
-        v = teacher_forced(model, noised, sigma_BF, clean_BFHWC, text_kv, blocks)
-        return stop_gradient(x0_from_flow(v, noised, sigma_BF))
-    return stop_gradient(_resampled(model, noised, sigma_BF, text_kv, blocks, steps))
+    return _completed(model, noised, sigma_BF, text_kv, blocks, steps)
 
 
-def _resampled(
+def _completed(
     model: Wan, noised_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, blocks: Blocks, steps: int
 ) -> jax.Array:
+    model, text_kv = stop_gradient(model), stop_gradient(text_kv)
     batch, num_frames, height, width, _ = noised_BFHWC.shape
     cache = init_cache(model.config, batch, num_frames, model.config.tokens_per_frame(height, width), blocks)
 
@@ -69,4 +89,47 @@ def _resampled(
         x = jax.lax.fori_loop(0, steps, euler, x)
         return commit_block(model, x, text_kv, cache, start, blocks), x
 
-    return scan_blocks(block, cache, (noised_BFHWC, sigma_BF), None, num_frames, blocks)[1]
+    return stop_gradient(scan_blocks(block, cache, (noised_BFHWC, sigma_BF), None, num_frames, blocks)[1])
+
+
+def prefix_frames(num_frames: int, blocks: Blocks, fraction: float) -> int:
+    """Frames of a corrective clip that are given, not learned: whole blocks, about `fraction` of them, and not all.
+
+    Raises:
+      UserError: a clip of one block.
+    """
+    spans = blocks.spans(num_frames)
+    if len(spans) < 2:
+        raise UserError("objective.bagger needs clips of two blocks or more: the first are its drifted past")
+    return spans[min(max(round(fraction * len(spans)), 1), len(spans) - 1) - 1][1]
+
+
+def corrective_clip(
+    model: Wan,
+    clean_BFHWC: jax.Array,
+    noise_BFHWC: jax.Array,
+    text_BSE: jax.Array,
+    negative_SE: jax.Array,
+    sampler: ManyStep,
+    blocks: Blocks,
+    codec: Codec | None = None,
+) -> jax.Array:
+    """BAgger's corrective trajectory: the real first block, the rollout after it, played backwards; without gradient.
+
+    The paper decodes the rollout, reverses its pixels and encodes them again, as a `codec` does here. Without one the
+    latents are reversed: the same where a latent frame holds one frame of video (the toy world), else an approximation.
+
+    Args:
+      model: makes the rollout, by `sampler` under the clip's own caption (the paper: 20 steps; its guidance is not
+        known to us).
+      noise_BFHWC: shaped like the clip; the first block's is not used.
+    """
+    model = stop_gradient(model)
+    start = blocks.spans(clean_BFHWC.shape[1])[0][1]
+    positive = embed_text(model, text_BSE)
+    negative = embed_text(model, jnp.broadcast_to(negative_SE[None], text_BSE.shape))
+    given = clean_BFHWC[:, :start]
+    clip = generate_many_step(model, noise_BFHWC[:, start:], positive, negative, sampler, blocks, given_BFHWC=given)
+    if codec is None:
+        return stop_gradient(jnp.flip(clip, axis=1))
+    return stop_gradient(codec.encode(jnp.flip(codec.decode(clip), axis=1)).astype(clean_BFHWC.dtype))
