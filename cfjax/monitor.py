@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.sharding import batch_sharding, replicated
+from cfjax.core.sharding import batch_places, batch_sharding, replicated
 from cfjax.data.latents import ClipDataset
 from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
@@ -142,7 +143,7 @@ def wan_scene(c: ConfigDict, dataset: ClipDataset, mesh: Mesh | None) -> Scene |
         for caption, index in chosen.items():
             yield caption, next(decode(dataset[index]["latents_FHWC"][None]))
 
-    places = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    places = batch_places(mesh) if mesh else 1
     return Scene(rows, open_decoder, stride, real if dataset.has_latents else None, places, None)
 
 
@@ -221,6 +222,8 @@ class Monitor:
         return bool(self._c.guard.enabled and self._scene.real is None)
 
     def __call__(self, state: TrainState, step: int, writer: EventWriter) -> None:
+        if jax.process_count() > 1:  # sampling needs every process: the first one's word counts
+            self._alive = bool(multihost_utils.broadcast_one_to_all(np.asarray(self._alive)))
         if not self._alive:
             return
         try:

@@ -1,12 +1,13 @@
 """`cfjax train`: one stage of an experiment. To resume, run the same command again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -40,6 +41,8 @@ from cfjax.training.state import TrainState, init_state
 from cfjax.training.step import has_batch_axis
 from cfjax.world import asset
 
+T = TypeVar("T")
+
 DESCRIPTION = """Trains one stage: bidirectional, ar_diffusion, ode_regression or dmd, as the config says.
 Checkpoints, TensorBoard events and metrics.jsonl go to the workdir. To resume, run the same command again."""
 
@@ -57,7 +60,7 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     Raises:
       UserError: a bad config, missing data, another stage's checkpoint, or a non-finite loss.
     """
-    data = open_data(c)
+    data = _in_turn(lambda: open_data(c))
     stage = stage_of(c)
     check_roles(c, stage)
     check_blocks(c)
@@ -117,6 +120,17 @@ def work_of(c: ConfigDict, stage: Stage, data: Data) -> Work:
     shapes = Shapes(shape, data.dataset.text_shape)
     flops = {role: whole_flops(c, shapes, role, remat=False) for role in stage.losses} if peak else {}
     return Work(float(tokens), flops, peak, window)
+
+
+def _in_turn(make: Callable[[], T]) -> T:
+    """What `make` returns, called by the first process before the others: it may write files that they read."""
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("cfjax_in_turn")
+        return make()
+    out = make()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("cfjax_in_turn")
+    return out
 
 
 def check_blocks(c: ConfigDict) -> None:

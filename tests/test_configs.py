@@ -179,7 +179,7 @@ def test_the_guard_watches_distribution_matching(chain):
 def test_a_mesh_trains_the_same_run(chain, tmp_path):
     """Eight devices, each axis that is in use at two, from the command line: the curves of one device."""
     init = {"roles__student__init": chain / "teacher", "roles__student__init_ema": True}
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    mesh = {"mesh__fsdp": 2, "mesh__context": 2, "mesh__tensor": 2}
     keys = {**tiny(chain), "optim__student__name": "adamw", **init, **mesh}
     assert cfjax("train", "ar_diffusion.py:toy", tmp_path, **keys) == 0
     for name in ("student/loss", "student/grad_norm"):

@@ -13,7 +13,7 @@ from cfjax import presets
 from cfjax.conversion.tiny_vae import import_tiny_vae
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
-from cfjax.core.sharding import make_mesh, shard_model
+from cfjax.core.sharding import make_mesh, on_mesh, shard_model
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.monitor import decode_clip, make_monitor, open_codec, spread_captions
@@ -142,9 +142,10 @@ def test_rows_follow_their_numbers_and_a_mesh_changes_nothing(prompts_run, world
     """One row at a time on one device, or two at a time on two."""
     alone = prompts_run[0]._draw(tiny())
     assert alone.shape == (4, FRAMES, SIDE, SIDE, CONFIG.in_dim) and np.abs(alone[0] - alone[1]).mean() > 0.1
-    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    mesh = make_mesh(data=2, context=2, devices=jax.devices()[:4])
     monitor = make_monitor(config(), data(world, False), tmp_path, mesh)
-    np.testing.assert_allclose(monitor._draw(shard_model(tiny(), mesh)), alone, atol=2e-4)
+    with on_mesh(mesh):
+        np.testing.assert_allclose(monitor._draw(shard_model(tiny(), mesh)), alone, atol=2e-4)
 
 
 def test_training_goes_on_without_a_look(prompts_run, world, tmp_path, capsys):
