@@ -205,7 +205,13 @@ def generator_loss(config: DMDConfig, blocks: Blocks, role: str = "student") -> 
 
 
 def critic_loss(config: DMDConfig, blocks: Blocks, role: str = "critic", student: str = "student") -> Loss:
-    """Flow matching of the critic on the student's videos: mean (v_f - (eps - x0))^2, unweighted."""
+    """Flow matching of the critic on the student's videos: mean (v_f - (eps - x0))^2, unweighted.
+
+    Raises:
+      UserError: `config.long` counts frames that are no whole blocks; told here, before anything runs.
+    """
+    if config.long:
+        config.long.counts(blocks)
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         shape = batch["latents_BFHWC"].shape

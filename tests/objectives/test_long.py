@@ -122,3 +122,8 @@ def test_without_a_codec_it_is_a_mistake():
 def test_noised_clips_are_no_rollout():
     with pytest.raises(UserError, match=r"objective.max_frames=10 needs objective.student_input=self_rollout"):
         replace(LONG, student_input="noised_data")
+
+
+def test_frames_that_are_no_whole_blocks_are_told_before_anything_runs():
+    with pytest.raises(UserError, match="7 latent frames do not divide into blocks"):
+        critic_loss(replace(LONG, long=LongVideo(6, 7)), BLOCKS)
