@@ -23,7 +23,7 @@ from cfjax.training.observe import StepClock, Tracer, Work
 from cfjax.training.placement import placement_of
 from cfjax.training.state import TrainState, advance
 from cfjax.training.step import Metrics, Update, make_update
-from cfjax.training.watchdog import Watchdog
+from cfjax.training.watchdog import Watchdog, failing_fast
 
 
 class DataIterator(Protocol):
@@ -250,7 +250,7 @@ def _iterate(
     stall_seconds: float,
 ) -> TrainState:
     """The iterations from `start` on."""
-    with StopSignal() as stop, Watchdog(stall_seconds) as watchdog, desk.bar(start) as bar:
+    with failing_fast(), StopSignal() as stop, Watchdog(stall_seconds) as watchdog, desk.bar(start) as bar:
         if sampling.fn is not None and sampling.first and start == 0:
             sampling.fn(state, 0, desk.writer)
         for step in range(start, desk.steps):

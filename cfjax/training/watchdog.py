@@ -4,10 +4,13 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+
+from cfjax.core.errors import UserError
 
 STALLED = 75  # exit status: EX_TEMPFAIL, "try again"; schedulers restart the job, which goes on from its checkpoint
 
@@ -59,3 +62,26 @@ class Watchdog:
                 )
                 sys.stderr.flush()
                 os._exit(STALLED)
+
+
+@contextmanager
+def failing_fast() -> Iterator[None]:
+    """Ends a process of several at once when something breaks in it, such as a collective whose peer has died.
+
+    An ordinary exit waits for the others, which may wait for this one. A polite stop, which all make, is left to it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        who = f"cfjax: process {jax.process_index()} of {jax.process_count()} ends"
+        if isinstance(error, UserError):
+            sys.stderr.write(f"{who}: {' '.join(str(error).split())}\n")
+        else:
+            traceback.print_exc()
+            sys.stderr.write(
+                f"{who}: another one died, or see above; the same command goes on from the last checkpoint\n"
+            )
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else STALLED)
