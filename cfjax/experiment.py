@@ -17,14 +17,16 @@ from cfjax.core.precision import Policy
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.data.latents import ClipDataset
 from cfjax.data.precompute import precompute
+from cfjax.data.reversed import encoded, joined
 from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.flow.schedule import sigma_table
 from cfjax.models.codec import Codec
+from cfjax.models.discriminator import BranchConfig
 from cfjax.models.wan import Wan, WanConfig, preset
 from cfjax.nn.visibility import Blocks
-from cfjax.objectives import sid
+from cfjax.objectives import gan, sid
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
 from cfjax.objectives.dmd import DMDConfig, critic_loss
@@ -88,7 +90,10 @@ def open_data(c: ConfigDict) -> Data:
     """
     root, name = Path(c.data.path), c.data.name
     if not c.data.source:
-        return Data(_suitable(c, open_dataset(root / name)), None)
+        dataset = _suitable(c, open_dataset(root / name))
+        if c.data.reversed_name:
+            dataset = joined(dataset, open_dataset(root / c.data.reversed_name))
+        return Data(dataset, None)
     if c.data.source != "shapes":
         raise UserError(f"data.source={c.data.source!r}: use 'shapes', or '' for a dataset made by cfjax precompute")
     world = toy_world(c)
@@ -103,6 +108,8 @@ def open_data(c: ConfigDict) -> Data:
         raise UserError(
             f"{root / name} holds {len(dataset)} clips, not data.clips={c.data.clips}; remove it to make it anew"
         )
+    if c.stage == "ar_diffusion" and c.objective.bagger:
+        dataset = encoded(dataset, world.text.encode)
     return Data(dataset, world)
 
 
@@ -112,7 +119,8 @@ def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
     Raises:
       UserError: prompts alone where clips are needed, or no trajectories, or at other levels, for ODE regression.
     """
-    if not dataset.has_latents and (c.stage != "dmd" or c.objective.student_input != "self_rollout"):
+    prompts_do = c.stage == "dmd" and c.objective.student_input == "self_rollout" and c.objective.matching != "gan"
+    if not dataset.has_latents and not prompts_do:
         raise UserError(f"{dataset.path} holds prompts alone; stage {c.stage} needs clips: choose another data.name")
     if c.stage == "ode_regression" and dataset.trajectory_points != len(c.objective.steps) + 1:
         raise UserError(
@@ -155,6 +163,11 @@ def wan_config(role: ConfigDict, channels: int, text_width: int) -> WanConfig:
         attention=role.attention,
         precision=Policy(compute=role.precision),
     )
+
+
+def branch_config(role: ConfigDict) -> BranchConfig | None:
+    """The classifier branch of a role that has one."""
+    return BranchConfig(**role.branch.to_dict()) if "branch" in role else None
 
 
 def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan:
@@ -224,12 +237,15 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
 
 
 def codec_of(c: ConfigDict, data: Data) -> Codec | None:
-    """The frozen role "codec": what makes the first latent of a long rollout's window anew; None where none is long.
+    """The frozen role "codec": re-makes the first latent of a long rollout's window, or plays a rollout backwards.
+
+    None where neither long rollouts nor BAgger's pixels are asked for.
 
     Raises:
       UserError: no world to take it from, or latents of another one.
     """
-    if c.stage != "dmd" or not c.objective.max_frames:
+    wants = {"dmd": "max_frames", "ar_diffusion": "bagger_pixels"}.get(c.stage)
+    if wants is None or not c.objective[wants]:
         return None
     if data.world:
         return data.world.codec
@@ -237,8 +253,8 @@ def codec_of(c: ConfigDict, data: Data) -> Codec | None:
     path = o.codec_world or made.get("world_path", "")
     if not path:
         raise UserError(
-            f"{data.dataset.path} does not say which world it was made in, whose codec objective.max_frames="
-            f"{o.max_frames} needs; name it with --config.objective.codec_world"
+            f"{data.dataset.path} does not say which world it was made in, whose codec objective.{wants}="
+            f"{o[wants]} needs; name it with --config.objective.codec_world"
         )
     codec = load_codec(path, o.codec_decoder)
     known = made.get("codec", {}).get("fingerprint", "")
@@ -263,7 +279,10 @@ def losses_of(c: ConfigDict) -> dict[str, Loss]:
     if c.stage == "bidirectional":
         return {"student": flow_matching(DiffusionConfig(**o.to_dict()))}
     if c.stage == "ar_diffusion":
-        return {"student": ar_diffusion(DiffusionConfig(**o.to_dict()), blocks)}
+        values = o.to_dict()
+        for name in ("bagger_pixels", "codec_world", "codec_decoder"):  # of `codec_of`
+            del values[name]
+        return {"student": ar_diffusion(DiffusionConfig(**values), blocks)}
     if c.stage == "ode_regression":
         pairs = PairsConfig(steps=tuple(o.steps), shift=o.shift)
         return {"student": ode_regression(pairs, blocks, how=Regression(o.levels_per, o.past))}
@@ -272,11 +291,27 @@ def losses_of(c: ConfigDict) -> dict[str, Loss]:
             if role not in c[group]:
                 raise UserError(f"{group}.{role} is missing: consistency distillation needs a teacher and an average")
         return {"student": consistency(ConsistencyConfig(**o.to_dict()), blocks)}
-    if o.matching not in ("dmd", "sid"):
-        raise UserError(f"objective.matching={o.matching!r}: use dmd or sid")
     config = dmd_config(c)
+    if o.matching == "gan":
+        return gan_losses(c, config)
+    if o.matching not in ("dmd", "sid"):
+        raise UserError(f"objective.matching={o.matching!r}: use dmd, sid or gan")
     student = sid.generator_loss(config, blocks, alpha=o.sid_alpha) if o.matching == "sid" else dmd(config, blocks)
     return {"student": student, "critic": critic_loss(config, blocks)}
+
+
+def gan_losses(c: ConfigDict, config: DMDConfig) -> dict[str, Loss]:
+    """Both sides of the game.
+
+    Raises:
+      UserError: no branch or no game in the config, or rollouts longer than the clips.
+    """
+    if "critic" not in c.roles or "branch" not in c.roles.critic or "gan" not in c.objective:
+        raise UserError("objective.matching='gan' needs roles.critic.branch and objective.gan: use configs/dmd.py:gan")
+    if config.long:
+        raise UserError(f"objective.max_frames={config.long.max_frames}: matching 'gan' has no long rollouts; use 0")
+    blocks, game = blocks_of(c), gan.GanConfig(**c.objective.gan.to_dict())
+    return {"student": gan.generator_loss(config, game, blocks), "critic": gan.critic_loss(config, game, blocks)}
 
 
 def stage_of(c: ConfigDict) -> Stage:

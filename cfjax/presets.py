@@ -96,6 +96,17 @@ def role(
     )
 
 
+def branch(ffn_dim: int = 0) -> ConfigDict:
+    """The GAN's classifier branch on a critic; empty `layers` and `ffn_dim` 0 follow the network."""
+    return ConfigDict({"layers": (), "ffn_dim": ffn_dim, "num_class": 1, "time_embedding": False})
+
+
+def game() -> ConfigDict:
+    """The GAN's weights: the PyTorch reference's, see `objectives.gan.GanConfig`."""
+    weights = {"generator_weight": 1e-2, "critic_weight": 1e-2, "r1_weight": 0.0, "r2_weight": 0.0}
+    return ConfigDict({**weights, "r1_sigma": 0.01, "r2_sigma": 0.01, "relativistic": False})
+
+
 def blocks(framewise: bool = False) -> ConfigDict:
     """Three latent frames per block ("chunk-wise"), or one."""
     return ConfigDict({"frames": 1 if framewise else 3, "independent_first_frame": False, "window": 0, "sink": 0})
@@ -105,9 +116,10 @@ def wan_data(path: str) -> ConfigDict:
     """Precomputed Wan latents, 21 x 60 x 104 x 16: 81 frames of 480 x 832.
 
     `max_corrupt`: the fraction of records that may turn out broken; each is told and another takes its place.
+    `reversed_name`: the dataset of the captions of the clips played backwards, for BAgger.
     """
     values = {"path": path, "name": "clips", "source": "", "assets": "", "clips": 0, "batch_size": 64}
-    return ConfigDict({**values, "max_corrupt": 0.001})
+    return ConfigDict({**values, "max_corrupt": 0.001, "reversed_name": ""})
 
 
 def toy_data(path: str = "runs/toy/data", *, assets: str = "toy_teacher", name: str = "clips") -> ConfigDict:

@@ -14,7 +14,8 @@ from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.offload import has_host_memory
 from cfjax.core.sharding import shard_model
 from cfjax.core.tree import named_leaves
-from cfjax.experiment import MODEL_FILE, Data, load_shipped, wan_config
+from cfjax.experiment import MODEL_FILE, Data, branch_config, load_shipped, wan_config
+from cfjax.models.discriminator import Discriminator, with_branch
 from cfjax.models.resting import STORAGES, fill, placed, resting
 from cfjax.models.wan import Wan, WanConfig, make_wan
 from cfjax.objectives.stage import Stage
@@ -34,6 +35,8 @@ def check_roles(c: ConfigDict, stage: Stage) -> None:
     if missing:
         raise UserError(f"roles.{missing[0]} is missing: stage {c.stage} trains {', '.join(stage.losses)}")
     for name, role in c.roles.items():
+        if "branch" in role and name not in stage.losses:
+            raise UserError(f"roles.{name}.branch: {name} is frozen; a classifier branch is for the trained critic")
         if role.storage not in STORAGES:
             raise UserError(f"roles.{name}.storage={role.storage!r}: use one of {', '.join(STORAGES)}")
         asked = f"storage={role.storage!r}" if role.storage != "float32" else "offload=True"
@@ -50,7 +53,14 @@ def check_roles(c: ConfigDict, stage: Stage) -> None:
 
 def role_template(role: ConfigDict, channels: int, text_width: int, mesh: Mesh | None = None) -> Wan:
     """One role's network as shapes, each with the dtype that it rests in and its place; allocates nothing."""
-    config = wan_config(role, channels, text_width)
+    config, branch = wan_config(role, channels, text_width), branch_config(role)
+    if branch is not None:
+        judge = jax.eval_shape(lambda key: Discriminator(config, branch, key), jax.random.key(0))
+        return placed(judge, mesh, offload=False)
+    return _network_template(role, config, mesh)
+
+
+def _network_template(role: ConfigDict, config: WanConfig, mesh: Mesh | None) -> Wan:
     return placed(resting(_shapes(config), role.storage, role.precision), mesh, offload=role.offload)
 
 
@@ -67,7 +77,7 @@ def stage_memory(
 
 
 def initial_model(name: str, role: ConfigDict, data: Data, seed: int, mesh: Mesh | None = None) -> Wan:
-    """One role's starting weights where they will rest: random, shipped, or another run's.
+    """One role's starting weights where they will rest: random, shipped, or another run's; a branch's are random.
 
     A role that rests in less than float32, or on the host, is read and converted array by array: neither the host nor
     a device ever holds it in float32.
@@ -75,12 +85,24 @@ def initial_model(name: str, role: ConfigDict, data: Data, seed: int, mesh: Mesh
     Raises:
       UserError: nothing there, another stage, or weights that do not fit.
     """
-    config = wan_config(role, data.channels, data.text_width)
-    template = role_template(role, data.channels, data.text_width, mesh)
+    config, branch = wan_config(role, data.channels, data.text_width), branch_config(role)
+    network = _initial_network(name, role, config, seed, mesh)
+    if branch is None:
+        return network
+    judge = with_branch(network, branch, jax.random.fold_in(_role_key(name, seed), 1))
+    return shard_model(judge, mesh) if mesh else judge
+
+
+def _role_key(name: str, seed: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def _initial_network(name: str, role: ConfigDict, config: WanConfig, seed: int, mesh: Mesh | None) -> Wan:
+    template = _network_template(role, config, mesh)
     plain, stages = role.storage == "float32" and not role.offload, tuple(role.init_stages)
     if not role.init or asset(role.init, MODEL_FILE):
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        model = load_shipped(role.init, _shapes(config), stages=stages) if role.init else make_wan(config, key)
+        made = lambda: make_wan(config, _role_key(name, seed))  # noqa: E731
+        model = load_shipped(role.init, _shapes(config), stages=stages) if role.init else made()
         if plain:
             return shard_model(model, mesh) if mesh else model
         return fill(template, as_lazy(named_leaves(model)))

@@ -6,9 +6,11 @@
     cfjax train --config=configs/dmd.py:toy --workdir=runs/toy/dmd
     cfjax train --config=configs/dmd.py:from_ar --workdir=runs/ar_dmd         no few-step initialisation
     cfjax train --config=configs/dmd.py:sid --workdir=runs/sid                SiD instead of DMD
+    cfjax train --config=configs/dmd.py:gan --workdir=runs/gan                a GAN on the critic's features; on clips
     cfjax train --config=configs/dmd.py:causvid --workdir=runs/causvid        noised real clips instead of self-rollout
     cfjax train --config=configs/dmd.py:bidirectional --workdir=runs/few      a few-step bidirectional student
     cfjax train --config=configs/dmd.py:long --workdir=runs/long              rollouts of 21 to 27 latent frames
+    cfjax plan --config=configs/dmd.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five
 iterations, guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. Its quirks that change numbers are keys of
@@ -23,6 +25,10 @@ dataset's world makes anew (objective.codec_world, where the dataset does not na
 for it: 3000 steps at batch 8, lr 1.5e-6; attention looks back 21 frames. What comes out makes long videos with
 `cfjax generate --config.frames=...`.
 
+`gan` has no real score: a classifier on the critic's features tells the batch's clips from the student's videos
+(objective.gan: weights, relativistic, R1 and R2; roles.critic.branch: after which layers it looks). With AdamW the
+weights of the two losses matter only beside R1 and R2.
+
 `python launch/sweep.py run --config=configs/dmd.py:toy --workdir=runs/sweeps/dmd` sweeps over the student's rate and
 the critic updates per student update, on which the balance of the two networks hangs: four runs.
 
@@ -33,10 +39,12 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`, `long`, `from_ar`, `sid`, `causvid`, `bidirectional`."""
-    variants = ("from_ar", "sid", "causvid", "bidirectional")
+    """`toy`, `framewise`, `2step`, `1step`, `long`, `from_ar`, `sid`, `gan`, `causvid`, `bidirectional`."""
+    variants = ("from_ar", "sid", "gan", "causvid", "bidirectional")
     words = presets.switches(arg, "toy", "framewise", "2step", "1step", "long", *variants)
     presets.one_of(words, "long", "causvid")
+    presets.one_of(words, "long", "gan")
+    presets.one_of(words, "sid", "gan")
     presets.one_of(words, "long", "bidirectional")
     toy, long = "toy" in words, "long" in words
     window = 12 if toy else 21  # latent frames that the scores were trained on
@@ -73,7 +81,7 @@ def get_config(arg: str = ""):
         c.blocks.frames = window
         c.roles.student = presets.role(c.roles.critic.preset, init=c.roles.critic.init, stages=("bidirectional",))
     c.objective = {
-        "matching": "sid" if "sid" in words else "dmd",
+        "matching": next((word for word in words if word in ("sid", "gan")), "dmd"),
         "sid_alpha": 1.0,
         "student_input": "noised_data" if "causvid" in words else "self_rollout",
         "forcing": "diffusion",
@@ -93,6 +101,10 @@ def get_config(arg: str = ""):
         "codec_world": "",
         "codec_decoder": "vae",
     }
+    if "gan" in words:
+        del c.roles.real_score
+        c.roles.critic.branch = presets.branch(0 if toy else 8192)
+        c.objective.gan = presets.game()
     c.cadence.student = 5
     c.optim.student = presets.toy_adam(2e-4) if toy else presets.optimizer(1.5e-6 if long else 2e-6)
     c.optim.critic = presets.toy_adam(4e-4) if toy else presets.optimizer(4e-7)
