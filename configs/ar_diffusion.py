@@ -20,7 +20,10 @@ Frames that pass the network forwards, per clip of F frames: diffusion forcing F
 Numbers of the PyTorch reference: lr 2e-6, betas (0, 0.999), 2K steps or more at batch 64, no EMA. The reference drops
 no captions (quirk Q19); the toy drops 10 %, because guidance is used at sampling. `objective.noise_augmentation` noises
 the clean half, at table indices from that number up; 900 leaves sigma at 0.36 or less. BAgger's rollouts are made by
-the average of the weights, which its config therefore keeps.
+the average of the weights, which its config therefore keeps. They are played backwards as pixels, through the codec of
+the data's world (`objective.codec_world`, where the dataset does not name it; the toy's latents are reversed as they
+are). Their captions are of the clip played backwards: a dataset of prompts alone, `data.reversed_name`, one caption per
+clip in the clips' order ("a reversed video of ..." in the paper); the toy turns its directions round.
 """
 
 from cfjax import presets
@@ -63,6 +66,9 @@ def get_config(arg: str = ""):
         "bagger_prefix": 4 / 7,
         "bagger_steps": 20,
         "bagger_guidance": 3.0,
+        "bagger_pixels": strategy == "bagger" and not toy,
+        "codec_world": "",
+        "codec_decoder": "vae",
     }
     c.optim.student = presets.toy_optimizer(0.005) if toy else presets.optimizer(2e-6)
     if toy or strategy == "bagger":

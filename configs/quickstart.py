@@ -27,8 +27,10 @@ TEACHER = "teacher"  # the shipped bidirectional network, where an earlier stage
 STAGES = {
     "ar": ("train", "ar_diffusion", (), "ar", {"student": TEACHER}),
     "diffusion_forcing": ("train", "ar_diffusion", ("diffusion_forcing",), "ar", {"student": TEACHER}),
+    "noise_augmentation": ("train", "ar_diffusion", ("noise_augmentation",), "ar", {"student": TEACHER}),
     "direct_forcing": ("train", "ar_diffusion", ("direct_forcing",), "ar", {"student": TEACHER}),
-    "resampling_forcing": ("train", "ar_diffusion", ("resampling_forcing",), "ar", {"student": TEACHER}),
+    "resampling_forcing": ("train", "ar_diffusion", ("resampling_forcing",), "ar", {"student": "ar"}),
+    "bagger": ("train", "ar_diffusion", ("bagger",), "ar", {"student": "ar"}),
     "pairs": ("precompute", "ode_pairs", (), "pairs", {"teacher": "ar"}),
     "bi_pairs": ("precompute", "ode_pairs", ("bidirectional",), "pairs", {"teacher": TEACHER}),
     "ode": ("train", "ode_regression", (), "ode", {"student": "ar"}),
@@ -42,6 +44,8 @@ STAGES = {
     "ar_dmd": ("train", "dmd", ("from_ar",), "dmd", {"student": "ar"}),
     "bi_ode_causvid": ("train", "dmd", ("causvid",), "dmd", {"student": "bi_ode"}),
     "sid": ("train", "dmd", ("sid",), "dmd", {"student": "ode"}),
+    "gan": ("train", "dmd", ("gan",), "dmd", {"student": "ode"}),
+    "long_dmd": ("train", "dmd", ("long",), "dmd", {"student": "ode"}),
     "bidirectional_dmd": ("train", "dmd", ("bidirectional",), "dmd", {"student": TEACHER}),
 }
 
@@ -53,10 +57,14 @@ RECIPES = {
     "none": ("ar", "ar_dmd"),
     "asymmetric_cd": ("ar", "asymmetric_cd", "asymmetric_cd_dmd"),
     "sid": ("ar", "pairs", "ode", "sid"),
+    "gan": ("ar", "pairs", "ode", "gan"),
+    "long": ("ar", "pairs", "ode", "long_dmd"),
     "bidirectional": ("bidirectional_dmd",),
     "diffusion_forcing": ("diffusion_forcing",),
+    "noise_augmentation": ("noise_augmentation",),
     "direct_forcing": ("direct_forcing",),
-    "resampling_forcing": ("resampling_forcing",),
+    "resampling_forcing": ("ar", "resampling_forcing"),
+    "bagger": ("ar", "bagger"),
 }
 
 

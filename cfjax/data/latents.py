@@ -188,6 +188,7 @@ class LatentDataset:
 _BATCH_NAMES = {
     "latents_FHWC": "latents_BFHWC",
     "text_SE": "text_BSE",
+    "reversed_text_SE": "reversed_text_BSE",
     "index": "index_B",
     "trajectory_JFHWC": "trajectory_BJFHWC",
 }

@@ -226,8 +226,8 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
     With `forcing="diffusion"` (diffusion forcing, arXiv 2407.01392) x_sigma^{<b} stands in x0^{<b}'s place.
 
     With `bagger` a corrective clip's first blocks are clean, at level 0, outside the mean. The paper words the caption
-    anew ("a reversed video of ..."): a batch may hold such rows, reversed_text_BSE; without them the clip keeps its
-    own caption, which is then wrong about the direction of motion (the given blocks show it).
+    anew ("a reversed video of ..."): a batch may hold such rows, reversed_text_BSE (`data.reversed`); without them the
+    clip keeps its own caption, which is then wrong about the direction of motion (the given blocks show it).
     """
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):

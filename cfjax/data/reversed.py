@@ -1,0 +1,80 @@
+"""Captions of clips that are played backwards: what BAgger's corrective clips are told (arXiv 2512.12080)."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from cfjax.core.errors import UserError
+from cfjax.data.latents import Batch, ClipDataset
+
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def backwards(caption: str) -> str:
+    """The toy's caption of the same clip played backwards: every direction is its opposite."""
+    return " ".join(OPPOSITE.get(word, word) for word in caption.split(" "))
+
+
+class ReversedText:
+    """A `ClipDataset` whose records also hold "reversed_text_SE", the text rows of the clip played backwards.
+
+    Args:
+      rows: record -> those rows, float32 [S, E].
+    """
+
+    def __init__(self, dataset: ClipDataset, rows: Callable[[int], np.ndarray]) -> None:
+        self._dataset, self._rows = dataset, rows
+        self.path, self.manifest, self.negative_text_SE = dataset.path, dataset.manifest, dataset.negative_text_SE
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Batch:
+        record = self._dataset[index]
+        return {**record, "reversed_text_SE": self._rows(int(record["index"]))}  # a stand-in has its own caption
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(F, H, W, C) of a record."""
+        return self._dataset.latent_shape
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether there are clips, not only prompts."""
+        return self._dataset.has_latents
+
+    @property
+    def trajectory_points(self) -> int:
+        """J, the stored states per record; 0 when this is no ODE set."""
+        return self._dataset.trajectory_points
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(S, E) of a caption's rows."""
+        return self._dataset.text_shape
+
+    def caption(self, index: int) -> str:
+        """The caption of record `index`."""
+        return self._dataset.caption(index)
+
+
+def encoded(dataset: ClipDataset, encode: Callable[[Sequence[str]], np.ndarray]) -> ReversedText:
+    """The toy's: every caption with its directions turned round, encoded once."""
+    numbers: dict[str, int] = {}
+    places = np.array([numbers.setdefault(dataset.caption(i), len(numbers)) for i in range(len(dataset))])
+    table = np.asarray(encode([backwards(caption) for caption in numbers]), np.float32)
+    return ReversedText(dataset, lambda index: table[places[index]])
+
+
+def joined(dataset: ClipDataset, other: ClipDataset) -> ReversedText:
+    """Of a second dataset, prompts alone, record by record in the same order.
+
+    Raises:
+      UserError: the datasets differ in number or in the size of a caption's rows.
+    """
+    if (len(dataset), dataset.text_shape) != (len(other), other.text_shape):
+        raise UserError(
+            f"data.reversed_name: {other.path} holds {len(other)} captions of {other.text_shape} rows, {dataset.path} "
+            f"{len(dataset)} of {dataset.text_shape}; make it of one caption per clip, in the clips' order"
+        )
+    return ReversedText(dataset, lambda index: other[index]["text_SE"])
