@@ -280,23 +280,24 @@ def report(c: ConfigDict, found: Plan) -> None:
     sizes = " ".join(f"{axis}={size}" for axis, size in found.mesh.items())
     stand_in = "" if chip.platform == "tpu" else " (stands in for a flash kernel)"
     say(f"mesh {sizes}; batch {found.batch}, accumulate {found.accumulate}; attention {found.attention}{stand_in}")
-    say("per device    arguments  temporaries  peak, GiB   FLOP needed  executed  at peak, s   compiled in, s")
+    say("GiB per device  arguments  temporaries     peak   (live)  FLOP needed  executed  s at peak  compiled in, s")
     for cost in found.costs:
+        bytes_ = (cost.arguments, cost.temporaries, cost.peak, cost.live)
+        gib = "  ".join(f"{size / GIB:{width}.2f}" for size, width in zip(bytes_, (9, 11, 7, 7), strict=True))
+        work = f"{cost.flops:11.3g}  {cost.executed:8.3g}  {cost.seconds(topology):9.3f}"
+        say(f"{cost.role:<14}  {gib}  {work}  {cost.compile_seconds:14.0f}")
+    for cost in found.costs:
+        kinds = sorted(cost.traffic.items())
+        moved = ", ".join(f"{kind} {t.runs:,.0f} of {t.bytes / GIB:,.1f} GiB" for kind, t in kinds)
+        seconds = cost.traffic_bytes() * chip.devices / chip.interconnect if chip.interconnect else 0.0
         say(
-            f"{cost.role:<12}  {cost.arguments / GIB:9.2f}  {cost.temporaries / GIB:11.2f}  {cost.peak / GIB:9.2f}  "
-            f"{cost.flops:12.3g}  {cost.executed:8.3g}  {cost.seconds(topology):10.3f}  {cost.compile_seconds:15.0f}"
+            f"collectives of {cost.role}: {moved or 'none'}"
+            + (f"; {seconds:.2f} s at the chip's links" * (seconds > 0))
         )
-    for cost in found.costs:
-        moved = ", ".join(
-            f"{kind} {t.runs:,.0f} of {t.bytes / GIB:,.1f} GiB" for kind, t in sorted(cost.traffic.items())
-        )
-        link = f"; {cost.traffic_bytes() / chip.interconnect:.2f} s at the chip's links" if chip.interconnect else ""
-        say(f"collectives of {cost.role}: {moved or 'none'}{link}")
         if chip.platform == "tpu" and not cost.problem:
             say(f"kernels of {cost.role}: {', '.join(cost.kernels) or 'no flash kernel'}")
-    every = [(cost.seconds(topology), c.cadence.get(cost.role, 1)) for cost in found.costs]
-    if chip.flops:
-        least = sum(seconds / period for seconds, period in every)
+    if chip.flops and len(found.costs) == len(found.accumulate):
+        least = sum(cost.seconds(topology) / c.cadence.get(cost.role, 1) for cost in found.costs)
         say(f"an iteration takes {least:.2f} s at least, at the chip's peak")
     most = max((cost.peak for cost in found.costs), default=0) / GIB
     limit = f" of {topology.memory / GIB:.1f}" if topology.memory else ""

@@ -23,8 +23,10 @@ class Cost:
     """One update on one device; bytes.
 
     Attributes:
-      arguments: everything that rests on the device, what only other updates read too.  temporaries: what the program
-        allocates besides.  peak: the most that is in use at once, all arguments included.
+      arguments: everything that rests on the device, what only other updates read too.
+      temporaries: the one buffer that the program allocates besides.
+      peak: both, and results that replace no argument.
+      live: the most that is of use at once, by the compiler's own figure: less, where the buffer has gaps. 0: untold.
       fits: None on simulated devices, whose memory says nothing.
       flops: what the mathematics asks of this device.  executed: recomputation included.
       kernels: flash kernels that the compiled program calls, with the attention that calls them.
@@ -35,6 +37,7 @@ class Cost:
     arguments: int = 0
     temporaries: int = 0
     peak: int = 0
+    live: int = 0
     fits: bool | None = None
     flops: float = 0.0
     executed: float = 0.0
@@ -52,13 +55,12 @@ class Cost:
         return sum(traffic.bytes for traffic in self.traffic.values())
 
 
-def _sizes(compiled: Any, platform: str) -> tuple[int, int, int]:
-    """(arguments that it reads, temporaries, peak). CPU's own peak has no temporaries: there it is their sum."""
+def _sizes(compiled: Any, platform: str) -> tuple[int, int, int, int]:
+    """(arguments that it reads, temporaries, new results, live). CPU's own figure of the last has no temporaries."""
     memory = compiled.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = getattr(memory, "peak_memory_in_bytes", 0) if platform != "cpu" else 0
-    return arguments, temporaries, peak or arguments + temporaries + new
+    live = getattr(memory, "peak_memory_in_bytes", 0) if platform != "cpu" else 0
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes, new, live
 
 
 def too_large(message: str) -> int | None:
@@ -102,8 +104,8 @@ def compile_update(
             problem=f"needs {used / GIB:.2f} GiB of HBM",
         )
     seconds = time.perf_counter() - begun
-    read, temporaries, peak = _sizes(compiled, topology.chip.platform)
-    peak += max(arguments - read, 0)
+    read, temporaries, new, live = _sizes(compiled, topology.chip.platform)
+    peak = arguments + temporaries + new
     text = compiled.as_text()
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,7 @@ def compile_update(
         arguments=arguments,
         temporaries=temporaries,
         peak=peak,
+        live=live and live + max(arguments - read, 0),
         fits=peak <= topology.memory if topology.memory else None,
         traffic=collectives(text, unknown_trips=unknown_trips),
         kernels=tuple(sorted({"/".join(found) for found in _KERNEL.findall(text)})),
