@@ -1,4 +1,4 @@
-"""The same loss and gradients on one device and on a mesh, and a clear word about meshes and rules that do not fit."""
+"""Where arrays lie on a mesh, and a clear word about meshes and rules that do not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -7,41 +7,23 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cfjax.core.errors import UserError
-from cfjax.core.sharding import WAN_RULES, batch_sharding, make_mesh, replicated, shard_model, shardings
+from cfjax.core.sharding import (
+    WAN_RULES,
+    activation_spec,
+    active_mesh,
+    batch_rows,
+    batch_sharding,
+    context_parts,
+    cut,
+    make_mesh,
+    on_mesh,
+    over_context,
+    place_rows,
+    shard_model,
+    shardings,
+)
 from cfjax.core.tree import named_leaves
-from cfjax.nn.visibility import Blocks
-from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion
-from tests.tiny import CONFIG, SHAPE, TEXT_LEN, normal, tiny
-
-
-def test_loss_and_gradients_do_not_depend_on_the_mesh():
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    loss = ar_diffusion(DiffusionConfig(text_dropout=0.5), Blocks(2))
-    value_and_grad = jax.jit(jax.value_and_grad(lambda model, batch, key: loss({"student": model}, batch, key)[0]))
-    batch = {
-        "latents_BFHWC": normal(1, (4, *SHAPE[1:])),
-        "text_BSE": normal(2, (4, TEXT_LEN, CONFIG.text_dim)),
-        "negative_text_SE": normal(3, (TEXT_LEN, CONFIG.text_dim)),
-    }
-    place = {
-        "latents_BFHWC": batch_sharding(mesh),
-        "text_BSE": batch_sharding(mesh),
-        "negative_text_SE": replicated(mesh),
-    }
-    key = jax.random.key(7)
-
-    one_loss, one_grads = value_and_grad(tiny(), batch, key)
-    mesh_loss, mesh_grads = value_and_grad(
-        shard_model(tiny(), mesh), jax.device_put(batch, place), jax.device_put(key, replicated(mesh))
-    )
-    assert len(mesh_loss.devices()) == 8
-    np.testing.assert_allclose(mesh_loss, one_loss, rtol=1e-5)
-    errors = {}
-    for name, expected in named_leaves(one_grads).items():
-        got = np.asarray(named_leaves(mesh_grads)[name])
-        errors[name] = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-    print(f"loss {abs(mesh_loss / one_loss - 1):.1e}, worst gradient {max(errors.values()):.1e}")
-    assert max(errors.values()) < 1e-5, errors
+from tests.tiny import tiny
 
 
 def test_parameters_are_cut_and_nothing_changes():
@@ -77,3 +59,53 @@ def test_misfits_are_named():
         shardings(tiny(), mesh, (("lora/.*", ()), *WAN_RULES))
     with pytest.raises(UserError, match="has 2 entries"):
         shardings({"kernel": jnp.zeros((2, 4, 8))}, mesh, [("kernel", ("fsdp", "tensor"))])
+
+
+def test_activations_lie_as_their_words_say_and_without_a_mesh_where_they_are():
+    x = jnp.zeros((4, 3, 8, 12, 2))
+    words = ("batch", None, "tokens", "heads", None)
+    assert cut(x, *words) is x and active_mesh() is None and context_parts(12, 8) == ("heads", 1)
+    with on_mesh(make_mesh(data=2, context=2, tensor=2)):
+        assert activation_spec(x.shape, words) == PartitionSpec(
+            ("data", "fsdp"), None, ("context",), ("tensor", "context"), None
+        )
+        assert activation_spec((3, 3, 7, 6, 2), words) == PartitionSpec(None, None, None, ("tensor",), None)
+        assert context_parts(12, 8) == ("heads", 1) and context_parts(6, 8) == ("tokens", 2)
+        assert context_parts(6, 7) == ("whole", 1)
+        with pytest.raises(ValueError, match="4 words"):
+            cut(x, "batch", None, None, None)
+    assert active_mesh() is None
+
+
+def test_inside_an_array_of_parts_the_context_axis_is_taken():
+    seen = []
+
+    def part(x):
+        seen.append(activation_spec(x.shape, ("batch", "heads")))
+        return x
+
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    with on_mesh(mesh):
+        jax.eval_shape(over_context(part, 1, 1), jax.ShapeDtypeStruct((4, 2, 8), jnp.float32))
+        assert activation_spec((4, 8), ("batch", "heads"))[1] == ("tensor", "context")
+    assert seen == [PartitionSpec(("data", "fsdp"), ("tensor",))]
+
+
+def test_extra_leaves_have_a_table_of_their_own():
+    """A table is strict against its own leaves, and is not consulted when there are none."""
+    mesh = make_mesh(fsdp=4, tensor=2)
+    branch = {"branch": {"classifier": {"up": {"kernel": jnp.zeros((8, 8))}}}}
+    with pytest.raises(UserError, match=r"branch.*matches nothing"):
+        shardings(branch, mesh)
+    assert shardings(tiny(), mesh)["head/kernel"].spec == PartitionSpec("tensor", "fsdp")
+
+
+def test_every_process_reads_the_rows_of_its_devices():
+    mesh = make_mesh(data=2, fsdp=2, context=2)
+    assert batch_rows(mesh, 8) == list(range(8))  # one process has all devices
+    with pytest.raises(UserError, match=r"data.batch_size=6 must divide by .* = 4"):
+        batch_rows(mesh, 6)
+    rows = np.arange(16.0).reshape(8, 2)
+    placed = place_rows(range(8), rows, mesh, 8)
+    np.testing.assert_array_equal(placed, rows)
+    assert placed.sharding == batch_sharding(mesh) and placed.addressable_shards[0].data.shape == (2, 2)
