@@ -231,7 +231,7 @@ def shard_model(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
 
 
 def place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """`leaf`, which every process holds whole, on the mesh. A key stays a key.
+    """`leaf`, which every process holds whole (or which lies on the mesh already), on the mesh. A key stays a key.
 
     Of many processes, `jax.device_put` would leave replicated arrays that Orbax does not save.
     """
@@ -241,6 +241,8 @@ def place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         return leaf
     if jax.process_count() == 1:
         return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # there already, under another name of its cut
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
