@@ -14,7 +14,7 @@ from cfjax.planning.collectives import Traffic, collectives
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 # A kernel's call, and the scope that the model gave it: "self_attention/splash_mha_fwd_residuals".
-_KERNEL = re.compile(r'op_name="[^"]*?\b(\w+_attention)\b[^"]*\b(splash_mha_\w+)')
+_KERNEL = re.compile(r'op_name="[^"]*?\b(\w+_attention)\b[^"]*\b(splash_mha_\w+)/pallas_call"')
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
