@@ -133,6 +133,7 @@ def toy_data(path: str = "runs/toy/data", *, assets: str = "toy_teacher", name: 
             "clips": 16384,
             "batch_size": 32,
             "max_corrupt": 0.0,
+            "reversed_name": "",
             "channels": 16,
             "text_length": 8,
             "shapes": ConfigDict(
