@@ -222,6 +222,8 @@ def parse(
         if "=" not in arg and not arg.lstrip("-").startswith("noconfig."):
             raise UserError(f"{arg}: write the value behind an equals sign, as {arg}=value")
     extras = _own_values(verb, [arg for arg in rest if arg not in overrides], own)
+    if "://" in extras["workdir"]:
+        raise UserError(f"--workdir={extras['workdir']}: a run lives in a folder; mount the bucket and name it there")
     if spec is None:
         raise UserError("--config is missing: name an experiment, as --config=configs/NAME.py")
     path = _config_file(spec)

@@ -74,6 +74,11 @@ def test_what_is_wrong_is_told_in_one_line(config, tmp_path, argv, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_bucket_is_no_folder(config):
+    with pytest.raises(UserError, match=r"--workdir=gs://bucket/run: .* mount the bucket"):
+        read(config, "--workdir=gs://bucket/run")
+
+
 def test_help_shows_purpose_flags_and_keys(config, capsys):
     with pytest.raises(SystemExit) as caught:
         read("--help", config)
