@@ -60,9 +60,9 @@ def get_config(arg: str = ""):
         }
     )
     if "quick" in words:
-        c.update({"pasts": 12, "futures": 500, "collisions": 24, "videos": 2000, "ahead": (1, 2)})
-        c.budget.update({"ar_steps": 800, "ode_steps": 800, "cd_steps": 800, "pool": 32768, "lr": 3e-3})
-        c.budget.update({"solver_steps": 192})
+        c.update({"pasts": 12, "futures": 500, "collisions": 24, "videos": 1500, "ahead": (1,), "forcing": False})
+        c.budget.update({"ar_steps": 600, "ode_steps": 600, "cd_steps": 600, "batch": 128, "pool": 16384})
+        c.budget.update({"lr": 3e-3, "solver_steps": 192, "width": 64})
     if "full" in words:
         c.update({"futures": 1500, "dmd": ("causal_ode", "bi_ode"), "levels": (1.0, 0.9375, 0.625)})
     return c

@@ -157,10 +157,15 @@ def flow_error(student: Any, law: Walk, seed: int, count: int, sigma: float = 0.
     clean = jnp.asarray(sample(law, rng, count), jnp.float32)[:, :, None, None, None]
     noise = jnp.asarray(rng.standard_normal(clean.shape), jnp.float32)
     noisy, sigma_BF = (1.0 - sigma) * clean + sigma * noise, jnp.full(clean.shape[:2], sigma)
-    text_kv = embed_text(student, jnp.zeros((count, 1, 1)))
     teacher: Any = Exact(law)
-    got, exact = (teacher_forced(m, noisy, sigma_BF, clean, text_kv, FRAMEWISE) for m in (student, teacher))
-    return float(jnp.mean(jnp.square(got - exact)))
+
+    @jax.jit
+    def error(student: Any) -> jax.Array:
+        text_kv = embed_text(student, jnp.zeros((count, 1, 1)))
+        got, exact = (teacher_forced(m, noisy, sigma_BF, clean, text_kv, FRAMEWISE) for m in (student, teacher))
+        return jnp.mean(jnp.square(got - exact))
+
+    return float(error(student))
 
 
 def seed_part(plan: Plan, seed: int, told: Callable[[str], None]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The branching walk: exact scores against samples, collisions, and what students of each teacher learn, in small."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def by_components(law, x, sigma):
 def test_the_joint_velocity_is_the_posterior_mean(law):
     x = np.random.default_rng(0).standard_normal((7, 5))
     with jax.enable_x64(True):
-        got = np.asarray(joint_velocity(law, jnp.asarray(x), jnp.full(7, 0.4, jnp.float64)))
+        got = np.asarray(jax.jit(partial(joint_velocity, law))(jnp.asarray(x), jnp.full(7, 0.4, jnp.float64)))
     np.testing.assert_allclose(got, by_components(law, x, 0.4), rtol=1e-10)
 
 
@@ -59,7 +60,7 @@ def test_the_conditional_velocity_of_a_walk_is_that_of_its_next_step():
     clean = means + (1 - s) * variance / total * (x - (1 - s) * means)
     flow = np.sum(weight / weight.sum() * ((x - clean) / s))
     with jax.enable_x64(True):
-        got = velocity(WALK, 2, jnp.array([[x]]), jnp.array([s]), jnp.asarray(past[None]))
+        got = jax.jit(partial(velocity, WALK, 2))(jnp.array([[x]]), jnp.array([s]), jnp.asarray(past[None]))
     assert float(got[0, 0]) == pytest.approx(flow, rel=1e-9)
 
 
@@ -69,16 +70,22 @@ def test_toys_obey_the_protocols_law():
     student = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), student)
     noisy, clean, sigma = normal(1), normal(2), jax.random.uniform(jax.random.key(3), (3, 5))
     text_kv = embed_text(student, jnp.zeros((3, 1, 1)))
-    whole = teacher_forced(student, noisy, sigma, clean, text_kv, FRAMEWISE)
-    context = clean_context(student, clean, text_kv, FRAMEWISE)
-    np.testing.assert_allclose(replay(student, noisy, sigma, text_kv, context, FRAMEWISE), whole, atol=1e-6)
-    cache = init_cache(student.config, 3, 5, 1, FRAMEWISE)
-    for i in range(5):
-        start, own = jnp.int32(i), slice(i, i + 1)
-        flow, _ = forward_block(student, noisy[:, own], sigma[:, own], text_kv, cache, start, FRAMEWISE)
-        np.testing.assert_allclose(flow, whole[:, own], atol=1e-6)
-        _, kv = forward_block(student, clean[:, own], jnp.zeros((3, 1)), text_kv, cache, start, FRAMEWISE)
-        cache = write(cache, kv, start, 1, FRAMEWISE)
+
+    @jax.jit
+    def three_ways(student):
+        whole = teacher_forced(student, noisy, sigma, clean, text_kv, FRAMEWISE)
+        context = clean_context(student, clean, text_kv, FRAMEWISE)
+        cache, flows = init_cache(student.config, 3, 5, 1, FRAMEWISE), []
+        for i in range(5):
+            start, own = jnp.int32(i), slice(i, i + 1)
+            flows.append(forward_block(student, noisy[:, own], sigma[:, own], text_kv, cache, start, FRAMEWISE)[0])
+            _, kv = forward_block(student, clean[:, own], jnp.zeros((3, 1)), text_kv, cache, start, FRAMEWISE)
+            cache = write(cache, kv, start, 1, FRAMEWISE)
+        return whole, replay(student, noisy, sigma, text_kv, context, FRAMEWISE), jnp.concatenate(flows, axis=1)
+
+    whole, replayed, cached = three_ways(student)
+    np.testing.assert_allclose(replayed, whole, atol=1e-6)
+    np.testing.assert_allclose(cached, whole, atol=1e-6)
 
 
 def test_a_teacher_that_looks_ahead_averages_to_the_ar_one():
@@ -88,14 +95,16 @@ def test_a_teacher_that_looks_ahead_averages_to_the_ar_one():
     noisy = 0.3 * clean + 0.7 * jnp.asarray(rng.standard_normal(clean.shape), jnp.float32)
     sigma = jnp.full(clean.shape[:2], 0.7)
     text_kv = embed_text(Exact(WALK), jnp.zeros((len(clean), 1, 1)))
-    gap = {}
-    for k in (0, 4):
-        gap[k] = teacher_forced(Exact(WALK, k), noisy, sigma, clean, text_kv, FRAMEWISE)[:, :, 0, 0, 0]
-    joint = Exact(WALK)(noisy, sigma, text_kv)[:, :, 0, 0, 0]
+
+    @jax.jit
+    def flows(noisy, clean):
+        ar, ahead = (teacher_forced(Exact(WALK, k), noisy, sigma, clean, text_kv, FRAMEWISE) for k in (0, 4))
+        return (ahead - ar)[:, 1, 0, 0, 0], (Exact(WALK)(noisy, sigma, text_kv) - ar)[:, 1, 0, 0, 0]
+
+    ahead, noisy_past = map(np.asarray, flows(noisy, clean))
     features = np.stack(
         [np.asarray(noisy[:, 1, 0, 0, 0]), np.asarray(clean[:, 0, 0, 0, 0]), np.ones(len(clean))], axis=1
     )
-    ahead, noisy_past = (np.asarray(v[:, 1] - gap[0][:, 1]) for v in (gap[4], joint))
     slopes = [np.linalg.lstsq(features, y, rcond=None)[0] for y in (ahead, noisy_past)]
     print("regression of v - v_AR, clean and noisy past:", slopes, "rms", ahead.std(), noisy_past.std())
     assert ahead.std() > 0.1 and np.abs(slopes[0]).max() < 0.03 and np.abs(slopes[1]).max() > 0.2
