@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     save_evaluation(workdir, result)
     summary = result["summary"]
     say(f"{run.name} ({run.stage}, step {run.step}): {c.clips} videos of held-out captions")
-    for name in SHOWN:
+    for name in (name for name in SHOWN if name in summary):  # one clip per caption has no diversity
         bounds = f"  [{summary[name + '_low']:.3f}, {summary[name + '_high']:.3f}]" if name + "_low" in summary else ""
         say(f"  {name:18s} {summary[name]:.3f}{bounds}")
     say(f"  network calls      {result['network_calls']}   frames/s {result['frames_per_second']:.1f}")

@@ -115,7 +115,6 @@ def recipe(c: ConfigDict, root: Path) -> list[Step]:
 
     def stage(s: ConfigDict) -> Step:
         start = {role: c.teacher if key == "teacher" else f"{root}/{key}" for role, key in s.init.items()}
-        start |= dict.fromkeys(("critic", "real_score"), c.teacher) if s.budget == "dmd" else {}
         amount = {"pairs" if s.verb == "precompute" else "steps": budget[s.budget]}
         keys = {**amount, **{f"roles.{role}.init": init for role, init in start.items()}, **shared}
         workdir = [] if s.verb == "precompute" else [f"--workdir={root}/{s.key}"]

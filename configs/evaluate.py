@@ -15,7 +15,7 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`table`. `run`: a run directory or a shipped teacher; `clips`: how many; `kept`: how many videos are stored."""
+    """`table`. Keys: run, a run directory or a shipped teacher; clips, how many; kept, how many videos are stored."""
     table = "table" in presets.switches(arg, "table")
     return ConfigDict(
         {

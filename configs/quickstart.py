@@ -23,6 +23,7 @@ from cfjax import presets
 
 TEACHER = "teacher"  # the shipped bidirectional network, where an earlier stage could stand
 
+SCORES = {"critic": TEACHER, "real_score": TEACHER}
 # key: verb, config and its switches, which budget, {role: what it starts from}
 STAGES = {
     "ar": ("train", "ar_diffusion", (), "ar", {"student": TEACHER}),
@@ -37,16 +38,16 @@ STAGES = {
     "bi_ode": ("train", "ode_regression", ("bidirectional",), "ode", {"student": TEACHER}),
     "cd": ("train", "consistency", (), "cd", {"student": "ar", "teacher": "ar"}),
     "asymmetric_cd": ("train", "consistency", ("asymmetric",), "cd", {"student": "ar", "teacher": TEACHER}),
-    "dmd": ("train", "dmd", (), "dmd", {"student": "ode"}),
-    "cd_dmd": ("train", "dmd", (), "dmd", {"student": "cd"}),
-    "asymmetric_cd_dmd": ("train", "dmd", (), "dmd", {"student": "asymmetric_cd"}),
-    "bi_ode_dmd": ("train", "dmd", (), "dmd", {"student": "bi_ode"}),
-    "ar_dmd": ("train", "dmd", ("from_ar",), "dmd", {"student": "ar"}),
-    "bi_ode_causvid": ("train", "dmd", ("causvid",), "dmd", {"student": "bi_ode"}),
-    "sid": ("train", "dmd", ("sid",), "dmd", {"student": "ode"}),
-    "gan": ("train", "dmd", ("gan",), "dmd", {"student": "ode"}),
-    "long_dmd": ("train", "dmd", ("long",), "dmd", {"student": "ode"}),
-    "bidirectional_dmd": ("train", "dmd", ("bidirectional",), "dmd", {"student": TEACHER}),
+    "dmd": ("train", "dmd", (), "dmd", {"student": "ode", **SCORES}),
+    "cd_dmd": ("train", "dmd", (), "dmd", {"student": "cd", **SCORES}),
+    "asymmetric_cd_dmd": ("train", "dmd", (), "dmd", {"student": "asymmetric_cd", **SCORES}),
+    "bi_ode_dmd": ("train", "dmd", (), "dmd", {"student": "bi_ode", **SCORES}),
+    "ar_dmd": ("train", "dmd", ("from_ar",), "dmd", {"student": "ar", **SCORES}),
+    "bi_ode_causvid": ("train", "dmd", ("causvid",), "dmd", {"student": "bi_ode", **SCORES}),
+    "sid": ("train", "dmd", ("sid",), "dmd", {"student": "ode", **SCORES}),
+    "gan": ("train", "dmd", ("gan",), "dmd", {"student": "ode", "critic": TEACHER}),
+    "long_dmd": ("train", "dmd", ("long",), "dmd", {"student": "ode", **SCORES}),
+    "bidirectional_dmd": ("train", "dmd", ("bidirectional",), "dmd", {"student": TEACHER, **SCORES}),
 }
 
 RECIPES = {
@@ -69,12 +70,14 @@ RECIPES = {
 
 
 def get_config(arg: str = ""):
-    """One of `RECIPES`, `framewise`, `2step`, `1step`; `budget`: default, short, long or tiny."""
+    """A recipe: `causal_forcing`, `causal_forcing_pp`, `self_forcing`, `causvid`, or another of RECIPES; `framewise`;
+    `2step` or `1step`. The key budget is default, short, long or tiny.
+    """
     words = presets.switches(arg, *RECIPES, "framewise", "2step", "1step")
+    presets.one_of(words, *RECIPES)
+    presets.one_of(words, "2step", "1step")
     recipe = next((word for word in words if word in RECIPES), "causal_forcing")
     joined = tuple(word for word in words if word not in RECIPES)
-    if steps := [word for word in joined if word.endswith("step")]:
-        joined = (*(word for word in joined if word == "framewise"), steps[-1])
     stages = []
     for key in RECIPES[recipe]:
         verb, config, own, amount, init = STAGES[key]

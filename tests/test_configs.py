@@ -83,7 +83,7 @@ def test_few_step_variants_change_the_objective_and_the_sampler():
     "path", [p for p in CONFIGS if inspect.signature(get_config(p)).parameters], ids=lambda p: p.stem
 )
 def test_a_misspelt_switch_is_a_mistake(path):
-    with pytest.raises(UserError, match="unknown switch 'toi'; use toy"):
+    with pytest.raises(UserError, match="unknown switch 'toi'; use "):
         get_config(path)("toi")
 
 
@@ -258,6 +258,16 @@ def test_a_run_of_other_blocks_is_refused(chain, tmp_path, capsys):
     assert cfjax("train", "dmd.py:toy,framewise", tmp_path, **dmd_keys(chain)) == 2
     assert f"roles.student.init='{chain / 'ode'}' was trained with blocks.frames=3" in one_line(capsys)
     assert not list(tmp_path.iterdir())
+    pairs = {"roles__teacher__init": chain / "ar", "pairs": 8, "output": "framewise_pairs"}
+    assert cfjax("precompute", "ode_pairs.py:toy,framewise", tmp_path, **tiny_data(chain), **pairs) == 2
+    assert f"roles.teacher.init='{chain / 'ar'}' was trained with blocks.frames=3" in one_line(capsys)
+    assert not (chain / "data" / "framewise_pairs").exists()
+
+
+def test_a_run_does_not_go_on_with_other_blocks(chain, capsys):
+    keys = {**tiny(chain), "roles__student__init": chain / "teacher", "roles__student__init_ema": True}
+    assert cfjax("train", "ar_diffusion.py:toy,framewise", chain / "ar", **keys, steps=4) == 2
+    assert f"--workdir={chain / 'ar'}: the run in it was trained with blocks.frames=3" in one_line(capsys)
 
 
 def test_an_unknown_key_is_named(tmp_path, capsys):
