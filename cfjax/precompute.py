@@ -33,7 +33,7 @@ from cfjax.models.text_cache import FILL_AT_ONCE, fill
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
 from cfjax.objectives.ode_regression import METHODS, PairsConfig, ode_pairs
-from cfjax.roles import initial_model
+from cfjax.roles import check_blocks, initial_model
 from cfjax.training.checkpoint import read_meta
 from cfjax.wan_world import WanWorld, load_text, open_cache
 from cfjax.world import World
@@ -268,7 +268,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
     """Solves the AR teacher's PF-ODE for `c.pairs` clips and writes this process's share to `data.path`/`output`.
 
     Raises:
-      UserError: more pairs than clips, a teacher of another stage, or pairs begun with other settings.
+      UserError: more pairs than clips, a teacher of another stage or layout, or pairs begun with other settings.
     """
     data = open_data(c)
     target = Path(c.data.path) / c.output
@@ -281,6 +281,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
     method = values.pop("method")
     if method not in METHODS:  # before any file is touched
         raise UserError(f"objective.method={method!r}: use one of {', '.join(METHODS)}")
+    check_blocks(c)
     config = PairsConfig(**values)
     writer = _pairs_writer(c, data, target, config)
     shard, shards = shard_of(c)

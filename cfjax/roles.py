@@ -14,12 +14,12 @@ from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.offload import has_host_memory
 from cfjax.core.sharding import shard_model
 from cfjax.core.tree import named_leaves
-from cfjax.experiment import MODEL_FILE, Data, branch_config, load_shipped, wan_config
+from cfjax.experiment import META_FILE, MODEL_FILE, Data, branch_config, load_shipped, wan_config
 from cfjax.models.discriminator import Discriminator, with_branch
 from cfjax.models.resting import STORAGES, fill, placed, resting
 from cfjax.models.wan import Wan, WanConfig, make_wan
 from cfjax.objectives.stage import Stage
-from cfjax.training.checkpoint import load_role, open_role, read_meta
+from cfjax.training.checkpoint import FOLDER, load_role, open_role, read_meta
 from cfjax.training.memory import RoleMemory, role_memory
 from cfjax.world import asset
 
@@ -49,6 +49,33 @@ def check_roles(c: ConfigDict, stage: Stage) -> None:
                 f"roles.{name}.offload=True: programs on {jax.local_devices()[0].platform} cannot read host memory; "
                 f"set it to False, and roles.{name}.storage='int8' to save memory"
             )
+
+
+def check_blocks(c: ConfigDict, workdir: Path | None = None) -> None:
+    """A causal network goes on with the blocks that it was trained with: chunk-wise weights are no frame-wise ones.
+
+    Args:
+      workdir: of the run that `c` may be going on with.
+
+    Raises:
+      UserError: a role starts from a causal run of another layout, or the workdir holds one.
+    """
+    for name, role in c.roles.items():
+        if role.init and not asset(role.init, META_FILE) and Path(role.init).is_dir():
+            _same_blocks(c, role.init, f"roles.{name}.init={role.init!r}", "name a run of the same layout")
+    if workdir is not None and any(entry.name.isdigit() for entry in (workdir / FOLDER).glob("*")):
+        _same_blocks(c, workdir, f"--workdir={workdir}: the run in it", "name another workdir")
+
+
+def _same_blocks(c: ConfigDict, run: str | Path, what: str, mend: str) -> None:
+    meta = read_meta(run)
+    own = (c.blocks.frames, c.blocks.independent_first_frame)
+    theirs = (meta["blocks"]["frames"], meta["blocks"]["independent_first_frame"])
+    if meta["stage"] != "bidirectional" and theirs != own:
+        raise UserError(
+            f"{what} was trained with blocks.frames={theirs[0]}, blocks.independent_first_frame={theirs[1]}, "
+            f"not {own[0]}, {own[1]}; {mend}, or set these keys to its own"
+        )
 
 
 def role_template(role: ConfigDict, channels: int, text_width: int, mesh: Mesh | None = None) -> Wan:

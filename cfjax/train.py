@@ -18,7 +18,6 @@ from cfjax.core.sharding import batch_rows, make_mesh, on_mesh, place, place_row
 from cfjax.core.topology import peak_flops
 from cfjax.data.latents import make_iterator
 from cfjax.experiment import (
-    META_FILE,
     Data,
     codec_of,
     open_data,
@@ -30,8 +29,7 @@ from cfjax.models.wan import preset
 from cfjax.monitor import make_monitor
 from cfjax.objectives.stage import Stage
 from cfjax.plan import Shapes, whole_flops
-from cfjax.roles import check_roles, initial_model, stage_memory
-from cfjax.training.checkpoint import read_meta
+from cfjax.roles import check_blocks, check_roles, initial_model, stage_memory
 from cfjax.training.loop import fit
 from cfjax.training.memory import check_memory, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
@@ -39,11 +37,10 @@ from cfjax.training.observe import Work, trace_window
 from cfjax.training.placement import place_state
 from cfjax.training.state import TrainState, init_state
 from cfjax.training.step import has_batch_axis
-from cfjax.world import asset
 
 T = TypeVar("T")
 
-DESCRIPTION = """Trains one stage: bidirectional, ar_diffusion, ode_regression or dmd, as the config says.
+DESCRIPTION = """Trains one stage: bidirectional, ar_diffusion, ode_regression, consistency or dmd, as the config says.
 Checkpoints, TensorBoard events and metrics.jsonl go to the workdir. To resume, run the same command again."""
 
 
@@ -63,7 +60,7 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     data = _in_turn(lambda: open_data(c))
     stage = stage_of(c)
     check_roles(c, stage)
-    check_blocks(c)
+    check_blocks(c, workdir)
     codec = codec_of(c, data)
     check_mesh(c, data.dataset.latent_shape)
     txs, mesh = optimizers_of(c, stage), mesh_of(c)
@@ -131,26 +128,6 @@ def _in_turn(make: Callable[[], T]) -> T:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("cfjax_in_turn")
     return out
-
-
-def check_blocks(c: ConfigDict) -> None:
-    """A causal network goes on with the blocks that it was trained with: chunk-wise weights are no frame-wise ones.
-
-    Raises:
-      UserError: a role starts from a causal run of another layout.
-    """
-    own = (c.blocks.frames, c.blocks.independent_first_frame)
-    for name, role in c.roles.items():
-        if not role.init or asset(role.init, META_FILE) or not Path(role.init).is_dir():
-            continue
-        meta = read_meta(role.init)
-        theirs = (meta["blocks"]["frames"], meta["blocks"]["independent_first_frame"])
-        if meta["stage"] != "bidirectional" and theirs != own:
-            raise UserError(
-                f"roles.{name}.init={role.init!r} was trained with blocks.frames={theirs[0]}, "
-                f"blocks.independent_first_frame={theirs[1]}, not {own[0]}, {own[1]}; "
-                "name a run of the same layout, or set these keys to its own"
-            )
 
 
 def mesh_of(c: ConfigDict) -> Mesh | None:
