@@ -187,10 +187,10 @@ def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan
 
 
 # What `--config.reference=True` turns on, by stage: the PyTorch reference's quirks that change numbers and are off by
-# default (Q1, Q2, Q3, Q4, Q6). Its other choices are the defaults already.
+# default (Q1, Q2, Q3, Q4, Q6) or in the toy's recipes (Q19, Q23). Its other choices are the defaults already.
 REFERENCE: dict[str, dict[str, Any]] = {
     "bidirectional": {"bf16_timesteps": True},
-    "ar_diffusion": {"bf16_timesteps": True},
+    "ar_diffusion": {"bf16_timesteps": True, "text_dropout": 0.0},
     "ode_regression": {},
     "consistency": {"bf16_timesteps": True, "boundary": False},
     "dmd": {
@@ -273,7 +273,7 @@ def losses_of(c: ConfigDict) -> dict[str, Loss]:
     """Role -> loss of `c.stage`.
 
     Raises:
-      UserError: an unknown stage.
+      UserError: an unknown stage, or a role or an average that it needs is missing.
     """
     blocks, o = blocks_of(c), objective_of(c)
     if c.stage == "bidirectional":
@@ -296,6 +296,8 @@ def losses_of(c: ConfigDict) -> dict[str, Loss]:
         return gan_losses(c, config)
     if o.matching not in ("dmd", "sid"):
         raise UserError(f"objective.matching={o.matching!r}: use dmd, sid or gan")
+    if "real_score" not in c.roles:
+        raise UserError(f"roles.real_score is missing: objective.matching={o.matching!r} compares two scores")
     student = sid.generator_loss(config, blocks, alpha=o.sid_alpha) if o.matching == "sid" else dmd(config, blocks)
     return {"student": student, "critic": critic_loss(config, blocks)}
 

@@ -46,6 +46,8 @@ def get_config(arg: str = ""):
     presets.one_of(words, "long", "gan")
     presets.one_of(words, "sid", "gan")
     presets.one_of(words, "long", "bidirectional")
+    presets.one_of(words, "from_ar", "bidirectional")
+    presets.one_of(words, "2step", "1step", "causvid")  # which has no rollout whose first block could take more steps
     toy, long = "toy" in words, "long" in words
     window = 12 if toy else 21  # latent frames that the scores were trained on
     c = presets.experiment("dmd", steps=600 if toy else 3000 if long else 1000)
@@ -75,6 +77,7 @@ def get_config(arg: str = ""):
     full = (1000, 750, 500, 250)
     few = {"2step": (1000, 500), "1step": (1000,)}
     steps = next((few[word] for word in words if word in few), full)
+    first_steps = full if steps != full and "bidirectional" not in words else ()  # a first block of its own
     if "from_ar" in words:
         c.roles.student.update({"init": "runs/toy/ar" if toy else "runs/ar", "init_stages": ("ar_diffusion",)})
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
@@ -86,7 +89,7 @@ def get_config(arg: str = ""):
         "student_input": "noised_data" if "causvid" in words else "self_rollout",
         "forcing": "diffusion",
         "steps": steps,
-        "first_steps": full if steps != full else (),
+        "first_steps": first_steps,
         "shift": 5.0,
         "context_noise": 0.0,
         "kv_gradient": "detached",
@@ -109,7 +112,7 @@ def get_config(arg: str = ""):
     c.optim.student = presets.toy_adam(2e-4) if toy else presets.optimizer(1.5e-6 if long else 2e-6)
     c.optim.critic = presets.toy_adam(4e-4) if toy else presets.optimizer(4e-7)
     c.ema.student = presets.ema(0.95 if toy else 0.99, 0 if toy else 200)
-    c.sampler = presets.few_step(steps, full if steps != full else ())
+    c.sampler = presets.few_step(steps, first_steps)
     return c
 
 

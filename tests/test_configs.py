@@ -77,6 +77,19 @@ def test_few_step_variants_change_the_objective_and_the_sampler():
         c = make(arg)
         assert (c.objective.steps, c.objective.first_steps) == (steps, first)
         assert (c.sampler.steps, c.sampler.first_steps) == (steps, first)
+    c = make("bidirectional,2step")  # its one block is the first
+    assert c.objective.steps == c.sampler.steps == (1000, 500)
+    assert c.objective.first_steps == c.sampler.first_steps == ()
+    for words in ("2step,1step", "causvid,2step", "from_ar,bidirectional"):
+        with pytest.raises(UserError, match="exclude each other"):
+            make(words)
+
+
+def test_two_scores_are_needed_to_compare_them():
+    c = get_config(ROOT / "configs" / "dmd.py")("toy,gan")
+    c.objective.matching = "dmd"
+    with pytest.raises(UserError, match=r"roles\.real_score is missing"):
+        experiment.stage_of(c)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +101,19 @@ def test_a_misspelt_switch_is_a_mistake(path):
 
 
 def test_one_switch_turns_on_the_references_quirks():
-    """`--config.reference=True`: Q1, Q2, Q3, Q4 and Q6; without it each is off, and a named key still sets it alone."""
+    """`--config.reference=True`: Q1, Q2, Q3, Q4 and Q6, in the toy too; without it each is off."""
 
-    def objective(config: str, **keys: object):
-        c = get_config(ROOT / "configs" / f"{config}.py")("")
+    def objective(config: str, arg: str = "", **keys: object):
+        c = get_config(ROOT / "configs" / f"{config}.py")(arg)
         with c.unlocked():
             c.update(keys)
         return c, experiment.objective_of(c)
 
     for config in ("bidirectional", "ar_diffusion", "consistency"):
         assert not objective(config)[1].bf16_timesteps and objective(config, reference=True)[1].bf16_timesteps
+    assert objective("ar_diffusion", "toy")[1].text_dropout and objective("consistency", "toy")[1].boundary
+    assert objective("ar_diffusion", "toy", reference=True)[1].text_dropout == 0.0  # Q19
+    assert not objective("consistency", "toy", reference=True)[1].boundary  # Q23
     off, on = (experiment.dmd_config(objective("dmd", reference=value)[0]) for value in (False, True))
     assert (off.score_table_shift, off.self_forcing.context_noise, off.self_forcing.kv_gradient) == (
         None,

@@ -11,6 +11,8 @@ from cfjax.data.latents import Batch, ClipDataset
 
 Tell = Callable[[str], None]
 
+FLOATS = {"latents_FHWC", "trajectory_JFHWC", "text_SE"}  # of a record
+
 
 class TolerantDataset:
     """A `ClipDataset` whose broken records are stood in for by the next good one, up to a fraction of the set.
@@ -48,8 +50,9 @@ class TolerantDataset:
                 continue
             try:
                 record = self._dataset[candidate]
-                if self._dataset.has_latents and not np.isfinite(record["latents_FHWC"]).all():
-                    raise UserError(f"{self.path}, record {candidate}: latents are not finite")
+                for name in FLOATS & record.keys():
+                    if not np.isfinite(record[name]).all():
+                        raise UserError(f"{self.path}, record {candidate}: {name} holds numbers that are not finite")
                 return record
             except UserError as error:
                 self._note(candidate, str(error))

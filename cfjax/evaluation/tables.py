@@ -40,9 +40,11 @@ def gather(pattern: str) -> dict[str, list[dict[str, Any]]]:
         if not file.exists():
             continue
         try:
-            out.setdefault(file.parent.name, []).append(json.loads(file.read_text()))
-        except ValueError as error:
+            result = json.loads(file.read_text())
+            _numbers(result)
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is no evaluation ({error}); run cfjax evaluate again") from None
+        out.setdefault(file.parent.name, []).append(result)
     if not out:
         raise UserError(f"evaluations={pattern!r}: no folder with an {EVALUATION}; run cfjax evaluate first")
     return out

@@ -67,7 +67,8 @@ def test_more_than_the_fraction_is_an_error(path):
         RecordDataset(path)[7]
 
 
-def test_numbers_that_are_not_finite_count_as_broken():
+@pytest.mark.parametrize("name", ["latents_FHWC", "trajectory_JFHWC", "text_SE"])
+def test_numbers_that_are_not_finite_count_as_broken(name):
     class Nan:
         path, manifest, negative_text_SE, has_latents = "set", {}, np.zeros((1, 4)), True
 
@@ -75,9 +76,11 @@ def test_numbers_that_are_not_finite_count_as_broken():
             return 2
 
         def __getitem__(self, index):
-            return {"latents_FHWC": np.full(SHAPE, [np.nan, 1.0][index]), "index": index}
+            return {"latents_FHWC": np.ones(SHAPE), name: np.full(SHAPE, [np.nan, 1.0][index]), "index": index}
 
     dataset = TolerantDataset(Nan(), 0.5, lambda line: None)
-    assert dataset[0]["index"] == 1 and dataset.corrupt == {0: "set, record 0: latents are not finite"}
+    assert dataset[0]["index"] == 1 and dataset.corrupt == {
+        0: f"set, record 0: {name} holds numbers that are not finite"
+    }
     with pytest.raises(UserError, match=r"max_corrupt=1\.0"):
         TolerantDataset(Nan(), 1.0)

@@ -13,7 +13,7 @@ def result(correct: float, calls: int = 20) -> dict[str, object]:
 
 
 def write(folder, value):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(value if isinstance(value, str) else json.dumps(value))
 
 
@@ -37,6 +37,7 @@ def test_folders_of_one_name_are_seeds_of_one_row(tmp_path):
 def test_nothing_to_show_is_told(tmp_path):
     with pytest.raises(UserError, match="run cfjax evaluate first"):
         gather(f"{tmp_path}/*")
-    write(tmp_path / "dmd", "{")
-    with pytest.raises(UserError, match="dmd/evaluation.json is no evaluation"):
-        gather(f"{tmp_path}/*")
+    for wrong in ("{", "{}", "[]", '{"summary": {}}'):
+        write(tmp_path / "dmd", wrong)
+        with pytest.raises(UserError, match=r"dmd/evaluation\.json is no evaluation"):
+            gather(f"{tmp_path}/*")
