@@ -193,6 +193,7 @@ def make_wan(config: WanConfig, key: jax.Array) -> Wan:
 
 
 @singledispatch
+@jax.named_scope("embed_text")
 def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
     """Cross-attention keys and values of all layers, [L, B, S, N, K]; all rows are attended (reference quirk Q18)."""
     config = model.config
@@ -205,6 +206,7 @@ def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
 
 
 @singledispatch
+@jax.named_scope("teacher_forced")
 def teacher_forced(
     model: Wan,
     noisy_BFHWC: jax.Array,
@@ -266,6 +268,7 @@ def forward_block(
 
 
 @singledispatch
+@jax.named_scope("clean_context")
 def clean_context(
     model: Wan, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
 ) -> FrameKV:

@@ -73,6 +73,7 @@ def _chunked(q_BTNK: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | 
     return rearrange(jax.lax.map(one, chunks), "c b t n k -> b (c t) n k")[:, :queries]
 
 
+@jax.named_scope("attention")
 def attend(
     q_BTNK: jax.Array,
     k_BTNK: jax.Array,

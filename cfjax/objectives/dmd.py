@@ -180,10 +180,12 @@ def noised_for_scores(x0: jax.Array, draws: Draws, config: DMDConfig) -> tuple[j
 def distribution_gradient(
     x0: jax.Array, models: Models, batch: Batch, draws: Draws, config: DMDConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """g = (f - r) / mean|x0 - r| per sample (6.4): away from the student's own distribution; no gradient."""
+    """g = (f - r) / mean|x0 - r| per sample (DMD, arXiv 2311.18828): away from the student's own; no gradient."""
     x, sigma_BF = noised_for_scores(stop_gradient(x0), draws, config)
-    fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
-    real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
+    with jax.named_scope("fake_score"):
+        fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
+    with jax.named_scope("real_score"):
+        real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
     normaliser = jnp.mean(jnp.abs(x0 - real), axis=(1, 2, 3, 4), keepdims=True)
     gradient = jnp.nan_to_num((fake - real) / normaliser)
     metrics = {"dmd_gradient_norm": jnp.mean(jnp.abs(gradient)), "dmd_normaliser": jnp.mean(normaliser)}

@@ -26,8 +26,10 @@ def generator_loss(config: DMDConfig, blocks: Blocks, *, alpha: float = 1.0, rol
         draws = draw(key, batch["latents_BFHWC"].shape, config, blocks) if draws is None else draws
         x0 = student_video(models[role], batch, draws, config, blocks, gradient=True, codec=models.get("codec"))
         x, sigma_BF = noised_for_scores(x0, draws, config)
-        fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
-        real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
+        with jax.named_scope("fake_score"):
+            fake = guided_x0(models["critic"], x, sigma_BF, batch, config.fake_guidance, config)
+        with jax.named_scope("real_score"):
+            real = guided_x0(models["real_score"], x, sigma_BF, batch, config.real_guidance, config)
         difference = real - fake
         normaliser = stop_gradient(jnp.mean(jnp.abs(x0 - real), axis=(1, 2, 3, 4), keepdims=True))
         summands = jnp.nan_to_num(difference * ((real - x0) - alpha * difference) / normaliser)

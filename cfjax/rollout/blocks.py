@@ -21,6 +21,7 @@ from cfjax.nn.visibility import Blocks
 BlockStep = Callable[[KVCache, jax.Array, Any], tuple[KVCache, Any]]
 
 
+@jax.named_scope("denoise_block")
 def denoise_block(
     model: Wan, x_BFHWC: jax.Array, sigma: jax.Array, text_kv: KV, cache: KVCache, start: jax.Array, blocks: Blocks
 ) -> jax.Array:
@@ -29,6 +30,7 @@ def denoise_block(
     return forward_block(model, x_BFHWC, sigma_BF, text_kv, cache, start, blocks)[0]
 
 
+@jax.named_scope("commit_block")
 def commit_block(
     model: Wan,
     clean_BFHWC: jax.Array,

@@ -63,6 +63,7 @@ def draw_long(
     return {**draw_rollout(key, (shape[0], long.max_frames, *shape[2:]), config, blocks), "count": count}
 
 
+@jax.named_scope("last_picture")
 def last_picture(codec: Codec, latents_BFHWC: jax.Array, stop: jax.Array) -> jax.Array:
     """The last pixel frame, [B, 1, H, W, 3], of `codec.decode(latents[:, :stop])`; `stop` is traced, 1 or more.
 

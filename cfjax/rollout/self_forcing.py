@@ -86,6 +86,7 @@ def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, bl
     }
 
 
+@jax.named_scope("self_rollout")
 def rollout(
     model: Wan,
     text_kv: KV,
@@ -132,6 +133,7 @@ def rollout(
     return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)))
 
 
+@jax.named_scope("replay_exit_steps")
 def replay_exit(
     model: Wan, text_kv: KV, rolled: Rollout, config: SelfForcing, blocks: Blocks, *, start: jax.Array | None = None
 ) -> jax.Array:

@@ -116,15 +116,17 @@ def make_update(
         others: Mapping[str, Any] = {**frozen, **state.params, **shadows}
 
         def loss_fn(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            return stage.losses[role]({**others, role: params}, part, key)
+            with jax.named_scope(f"{role}_loss"):
+                return stage.losses[role]({**others, role: params}, part, key)
 
         old = state.params[role]
         loss, metrics, grads = _grads(loss_fn, old, batch, role_key(state, role), accumulate)
         named_grads, named = named_leaves(grads), named_leaves(old)
         grad_norm = optax.tree.norm(named_grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        deltas, opt = tx.update(named_grads, state.opt[role], named)
-        moved = optax.apply_updates(named, deltas)
+        with jax.named_scope("optimizer"):
+            deltas, opt = tx.update(named_grads, state.opt[role], named)
+            moved = optax.apply_updates(named, deltas)
         new = map_named(lambda name, _: moved[name], old)
         ema = {}
         if role in stage.ema:

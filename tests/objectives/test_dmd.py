@@ -1,5 +1,6 @@
 """Distribution matching: its gradient against the formula, its compiles and cadence, and where it moves a student."""
 
+import re
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -62,7 +63,7 @@ def scores(monkeypatch) -> dict[str, Score]:
 
 
 def reference_gradient(x0, draws, batch, config: DMDConfig, slopes=(0.7, -0.4)) -> np.ndarray:
-    """Reference 6.4, clip by clip."""
+    """PyTorch reference, clip by clip."""
     out = []
     for i, clip in enumerate(np.asarray(x0, np.float64)):
         sigma = float(draws["score_sigma_B"][i])
@@ -130,7 +131,7 @@ def test_shift_8_table_changes_scores_by_the_q3_ratio(scores):
 
 
 def test_score_levels_are_the_references():
-    """Reference 6.3: shift 5 of k / 1000, clamped; 9.2 % land on 0.98 and 0.5 % on 0.02."""
+    """PyTorch reference: shift 5 of k / 1000, clamped; 9.2 % land on 0.98 and 0.5 % on 0.02."""
     sigma = np.asarray(draw(KEY, (20000, 3, 1, 1, 1), DMD, BLOCKS)["score_sigma_B"])
     assert sigma.min() == pytest.approx(0.02) and sigma.max() == pytest.approx(0.98)
     assert np.mean(sigma >= 0.98) == pytest.approx(0.092, abs=0.008)
@@ -230,8 +231,18 @@ def test_one_compile_per_role_whatever_the_exit_step(trained):
     assert [update._cache_size() for update in trained.updates.values()] == [1, 1]
 
 
+def test_a_trace_is_told_in_the_papers_words(trained):
+    frozen, batch = {"real_score": bidirectional()}, batch_of(jnp.zeros((64, 2, 2, 2, 1)))
+    for role, words in {
+        "student": ("self_rollout", "denoise_block", "commit_block", "replay_exit_steps", "fake_score", "real_score"),
+        "critic": ("self_rollout", "critic_loss", "attention", "embed_text", "optimizer"),
+    }.items():
+        text = trained.updates[role].lower(trained.state, frozen, batch).as_text(debug_info=True)
+        assert [word for word in words if not re.search(rf"\b{word}[/)]", text)] == []
+
+
 def test_cadence(trained):
-    """Reference 6.1: the student at iterations 0, 5, 10 ..., before the critic, which learns at every one."""
+    """PyTorch reference: the student at iterations 0, 5, 10 ..., before the critic, which learns at every one."""
     assert trained.counts == {"student": ITERATIONS // CADENCE, "critic": ITERATIONS}
     assert [trained.stage.roles_at(n) for n in (0, 1, 5)] == [["student", "critic"], ["critic"], ["student", "critic"]]
     changed = {
