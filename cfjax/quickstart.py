@@ -20,6 +20,7 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.evaluate import load_evaluation, real_clips
 from cfjax.evaluation.report import StageReport, write_report
+from cfjax.evaluation.video import replacing
 from cfjax.export import read_curves
 from cfjax.runs import open_run
 
@@ -103,8 +104,8 @@ def _same_settings(root: Path, c: ConfigDict) -> None:
     record = {**settings, "teacher": c.teacher, "seed": c.seed, "layout": c.layout}
     if file.exists() and json.loads(file.read_text()) != record:
         raise UserError(f"{root} holds a quickstart with other settings; choose another --workdir, or remove it")
-    root.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1))
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(record, indent=1))
 
 
 def recipe(c: ConfigDict, root: Path) -> list[Step]:
@@ -154,7 +155,8 @@ def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
             step.run(step.argv)
         finally:
             seconds[step.key] = seconds.get(step.key, 0.0) + time.monotonic() - begun
-            file.write_text(json.dumps(seconds, indent=1))
+            with replacing(file) as partial:
+                partial.write_text(json.dumps(seconds, indent=1))
     return seconds
 
 

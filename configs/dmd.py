@@ -47,7 +47,7 @@ def get_config(arg: str = ""):
     presets.one_of(words, "sid", "gan")
     presets.one_of(words, "long", "bidirectional")
     presets.one_of(words, "from_ar", "bidirectional")
-    presets.one_of(words, "2step", "1step", "causvid")  # which has no rollout whose first block could take more steps
+    presets.one_of(words, "2step", "1step")
     toy, long = "toy" in words, "long" in words
     window = 12 if toy else 21  # latent frames that the scores were trained on
     c = presets.experiment("dmd", steps=600 if toy else 3000 if long else 1000)
@@ -77,7 +77,8 @@ def get_config(arg: str = ""):
     full = (1000, 750, 500, 250)
     few = {"2step": (1000, 500), "1step": (1000,)}
     steps = next((few[word] for word in words if word in few), full)
-    first_steps = full if steps != full and "bidirectional" not in words else ()  # a first block of its own
+    alike = steps == full or "bidirectional" in words or "causvid" in words  # one block, or no rollout: no first list
+    first_steps = () if alike else full
     if "from_ar" in words:
         c.roles.student.update({"init": "runs/toy/ar" if toy else "runs/ar", "init_stages": ("ar_diffusion",)})
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
