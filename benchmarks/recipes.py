@@ -47,10 +47,10 @@ def commit() -> str:
     ).stdout.strip()
 
 
-def save(out: Path, rows: Mapping[str, Mapping[str, Any]], budget: str) -> None:
+def save(out: Path, rows: Mapping[str, Mapping[str, Any]], budget: str, note: str) -> None:
     """The JSON record, and the markdown table beside it."""
     every = [{"key": key, **row} for key, row in rows.items()]
-    write(out, every, commit=commit(), budget=budget, environment=environment())
+    write(out, every, commit=commit(), budget=budget, note=note, environment=environment())
     titles = {key: str(row["title"]) for key, row in rows.items()}
     out.with_suffix(".md").write_text(markdown(rows, titles) + "\n")
 
@@ -61,6 +61,7 @@ if __name__ == "__main__":
     command.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     command.add_argument("--recipes", nargs="*", default=list(RECIPES))
     command.add_argument("--budget", default="short")
+    command.add_argument("--note", default="", help="what the record should say besides")
     given = command.parse_args()
     train(given.root, given.seeds, given.recipes, given.budget)
-    save(given.out, tabulate(given.root), given.budget)
+    save(given.out, tabulate(given.root), given.budget, given.note)
