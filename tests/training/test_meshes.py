@@ -117,7 +117,8 @@ def compare(stage: str, name: str, capfd) -> None:
     mesh = make_mesh(**sizes)
     with on_mesh(mesh):
         got = value_and_grad(stage, *on(mesh, models(heads), batch(), jax.random.key(7)))
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err, "XLA replicates an activation"
+    told = [line for line in capfd.readouterr().err.splitlines() if "Involuntary full rematerialization" in line]
+    assert not [line for line in told if "while/body" in line], "XLA replicates an activation of the layers"
     for role, (expected_loss, expected) in alone(stage, heads).items():
         loss, grads = got[role]
         errors, where = {}, shardings(models(heads)[role], mesh)

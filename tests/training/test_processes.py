@@ -1,0 +1,173 @@
+"""Real processes on one machine train one run: killed, gone on with by other numbers of processes and other meshes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from cfjax.data.precompute import LatentWriter
+from cfjax.training.watchdog import STALLED
+
+ROOT = Path(__file__).parents[2]
+RECORDS, SHAPE, STEPS = 16, (2, 4, 4, 4), 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    with LatentWriter(root / "clips", records=RECORDS, latent_shape=SHAPE) as writer:
+        writer.append(rng.standard_normal((RECORDS, *SHAPE)).astype(np.float32), np.arange(RECORDS) % 3)
+        text = rng.standard_normal((4, 2, 8)).astype(np.float32)
+        writer.write_text(["a", "b", "c"], text[:3], text[3])
+    return root
+
+
+class Run:
+    """The processes of one `cfjax train`, each a device of the mesh (or `devices` of them)."""
+
+    def __init__(
+        self,
+        data: Path,
+        workdir: Path,
+        count: int,
+        *,
+        devices: int = 1,
+        mesh: str = "",
+        stall: float = 600.0,
+        **environment: str,
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        keys = {
+            "data.source": "",
+            "data.path": data,
+            "data.batch_size": 4,
+            "blocks.frames": 1,
+            "objective.steps": "(1000, 500)",
+            "steps": STEPS,
+            "save_every": 2,
+            "log_every": 1,
+            "cadence.student": 2,
+            "guard.enabled": False,
+            "sample_clips": 0,
+            "progress": False,
+            "optim.student.eps": 1e-3,  # Adam makes a step of every rounding error in a gradient that is zero
+            "optim.critic.eps": 1e-3,
+            "stall_seconds": stall,
+            **{f"roles.{role}.init": "" for role in ("student", "critic", "real_score")},
+            **{f"mesh.{axis}": size for axis, size in (part.split("=") for part in mesh.split())},
+        }
+        command = [sys.executable, str(ROOT / "tests/training/process.py"), "train"]
+        command += [f"--config={ROOT}/configs/dmd.py:toy", f"--workdir={workdir}"]
+        command += [f"--config.{name}={value}" for name, value in keys.items()]
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        self.processes = []
+        for index in range(count):
+            several = {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+            }
+            own = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment}
+            own |= several if count > 1 else {}
+            with (workdir.parent / f"{workdir.name}.{index}.log").open("a") as log:
+                self.processes.append(
+                    subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT)
+                )
+        self.workdir = workdir
+
+    def told(self, index: int = 0) -> str:
+        return (self.workdir.parent / f"{self.workdir.name}.{index}.log").read_text()
+
+    def finish(self) -> list[int]:
+        try:
+            return [process.wait(timeout=900) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill_after(self, step: int) -> None:
+        """SIGKILL to all once a checkpoint of `step` or later is complete."""
+        limit = time.monotonic() + 900
+        while (
+            max((int(p.name) for p in (self.workdir / "checkpoints").glob("*") if p.name.isdigit()), default=-1) < step
+        ):
+            alive = all(process.poll() is None for process in self.processes)
+            if not alive or time.monotonic() > limit:
+                self.kill()
+                raise AssertionError(self.told())
+            time.sleep(0.05)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def weights(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint."""
+    state = workdir / "checkpoints" / str(STEPS) / "state"
+    base = {"driver": "ocdbt", "base": f"file://{state}/"}
+    store = ts.KvStore.open(base).result()
+    names = sorted(key.decode().removesuffix("/.zarray") for key in store.list().result() if key.endswith(b".zarray"))
+    kvstore = [{**base, "path": f"{name}/"} for name in names]
+    opened = [ts.open({"driver": "zarr", "kvstore": spec}, open=True).result() for spec in kvstore]
+    return dict(zip(names, [array.read().result() for array in opened], strict=True))
+
+
+def assert_same(workdir: Path, expected: dict[str, np.ndarray]) -> None:
+    errors, got = {}, weights(workdir)
+    assert got.keys() == expected.keys()
+    for name, wanted in expected.items():
+        errors[name] = float(
+            np.linalg.norm((got[name] - wanted).astype(np.float64)) / max(np.linalg.norm(wanted), 1e-6)
+        )
+    worst = sorted(errors, key=errors.__getitem__)[-3:]
+    print(workdir.name, {name: f"{errors[name]:.1e}" for name in worst})
+    weights_alone = {name: error for name, error in errors.items() if name.startswith(("params", "ema"))}
+    assert max(weights_alone.values()) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The whole run in one process on one device."""
+    run = Run(data, tmp_path_factory.mktemp("alone") / "run", 1)
+    assert run.finish() == [0], run.told()
+    return weights(run.workdir)
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with_by_other_processes_it_is_the_same_run(data, alone, tmp_path):
+    """Two processes, killed; four on another mesh, killed; one with two devices to the end."""
+    workdir = tmp_path / "run"
+    Run(data, workdir, 2, mesh="data=2", TEST_PAUSE="0.5").kill_after(2)
+    Run(data, workdir, 4, mesh="fsdp=2 context=2", TEST_PAUSE="0.5").kill_after(4)
+    last = Run(data, workdir, 1, devices=2, mesh="tensor=2")
+    assert last.finish() == [0], last.told()
+    assert len(re.findall("going on from step", last.told())) == 2, last.told()
+    assert_same(workdir, alone)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_or_dies_ends_the_others(data, tmp_path):
+    run = Run(data, tmp_path / "hangs", 2, mesh="data=2", stall=20.0, TEST_HANG="1")
+    codes = run.finish()
+    assert STALLED in codes and all(codes), (codes, run.told(0), run.told(1))
+    assert any("no iteration ended in 20 s after step" in run.told(i) for i in range(2)), run.told()
+    run = Run(data, tmp_path / "dies", 2, mesh="data=2", TEST_PAUSE="0.5")
+    limit = time.monotonic() + 900
+    while not (tmp_path / "dies/checkpoints/2").exists() and time.monotonic() < limit:
+        time.sleep(0.05)
+    run.processes[1].send_signal(signal.SIGKILL)
+    codes = run.finish()
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL), codes
+    print(run.told()[-2000:])
