@@ -94,12 +94,15 @@ class Run:
         finally:
             self.kill()
 
+    def saved(self) -> int:
+        """Step of the newest complete checkpoint."""
+        names = [path.name for path in (self.workdir / "checkpoints").glob("*")]
+        return max((int(name) for name in names if name.isdigit()), default=-1)
+
     def kill_after(self, step: int) -> None:
         """SIGKILL to all once a checkpoint of `step` or later is complete."""
         limit = time.monotonic() + 900
-        while (
-            max((int(p.name) for p in (self.workdir / "checkpoints").glob("*") if p.name.isdigit()), default=-1) < step
-        ):
+        while self.saved() < step:
             alive = all(process.poll() is None for process in self.processes)
             if not alive or time.monotonic() > limit:
                 self.kill()
