@@ -8,9 +8,8 @@ One set of weights, five uses, one backbone:
     clean_context(model, clean, ...)     the keys and values that a cache would hold for these clean blocks
     replay(model, noisy, ..., context)   all blocks at once against such a context
 
-All take text as keys and values (`text_kv`), computed once per prompt. The output is the flow v = eps - x0.
-They and `embed_text` dispatch on the network's class: another network that registers its own can be trained and rolled
-out by everything that is built on them (`studies.toys`).
+All take text as keys and values (`text_kv`), once per prompt, and return the flow v = eps - x0. They and `embed_text`
+dispatch on the network's class: others that register their own train and roll out all the same (`studies.toys`).
 """
 
 from collections.abc import Callable
@@ -415,8 +414,7 @@ def backbone(
     """Patchify, scan the blocks, head, unpatchify: the flow, and what every layer emits (None: nothing).
 
     Args:
-      position_F: absolute frame index of each frame, for RoPE.
-      self_attend: how a layer's queries meet its keys.
+      position_F: absolute frame index of each frame, for RoPE.  self_attend: how a layer's queries meet its keys.
       layer_input: pytree with a leading layer axis, handed to `self_attend` layer by layer.
       emit_kv: every layer emits its keys and values.
       tap: or what this makes of the stream [B, F, T, D] that leaves the layer, and of its `layer_input`.
