@@ -96,7 +96,9 @@ def comparisons(results: Results) -> dict[str, float]:
 
 def tables(results: Results) -> list[Table]:
     """All tables that the results have numbers for."""
-    found = [*_exact_tables(results), *_settling_tables(results), *_quality_tables(results)]
+    found = _exact_tables(results)
+    if results["seeds"]:
+        found += [*_settling_tables(results), *_quality_tables(results)]
     return [table for table in found if table.rows]
 
 
@@ -251,6 +253,8 @@ def verdicts(results: Results) -> list[Verdict]:
             bi > 0.1 and ar < 0.01,
         )
     ]
+    if not results["seeds"]:
+        return out
     inits = set(plan["inits"])
     if {"bi_ode", "causal_ode"} <= inits:
         near, mean = (np.mean(settled(results, "bi_ode", top, k, frames)) for k in ("dist_map", "dist_mean"))

@@ -42,7 +42,7 @@ class Plan:
     """How much is done.
 
     Attributes:
-      seeds: how many; a seed is own data, networks, minibatches and sampling noise.
+      seeds: how many; a seed is own data, networks, minibatches and sampling noise. 0 leaves what needs no training.
       frames: of the walk.
       pasts, futures: of each probe; futures_seed draws them, the same for every seed.
       levels: noise levels of the probes, on the solver's grid.
@@ -70,8 +70,8 @@ class Plan:
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or self.frames < 2:
-            raise UserError(f"study: seeds={self.seeds} must be 1 or more, and frames={self.frames} 2 or more")
+        if self.seeds < 0 or self.frames < 2:
+            raise UserError(f"study: seeds={self.seeds} must be 0 or more, and frames={self.frames} 2 or more")
         if unknown := sorted({*self.inits, *self.dmd} - set(INITS)):
             raise UserError(f"study: unknown initialisations {unknown}; use some of {', '.join(INITS)}")
         if not set(self.dmd) <= set(self.inits):

@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -61,22 +62,26 @@ def _settling(axes: Axes, results: Results) -> None:
     truth = [r["ambiguity"] for r in results["truth"]["rows"] if (r["teacher"], r["sigma"]) == ("bidirectional", sigma)]
     axes.plot(frames, truth, "k_", ms=22, label="E Var, bidirectional teacher")
     axes.set(title=f"squared distances, s = {sigma:g}", xlabel="frame i", yscale="log")
+    axes.set_ylim(top=30.0 * axes.get_ylim()[1])  # room for the legend
     axes.legend(fontsize=6.5)
 
 
 def _dose(axes: Axes, results: Results) -> None:
     plan = results["plan"]
+    linear = results["linear"]["by_ahead"]
+    axes.plot(
+        [int(k) for k in linear], [v["w2"] for v in linear.values()], "--", color=GREY, label="W2, linear-Gaussian"
+    )
+    axes.set(title="future frames that the teacher sees", xlabel="k (clean past)", xticks=[int(k) for k in linear])
+    if not results["seeds"]:
+        axes.legend(fontsize=7)
+        return
     names = {0: "causal_ode", **{k: f"ahead_{k}" for k in plan["ahead"]}, plan["frames"] - 1: "bi_ode_cp"}
     seen = [k for k in sorted(names) if names[k] in results["seeds"][0]["quality"]]
     for measure, colour in (("spread", AR), ("motion", "#e67e22"), ("static", BI)):
         found = [summary(quality(results, names[k], measure)) for k in seen]
         sd = [s["sd"] if np.isfinite(s["sd"]) else 0.0 for s in found]
         axes.errorbar(seen, [s["mean"] for s in found], sd, marker="o", capsize=3, color=colour, label=measure)
-    linear = results["linear"]["by_ahead"]
-    axes.plot(
-        [int(k) for k in linear], [v["w2"] for v in linear.values()], "--", color=GREY, label="W2, linear-Gaussian"
-    )
-    axes.set(title="future frames that the teacher sees", xlabel="k (clean past)", xticks=seen)
     axes.legend(fontsize=7)
 
 
@@ -103,24 +108,28 @@ def _dmd(axes: Axes, results: Results, measure: str) -> None:
 
 def figures(results: Results) -> str:
     """All panels as one inline SVG."""
-    inits, dmd = results["plan"]["inits"], bool(results["plan"]["dmd"])
-    figure = Figure(figsize=(13, 10.5 if dmd else 7.2), layout="constrained")
-    axes = figure.subplots(3 if dmd else 2, 3).ravel()
+    inits, trained = results["plan"]["inits"], bool(results["seeds"])
+    dmd = trained and bool(results["plan"]["dmd"])
+    figure = Figure(figsize=(13, 3.5 + 3.6 * (trained + dmd)), layout="constrained")
+    axes = figure.subplots(1 + trained + dmd, 3).ravel()
     _collisions(axes[0], results)
-    _settling(axes[1], results)
-    _dose(axes[2], results)
-    for panel, measure in ((axes[3], "energy"), (axes[4], "motion")):
-        names = ["real", *inits]
-        _bars(panel, names, [quality(results, n, measure) for n in names], [COLOURS.get(n, GREY) for n in names])
-        panel.set_title(f"{measure}, 4-step rollout before DMD")
-    axes[3].set_yscale("symlog", linthresh=1e-3)
-    _consistency(axes[5], results)
+    _dose(axes[1], results)
+    _consistency(axes[2], results)
+    if trained:
+        _settling(axes[3], results)
+        for panel, measure in ((axes[4], "energy"), (axes[5], "motion")):
+            names = ["real", *inits]
+            _bars(panel, names, [quality(results, n, measure) for n in names], [COLOURS.get(n, GREY) for n in names])
+            panel.set_title(f"{measure}, 4-step rollout before DMD")
+        axes[4].set_yscale("symlog", linthresh=1e-3)
     for panel, measure in zip(axes[6:], ("energy", "static", "motion"), strict=False):
         _dmd(panel, results, measure)
+    for panel in axes:
+        panel.title.set_fontsize(10)
     with io.StringIO() as buffer:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
 def table_html(table: Table) -> str:

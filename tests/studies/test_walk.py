@@ -178,6 +178,7 @@ def test_students_end_where_their_teachers_pairs_put_them(tmp_path):
     assert run(SMALL, tmp_path, lambda told: pytest.fail(f"{told} is computed again")) == results
 
 
+@pytest.mark.slow
 def test_the_command_writes_page_and_numbers(tmp_path, capsys):
     """One seed of almost nothing, end to end."""
     keys = {"seeds": 1, "frames": 3, "pasts": 2, "futures": 60, "collisions": 1, "videos": 50, "ahead": "(1,)"}
