@@ -13,8 +13,9 @@ from cfjax.planning.collectives import Traffic, collectives
 # Without a GPU to try them on, XLA finds no tile sizes for some odd shapes (32760 tokens) in its Triton kernels.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
-# A kernel's call, and the scope that the model gave it: "self_attention/splash_mha_fwd_residuals".
-_KERNEL = re.compile(r'op_name="[^"]*?\b(\w+_attention)\b[^"]*\b(splash_mha_\w+)/pallas_call"')
+_KERNEL = re.compile(r'op_name="([^"]*)/(splash_mha_\w+)/pallas_call"')
+# Words of JAX's own in a name stack; what is left are the model's scopes.
+_JAX = {"update", "while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "shard_map", "main"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -29,7 +30,7 @@ class Cost:
       live: the most that is of use at once, by the compiler's own figure: less, where the buffer has gaps. 0: untold.
       fits: None on simulated devices, whose memory says nothing.
       flops: what the mathematics asks of this device.  executed: recomputation included.
-      kernels: flash kernels that the compiled program calls, with the attention that calls them.
+      kernels: see `kernels`.
       problem: why it does not compile, or "".
     """
 
@@ -61,6 +62,16 @@ def _sizes(compiled: Any, platform: str) -> tuple[int, int, int, int]:
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     live = getattr(memory, "peak_memory_in_bytes", 0) if platform != "cpu" else 0
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes, new, live
+
+
+def kernels(text: str) -> tuple[str, ...]:
+    """Flash kernels that a TPU program calls, below the model's scopes: "real_score/self_attention/splash_mha_..."."""
+    found = set()
+    for stack, kernel in _KERNEL.findall(text):
+        words = (re.sub(r"^.*\(|\)+$", "", word) for word in stack.split("/"))
+        scopes = [word for word in words if word and word not in _JAX and "splash" not in word]
+        found.add("/".join([*scopes, kernel]))
+    return tuple(sorted(found))
 
 
 def too_large(message: str) -> int | None:
@@ -119,6 +130,6 @@ def compile_update(
         live=live and live + max(arguments - read, 0),
         fits=peak <= topology.memory if topology.memory else None,
         traffic=collectives(text, unknown_trips=unknown_trips),
-        kernels=tuple(sorted({"/".join(found) for found in _KERNEL.findall(text)})),
+        kernels=kernels(text),
         compile_seconds=seconds,
     )
