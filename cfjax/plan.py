@@ -233,8 +233,8 @@ def smallest(c: ConfigDict, shapes: Shapes, first: Plan, tries: int, only: Seque
     txs = optimizers_of(c, stage)
 
     @cache
-    def resting(fsdp: int, tensor: int, accumulated: bool) -> int:
-        mesh = {"data": 1, "fsdp": fsdp, "context": 1, "tensor": tensor}  # tokens' parts hold the same weights
+    def resting(sizes: tuple[tuple[str, int], ...], accumulated: bool) -> int:
+        mesh = dict(sizes)
         used = changed(c, Candidate("", mesh, 1 + accumulated))
         shape: Any = abstract_mesh(**mesh)
         return needed_bytes(stage_memory(used, stage, txs, shapes.latents[-1], shapes.text[-1], shape))
@@ -244,10 +244,7 @@ def smallest(c: ConfigDict, shapes: Shapes, first: Plan, tries: int, only: Seque
     activations = max(worst.peak - first.resting, 0)
     out: list[Plan] = []
     for candidate in candidates(first.topology, first.mesh, first.accumulate[worst.role], c.data.batch_size, heads):
-        estimate = (
-            resting(candidate.mesh["fsdp"], candidate.mesh["tensor"], candidate.accumulate > 1)
-            + activations * candidate.share
-        )
+        estimate = resting(tuple(candidate.mesh.items()), candidate.accumulate > 1) + activations * candidate.share
         if estimate > 1.2 * first.topology.memory or len(out) == tries:
             continue
         topology = parse_topology(candidate.topology)

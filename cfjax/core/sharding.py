@@ -89,6 +89,20 @@ def abstract_mesh(*, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int
     return AbstractMesh((data, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def mesh_choices(devices: int, batch: int, heads: Sequence[int]) -> Iterator[tuple[dict[str, int], int]]:
+    """(sizes, microbatches) that use all devices with one sample per microbatch and place; most samples at once first.
+
+    A sample is cut over 1 to 16 devices: its heads, of every network, over 4 at most where they divide, else tokens.
+    """
+    for parts in (1, 2, 4, 8, 16):
+        samples, rest = divmod(devices, parts)
+        if rest or not samples or batch % samples:
+            continue
+        for tensor in (1, 2, 4):
+            if parts % tensor == 0 and all(number % tensor == 0 for number in heads):
+                yield dict(zip(AXES, (1, samples, parts // tensor, tensor), strict=True)), batch // samples
+
+
 # ---- activations
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from cfjax.core import topology
 from cfjax.core.errors import UserError
+from cfjax.core.sharding import mesh_choices
 from cfjax.core.topology import CHIPS, GIB, open_topology, parse_topology, shapes_of
 from cfjax.planning.programs import too_large
-from cfjax.planning.search import candidates, meshes
+from cfjax.planning.search import candidates
 
 
 def test_slices_clusters_and_simulated_devices():
@@ -51,7 +52,7 @@ def test_a_program_that_is_too_large_tells_its_size():
 
 
 def test_a_search_goes_from_small_to_large_with_whole_heads():
-    for sizes, accumulate in meshes(64, 64, (12, 40)):
+    for sizes, accumulate in mesh_choices(64, 64, (12, 40)):
         assert math.prod(sizes.values()) == 64 and sizes["fsdp"] * accumulate == 64 and 12 % sizes["tensor"] == 0
     first = parse_topology("v5p:4x4x4")
     mesh = {"data": 1, "fsdp": 16, "context": 4, "tensor": 1}
