@@ -127,6 +127,14 @@ def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
             f"{dataset.path} has {dataset.trajectory_points} states per clip; ODE regression needs the "
             f"{len(c.objective.steps)} levels of objective.steps and the end: make pairs with configs/ode_pairs.py"
         )
+    made = dataset.manifest.get("source", {}).get("pairs", {}).get("objective")  # other people's pairs do not say
+    if c.stage == "ode_regression" and made:
+        theirs, own = (tuple(made["steps"]), made["shift"]), (tuple(c.objective.steps), c.objective.shift)
+        if theirs != own:
+            raise UserError(
+                f"{dataset.path} was made with objective.steps={theirs[0]} and shift={theirs[1]}, not {own[0]} and "
+                f"{own[1]}; choose another data.name, or make pairs anew with configs/ode_pairs.py"
+            )
     return TolerantDataset(dataset, c.data.max_corrupt, say) if c.data.max_corrupt else dataset
 
 

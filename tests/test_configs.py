@@ -249,6 +249,13 @@ def test_existing_pairs_are_left_alone(chain, capsys):
     assert "exists already" in capsys.readouterr().out
 
 
+def test_pairs_of_other_levels_are_refused(chain, tmp_path, capsys):
+    keys = {**tiny(chain), "roles__student__init": chain / "ar", "objective__steps": "(1000,800,500,250)"}
+    assert cfjax("train", "ode_regression.py:toy", tmp_path, **keys) == 2
+    error = capsys.readouterr().err
+    assert "pairs was made with objective.steps=(1000, 750, 500, 250) and shift=5.0, not (1000, 800" in error
+
+
 # ---- mistakes: exit code 2 and one line
 
 

@@ -7,7 +7,7 @@ the exit steps of *all* blocks in one pass: the loop's gradient, from one large 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,17 @@ class SelfForcing:
     context_noise: float = 0.0
     kv_gradient: KvGradient = "detached"
     same_exit: bool = True
+
+    def __post_init__(self) -> None:
+        for name, levels in (("steps", self.sigmas), ("first_steps", self.first_sigmas)):
+            if list(levels) != sorted(set(levels), reverse=True):
+                raise UserError(f"objective.{name}: levels {levels} do not descend; name the noisiest step first")
+        if not self.sigmas:
+            raise UserError("objective.steps is empty; the paper's are (1000, 750, 500, 250)")
+        if self.kv_gradient not in get_args(KvGradient):
+            raise UserError(f"objective.kv_gradient={self.kv_gradient!r}: use {' or '.join(get_args(KvGradient))}")
+        if not 0.0 <= self.context_noise < 1.0:
+            raise UserError(f"objective.context_noise={self.context_noise}: a sigma, 0 (none) or more and less than 1")
 
     def tables(self, num_blocks: int) -> tuple[jax.Array, np.ndarray]:
         """Levels of every block, [blocks, J + 1], zero-padded at the end, and the number of steps of each."""

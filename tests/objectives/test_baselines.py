@@ -119,7 +119,24 @@ def test_student_moves_to_the_real_scores_distribution(name):
     assert correlation < 0.4
 
 
-@pytest.mark.parametrize("wrong", [{"student_input": "images"}, {"forcing": "self"}])
+@pytest.mark.parametrize("wrong", [{"student_input": "images"}, {"forcing": "self"}, {"score_min": 0.99}])
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(UserError, match=f"objective.{next(iter(wrong))}="):
         replace(DMD, **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sigmas": (0.5, 1.0)},
+        {"sigmas": ()},
+        {"first_sigmas": (1.0, 1.0)},
+        {"kv_gradient": "own"},
+        {"context_noise": 1.0},
+    ],
+    ids=str,
+)
+def test_wrong_rollouts_are_named(wrong):
+    key = next(iter(wrong)).replace("sigmas", "steps")
+    with pytest.raises(UserError, match=rf"objective\.{key}\b"):
+        replace(DMD.self_forcing, **wrong)
