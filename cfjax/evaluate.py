@@ -1,7 +1,6 @@
 """`cfjax evaluate`: how well a run's videos follow captions it never saw, measured from pixels."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from cfjax.core.errors import UserError
 from cfjax.evaluation.guard import Collector
 from cfjax.evaluation.shapes_metrics import Factors, evaluate_shapes
 from cfjax.evaluation.tables import gather, write_table
-from cfjax.evaluation.video import to_uint8
+from cfjax.evaluation.video import replacing, to_uint8
 from cfjax.runs import Run, open_run
 from cfjax.world import World, evaluation_clips, stack_videos
 
@@ -118,11 +117,11 @@ def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) 
 def save_evaluation(workdir: Path, result: dict[str, Any]) -> None:
     """Writes samples.npz and, last, evaluation.json."""
     workdir.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(workdir / "samples.npz", videos=result["videos"], captions=np.array(result["captions"]))
+    with replacing(workdir / "samples.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, videos=result["videos"], captions=np.array(result["captions"]))
     plain = {name: value for name, value in result.items() if name != "videos"}
-    partial = workdir / f".evaluation.json.{os.getpid()}"
-    partial.write_text(json.dumps(plain, indent=1))
-    os.replace(partial, workdir / "evaluation.json")
+    with replacing(workdir / "evaluation.json") as partial:
+        partial.write_text(json.dumps(plain, indent=1))
 
 
 def load_evaluation(workdir: Path) -> dict[str, Any] | None:

@@ -81,6 +81,8 @@ def get_config(arg: str = ""):
     first_steps = () if alike else full
     if "from_ar" in words:
         c.roles.student.update({"init": "runs/toy/ar" if toy else "runs/ar", "init_stages": ("ar_diffusion",)})
+    if "causvid" in words:  # its initialisation is the bidirectional teacher's
+        c.roles.student.init = "runs/toy/sf_ode" if toy else "runs/sf_ode"
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
         c.blocks.frames = window
         c.roles.student = presets.role(c.roles.critic.preset, init=c.roles.critic.init, stages=("bidirectional",))

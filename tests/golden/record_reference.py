@@ -65,6 +65,7 @@ RECORDED: dict[str, dict[str, tuple[str, ...]]] = {
             "critic, blocks of 7, exit at step 1, score level 0.02",
             "DMD generator, blocks of 7, without the quirks",
             "critic, blocks of 7, without the quirks",
+            "SiD generator, blocks of 7, exit at step 3 of 4",
             "DMD generator, blocks of 7, the end of 28 frames",
             "critic, blocks of 7, the end of 28 frames",
         ),
