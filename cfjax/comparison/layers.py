@@ -1,9 +1,5 @@
-"""What every layer of the video network puts out, layer by layer: to find where two implementations part.
+"""What every layer of the video network puts out, layer by layer: to find where two implementations part."""
 
-The network itself scans its blocks and keeps nothing between them; here the same block function runs one at a time.
-"""
-
-import operator
 from functools import partial
 
 import jax
@@ -12,27 +8,28 @@ import numpy as np
 from einops import rearrange
 from jax.typing import ArrayLike
 
-from cfjax.models.wan import KV, Block, Wan, WanConfig, _block, embed_text, embed_time
-from cfjax.nn.attention import attend
-from cfjax.nn.rope import rope_table
+from cfjax.models.wan import KV, Wan, backbone, embed_text, embed_time
+from cfjax.nn.frames import attend_frames
 from cfjax.nn.visibility import FULL, Visibility
 
 
-@partial(jax.jit, static_argnames=("config", "visibility", "frames"))
-def _run(
-    block: Block,
-    stream_BFTD: jax.Array,
-    e0_BF6D: jax.Array,
-    text: KV,
-    table: tuple[jax.Array, jax.Array],
-    config: WanConfig,
+@partial(jax.jit, static_argnames=("visibility", "frames"))
+def _streams(
+    model: Wan,
+    latents_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    text_kv: KV,
+    position_F: jax.Array,
     visibility: Visibility,
     frames: int,
 ) -> jax.Array:
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-        return attend(q, k, v, visibility, num_frames=frames, backend=config.attention)
+    """The stream that leaves every block, [L, B, F, T, D]."""
 
-    return _block(block, stream_BFTD, e0_BF6D, text, None, table, self_attend, config)[0]
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
+        return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
+
+    leaving = lambda stream, _: stream  # noqa: E731
+    return backbone(model, latents_BFHWC, sigma_BF, text_kv, position_F, self_attend, tap=leaving)[1]
 
 
 @jax.jit
@@ -70,18 +67,13 @@ def layer_outputs(
       clean_BFHWC: the clean half of a teacher-forced pass, at sigma 0; F is then that of [clean, noisy].
     """
     latents_BFHWC, sigma_BF, text_BSE = (jnp.asarray(x, jnp.float32) for x in (latents_BFHWC, sigma_BF, text_BSE))
-    config, frames = model.config, latents_BFHWC.shape[1]
+    frames = latents_BFHWC.shape[1]
     position_F = jnp.arange(frames)
     if clean_BFHWC is not None:
         latents_BFHWC = jnp.concatenate([jnp.asarray(clean_BFHWC), latents_BFHWC], axis=1)
         sigma_BF = jnp.concatenate([jnp.zeros_like(sigma_BF), sigma_BF], axis=1)
         position_F = jnp.tile(position_F, 2)
-    height, width = latents_BFHWC.shape[2] // config.patch[0], latents_BFHWC.shape[3] // config.patch[1]
-    table = rope_table(position_F, height, width, config.head_dim)
     outputs, text_kv = _before_blocks(model, latents_BFHWC, sigma_BF, text_BSE)
-    stream, e0_BF6D = outputs["patch_embedding"], outputs["time_projection"]
-    for layer in range(config.num_layers):
-        block, text = jax.tree.map(operator.itemgetter(layer), (model.blocks, text_kv))
-        stream = _run(block, stream, e0_BF6D, text, table, config, visibility, frames)
-        outputs[f"blocks.{layer}"] = stream
+    streams = _streams(model, latents_BFHWC, sigma_BF, text_kv, position_F, visibility, frames)
+    outputs |= {f"blocks.{layer}": stream for layer, stream in enumerate(streams)}
     return {name: np.asarray(x) for name, x in outputs.items()}
