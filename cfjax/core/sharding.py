@@ -216,7 +216,7 @@ def _cuts(names: Sequence[str], rules: Rules | None) -> dict[str, Cut]:
     return out
 
 
-def shardings(model: Any, mesh: Mesh, rules: Rules | None = None) -> dict[str, NamedSharding]:
+def shardings(model: Any, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> dict[str, NamedSharding]:
     """The sharding of every leaf by name; shapes are enough, nothing is moved. `rules`: instead of `TABLES`.
 
     Raises:
@@ -293,6 +293,6 @@ def batch_places(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"][0])
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same whole array on every device: keys, scalars, the negative prompt."""
     return NamedSharding(mesh, PartitionSpec())

@@ -65,8 +65,9 @@ def abstract_state(
       models: role -> network of `jax.ShapeDtypeStruct`s, at least of the trained roles.
     """
     params = {role: models[role] for role in stage.losses}
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),
+        step=step,
         key=jax.eval_shape(lambda: jax.random.key(0)),
         params=params,
         opt={role: jax.eval_shape(txs[role].init, named_leaves(params[role])) for role in stage.losses},
@@ -144,7 +145,7 @@ def needed_bytes(rows: Sequence[RoleMemory]) -> int:
 def memory_table(rows: Sequence[RoleMemory]) -> list[str]:
     """Lines for a terminal, GiB per device."""
     head = ("role", "parameters", "stored as", "weights", "gradients", "optimizer", "EMA", "sum", "on host")
-    cells = [head]
+    cells: list[tuple[str, ...]] = [head]
     for row in rows:
         sizes = (row.weights, row.gradients, row.optimizer, row.ema, row.device, row.host)
         cells.append((row.role, f"{row.parameters / 1e6:,.2f} M", row.stored, *(_gib(size) for size in sizes)))

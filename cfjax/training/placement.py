@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import place, replicated, shardings
@@ -13,7 +13,7 @@ from cfjax.training.state import TrainState
 FEW = 16  # elements of an optimiser's constants, such as Muon's three coefficients: on every device
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
     """The sharding of every leaf: shadows and optimiser states lie like their weights, small constants on every device.
 
     Raises:
