@@ -16,7 +16,7 @@ from cfjax.flow.schedule import unipc_grid
 from cfjax.flow.solvers import unipc
 from cfjax.models import wan
 from cfjax.models.cache import init_cache
-from cfjax.models.wan import KV, embed_text
+from cfjax.models.wan import KV, FrameKV, embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout import stream as stream_module
 from cfjax.rollout.blocks import commit_block, denoise_block
@@ -65,7 +65,7 @@ def few_step(sampler: FewStep, blocks: Blocks):
 
 @pytest.mark.parametrize("sampler", [FewStep(FOUR), FewStep(TWO, FOUR)], ids=["one_list", "first_list"])
 def test_few_step_is_the_references_loop(sampler):
-    """Predict x0, add fresh noise at the next level; after the last level commit x0 as it is (reference 7.1)."""
+    """Predict x0, add fresh noise at the next level; after the last level commit x0 as it is (PyTorch reference)."""
     noise, fresh = normal(1), normal(2, (BATCH, FRAMES, 3, *SHAPE[2:]))
     cache, clips = empty_cache(), []
     for start, stop in BLOCKS.spans(FRAMES):
@@ -191,9 +191,9 @@ def calls(monkeypatch):
 
     def backbone(model, latents, sigma_BF, text_kv, position_F, self_attend, *, layer_input=None, emit_kv=False):
         jax.debug.callback(lambda: counted.append(latents.shape[0] // BATCH))
-        tokens = latents.shape[1] * TOKENS
-        kv = jnp.zeros((CONFIG.num_layers, latents.shape[0], tokens, CONFIG.num_heads, CONFIG.head_dim))
-        return latents, KV(kv, kv)
+        shape = (*latents.shape[:2], TOKENS, CONFIG.num_heads, CONFIG.head_dim)
+        kv = jnp.zeros((CONFIG.num_layers, *shape))
+        return latents, FrameKV(kv, kv)
 
     monkeypatch.setattr(wan, "backbone", backbone)
     return counted
