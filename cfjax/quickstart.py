@@ -144,10 +144,8 @@ def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
     file = root / "seconds.json"
     seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     for step in steps:
-        if (
-            step.verb == "evaluate"
-            and load_evaluation(root / "evaluation" / step.key.removeprefix(EVALUATE)) is not None
-        ):
+        measured = root / "evaluation" / step.key.removeprefix(EVALUATE)
+        if step.verb == "evaluate" and load_evaluation(measured) is not None:
             continue
         say(f"\n$ {step.command()}")
         begun = time.monotonic()

@@ -35,64 +35,81 @@ the critic updates per student update, on which the balance of the two networks 
 Toy recipe: faster rates, and guidance 1, because the toy's captions are followed already and 3 over-saturates.
 """
 
+from ml_collections import ConfigDict
+
 from cfjax import presets
+
+FULL = (1000, 750, 500, 250)
+FEW = {"2step": (1000, 500), "1step": (1000,)}
+# Switches of which one is enough.
+APART = (
+    ("long", "causvid"), ("long", "gan"), ("long", "bidirectional"), ("sid", "gan"), ("from_ar", "bidirectional"),
+    ("2step", "1step"),
+)  # fmt: skip
 
 
 def get_config(arg: str = ""):
     """`toy`, `framewise`, `2step`, `1step`, `long`, `from_ar`, `sid`, `gan`, `causvid`, `bidirectional`."""
     variants = ("from_ar", "sid", "gan", "causvid", "bidirectional")
-    words = presets.switches(arg, "toy", "framewise", "2step", "1step", "long", *variants)
-    presets.one_of(words, "long", "causvid")
-    presets.one_of(words, "long", "gan")
-    presets.one_of(words, "sid", "gan")
-    presets.one_of(words, "long", "bidirectional")
-    presets.one_of(words, "from_ar", "bidirectional")
-    presets.one_of(words, "2step", "1step")
+    words = presets.switches(arg, "toy", "framewise", *FEW, "long", *variants)
+    for alternatives in APART:
+        presets.one_of(words, *alternatives)
     toy, long = "toy" in words, "long" in words
     window = 12 if toy else 21  # latent frames that the scores were trained on
     c = presets.experiment("dmd", steps=600 if toy else 3000 if long else 1000)
-    c.roles.student = presets.role(
-        "toy" if toy else "wan_1_3b",
-        init="runs/toy/ode" if toy else "runs/ode",
-        init_ema=toy,
-        stages=("ode_regression", "consistency"),
-    )
-    c.roles.critic = presets.role(
-        "toy" if toy else "wan_1_3b",
-        init="toy_teacher" if toy else "checkpoints/wan_1_3b",
-        stages=("bidirectional",),
-    )
-    c.roles.real_score = presets.role(
-        "toy" if toy else "wan_14b",
-        init="toy_teacher" if toy else "checkpoints/wan_14b",
-        stages=("bidirectional",),
-        storage="float32" if toy else "bfloat16",
-    )
+    c.roles = roles(words)
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
     c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
     if long:
         c.blocks.window = window
         c.data.batch_size = c.data.batch_size if toy else 8
-    full = (1000, 750, 500, 250)
-    few = {"2step": (1000, 500), "1step": (1000,)}
-    steps = next((few[word] for word in words if word in few), full)
-    alike = steps == full or "bidirectional" in words or "causvid" in words  # one block, or no rollout: no first list
-    first_steps = () if alike else full
-    if "from_ar" in words:
-        c.roles.student.update({"init": "runs/toy/ar" if toy else "runs/ar", "init_stages": ("ar_diffusion",)})
-    if "causvid" in words:  # its initialisation is the bidirectional teacher's
-        c.roles.student.init = "runs/toy/sf_ode" if toy else "runs/sf_ode"
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
         c.blocks.frames = window
-        c.roles.student = presets.role(c.roles.critic.preset, init=c.roles.critic.init, stages=("bidirectional",))
-    c.objective = {
+    c.objective = objective(words, window)
+    c.cadence.student = 5
+    c.optim.student = presets.toy_adam(2e-4) if toy else presets.optimizer(1.5e-6 if long else 2e-6)
+    c.optim.critic = presets.toy_adam(4e-4) if toy else presets.optimizer(4e-7)
+    c.ema.student = presets.ema(0.95 if toy else 0.99, 0 if toy else 200)
+    c.sampler = presets.few_step(c.objective.steps, c.objective.first_steps)
+    return c
+
+
+def roles(words: list[str]) -> ConfigDict:
+    """The student, the critic, and (without `gan`) the real score; what each starts from."""
+    toy = "toy" in words
+    runs, base = ("runs/toy", "toy") if toy else ("runs", "wan_1_3b")
+    teacher = {"init": "toy_teacher" if toy else "checkpoints/wan_1_3b", "stages": ("bidirectional",)}
+    c = ConfigDict()
+    c.student = presets.role(base, init=f"{runs}/ode", init_ema=toy, stages=("ode_regression", "consistency"))
+    if "from_ar" in words:
+        c.student.update({"init": f"{runs}/ar", "init_stages": ("ar_diffusion",)})
+    if "causvid" in words:  # its initialisation is the bidirectional teacher's
+        c.student.init = f"{runs}/sf_ode"
+    if "bidirectional" in words:
+        c.student = presets.role(base, **teacher)
+    c.critic = presets.role(base, **teacher)
+    if "gan" in words:
+        c.critic.branch = presets.branch(0 if toy else 8192)
+    elif toy:
+        c.real_score = presets.role(base, **teacher)
+    else:
+        c.real_score = presets.role("wan_14b", **{**teacher, "init": "checkpoints/wan_14b"}, storage="bfloat16")
+    return c
+
+
+def objective(words: list[str], window: int) -> ConfigDict:
+    """How the student generates, and how its videos become a gradient."""
+    toy, long = "toy" in words, "long" in words
+    steps = next((FEW[word] for word in words if word in FEW), FULL)
+    one_list = steps == FULL or "bidirectional" in words or "causvid" in words  # one block, or no rollout
+    values = {
         "matching": next((word for word in words if word in ("sid", "gan")), "dmd"),
         "sid_alpha": 1.0,
         "student_input": "noised_data" if "causvid" in words else "self_rollout",
         "forcing": "diffusion",
         "steps": steps,
-        "first_steps": first_steps,
+        "first_steps": () if one_list else FULL,
         "shift": 5.0,
         "context_noise": 0.0,
         "kv_gradient": "detached",
@@ -107,16 +124,7 @@ def get_config(arg: str = ""):
         "codec_world": "",
         "codec_decoder": "vae",
     }
-    if "gan" in words:
-        del c.roles.real_score
-        c.roles.critic.branch = presets.branch(0 if toy else 8192)
-        c.objective.gan = presets.game()
-    c.cadence.student = 5
-    c.optim.student = presets.toy_adam(2e-4) if toy else presets.optimizer(1.5e-6 if long else 2e-6)
-    c.optim.critic = presets.toy_adam(4e-4) if toy else presets.optimizer(4e-7)
-    c.ema.student = presets.ema(0.95 if toy else 0.99, 0 if toy else 200)
-    c.sampler = presets.few_step(steps, first_steps)
-    return c
+    return ConfigDict({**values, **({"gan": presets.game()} if "gan" in words else {})})
 
 
 def get_hyper(hyper, arg: str = ""):

@@ -66,6 +66,47 @@ class ClipDataset(Protocol):
         ...
 
 
+class WrappedDataset:
+    """A `ClipDataset` that is another one in all that a subclass does not change."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self._dataset = dataset
+        self.path, self.manifest, self.negative_text_SE = dataset.path, dataset.manifest, dataset.negative_text_SE
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._dataset[index]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._dataset!r})"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(F, H, W, C) of a record."""
+        return self._dataset.latent_shape
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether there are clips, not only prompts."""
+        return self._dataset.has_latents
+
+    @property
+    def trajectory_points(self) -> int:
+        """J, the stored states per record; 0 when this is no ODE set."""
+        return self._dataset.trajectory_points
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(S, E) of a caption's rows."""
+        return self._dataset.text_shape
+
+    def caption(self, index: int) -> str:
+        """The caption of record `index`."""
+        return self._dataset.caption(index)
+
+
 def read_json(file: Path) -> Any:
     """A JSON file of a dataset. Raises UserError when it is missing or broken."""
     try:

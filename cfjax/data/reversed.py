@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.data.latents import Batch, ClipDataset
+from cfjax.data.latents import Batch, ClipDataset, WrappedDataset
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -15,7 +15,7 @@ def backwards(caption: str) -> str:
     return " ".join(OPPOSITE.get(word, word) for word in caption.split(" "))
 
 
-class ReversedText:
+class ReversedText(WrappedDataset):
     """A `ClipDataset` whose records also hold "reversed_text_SE", the text rows of the clip played backwards.
 
     Args:
@@ -23,39 +23,12 @@ class ReversedText:
     """
 
     def __init__(self, dataset: ClipDataset, rows: Callable[[int], np.ndarray]) -> None:
-        self._dataset, self._rows = dataset, rows
-        self.path, self.manifest, self.negative_text_SE = dataset.path, dataset.manifest, dataset.negative_text_SE
-
-    def __len__(self) -> int:
-        return len(self._dataset)
+        super().__init__(dataset)
+        self._rows = rows
 
     def __getitem__(self, index: int) -> Batch:
-        record = self._dataset[index]
+        record = super().__getitem__(index)
         return {**record, "reversed_text_SE": self._rows(int(record["index"]))}  # a stand-in has its own caption
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(F, H, W, C) of a record."""
-        return self._dataset.latent_shape
-
-    @property
-    def has_latents(self) -> bool:
-        """Whether there are clips, not only prompts."""
-        return self._dataset.has_latents
-
-    @property
-    def trajectory_points(self) -> int:
-        """J, the stored states per record; 0 when this is no ODE set."""
-        return self._dataset.trajectory_points
-
-    @property
-    def text_shape(self) -> tuple[int, int]:
-        """(S, E) of a caption's rows."""
-        return self._dataset.text_shape
-
-    def caption(self, index: int) -> str:
-        """The caption of record `index`."""
-        return self._dataset.caption(index)
 
 
 def encoded(dataset: ClipDataset, encode: Callable[[Sequence[str]], np.ndarray]) -> ReversedText:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.data.latents import Batch, ClipDataset
+from cfjax.data.latents import Batch, ClipDataset, WrappedDataset
 
 Tell = Callable[[str], None]
 
-FLOATS = {"latents_FHWC", "trajectory_JFHWC", "text_SE"}  # of a record
+FLOATS = {"trajectory_JFHWC", "text_SE"}  # of a record, besides its latents
 
 
-class TolerantDataset:
+class TolerantDataset(WrappedDataset):
     """A `ClipDataset` whose broken records are stood in for by the next good one, up to a fraction of the set.
 
     Broken is what cannot be read (its file is then named) or holds numbers that are not finite. The stand-in is the
@@ -31,17 +31,13 @@ class TolerantDataset:
     def __init__(self, dataset: ClipDataset, fraction: float, tell: Tell = logging.warning) -> None:
         if not 0.0 <= fraction < 1.0:
             raise UserError(f"data.max_corrupt={fraction}: a fraction of the records, 0 or more and less than 1")
-        self._dataset, self._tell = dataset, tell
+        super().__init__(dataset)
+        self._tell = tell
+        # prompts alone have latents of NaN, of which only the shape is used
+        self._finite = FLOATS | ({"latents_FHWC"} if dataset.has_latents else set())
         self._allowed = int(fraction * len(dataset))
         self._lock = threading.Lock()
         self.corrupt: dict[int, str] = {}
-        self.path, self.manifest, self.negative_text_SE = dataset.path, dataset.manifest, dataset.negative_text_SE
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __repr__(self) -> str:
-        return f"TolerantDataset({self._dataset!r}, {self._allowed} may be broken)"
 
     def __getitem__(self, index: int) -> Batch:
         for candidate in (int(index) + n for n in range(len(self))):
@@ -50,7 +46,7 @@ class TolerantDataset:
                 continue
             try:
                 record = self._dataset[candidate]
-                for name in FLOATS & record.keys():
+                for name in self._finite & record.keys():
                     if not np.isfinite(record[name]).all():
                         raise UserError(f"{self.path}, record {candidate}: {name} holds numbers that are not finite")
                 return record
@@ -70,27 +66,3 @@ class TolerantDataset:
                 f"repair the set, or raise data.max_corrupt"
             )
         self._tell(f"{wrong}; left out ({count} of at most {self._allowed})")
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(F, H, W, C) of a record."""
-        return self._dataset.latent_shape
-
-    @property
-    def has_latents(self) -> bool:
-        """Whether there are clips, not only prompts."""
-        return self._dataset.has_latents
-
-    @property
-    def trajectory_points(self) -> int:
-        """J, the stored states per record; 0 when this is no ODE set."""
-        return self._dataset.trajectory_points
-
-    @property
-    def text_shape(self) -> tuple[int, int]:
-        """(S, E) of a caption's rows."""
-        return self._dataset.text_shape
-
-    def caption(self, index: int) -> str:
-        """The caption of record `index`."""
-        return self._dataset.caption(index)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import UserError
-from cfjax.data.ingest import ingest
+from cfjax.data.ingest import PromptSource, ingest, read_prompts
 from cfjax.data.latents import make_iterator
 from cfjax.data.parts import SetWriter
 from cfjax.data.records import Layout, RecordDataset
@@ -84,3 +84,16 @@ def test_numbers_that_are_not_finite_count_as_broken(name):
     }
     with pytest.raises(UserError, match=r"max_corrupt=1\.0"):
         TolerantDataset(Nan(), 1.0)
+
+
+def test_prompts_alone_are_whole_though_their_latents_are_nan(tmp_path):
+    layout = Layout(SHAPE, 1, 4, kept_in="none")
+    writer = SetWriter(tmp_path, items=2, part_items=2, layout=layout, job={}, description={"source": {}})
+    text = lambda captions: np.ones((len(captions), 1, 4), np.float32)  # noqa: E731
+    writer.write_negative(text(["no"])[0])
+    prompts = tmp_path.parent / "prompts.txt"
+    prompts.write_text("a\nb\n")
+    ingest(writer, PromptSource(read_prompts(prompts)), encode_text=text, batch_size=2, progress=False)
+    dataset = TolerantDataset(RecordDataset(tmp_path), 0.0)
+    assert [int(dataset[i]["index"]) for i in range(2)] == [0, 1] and not dataset.corrupt
+    assert np.isnan(dataset[0]["latents_FHWC"]).all()
