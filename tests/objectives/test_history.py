@@ -224,7 +224,7 @@ def test_bagger_learns_to_undo_a_known_drift(monkeypatch):
     v = flow(student, x, sigma_BF.at[:, 0].set(0.0), kv)
     ratio = float(jnp.mean(jnp.square(v - target)[:, 1])) / gaussian_floor()
     print(f"BAgger: the frame after a drifted one at {ratio:.4f} of the floor")
-    assert ratio < 0.5
+    assert ratio < 0.15
 
 
 # ---- cost
