@@ -3,6 +3,7 @@
     cfjax train --config=configs/ode_regression.py --workdir=runs/ode
     cfjax train --config=configs/ode_regression.py:toy --workdir=runs/toy/ode
     cfjax train --config=configs/ode_regression.py:bidirectional --workdir=runs/sf_ode     Self Forcing's and CausVid's
+    cfjax train --config=configs/ode_regression.py:bidirectional_pairs --workdir=runs/bi_ode    only the teacher changed
     cfjax plan --config=configs/ode_regression.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Needs the pairs of configs/ode_pairs.py. Numbers of the PyTorch reference: lr 2e-6, betas (0.9, 0.999), 1K steps or
@@ -13,8 +14,9 @@ from cfjax import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `bidirectional`."""
-    words = presets.switches(arg, "toy", "framewise", "bidirectional")
+    """`toy`, `framewise`, `bidirectional` or `bidirectional_pairs`."""
+    words = presets.switches(arg, "toy", "framewise", "bidirectional", "bidirectional_pairs")
+    presets.one_of(words, "bidirectional", "bidirectional_pairs")
     toy = "toy" in words
     c = presets.experiment("ode_regression", steps=400 if toy else 5000)
     init = "runs/toy/ar" if toy else "runs/ar"
@@ -24,8 +26,9 @@ def get_config(arg: str = ""):
     c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
     c.objective = {"steps": (1000, 750, 500, 250), "shift": 5.0, "levels_per": "clip", "past": "clip"}
-    if "bidirectional" in words:  # the student, too, starts from the bidirectional network
+    if "bidirectional" in words or "bidirectional_pairs" in words:
         c.data.name = "bidirectional_pairs"
+    if "bidirectional" in words:  # the student, too, starts from the bidirectional network
         c.roles.student.update({"init": "toy_teacher" if toy else "checkpoints/wan_1_3b", "init_ema": False})
         c.roles.student.init_stages = ("bidirectional",)
         c.objective.update({"levels_per": "block", "past": "noisy"})

@@ -14,7 +14,7 @@ that everything is wired. `framewise`, `2step` and `1step` join any recipe (in a
 
 Recipes are names of stages, and a stage is one config with what it starts from. Causal Forcing (arXiv 2602.02214),
 Causal Forcing++ (arXiv 2605.15141), Self Forcing (arXiv 2506.08009), CausVid (arXiv 2412.07772); the others change one
-thing in them. `none` is Causal Forcing without stage 2.
+thing in them: `bidirectional_pairs` is Causal Forcing with the other teacher in stage 2, `none` without stage 2.
 """
 
 from ml_collections import ConfigDict
@@ -35,12 +35,14 @@ STAGES = {
     "pairs": ("precompute", "ode_pairs", (), "pairs", {"teacher": "ar"}),
     "bi_pairs": ("precompute", "ode_pairs", ("bidirectional",), "pairs", {"teacher": TEACHER}),
     "ode": ("train", "ode_regression", (), "ode", {"student": "ar"}),
+    "bi_pairs_ode": ("train", "ode_regression", ("bidirectional_pairs",), "ode", {"student": "ar"}),
     "bi_ode": ("train", "ode_regression", ("bidirectional",), "ode", {"student": TEACHER}),
     "cd": ("train", "consistency", (), "cd", {"student": "ar", "teacher": "ar"}),
     "asymmetric_cd": ("train", "consistency", ("asymmetric",), "cd", {"student": "ar", "teacher": TEACHER}),
     "dmd": ("train", "dmd", (), "dmd", {"student": "ode", **SCORES}),
     "cd_dmd": ("train", "dmd", (), "dmd", {"student": "cd", **SCORES}),
     "asymmetric_cd_dmd": ("train", "dmd", (), "dmd", {"student": "asymmetric_cd", **SCORES}),
+    "bi_pairs_ode_dmd": ("train", "dmd", (), "dmd", {"student": "bi_pairs_ode", **SCORES}),
     "bi_ode_dmd": ("train", "dmd", (), "dmd", {"student": "bi_ode", **SCORES}),
     "ar_dmd": ("train", "dmd", ("from_ar",), "dmd", {"student": "ar", **SCORES}),
     "bi_ode_causvid": ("train", "dmd", ("causvid",), "dmd", {"student": "bi_ode", **SCORES}),
@@ -55,6 +57,7 @@ RECIPES = {
     "causal_forcing_pp": ("ar", "cd", "cd_dmd"),
     "self_forcing": ("bi_pairs", "bi_ode", "bi_ode_dmd"),
     "causvid": ("bi_pairs", "bi_ode", "bi_ode_causvid"),
+    "bidirectional_pairs": ("ar", "bi_pairs", "bi_pairs_ode", "bi_pairs_ode_dmd"),
     "none": ("ar", "ar_dmd"),
     "asymmetric_cd": ("ar", "asymmetric_cd", "asymmetric_cd_dmd"),
     "sid": ("ar", "pairs", "ode", "sid"),

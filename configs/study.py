@@ -27,11 +27,15 @@ def get_config(arg: str = ""):
                 "seeds": 5,
                 "budget": "short",  # of configs/quickstart.py, whose recipes these are
                 "teacher": "toy_teacher",
-                # the paper's method, then only the teacher of the initialisation changed, then none
-                "recipes": ("causal_forcing", "self_forcing", "causal_forcing_pp", "asymmetric_cd", "none"),
+                # the paper's method, then only the teacher of the initialisation changed, then none,
+                # and Self Forcing's own stage 2, whose start, noise levels and past differ too
+                "recipes": (
+                    "causal_forcing", "bidirectional_pairs", "causal_forcing_pp", "asymmetric_cd", "none",
+                    "self_forcing",
+                ),
                 "forcings": ("diffusion_forcing",),  # against the AR teacher of the first recipe
             }
-        )
+        )  # fmt: skip
     c = ConfigDict(
         {
             "seeds": 5,

@@ -1,14 +1,15 @@
 """The learned part: which networks are compared, how, and that the commands run (slow)."""
 
 import json
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from cfjax.__main__ import main
 from cfjax.core.cli import parse
-from cfjax.quickstart import TITLES
-from cfjax.study import COMPARED, _pairs_of, compare_networks
+from cfjax.quickstart import TITLES, recipe
+from cfjax.study import COMPARED, _pairs_of, _recipe_config, compare_networks
 from tests.commands import ROOT
 
 CONFIG = f"--config={ROOT}/configs/study.py:ablation"
@@ -20,13 +21,28 @@ def in_a_clone(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+BEFORE = ("ode", "bi_pairs_ode", "cd", "asymmetric_cd", "ar", "bi_ode")
+
+
 def test_only_the_initialisations_teacher_changes():
     c = parse("study ablation", [CONFIG, "--workdir=unused"], description="")[0]
     assert isinstance(c, ConfigDict) and c.seeds >= 5
     pairs = _pairs_of(c)
-    assert pairs["Before DMD"] == [(k, "ode") for k in ("ode", "bi_ode", "cd", "asymmetric_cd", "ar")]
-    assert [a for a, _ in pairs["After DMD"]] == ["dmd", "bi_ode_dmd", "cd_dmd", "asymmetric_cd_dmd", "ar_dmd"]
+    assert pairs["Before DMD"] == [(k, "ode") for k in BEFORE]
+    assert [a for a, _ in pairs["After DMD"]] == ["dmd", *(f"{key}_dmd" for key in BEFORE[1:])]
     assert pairs["Stage 1"] == [("ar", "ar"), ("diffusion_forcing", "ar")]
+    # the same regression from the same start: the pairs alone differ
+    ode, changed = (parse("train", step.argv, description="")[0] for step in ode_steps(c))
+    assert (ode.data.name, changed.data.name) == ("pairs", "bidirectional_pairs")
+    changed.data.name = ode.data.name
+    assert changed == ode
+
+
+def ode_steps(c):
+    """Stage 2's command of the first two recipes."""
+    for recipe_name, key in zip(c.recipes[:2], BEFORE[:2], strict=True):
+        steps = recipe(_recipe_config(c, recipe_name, 0), Path("runs"))
+        yield next(step for step in steps if step.key == key)
 
 
 def test_a_difference_has_an_interval_and_a_corrected_p():
