@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.once import make_once
 from cfjax.core.precision import Policy
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.data.latents import ClipDataset
@@ -97,9 +98,10 @@ def open_data(c: ConfigDict) -> Data:
     if c.data.source != "shapes":
         raise UserError(f"data.source={c.data.source!r}: use 'shapes', or '' for a dataset made by cfjax precompute")
     world = toy_world(c)
-    if name == "clips" and not (root / name).exists():
+    if name == "clips":
         source = SplitSource(world.shapes, 0, c.data.clips)
-        precompute(source, world.codec, world.text.encode, root / name, text_encoder=text_record(world))
+        encoders = (world.codec, world.text.encode)
+        make_once(root / name, lambda: precompute(source, *encoders, root / name, text_encoder=text_record(world)))
     dataset = _suitable(c, open_dataset(root / name))
     made_in = dataset.manifest.get("text_encoder", {}).get("world")
     if made_in != world.fingerprint():

@@ -11,12 +11,14 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cfjax.core.errors import UserError
+from cfjax.core.once import make_once
 from cfjax.data.shapes import ShapesConfig, ShapesSource, all_captions, caption, draw_factors, render
 from cfjax.models.codec import PatchCodec, fit_patch_codec
 from cfjax.models.text import TextEncoder
@@ -98,7 +100,7 @@ def open_world(path: str | Path, *, assets: str, shapes: ShapesConfig, channels:
     folder = Path(path)
     if not (folder / "world.json").exists():
         world = shipped_world(assets) if assets else make_world(shapes, channels=channels, text_length=text_length)
-        world.save(folder)
+        make_once(folder / "world.json", partial(world.save, folder))
     return World.load(folder)
 
 

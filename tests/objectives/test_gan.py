@@ -20,6 +20,9 @@ from cfjax.objectives.dmd import DMDConfig
 from cfjax.objectives.gan import GanConfig, critic_loss, critic_value, draw, generator_loss, generator_value, slope
 from cfjax.objectives.stage import Stage
 from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.training.optim import make_optimizer
+from cfjax.training.state import advance, init_state
+from cfjax.training.step import make_update, role_key
 from tests.golden import record_gan
 from tests.golden.record_gan import GAMES, Game
 from tests.objectives import learning
@@ -248,6 +251,30 @@ def best_critic_loss(clips, draws) -> float:
     logit = lambda x: np.sum((real - fake) * (2 * x - real - fake) / (2 * variance), axis=(1, 2, 3, 4))  # noqa: E731
     noised = lambda x: (1 - level) * np.asarray(x) + level * np.asarray(draws["score_eps_BFHWC"])  # noqa: E731
     return softplus(-logit(noised(clips))) + softplus(logit(noised(FAKE_MEAN + STD * draws["noise_BFHWC"])))
+
+
+@pytest.mark.slow
+def test_one_compile_per_role_and_each_changes_its_own_weights():
+    """Over rollouts that stop at different steps."""
+    gan = GanConfig(relativistic=True, r1_weight=0.1, r2_weight=0.1)
+    losses = {"student": generator_loss(DMD, gan, FRAMEWISE), "critic": critic_loss(DMD, gan, FRAMEWISE)}
+    stage = Stage("dmd", losses, cadence={"student": 2})
+    network = make_wan(learning.CONFIG, KEY)
+    txs = {role: make_optimizer(lr=1e-3, steps=8) for role in losses}
+    models = {"student": network, "critic": with_branch(network, BranchConfig(), KEY)}
+    state = init_state(stage, jax.tree.map(jnp.array, models), txs, 0)
+    updates = {role: make_update(stage, role, txs[role]) for role in losses}
+    batch, exits = batch_of(fresh(KEY, 4, REAL_MEAN)), set()
+    for iteration in range(8):
+        for role in stage.roles_at(iteration):
+            exits.add(int(draw(role_key(state, role), (1, 2, 1, 1, 1), DMD, FRAMEWISE)["exit_N"][0]))
+            before = {name: np.array(x) for name, x in named_leaves(state.params).items()}
+            state, metrics = updates[role](state, {}, batch)
+            assert np.isfinite([float(x) for x in metrics.values()]).all()
+            after = named_leaves(state.params)
+            assert {name.partition("/")[0] for name, x in after.items() if (x != before[name]).any()} == {role}
+        state = advance(state)
+    assert len(exits) > 2 and [update._cache_size() for update in updates.values()] == [1, 1]
 
 
 def test_layers_are_as_deep_as_the_references():
