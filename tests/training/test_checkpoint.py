@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from absl import logging
 from cfjax.core.errors import UserError
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
 from cfjax.training.state import TrainState, advance
+from tests.golden.record_checkpoint import DATA, FOLDER, META, known
 from tests.training.toy import Linear, arrays, setup, two_roles
 
 
@@ -54,6 +56,24 @@ def test_round_trip_is_exact(tmp_path):
     assert meta == {"stage": "toy", "model": {"width": 4}, "step": 3}
     assert store.steps() == [1, 2, 3]
     store.close()
+
+
+@pytest.mark.parametrize("recorded", sorted(FOLDER.glob("jax_*")), ids=lambda folder: folder.name)
+def test_checkpoints_of_other_jax_versions_are_read(tmp_path, recorded):
+    workdir = tmp_path / "run"
+    shutil.copytree(recorded, workdir)
+    store = CheckpointStore(workdir)
+    state, data_state, meta = store.restore_latest(fresh(), stage="toy")
+    store.close()
+    assert (data_state, meta) == (DATA, {**META, "step": 3})
+    expected = arrays(known())
+    for name, value in arrays(state).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert jax.random.key_data(state.key).tolist() == jax.random.key_data(known().key).tolist()
+
+
+def test_there_are_two_jax_versions_to_read():
+    assert len({folder.name.split(".")[1] for folder in FOLDER.glob("jax_*")}) > 1
 
 
 def test_an_empty_folder_holds_nothing(tmp_path):
