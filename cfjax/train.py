@@ -68,6 +68,8 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     say(f"{c.stage}: {len(data.dataset)} clips, {c.steps} steps in {workdir}; GiB per device, before activations:")
     say("\n".join(memory_table(memory)))
     check_memory(memory, memory_limit(jax.local_devices()[0]))
+    if differing := differing_levels(c):
+        say(differing)
     models = {name: initial_model(name, role, data, c.seed, mesh) for name, role in c.roles.items()}
     trained = {name: models[name] for name in stage.losses}
     frozen: dict[str, Any] = {name: model for name, model in models.items() if name not in stage.losses}
@@ -135,6 +137,15 @@ def mesh_of(c: ConfigDict) -> Mesh | None:
     sizes = c.mesh.to_dict()
     alone = jax.process_count() == 1 and all(size == 1 for size in sizes.values())
     return None if alone else make_mesh(**sizes)
+
+
+def differing_levels(c: ConfigDict) -> str:
+    """One line when a few-step student would sample at other levels than it is trained at; "" when not."""
+    keys = [key for key in ("steps", "first_steps", "shift") if key in c.objective and c.sampler.kind == "few_step"]
+    trained, sampled = ({key: c[part][key] for key in keys} for part in ("objective", "sampler"))
+    if trained == sampled:
+        return ""
+    return f"note: objective trains at {trained}, but sampler (samples while training, cfjax generate) has {sampled}"
 
 
 def check_mesh(c: ConfigDict, latent_shape: Sequence[int]) -> None:

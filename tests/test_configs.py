@@ -16,6 +16,7 @@ from cfjax.core.errors import UserError
 from cfjax.data.sets import open_dataset
 from cfjax.objectives.ode_regression import PairsConfig
 from cfjax.runs import open_run
+from cfjax.train import differing_levels
 from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data
 
@@ -65,7 +66,7 @@ def test_every_documented_config_builds(path, arg):
         return
     stage = experiment.stage_of(c)
     assert stage.name == path.stem and set(experiment.optimizers_of(c, stage)) == set(stage.losses) <= set(c.roles)
-    assert experiment.sampler_of(c)
+    assert experiment.sampler_of(c) and not differing_levels(c)
     if toy:
         assert experiment.shapes_of(c).frames % experiment.blocks_of(c).frames == 0
 
@@ -84,6 +85,13 @@ def test_few_step_variants_change_the_objective_and_the_sampler():
     for words in ("2step,1step", "from_ar,bidirectional"):
         with pytest.raises(UserError, match="exclude each other"):
             make(words)
+
+
+def test_a_student_that_would_sample_at_other_levels_is_told():
+    c = get_config(ROOT / "configs" / "dmd.py")("")
+    c.objective.steps = (1000, 500)
+    assert "trains at {'steps': (1000, 500)" in differing_levels(c)
+    assert "has {'steps': (1000, 750, 500, 250)" in differing_levels(c)
 
 
 def test_two_scores_are_needed_to_compare_them():
