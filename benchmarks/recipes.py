@@ -2,9 +2,12 @@
 
     python benchmarks/recipes.py --seeds 0 1 2 --root runs/recipes
     python benchmarks/recipes.py --seeds 0 --root runs/recipes --recipes none sid causvid
+    python benchmarks/recipes.py --seeds 0 --root runs/recipes --recipes causal_forcing_pp,framewise,2step
+    python benchmarks/recipes.py --seeds --root runs/recipes     trains nothing: tabulates what is there
 
-Each recipe is `cfjax quickstart --config=configs/quickstart.py:RECIPE` in the root's folder of that seed, so stages in
-common are trained once per seed, and what is done is not done again. The table holds everything found under the root.
+Each recipe is `cfjax quickstart --config=configs/quickstart.py:RECIPE` in the root's folder of that seed (and layout),
+so stages in common are trained once per seed, and what is done is not done again. The table holds everything found
+under the root.
 """
 
 import subprocess
@@ -26,19 +29,27 @@ def train(root: Path, seeds: Sequence[int], recipes: Sequence[str], budget: str)
     """Every recipe of every seed, seed by seed."""
     for seed in seeds:
         for recipe in recipes:
-            argv = [f"--config={CONFIG}:{recipe}", f"--workdir={root}/seed{seed}", f"--config.budget={budget}"]
+            layout = recipe.partition(",")[2].replace(",", "_")
+            folder = f"{layout}_seed{seed}" if layout else f"seed{seed}"
+            argv = [f"--config={CONFIG}:{recipe}", f"--workdir={root}/{folder}", f"--config.budget={budget}"]
             if cfjax(["quickstart", *argv, f"--config.seed={seed}", "--config.guard=False"]):
                 raise SystemExit(f"{recipe}, seed {seed}: failed; run again to go on")
 
 
 def tabulate(root: Path) -> dict[str, dict[str, Any]]:
-    """Stage -> {"title", "seeds", "numbers"}, in the order of the pipeline."""
-    found = gather(f"{root}/seed*/evaluation/*")
-    found["teacher"] = found["teacher"][:1]  # it ships: every seed measures the same weights on the same noise
-    keys = [key for key in TITLES if key in found]
-    return {
-        key: {"title": TITLES[key][0], "seeds": len(found[key]), "numbers": summarise_seeds(found[key])} for key in keys
-    }
+    """Stage (and layout) -> {"title", "seeds", "numbers"}, in the order of the pipeline, layout by layout."""
+    rows: dict[str, dict[str, Any]] = {}
+    for layout in sorted({folder.name.rpartition("seed")[0] for folder in root.glob("*seed*")}):
+        found = gather(f"{root}/{layout}seed*/evaluation/*")
+        words = layout.strip("_").replace("_", ", ")
+        if words:
+            found.pop("teacher", None)
+        elif "teacher" in found:
+            found["teacher"] = found["teacher"][:1]  # it ships: every seed measures the same weights on the same noise
+        for key in (key for key in TITLES if key in found):
+            row = {"seeds": len(found[key]), "numbers": summarise_seeds(found[key])}
+            rows[layout + key] = {"title": TITLES[key][0] + (f": {words}" if words else ""), **row}
+    return rows
 
 
 def commit() -> str:
