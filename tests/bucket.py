@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _upload(self, name: str, query: dict[str, str], body: bytes) -> None:
         kind = query.get("uploadType", "")
-        if self.command == "PUT":
+        if "upload_id" in query:
             return self._resume(query["upload_id"], body)
         if kind == "resumable":
             name, number = name or json.loads(body)["name"], str(next(self.bucket.numbers))
@@ -192,8 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, Location=place)
         if kind == "multipart":
             boundary = re.search(r"boundary=['\"]?([^'\";]+)", self.headers["Content-Type"])[1].encode()
-            parts = [part.lstrip(b"\r\n").partition(b"\r\n\r\n")[2] for part in body.split(b"--" + boundary)[1:3]]
-            meta, body = json.loads(parts[0]), parts[1].removesuffix(b"\r\n")
+            parts = [re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in body.split(b"--" + boundary)[1:3]]
+            meta, body = json.loads(parts[0]), re.sub(rb"\r?\n\Z", b"", parts[1])
             name = name or meta["name"]
         if not self._refused(name, query):
             self._answer(200, _resource(name, self.bucket.put(name, body)))

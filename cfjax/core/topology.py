@@ -159,11 +159,12 @@ def open_topology(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={topology.name} needs TPU's compiler: pip install 'cfjax[tpu]'")
     shape = "x".join(map(str, topology.shape))
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip: one may be training beside it
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.chip.name}:{shape}")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        hint = f"is another process using libtpu, or is {shape} no slice of {topology.chip.name}?"
+        hint = f"is {shape} a slice of {topology.chip.name}?"
         raise UserError(f"--topology={topology.name}: TPU's compiler does not take it ({reason}); {hint}") from error
     return list(described.devices)
 
