@@ -28,6 +28,7 @@ def get_config(arg: str = ""):
     c.objective = {"steps": (1000, 750, 500, 250), "shift": 5.0, "levels_per": "clip", "past": "clip"}
     if "bidirectional" in words or "bidirectional_pairs" in words:
         c.data.name = "bidirectional_pairs"
+        c.objective.past = "endpoint"  # the only clean past that such pairs have
     if "bidirectional" in words:  # the student, too, starts from the bidirectional network
         c.roles.student.update({"init": "toy_teacher" if toy else "checkpoints/wan_1_3b", "init_ema": False})
         c.roles.student.init_stages = ("bidirectional",)

@@ -9,7 +9,6 @@ are larger than memory.
 
 import asyncio
 import os
-import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -25,6 +24,7 @@ from absl import logging
 
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
+from cfjax.core.paths import absolute, is_folder, kvstore, move_folder, one_line, path_of
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.training.plain import from_json, to_json
 
@@ -58,11 +58,6 @@ def _detached(leaf: jax.Array) -> jax.Array:
     """On CPU "host copies" alias the device buffer, which the next step donates; an asynchronous save needs its own."""
     on_cpu = all(device.platform == "cpu" for device in leaf.devices())
     return jnp.copy(leaf) if on_cpu else leaf
-
-
-def _one_line(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return f"{type(error).__name__}: {text[:160]}"
 
 
 def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, Any], *, whole: bool) -> None:
@@ -128,7 +123,10 @@ def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -
         save_root_metadata=False,
     )
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    try:
+        return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    except Exception as error:  # whatever a disk or a bucket that may not be read or written provokes
+        raise UserError(f"{directory} cannot be opened ({one_line(error)})") from error
 
 
 def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def _probe(folder: Path) -> None:
 
     Orbax reads all arrays at once, and after a first failure the others spill their errors on the terminal.
     """
-    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/state/"}).result()
+    store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore(folder / "state")}).result()
     keys = store.list().result()
     if not keys:
         raise FileNotFoundError(f"no arrays in {folder}/state")
@@ -154,7 +152,7 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str,
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
     how = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
-    _probe(Path(manager.directory) / str(step))
+    _probe(path_of(manager.directory) / str(step))
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
@@ -212,12 +210,12 @@ class CheckpointStore:
     """The checkpoints of one run, in `workdir/checkpoints/<step>`.
 
     Args:
-      workdir: the run's folder, created when absent.
+      workdir: the run's folder, created when absent; here or in a bucket (`core.paths`).
       keep: how many of the newest checkpoints stay.
     """
 
     def __init__(self, workdir: str | Path, keep: int = 2) -> None:
-        self._workdir = Path(workdir).absolute()
+        self._workdir = absolute(workdir)
         self._directory = self._workdir / FOLDER
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = _manager(self._directory, keep=keep)
@@ -263,7 +261,7 @@ class CheckpointStore:
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file provokes
-                logging.warning("checkpoint %s is broken and is passed over (%s)", folder, _one_line(error))
+                logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
                 broken.append(step)
                 continue
             self._set_aside(broken)
@@ -280,10 +278,9 @@ class CheckpointStore:
         if jax.process_index() == 0:
             for step in steps:
                 target = self._workdir / BROKEN / str(step)
-                target.parent.mkdir(exist_ok=True)
-                while target.exists():
+                while is_folder(target):
                     target = target.with_name(target.name + "_")
-                (self._directory / str(step)).rename(target)
+                move_folder(self._directory / str(step), target)
         if jax.process_count() > 1:
             ocp.multihost.sync_global_processes("cfjax_set_aside")
         self._manager.reload()
@@ -303,7 +300,7 @@ class CheckpointStore:
         kept = max(self.steps(), default=None)
         good = "none is there yet" if kept is None else f"that of step {kept} is good"
         return UserError(
-            f"{self._directory}: a checkpoint could not be written ({_one_line(error)}); {good}; free some space "
+            f"{self._directory}: a checkpoint could not be written ({one_line(error)}); {good}; free some space "
             "and run the same command again"
         )
 
@@ -312,7 +309,7 @@ class CheckpointStore:
         try:
             self._manager.close()
         except Exception as error:
-            logging.warning("closing %s: %s", self._directory, _one_line(error))
+            logging.warning("closing %s: %s", self._directory, one_line(error))
 
 
 def _check_stage(run_dir: Path, meta: Mapping[str, Any], stages: Sequence[str]) -> None:
@@ -325,7 +322,7 @@ def _check_stage(run_dir: Path, meta: Mapping[str, Any], stages: Sequence[str]) 
 
 def _good_records(run_dir: Path) -> Generator[tuple[ocp.CheckpointManager, int, dict[str, Any]], None, None]:
     """(manager, step, record) of the readable checkpoints of a run, newest first."""
-    if not (run_dir / FOLDER).is_dir():
+    if not is_folder(run_dir / FOLDER):
         raise UserError(f"{run_dir}: no run here ({FOLDER}/ is missing); name the --workdir of a training run")
     manager = _manager(run_dir / FOLDER, writes=False)
     try:
@@ -333,7 +330,7 @@ def _good_records(run_dir: Path) -> Generator[tuple[ocp.CheckpointManager, int, 
             try:
                 record = _read_record(manager, step)
             except Exception as error:
-                logging.warning("checkpoint %s is passed over (%s)", run_dir / FOLDER / str(step), _one_line(error))
+                logging.warning("checkpoint %s is passed over (%s)", run_dir / FOLDER / str(step), one_line(error))
                 continue
             yield manager, step, record
     finally:
@@ -346,7 +343,7 @@ def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, A
     Raises:
       UserError: no run, nothing readable, or a stage not among `stages`.
     """
-    run_dir = Path(run_dir).absolute()
+    run_dir = absolute(run_dir)
     with closing(_good_records(run_dir)) as records:
         for _, _, record in records:
             _check_stage(run_dir, record["meta"], stages)
@@ -365,7 +362,7 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
     Raises:
       UserError: no run, nothing readable, another stage, no such role, or other leaves or shapes.
     """
-    run_dir, prefix = Path(run_dir).absolute(), f"{'ema' if ema else 'params'}/{role}/"
+    run_dir, prefix = absolute(run_dir), f"{'ema' if ema else 'params'}/{role}/"
     wanted = {prefix + name: leaf for name, leaf in named_leaves(template).items()}
     with closing(_good_records(run_dir)) as records:
         for manager, step, record in records:
@@ -381,7 +378,7 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
             try:
                 arrays = jax.block_until_ready(_read_arrays(manager, step, wanted))
             except Exception as error:
-                logging.warning("checkpoint %s is broken and is passed over (%s)", folder, _one_line(error))
+                logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
                 continue
             return _unflatten(template, {name.removeprefix(prefix): array for name, array in arrays.items()})
     raise UserError(f"{run_dir}: no readable checkpoint")
@@ -393,7 +390,7 @@ def stored_roles(run_dir: str | Path) -> list[tuple[str, bool]]:
     Raises:
       UserError: no run, or nothing readable.
     """
-    run_dir = Path(run_dir).absolute()
+    run_dir = absolute(run_dir)
     with closing(_good_records(run_dir)) as records:
         for _, _, record in records:
             found = {tuple(name.split("/")[:2]) for name in record["leaves"] if name.startswith(PARTS)}
@@ -407,7 +404,7 @@ def open_role(run_dir: str | Path, role: str, *, ema: bool = False) -> dict[str,
     Raises:
       UserError: no run, nothing readable, or no such role.
     """
-    run_dir, prefix = Path(run_dir).absolute(), f"{PARTS[ema]}/{role}/"
+    run_dir, prefix = absolute(run_dir), f"{PARTS[ema]}/{role}/"
     with closing(_good_records(run_dir)) as records:
         for _, step, record in records:
             state = run_dir / FOLDER / str(step) / "state"
@@ -418,14 +415,14 @@ def open_role(run_dir: str | Path, role: str, *, ema: bool = False) -> dict[str,
                 _probe(state.parent)
                 return {name.removeprefix(prefix): _stored(state, name) for name in names}
             except Exception as error:
-                logging.warning("checkpoint %s is broken and is passed over (%s)", state.parent, _one_line(error))
+                logging.warning("checkpoint %s is broken and is passed over (%s)", state.parent, one_line(error))
     raise UserError(f"{run_dir}: no readable checkpoint")
 
 
 def _stored(state: Path, name: str) -> LazyArray:
     """A saved array, read layer by layer where it was written so."""
-    kvstore = {"driver": "ocdbt", "base": f"file://{state}/", "path": f"{name}/"}
-    store = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    arrays = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
+    store = ts.open({"driver": "zarr", "kvstore": arrays}, open=True).result()
     shape, chunk = tuple(store.shape), store.chunk_layout.read_chunk.shape
     stacked = len(shape) > 1 and chunk is not None and chunk[0] == 1 < shape[0]
     parts = [store[i] for i in range(shape[0])] if stacked else [store]
