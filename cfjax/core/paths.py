@@ -1,0 +1,195 @@
+"""Folders of this machine and folders in a bucket (`gs://bucket/folder`) through the same code.
+
+`path_of` gives a path with pathlib's interface for either; what else differs between the two is in this module, and
+nowhere else: how tensorstore names them, how a file comes to be there whole or not at all, how a folder is moved, and
+what cannot be written to a bucket as it grows (`Mirror`).
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+from etils import epath
+
+from cfjax.core.errors import UserError
+
+BUCKET = "gs://"
+PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
+
+
+def path_of(place: str | os.PathLike[str]) -> Path:
+    """`place` as a path: pathlib's own, or etils' for one in a bucket, which has the same interface.
+
+    Raises:
+      UserError: it is of another kind (`s3://`), or the packages for buckets are not installed.
+    """
+    text = os.fspath(place)
+    kind, mark, _ = text.partition("://")
+    if not mark:
+        return Path(text)
+    if kind + mark != BUCKET or not text.removeprefix(BUCKET).strip("/"):
+        raise UserError(f"{text}: name a folder, or a bucket's folder as {BUCKET}BUCKET/FOLDER")
+    missing = [name for name in PACKAGES if not _installed(name)]
+    if missing:
+        raise UserError(f"{text}: {missing[0]} is missing, which reads buckets; pip install 'cfjax[gcs]'")
+    os.environ.setdefault("EPATH_USE_TF", "false")  # etils would go through TensorFlow wherever that is installed
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)  # others write there too
+    return cast(Path, epath.Path(text))
+
+
+def absolute(place: str | os.PathLike[str]) -> Path:
+    """`path_of`, whatever the current folder will be."""
+    path = path_of(place)
+    return path if in_bucket(path) else path.absolute()
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
+
+
+def local_path(place: str | os.PathLike[str], what: str, why: str) -> Path:
+    """`place`, which has to be on this machine.
+
+    Args:
+      what, why: the key and the reason, for the message.
+
+    Raises:
+      UserError: it is a bucket's.
+    """
+    text = os.fspath(place)
+    if "://" in text:
+        raise UserError(f"{what}={text}: {why}; mount the bucket or copy the folder, and name the local path")
+    return Path(text)
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether `path_of` made it from a bucket's address."""
+    return str(path).startswith(BUCKET)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder.
+
+    Raises:
+      UserError: the bucket cannot be reached.
+    """
+    if not in_bucket(path):
+        return path.is_dir()
+    try:
+        files, prefix = _files_of(path)
+        return bool(files.find(prefix, maxdepth=1, withdirs=True))
+    except FileNotFoundError:
+        return False
+    except Exception as error:
+        raise UserError(f"{path}: the bucket cannot be reached ({one_line(error)})") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and text of an error that others raised, shortened to fit into a line."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def kvstore(folder: Path) -> dict[str, Any]:
+    """tensorstore's description of a folder."""
+    if not in_bucket(folder):
+        return {"driver": "file", "path": f"{folder.absolute()}/"}
+    bucket, _, prefix = str(folder).removeprefix(BUCKET).partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/"}
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a local temporary path, and puts that file in the place of `path` if all went well.
+
+    A file of this machine is renamed (it lies beside `path`, whose folder is made); one for a bucket is sent.
+    """
+    target = path_of(path)
+    if in_bucket(target):
+        with tempfile.TemporaryDirectory(prefix="cfjax-") as folder:
+            partial = Path(folder) / target.name
+            yield partial
+            _send(partial, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Renames a folder; in a bucket, file by file."""
+    if in_bucket(source):
+        files, prefix = _files_of(source)
+        files.mv(prefix, _files_of(target)[1], recursive=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+
+
+class Mirror:
+    """A local folder that stands for `target`: the same one, or for a bucket's a temporary one that is sent there.
+
+    For what grows (a bucket's files cannot) and for libraries that know local files only.
+
+    Attributes:
+      folder: the local one.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target, self._own = target, in_bucket(target)
+        self.folder = Path(tempfile.mkdtemp(prefix="cfjax-")) if self._own else target
+        self._sent: dict[Path, tuple[int, int]] = {}
+
+    def pull(self, *names: str) -> None:
+        """Fetches those of the named files that are there."""
+        for name in names if self._own else ():
+            try:
+                (self.folder / name).write_bytes((self._target / name).read_bytes())
+            except FileNotFoundError:
+                continue
+            self._sent[self.folder / name] = _version(self.folder / name)
+
+    def push(self) -> int:
+        """Sends the files that have changed; the bytes of the largest one sent."""
+        largest = 0
+        for file in sorted(self.folder.rglob("*")) if self._own else ():
+            if file.is_file() and self._sent.get(file) != (version := _version(file)):
+                _send(file, self._target / file.relative_to(self.folder).as_posix())
+                self._sent[file], largest = version, max(largest, version[0])
+        return largest
+
+    def close(self) -> None:
+        """Removes a temporary folder."""
+        if self._own:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """Differs once the file was written to."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _send(source: Path, target: Path) -> None:
+    """A file to a bucket, where it appears once all of it has arrived."""
+    files, name = _files_of(target)
+    files.put_file(str(source), name)
+
+
+def _files_of(path: Path) -> tuple[Any, str]:
+    """The file system of a bucket's path, and the name there."""
+    return fsspec.core.url_to_fs(str(path))
