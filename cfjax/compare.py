@@ -20,6 +20,7 @@ from cfjax.comparison.report import Check, exit_code, pick, run_checks, table, t
 from cfjax.core.cli import Flag, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import F32
 from cfjax.experiment import META_FILE, load_shipped
 from cfjax.models.wan import Wan, WanConfig
@@ -147,7 +148,7 @@ def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
     if c.run:
         parts = _run_parts(c)
     else:
-        parts = _world_parts(Path(c.world)) if c.world else random_parts(c.random, seed)
+        parts = _world_parts(path_of(c.world)) if c.world else random_parts(c.random, seed)
     return Case(
         **(nothing | parts),
         frames=c.frames,
@@ -163,7 +164,7 @@ def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
 def _run_parts(c: ConfigDict) -> dict[str, Any]:
     """The parts of a run and of its Wan world; without one, a network only."""
     record = asset(c.run, META_FILE)
-    if record is None and not Path(c.run).is_dir():
+    if record is None and not is_folder(path_of(c.run)):
         raise UserError(f"--config.run={c.run}: no such run directory, and no shipped teacher of that name")
     meta = json.loads(record.read_text()) if record else read_meta(c.run)
     if c.role not in meta["models"]:
@@ -175,7 +176,7 @@ def _run_parts(c: ConfigDict) -> dict[str, Any]:
         template = placed_template(lambda: Wan(network, jax.random.key(0)))
         return load_shipped(c.run, template) if record else load_role(c.run, c.role, template, ema=averaged)
 
-    world = Path(c.world) if c.world else find_world(c.run, str(meta.get("world_path", "")))
+    world = path_of(c.world) if c.world else find_world(c.run, str(meta.get("world_path", "")))
     parts = _world_parts(world) if world and is_wan_world(world) else {}  # a toy's world has none to compare
     return {"dit": dit, "blocks": Blocks(**meta["blocks"])} | parts
 

@@ -21,6 +21,7 @@ from cfjax.conversion.write import write_json
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import local_path
 from cfjax.core.precision import Policy
 from cfjax.models.wan import PRESETS, WanConfig
 from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles, write_streamed
@@ -92,7 +93,7 @@ def _open(c: ConfigDict) -> Source:
     unknown = [part for part in parts if part not in KINDS]
     if unknown:
         raise UserError(f"--config.parts={c.parts}: {unknown[0]!r} is none of {', '.join(KINDS)}")
-    path = Path(c.source)
+    path = local_path(c.source, "--config.source", "weights are mapped into memory")
     if (path / FOLDER).is_dir() or (path / WORLD / RECORD).is_file():
         if c.to == "orbax":
             raise UserError(f"--config.source={c.source} is a run directory already; say what to write by --config.to")

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import replacing
 from cfjax.evaluation.guard import Collector
 from cfjax.evaluation.shapes_metrics import Factors, evaluate_shapes
 from cfjax.evaluation.tables import gather, write_table
-from cfjax.evaluation.video import replacing, to_uint8
+from cfjax.evaluation.video import to_uint8
 from cfjax.runs import Run, open_run
 from cfjax.world import World, evaluation_clips, stack_videos
 
@@ -38,7 +39,7 @@ SHOWN = (
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, evaluates, prints the table."""
-    c, workdir, _ = parse("evaluate", argv, description=DESCRIPTION, default_config="configs/evaluate.py")
+    c, workdir, _ = parse("evaluate", argv, description=DESCRIPTION, default_config="configs/evaluate.py", bucket=True)
     if c.evaluations:
         say(write_table(workdir, gather(c.evaluations)))
         say(f"written to {workdir}/table.json and {workdir}/table.md")
@@ -116,7 +117,6 @@ def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) 
 
 def save_evaluation(workdir: Path, result: dict[str, Any]) -> None:
     """Writes samples.npz and, last, evaluation.json."""
-    workdir.mkdir(parents=True, exist_ok=True)
     with replacing(workdir / "samples.npz") as partial, partial.open("wb") as file:
         np.savez_compressed(file, videos=result["videos"], captions=np.array(result["captions"]))
     plain = {name: value for name, value in result.items() if name != "videos"}
@@ -129,6 +129,6 @@ def load_evaluation(workdir: Path) -> dict[str, Any] | None:
     if not (workdir / "evaluation.json").exists():
         return None
     result = json.loads((workdir / "evaluation.json").read_text())
-    with np.load(workdir / "samples.npz") as archive:
+    with (workdir / "samples.npz").open("rb") as file, np.load(file) as archive:
         result["videos"] = archive["videos"]
     return result

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.once import make_once
+from cfjax.core.paths import local_path
 from cfjax.core.precision import Policy
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.data.latents import ClipDataset
@@ -83,13 +84,22 @@ def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
     return kinds[kind](**values)
 
 
+def data_root(c: ConfigDict) -> Path:
+    """The folder of `c.data`.
+
+    Raises:
+      UserError: it is in a bucket.
+    """
+    return local_path(c.data.path, "--config.data.path", "datasets are mapped into memory")
+
+
 def open_data(c: ConfigDict) -> Data:
     """The dataset `data.path`/`data.name`; the toy's clips and world are made on first use.
 
     Raises:
       UserError: nothing there and no source to make it from, or it was made in another world.
     """
-    root, name = Path(c.data.path), c.data.name
+    root, name = data_root(c), c.data.name
     if not c.data.source:
         dataset = _suitable(c, open_dataset(root / name))
         if c.data.reversed_name:
@@ -146,7 +156,7 @@ def toy_world(c: ConfigDict) -> World:
     Raises:
       UserError: the one that is there, or the one of `data.assets`, is not what the config describes.
     """
-    path, shapes = Path(c.data.path) / "world", shapes_of(c)
+    path, shapes = data_root(c) / "world", shapes_of(c)
     asked = {"channels": c.data.channels, "text_length": c.data.text_length}
     world = open_world(path, assets=c.data.assets, shapes=shapes, **asked)
     if (world.shapes, world.codec.latent_channels, world.text.length) != (shapes, *asked.values()):

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import path_of
 from cfjax.core.tree import named_leaves
 from cfjax.evaluate import evaluate_run
 from cfjax.experiment import META_FILE, MODEL_FILE
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     run.toy.save(partial)
     (partial / MODEL_FILE).write_bytes(save(named))
     (partial / META_FILE).write_text(json.dumps(record, indent=1))
-    curves = read_curves(Path(c.run), every=200)
+    curves = read_curves(path_of(c.run), every=200)
     (partial / "curves.json").write_text(json.dumps(curves))
     draw_curves(partial / "curves.svg", curves)
     if workdir.exists() and not (workdir / META_FILE).exists():

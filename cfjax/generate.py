@@ -21,6 +21,7 @@ from tqdm import tqdm
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import replacing
 from cfjax.core.programs import Programs
 from cfjax.data.requests import (
     LATENTS,
@@ -31,7 +32,7 @@ from cfjax.data.requests import (
     read_video_end,
     video_frames,
 )
-from cfjax.evaluation.video import contact_sheet, pick_frames, replacing, shrink, to_uint8, write_mp4, write_png
+from cfjax.evaluation.video import contact_sheet, pick_frames, shrink, to_uint8, write_mp4, write_png
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.nn.visibility import Blocks
@@ -72,7 +73,12 @@ class Job:
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, generates, writes."""
     c, workdir, _ = parse(
-        "generate", argv, description=DESCRIPTION, default_config="configs/generate.py", default_workdir="runs/generate"
+        "generate",
+        argv,
+        description=DESCRIPTION,
+        default_config="configs/generate.py",
+        default_workdir="runs/generate",
+        bucket=True,
     )
     begun = time.perf_counter()
     requests = read_requests(c.prompt, c.prompts, image=c.image, seed=c.seed, seeds=tuple(c.seeds), videos=c.videos)

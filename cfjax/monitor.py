@@ -30,11 +30,12 @@ from ml_collections import ConfigDict
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import is_folder, path_of, replacing
 from cfjax.core.sharding import batch_places, batch_sharding, replicated
 from cfjax.data.latents import ClipDataset
 from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
-from cfjax.evaluation.video import grid_video, pick_frames, replacing, shrink, to_uint8
+from cfjax.evaluation.video import grid_video, pick_frames, shrink, to_uint8
 from cfjax.experiment import Data, blocks_of, sampler_of
 from cfjax.models.codec import Codec
 from cfjax.models.wan import Wan
@@ -164,14 +165,14 @@ def open_codec(path: str | Path) -> Codec:
     Raises:
       UserError: there is no world, or it is broken.
     """
-    file = Path(path) / "world.json"
+    file = path_of(path) / "world.json"
     try:
         kind = json.loads(file.read_text()).get("kind", "toy")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"guard: {path} is no world ({error}); name another with --config.guard.world") from None
     if kind != KIND:
         return World.load(path).codec
-    return load_codec(path, "tiny_vae" if (Path(path) / "tiny_vae" / FOLDER).is_dir() else "vae")
+    return load_codec(path, "tiny_vae" if is_folder(path_of(path) / "tiny_vae" / FOLDER) else "vae")
 
 
 def decode_clip(codec: Codec, latents_FHWC: np.ndarray) -> np.ndarray:

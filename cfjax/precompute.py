@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cfjax.core.cli import Flag, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import is_folder, local_path, path_of
 from cfjax.data.check import check_dataset
 from cfjax.data.clips import list_clips
 from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource, Source, ingest, read_prompts
@@ -26,7 +27,7 @@ from cfjax.data.precompute import digest
 from cfjax.data.records import Layout
 from cfjax.data.sets import text_beside
 from cfjax.data.video import ClipFormat, Unusable
-from cfjax.experiment import Data, blocks_of, open_data
+from cfjax.experiment import Data, blocks_of, data_root, open_data
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import FILL_AT_ONCE, fill
@@ -34,7 +35,7 @@ from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
 from cfjax.objectives.ode_regression import METHODS, PairsConfig, ode_pairs
 from cfjax.roles import check_blocks, initial_model
-from cfjax.training.checkpoint import read_meta
+from cfjax.training.checkpoint import FOLDER, read_meta
 from cfjax.wan_world import WanWorld, load_text, open_cache
 from cfjax.world import World
 
@@ -88,6 +89,8 @@ def precompute_source(c: ConfigDict) -> Path:
     """
     if not c.source:
         raise UserError("source='': give --config.source=FOLDER of clips, an LMDB, or a .txt file of prompts")
+    for key in ("source", "output", "world"):
+        local_path(c[key], f"--config.{key}", "cfjax precompute reads and writes folders of this machine")
     lmdb = is_lmdb(c.source)
     if not c.output and not lmdb:
         raise UserError("output='': give the folder of the new dataset, --config.output=data/wan/clips")
@@ -271,7 +274,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
       UserError: more pairs than clips, a teacher of another stage or layout, or pairs begun with other settings.
     """
     data = open_data(c)
-    target = Path(c.data.path) / c.output
+    target = data_root(c) / c.output
     if (target / "manifest.json").exists():
         say(f"{target} exists already; remove it to make it anew")
         return target
@@ -297,7 +300,8 @@ def precompute_pairs(c: ConfigDict) -> Path:
 
 def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) -> SetWriter:
     dataset, role = data.dataset, c.roles.teacher
-    step = read_meta(role.init)["step"] if role.init and (Path(role.init) / "checkpoints").is_dir() else 0
+    trained = role.init and is_folder(path_of(role.init) / FOLDER)
+    step = read_meta(role.init)["step"] if trained else 0
     rows, width = dataset.text_shape
     layout = Layout(
         dataset.latent_shape,

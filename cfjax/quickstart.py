@@ -18,9 +18,9 @@ from cfjax import __version__, evaluate, precompute, train
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import replacing
 from cfjax.evaluate import load_evaluation, real_clips
 from cfjax.evaluation.report import StageReport, write_report
-from cfjax.evaluation.video import replacing
 from cfjax.export import read_curves
 from cfjax.runs import open_run
 

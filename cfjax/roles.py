@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.offload import has_host_memory
+from cfjax.core.paths import is_folder, path_of
 from cfjax.core.sharding import shard_model
 from cfjax.core.tree import named_leaves
 from cfjax.experiment import META_FILE, MODEL_FILE, Data, branch_config, load_shipped, wan_config
@@ -61,9 +62,10 @@ def check_blocks(c: ConfigDict, workdir: Path | None = None) -> None:
       UserError: a role starts from a causal run of another layout, or the workdir holds one.
     """
     for name, role in c.roles.items():
-        if role.init and not asset(role.init, META_FILE) and Path(role.init).is_dir():
+        if role.init and not asset(role.init, META_FILE) and is_folder(path_of(role.init)):
             _same_blocks(c, role.init, f"roles.{name}.init={role.init!r}", "name a run of the same layout")
-    if workdir is not None and any(entry.name.isdigit() for entry in (workdir / FOLDER).glob("*")):
+    steps = (workdir / FOLDER).iterdir() if workdir is not None and is_folder(workdir / FOLDER) else ()
+    if workdir is not None and any(entry.name.isdigit() for entry in steps):
         _same_blocks(c, workdir, f"--workdir={workdir}: the run in it", "name another workdir")
 
 
@@ -133,7 +135,7 @@ def _initial_network(name: str, role: ConfigDict, config: WanConfig, seed: int, 
         if plain:
             return shard_model(model, mesh) if mesh else model
         return fill(template, as_lazy(named_leaves(model)))
-    if not Path(role.init).exists():
+    if not is_folder(path_of(role.init)):
         raise UserError(
             f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init"
         )

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
 from cfjax.experiment import (
     META_FILE,
@@ -125,7 +126,7 @@ def open_run(
       UserError: nothing there, another stage or block size, no world, or a world that it was not trained in.
     """
     exported = asset(name, META_FILE)
-    if exported is None and not Path(name).is_dir():
+    if exported is None and not is_folder(path_of(name)):
         raise UserError(f"run={name!r}: no such run directory, and no shipped teacher of that name")
     meta = json.loads(exported.read_text()) if exported else read_meta(name)
     c = config_from_meta(meta)
@@ -135,7 +136,7 @@ def open_run(
     elif c.data.source:
         home = toy_world(c)
     else:
-        folder = _find_world(Path(name), meta, world)
+        folder = _find_world(path_of(name), meta, world)
         reading: dict[str, Any] = {
             "decoder_precision": decoder_precision,
             "with_text": with_text,
@@ -201,7 +202,7 @@ def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:
     """The folder of a run's Wan world: the given one, or its own."""
     if given:
         read_record(given)
-        return Path(given)
+        return path_of(given)
     recorded = str(meta.get("world_path", ""))
     if found := find_world(run, recorded):
         return found

@@ -46,7 +46,7 @@ Checkpoints, TensorBoard events and metrics.jsonl go to the workdir. To resume, 
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and trains."""
-    c, workdir, _ = parse("train", argv, description=DESCRIPTION)
+    c, workdir, _ = parse("train", argv, description=DESCRIPTION, bucket=True)
     train(c, workdir)
     return 0
 
@@ -75,13 +75,12 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     frozen: dict[str, Any] = {name: model for name, model in models.items() if name not in stage.losses}
     if codec is not None:
         frozen["codec"] = jax.tree.map(partial(place, sharding=replicated(mesh)), codec) if mesh else codec
-    writer = EventWriter(workdir, enabled=jax.process_index() == 0)
-    writer.config(0, c.to_dict())
     monitor = make_monitor(c, data, workdir, mesh)
     rows = batch_rows(mesh, c.data.batch_size) if mesh else range(c.data.batch_size)
     state = init_state(stage, trained, txs, c.seed)
-    with on_mesh(mesh):
-        state = fit(
+    with on_mesh(mesh), EventWriter(workdir, enabled=jax.process_index() == 0) as writer:
+        writer.config(0, c.to_dict())
+        return fit(
             stage,
             place_state(state, mesh) if mesh else state,
             frozen,
@@ -103,8 +102,6 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
             work=work_of(c, stage, data),
             put_batch=partial(place_batch, mesh=mesh, rows=rows, batch_size=c.data.batch_size),
         )
-    writer.close()
-    return state
 
 
 def work_of(c: ConfigDict, stage: Stage, data: Data) -> Work:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder, text_fingerprint
@@ -72,8 +73,8 @@ def load_codec(path: str | Path, decoder: str, precision: str = "") -> Codec:
     """
     if decoder not in DECODERS:
         raise UserError(f"decoder={decoder!r}: use {' or '.join(DECODERS)}")
-    folder = Path(path) / decoder
-    if not (folder / FOLDER).is_dir():
+    folder = path_of(path) / decoder
+    if not is_folder(folder / FOLDER):
         raise UserError(f"{path} has no {decoder}; add one with cfjax convert, or choose another decoder")
     values = read_meta(folder, stages=(decoder,))["model"]
     key = jax.random.key(0)
@@ -100,8 +101,8 @@ def load_text(path: str | Path, length: int) -> TextEncoder:
     config = config_from_record(UMT5Config, meta["model"])
     dtypes = set(meta.get("source", {}).get("dtype", {}).values())
     template = placed_template(lambda: UMT5(config, jax.random.key(0)), "bfloat16" if dtypes == {"bfloat16"} else "")
-    model = load_role(Path(path) / "text_encoder", "text_encoder", template)
-    return TextEncoder(load_tokenizer(Path(path) / "tokenizer"), model, length, weights=meta.get("fingerprint", ""))
+    model = load_role(path_of(path) / "text_encoder", "text_encoder", template)
+    return TextEncoder(load_tokenizer(path_of(path) / "tokenizer"), model, length, weights=meta.get("fingerprint", ""))
 
 
 def open_cache(path: str | Path, folder: str | Path, length: int) -> TextCache:
@@ -112,13 +113,13 @@ def open_cache(path: str | Path, folder: str | Path, length: int) -> TextCache:
     """
     meta = _text_record(path)
     config = config_from_record(UMT5Config, meta["model"])
-    tokenizer = load_tokenizer(Path(path) / "tokenizer")
+    tokenizer = load_tokenizer(path_of(path) / "tokenizer")
     return TextCache(folder, text_fingerprint(meta["fingerprint"], config, tokenizer), length)
 
 
 def _text_record(path: str | Path) -> dict[str, Any]:
-    folder = Path(path) / "text_encoder"
-    if not (folder / FOLDER).is_dir():
+    folder = path_of(path) / "text_encoder"
+    if not is_folder(folder / FOLDER):
         raise UserError(f"{path} has no text_encoder; add one with cfjax convert")
     return read_meta(folder, stages=("text_encoder",))
 
@@ -162,7 +163,7 @@ class WanWorld:
         Raises:
           UserError: no world there, or a part is missing.
         """
-        folder, record = Path(path), read_record(path)
+        folder, record = path_of(path), read_record(path)
         length = int(record["text_length"])
         return cls(
             path=folder,
@@ -205,7 +206,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: it is missing, broken, of another kind or format.
     """
-    file = Path(path) / RECORD
+    file = path_of(path) / RECORD
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         kind, version = record["kind"], record["format"]
@@ -218,8 +219,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 def world_places(run: str | Path, recorded: str) -> list[Path]:
     """Where a run's world may be: where its record points (beside the run, or a path of its own), or beside it."""
-    places = [Path(run) / recorded, Path(recorded)] if recorded else []
-    return [*places, Path(run) / "world"]
+    places = [path_of(run) / recorded, path_of(recorded)] if recorded else []
+    return [*places, path_of(run) / "world"]
 
 
 def find_world(run: str | Path, recorded: str) -> Path | None:
@@ -229,17 +230,17 @@ def find_world(run: str | Path, recorded: str) -> Path | None:
 
 def is_wan_world(path: str | Path) -> bool:
     """Whether the world there is Wan's; the toy's record names no kind."""
-    return "kind" in json.loads((Path(path) / RECORD).read_text(encoding="utf-8"))
+    return "kind" in json.loads((path_of(path) / RECORD).read_text(encoding="utf-8"))
 
 
 def fingerprint(path: str | Path) -> str:
     """The world's fingerprint, from its parts' records and its tokenizer: 16 hex digits."""
     parts: dict[str, Any] = {"text_length": read_record(path)["text_length"]}
     for part in ("vae", "text_encoder"):
-        if (Path(path) / part / FOLDER).is_dir():
-            meta = read_meta(Path(path) / part)
+        if is_folder(path_of(path) / part / FOLDER):
+            meta = read_meta(path_of(path) / part)
             sizes = {name: value for name, value in meta["model"].items() if name != "precision"}
             parts[part] = [sizes, meta["fingerprint"]]
-    files = (Path(path) / "tokenizer" / name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE))
+    files = (path_of(path) / "tokenizer" / name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE))
     parts["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

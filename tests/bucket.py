@@ -21,7 +21,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 BUCKET = "bucket"
 PAGE = 50  # smaller than what the tests keep, so that lists come in several pages
 TIME = "2026-01-01T00:00:00.000Z"
-_PATH = re.compile(r"(?:/(upload|download))?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?(?:/(\w+)(?:/b/[^/]+)?/o/([^/]+))?)?")
+_PATH = re.compile(
+    r"(?:/(upload|download))?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?(?:/(\w+)(?:/b/[^/]+)?/o/([^/]+))?)?"
+)
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import local_path, path_of
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 
@@ -198,6 +199,7 @@ def parse(
     extra_flags: Sequence[Flag] = (),
     default_config: str | None = None,
     default_workdir: str | None = None,
+    bucket: bool = False,
 ) -> tuple[ConfigDict, Path, dict[str, Any]]:
     """Reads `argv` (without the verb): (the locked config with its overrides, the workdir, the verb's own flags).
 
@@ -205,13 +207,14 @@ def parse(
       description: what `--help` says first.
       default_config: used when --config is absent; None makes --config required.
       default_workdir: the same for --workdir.
+      bucket: whether the workdir may be in a bucket (`core.paths`).
 
     Raises:
       UserError: a missing file, an unknown key or flag, a value of the wrong type, a required flag that is absent.
       SystemExit: after `--help`.
     """
-    workdir = Flag("workdir", "folder of this run", default=default_workdir, required=default_workdir is None)
-    own = [workdir, *extra_flags]
+    about = "folder of this run" + (", here or in a bucket (gs://BUCKET/FOLDER)" if bucket else "")
+    own = [Flag("workdir", about, default=default_workdir, required=default_workdir is None), *extra_flags]
     spec, rest = _take_config(argv)
     spec = spec or default_config
     if {"--help", "-h", "-help"} & set(rest):
@@ -222,11 +225,11 @@ def parse(
         if "=" not in arg and not arg.lstrip("-").startswith("noconfig."):
             raise UserError(f"{arg}: write the value behind an equals sign, as {arg}=value")
     extras = _own_values(verb, [arg for arg in rest if arg not in overrides], own)
-    if "://" in extras["workdir"]:
-        raise UserError(f"--workdir={extras['workdir']}: a run lives in a folder; mount the bucket and name it there")
+    given = extras.pop("workdir")
+    workdir = path_of(given) if bucket else local_path(given, "--workdir", f"cfjax {verb} writes to this machine")
     if spec is None:
         raise UserError("--config is missing: name an experiment, as --config=configs/NAME.py")
     path = _config_file(spec)
     plain = _load_plain(spec, path)
     _check_overrides(spec, plain, overrides)
-    return _load_overridden(spec, plain, overrides), Path(extras.pop("workdir")), extras
+    return _load_overridden(spec, plain, overrides), workdir, extras

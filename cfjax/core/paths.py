@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import fsspec
+from absl import logging
 from etils import epath
 
 from cfjax.core.errors import UserError
@@ -164,12 +165,19 @@ class Mirror:
             self._sent[self.folder / name] = _version(self.folder / name)
 
     def push(self) -> int:
-        """Sends the files that have changed; the bytes of the largest one sent."""
+        """Sends the files that have changed, or says in one line why not: the next call sends them then.
+
+        Returns:
+          the bytes of the largest one sent.
+        """
         largest = 0
-        for file in sorted(self.folder.rglob("*")) if self._own else ():
-            if file.is_file() and self._sent.get(file) != (version := _version(file)):
-                _send(file, self._target / file.relative_to(self.folder).as_posix())
-                self._sent[file], largest = version, max(largest, version[0])
+        try:
+            for file in sorted(self.folder.rglob("*")) if self._own else ():
+                if file.is_file() and self._sent.get(file) != (version := _version(file)):
+                    _send(file, self._target / file.relative_to(self.folder).as_posix())
+                    self._sent[file], largest = version, max(largest, version[0])
+        except Exception as error:  # a run matters more than its curves
+            logging.warning("%s: not up to date (%s)", self._target, one_line(error))
         return largest
 
     def close(self) -> None:

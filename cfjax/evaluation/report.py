@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import replacing
 from cfjax.evaluation.curves import clean, curve_svg
 from cfjax.evaluation.results import (
     COLUMNS,
@@ -30,7 +31,7 @@ from cfjax.evaluation.results import (
     plain,
     times,
 )
-from cfjax.evaluation.video import check_uint8, data_uri, replacing
+from cfjax.evaluation.video import check_uint8, data_uri
 
 __all__ = ["METRICS", "StageReport", "metrics_table", "write_report"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import path_of, replacing
 from cfjax.evaluation.results import plain
-from cfjax.evaluation.video import replacing
 
 EVALUATION = "evaluation.json"
 
@@ -89,8 +89,7 @@ def write_table(
 ) -> str:
     """Writes table.json (every number of every seed) and table.md to `folder`; returns the latter."""
     rows = {key: {"seeds": len(found), "numbers": summarise_seeds(found)} for key, found in evaluations.items()}
-    text, folder = markdown(rows, titles or {}), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    text, folder = markdown(rows, titles or {}), path_of(folder)
     for name, content in (("table.json", json.dumps(plain(rows), indent=1)), ("table.md", text)):
         with replacing(folder / name) as partial:
             partial.write_text(content + "\n")

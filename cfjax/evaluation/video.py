@@ -5,9 +5,6 @@ clips stay crisp, and writes under a temporary name before renaming, so that no 
 """
 
 import base64
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,21 +15,9 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import replacing
 
 _PALETTE_PIXELS = 1 << 20  # pixels looked at when a GIF's palette is chosen
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` (whose folder is made) and renames it to `path` if all went well."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def data_uri(data: bytes, mime: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import path_of
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 PAD_ID, EOS_ID = 0, 1
@@ -162,7 +163,7 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
     Raises:
       UserError: neither file is there, or it is broken, of another kind, or has other ids for padding and EOS.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     file = folder / TOKENIZER_FILE
     if not file.exists():
         file = folder / SENTENCEPIECE_FILE

@@ -214,6 +214,7 @@ class _Desk:
         if save:
             place = {"data": self._data.get_state(), "curves": self._meter.get_state()}
             with self.clock.outside():
+                self.writer.flush()  # a run that goes on from this checkpoint finds the curves up to it
                 self.store.save(done, state, place, self._meta)
 
     def leave(self, signal_name: str, done: int, bar: tqdm) -> NoReturn:

@@ -19,9 +19,12 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import Mirror, path_of
 
 JSONL = "metrics.jsonl"
 PERFORMANCE = "performance.jsonl"  # what differs from machine to machine and from run to run
+FLUSH_SECONDS = 60.0  # after which what was told is on disk, or in the bucket
+LONGEST = 32e6  # bytes of an event file that goes to a bucket; it is sent whole, again and again, until the next begins
 
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -56,18 +59,19 @@ class EventWriter:
     """Writes scalars, text, images and videos of one run into `workdir`; a context manager.
 
     Args:
-      workdir: the run's folder; event files go to `workdir/events`, scalars also to `workdir/metrics.jsonl`
-        (rates to `performance.jsonl`).
+      workdir: the run's folder, here or in a bucket; event files go to `workdir/events`, scalars also to
+        `workdir/metrics.jsonl` (rates to `performance.jsonl`).
       enabled: False makes a writer that writes nothing, for all but one process of a multi-host run.
     """
 
     def __init__(self, workdir: str | Path, *, enabled: bool = True) -> None:
-        self._path = Path(workdir) / JSONL
-        self._performance = Path(workdir) / PERFORMANCE
-        self._enabled = enabled
+        self._enabled, self._flushed = enabled, time.monotonic()
         if enabled:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._events = EventFileWriter(str(self._path.parent / "events"))
+            self._mirror = Mirror(path_of(workdir))
+            folder = self._mirror.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            self._mirror.pull(JSONL, PERFORMANCE)
+            self._events = EventFileWriter(str(folder / "events"))
 
     def __enter__(self) -> "EventWriter":
         return self
@@ -79,26 +83,28 @@ class EventWriter:
         """The run goes on at `step`: what was told at or after it is withdrawn, so that no curve has a point twice."""
         if not self._enabled:
             return
-        for path in (self._path, self._performance):
-            if path.exists():
-                _drop_from(path, step)
+        for name in (JSONL, PERFORMANCE):
+            if (self._mirror.folder / name).exists():
+                _drop_from(self._mirror.folder / name, step)
         self._events.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point to each named curve, and one line {"step": step, name: value, ...}."""
-        self._numbers(step, values, self._path)
+        self._numbers(step, values, JSONL)
 
     def performance(self, step: int, values: Mapping[str, float]) -> None:
         """The same for times and rates, which go to performance.jsonl: metrics.jsonl is equal for equal runs."""
         if values:
-            self._numbers(step, values, self._performance)
+            self._numbers(step, values, PERFORMANCE)
 
-    def _numbers(self, step: int, values: Mapping[str, float], file: Path) -> None:
-        numbers = {name: float(value) for name, value in values.items()}
-        self._add(step, [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
+    def _numbers(self, step: int, values: Mapping[str, float], name: str) -> None:
+        numbers = {tag: float(value) for tag, value in values.items()}
+        self._add(step, [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()])
         if self._enabled:
-            with file.open("a") as lines:
+            with (self._mirror.folder / name).open("a") as lines:
                 lines.write(json.dumps({"step": int(step), **numbers}) + "\n")
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self.flush()
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Adds markdown text."""
@@ -124,14 +130,22 @@ class EventWriter:
         self._picture(step, name, pixels.shape[1:], gif)
 
     def flush(self) -> None:
-        """Brings the event file up to date on disk."""
-        if self._enabled:
-            self._events.flush()
+        """Brings the files up to date on disk, or in the bucket; what cannot be sent is sent next time."""
+        if not self._enabled:
+            return
+        self._flushed = time.monotonic()
+        self._events.flush()
+        if self._mirror.push() > LONGEST:
+            self._events.close()
+            self._events = EventFileWriter(str(self._mirror.folder / "events"))
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Brings the files up to date and closes them; nothing when that was done already."""
         if self._enabled:
+            self._enabled = False
             self._events.close()
+            self._mirror.push()
+            self._mirror.close()
 
     def _picture(self, step: int, name: str, shape: tuple[int, ...], encoded: bytes) -> None:
         image = Summary.Image(height=shape[0], width=shape[1], colorspace=3, encoded_image_string=encoded)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import Mirror, path_of
 
 TRACE = "profile"  # the folder of a run that traces go to; `tensorboard --logdir` finds them (XProf plug-in)
 _COLLECTIVE = re.compile(r"%?(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-\w+)\b")
@@ -124,29 +125,33 @@ class Tracer:
     """
 
     def __init__(self, workdir: str | Path, window: tuple[int, int] | None) -> None:
-        self._folder, self._window = Path(workdir) / TRACE, window
-        self._running = False
+        self._target, self._window = path_of(workdir) / TRACE, window
+        self._mirror: Mirror | None = None
 
     def before(self, step: int) -> None:
         """Starts the trace when its first iteration comes."""
         if self._window and step == self._window[0]:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            self._mirror = Mirror(self._target)
+            jax.profiler.start_trace(str(self._mirror.folder))
 
     def after(self, step: int, result: Any) -> dict[str, float]:
         """Ends it after its last one, once `result` is there; returns {"perf/collective_share": ...} then."""
-        if not self._running or self._window is None or step + 1 < self._window[1]:
+        if self._mirror is None or self._window is None or step + 1 < self._window[1]:
             return {}
         jax.block_until_ready(result)
-        self.close()
-        files = sorted(self._folder.rglob("*.xplane.pb"))
-        return {"perf/collective_share": collective_share(files[-1])} if files else {}
+        return self.close()
 
-    def close(self) -> None:
-        """Ends a trace that is still running."""
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
+    def close(self) -> dict[str, float]:
+        """Ends a trace that is still running; as `after`."""
+        if self._mirror is None:
+            return {}
+        mirror, self._mirror = self._mirror, None
+        jax.profiler.stop_trace()
+        files = sorted(mirror.folder.rglob("*.xplane.pb"))
+        share = {"perf/collective_share": collective_share(files[-1])} if files else {}
+        mirror.push()
+        mirror.close()
+        return share
 
 
 def _covered(intervals: Iterable[Interval]) -> float:

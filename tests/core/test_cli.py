@@ -74,7 +74,7 @@ def test_what_is_wrong_is_told_in_one_line(config, tmp_path, argv, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_bucket_is_no_folder(config):
+def test_a_bucket_is_no_folder_where_a_verb_needs_one(config):
     with pytest.raises(UserError, match=r"--workdir=gs://bucket/run: .* mount the bucket"):
         read(config, "--workdir=gs://bucket/run")
 
