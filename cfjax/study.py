@@ -2,21 +2,22 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.data.sets import open_dataset
 from cfjax.evaluation.tables import gather, summarise_seeds
+from cfjax.experiment import blocks_of
 from cfjax.quickstart import TITLES, environment, networks, recipe, run_steps
-from cfjax.studies.findings import Table, number
+from cfjax.runs import open_run
+from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, verdicts
 from cfjax.studies.injectivity import Plan, run
-from cfjax.studies.page import commit, page, table_html, write, write_study
-from cfjax.studies.statistics import holm, summary, welch
+from cfjax.studies.page import commit, page, table_html, verdict_list, write, write_study
 from cfjax.studies.students import Budget
 
 INJECTIVITY = """Does the initialisation's teacher decide whether a few-step student is well-posed? On video laws whose
@@ -25,14 +26,6 @@ how good their videos are. Writes report/index.html and study.json. Interrupted?
 ABLATION = """Trains the toy world's pipeline with only the initialisation's teacher changed, over seeds, before and
 after DMD, and tabulates quality, motion, captions and diversity with intervals and p-values. Interrupted? The same
 command goes on."""
-# what an ablation compares: number of an evaluation, what it says, factor, decimals
-COMPARED = (
-    ("all_correct", "caption all right, %", 100.0, 1),
-    ("residual", "residual", 1.0, 4),
-    ("jerkiness", "jerkiness, px", 1.0, 3),
-    ("step", "motion, px/frame", 1.0, 3),
-    ("diversity", "diversity", 1.0, 3),
-)
 KINDS = {
     "injectivity": (INJECTIVITY, "configs/study.py", "runs/study"),
     "ablation": (ABLATION, "configs/study.py:ablation", "runs/ablation"),
@@ -111,36 +104,40 @@ def ablation(c: ConfigDict, root: Path, command: str) -> int:
         for name in (*c.recipes, *c.forcings):
             run_steps(recipe(_recipe_config(c, name, seed), folder), folder)
     numbers = {key: summarise_seeds(found) for key, found in gather(f"{root}/seed*/evaluation/*").items()}
-    tables = compare_networks(numbers, compared)
+    titles = {key: title for key, (title, *_) in TITLES.items()}
+    opened = _left_open(c, root)
+    tables = [*compare_networks(numbers, compared, titles), *([open_table(opened, titles)] if opened else [])]
+    rows = [(a, b) for (a, _), (b, _) in zip(compared["Before DMD"], compared["After DMD"], strict=True)]
+    found = verdicts(numbers)
     about = {"command": command, "commit": commit(), **environment(), "seeds": c.seeds, "budget": c.budget}
     lead = (
         "The toy world's pipeline with only the teacher of the initialisation changed: the same data, seeds and "
         "updates. 95 % t-intervals over seeds; p by Welch's test against the first row, Holm-corrected per table. "
         "Before DMD, a recipe without initialisation shows the AR network with its own many-step sampler."
     )
-    parts = ["<section><h2>Numbers</h2></section>", *map(table_html, tables)]
+    parts = [
+        verdict_list(found),
+        f"<section><h2>Figures</h2>{figure(numbers, rows, opened)}</section>",
+        "<section><h2>Numbers</h2></section>",
+        *map(table_html, tables),
+    ]
     write(root / "report" / "index.html", page("One change: the initialisation's teacher", lead, parts, about))
-    write(root / "study.json", json.dumps({**about, "numbers": numbers, "tables": [vars(t) for t in tables]}, indent=1))
+    record = {**about, "numbers": numbers, "left_open": opened, "verdicts": [vars(v) for v in found]}
+    write(root / "study.json", json.dumps({**record, "tables": [vars(t) for t in tables]}, indent=1) + "\n")
     say(f"report: {root}/report/index.html, numbers: {root}/study.json")
     return 0
 
 
-def compare_networks(
-    numbers: Mapping[str, Mapping[str, Any]], compared: Mapping[str, Sequence[tuple[str, str]]]
-) -> list[Table]:
-    """A table per stage: mean [95 % interval] over seeds, and Holm-corrected p against the reference network."""
-    tables = []
-    for stage, pairs in compared.items():
-        values = lambda key, m: numbers[key][m]["values"]  # noqa: E731
-        raw = {f"{a} {m}": welch(values(a, m), values(b, m)) for a, b in pairs for m, *_ in COMPARED if a != b}
-        p, rows = holm(raw), []
-        for a, b in pairs:
-            cells = []
-            for m, _, factor, digits in COMPARED:
-                s = summary([factor * v for v in values(a, m)])
-                interval = f" [{s['low']:.{digits}f}, {s['high']:.{digits}f}]" if len(s["values"]) > 1 else ""
-                tail = f", p {number(p[f'{a} {m}'])}" if a != b and interval else ""
-                cells.append(f"{s['mean']:.{digits}f}{interval}{tail}")
-            rows.append([TITLES[a][0], *cells])
-        tables.append(Table(stage, ["", *(title for _, title, *_ in COMPARED)], rows))
-    return tables
+def _left_open(c: ConfigDict, root: Path) -> dict[str, list[list[float]]]:
+    """Every regression's student -> by seed, by block, what it leaves of its teacher's end points."""
+    out: dict[str, list[list[float]]] = {}
+    for seed in range(c.seeds):
+        for network in ("ode", "bi_pairs_ode"):
+            if not (root / f"seed{seed}" / network).exists():
+                continue
+            run = open_run(str(root / f"seed{seed}" / network))
+            how, data = run.config.objective.past, run.config.data
+            pairs = open_dataset(Path(data.path) / data.name)
+            records = [pairs[i] for i in range(len(pairs))]
+            out.setdefault(network, []).append(left_open(run.model, records, blocks_of(run.config), past=how))
+    return out

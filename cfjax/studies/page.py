@@ -126,6 +126,11 @@ def figures(results: Results) -> str:
         _dmd(panel, results, measure)
     for panel in axes:
         panel.title.set_fontsize(10)
+    return svg(figure)
+
+
+def svg(figure: Figure) -> str:
+    """A figure as inline SVG, without a date."""
     with io.StringIO() as buffer:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
@@ -144,9 +149,14 @@ def table_html(table: Table) -> str:
     return f"<section><h3>{title}</h3>{body}{note}</section>"
 
 
-def _verdict(verdict: Verdict) -> str:
-    mark = "holds here" if verdict.holds else "does not hold here"
-    return f"<li><b>{html.escape(verdict.claim)}</b> {html.escape(verdict.numbers)} <em>{mark}.</em></li>"
+def verdict_list(found: Sequence[Verdict]) -> str:
+    """The section that says which claims hold."""
+    rows = (
+        f"<li><b>{html.escape(v.claim)}</b> {html.escape(v.numbers)} "
+        f"<em>{'holds here' if v.holds else 'does not hold here'}.</em></li>"
+        for v in found
+    )
+    return f"<section><h2>What holds</h2><ul>{''.join(rows)}</ul></section>"
 
 
 def page(title: str, lead: str, parts: Sequence[str], about: Mapping[str, Any]) -> str:
@@ -178,10 +188,9 @@ def write_study(
     about = {"command": command, "commit": commit(), **environment, "seeds": len(results["seeds"])}
     found = verdicts(results)
     record = {**about, **results, "verdicts": [vars(v) for v in found]}
-    listed = "".join(map(_verdict, found))
     settings = html.escape(json.dumps(results["plan"], indent=1))
     parts = [
-        f"<section><h2>What holds</h2><ul>{listed}</ul></section>",
+        verdict_list(found),
         f"<section><h2>Figures</h2>{figures(results)}</section>",
         "<section><h2>Numbers</h2></section>",
         *map(table_html, tables(results)),
