@@ -170,10 +170,7 @@ def open_topology(topology: Topology) -> list[Any]:
 
 
 def _gpus(topology: Topology) -> list[Any]:
-    if (
-        importlib.util.find_spec("jax_plugins.xla_cuda12") is None
-        and importlib.util.find_spec("jax_cuda12_plugin") is None
-    ):
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise UserError(f"--topology={topology.name} needs CUDA's compiler: pip install 'cfjax[gpu]'")
     hosts, gpus = topology.shape
     described = topologies.get_topology_desc(
