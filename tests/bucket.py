@@ -41,13 +41,13 @@ class Bucket:
     Attributes:
       objects: by name.
       requests: (method, object name or "") of all requests.
-      down: while True every request is answered with 403.
+      forbidden: methods that are answered with 403 (a batch counts as the DELETEs in it).
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, Blob] = {}
         self.requests: list[tuple[str, str]] = []
-        self.down = False
+        self.forbidden: set[str] = set()
         self.uploads: dict[str, tuple[str, dict[str, str], bytearray]] = {}
         self.lock = threading.RLock()
         self.numbers = itertools.count(1_700_000_000_000_001)
@@ -117,9 +117,10 @@ class _Handler(BaseHTTPRequestHandler):
         with self.bucket.lock:
             name = unquote(found[3] or query.get("name", "")) if found else ""
             self.bucket.requests.append((self.command, name))
-            if self.bucket.down:
-                return self._fail(403, "the bucket is closed")
-            if url.path.startswith("/batch/"):
+            batch = url.path.startswith("/batch/")
+            if ("DELETE" if batch else self.command) in self.bucket.forbidden:
+                return self._fail(403, f"you may not {self.command}")
+            if batch:
                 return self._batch(body)
             if found is None or unquote(found[2]) != BUCKET:
                 return self._fail(404, f"no such bucket or method: {self.command} {url.path}")

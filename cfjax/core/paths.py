@@ -7,6 +7,7 @@ what cannot be written to a bucket as it grows (`Mirror`).
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -93,6 +94,23 @@ def is_folder(path: Path) -> bool:
         return False
     except Exception as error:
         raise UserError(f"{path}: the bucket cannot be reached ({one_line(error)})") from error
+
+
+def make_folder(path: Path) -> None:
+    """Makes sure of a folder in which files can be written and replaced.
+
+    Raises:
+      UserError: they cannot, in that bucket.
+    """
+    if not in_bucket(path):
+        return path.mkdir(parents=True, exist_ok=True)
+    trial = f"{path}/.{platform.node()}.{os.getpid()}"  # folders of buckets are in their files' names alone
+    try:
+        files, name = _files_of(path_of(trial))
+        files.pipe_file(name, b"")
+        files.rm_file(name)
+    except Exception as error:
+        raise UserError(f"{path}: files cannot be written and removed there ({one_line(error)})") from error
 
 
 def one_line(error: BaseException) -> str:

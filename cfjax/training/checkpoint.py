@@ -24,7 +24,7 @@ from absl import logging
 
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
-from cfjax.core.paths import absolute, is_folder, kvstore, move_folder, one_line, path_of
+from cfjax.core.paths import absolute, is_folder, kvstore, make_folder, move_folder, one_line, path_of
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.training.plain import from_json, to_json
 
@@ -119,6 +119,7 @@ def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -
         max_to_keep=keep,
         create=False,
         cleanup_tmp_directories=writes,
+        enable_background_delete=writes,  # an old one that cannot be removed is no reason to die
         enable_async_checkpointing=writes,
         save_root_metadata=False,
     )
@@ -217,7 +218,7 @@ class CheckpointStore:
     def __init__(self, workdir: str | Path, keep: int = 2) -> None:
         self._workdir = absolute(workdir)
         self._directory = self._workdir / FOLDER
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         self._manager = _manager(self._directory, keep=keep)
 
     def steps(self) -> list[int]:
@@ -300,8 +301,8 @@ class CheckpointStore:
         kept = max(self.steps(), default=None)
         good = "none is there yet" if kept is None else f"that of step {kept} is good"
         return UserError(
-            f"{self._directory}: a checkpoint could not be written ({one_line(error)}); {good}; free some space "
-            "and run the same command again"
+            f"{self._directory}: a checkpoint could not be written ({one_line(error)}); {good}; see to "
+            "the space and the permissions there and run the same command again"
         )
 
     def close(self) -> None:

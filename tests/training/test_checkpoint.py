@@ -198,7 +198,7 @@ def test_a_full_disk_during_a_save_leaves_the_checkpoint_before(tmp_path):
     noise = {"kernel": jax.random.normal(jax.random.key(0), (512, 512))}  # 1 MB that no compression shrinks
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
-        with pytest.raises(UserError, match=r"could not be written .*; that of step 1 is good; free some space"):
+        with pytest.raises(UserError, match=r"could not be written .*; that of step 1 is good; see to the space"):
             store.save(2, noise, {}, {"stage": "toy"})
             store.wait()
     finally:
