@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +41,7 @@ class Bucket:
     Attributes:
       objects: by name.
       requests: (method, object name or "") of all requests.
+      written: called with the name of every object that is there now, before the writer is told so.
       forbidden: methods that are answered with 403 (a batch counts as the DELETEs in it).
     """
 
@@ -48,6 +49,7 @@ class Bucket:
         self.objects: dict[str, Blob] = {}
         self.requests: list[tuple[str, str]] = []
         self.forbidden: set[str] = set()
+        self.written: Callable[[str], None] = lambda name: None
         self.uploads: dict[str, tuple[str, dict[str, str], bytearray]] = {}
         self.lock = threading.RLock()
         self.numbers = itertools.count(1_700_000_000_000_001)
@@ -61,6 +63,7 @@ class Bucket:
         """Writes an object."""
         with self.lock:
             self.objects[name] = Blob(bytes(data), next(self.numbers))
+            self.written(name)
             return self.objects[name]
 
 
@@ -81,6 +84,8 @@ def _resource(name: str, blob: Blob) -> dict[str, Any]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: two of them wait 40 ms for each other
+    disable_nagle_algorithm = True
     bucket: Bucket
 
     def log_message(self, *_: Any) -> None:
