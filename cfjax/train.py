@@ -17,6 +17,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.sharding import batch_rows, make_mesh, on_mesh, place, place_rows, replicated
 from cfjax.core.topology import peak_flops
 from cfjax.data.latents import make_iterator
+from cfjax.data.tolerant import TolerantDataset
 from cfjax.experiment import (
     Data,
     codec_of,
@@ -115,7 +116,9 @@ def work_of(c: ConfigDict, stage: Stage, data: Data) -> Work:
     peak = sum(peak_flops(device.device_kind) for device in jax.devices())
     shapes = Shapes(shape, data.dataset.text_shape)
     flops = {role: whole_flops(c, shapes, role, remat=False) for role in stage.losses} if peak else {}
-    return Work(float(tokens), flops, peak, window)
+    tolerant = data.dataset if isinstance(data.dataset, TolerantDataset) else None
+    counts = (lambda: {"data/broken_records": float(len(tolerant.corrupt))}) if tolerant else dict
+    return Work(float(tokens), flops, peak, window, counts)
 
 
 def _in_turn(make: Callable[[], T]) -> T:

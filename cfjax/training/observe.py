@@ -29,12 +29,14 @@ class Work:
       flops: role -> FLOPs of one update, all devices together, recomputation not counted.
       peak: FLOP/s of all devices together at their best; 0 is unknown.
       trace: iterations [first, end) to write a profiler trace of.
+      counts: further figures to tell with the clock's, such as how many records were found broken.
     """
 
     tokens: float = 0.0
     flops: Mapping[str, float] = field(default_factory=dict)
     peak: float = 0.0
     trace: tuple[int, int] | None = None
+    counts: Callable[[], Mapping[str, float]] = dict
 
 
 class StepClock:
@@ -87,6 +89,7 @@ class StepClock:
             "perf/step_seconds": seconds / self._steps,
             "perf/tokens_per_second": self._tokens / seconds,
             "perf/data_wait": min(self._wait / seconds, 1.0),
+            **self._work.counts(),
         }
         if self._work.peak and self._flops:
             out["perf/mfu"] = self._flops / seconds / self._work.peak

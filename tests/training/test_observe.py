@@ -18,7 +18,7 @@ class Time:
 
 def test_the_clock_counts_training_only():
     time = Time()
-    clock = StepClock(Work(tokens=30.0, flops={"student": 20.0}, peak=100.0), now=time)
+    clock = StepClock(Work(30.0, {"student": 20.0}, 100.0, counts=lambda: {"data/broken_records": 2.0}), now=time)
     assert clock.values() == {}
     for _ in range(4):
         with clock.waiting():
@@ -31,7 +31,7 @@ def test_the_clock_counts_training_only():
     values = clock.values()
     assert values["perf/step_seconds"] == pytest.approx(2.0)
     assert values["perf/tokens_per_second"] == pytest.approx(15.0)
-    assert values["perf/data_wait"] == pytest.approx(0.25)
+    assert values["perf/data_wait"] == pytest.approx(0.25) and values["data/broken_records"] == 2.0
     assert values["perf/mfu"] == pytest.approx(4 * 20.0 / 8.0 / 100.0)
     time.now += 3.0
     clock.step()
