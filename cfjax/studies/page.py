@@ -90,6 +90,9 @@ def _consistency(axes: Axes, results: Results) -> None:
     for name, found in results["linear"]["consistency"].items():
         colour, line = styles[name]
         axes.loglog([int(n) for n in found], list(found.values()), line, marker="o", color=colour, label=name)
+    levels = list(results["linear"]["consistency"]["causal"])
+    axes.set_xticks([int(n) for n in levels], levels)
+    axes.minorticks_off()
     axes.set(title="consistency distillation, exact (linear-Gaussian)", xlabel="levels N", ylabel="W2")
     axes.legend(fontsize=7)
 
