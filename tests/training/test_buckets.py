@@ -19,12 +19,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cfjax.core import paths
 from cfjax.core.errors import UserError
 from cfjax.evaluate import load_evaluation, save_evaluation
+from cfjax.models.tokenizer import PieceTokenizer, load_tokenizer
 from cfjax.training.checkpoint import CheckpointStore, load_role, open_role, read_meta, stored_roles
 from cfjax.training.metrics import EventWriter
 from cfjax.training.observe import Tracer
 from cfjax.training.state import TrainState
+from cfjax.wan_world import FORMAT, KIND, find_world, is_wan_world, load_codec, read_record
 from tests.bucket import Bucket, serving
 from tests.commands import cfjax, tiny
+from tests.tiny_tokenizer import spiece_model
 from tests.training.toy import arrays, setup, two_roles
 
 
@@ -251,6 +254,20 @@ def test_evaluations_and_other_files(bucket, monkeypatch):
         partial.write_text("half")
         raise RuntimeError
     assert json.loads(bucket.objects["evaluation/evaluation.json"].data) == result
+
+
+def test_a_world_beside_a_run_is_found_and_read(bucket):
+    record = {"kind": KIND, "format": FORMAT, "text_length": 8}
+    bucket.put("wan/world/world.json", json.dumps(record).encode())
+    bucket.put("wan/world/tokenizer/spiece.model", spiece_model())
+    for recorded in ("world", "", "gs://bucket/wan/world"):
+        assert str(find_world("gs://bucket/wan", recorded)) == "gs://bucket/wan/world"
+    assert find_world("gs://bucket/other", "world") is None
+    assert is_wan_world("gs://bucket/wan/world") and read_record("gs://bucket/wan/world") == record
+    tokens = load_tokenizer("gs://bucket/wan/world/tokenizer")
+    assert isinstance(tokens, PieceTokenizer)
+    with pytest.raises(UserError, match="gs://bucket/wan/world has no vae"):
+        load_codec("gs://bucket/wan/world", "vae")
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
