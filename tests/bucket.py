@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "bucket"
-PAGE = 50  # smaller than what the tests keep, so that lists come in several pages
+PAGE = 5  # smaller than what the tests keep, so that lists come in several pages
 TIME = "2026-01-01T00:00:00.000Z"
 _PATH = re.compile(
     r"(?:/(upload|download))?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?(?:/(\w+)(?:/b/[^/]+)?/o/([^/]+))?)?"
@@ -183,6 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
                 entries[shown] = self.bucket.objects[name] if end < 0 else None
         names, limit = list(entries), min(int(query.get("maxResults", PAGE)), PAGE)
         answer: dict[str, Any] = {
+            "kind": "storage#objects",
             "items": [_resource(name, blob) for name in names[:limit] if (blob := entries[name])],
             "prefixes": [name for name in names[:limit] if entries[name] is None],
         }

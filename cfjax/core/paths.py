@@ -89,7 +89,7 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     try:
         files, prefix = _files_of(path)
-        return bool(files.find(prefix, maxdepth=1, withdirs=True))
+        return bool(files.ls(prefix, detail=False))
     except FileNotFoundError:
         return False
     except Exception as error:
