@@ -5,7 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 case "${1:-}" in
   cpu) make_environment .venv "." ;;
-  gpu | tpu) make_environment .venv ".[$1]" ;;
+  gpu) make_environment .venv ".[gpu]" ;;
+  tpu) make_environment .venv ".[tpu,gcs]" ;; # their workdirs lie in buckets more often than not
   *)
     echo "launch/setup.sh: say what for: tpu, gpu or cpu" >&2
     exit 2
