@@ -170,6 +170,6 @@ def open_table(opened: Mapping[str, Sequence[Sequence[float]]], titles: Mapping[
         ["", *(f"block {i}" for i in range(1, blocks + 1))],
         rows,
         "Squared error over the variance of the end points, on the pairs that it was trained on: an upper bound of the "
-        "share that noise and past do not determine. This is the dose: a bidirectional teacher can do harm only where it "
-        "leaves more open than the AR teacher does, and where the past says what the future noise would, it does not.",
+        "share that noise and past do not determine. This is the dose: a bidirectional teacher can do harm only where "
+        "it leaves more open than the AR teacher does; where the past says what the future noise would, it does not.",
     )
