@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -103,6 +103,12 @@ def ablation(c: ConfigDict, root: Path, command: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*c.recipes, *c.forcings):
             run_steps(recipe(_recipe_config(c, name, seed), folder), folder)
+    report_ablation(c, root, command, compared)
+    return 0
+
+
+def report_ablation(c: ConfigDict, root: Path, command: str, compared: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    """Writes report/index.html and study.json from what was trained and evaluated under `root`."""
     numbers = {key: summarise_seeds(found) for key, found in gather(f"{root}/seed*/evaluation/*").items()}
     titles = {key: title for key, (title, *_) in TITLES.items()}
     opened = _left_open(c, root)
@@ -125,7 +131,6 @@ def ablation(c: ConfigDict, root: Path, command: str) -> int:
     record = {**about, "numbers": numbers, "left_open": opened, "verdicts": [vars(v) for v in found]}
     write(root / "study.json", json.dumps({**record, "tables": [vars(t) for t in tables]}, indent=1) + "\n")
     say(f"report: {root}/report/index.html, numbers: {root}/study.json")
-    return 0
 
 
 def _left_open(c: ConfigDict, root: Path) -> dict[str, list[list[float]]]:
