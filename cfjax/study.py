@@ -15,7 +15,7 @@ from cfjax.evaluation.tables import gather, summarise_seeds
 from cfjax.experiment import blocks_of
 from cfjax.quickstart import TITLES, environment, networks, recipe, run_steps
 from cfjax.runs import open_run
-from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, verdicts
+from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, opened_verdicts, verdicts
 from cfjax.studies.injectivity import Plan, run
 from cfjax.studies.page import commit, page, table_html, verdict_list, write, write_study
 from cfjax.studies.students import Budget
@@ -114,7 +114,7 @@ def report_ablation(c: ConfigDict, root: Path, command: str, compared: Mapping[s
     opened = _left_open(c, root)
     tables = [*compare_networks(numbers, compared, titles), *([open_table(opened, titles)] if opened else [])]
     rows = [(a, b) for (a, _), (b, _) in zip(compared["Before DMD"], compared["After DMD"], strict=True)]
-    found = verdicts(numbers)
+    found = [*verdicts(numbers), *opened_verdicts(opened)]
     about = {"command": command, "commit": commit(), **environment(), "seeds": c.seeds, "budget": c.budget}
     lead = (
         "The toy world's pipeline with only the teacher of the initialisation changed: the same data, seeds and "

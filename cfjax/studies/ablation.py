@@ -86,6 +86,31 @@ def verdicts(numbers: Numbers) -> list[Verdict]:
     return out
 
 
+def opened_verdicts(opened: Mapping[str, Sequence[Sequence[float]]]) -> list[Verdict]:
+    """Whether the bidirectional teacher's pairs leave more open than the AR teacher's: where there is no past, and where
+    there is one.
+    """
+    if not {"bi_pairs_ode", "ode"} <= opened.keys():
+        return []
+    bi, ar = (np.asarray(opened[network]) for network in ("bi_pairs_ode", "ode"))
+    pairs = {
+        "The bidirectional teacher's pairs leave more open in the first block, which has no past.": (
+            bi[:, 0],
+            ar[:, 0],
+        ),
+        "They leave more open in the later blocks, too.": (bi[:, 1:].mean(axis=1), ar[:, 1:].mean(axis=1)),
+    }
+    p = holm({text: welch(list(a), list(b)) for text, (a, b) in pairs.items()})
+    return [
+        Verdict(
+            text,
+            f"share of the end points' variance: {a.mean():.3f} against {b.mean():.3f}, p {number(p[text])} (Holm).",
+            bool(a.mean() > b.mean() and p[text] < 0.05),
+        )
+        for text, (a, b) in pairs.items()
+    ]
+
+
 @partial(jax.jit, static_argnames="blocks")
 def _squares(
     model: Wan, noise: jax.Array, end: jax.Array, past: jax.Array, text_BSE: jax.Array, blocks: Blocks
@@ -151,6 +176,7 @@ def figure(numbers: Numbers, rows: Sequence[tuple[str, str]], opened: Mapping[st
         panels[5].errorbar(
             range(1, len(found) + 1), [s["mean"] for s in found], reach, marker="o", capsize=3, label=network
         )
+        panels[5].set_xticks(range(1, len(found) + 1))
     panels[5].set(xlabel="block", ylim=(0, None))
     panels[5].set_title("share of the teacher's end points left open", fontsize=10)
     panels[5].legend(fontsize=7)

@@ -14,7 +14,7 @@ from cfjax.core.cli import parse
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
 from cfjax.quickstart import TITLES, recipe
-from cfjax.studies.ablation import COMPARED, compare_networks, left_open, verdicts
+from cfjax.studies.ablation import COMPARED, compare_networks, left_open, opened_verdicts, verdicts
 from cfjax.study import _pairs_of, _recipe_config
 from tests.commands import ROOT
 from tests.tiny import CONFIG, normal, random_weights, text
@@ -80,6 +80,8 @@ def test_a_claim_holds_by_its_direction_and_p():
     found = verdicts(numbers)
     assert [v.holds for v in found] == [True, False, False]  # lower and sure; higher; lower, but not sure
     assert found[0].numbers.startswith("caption all right, %: 41.0 against 91.0, p ")
+    opened = {"bi_pairs_ode": [[0.3, 0.1, 0.1], [0.31, 0.1, 0.12]], "ode": [[0.1, 0.1, 0.1], [0.11, 0.1, 0.12]]}
+    assert [v.holds for v in opened_verdicts(opened)] == [True, False] and opened_verdicts({"ode": [[0.1]]}) == []
 
 
 def test_what_is_left_open_is_the_regressions_error():
