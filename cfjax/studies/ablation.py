@@ -87,9 +87,7 @@ def verdicts(numbers: Numbers) -> list[Verdict]:
 
 
 def opened_verdicts(opened: Mapping[str, Sequence[Sequence[float]]]) -> list[Verdict]:
-    """Whether the bidirectional teacher's pairs leave more open than the AR teacher's: where there is no past, and where
-    there is one.
-    """
+    """Whether the bidirectional teacher's pairs leave more open than the AR teacher's: without a past, and with one."""
     if not {"bi_pairs_ode", "ode"} <= opened.keys():
         return []
     bi, ar = (np.asarray(opened[network]) for network in ("bi_pairs_ode", "ode"))
