@@ -177,7 +177,8 @@ def figure(numbers: Numbers, rows: Sequence[tuple[str, str]], opened: Mapping[st
         panels[5].set_xticks(range(1, len(found) + 1))
     panels[5].set(xlabel="block", ylim=(0, None))
     panels[5].set_title("share of the teacher's end points left open", fontsize=10)
-    panels[5].legend(fontsize=7)
+    if opened:
+        panels[5].legend(fontsize=7)
     return svg(drawing)
 
 
