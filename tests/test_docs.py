@@ -42,8 +42,8 @@ def folder(tmp_path) -> Path:
     return root
 
 
-# Verbs whose commands other tests run, made smaller than a page can say: tests/test_quickstart.py, tests/test_plan.py.
-ELSEWHERE = {"quickstart", "plan"}
+# Verbs whose commands other tests run, made smaller than a page can say: those of the same names, and tests/studies.
+ELSEWHERE = {"quickstart", "plan", "study"}
 PAGES = {
     "README.md": {"convert", "generate", "compare"},
     "docs/wan.md docs/compare.md": {"convert", "generate", "precompute", "compare"},

@@ -234,6 +234,15 @@ def test_curves_are_sent_when_asked_and_never_a_reason_to_stop(bucket, monkeypat
     assert len(bucket.names("run/events/")) == 2  # a long event file is ended, and another begun
 
 
+@pytest.mark.parametrize("size", [0, 2**20 + 1, 5 * 2**20 + 1])
+def test_a_file_of_any_size_is_sent_whole(bucket, size):
+    """In one request, in one that aiohttp calls large, in an upload of its own."""
+    data = np.random.default_rng(0).bytes(size)
+    with paths.replacing("gs://bucket/some/file") as partial:
+        partial.write_bytes(data)
+    assert bucket.objects["some/file"].data == data
+
+
 def test_a_trace_is_sent(bucket):
     tracer = Tracer("gs://bucket/run", (1, 2))
     for step in range(3):
