@@ -1,6 +1,7 @@
 """Files that several processes want and one should make."""
 
 import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,23 @@ def make_once(path: str | Path, make: Callable[[], Any]) -> None:
       whatever `make` does; the next process in line then tries in its turn.
     """
     target = Path(path)
-    if target.exists():
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        try:
-            if not target.exists():
-                make()
-        finally:
-            lock.unlink(missing_ok=True)
+    while not target.exists():
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if not _is(lock, held.fileno()):
+                continue  # who held it before failed and removed it: others may hold a newer one
+            try:
+                if not target.exists():
+                    make()
+            finally:
+                lock.unlink(missing_ok=True)
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    """Whether that open file still is the one of this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
