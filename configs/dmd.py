@@ -43,8 +43,7 @@ FULL = (1000, 750, 500, 250)
 FEW = {"2step": (1000, 500), "1step": (1000,)}
 # Switches of which one is enough.
 APART = (
-    ("long", "causvid"), ("long", "gan"), ("long", "bidirectional"), ("sid", "gan"), ("from_ar", "bidirectional"),
-    ("2step", "1step"),
+    ("long", "causvid"), ("long", "bidirectional"), ("sid", "gan"), ("from_ar", "bidirectional"), ("2step", "1step"),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cfjax import presets
@@ -79,14 +80,26 @@ def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, da
         codec_of(config(**objective), data(**dataset))
 
 
+WINDOW = {"objective__window_frames": 6, "objective__max_frames": 12, "blocks__window": 6}
+
+
+@pytest.mark.slow
+def test_the_toy_plays_a_gan_with_long_rollouts(tmp_path):
+    """Clips of 12 frames, of which the first 6 are real to the critic."""
+    roles = {f"roles__{role}__{key}": value for role in ("student", "critic")
+             for key, value in (("init", ""), ("remat", "none"))}  # fmt: skip
+    assert cfjax("train", "dmd.py:toy,gan,long", tmp_path / "run", **tiny(tmp_path) | roles | WINDOW) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(np.isfinite(row["critic/loss"]) for row in rows) and "student/loss" in rows[0]
+
+
 @pytest.mark.slow
 def test_the_toy_trains_on_long_rollouts_and_makes_long_videos(tmp_path):
     """Rollouts of 6 to 12 frames under a window of 6; then a video of 18."""
     roles = {f"roles__{role}__{key}": value for role in ("student", "critic", "real_score")
              for key, value in (("init", ""), ("remat", "none"))}  # fmt: skip
-    window = {"objective__window_frames": 6, "objective__max_frames": 12, "blocks__window": 6}
     run = tmp_path / "run"
-    assert cfjax("train", "dmd.py:toy,long", run, **tiny(tmp_path) | roles | window) == 0
+    assert cfjax("train", "dmd.py:toy,long", run, **tiny(tmp_path) | roles | WINDOW) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and "student/loss" in rows[0]
     videos = {"run": run, "videos": 1, "frames": 18, "progress": False}

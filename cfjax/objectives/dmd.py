@@ -91,14 +91,18 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DMDConfig, blocks: Bloc
         }
     elif config.long:
         student = draw_long(key_rollout, shape, config.self_forcing, config.long, blocks)
-        shape = (shape[0], config.long.window_frames, *shape[2:])
     else:
         student = draw_rollout(key_rollout, shape, config.self_forcing, blocks)
     return {
         **student,
         "score_sigma_B": score_sigma(u_B, config.score_shift, config.score_min, config.score_max),
-        "score_eps_BFHWC": jax.random.normal(key_eps, shape, jnp.float32),
+        "score_eps_BFHWC": jax.random.normal(key_eps, video_shape(shape, config), jnp.float32),
     }
+
+
+def video_shape(shape: tuple[int, ...], config: DMDConfig) -> tuple[int, ...]:
+    """Of the student's video that the critics are shown, for clips of `shape`: long rollouts have a window's frames."""
+    return (shape[0], config.long.window_frames, *shape[2:]) if config.long else shape
 
 
 def student_video(

@@ -57,9 +57,25 @@ class GanConfig:
 def draw(key: jax.Array, shape: tuple[int, ...], config: DMDConfig, blocks: Blocks) -> dict[str, jax.Array]:
     """`dmd.draw`, and real_eps_BFHWC (the generator loss noises real clips with it), r1_eps_BFHWC, r2_eps_BFHWC."""
     key_dmd, *keys = jax.random.split(key, 4)
-    names = ("real_eps_BFHWC", "r1_eps_BFHWC", "r2_eps_BFHWC")
-    more = {name: jax.random.normal(k, shape, jnp.float32) for name, k in zip(names, keys, strict=True)}
+    names, video = ("real_eps_BFHWC", "r1_eps_BFHWC", "r2_eps_BFHWC"), dmd.video_shape(shape, config)
+    more = {name: jax.random.normal(k, video, jnp.float32) for name, k in zip(names, keys, strict=True)}
     return {**dmd.draw(key_dmd, shape, config, blocks), **more}
+
+
+def real_clips(batch: Batch, config: DMDConfig) -> jax.Array:
+    """The batch's clips, as long as the student's videos: of longer ones the beginning, as a long rollout's window is.
+
+    Raises:
+      UserError: they are shorter than the window.
+    """
+    clips = batch["latents_BFHWC"]
+    frames = dmd.video_shape(clips.shape, config)[1]
+    if clips.shape[1] < frames:
+        raise UserError(
+            f"objective.window_frames={frames}: the clips of this dataset have {clips.shape[1]} latent frames; "
+            "matching 'gan' compares with them, so use no more"
+        )
+    return clips[:, :frames].astype(jnp.float32)
 
 
 def generator_value(fake_BC: jax.Array, real_BC: jax.Array, gan: GanConfig) -> jax.Array:
@@ -93,9 +109,9 @@ def generator_loss(config: DMDConfig, gan: GanConfig, blocks: Blocks, role: str 
     """`generator_value` of the student's noised videos; real clips are looked at only by the relativistic one."""
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
-        real = batch["latents_BFHWC"].astype(jnp.float32)
-        draws = draw(key, real.shape, config, blocks) if draws is None else draws
-        x0 = student_video(models[role], batch, draws, config, blocks, gradient=True)
+        real = real_clips(batch, config)
+        draws = draw(key, batch["latents_BFHWC"].shape, config, blocks) if draws is None else draws
+        x0 = student_video(models[role], batch, draws, config, blocks, gradient=True, codec=models.get("codec"))
         fake, sigma_BF = noised_for_scores(x0, draws, config)
         if gan.relativistic:
             noised, _ = noised_for_scores(real, {**draws, "score_eps_BFHWC": draws["real_eps_BFHWC"]}, config)
@@ -115,12 +131,17 @@ def critic_loss(
     """`critic_value` + (r1_weight R1 + r2_weight R2) / 2; a real clip and a generated one are noised with the same eps.
 
     R1 and R2 are `slope`s at the noised real and generated clips.
+
+    Raises:
+      UserError: `config.long` counts frames that are no whole blocks; told here, before anything runs.
     """
+    if config.long:
+        config.long.counts(blocks)
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
-        clean = batch["latents_BFHWC"].astype(jnp.float32)
-        draws = draw(key, clean.shape, config, blocks) if draws is None else draws
-        x0 = student_video(models[student], batch, draws, config, blocks, gradient=False)
+        clean = real_clips(batch, config)
+        draws = draw(key, batch["latents_BFHWC"].shape, config, blocks) if draws is None else draws
+        x0 = student_video(models[student], batch, draws, config, blocks, gradient=False, codec=models.get("codec"))
         fake, sigma_BF = noised_for_scores(x0, draws, config)
         real, _ = noised_for_scores(clean, draws, config)
         clips = {"fake": fake, "real": real}

@@ -19,6 +19,7 @@ from cfjax.objectives import gan as module
 from cfjax.objectives.dmd import DMDConfig
 from cfjax.objectives.gan import GanConfig, critic_loss, critic_value, draw, generator_loss, generator_value, slope
 from cfjax.objectives.stage import Stage
+from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.optim import make_optimizer
 from cfjax.training.state import advance, init_state
@@ -80,15 +81,15 @@ class Played:
 
     gain = 20.0
 
-    def __init__(self, gan: GanConfig):
-        self.gan = gan
+    def __init__(self, gan: GanConfig, dmd: DMDConfig = DMD):
+        self.gan, self.dmd = gan, dmd
         self.batch = {"latents_BFHWC": normal(2) + 1.0, "text_BSE": text()}
-        self.draws = draw(jax.random.key(3), SHAPE, DMD, BLOCKS)
+        self.draws = draw(jax.random.key(3), SHAPE, dmd, BLOCKS)
         self.video = normal(4)
 
     def loss(self, make, video, gain):
-        models = {"student": video, "critic": Judge(gain)}
-        return make(DMD, self.gan, BLOCKS)(models, self.batch, jax.random.key(0), self.draws)
+        models = {"student": video, "critic": Judge(gain), "codec": "a codec"}
+        return make(self.dmd, self.gan, BLOCKS)(models, self.batch, jax.random.key(0), self.draws)
 
     def noised(self, clip, eps="score_eps_BFHWC", step=0.0, along="r1_eps_BFHWC"):
         """(1 - sigma) clip + sigma eps, and a step along other noise."""
@@ -104,7 +105,7 @@ class Played:
 
 @pytest.fixture
 def given_videos(monkeypatch):
-    monkeypatch.setattr(module, "student_video", lambda model, *_, gradient: model)
+    monkeypatch.setattr(module, "student_video", lambda model, *_, gradient, codec: model)
     monkeypatch.setattr(module, "embed_text", lambda _, text: KV(text[None, :, :, None], text[None, :, :, None]))
 
 
@@ -143,6 +144,23 @@ def test_critic_loss_is_the_formula(given_videos, relativistic, slopes):
     assert float(metrics["told_apart"]) == np.mean(0.5 * (real > 0) + 0.5 * (fake < 0))
 
 
+@pytest.mark.parametrize("make", [generator_loss, critic_loss])
+def test_long_rollouts_are_held_against_the_beginning_of_clips(monkeypatch, given_videos, make):
+    """The window is made to begin as a video does. Its codec reaches the rollout."""
+    gan = GanConfig(relativistic=True, r1_weight=0.3, r2_weight=0.7)
+    usual, codecs = Played(gan), []
+    long = Played(gan, replace(DMD, long=LongVideo(SHAPE[1], SHAPE[1] + 6)))
+    long.draws = {**long.draws, **{name: value for name, value in usual.draws.items() if name.endswith("eps_BFHWC")}}
+    clip = long.batch["latents_BFHWC"]
+    long.batch["latents_BFHWC"] = jnp.concatenate([clip, clip + 3.0], axis=1)
+    monkeypatch.setattr(module, "student_video", lambda model, *_, gradient, codec: codecs.append(codec) or model)
+    value, _ = long.loss(make, long.video, long.gain)
+    assert codecs == ["a codec"] and float(value) == float(usual.loss(make, usual.video, usual.gain)[0])
+    long.batch["latents_BFHWC"] = clip[:, :3]
+    with pytest.raises(UserError, match=f"objective.window_frames={SHAPE[1]}: the clips of this dataset have 3 latent"):
+        long.loss(make, long.video, long.gain)
+
+
 class Student:
     """v = slope x."""
 
@@ -178,7 +196,7 @@ SLOW = ("generator, relativistic", "critic, relativistic")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in GAMES])
 def test_losses_and_gradients_are_the_references(monkeypatch, name):
     """Network, taps, branch and losses of 30 layers, against its own code (tests/golden/record_gan.py)."""
-    monkeypatch.setattr(module, "student_video", lambda model, *_, gradient: model)
+    monkeypatch.setattr(module, "student_video", lambda model, *_, gradient, codec: model)
     ours = record_gan.kept(play(GAMES[name]))
     theirs = {key.rpartition("|")[2]: x for key, x in GOLDEN.items() if key.rpartition("|")[0] == name}
     assert ours.keys() == theirs.keys()
@@ -227,7 +245,7 @@ FAKE_MEAN = 0.5
 @pytest.mark.slow
 def test_a_critic_learns_to_tell_as_much_as_can_be_told(monkeypatch):
     """Clips N(1, STD^2) against N(0.5, STD^2), noised: the best logit is log p(real) - log p(fake), linear in x."""
-    fakes = lambda model, batch, draws, *_, gradient: FAKE_MEAN + STD * draws["noise_BFHWC"]  # noqa: E731
+    fakes = lambda model, batch, draws, *_, gradient, codec: FAKE_MEAN + STD * draws["noise_BFHWC"]  # noqa: E731
     monkeypatch.setattr(module, "student_video", fakes)
     config = DMDConfig(SelfForcing((1.0,)), score_shift=1.0)
     loss = critic_loss(config, GanConfig(critic_weight=1.0), FRAMEWISE)
