@@ -58,7 +58,7 @@ def get_config(arg: str = ""):
                 "cd_steps": 4000,
                 "batch": 256,
                 "pool": 65536,
-                "lr": 1e-3,
+                "lr": 5e-3,
                 "dmd_lr": 2e-4,
                 "solver_steps": 384,
                 "cd_levels": 48,

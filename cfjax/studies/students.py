@@ -57,7 +57,7 @@ class Budget:
     cd_steps: int = 4000
     batch: int = 256
     pool: int = 65536
-    lr: float = 1e-3
+    lr: float = 5e-3
     dmd_lr: float = 2e-4
     solver_steps: int = 384
     cd_levels: int = 48
