@@ -256,6 +256,12 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
     )
 
 
+def codec_key(c: ConfigDict) -> str:
+    """The key of `objective` that asks for the frozen role "codec", or ""."""
+    key = {"dmd": "max_frames", "ar_diffusion": "bagger_pixels"}.get(c.stage, "")
+    return key if key and c.objective[key] else ""
+
+
 def codec_of(c: ConfigDict, data: Data) -> Codec | None:
     """The frozen role "codec": re-makes the first latent of a long rollout's window, or plays a rollout backwards.
 
@@ -264,8 +270,8 @@ def codec_of(c: ConfigDict, data: Data) -> Codec | None:
     Raises:
       UserError: no world to take it from, or latents of another one.
     """
-    wants = {"dmd": "max_frames", "ar_diffusion": "bagger_pixels"}.get(c.stage)
-    if wants is None or not c.objective[wants]:
+    wants = codec_key(c)
+    if not wants:
         return None
     if data.world:
         return data.world.codec

@@ -18,13 +18,17 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import abstract_mesh, batch_places, batch_sharding, make_mesh, on_mesh, replicated
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
-from cfjax.experiment import optimizers_of, stage_of
+from cfjax.experiment import blocks_of, dmd_config, optimizers_of, stage_of
+from cfjax.models.codec import Codec
 from cfjax.nn.attention import pick_backend
 from cfjax.objectives.stage import Stage
 from cfjax.planning.flops import count_flops
 from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.search import Candidate, candidates, overrides
-from cfjax.roles import role_template, stage_memory
+from cfjax.roles import codec_template, role_template, stage_memory, with_codec
+from cfjax.rollout.blocks import COUNTED_BLOCKS
+from cfjax.rollout.long_video import LAST_PICTURE
+from cfjax.rollout.self_forcing import BEFORE_EXIT
 from cfjax.training.memory import abstract_state, device_bytes, memory_table, needed_bytes
 from cfjax.training.placement import state_shardings
 from cfjax.training.step import has_batch_axis, make_update
@@ -132,9 +136,18 @@ def batch_of(c: ConfigDict, shapes: Shapes, mesh: Mesh | None) -> dict[str, jax.
     return {name: jax.ShapeDtypeStruct(*of, sharding=where(name)) for name, of in arrays.items()}
 
 
-def open_loops(c: ConfigDict) -> float:
-    """Mean length of the one loop whose length data tell: a self-rollout's steps before its exit step."""
-    return (len(c.objective.steps) - 1) / 2 if c.stage == "dmd" else 1.0
+def open_loops(c: ConfigDict) -> dict[str, float]:
+    """Mean lengths of the loops whose length is drawn: steps before the exit; a long rollout's blocks, and the latents
+    before its window.
+    """
+    if c.stage != "dmd":
+        return {}
+    trips, long, blocks = {BEFORE_EXIT: (len(c.objective.steps) - 1) / 2}, dmd_config(c).long, blocks_of(c)
+    if long:
+        least, most = long.counts(blocks)
+        trips[COUNTED_BLOCKS] = (least + most) / 2 - blocks.independent_first_frame
+        trips[LAST_PICTURE] = (most - least) / 2 * blocks.frames
+    return trips
 
 
 def with_attention(c: ConfigDict, platform: str) -> tuple[ConfigDict, str]:
@@ -152,8 +165,12 @@ def with_attention(c: ConfigDict, platform: str) -> tuple[ConfigDict, str]:
     return c, ", ".join(sorted(used))
 
 
-def whole_flops(c: ConfigDict, shapes: Shapes, role: str, *, remat: bool) -> float:
-    """FLOPs of one update on all devices together, recomputation included or not."""
+def whole_flops(c: ConfigDict, shapes: Shapes, role: str, *, remat: bool, codec: Codec | None = None) -> float:
+    """FLOPs of one update on all devices together, recomputation included or not.
+
+    Args:
+      codec: shapes of the frozen one, where the stage needs it.
+    """
     c = c.copy_and_resolve_references()
     for each in c.roles.values():
         each.attention, each.offload = "xla", False
@@ -162,9 +179,9 @@ def whole_flops(c: ConfigDict, shapes: Shapes, role: str, *, remat: bool) -> flo
     txs = optimizers_of(c, stage)
     models = {name: role_template(r, shapes.latents[-1], shapes.text[-1]) for name, r in c.roles.items()}
     state = abstract_state(stage, models, txs)
-    frozen = {name: model for name, model in models.items() if name not in stage.losses}
+    frozen = {name: model for name, model in models.items() if name not in stage.losses} | with_codec(codec)
     update = make_update(stage, role, txs[role], accumulate=c.optim[role].accumulate)
-    return count_flops(update, state, frozen, batch_of(c, shapes, None), unknown_trips=open_loops(c))
+    return count_flops(update, state, frozen, batch_of(c, shapes, None), trips=open_loops(c))
 
 
 def lower_update(
@@ -173,7 +190,8 @@ def lower_update(
     """The real update of one role on `mesh`, lowered from shapes, and the bytes of its arguments per device."""
     models = {name: role_template(r, shapes.latents[-1], shapes.text[-1], mesh) for name, r in c.roles.items()}
     state = abstract_state(stage, models, txs, mesh)
-    frozen = {name: model for name, model in models.items() if name not in stage.losses}
+    codec = codec_template(c, shapes.latents[-1], mesh)
+    frozen = {name: model for name, model in models.items() if name not in stage.losses} | with_codec(codec)
     batch = batch_of(c, shapes, mesh)
     placement = state_shardings(state, mesh)
     update: Any = make_update(stage, role, txs[role], accumulate=c.optim[role].accumulate, placement=placement)
@@ -213,15 +231,18 @@ def plan(
                 f" = {parts} parts"
             )
     used, attention = with_attention(c, topology.chip.platform)
-    memory = stage_memory(used, stage, txs, shapes.latents[-1], shapes.text[-1], mesh)
+    codec = codec_template(c, shapes.latents[-1])
+    memory = stage_memory(used, stage, txs, shapes.latents[-1], shapes.text[-1], mesh, codec=codec)
     if tell:
         say(f"{c.stage} on {topology.name}, {len(devices)} devices; before activations, GiB per device:")
         say("\n".join(memory_table(memory)))
     costs = []
     for role in only or stage.losses:
-        needed, executed = (whole_flops(c, shapes, role, remat=remat) / len(devices) for remat in (False, True))
+        needed, executed = (
+            whole_flops(c, shapes, role, remat=remat, codec=codec) / len(devices) for remat in (False, True)
+        )
         lowered, arguments = lower_update(used, stage, txs, shapes, mesh, role)
-        cost = compile_update(role, lowered, topology, arguments=arguments, unknown_trips=open_loops(c), keep=keep)
+        cost = compile_update(role, lowered, topology, arguments=arguments, trips=open_loops(c), keep=keep)
         costs.append(replace(cost, flops=needed, executed=executed))
     accumulate = {role: c.optim[role].accumulate for role in stage.losses}
     return Plan(topology, c.mesh.to_dict(), c.data.batch_size, accumulate, attention, needed_bytes(memory), costs)
@@ -237,7 +258,8 @@ def smallest(c: ConfigDict, shapes: Shapes, first: Plan, tries: int, only: Seque
         mesh = dict(sizes)
         used = changed(c, Candidate("", mesh, 1 + accumulated))
         shape: Any = abstract_mesh(**mesh)
-        return needed_bytes(stage_memory(used, stage, txs, shapes.latents[-1], shapes.text[-1], shape))
+        codec = codec_template(used, shapes.latents[-1])
+        return needed_bytes(stage_memory(used, stage, txs, shapes.latents[-1], shapes.text[-1], shape, codec=codec))
 
     heads = [role_template(r, shapes.latents[-1], shapes.text[-1]).config.num_heads for r in c.roles.values()]
     worst = max(first.costs, key=lambda cost: cost.peak)

@@ -13,11 +13,15 @@ from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.offload import has_host_memory
 from cfjax.core.paths import is_folder, path_of
-from cfjax.core.sharding import shard_model
+from cfjax.core.sharding import replicated, shard_model
 from cfjax.core.tree import named_leaves
-from cfjax.experiment import META_FILE, MODEL_FILE, Data, branch_config, load_shipped, wan_config
+from cfjax.experiment import META_FILE, MODEL_FILE, Data, branch_config, codec_key, load_shipped, wan_config
+from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import Discriminator, with_branch
 from cfjax.models.resting import STORAGES, fill, placed, resting
+from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from cfjax.models.vae import PRESETS as VAES
+from cfjax.models.vae import abstract_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan
 from cfjax.objectives.stage import Stage
 from cfjax.training.checkpoint import FOLDER, load_role, open_role, read_meta
@@ -97,12 +101,50 @@ def _shapes(config: WanConfig) -> Wan:
     return jax.eval_shape(lambda key: Wan(config, key), jax.random.key(0))
 
 
+def codec_template(c: ConfigDict, channels: int, mesh: Mesh | None = None) -> Codec | None:
+    """The frozen role "codec" as shapes, where `c` needs one: the toy's or a published one, whole on every device."""
+    if not codec_key(c):
+        return None
+    codec: Codec
+    if c.data.source == "shapes":
+        codec = abstract_patch_codec(channels=channels)
+    elif c.objective.codec_decoder == "tiny_vae":
+        codec = jax.eval_shape(lambda key: TinyVAE(TinyVAEConfig(), key), jax.random.key(0))
+    else:
+        codec = abstract_vae(VAES["wan"])
+    return as_shapes(codec, mesh)
+
+
+def as_shapes(codec: Codec | None, mesh: Mesh | None = None) -> Codec | None:
+    """A codec's shapes and where it will rest, from its arrays or shapes; None stays."""
+    where = replicated(mesh) if mesh else None
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), codec)
+
+
 def stage_memory(
-    c: ConfigDict, stage: Stage, txs: Mapping[str, Any], channels: int, text_width: int, mesh: Mesh | None = None
+    c: ConfigDict,
+    stage: Stage,
+    txs: Mapping[str, Any],
+    channels: int,
+    text_width: int,
+    mesh: Mesh | None = None,
+    *,
+    codec: Codec | None = None,
 ) -> list[RoleMemory]:
-    """What every role of `c` will hold on each device of `mesh`; from shapes, before anything is allocated."""
-    models = {name: role_template(role, channels, text_width, mesh) for name, role in c.roles.items()}
+    """What every role of `c` will hold on each device of `mesh`; from shapes, before anything is allocated.
+
+    Args:
+      codec: shapes of the frozen one, where the stage needs it; see `codec_template`.
+    """
+    models: dict[str, Any] = {
+        name: role_template(role, channels, text_width, mesh) for name, role in c.roles.items()
+    } | with_codec(codec)
     return role_memory(stage, models, txs, mesh, accumulate={name: c.optim[name].accumulate for name in stage.losses})
+
+
+def with_codec(codec: Codec | None) -> dict[str, Any]:
+    """The codec by its role's name, if there is one."""
+    return {} if codec is None else {"codec": codec}
 
 
 def initial_model(name: str, role: ConfigDict, data: Data, seed: int, mesh: Mesh | None = None) -> Wan:

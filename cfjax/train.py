@@ -26,11 +26,12 @@ from cfjax.experiment import (
     run_meta,
     stage_of,
 )
+from cfjax.models.codec import Codec
 from cfjax.models.wan import preset
 from cfjax.monitor import make_monitor
 from cfjax.objectives.stage import Stage
 from cfjax.plan import Shapes, whole_flops
-from cfjax.roles import check_blocks, check_roles, initial_model, stage_memory
+from cfjax.roles import as_shapes, check_blocks, check_roles, initial_model, stage_memory
 from cfjax.training.loop import fit
 from cfjax.training.memory import check_memory, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
@@ -65,7 +66,7 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     codec = codec_of(c, data)
     check_mesh(c, data.dataset.latent_shape)
     txs, mesh = optimizers_of(c, stage), mesh_of(c)
-    memory = stage_memory(c, stage, txs, data.channels, data.text_width, mesh)
+    memory = stage_memory(c, stage, txs, data.channels, data.text_width, mesh, codec=as_shapes(codec, mesh))
     say(f"{c.stage}: {len(data.dataset)} clips, {c.steps} steps in {workdir}; GiB per device, before activations:")
     say("\n".join(memory_table(memory)))
     check_memory(memory, memory_limit(jax.local_devices()[0]))
@@ -100,13 +101,16 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
             sample_first=monitor is not None and monitor.wants_start,
             progress=c.progress,
             stall_seconds=c.stall_seconds,
-            work=work_of(c, stage, data),
+            work=work_of(c, stage, data, codec),
             put_batch=partial(place_batch, mesh=mesh, rows=rows, batch_size=c.data.batch_size),
         )
 
 
-def work_of(c: ConfigDict, stage: Stage, data: Data) -> Work:
+def work_of(c: ConfigDict, stage: Stage, data: Data, codec: Codec | None = None) -> Work:
     """What the curves of time need to know; FLOPs are counted where the devices' peak is known.
+
+    Args:
+      codec: the frozen role, where the stage needs it.
 
     Raises:
       UserError: `profile` is no window of iterations.
@@ -115,7 +119,8 @@ def work_of(c: ConfigDict, stage: Stage, data: Data) -> Work:
     tokens = c.data.batch_size * shape[0] * preset(c.roles.student.preset).tokens_per_frame(*shape[1:3])
     peak = sum(peak_flops(device.device_kind) for device in jax.devices())
     shapes = Shapes(shape, data.dataset.text_shape)
-    flops = {role: whole_flops(c, shapes, role, remat=False) for role in stage.losses} if peak else {}
+    count = partial(whole_flops, c, shapes, remat=False, codec=as_shapes(codec))
+    flops = {role: count(role) for role in stage.losses} if peak else {}
     tolerant = data.dataset if isinstance(data.dataset, TolerantDataset) else None
     counts = (lambda: {"data/broken_records": float(len(tolerant.corrupt))}) if tolerant else dict
     return Work(float(tokens), flops, peak, window, counts)

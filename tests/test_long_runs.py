@@ -94,14 +94,16 @@ def test_the_toy_plays_a_gan_with_long_rollouts(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_toy_trains_on_long_rollouts_and_makes_long_videos(tmp_path):
-    """Rollouts of 6 to 12 frames under a window of 6; then a video of 18."""
+def test_the_toy_trains_on_long_rollouts_and_makes_long_videos(tmp_path, monkeypatch, capsys):
+    """Rollouts of 6 to 12 frames under a window of 6, counted as on a device of known peak; then a video of 18."""
+    monkeypatch.setattr("cfjax.train.peak_flops", lambda _: 1e12)
     roles = {f"roles__{role}__{key}": value for role in ("student", "critic", "real_score")
              for key, value in (("init", ""), ("remat", "none"))}  # fmt: skip
     run = tmp_path / "run"
     assert cfjax("train", "dmd.py:toy,long", run, **tiny(tmp_path) | roles | WINDOW) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and "student/loss" in rows[0]
+    assert len(rows) == 2 and "student/loss" in rows[0] and "\ncodec " in capsys.readouterr().out
+    assert "perf/mfu" in (run / "performance.jsonl").read_text()
     videos = {"run": run, "videos": 1, "frames": 18, "progress": False}
     assert cfjax("generate", "generate.py", tmp_path / "videos", **videos) == 0
     assert json.loads((tmp_path / "videos" / "settings.json").read_text())["network_calls"] == 6 * 5

@@ -140,6 +140,12 @@ class PatchCodec:
         return codec
 
 
+def abstract_patch_codec(*, px: int = 8, channels: int = 16) -> PatchCodec:
+    """A patch codec's shapes."""
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    return PatchCodec(mean=shape(px * px * 3), basis=shape(px * px * 3, channels), scale=shape(channels))  # type: ignore[arg-type]
+
+
 def fit_patch_codec(videos: Iterable[np.ndarray], *, px: int = 8, channels: int = 16) -> PatchCodec:
     """Principal components of the patches of these clips (float32 [P, H, W, 3]); about 500 clips suffice.
 

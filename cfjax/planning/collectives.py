@@ -3,13 +3,15 @@
 Counted is the largest array of every collective (the gathered one of an all-gather, the unreduced one of a
 reduce-scatter) on one device: what a ring moves is (n - 1) / n of it, an all-reduce twice that. A loop's body counts as
 often as XLA notes that it runs, or as its condition "counter < constant" says (TPU); a loop of unknown length as often
-as the caller says.
+as the caller says (`loops`).
 """
 
 import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+
+from cfjax.planning.loops import Trips, trips_of
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8, "s8": 1, "u8": 1}
@@ -20,6 +22,7 @@ _CALLED = re.compile(
     r"\b(body|condition|calls|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_STACK = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\] *\{([^}]*)\})")
 _CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _SCATTERS = "all-reduce-scatter"  # TPU's name of a computation that is a reduce-scatter, written as its meaning
@@ -36,8 +39,8 @@ class Traffic:
 @dataclass
 class _Computation:
     own: list[tuple[str, int]] = field(default_factory=list)  # (kind, bytes)
-    calls: list[tuple[str, float | None]] = field(default_factory=list)  # (computation, times; None: unknown)
-    loops: list[tuple[str, str]] = field(default_factory=list)  # (body, condition) of loops without a noted length
+    calls: list[tuple[str, float]] = field(default_factory=list)  # (computation, times)
+    loops: list[tuple[str, str, str]] = field(default_factory=list)  # without a noted length: body, condition, stack
     constants: list[int] = field(default_factory=list)
     counts: bool = False  # holds "counter < something"
 
@@ -111,17 +114,18 @@ def _read(line: str, types: str, name: str, current: _Computation, scatters: boo
         if noted:
             current.calls.append((inner["body"][0], float(noted[1])))
         else:
-            current.loops.append((inner["body"][0], inner["condition"][0]))
+            stack = _STACK.search(line)
+            current.loops.append((inner["body"][0], inner["condition"][0], stack[1] if stack else ""))
         return
     current.calls.extend((one, 1.0) for _, targets in called for one in targets)
 
 
-def collectives(text: str, *, unknown_trips: float = 1.0) -> dict[str, Traffic]:
+def collectives(text: str, *, trips: Trips | None = None) -> dict[str, Traffic]:
     """Traffic of one run of the program, by kind.
 
     Args:
       text: `compiled.as_text()`.
-      unknown_trips: runs of a loop whose length only its data tell.
+      trips: runs of the loops whose length only their data tell.
     """
     computations, entry = _parse(text)
     known: dict[str, dict[str, Traffic]] = {}
@@ -134,12 +138,14 @@ def collectives(text: str, *, unknown_trips: float = 1.0) -> dict[str, Traffic]:
         for kind, size in computation.own:
             total[kind][0] += 1
             total[kind][1] += size
-        trips = [(body, computations[condition].trips()) for body, condition in computation.loops]
-        for called, times in [*computation.calls, *trips]:
+        loops = [
+            (body, computations[condition].trips() or trips_of(stack, trips or {}))
+            for body, condition, stack in computation.loops
+        ]
+        for called, times in [*computation.calls, *loops]:
             for kind, traffic in of(called).items():
-                repeat = unknown_trips if times is None else times
-                total[kind][0] += repeat * traffic.runs
-                total[kind][1] += repeat * traffic.bytes
+                total[kind][0] += times * traffic.runs
+                total[kind][1] += times * traffic.bytes
         known[name] = {kind: Traffic(*values) for kind, values in total.items()}
         return known[name]
 

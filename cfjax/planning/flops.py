@@ -1,8 +1,8 @@
 """FLOPs of matrix products, counted on the program's jaxpr: XLA's own count takes a scan's body once and kernels as 0.
 
 Counted is every `dot_general` as 2 B M N K, times the length of the scans around it; a loop whose length only its data
-tell runs as often as the caller says. A program is counted with dense attention, which spends exactly the rectangles
-that its visibility asks for (a KV cache: all of its slots).
+tell runs as often as the caller says (`loops`). A program is counted with dense attention, which spends exactly the
+rectangles that its visibility asks for (a KV cache: all of its slots).
 """
 
 import math
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+from cfjax.planning.loops import Trips, trips_of
 
 
 def _inner(equation: Any) -> Iterator[Any]:
@@ -35,7 +37,7 @@ def _convolution(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_channels
 
 
-def count(jaxpr: Any, unknown_trips: float) -> float:
+def count(jaxpr: Any, trips: Trips) -> float:
     """FLOPs of one run of a jaxpr. Of a conditional's branches the dearest counts."""
     total = 0.0
     for equation in jaxpr.eqns:
@@ -45,12 +47,14 @@ def count(jaxpr: Any, unknown_trips: float) -> float:
         elif name == "conv_general_dilated":
             total += _convolution(equation)
         else:
-            parts = [count(inner, unknown_trips) for inner in _inner(equation)]
-            times = equation.params["length"] if name == "scan" else unknown_trips if name == "while" else 1
+            parts = [count(inner, trips) for inner in _inner(equation)]
+            times = equation.params["length"] if name == "scan" else 1.0
+            if name == "while":
+                times = trips_of(str(equation.source_info.name_stack), trips)
             total += (max(parts, default=0.0) if name == "cond" else sum(parts)) * times
     return total
 
 
-def count_flops(fn: Callable[..., Any], *args: Any, unknown_trips: float = 1.0) -> float:
+def count_flops(fn: Callable[..., Any], *args: Any, trips: Trips | None = None) -> float:
     """FLOPs of one call on all devices together; arguments may be shapes."""
-    return count(jax.make_jaxpr(fn)(*args).jaxpr, unknown_trips)
+    return count(jax.make_jaxpr(fn)(*args).jaxpr, trips or {})

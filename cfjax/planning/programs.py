@@ -9,6 +9,7 @@ from typing import Any
 
 from cfjax.core.topology import GIB, Topology
 from cfjax.planning.collectives import Traffic, collectives
+from cfjax.planning.loops import Trips
 
 # Without a GPU to try them on, XLA finds no tile sizes for some odd shapes (32760 tokens) in its Triton kernels.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -86,14 +87,14 @@ def compile_update(
     topology: Topology,
     *,
     arguments: int,
-    unknown_trips: float,
+    trips: Trips,
     keep: Path | None = None,
 ) -> Cost:
     """Compiles one update; a program that needs more memory than there is, is a result, not an error.
 
     Args:
       arguments: bytes of all arguments on a device, unread ones too (jit leaves them out, but they rest there).
-      unknown_trips: see `collectives`.
+      trips: see `collectives`.
       keep: folder for the program's optimised HLO text, or None.
     """
     options = GPU_OPTIONS if topology.chip.platform == "gpu" else None
@@ -129,7 +130,7 @@ def compile_update(
         peak=peak,
         live=live and live + max(arguments - read, 0),
         fits=peak <= topology.memory if topology.memory else None,
-        traffic=collectives(text, unknown_trips=unknown_trips),
+        traffic=collectives(text, trips=trips),
         kernels=kernels(text),
         compile_seconds=seconds,
     )

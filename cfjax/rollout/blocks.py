@@ -17,6 +17,8 @@ from cfjax.models.cache import KVCache, write
 from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
 
+COUNTED_BLOCKS = "counted_blocks"  # scope of the loop over a traced number of blocks
+
 # step(cache, start, inputs of this block) -> (cache, outputs of this block)
 BlockStep = Callable[[KVCache, jax.Array, Any], tuple[KVCache, Any]]
 
@@ -147,4 +149,5 @@ def loop_blocks(
         start = jnp.int32(peel) + (number - peel).astype(jnp.int32) * blocks.frames
         return one(number, start, blocks.frames, carry)
 
-    return jax.lax.fori_loop(peel, jnp.minimum(count, len(spans)), body, carry)
+    with jax.named_scope(COUNTED_BLOCKS):
+        return jax.lax.fori_loop(peel, jnp.minimum(count, len(spans)), body, carry)

@@ -22,6 +22,8 @@ from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.self_forcing import Rollout, SelfForcing, draw_rollout, replay_exit, rollout
 
+LAST_PICTURE = "last_picture"  # scope of the loop over the latents before the window
+
 
 @dataclass(frozen=True)
 class LongVideo:
@@ -63,7 +65,7 @@ def draw_long(
     return {**draw_rollout(key, (shape[0], long.max_frames, *shape[2:]), config, blocks), "count": count}
 
 
-@jax.named_scope("last_picture")
+@jax.named_scope(LAST_PICTURE)
 def last_picture(codec: Codec, latents_BFHWC: jax.Array, stop: jax.Array) -> jax.Array:
     """The last pixel frame, [B, 1, H, W, 3], of `codec.decode(latents[:, :stop])`; `stop` is traced, 1 or more.
 

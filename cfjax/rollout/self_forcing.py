@@ -20,6 +20,8 @@ from cfjax.models.wan import KV, FrameKV, KvGradient, Wan, replay
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, denoise_block, loop_blocks, scan_blocks
 
+BEFORE_EXIT = "steps_before_exit"  # scope of the loop whose length is drawn
+
 
 @dataclass(frozen=True)
 class SelfForcing:
@@ -132,7 +134,8 @@ def rollout(
             eps = jax.lax.dynamic_index_in_dim(renoise, j, axis=2, keepdims=False)
             return add_noise(predict(x, levels[j]), eps, levels[j + 1])
 
-        x_exit = jax.lax.fori_loop(0, exit_step, step, x)
+        with jax.named_scope(BEFORE_EXIT):
+            x_exit = jax.lax.fori_loop(0, exit_step, step, x)
         x0 = predict(x_exit, levels[exit_step])
         seen = add_noise(x0, context_eps, config.context_noise)
         cache = commit_block(model, seen, text_kv, cache, start, blocks)

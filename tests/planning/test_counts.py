@@ -24,8 +24,20 @@ def test_flops_of_a_scan_its_gradient_and_its_recomputation():
 
 
 def test_a_loop_of_unknown_length_runs_as_often_as_told():
-    fn = lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)  # noqa: E731
-    assert count_flops(fn, jnp.int32(3), jnp.zeros((8, 8)), unknown_trips=1.5) == 1.5 * 2 * 8**3
+    """By the scope around it, also inside another; one without a known scope runs once."""
+
+    def fn(n, x):
+        once = jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
+
+        def outer(_, x):
+            with jax.named_scope("inner"):
+                return jax.lax.fori_loop(0, n, lambda _, x: x @ x, x @ x)
+
+        with jax.named_scope("outer"):
+            return jax.lax.fori_loop(0, n, outer, once)
+
+    trips = {"outer": 3.0, "inner": 1.5}
+    assert count_flops(fn, jnp.int32(3), jnp.zeros((8, 8)), trips=trips) == (1 + 3 * (1 + 1.5)) * 2 * 8**3
 
 
 def test_a_convolution():
@@ -79,7 +91,7 @@ TPU_TEXT = """HloModule m
 
 ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
   %known = (s32[], bf16[8,4]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"30"}}
-  %open = (s32[], bf16[8,4]) while(%t), condition=%cond, body=%body
+  %open = (s32[], bf16[8,4]) while(%t), condition=%cond, body=%body, metadata={op_name="jit(f)/rollout/while"}
   %tpu = (s32[], bf16[8,4]) while(%t), condition=%counted, body=%body, metadata={op_name="jit(f)/while"}
   %rs = f32[2,4]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
   %axes = f32[2,4]{1,0} reduce-scatter(%y), replica_groups=mesh['a'=1,'b'=4] {'b'}, dimensions={0}, to_apply=%add
@@ -90,7 +102,7 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
 
 def test_trips_starts_and_scattered_parts():
     """As the compilers write them: loops of noted, readable and unknown length, starts, groups by lists and by axes."""
-    found = collectives(TPU_TEXT, unknown_trips=1.5)
+    found = collectives(TPU_TEXT, trips={"rollout": 1.5})
     assert found["all-gather"] == Traffic(36.5, 36.5 * 8 * 4 * 2)
     assert found["reduce-scatter"] == Traffic(36.5 + 3, 36.5 * 8 * 4 * 2 + 3 * (8 * 4 * 4))
     assert "all-reduce" not in found
