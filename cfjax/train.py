@@ -70,8 +70,8 @@ def train(c: ConfigDict, workdir: Path) -> TrainState:
     say(f"{c.stage}: {len(data.dataset)} clips, {c.steps} steps in {workdir}; GiB per device, before activations:")
     say("\n".join(memory_table(memory)))
     check_memory(memory, memory_limit(jax.local_devices()[0]))
-    if differing := differing_levels(c):
-        say(differing)
+    for note in filter(None, (differing_levels(c), idle_devices(c, jax.local_devices()))):
+        say(note)
     models = {name: initial_model(name, role, data, c.seed, mesh) for name, role in c.roles.items()}
     trained = {name: models[name] for name in stage.losses}
     frozen: dict[str, Any] = {name: model for name, model in models.items() if name not in stage.losses}
@@ -142,6 +142,14 @@ def mesh_of(c: ConfigDict) -> Mesh | None:
     sizes = c.mesh.to_dict()
     alone = jax.process_count() == 1 and all(size == 1 for size in sizes.values())
     return None if alone else make_mesh(**sizes)
+
+
+def idle_devices(c: ConfigDict, devices: Sequence[jax.Device]) -> str:
+    """One line when accelerators of this process would have nothing to do; "" when not."""
+    count = len(devices)
+    if count == 1 or devices[0].platform == "cpu" or mesh_of(c) is not None:
+        return ""
+    return f"note: the mesh has one place and {count} devices are here; --config.mesh.fsdp={count} uses them all"
 
 
 def differing_levels(c: ConfigDict) -> str:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from cfjax.core.errors import UserError
 from cfjax.data.sets import open_dataset
 from cfjax.objectives.ode_regression import PairsConfig
 from cfjax.runs import open_run
-from cfjax.train import differing_levels
+from cfjax.train import differing_levels, idle_devices
 from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data
 
@@ -92,6 +93,15 @@ def test_a_student_that_would_sample_at_other_levels_is_told():
     c.objective.steps = (1000, 500)
     assert "trains at {'steps': (1000, 500)" in differing_levels(c)
     assert "has {'steps': (1000, 750, 500, 250)" in differing_levels(c)
+
+
+def test_accelerators_without_work_are_told():
+    """One place of a mesh, as a config has it; and none are told on CPUs, whose devices are simulated ones."""
+    c = get_config(ROOT / "configs" / "dmd.py")("toy")
+    gpus, cpus = ([SimpleNamespace(platform=platform)] * 8 for platform in ("gpu", "cpu"))
+    assert "8 devices are here; --config.mesh.fsdp=8" in idle_devices(c, gpus)
+    c.mesh.fsdp = 8
+    assert idle_devices(c, gpus) == idle_devices(c, gpus[:1]) == idle_devices(c, cpus) == ""
 
 
 def test_two_scores_are_needed_to_compare_them():

@@ -68,8 +68,10 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of `AXES` over all devices (or the given ones), with automatic sharding propagation.
 
+    Several TPU slices, joined by a network that is slower than their own links, are put along data, then fsdp.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or the slices do not divide data x fsdp.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = (data, fsdp, context, tensor)
@@ -77,11 +79,27 @@ def make_mesh(
         named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {named} has {math.prod(sizes)} places; they must multiply to {len(devices)} devices")
     kinds = (AxisType.Auto,) * len(AXES)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        return Mesh(_over_slices(sizes, devices, slices), AXES, axis_types=kinds)
     try:
         return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
     except NotImplementedError:  # no whole rings of the torus for every axis, as 8 x 2 on a 4 x 4 slice: share one
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=kinds)
+
+
+def _over_slices(sizes: tuple[int, ...], devices: Sequence[jax.Device], slices: int) -> np.ndarray:
+    data, fsdp, *within = sizes
+    across = math.gcd(data, slices)
+    rest = slices // across
+    if fsdp % rest:
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp}: {slices} slices need mesh.data x mesh.fsdp to divide by {slices}; "
+            "context and tensor stay within a slice"
+        )
+    own = (data // across, fsdp // rest, *within)
+    return mesh_utils.create_hybrid_device_mesh(own, (across, rest, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def abstract_mesh(*, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:

@@ -33,6 +33,7 @@ class Chip:
       memory: bytes.  flops: bfloat16 FLOP/s at its peak.  interconnect: bytes/s.
       devices: JAX devices per chip (TPU7x shows its two cores as two).
       dimensions: of a slice's shape.
+      config: libtpu's word for cores that work as one device, where that is not its default for the chip.
     """
 
     name: str
@@ -42,12 +43,13 @@ class Chip:
     interconnect: float
     devices: int = 1
     dimensions: int = 1
+    config: str = ""
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", 32 * GIB, 275e12, 300e9, dimensions=3),
+        Chip("v4", "tpu", 32 * GIB, 275e12, 300e9, dimensions=3, config="megacore"),
         Chip("v5e", "tpu", 16 * GIB, 197e12, 400e9, dimensions=2),
         Chip("v5p", "tpu", 95 * GIB, 459e12, 1200e9, dimensions=3),
         Chip("v6e", "tpu", 32 * GIB, 918e12, 800e9, dimensions=2),
@@ -160,8 +162,9 @@ def open_topology(topology: Topology) -> list[Any]:
         raise UserError(f"--topology={topology.name} needs TPU's compiler: pip install 'cfjax[tpu]'")
     shape = "x".join(map(str, topology.shape))
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip: one may be training beside it
+    more = {"chip_config_name": topology.chip.config} if topology.chip.config else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.chip.name}:{shape}")
+        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.chip.name}:{shape}", **more)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         hint = f"is {shape} a slice of {topology.chip.name}?"

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
+from jax.experimental.topologies import get_topology_desc
 
 from cfjax.core import topology
 from cfjax.core.errors import UserError
-from cfjax.core.sharding import mesh_choices
+from cfjax.core.sharding import make_mesh, mesh_choices
 from cfjax.core.topology import CHIPS, GIB, open_topology, parse_topology, shapes_of
 from cfjax.planning.programs import too_large
 from cfjax.planning.search import candidates
@@ -62,6 +64,24 @@ def test_a_search_goes_from_small_to_large_with_whole_heads():
     assert all((c.topology, c.mesh, c.accumulate) != (first.name, mesh, 4) for c in tried)
     quarter = next(c for c in tried if c.mesh == {"data": 1, "fsdp": 4, "context": 4, "tensor": 1})
     assert (quarter.topology, quarter.accumulate, quarter.share) == ("v5p:2x2x4", 16, 1.0)
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_compiler_has_as_many_devices_as_the_machine(name):
+    assert len(open_topology(parse_topology(name))) == parse_topology(name).devices
+
+
+def test_slices_lie_along_data_and_then_fsdp(monkeypatch):
+    """Two slices of 16 chips: what lies within one of them has a slice index alone."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    devices = get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
+    for sizes, axis in (({"data": 2, "fsdp": 16}, 0), ({"fsdp": 8, "context": 4}, 1), ({"data": 4, "tensor": 8}, 0)):
+        placed = make_mesh(**sizes, devices=devices).devices
+        index = np.vectorize(lambda device: device.slice_index)(placed)
+        halves = np.split(index, 2, axis=axis)
+        assert {*halves[0].ravel()} == {0} and {*halves[1].ravel()} == {1}, sizes
+    with pytest.raises(UserError, match=r"mesh data=1 fsdp=1: 2 slices need mesh\.data x mesh\.fsdp"):
+        make_mesh(context=32, devices=devices)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
