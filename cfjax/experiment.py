@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
 from cfjax.objectives.dmd import DMDConfig, critic_loss
 from cfjax.objectives.dmd import generator_loss as dmd
-from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
+from cfjax.objectives.ode_regression import METHODS, METHODS_FOR, PairsConfig, Regression, ode_regression
 from cfjax.objectives.stage import Ema, Loss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.long_video import LongVideo
@@ -129,7 +130,7 @@ def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
     """The dataset, if the stage can train on it; up to `data.max_corrupt` of its records may be broken.
 
     Raises:
-      UserError: prompts alone where clips are needed, or no trajectories, or at other levels, for ODE regression.
+      UserError: prompts alone where clips are needed; for ODE regression, no trajectories, or pairs of other settings.
     """
     prompts_do = c.stage == "dmd" and c.objective.student_input == "self_rollout" and c.objective.matching != "gan"
     if not dataset.has_latents and not prompts_do:
@@ -139,15 +140,47 @@ def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
             f"{dataset.path} has {dataset.trajectory_points} states per clip; ODE regression needs the "
             f"{len(c.objective.steps)} levels of objective.steps and the end: make pairs with configs/ode_pairs.py"
         )
-    made = dataset.manifest.get("source", {}).get("pairs", {}).get("objective")  # other people's pairs do not say
-    if c.stage == "ode_regression" and made:
-        theirs, own = (tuple(made["steps"]), made["shift"]), (tuple(c.objective.steps), c.objective.shift)
-        if theirs != own:
-            raise UserError(
-                f"{dataset.path} was made with objective.steps={theirs[0]} and shift={theirs[1]}, not {own[0]} and "
-                f"{own[1]}; choose another data.name, or make pairs anew with configs/ode_pairs.py"
-            )
+    if c.stage == "ode_regression":
+        _check_pairs(c, dataset)
     return TolerantDataset(dataset, c.data.max_corrupt, say) if c.data.max_corrupt else dataset
+
+
+def _check_pairs(c: ConfigDict, dataset: ClipDataset) -> None:
+    made = dataset.manifest.get("source", {}).get("pairs")  # other people's pairs do not say
+    if not made:
+        return
+    method, past = made["objective"]["method"], c.objective.past
+    keys = ["objective.steps", "objective.shift", *pairs_layout(c, method)]
+    if told := difference(made, c, keys):
+        raise UserError(
+            f"{dataset.path} was made with {told}; choose another data.name, or make pairs anew with "
+            "configs/ode_pairs.py"
+        )
+    wanted = METHODS_FOR.get(past, METHODS)
+    if method not in wanted:
+        raise UserError(
+            f"{dataset.path} was made with objective.method={method!r}, but objective.past={past!r} is for pairs by "
+            f"{' or '.join(map(repr, wanted))}; choose another data.name, or change objective.past"
+        )
+
+
+def pairs_layout(c: ConfigDict, method: str) -> list[str]:
+    """The keys of the block layout, for ODE pairs that depend on it: a bidirectional teacher's have no blocks."""
+    return [] if method == "bidirectional" else [f"blocks.{name}" for name in c.blocks]
+
+
+def difference(made: Mapping[str, Any], c: ConfigDict, keys: Sequence[str]) -> str:
+    """The first of these dotted keys at which `c` differs from a recorded config: "KEY=theirs, not own", or "".
+
+    A key that the record does not have yet is no difference.
+    """
+    theirs, own = (thawed(values).to_dict() for values in (made, c.to_dict()))
+    for key in keys:
+        *path, name = key.split(".")
+        one, other = (reduce(lambda group, step: group.get(step, {}), path, values) for values in (theirs, own))
+        if name in one and one[name] != other[name]:
+            return f"{key}={one[name]!r}, not {other[name]!r}"
+    return ""
 
 
 def toy_world(c: ConfigDict) -> World:
@@ -376,13 +409,14 @@ def run_meta(c: ConfigDict, data: Data, models: Mapping[str, Wan]) -> dict[str, 
 
 def config_from_meta(meta: Mapping[str, Any]) -> ConfigDict:
     """The config that a run was trained with."""
+    return thawed(meta["config"])
 
-    def thaw(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return ConfigDict({key: thaw(item) for key, item in value.items()})
-        return tuple(thaw(item) for item in value) if isinstance(value, list | tuple) else value
 
-    return thaw(meta["config"])
+def thawed(value: Any) -> Any:
+    """What JSON kept of a ConfigDict, as it was: its lists are tuples."""
+    if isinstance(value, Mapping):
+        return ConfigDict({key: thawed(item) for key, item in value.items()})
+    return tuple(thawed(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def count_parameters(model: Wan) -> int:

@@ -21,13 +21,14 @@ from cfjax.core.paths import is_folder, local_path, path_of
 from cfjax.data.check import check_dataset
 from cfjax.data.clips import list_clips
 from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource, Source, ingest, read_prompts
+from cfjax.data.latents import read_json
 from cfjax.data.lmdb_rows import LmdbRows, is_lmdb
 from cfjax.data.parts import SetWriter
 from cfjax.data.precompute import digest
-from cfjax.data.records import Layout
+from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import text_beside
 from cfjax.data.video import ClipFormat, Unusable
-from cfjax.experiment import Data, blocks_of, data_root, open_data
+from cfjax.experiment import Data, blocks_of, data_root, difference, open_data, pairs_layout
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import FILL_AT_ONCE, fill
@@ -271,11 +272,12 @@ def precompute_pairs(c: ConfigDict) -> Path:
     """Solves the AR teacher's PF-ODE for `c.pairs` clips and writes this process's share to `data.path`/`output`.
 
     Raises:
-      UserError: more pairs than clips, a teacher of another stage or layout, or pairs begun with other settings.
+      UserError: more pairs than clips, a teacher of another stage or layout, or pairs there of other settings.
     """
     data = open_data(c)
     target = data_root(c) / c.output
-    if (target / "manifest.json").exists():
+    if (target / MANIFEST).exists():
+        _check_made(c, target)
         say(f"{target} exists already; remove it to make it anew")
         return target
     if c.pairs > len(data.dataset):
@@ -296,6 +298,20 @@ def precompute_pairs(c: ConfigDict) -> Path:
         _solve_parts(c, data, writer, todo, partial(solve, teacher))
     _tell(writer, writer.finish(), writer.skipped())
     return target
+
+
+def _check_made(c: ConfigDict, target: Path) -> None:
+    """Refuses a complete set unless this config would make the same one, however it cut the job."""
+    made = read_json(target / MANIFEST).get("source", {}).get("pairs")
+    if not made:
+        raise UserError(
+            f"{target} holds a dataset that configs/ode_pairs.py did not make; choose another --config.output"
+        )
+    teacher = [f"roles.teacher.{name}" for name in ("init", "init_role", "init_ema")]
+    objective = [f"objective.{name}" for name in c.objective]
+    keys = [*objective, *pairs_layout(c, c.objective.method), *teacher, "data.name", "pairs", "seed", "text_dtype"]
+    if told := difference(made, c, keys):
+        raise UserError(f"{target} was made with {told}; choose another --config.output, or remove it to make it anew")
 
 
 def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) -> SetWriter:

@@ -154,8 +154,7 @@ def chain(tmp_path_factory) -> Path:
     assert cfjax("train", "bidirectional.py:toy", root / "teacher", **tiny(root), sampler__steps=2) == 0
     init = {"roles__student__init": root / "teacher", "roles__student__init_ema": True}
     assert cfjax("train", "ar_diffusion.py:toy", root / "ar", **few, **init, sampler__steps=2) == 0
-    pairs = {"roles__teacher__init": root / "ar", "pairs": 8, "objective__solver_steps": 4}
-    assert cfjax("precompute", "ode_pairs.py:toy", root / "none", **tiny_data(root), **pairs) == 0
+    assert cfjax("precompute", "ode_pairs.py:toy", root / "none", **pairs_keys(root)) == 0
     init = {"roles__student__init": root / "ar"}
     assert cfjax("train", "ode_regression.py:toy", root / "ode", **{**few, "sample_clips": 2}, **init) == 0
     teacher = {"roles__teacher__init": root / "ar", "roles__teacher__remat": "none", "objective__solver_steps": 4}
@@ -261,17 +260,45 @@ def test_a_finished_run_returns_at_once(chain, capsys):
     assert (chain / "dmd" / "metrics.jsonl").read_bytes() == before
 
 
+def pairs_keys(root: Path) -> dict[str, object]:
+    return {**tiny_data(root), "roles__teacher__init": root / "ar", "pairs": 8, "objective__solver_steps": 4}
+
+
 def test_existing_pairs_are_left_alone(chain, capsys):
-    keys = {**tiny_data(chain), "roles__teacher__init": chain / "ar", "pairs": 8}
-    assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **keys) == 0
-    assert "exists already" in capsys.readouterr().out
+    """However the job would be cut; but pairs of other settings are none of this command's."""
+    manifest = chain / "data" / "pairs" / "manifest.json"
+    before = manifest.read_bytes()
+    for cut in ({}, {"part_items": 2, "shard": 1, "shards": 2, "data__batch_size": 2}):
+        assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **{**pairs_keys(chain), **cut}) == 0
+        assert "exists already" in capsys.readouterr().out
+    for words, keys, told in [
+        ("toy,framewise", {}, "blocks.frames=3, not 1"),
+        ("toy,bidirectional", {"output": "pairs"}, "objective.method='full', not 'bidirectional'"),
+        ("toy", {"roles__teacher__init": chain / "ode"}, f"roles.teacher.init='{chain / 'ar'}', not "),
+        ("toy", {"pairs": 9}, "pairs=8, not 9"),
+    ]:
+        assert cfjax("precompute", f"ode_pairs.py:{words}", chain / "none", **{**pairs_keys(chain), **keys}) == 2
+        error = one_line(capsys)
+        assert f"pairs was made with {told}" in error and "another --config.output, or remove it" in error
+    assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **pairs_keys(chain), output="clips") == 2
+    assert "clips holds a dataset that configs/ode_pairs.py did not make" in one_line(capsys)
+    assert manifest.read_bytes() == before
 
 
-def test_pairs_of_other_levels_are_refused(chain, tmp_path, capsys):
-    keys = {**tiny(chain), "roles__student__init": chain / "ar", "objective__steps": "(1000,800,500,250)"}
-    assert cfjax("train", "ode_regression.py:toy", tmp_path, **keys) == 2
-    error = capsys.readouterr().err
-    assert "pairs was made with objective.steps=(1000, 750, 500, 250) and shift=5.0, not (1000, 800" in error
+@pytest.mark.parametrize(
+    ("words", "keys", "told"),
+    [
+        ("toy", {"objective__steps": "(1000,800,500,250)"}, "objective.steps=(1000, 750, 500, 250), not (1000, 800, "),
+        ("toy", {"objective__shift": 3.0}, "objective.shift=5.0, not 3.0"),
+        ("toy,framewise", {}, "blocks.frames=3, not 1"),
+        ("toy", {"blocks__window": 6}, "blocks.window=0, not 6"),
+        ("toy,bidirectional_pairs", {"data__name": "pairs"}, "objective.method='full', but objective.past='endpoint' "),
+    ],
+)
+def test_pairs_of_other_settings_are_refused(chain, tmp_path, capsys, words, keys, told):
+    keys = {**tiny(chain), "roles__student__init": "", **keys}
+    assert cfjax("train", f"ode_regression.py:{words}", tmp_path, **keys) == 2
+    assert f"pairs was made with {told}" in one_line(capsys)
 
 
 # ---- mistakes: exit code 2 and one line

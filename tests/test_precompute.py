@@ -321,8 +321,9 @@ def test_a_stopped_job_of_pairs_goes_on(pairs, monkeypatch, capsys):
         np.testing.assert_array_equal(
             open_dataset(path.with_name("set"))[i]["trajectory_JFHWC"], open_dataset(path)[i]["trajectory_JFHWC"]
         )
-    assert pairs("set", seed=1) == (0, path.with_name("set"))  # complete: kept, and said so
+    assert pairs("set", part_items=2) == (0, path.with_name("set"))  # complete: kept, and said so
     assert "exists already" in capsys.readouterr().out
+    assert pairs("set", seed=1)[0] == 2 and "was made with seed=0, not 1" in capsys.readouterr().err
 
 
 def test_pairs_of_another_seed_do_not_mix(pairs, capsys):

@@ -1,11 +1,15 @@
 """Recipes: each is a chain of configs that exist, and runs from the command line from a teacher of one's own."""
 
+import itertools
 import json
+from contextlib import suppress
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cfjax import experiment
 from cfjax.core.errors import UserError
 from cfjax.quickstart import TITLES, main, recipe
 from tests.commands import ROOT, cfjax, tiny
@@ -39,6 +43,25 @@ def test_every_recipe_is_a_chain_of_configs(name, layout):
         trained.append(stage.key)
     shown = [step.key.removeprefix("evaluate ") for step in steps if step.verb == "evaluate"]
     assert shown[0] == "teacher" and set(shown) <= set(TITLES)
+
+
+def test_a_regression_takes_the_pairs_of_its_recipe_and_no_others():
+    """The AR teacher's in the layout that they were made in; the bidirectional teacher's, which have none, in any."""
+    layouts, made, regressions = ("toy", "toy,framewise"), {}, {}
+    for layout, (key, (_, file, own, *_)) in itertools.product(layouts, QUICKSTART.STAGES.items()):
+        if file in ("ode_pairs", "ode_regression"):
+            c = config_module(file).get_config(",".join((layout, *own)))
+            (made if file == "ode_pairs" else regressions)[key, layout] = c
+    suits = set()
+    for (of, c), (pairs, theirs) in itertools.product(regressions.items(), made.items()):
+        manifest = json.loads(json.dumps({"source": {"pairs": theirs.to_dict()}}))
+        dataset = SimpleNamespace(path="pairs", has_latents=True, trajectory_points=5, manifest=manifest)
+        with suppress(UserError):
+            experiment._suitable(c, dataset)
+            suits.add((of, pairs))
+    bidirectional = itertools.product(("bi_pairs_ode", "bi_ode"), layouts, ("bi_pairs",), layouts)
+    causal = {(("ode", layout), ("pairs", layout)) for layout in layouts}
+    assert suits == causal | {((a, b), (c, d)) for a, b, c, d in bidirectional}
 
 
 def test_a_workdir_belongs_to_one_budget_and_layout(tmp_path):

@@ -68,6 +68,9 @@ class PairsConfig:
 
 
 METHODS = ("full", "cached", "bidirectional")
+# Whose pairs a regression is for, by the past that it shows the student (see `Regression`): with the clean clip the AR
+# teacher's, which were solved given it; with the others the bidirectional teacher's, which knew no clean past.
+METHODS_FOR = {"clip": ("full", "cached"), "endpoint": ("bidirectional",), "noisy": ("bidirectional",)}
 
 
 def ode_pairs(
@@ -180,8 +183,8 @@ class Regression:
     def __post_init__(self) -> None:
         if self.levels_per not in ("clip", "block"):
             raise UserError(f"objective.levels_per={self.levels_per!r}: use clip or block")
-        if self.past not in ("clip", "endpoint", "noisy"):
-            raise UserError(f"objective.past={self.past!r}: use clip, endpoint or noisy")
+        if self.past not in METHODS_FOR:
+            raise UserError(f"objective.past={self.past!r}: use one of {', '.join(METHODS_FOR)}")
 
 
 def ode_regression(
