@@ -1,5 +1,6 @@
 """A stage's networks, from config to weights: their sizes, how they rest, what they start from, what they cost."""
 
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,18 +64,19 @@ def check_blocks(c: ConfigDict, workdir: Path | None = None) -> None:
       workdir: of the run that `c` may be going on with.
 
     Raises:
-      UserError: a role starts from a causal run of another layout, or the workdir holds one.
+      UserError: a role starts from a causal run, or an exported model, of another layout, or the workdir holds one.
     """
     for name, role in c.roles.items():
-        if role.init and not asset(role.init, META_FILE) and is_folder(path_of(role.init)):
-            _same_blocks(c, role.init, f"roles.{name}.init={role.init!r}", "name a run of the same layout")
+        exported = asset(role.init, META_FILE) if role.init else None
+        if exported or (role.init and is_folder(path_of(role.init))):
+            meta = json.loads(exported.read_text()) if exported else read_meta(role.init)
+            _same_blocks(c, meta, f"roles.{name}.init={role.init!r}", "name a run of the same layout")
     steps = (workdir / FOLDER).iterdir() if workdir is not None and is_folder(workdir / FOLDER) else ()
     if workdir is not None and any(entry.name.isdigit() for entry in steps):
-        _same_blocks(c, workdir, f"--workdir={workdir}: the run in it", "name another workdir")
+        _same_blocks(c, read_meta(workdir), f"--workdir={workdir}: the run in it", "name another workdir")
 
 
-def _same_blocks(c: ConfigDict, run: str | Path, what: str, mend: str) -> None:
-    meta = read_meta(run)
+def _same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, mend: str) -> None:
     own = (c.blocks.frames, c.blocks.independent_first_frame)
     theirs = (meta["blocks"]["frames"], meta["blocks"]["independent_first_frame"])
     if meta["stage"] != "bidirectional" and theirs != own:

@@ -1,5 +1,6 @@
 """A role's weights from wherever they come, resting as they are asked to, and read without room for float32."""
 
+import json
 from dataclasses import dataclass
 
 import jax
@@ -13,9 +14,9 @@ from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.quantize import packed
 from cfjax.core.sharding import make_mesh
 from cfjax.core.tree import named_leaves
-from cfjax.experiment import stage_of
+from cfjax.experiment import META_FILE, stage_of
 from cfjax.models.resting import fill
-from cfjax.roles import check_roles, initial_model, role_template
+from cfjax.roles import check_blocks, check_roles, initial_model, role_template
 from cfjax.training.checkpoint import write_streamed
 from configs import dmd
 
@@ -73,6 +74,22 @@ def test_another_stage_or_size_is_named(run):
     role.init_stages = ()
     with pytest.raises(UserError, match=r"roles.teacher.init=.*head/bias is \(64,\), expected \(32,\)"):
         initial_model("teacher", role, Sizes(channels=8), 0)
+
+
+@pytest.mark.parametrize("stage", ["ar_diffusion", "bidirectional"])
+def test_an_exported_model_has_the_blocks_that_it_was_trained_with(tmp_path, stage):
+    """As a run has; a bidirectional one, such as the shipped teacher, has none."""
+    blocks = presets.blocks().to_dict()
+    (tmp_path / META_FILE).write_text(json.dumps({"stage": stage, "blocks": blocks}))
+    c = dmd.get_config("toy,framewise,from_ar")
+    assert c.roles.critic.init == "toy_teacher"
+    c.roles.student.init = str(tmp_path)
+    if stage == "bidirectional":
+        return check_blocks(c)
+    with pytest.raises(UserError, match=r"roles\.student\.init=.* was trained with blocks\.frames=3, .*, not 1, False"):
+        check_blocks(c)
+    c.blocks.frames = 3
+    check_blocks(c)
 
 
 def test_a_device_without_host_memory_is_told(monkeypatch):
