@@ -7,8 +7,9 @@
     cfjax plan --config=configs/consistency.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Student, its average and the teacher all start from stage 1. Numbers of the PyTorch reference: 48 levels, guidance 3,
-lr 2e-6, betas (0, 0.999), EMA 0.99 from the start, 3K steps or more; stage 3 starts from the average. Its rounded
-timesteps (Q2) are `objective.bf16_timesteps`; `objective.boundary` trains the last interval, which it skips (Q23).
+lr 2e-6, betas (0, 0.999), EMA 0.99 from the start, 3K steps or more; stage 3 starts from the average
+(configs/dmd.py:from_cd). The reference's rounded timesteps (Q2) are `objective.bf16_timesteps`; `objective.boundary`
+trains the last interval, which it skips (Q23).
 """
 
 from cfjax import presets

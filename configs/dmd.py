@@ -5,6 +5,7 @@
     cfjax train --config=configs/dmd.py:framewise,2step --workdir=runs/dmd    4 steps for the first block, then 2
     cfjax train --config=configs/dmd.py:toy --workdir=runs/toy/dmd
     cfjax train --config=configs/dmd.py:from_ar --workdir=runs/ar_dmd         no few-step initialisation
+    cfjax train --config=configs/dmd.py:from_cd --workdir=runs/cd_dmd         from stage 2b: Causal Forcing++
     cfjax train --config=configs/dmd.py:sid --workdir=runs/sid                SiD instead of DMD
     cfjax train --config=configs/dmd.py:gan --workdir=runs/gan                a GAN on the critic's features; on clips
     cfjax train --config=configs/dmd.py:causvid --workdir=runs/causvid        noised real clips instead of self-rollout
@@ -15,6 +16,10 @@
 Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five
 iterations, guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. Its quirks that change numbers are keys of
 `objective`: context_noise 0.00498 (Q4), kv_gradient "straight_through" (Q6), score_table_shift 8 (Q3).
+
+`from_cd` starts from the average that runs/cd keeps (configs/consistency.py), not from the weights that it trains, as
+the reference's stage 3 does: its CD checkpoints hold nothing else. Such a checkpoint converted holds it as the network
+itself: --config.roles.student.init_ema=False. With asymmetric distillation: --config.roles.student.init=runs/acd.
 
 The 14B real score rests in bfloat16 (the numbers are float32's, since it computes in bfloat16). With less memory:
 --config.roles.real_score.storage=int8, --config.roles.real_score.offload=True (its matrices in host memory), or both.
@@ -43,13 +48,14 @@ FULL = (1000, 750, 500, 250)
 FEW = {"2step": (1000, 500), "1step": (1000,)}
 # Switches of which one is enough.
 APART = (
-    ("long", "causvid"), ("long", "bidirectional"), ("sid", "gan"), ("from_ar", "bidirectional"), ("2step", "1step"),
+    ("long", "causvid"), ("long", "bidirectional"), ("sid", "gan"), ("2step", "1step"),
+    ("from_ar", "from_cd", "causvid", "bidirectional"),  # each says what the student starts from
 )  # fmt: skip
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`, `long`, `from_ar`, `sid`, `gan`, `causvid`, `bidirectional`."""
-    variants = ("from_ar", "sid", "gan", "causvid", "bidirectional")
+    """`toy`, `framewise`, `2step`, `1step`, `long`, `from_ar`, `from_cd`, `sid`, `gan`, `causvid`, `bidirectional`."""
+    variants = ("from_ar", "from_cd", "sid", "gan", "causvid", "bidirectional")
     words = presets.switches(arg, "toy", "framewise", *FEW, "long", *variants)
     for alternatives in APART:
         presets.one_of(words, *alternatives)
@@ -80,9 +86,11 @@ def roles(words: list[str]) -> ConfigDict:
     runs, base = ("runs/toy", "toy") if toy else ("runs", "wan_1_3b")
     teacher = {"init": "toy_teacher" if toy else "checkpoints/wan_1_3b", "stages": ("bidirectional",)}
     c = ConfigDict()
-    c.student = presets.role(base, init=f"{runs}/ode", init_ema=toy, stages=("ode_regression", "consistency"))
+    c.student = presets.role(base, init=f"{runs}/ode", init_ema=toy, stages=("ode_regression",))
     if "from_ar" in words:
         c.student.update({"init": f"{runs}/ar", "init_stages": ("ar_diffusion",)})
+    if "from_cd" in words:  # the average, at Wan's scale too
+        c.student.update({"init": f"{runs}/cd", "init_ema": True, "init_stages": ("consistency",)})
     if "causvid" in words:  # its initialisation is the bidirectional teacher's
         c.student.init = f"{runs}/sf_ode"
     if "bidirectional" in words:

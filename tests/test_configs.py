@@ -83,9 +83,29 @@ def test_few_step_variants_change_the_objective_and_the_sampler():
         c = make(f"{alone},2step")
         assert c.objective.steps == c.sampler.steps == (1000, 500)
         assert c.objective.first_steps == c.sampler.first_steps == ()
-    for words in ("2step,1step", "from_ar,bidirectional"):
+    starts = itertools.combinations(("from_ar", "from_cd", "causvid", "bidirectional"), 2)
+    for words in ("2step,1step", *map(",".join, starts)):
         with pytest.raises(UserError, match="exclude each other"):
             make(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        ("", ("ode", False, ("ode_regression",))),
+        ("from_ar", ("ar", False, ("ar_diffusion",))),
+        ("from_cd", ("cd", True, ("consistency",))),
+        ("causvid", ("sf_ode", False, ("ode_regression",))),
+    ],
+)
+def test_what_stage_three_starts_from(words, start):
+    """Consistency distillation's student is its average, at both scales, and `from_cd` alone takes it; the toy's runs
+    all keep an average.
+    """
+    init, averaged, stages = start
+    for scale, folder, average in (("", "runs", averaged), ("toy", "runs/toy", True)):
+        student = get_config(ROOT / "configs" / "dmd.py")(",".join((scale, words))).roles.student
+        assert (student.init, student.init_ema, student.init_stages) == (f"{folder}/{init}", average, stages)
 
 
 def test_a_student_that_would_sample_at_other_levels_is_told():
