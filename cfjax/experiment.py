@@ -274,6 +274,7 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
         first_sigmas=tuple(map(float, few.first_sigmas())) if o.first_steps else (),
         context_noise=o.context_noise,
         kv_gradient=o.kv_gradient,
+        same_exit=o.same_exit,
     )
     return DMDConfig(
         self_forcing=rollout,

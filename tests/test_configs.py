@@ -108,6 +108,13 @@ def test_what_stage_three_starts_from(words, start):
         assert (student.init, student.init_ema, student.init_stages) == (f"{folder}/{init}", average, stages)
 
 
+def test_blocks_may_draw_exit_steps_of_their_own():
+    c = get_config(ROOT / "configs" / "dmd.py")("")
+    assert experiment.dmd_config(c).self_forcing.same_exit  # PyTorch reference
+    c.objective.same_exit = False
+    assert not experiment.dmd_config(c).self_forcing.same_exit
+
+
 def test_a_student_that_would_sample_at_other_levels_is_told():
     c = get_config(ROOT / "configs" / "dmd.py")("")
     c.objective.steps = (1000, 500)

@@ -120,19 +120,24 @@ def test_one_compile_for_every_exit_step():
 
 
 def test_exit_draws():
-    """One exit for all blocks, uniform; with a first-chunk list the first block draws its own."""
-    shared = SelfForcing(SIGMAS)
-    draws = jax.vmap(lambda k: draw_rollout(k, (1, 6, 1, 1, 1), shared, BLOCKS)["exit_N"])(
-        jax.random.split(jax.random.key(0), 400)
-    )
+    """One exit for all blocks, uniform, or one for each; with a first-chunk list the first block draws its own."""
+
+    def exits(config: SelfForcing, count: int) -> jax.Array:
+        keys = jax.random.split(jax.random.key(0), count)
+        return jax.vmap(lambda key: draw_rollout(key, (1, 6, 1, 1, 1), config, BLOCKS)["exit_N"])(keys)
+
+    draws = exits(SelfForcing(SIGMAS), 400)
     assert bool(jnp.all(draws == draws[:, :1]))
-    counts = jnp.bincount(draws[:, 0], length=4)
-    assert int(counts.min()) > 60
-    own = SelfForcing(SIGMAS[:1], SIGMAS)
-    draws = jax.vmap(lambda k: draw_rollout(k, (1, 6, 1, 1, 1), own, BLOCKS)["exit_N"])(
-        jax.random.split(jax.random.key(0), 100)
-    )
+    assert int(jnp.bincount(draws[:, 0], length=4).min()) > 60
+    draws = exits(SelfForcing(SIGMAS[:1], SIGMAS), 100)
     assert set(draws[:, 0].tolist()) == {0, 1, 2, 3} and bool(jnp.all(draws[:, 1:] == 0))
+    draws = exits(SelfForcing(SIGMAS, same_exit=False), 400)
+    pairs = jnp.stack([jnp.bincount(4 * draws[:, a] + draws[:, b], length=16) for a, b in ((0, 1), (0, 2), (1, 2))])
+    assert int(pairs.min()) > 8  # any two blocks: 400 / 16 of each combination
+    draws = exits(SelfForcing(SIGMAS[:2], SIGMAS, same_exit=False), 100)
+    assert set(draws[:, 0].tolist()) == {0, 1, 2, 3} and set(map(tuple, draws[:, 1:].tolist())) == {
+        *itertools.product((0, 1), repeat=2)
+    }
 
 
 def test_generated_context_is_what_inference_would_cache():
