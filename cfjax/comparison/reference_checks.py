@@ -12,7 +12,8 @@ from cfjax.comparison.probe import Probe, Subject
 from cfjax.comparison.reference import check_clone, open_reference
 from cfjax.comparison.reference_encoders import text_probes, tokenizer_probes, vae_probes
 from cfjax.comparison.reference_forward import forward_probes, schedule_probes
-from cfjax.comparison.reference_losses import consistency_probes, diffusion_probes, dmd_probes, ode_probes
+from cfjax.comparison.reference_losses import consistency_probes, diffusion_probes, ode_probes
+from cfjax.comparison.reference_matching import dmd_probes
 from cfjax.comparison.reference_rollout import rollout_probes, window_probes
 from cfjax.comparison.report import Check, Row
 

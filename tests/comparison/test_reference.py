@@ -20,10 +20,17 @@ from tests.golden.record_reference import FOLDER, RECORDED, key, probes, subject
 GOLDEN = {name: np.load(FOLDER / f"{name}.npz") for name in RECORDED}
 VALUE, GRADIENT = 1e-5, 1e-4  # measured: 3e-6 and 4e-6; a user's weights are allowed ten times as much
 ALL = [(name, *pair) for name in RECORDED for pair in probes(name)]
-SLOW = tuple(
-    f"{which}, blocks of 7, {what}"
-    for which in ("DMD generator", "critic")
-    for what in ("without the quirks", "the end of 28 frames")
+SLOW = (
+    "AR diffusion, noised past",
+    "CausVid critic, diffusion forcing, blocks of 7",
+    "CausVid generator, teacher forcing, blocks of 7",
+    "DMD generator, blocks of 1, 2 steps, first block 4",
+    "DMD generator, blocks of 7, exit at step 1, score level 0.98",
+    *(
+        f"{which}, blocks of 7, {what}"
+        for which in ("DMD generator", "critic")
+        for what in ("without the quirks", "the end of 28 frames")
+    ),
 )
 
 
