@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +42,20 @@ class NonFiniteLoss(UserError):
     """A loss or gradient was NaN or infinite; the update was not applied and the last good checkpoint is kept."""
 
 
+ECHO_SECONDS = 5.0
+
+
 class StopSignal:
     """While active, SIGTERM and SIGINT are noted instead of killing; a second one kills. Main thread only.
 
-    In a multi-host run JAX's preemption service listens instead, so that all processes stop at the same step.
+    A SIGTERM within `ECHO_SECONDS` of the first is the same one: a scheduler may tell a process and its launcher, which
+    passes it on. In a multi-host run JAX's preemption service listens instead, so that all processes stop at the same
+    step; it takes any number of signals for one.
     """
 
     def __init__(self) -> None:
         self._raised: str | None = None
+        self._came: dict[int, float] = {}
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -68,8 +75,12 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self._raised = signal.Signals(number).name
-        signal.signal(number, self._old[number])
+        now = time.monotonic()
+        if number not in self._came:
+            self._raised, self._came[number] = signal.Signals(number).name, now
+        elif number == signal.SIGINT or now - self._came[number] > ECHO_SECONDS:
+            signal.signal(number, self._old[number])
+            signal.raise_signal(number)
 
 
 class _Meter:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import UserError
+from cfjax.training import loop
 from cfjax.training.checkpoint import CheckpointStore
 from cfjax.training.loop import NonFiniteLoss
 from cfjax.training.observe import Work
@@ -122,6 +123,25 @@ def test_a_polite_signal_saves_and_exits_with_0(tmp_path, name):
     store = CheckpointStore(tmp_path)
     assert store.steps()[-1] == step
     store.close()
+
+
+def test_a_doubled_sigterm_is_one_and_a_later_one_kills(monkeypatch):
+    """An echo within seconds is not the second signal; Ctrl-C twice is."""
+    monkeypatch.setattr(loop, "ECHO_SECONDS", 0.2)
+    killed, before = [], signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "raise_signal", killed.append)
+        with loop.StopSignal() as stop:
+            assert stop.name(0) is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.name(0) == "SIGTERM" and killed == []
+            time.sleep(0.25)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert killed == [signal.SIGTERM, signal.SIGINT]
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
