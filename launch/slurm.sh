@@ -43,9 +43,14 @@ else
   [ $# -gt 0 ] || fail "no command behind --, as in -- cfjax train --config=configs/dmd.py --workdir=/shared/runs/dmd"
 fi
 
+tasks=$((gpus > 0 ? gpus : 1))
+# Processes join for train and precompute only (SHARED in cfjax/__main__.py); of the rest there would be copies.
+single="$(awk '$1 == "cfjax" && $2 !~ /^(train|precompute)$/ { print $2; exit }' "${array:-/dev/stdin}" <<<"$*")"
+[ -z "$single" ] || [ $((nodes * tasks)) -eq 1 ] || fail "cfjax $single is one process's work; add --nodes=1 --gpus=1"
+
 # shellcheck disable=SC2016  # what stands in single quotes is for the batch script to expand
 script() {
-  local tasks=$((gpus > 0 ? gpus : 1)) option
+  local option
   echo "#!/usr/bin/env bash"
   echo "#SBATCH --job-name=$name"
   echo "#SBATCH --nodes=$nodes"
@@ -68,6 +73,8 @@ script() {
   for option in ${extra[@]+"${extra[@]}"}; do echo "#SBATCH $option"; done
   printf '\nset -uo pipefail\ncd %q || exit 2\n' "$PWD"
   echo "trap : TERM # the run is told too, and this script has to outlive it"
+  # An error where there is no GPU, instead of a run on CPUs.
+  [ "$gpus" -eq 0 ] || echo 'export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"'
   if [ -n "$array" ]; then
     printf 'eval "set -- $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" %q)"\n' "$(realpath "$array")"
     echo 'job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'

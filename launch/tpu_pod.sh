@@ -12,6 +12,7 @@
 #   --project=PROJECT  --directory=cfjax (on the workers)  --device=tpu (what setup installs: tpu, gpu, cpu)
 #   --python=python3 (3.11 or newer, for setup)  --port=8476 (of process 0, with --hosts)
 #   --name=cfjax --slices=1 --restarts=100 --grace=300 (with --xpk)
+#   --env=NAME=VALUE  a variable of every process; may be repeated
 #
 # A multislice or queued resource is asked for with gcloud first; its nodes are then reached by --tpu, one call each.
 set -euo pipefail
@@ -23,7 +24,7 @@ fail() {
 }
 
 action="" tpu="" zone="" project="" hosts="" xpk="" cluster="" tpu_type="" image="" dry=""
-directory=cfjax device=tpu python=python3 port=8476 name=cfjax slices=1 restarts=100 grace=300
+directory=cfjax device=tpu python=python3 port=8476 name=cfjax slices=1 restarts=100 grace=300 env=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --tpu=* | --zone=* | --project=* | --hosts=* | --cluster=* | --tpu-type=* | --image=* | --directory=* | --device=* | \
@@ -31,9 +32,13 @@ while [ $# -gt 0 ]; do
       key="${1%%=*}" key="${key#--}"
       printf -v "${key//-/_}" '%s' "${1#*=}"
       ;;
+    --env=*)
+      [[ "${1#*=}" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "$1: write --env=NAME=VALUE"
+      env+=("${1#*=}")
+      ;;
     --xpk) xpk=yes ;;
     --dry-run) dry=yes ;;
-    --help) sed -n '2,17s/^# \{0,1\}//p' launch/tpu_pod.sh && exit 0 ;;
+    --help) sed -n '2,18s/^# \{0,1\}//p' launch/tpu_pod.sh && exit 0 ;;
     --) shift && break ;;
     setup | run | logs | stop)
       [ -z "$action" ] || fail "$action and $1: one at a time"
@@ -103,7 +108,7 @@ if [ -n "$xpk" ]; then
   for key in cluster tpu_type image; do [ -n "${!key}" ] || fail "--xpk needs --${key//_/-}"; done
   do_ xpk workload create --cluster="$cluster" --workload="$name" --tpu-type="$tpu_type" --num-slices="$slices" \
     ${zone:+--zone="$zone"} ${project:+--project="$project"} --docker-image="$image" --max-restarts="$restarts" \
-    --restart-on-exit-codes=75 --termination-grace-period-seconds="$grace" \
+    --restart-on-exit-codes=75 --termination-grace-period-seconds="$grace" ${env[@]+"${env[@]/#/--env=}"} \
     --command="bash launch/worker.sh$(printf ' %q' "$@")"
   exit
 fi
@@ -114,11 +119,13 @@ case "$action" in
     everywhere "mkdir -p $directory && tar xzf cfjax.tar.gz -C $directory && cd $directory && PYTHON=$python bash launch/setup.sh $device"
     ;;
   run)
-    # Cloud TPU machines ask their metadata server who the others are. The run outlives the connection.
-    joining=""
-    [ -z "$tpu" ] || joining="CFJAX_DISTRIBUTED=auto "
+    # Cloud TPU machines ask their metadata server who the others are, and whether they are to be maintained; without a
+    # TPU a run there is an error. The run outlives the connection.
+    about=http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event
+    [ -z "$tpu" ] || env=(CFJAX_DISTRIBUTED=auto JAX_PLATFORMS=tpu,cpu "CFJAX_MAINTENANCE_URL=$about" ${env[@]+"${env[@]}"})
+    variables="$([ ${#env[@]} -eq 0 ] || printf ' %q' "${env[@]}")"
     alone="{ ! kill -0 \$(cat logs/run.pid 2>/dev/null) 2>/dev/null || { echo 'a run is there already: stop it first' >&2; false; }; }"
-    everywhere "cd $directory && mkdir -p logs && $alone && { ${joining}nohup bash launch/worker.sh$(printf ' %q' "$@") >logs/run.log 2>&1 </dev/null & echo \$! >logs/run.pid; }"
+    everywhere "cd $directory && mkdir -p logs && $alone && { nohup env$variables bash launch/worker.sh$(printf ' %q' "$@") >logs/run.log 2>&1 </dev/null & echo \$! >logs/run.pid; }"
     ;;
   logs) everywhere "tail -n 20 $directory/logs/run.log" ;;
   stop) everywhere "kill -TERM \$(cat $directory/logs/run.pid)" ;;

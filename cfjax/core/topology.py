@@ -54,6 +54,8 @@ CHIPS = {
         Chip("v5p", "tpu", 95 * GIB, 459e12, 1200e9, dimensions=3),
         Chip("v6e", "tpu", 32 * GIB, 918e12, 800e9, dimensions=2),
         Chip("tpu7x", "tpu", 192 * GIB, 2307e12, 1200e9, devices=2, dimensions=3),
+        # What JAX's pool holds at least: launch/worker.sh gives it 0.95 of the 84.94e9 bytes that the driver shows,
+        # 80.7e9; the rest is for CUDA's context, NCCL's buffers and CUDA graphs. JAX's own share is 0.75: 63.7e9.
         Chip("h100", "gpu", 80 * 10**9, 989e12, 900e9, dimensions=2),
         Chip("cpu", "cpu", 0, 0.0, 0.0),
     )

@@ -4,9 +4,11 @@
         -- cfjax train --config=configs/dmd.py --workdir=/bucket/runs/dmd
     python launch/gke/jobset.py --name=dmd --image=IMAGE --gpu=nvidia-h100-80gb --nodes=4 -- cfjax train ...
     python launch/gke/jobset.py --dry-run ...        prints the manifest instead of giving it to kubectl
+    python launch/gke/jobset.py --env NAME=VALUE ... a variable of every process; may be repeated
 
 --bucket mounts a Cloud Storage bucket at /bucket (GKE's gcsfuse driver; the service account must be allowed to use it,
-and the bucket needs a hierarchical namespace, so that a checkpoint's folder is renamed at once).
+and the bucket needs a hierarchical namespace, so that a checkpoint's folder is renamed at once). A JobSet that has
+ended keeps its name until `kubectl delete jobset NAME`; the same command then goes on with the run.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from cfjax.__main__ import SHARED
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 
@@ -36,6 +39,7 @@ class Machines:
     """Where a JobSet runs: `tpu` as v5p:4x4x4 (chips along each axis of one slice), or `gpu`, GKE's name of one.
 
     `chips`: chips or GPUs of one host; 0 is what is usual: all of a slice of one host, else 4; 8 GPUs.
+    `env`: NAME=VALUE of every process, over what this file sets.
     """
 
     image: str
@@ -48,13 +52,15 @@ class Machines:
     service_account: str = "default"
     restarts: int = 100
     grace: int = 300
+    env: Sequence[str] = ()
 
 
 def manifest(name: str, command: Sequence[str], machines: Machines) -> dict[str, Any]:
     """The JobSet that runs `command` on every host of `machines`.
 
     Raises:
-      UserError: a name that Kubernetes refuses; a slice that is not one; neither or both of tpu and gpu.
+      UserError: a name that Kubernetes refuses; a slice that is not one; neither or both of tpu and gpu; a variable
+        without a value; a verb that is one process's, on several hosts.
     """
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise UserError(
@@ -66,8 +72,11 @@ def manifest(name: str, command: Sequence[str], machines: Machines) -> dict[str,
         raise UserError("--image is missing: the container's image, see launch/gke/Dockerfile")
     if not command:
         raise UserError("no command behind --, as in -- cfjax train --config=configs/dmd.py --workdir=/bucket/runs/dmd")
+    values = _tpu(machines) if machines.tpu else _gpu(name, machines)
+    if values["hosts"] * values["slices"] > 1 and command[0] == "cfjax" and command[1:2] and command[1] not in SHARED:
+        raise UserError(f"cfjax {command[1]} is one process's work; name one host, as --tpu=v5p:2x2x1 or --nodes=1")
     bucket = bool(machines.bucket)
-    values: dict[str, Any] = {
+    values |= {
         "name": name,
         "command": ["bash", "launch/worker.sh", *command],
         "image": machines.image,
@@ -75,12 +84,10 @@ def manifest(name: str, command: Sequence[str], machines: Machines) -> dict[str,
         "grace": machines.grace,
         "service_account": machines.service_account,
         "pod_annotations": {"gke-gcsfuse/volumes": "true"} if bucket else {},
-        "volumes": [_bucket(machines.bucket)] if bucket else [],
+        "volumes": [_bucket(machines)] if bucket else [],
         "mounts": [{"name": "bucket", "mountPath": "/bucket"}] if bucket else [],
     }
-    if machines.tpu:
-        return _fill("tpu.yaml", values | _tpu(machines))
-    return _fill("gpu.yaml", values | _gpu(name, machines))
+    return _fill("tpu.yaml" if machines.tpu else "gpu.yaml", values)
 
 
 def _fill(file: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,33 +110,50 @@ def _tpu(machines: Machines) -> dict[str, Any]:
         "slices": machines.slices,
         "hosts": total // chips,
         "chips": chips,
-        "environment": [],
+        "environment": _environment(machines, {"name": "JAX_PLATFORMS", "value": "tpu,cpu"}),
     }
 
 
 def _gpu(name: str, machines: Machines) -> dict[str, Any]:
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
     return {
+        "slices": 1,
         "hosts": machines.nodes,
         "chips": machines.chips or 8,
         "node_selector": {"cloud.google.com/gke-accelerator": machines.gpu},
-        "environment": [
+        "environment": _environment(
+            machines,
+            {"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"},  # where GKE mounts the driver
+            {"name": "JAX_PLATFORMS", "value": "cuda"},  # "cuda,cpu" would pass over GPUs that are not there
             {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-node-0-0.{name}:{PORT}"},
             {"name": "JAX_NUM_PROCESSES", "value": str(machines.nodes)},
             {"name": "JAX_PROCESS_ID", "valueFrom": index},
-        ],
+        ),
     }
 
 
-def _bucket(bucket: str) -> dict[str, Any]:
-    attributes = {"bucketName": bucket, "mountOptions": "implicit-dirs"}
+def _environment(machines: Machines, *ours: dict[str, Any]) -> list[dict[str, Any]]:
+    for word in machines.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
+            raise UserError(f"--env={word}: write NAME=VALUE")
+    given = (dict(zip(("name", "value"), word.split("=", 1), strict=True)) for word in machines.env)
+    return list({one["name"]: one for one in (*ours, *given)}.values())
+
+
+def _bucket(machines: Machines) -> dict[str, Any]:
+    attributes = {"bucketName": machines.bucket, "mountOptions": "implicit-dirs"}
+    if machines.tpu:  # these pods use the host's network, where the driver takes the pod's account only if asked
+        attributes["hostNetworkPodKSA"] = "true"
     return {"name": "bucket", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `Machines`."""
     for name, default in vars(Machines(image="")).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        kind: dict[str, Any] = {"type": type(default), "default": default}
+        if name == "env":
+            kind = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+        parser.add_argument(f"--{name.replace('_', '-')}", **kind)
 
 
 def machines_of(given: argparse.Namespace) -> Machines:
@@ -140,19 +164,22 @@ def machines_of(given: argparse.Namespace) -> Machines:
 def submit(manifests: Sequence[Mapping[str, Any]], *, dry_run: bool) -> None:
     """Gives the manifests to kubectl, or prints them.
 
+    They are created, not applied: to apply a JobSet that has ended changes nothing and starts nothing.
+
     Raises:
-      UserError: no kubectl, or it refuses.
+      UserError: no kubectl, or it refuses, also a name that is taken.
     """
     text = yaml.safe_dump_all(manifests, sort_keys=False, width=120)
     if dry_run:
         return say(text.rstrip())
     try:
-        subprocess.run(["kubectl", "apply", "--filename=-"], input=text, text=True, check=True)
+        subprocess.run(["kubectl", "create", "--filename=-"], input=text, text=True, check=True)
     except FileNotFoundError:
         raise UserError("no kubectl here; --dry-run shows what would be submitted") from None
     except subprocess.CalledProcessError as error:
         raise UserError(
-            f"kubectl refused the manifest (exit code {error.returncode}); its reason stands above"
+            f"kubectl refused (exit code {error.returncode}), its reason stands above; "
+            "a JobSet that is there already goes by kubectl delete jobset NAME"
         ) from None
 
 

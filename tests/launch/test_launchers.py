@@ -4,16 +4,21 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cfjax.__main__ import SHARED, VERBS
 from cfjax.core.errors import UserError
+from cfjax.core.topology import CHIPS, H100
 from tests.commands import ROOT
 
 sys.path.insert(0, str(ROOT / "launch"))
@@ -42,8 +47,9 @@ def options(script: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
 
 
-def worker(*command: str, told: bool) -> subprocess.CompletedProcess:
-    process = subprocess.Popen(["bash", "launch/worker.sh", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def worker(*command: str, told: bool, **environment: str) -> subprocess.CompletedProcess:
+    whole, line = {**os.environ, **environment}, ["bash", "launch/worker.sh", *command]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=whole)
     if told:
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
@@ -60,6 +66,76 @@ def test_a_stopped_run_is_told_from_a_finished_one():
     assert worker("bash", "-c", "trap 'exit 3' TERM; echo up; sleep 5 >/dev/null & wait", told=True).returncode == 3
 
 
+def test_a_slurm_step_passes_the_signal_on():
+    """SLURM tells the children of its step's daemon only, unless cgroup.conf says otherwise."""
+    stopped = worker(*STOPS, told=True, SLURM_STEP_ID="0")
+    assert stopped.returncode == 75 and "saved" in stopped.stdout
+
+
+def test_what_a_process_is_given(tmp_path, monkeypatch):
+    """The planner's limit of an H100 is within what JAX may take of it; what the user has set stands."""
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    script = (
+        shutil.copytree(ROOT / "launch", tmp_path / "launch") / "worker.sh"
+    )  # no environment there has a real cfjax
+    path = stand_in(tmp_path, cfjax="env")
+
+    def given(*argv: str, **environment: str) -> dict[str, str]:
+        lines = bash(str(script), "cfjax", *argv, path=path, **environment).stdout.splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+    (shown,) = re.findall(r"device_memory_size: (\d+)", H100)
+    ours = given("train", "--workdir=/shared/a b")
+    assert float(ours["XLA_CLIENT_MEM_FRACTION"]) * int(shown) >= CHIPS["h100"].memory
+    assert ours["JAX_COMPILATION_CACHE_DIR"] == "/shared/a b/.cache/jax"
+    for argv in (["train", "--workdir=gs://bucket/a"], ["export", "--workdir=/a"]):  # no folder; one that must be empty
+        assert "JAX_COMPILATION_CACHE_DIR" not in given(*argv)
+    theirs = given("train", "--workdir=/a", XLA_CLIENT_MEM_FRACTION="0.5", JAX_COMPILATION_CACHE_DIR="/c")
+    assert theirs["XLA_CLIENT_MEM_FRACTION"] == "0.5" and theirs["JAX_COMPILATION_CACHE_DIR"] == "/c"
+    assert "XLA_CLIENT_MEM_FRACTION" not in given("train", XLA_PYTHON_CLIENT_MEM_FRACTION="0.5")  # JAX refuses both
+
+
+def test_maintenance_stops_a_run():
+    """A metadata server that says NONE twice, then that the machine goes."""
+    asked = []
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"NONE" if len(asked) < 3 else b"TERMINATE_ON_HOST_MAINTENANCE")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = {"CFJAX_MAINTENANCE_URL": f"http://127.0.0.1:{server.server_port}/event"}
+        stopped = worker(*STOPS, told=False, CFJAX_MAINTENANCE_SECONDS="0.1", **where)
+        server.shutdown()
+    assert stopped.returncode == 75 and "saved" in stopped.stdout and asked == [("/event", "Google")] * 3
+    absent = {"CFJAX_MAINTENANCE_URL": "http://127.0.0.1:9/event", "CFJAX_MAINTENANCE_SECONDS": "0.05"}
+    assert worker("sleep", "0.3", told=False, **absent).returncode == 0  # no such server: no maintenance
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_only_verbs_that_join_are_started_more_than_once(tmp_path, verb):
+    (tmp_path / "commands.txt").write_text(f"cfjax train --x\ncfjax {verb} --config=a.py\n")
+    for asked in (["--", "cfjax", verb, "--x"], [f"--array={tmp_path}/commands.txt"]):
+        ran = bash("launch/slurm.sh", "--dry-run", "--gpus=2", *asked)
+        assert ran.returncode == (0 if verb in SHARED else 2), ran.stderr
+        assert verb in SHARED or (f"cfjax {verb} is one process's work" in ran.stderr and ran.stderr.count("\n") == 1)
+        assert bash("launch/slurm.sh", "--dry-run", "--gpus=1", *asked).returncode == 0
+    try:
+        jobset.manifest("a", ["cfjax", verb], jobset.Machines(image="i", gpu="nvidia-h100-80gb", nodes=2))
+        assert verb in SHARED
+    except UserError as error:
+        assert verb not in SHARED and f"cfjax {verb} is one process's work" in str(error)
+    jobset.manifest("a", ["cfjax", verb], jobset.Machines(image="i", tpu="v5p:2x2x1"))
+
+
 def test_slurm_dry_run():
     shown = bash("launch/slurm.sh", "--dry-run", "--nodes=4", "--grace=120", "--sbatch=--partition=h100", "--", *TRAIN)
     assert shown.returncode == 0, shown.stderr
@@ -70,6 +146,7 @@ def test_slurm_dry_run():
     assert subprocess.run(["bash", "-n"], input=shown.stdout, text=True).returncode == 0
     on_cpus = options(bash("launch/slurm.sh", "--dry-run", "--gpus=0", "--", *TRAIN).stdout)
     assert "gres" not in on_cpus and on_cpus["ntasks-per-node"] == "1"
+    assert 'export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"\n' in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -118,6 +195,7 @@ def test_slurm_array_task_runs_its_line(tmp_path):
         ("tpu_pod.sh", ["run", "--tpu=a", "--hosts=b", "--", "x"], "by one of"),
         ("tpu_pod.sh", ["run", "--xpk", "--cluster=c", "--image=i", "--", "x"], "--xpk needs --tpu-type"),
         ("tpu_pod.sh", ["stop", "--hosts=b", "--", "x"], "takes no command"),
+        ("tpu_pod.sh", ["run", "--hosts=b", "--env=A", "--", "x"], "--env=A: write --env=NAME=VALUE"),
         ("setup.sh", ["cuda"], "tpu, gpu or cpu"),
     ],
 )
@@ -140,14 +218,21 @@ def test_tpu_pod_dry_runs():
     (started,) = shown("run", *place, "--", *TRAIN)
     assert started[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
     assert {"--zone=us-east5-a", "--project=p", "--worker=all"} <= set(started)
-    assert f"CFJAX_DISTRIBUTED=auto nohup bash launch/worker.sh {TRAIN[0]} {TRAIN[1]}" in started[-1]
+    assert f" bash launch/worker.sh {TRAIN[0]} {TRAIN[1]}" in started[-1]
+    (told,) = re.findall(r"nohup env (.*) bash launch/worker.sh", started[-1])
+    page = "CFJAX_MAINTENANCE_URL=http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event"
+    assert shlex.split(told) == ["CFJAX_DISTRIBUTED=auto", "JAX_PLATFORMS=tpu,cpu", page]
+    (more,) = shown("run", *place, "--env=A=b c", "--env=JAX_PLATFORMS=cpu", "--", *TRAIN)
+    (told,) = re.findall(r"nohup env (.*) bash launch/worker.sh", more[-1])
+    assert shlex.split(told)[-2:] == ["A=b c", "JAX_PLATFORMS=cpu"]  # the last one holds
     assert shown("stop", *place)[0][-1] == "--command=kill -TERM $(cat cfjax/logs/run.pid)"
     by_ssh = shown("run", "--hosts=me@h0,h1", "--port=1234", "--", *TRAIN)
     assert [words[3] for words in by_ssh] == ["me@h0", "h1"]
     for index, words in enumerate(by_ssh):
         assert f"JAX_COORDINATOR_ADDRESS=h0:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={index};" in words[-1]
     place = ["--xpk", "--cluster=c", "--tpu-type=v5p-128", "--image=i", "--slices=2"]
-    (through_xpk,) = shown("run", *place, "--", *TRAIN)
+    (through_xpk,) = shown("run", *place, "--env=A=b c", "--env=D=", "--", *TRAIN)
+    assert {"--env=A=b c", "--env=D="} <= set(through_xpk)
     assert through_xpk[:3] == ["xpk", "workload", "create"] and "--num-slices=2" in through_xpk
     assert "--restart-on-exit-codes=75" in through_xpk
     assert shlex.split(through_xpk[-1].removeprefix("--command=")) == ["bash", "launch/worker.sh", *TRAIN]
@@ -180,8 +265,8 @@ def wait_for(condition, seconds: float = 20.0) -> None:
 
 
 def test_jobset_on_tpus(capsys):
-    argv = ["--dry-run", "--name=dmd", "--image=reg/i", "--tpu=v5p:4x4x4", "--slices=2", "--bucket=b", "--", *TRAIN]
-    assert jobset.main(argv) == 0
+    argv = ["--dry-run", "--name=dmd", "--image=reg/i", "--tpu=v5p:4x4x4", "--slices=2", "--bucket=b"]
+    assert jobset.main([*argv, "--env", "A=b=c", "--env=JAX_PLATFORMS=", "--", *TRAIN]) == 0
     made = yaml.safe_load(capsys.readouterr().out)
     assert (made["kind"], made["apiVersion"], made["metadata"]["name"]) == ("JobSet", "jobset.x-k8s.io/v1alpha2", "dmd")
     (job,) = made["spec"]["replicatedJobs"]
@@ -192,6 +277,10 @@ def test_jobset_on_tpus(capsys):
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["command"] == ["bash", "launch/worker.sh", *TRAIN]
     assert container["volumeMounts"] == [{"name": "bucket", "mountPath": "/bucket"}]
+    assert pod["hostNetwork"] and pod["volumes"][0]["csi"]["volumeAttributes"]["hostNetworkPodKSA"] == "true"
+    assert container["env"] == [{"name": "JAX_PLATFORMS", "value": ""}, {"name": "A", "value": "b=c"}]
+    plain = jobset.manifest("dmd", TRAIN, jobset.Machines(image="i", tpu="v5p:4x4x4"))
+    assert '"JAX_PLATFORMS", "value": "tpu,cpu"' in json.dumps(plain)
     # 2, a user's mistake, ends it; all else, 75 among it, starts it again
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2] and pod["restartPolicy"] == "Never"
     assert made["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
@@ -199,11 +288,13 @@ def test_jobset_on_tpus(capsys):
 
 def test_jobset_on_gpus_names_its_coordinator():
     """Pods of a JobSet are JOBSET-JOB-INDEX-POD.JOBSET: process 0 is pod 0."""
-    made = jobset.manifest("dmd", TRAIN, jobset.Machines(image="i", gpu="nvidia-h100-80gb", nodes=4))
+    made = jobset.manifest("dmd", TRAIN, jobset.Machines(image="i", gpu="nvidia-h100-80gb", nodes=4, bucket="b"))
     (job,) = made["spec"]["replicatedJobs"]
     container = job["template"]["spec"]["template"]["spec"]["containers"][0]
     environment = {one["name"]: one.get("value") for one in container["env"]}
     assert environment["JAX_COORDINATOR_ADDRESS"] == f"dmd-{job['name']}-0-0.dmd:8476"
+    assert (environment["JAX_PLATFORMS"], environment["LD_LIBRARY_PATH"]) == ("cuda", "/usr/local/nvidia/lib64")
+    assert "hostNetworkPodKSA" not in json.dumps(made)
     assert environment["JAX_NUM_PROCESSES"] == "4" == str(job["template"]["spec"]["completions"])
     assert "job-completion-index" in json.dumps(container["env"])
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
@@ -218,8 +309,23 @@ def test_jobset_on_gpus_names_its_coordinator():
         ("a", {"tpu": "v5e:2x4", "chips": 3}, "no multiple of --chips=3"),
         ("a", {}, "one of --tpu"),
         ("a", {"tpu": "v5p:2x2x2", "image": ""}, "--image is missing"),
+        ("a", {"tpu": "v5p:2x2x2", "env": ("1A=b",)}, "--env=1A=b: write NAME=VALUE"),
     ],
 )
 def test_jobset_mistakes(name, machines, told):
     with pytest.raises(UserError, match=re.escape(told)):
         jobset.manifest(name, TRAIN, jobset.Machines(**{"image": "i", **machines}))
+
+
+@pytest.mark.parametrize("code, told", [(0, ""), (1, "kubectl delete jobset NAME")])
+def test_jobsets_are_created_anew(tmp_path, monkeypatch, code, told):
+    """To apply an ended JobSet once more would start nothing."""
+    path = stand_in(tmp_path, kubectl=f'echo "$*" >{tmp_path}/asked; exit {code}')
+    monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
+    made = jobset.manifest("a", TRAIN, jobset.Machines(image="i", tpu="v5p:2x2x2"))
+    if code:
+        with pytest.raises(UserError, match=told):
+            jobset.submit([made], dry_run=False)
+    else:
+        jobset.submit([made], dry_run=False)
+    assert (tmp_path / "asked").read_text() == "create --filename=-\n"
