@@ -13,7 +13,7 @@ A config's `get_hyper(hyper)` returns the points, as in big_vision:
 and so do hyper.zipit([...]), hyper.chainit([...]), hyper.fixed(key, value); or its `sweep()` yields dicts of key and
 value. Either may take the config's argument (the words behind its colon) as one more parameter. Keys may go without
 "config."; each must be a key of the config. --config.KEY=VALUE holds for all points. A point's folder under --workdir
-is named by its overrides. The same command again goes on with what was begun.
+is named by its overrides. The same command again goes on with what was begun (of JobSets, those that were deleted).
 What stands behind -- goes to launch/slurm.sh or launch/gke/jobset.py; --dry-run shows what would be started.
 --verb=evaluate does the same for the evaluation of every point, in the folder evaluation of its run.
 """
@@ -45,8 +45,10 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import in_bucket, local_path, path_of, replacing
 
 ROOT = Path(__file__).parents[1]
+LOGS = ROOT / "logs"  # slurm.sh's, in the folder that is the same on all nodes
 LONGEST_NAME = 120
 Point = dict[str, Any]
 
@@ -175,13 +177,13 @@ def _short(key: str, keys: Sequence[str]) -> str:
     return key
 
 
-def runs_of(spec: str, workdir: Path, overrides: Sequence[str], verb: str = "train") -> list[Run]:
-    """Every point as a run, its overrides checked against the config.
+def runs_of(spec: str, workdir: str | Path, overrides: Sequence[str], verb: str = "train") -> list[Run]:
+    """Every point as a run, its overrides checked against the config; `workdir` may be in a bucket.
 
     Raises:
-      UserError: a key that the config lacks, or a value of another type.
+      UserError: a key that the config lacks, or a value of another type; a workdir that is no place.
     """
-    points = points_of(spec)
+    points, root = points_of(spec), path_of(workdir)
     keys = sorted(set().union(*points))
     for word in overrides:
         key = word.lstrip("-").removeprefix("no").removeprefix("config.").partition("=")[0]
@@ -190,10 +192,10 @@ def runs_of(spec: str, workdir: Path, overrides: Sequence[str], verb: str = "tra
     runs = []
     for point in points:
         name = name_of(point, keys)
-        folder = workdir / name
+        folder = root / name
         train = [f"--config={spec}", f"--workdir={folder}", *overrides]
         train += [f"--config.{key}={value}" for key, value in point.items()]
-        config, _, _ = parse("train", train, description="")
+        config, _, _ = parse("train", train, description="", bucket=True)
         command = ["cfjax", "train", *train]
         if verb == "evaluate":
             command = ["cfjax", "evaluate", f"--config.run={folder}", f"--workdir={folder / 'evaluation'}"]
@@ -250,14 +252,17 @@ class Local:
         return code
 
 
-def to_slurm(runs: Sequence[Run], workdir: Path, jobs: int, options: Sequence[str], *, dry_run: bool) -> int:
+def to_slurm(runs: Sequence[Run], workdir: str | Path, jobs: int, options: Sequence[str], *, dry_run: bool) -> int:
     """Hands the runs to launch/slurm.sh as one array, of which `jobs` run at a time; returns its exit code.
 
-    Their commands are written to commands.txt in the sweep's folder, in a dry run too.
+    Their commands are written to a file in the sweep's folder (`LOGS` for a sweep in a bucket), in a dry run too. The
+    jobs read their lines when they start, maybe much later: its name holds a hash of its text, so it never changes.
     """
-    file = workdir / "commands.txt"  # beside the runs: the jobs read their lines when they start, maybe much later
-    workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(shlex.join(run.command) + "\n" for run in runs))
+    text = "".join(shlex.join(run.command) + "\n" for run in runs)
+    folder = LOGS if in_bucket(path_of(workdir)) else Path(workdir)
+    file = folder / f"commands-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
     asked = [*(["--dry-run"] if dry_run else []), *([f"--parallel={jobs}"] if jobs else [])]
     script = str(ROOT / "launch" / "slurm.sh")
     return subprocess.run(["bash", script, *asked, f"--array={file.resolve()}", *options]).returncode
@@ -335,13 +340,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_table(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_table(workdir: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes table.json and table.md into the sweep's folder, whole or not at all."""
     for name, text in (("table.json", json.dumps(rows, indent=2, default=str)), ("table.md", markdown(rows))):
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / f".{name}"
-        temporary.write_text(text + "\n")
-        os.replace(temporary, workdir / name)
+        with replacing(path_of(workdir) / name) as partial:
+            partial.write_text(text + "\n")
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
@@ -350,7 +353,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["list", "run", "slurm", "jobset", "table"])
     parser.add_argument("--config", required=True, help="file.py[:arg], whose sweep is meant")
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the sweep")
+    parser.add_argument("--workdir", required=True, help="folder of the sweep, here or gs://BUCKET/FOLDER")
     parser.add_argument("--verb", default="train", choices=["train", "evaluate"])
     parser.add_argument("--jobs", type=int, default=0, help="how many at a time; 0: one here, all of them on a cluster")
     parser.add_argument("--devices", default="", help="run: ids of GPUs, as 0,1,2,3, one for each job")
@@ -372,6 +375,8 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list
 def main(argv: Sequence[str]) -> int:
     """Reads the command line; returns the exit code: 1 if a run of this machine failed."""
     given, overrides, rest = _arguments(argv)
+    if given.action == "run":
+        local_path(given.workdir, "--workdir", "runs of this machine keep their output on it")
     runs = runs_of(given.config, given.workdir, overrides, given.verb)
     if given.action == "list" or (given.action == "run" and given.dry_run):
         say("\n".join(shlex.join(run.command) for run in runs))

@@ -22,7 +22,7 @@ from etils import epath
 
 from cfjax.core.errors import UserError
 
-BUCKET = "gs://"
+BUCKET, SLASH_LOST = "gs://", "gs:/"
 PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
 
 
@@ -30,11 +30,12 @@ def path_of(place: str | os.PathLike[str]) -> Path:
     """`place` as a path: pathlib's own, or etils' for one in a bucket, which has the same interface.
 
     Raises:
-      UserError: it is of another kind (`s3://`), or the packages for buckets are not installed.
+      UserError: it is of another kind (`s3://`), a bucket's address that has lost a slash (as pathlib makes of one), or
+        the packages for buckets are not installed.
     """
     text = os.fspath(place)
     kind, mark, _ = text.partition("://")
-    if not mark:
+    if not mark and not text.startswith(SLASH_LOST):
         return Path(text)
     if kind + mark != BUCKET or not text.removeprefix(BUCKET).strip("/"):
         raise UserError(f"{text}: name a folder, or a bucket's folder as {BUCKET}BUCKET/FOLDER")
@@ -69,7 +70,7 @@ def local_path(place: str | os.PathLike[str], what: str, why: str) -> Path:
       UserError: it is a bucket's.
     """
     text = os.fspath(place)
-    if "://" in text:
+    if "://" in text or text.startswith(SLASH_LOST):
         raise UserError(f"{what}={text}: {why}; mount the bucket or copy the folder, and name the local path")
     return Path(text)
 

@@ -117,8 +117,34 @@ def test_slurm_gets_one_array(tmp_path, capfd):
     assert sweep.to_slurm(runs, tmp_path, 2, ["--gpus=1", "--time=1:00:00"], dry_run=True) == 0
     script = capfd.readouterr().out
     assert "#SBATCH --array=0-3%2\n" in script and "#SBATCH --time=1:00:00\n" in script
-    lines = (tmp_path / "commands.txt").read_text().splitlines()
-    assert [shlex.split(line) for line in lines] == [run.command for run in runs]
+    (file,) = tmp_path.glob("commands-*.txt")
+    assert [shlex.split(line) for line in file.read_text().splitlines()] == [run.command for run in runs]
+    before = file.read_text()
+    assert sweep.to_slurm(runs[:2], tmp_path, 2, [], dry_run=True) == 0
+    assert file.read_text() == before  # which jobs of the first array have yet to read
+    evaluations = sweep.runs_of(DMD, tmp_path, [], "evaluate")
+    assert sweep.to_slurm(evaluations, tmp_path, 0, ["--gpus=8"], dry_run=True) == 2
+    assert "cfjax evaluate is one process's work" in capfd.readouterr().err
+
+
+def test_a_bucket_s_address_stays_whole(tmp_path, capfd, monkeypatch):
+    """Jobs elsewhere take it; runs of this machine, and an address without its second slash, are refused."""
+    monkeypatch.setattr(sweep, "LOGS", tmp_path)
+    asked, folder = (
+        [f"--config={DMD}", "--workdir=gs://b/s", "--dry-run"],
+        "gs://b/s/student.lr=0.0002,cadence.student=2",
+    )
+    assert sweep.main(["slurm", *asked, "--", "--gpus=1"]) == 0
+    (file,) = tmp_path.glob("commands-*.txt")
+    assert (
+        f"--workdir={folder}" in shlex.split(file.read_text().splitlines()[0]) and str(file) in capfd.readouterr().out
+    )
+    assert sweep.main(["jobset", *asked, "--", "--image=i", "--tpu=v5p:2x2x1"]) == 0
+    assert f"--workdir={folder}\n" in capfd.readouterr().out
+    with pytest.raises(UserError, match="--workdir=gs://b/s: runs of this machine keep their output on it"):
+        sweep.main(["run", *asked])
+    with pytest.raises(UserError, match="gs:/b/s: name a folder, or a bucket's folder as gs://BUCKET/FOLDER"):
+        sweep.runs_of(DMD, Path("gs://b/s"), [])
 
 
 def test_kubernetes_gets_a_jobset_for_each_run(capfd):

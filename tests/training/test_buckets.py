@@ -292,7 +292,7 @@ def test_large_files_arrive_whole(bucket):
 
 def test_only_buckets_of_one_kind(monkeypatch):
     assert paths.path_of("runs/x") == Path("runs/x") and not paths.in_bucket(paths.path_of("runs/x"))
-    for place in ("s3://bucket/run", "gs://", "http://host/run"):
+    for place in ("s3://bucket/run", "gs://", "http://host/run", str(Path("gs://bucket/run"))):
         with pytest.raises(UserError, match="name a folder, or a bucket's folder as gs://BUCKET/FOLDER"):
             paths.path_of(place)
     monkeypatch.setattr(paths, "PACKAGES", ("no_such_package.for_buckets",))
