@@ -1,7 +1,7 @@
 """The two moves of block-autoregressive generation, and the scan that repeats them.
 
 Everything that generates block by block (samplers, self-forcing, ODE pairs, the streaming session) is `scan_blocks`
-over a function of one block that calls `denoise_block` any number of times and `commit_block` once.
+over a function of one block that calls `denoise_block` any number of times and `commit_block` once, if it is read.
 """
 
 from collections.abc import Callable

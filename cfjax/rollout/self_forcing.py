@@ -67,7 +67,7 @@ class Rollout:
 
     x_exit_BFHWC, sigma_exit_BF: input and level of each frame's exit step.
     x0_BFHWC: the generated video (prediction at the exit step).
-    context: committed keys and values of all frames, the replay's context.
+    context: committed keys and values, the replay's context; zeros for the last block, which no other block sees.
     """
 
     x_exit_BFHWC: jax.Array
@@ -124,6 +124,9 @@ def rollout(
         model.config, batch, num_frames, model.config.tokens_per_frame(height, width), Blocks(frames=blocks.frames)
     )
 
+    starts = jnp.asarray([start for start, _ in spans], jnp.int32)
+    last = starts[(len(spans) if count is None else jnp.minimum(count, len(spans))) - 1]
+
     def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, tuple[jax.Array, ...]]:
         (x, renoise, context_eps), (levels, exit_step) = inputs
 
@@ -138,7 +141,9 @@ def rollout(
             x_exit = jax.lax.fori_loop(0, exit_step, step, x)
         x0 = predict(x_exit, levels[exit_step])
         seen = add_noise(x0, context_eps, config.context_noise)
-        cache = commit_block(model, seen, text_kv, cache, start, blocks)
+        commit = lambda cache: commit_block(model, seen, text_kv, cache, start, blocks)  # noqa: E731
+        if len(spans) > 1:  # nothing reads the keys and values of the last block: it is not committed
+            cache = jax.lax.cond(start < last, commit, lambda cache: cache, cache)
         return cache, (x_exit, jnp.broadcast_to(levels[exit_step], x.shape[:2]), x0)
 
     frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])

@@ -10,9 +10,11 @@ from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import FrameKV, embed_text, forward_block
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block
+from cfjax.planning.flops import count_flops
+from cfjax.rollout import self_forcing
+from cfjax.rollout.blocks import commit_block, denoise_block
 from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
-from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, normal, relative, text, tiny
+from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, normal, relative, text, text_kv, tiny
 
 BLOCKS = Blocks(2)
 TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
@@ -138,6 +140,50 @@ def test_exit_draws():
     assert set(draws[:, 0].tolist()) == {0, 1, 2, 3} and set(map(tuple, draws[:, 1:].tolist())) == {
         *itertools.product((0, 1), repeat=2)
     }
+
+
+LAYOUTS = {
+    "blocks": (BLOCKS, None, [0, 2]),
+    "first_frame": (Blocks(1, independent_first_frame=True), None, [0, 1, 2, 3, 4]),
+    "window": (Blocks(2, window=4), None, [0, 2]),
+    "two_of_three": (BLOCKS, 2, [0]),
+    "more_than_drawn": (BLOCKS, 9, [0, 2]),
+    "first_frame_alone": (Blocks(1, independent_first_frame=True), 1, []),
+    "one_block": (Blocks(FRAMES), None, []),
+}
+
+
+@pytest.mark.parametrize(("blocks", "count", "committed"), LAYOUTS.values(), ids=LAYOUTS)
+def test_the_network_is_called_for_each_step_and_each_commit_that_is_read(monkeypatch, blocks, count, committed):
+    """No block sees the last one, and none is replayed against its own context: it is not committed."""
+    calls = {"denoise_block": [], "commit_block": []}
+
+    def counted(name: str, given: int):
+        def call(*args):
+            jax.debug.callback(lambda start: calls[name].append(int(start)), args[-2])
+            return args[given]
+
+        return call
+
+    monkeypatch.setattr(self_forcing, "denoise_block", counted("denoise_block", 1))
+    monkeypatch.setattr(self_forcing, "commit_block", counted("commit_block", 3))
+    config, number = SelfForcing(SIGMAS), len(blocks.spans(FRAMES))
+    draws = {**draw_rollout(jax.random.key(3), SHAPE, config, blocks), "exit_N": jnp.full((number,), 1, jnp.int32)}
+    made = {} if count is None else {"count": jnp.int32(count)}
+    jax.block_until_ready(rollout(tiny(), text_kv(), draws, config, blocks, **made))
+    jax.effects_barrier()
+    assert sorted(calls["commit_block"]) == committed
+    assert len(calls["denoise_block"]) == 2 * (len(committed) + 1)
+
+
+def test_a_video_of_one_block_costs_its_steps_alone():
+    config, blocks = SelfForcing(SIGMAS), Blocks(FRAMES)
+    draws = draw_rollout(jax.random.key(3), SHAPE, config, blocks)
+    cache = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)
+    step = lambda x: denoise_block(tiny(), x, jnp.float32(1.0), text_kv(), cache, jnp.int32(0), blocks)  # noqa: E731
+    call = count_flops(step, normal(0))
+    roll = lambda draws: rollout(tiny(), text_kv(), draws, config, blocks)  # noqa: E731
+    assert [count_flops(roll, draws, trips={self_forcing.BEFORE_EXIT: steps}) for steps in (0, 3)] == [call, 4 * call]
 
 
 def test_generated_context_is_what_inference_would_cache():
