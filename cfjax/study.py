@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -11,13 +12,14 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.data.sets import open_dataset
+from cfjax.evaluate import load_evaluation
 from cfjax.evaluation.tables import gather, summarise_seeds
 from cfjax.experiment import blocks_of
 from cfjax.quickstart import TITLES, environment, networks, recipe, run_steps
 from cfjax.runs import open_run
-from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, opened_verdicts, verdicts
+from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, verdicts
 from cfjax.studies.injectivity import Plan, run
-from cfjax.studies.page import commit, page, table_html, verdict_list, write, write_study
+from cfjax.studies.page import commit, page, provenance, table_html, verdict_list, write, write_study
 from cfjax.studies.students import Budget
 
 INJECTIVITY = """Does the initialisation's teacher decide whether a few-step student is well-posed? On video laws whose
@@ -26,6 +28,9 @@ how good their videos are. Writes report/index.html and study.json. Interrupted?
 ABLATION = """Trains the toy world's pipeline with only the initialisation's teacher changed, over seeds, before and
 after DMD, and tabulates quality, motion, captions and diversity with intervals and p-values. Interrupted? The same
 command goes on."""
+MADE = "made.json"  # in a seed's folder: what each recipe was finished with
+# whose networks a recipe's are compared with: what differs is then the teacher alone; else the first recipe's
+REFERENCES = {"asymmetric_cd": "causal_forcing_pp"}
 KINDS = {
     "injectivity": (INJECTIVITY, "configs/study.py", "runs/study"),
     "ablation": (ABLATION, "configs/study.py:ablation", "runs/ablation"),
@@ -61,12 +66,15 @@ def plan_of(c: ConfigDict) -> Plan:
 
 def injectivity(c: ConfigDict, root: Path, command: str) -> int:
     """The exact part: computes what is missing, writes the page and the raw numbers."""
-    results = run(plan_of(c), root, say)
-    write_study(
-        root / "report" / "index.html", root / "study.json", results, command=command, environment=environment()
-    )
+    results = run(plan_of(c), root, say, _made())
+    write_study(root / "report" / "index.html", root / "study.json", results, command=command)
     say(f"report: {root}/report/index.html, numbers: {root}/study.json")
     return 0
+
+
+def _made() -> dict[str, str]:
+    """What a part is made with that is made now."""
+    return {"commit": commit(), **environment()}
 
 
 def _recipe_config(c: ConfigDict, name: str, seed: int) -> ConfigDict:
@@ -76,12 +84,23 @@ def _recipe_config(c: ConfigDict, name: str, seed: int) -> ConfigDict:
 
 
 def _pairs_of(c: ConfigDict) -> dict[str, list[tuple[str, str]]]:
-    """Stage of the comparison -> (network, what it is compared with): the first recipe's, at the same stage."""
+    """Stage of the comparison -> (network, what it is compared with, at the same stage).
+
+    That is the first recipe's, or that of the recipe in `REFERENCES` where it is among them.
+
+    Raises:
+      UserError: no recipe, no seed, or a recipe with nothing before its last network.
+    """
+    if not c.recipes or c.seeds < 1:
+        raise UserError(f"recipes={c.recipes}, seeds={c.seeds}: name at least one recipe, and one seed or more")
     trained = {name: networks(_recipe_config(c, name, 0)) for name in (*c.recipes, *c.forcings)}
+    if short := [name for name in c.recipes if len(trained[name]) < 2]:
+        raise UserError(f"recipes={short}: nothing comes before DMD there; use recipes with an initialisation")
     first = trained[c.recipes[0]]
+    of = {name: trained[REFERENCES[name]] if REFERENCES.get(name) in c.recipes else first for name in c.recipes}
     return {
-        "Before DMD": [(trained[name][-2], first[-2]) for name in c.recipes],
-        "After DMD": [(trained[name][-1], first[-1]) for name in c.recipes],
+        "Before DMD": [(trained[name][-2], of[name][-2]) for name in c.recipes],
+        "After DMD": [(trained[name][-1], of[name][-1]) for name in c.recipes],
         "Stage 1": [(name, first[0]) for name in (first[0], *(trained[f][0] for f in c.forcings))],
     }
 
@@ -90,7 +109,7 @@ def ablation(c: ConfigDict, root: Path, command: str) -> int:
     """The learned part: trains and evaluates every recipe of every seed, then compares.
 
     Raises:
-      UserError: a workdir of another ablation.
+      UserError: a workdir of another ablation, or nothing to compare.
     """
     record = {"budget": c.budget, "teacher": c.teacher}
     file = root / "ablation.json"
@@ -102,23 +121,49 @@ def ablation(c: ConfigDict, root: Path, command: str) -> int:
         folder = root / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*c.recipes, *c.forcings):
-            run_steps(recipe(_recipe_config(c, name, seed), folder), folder)
+            _run_recipe(_recipe_config(c, name, seed), name, folder)
     report_ablation(c, root, command, compared)
     return 0
 
 
+def _run_recipe(c: ConfigDict, name: str, folder: Path) -> None:
+    """Trains and evaluates what is missing, and notes what finished it: "unknown" where it was done already."""
+    steps, note = recipe(c, folder), folder / MADE
+    made: dict[str, dict[str, str]] = json.loads(note.read_text()) if note.exists() else {}
+    was_done = all(load_evaluation(folder / "evaluation" / network) is not None for network in networks(c))
+    run_steps(steps, folder)
+    if name not in made:
+        made[name] = {"commit": "unknown"} if was_done else _made()
+        write(note, json.dumps(made, indent=1))
+
+
+def _gathered(c: ConfigDict, root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Network -> its evaluations by seed: of this config's recipes and seeds alone, whatever else lies there."""
+    wanted = {"teacher", *(key for name in (*c.recipes, *c.forcings) for key in networks(_recipe_config(c, name, 0)))}
+    out: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(c.seeds):
+        for key, found in gather(f"{root}/seed{seed}/evaluation/*").items():
+            if key in wanted:
+                out.setdefault(key, []).extend(found)
+    return out
+
+
 def report_ablation(c: ConfigDict, root: Path, command: str, compared: Mapping[str, Sequence[tuple[str, str]]]) -> None:
     """Writes report/index.html and study.json from what was trained and evaluated under `root`."""
-    numbers = {key: summarise_seeds(found) for key, found in gather(f"{root}/seed*/evaluation/*").items()}
+    numbers = {key: summarise_seeds(found) for key, found in _gathered(c, root).items()}
     titles = {key: title for key, (title, *_) in TITLES.items()}
     opened = _left_open(c, root)
-    tables = [*compare_networks(numbers, compared, titles), *([open_table(opened, titles)] if opened else [])]
+    tables, tests = compare_networks(numbers, compared, titles)
+    tables += [open_table(opened, titles)] if opened else []
     rows = [(a, b) for (a, _), (b, _) in zip(compared["Before DMD"], compared["After DMD"], strict=True)]
-    found = [*verdicts(numbers), *opened_verdicts(opened)]
-    about = {"command": command, "commit": commit(), **environment(), "seeds": c.seeds, "budget": c.budget}
+    found = verdicts(numbers, opened)
+    notes = {seed: json.loads((root / f"seed{seed}" / MADE).read_text()) for seed in range(c.seeds)}
+    made = {f"seed{seed} {name}": of for seed, names in notes.items() for name, of in names.items()}
+    about = {"command": command, **provenance(made), "seeds": c.seeds, "budget": c.budget}
     lead = (
         "The toy world's pipeline with only the teacher of the initialisation changed: the same data, seeds and "
-        "updates. 95 % t-intervals over seeds; p by Welch's test against the first row, Holm-corrected per table. "
+        "updates. 95 % t-intervals over seeds; p in tables by Welch's test against the network that is named, "
+        "Holm-corrected per table; every paired p is in the numbers. "
         "Before DMD, a recipe without initialisation shows the AR network with its own many-step sampler."
     )
     parts = [
@@ -128,14 +173,15 @@ def report_ablation(c: ConfigDict, root: Path, command: str, compared: Mapping[s
         *map(table_html, tables),
     ]
     write(root / "report" / "index.html", page("One change: the initialisation's teacher", lead, parts, about))
-    record = {**about, "numbers": numbers, "left_open": opened, "verdicts": [vars(v) for v in found]}
-    write(root / "study.json", json.dumps({**record, "tables": [vars(t) for t in tables]}, indent=1) + "\n")
+    record = {**about, "made": made, "numbers": numbers, "left_open": opened, "verdicts": [vars(v) for v in found]}
+    record |= {"tests": tests, "tables": [vars(t) for t in tables]}
+    write(root / "study.json", json.dumps(record, indent=1) + "\n")
     say(f"report: {root}/report/index.html, numbers: {root}/study.json")
 
 
-def _left_open(c: ConfigDict, root: Path) -> dict[str, list[list[float]]]:
-    """Every regression's student -> by seed, by block, what it leaves of its teacher's end points."""
-    out: dict[str, list[list[float]]] = {}
+def _left_open(c: ConfigDict, root: Path) -> dict[str, dict[str, list[list[float]]]]:
+    """Every regression's student -> `left_open` of its own pairs, by seed."""
+    out: dict[str, dict[str, list[list[float]]]] = {}
     for seed in range(c.seeds):
         for network in ("ode", "bi_pairs_ode"):
             if not (root / f"seed{seed}" / network).exists():
@@ -144,5 +190,6 @@ def _left_open(c: ConfigDict, root: Path) -> dict[str, list[list[float]]]:
             how, data = run.config.objective.past, run.config.data
             pairs = open_dataset(Path(data.path) / data.name)
             records = [pairs[i] for i in range(len(pairs))]
-            out.setdefault(network, []).append(left_open(run.model, records, blocks_of(run.config), past=how))
+            for kind, blocks in left_open(run.model, records, blocks_of(run.config), past=how).items():
+                out.setdefault(network, {}).setdefault(kind, []).append(blocks)
     return out

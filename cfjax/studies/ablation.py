@@ -10,33 +10,40 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cfjax.evaluation.tables import COLUMNS
 from cfjax.flow.path import x0_from_flow
 from cfjax.models.wan import Wan, embed_text, teacher_forced
 from cfjax.nn.visibility import Blocks
-from cfjax.studies.findings import Table, Verdict, number
-from cfjax.studies.page import svg
-from cfjax.studies.statistics import holm, summary, welch
+from cfjax.studies.findings import Table
+from cfjax.studies.page import error_bars, svg
+from cfjax.studies.results import number, spread_of
+from cfjax.studies.statistics import holm, paired, recorded, summary, welch
+from cfjax.studies.verdicts import Claim, Verdict, judge
 
 Numbers = Mapping[str, Mapping[str, Any]]  # network -> measure -> {"values": by seed, ...}
-# number of an evaluation, what it says, factor, decimals
-COMPARED = (
-    ("all_correct", "caption all right, %", 100.0, 1),
-    ("residual", "residual", 1.0, 4),
-    ("jerkiness", "jerkiness, px", 1.0, 3),
-    ("step", "motion, px/frame", 1.0, 3),
-    ("diversity", "diversity", 1.0, 3),
+Opened = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]  # network -> "left", "shuffled" -> by seed, by block
+# number of an evaluation, what it says, factor, decimals: of the tables' columns, those that are measured of videos
+MEASURED = tuple(
+    (key, title, factor, max(digits, 3) if factor == 1.0 else digits)
+    for key, title, factor, digits in COLUMNS
+    if key != "network_calls"
 )
-# what the paper says or implies: claim, the worse network, the better one, by which number
+# what the paper says or implies, and diversity, of which it says nothing:
+# claim, the worse network, the better one, by which number
 CLAIMS = (
     ("Before DMD, the bidirectional teacher's pairs cost captions.", "bi_pairs_ode", "ode", "all_correct"),
     ("Before DMD, they cost motion.", "bi_pairs_ode", "ode", "step"),
     ("After DMD, they still cost captions.", "bi_pairs_ode_dmd", "dmd", "all_correct"),
     ("After DMD, they still cost motion.", "bi_pairs_ode_dmd", "dmd", "step"),
+    ("Before DMD, they cost diversity.", "bi_pairs_ode", "ode", "diversity"),
+    ("After DMD, they still cost diversity.", "bi_pairs_ode_dmd", "dmd", "diversity"),
     ("Self Forcing's own stage 2 costs captions before DMD.", "bi_ode", "ode", "all_correct"),
     ("Self Forcing's own stage 2 costs captions after DMD.", "bi_ode_dmd", "dmd", "all_correct"),
     ("Asymmetric CD is worse than causal CD, in captions.", "asymmetric_cd", "cd", "all_correct"),
     ("Asymmetric CD moves less than causal CD.", "asymmetric_cd", "cd", "step"),
+    ("Asymmetric CD is less diverse than causal CD.", "asymmetric_cd", "cd", "diversity"),
     ("After DMD, asymmetric CD is still worse than causal CD.", "asymmetric_cd_dmd", "cd_dmd", "all_correct"),
+    ("After DMD, asymmetric CD is still less diverse.", "asymmetric_cd_dmd", "cd_dmd", "diversity"),
     ("DMD without an initialisation ends worse.", "ar_dmd", "dmd", "all_correct"),
     ("Diffusion forcing makes a worse AR network than teacher forcing.", "diffusion_forcing", "ar", "all_correct"),
 )
@@ -50,63 +57,61 @@ def values(numbers: Numbers, network: str, measure: str) -> list[float]:
 
 def compare_networks(
     numbers: Numbers, compared: Mapping[str, Sequence[tuple[str, str]]], titles: Mapping[str, str]
-) -> list[Table]:
-    """A table per stage: mean [95 % interval] over seeds, and Holm-corrected p against the reference network."""
-    tables = []
+) -> tuple[list[Table], list[dict[str, Any]]]:
+    """A table per stage: mean [95 % interval] over seeds, and Holm-corrected p against each row's reference network.
+
+    Returns:
+      the tables, and every test: stage, network, reference, measure, Welch's p, the same after Holm, the paired p.
+    """
+    tables, tests = [], []
     for stage, pairs in compared.items():
-        raw = {
-            f"{a} {m}": welch(values(numbers, a, m), values(numbers, b, m))
-            for a, b in pairs
-            for m, *_ in COMPARED
-            if a != b
-        }
-        p, rows = holm(raw), []
+        both = {(a, b, m): [values(numbers, n, m) for n in (a, b)] for a, b in pairs if a != b for m, *_ in MEASURED}
+        p_welch = {f"{a} {m}": welch(*of) for (a, _, m), of in both.items()}
+        p = holm(p_welch)
+        rows = []
         for a, b in pairs:
             cells = []
-            for m, _, factor, digits in COMPARED:
+            for m, _, factor, digits in MEASURED:
                 s = summary([factor * v for v in values(numbers, a, m)])
                 interval = f" [{s['low']:.{digits}f}, {s['high']:.{digits}f}]" if len(s["values"]) > 1 else ""
                 tail = f", p {number(p[f'{a} {m}'])}" if a != b and interval else ""
                 cells.append(f"{s['mean']:.{digits}f}{interval}{tail}")
-            rows.append([titles[a], *cells])
-        tables.append(Table(stage, ["", *(title for _, title, *_ in COMPARED)], rows))
-    return tables
+            seeds = len(values(numbers, a, MEASURED[0][0]))
+            rows.append([titles[a], titles[b] if a != b else "", str(seeds), *cells])
+        tables.append(Table(stage, ["", "against", "seeds", *(title for _, title, *_ in MEASURED)], rows))
+        for (a, b, m), of in both.items():
+            known = {"welch": p_welch[f"{a} {m}"], "welch_holm": p[f"{a} {m}"], "paired": paired(*of)}
+            found = {kind: recorded(value) for kind, value in known.items()}
+            tests.append({"stage": stage, "network": a, "reference": b, "measure": m, **found})
+    return tables, tests
 
 
-def verdicts(numbers: Numbers) -> list[Verdict]:
-    """Every claim whose networks were measured: it holds if its direction is seen with p < 0.05, Holm over all."""
-    found = [claim for claim in CLAIMS if {claim[1], claim[2]} <= numbers.keys()]
-    p = holm({text: welch(values(numbers, a, m), values(numbers, b, m)) for text, a, b, m in found})
-    out = []
-    for text, a, b, m in found:
-        _, title, factor, digits = next(row for row in COMPARED if row[0] == m)
-        mean_a, mean_b = (factor * float(np.mean(values(numbers, network, m))) for network in (a, b))
-        shown = f"{title}: {mean_a:.{digits}f} against {mean_b:.{digits}f}, p {number(p[text])} (Holm)."
-        out.append(Verdict(text, shown, bool(mean_a < mean_b and p[text] < 0.05)))
-    return out
+def verdicts(numbers: Numbers, opened: Opened) -> list[Verdict]:
+    """Every claim whose networks were measured, judged as one family."""
+    found = []
+    for text, a, b, m in CLAIMS:
+        if {a, b} <= numbers.keys():
+            _, title, factor, digits = next(row for row in MEASURED if row[0] == m)
+            worse, better = values(numbers, a, m), values(numbers, b, m)
+            shown = (f"{factor * np.mean(of):.{digits}f}" for of in (worse, better))
+            found.append(Claim(text, f"{title}: {' against '.join(shown)}", better, worse))
+    return judge([*found, *_opened_claims(opened)])
 
 
-def opened_verdicts(opened: Mapping[str, Sequence[Sequence[float]]]) -> list[Verdict]:
+def _opened_claims(opened: Opened) -> list[Claim]:
     """Whether the bidirectional teacher's pairs leave more open than the AR teacher's: without a past, and with one."""
     if not {"bi_pairs_ode", "ode"} <= opened.keys():
         return []
-    bi, ar = (np.asarray(opened[network]) for network in ("bi_pairs_ode", "ode"))
-    pairs = {
-        "The bidirectional teacher's pairs leave more open in the first block, which has no past.": (
-            bi[:, 0],
-            ar[:, 0],
-        ),
-        "They leave more open in the later blocks, too.": (bi[:, 1:].mean(axis=1), ar[:, 1:].mean(axis=1)),
+    texts = {
+        "The bidirectional teacher's pairs leave more open in the first block, which has no past.": slice(0, 1),
+        "They leave more open in the later blocks, too.": slice(1, None),
     }
-    p = holm({text: welch(list(a), list(b)) for text, (a, b) in pairs.items()})
-    return [
-        Verdict(
-            text,
-            f"share of the end points' variance: {a.mean():.3f} against {b.mean():.3f}, p {number(p[text])} (Holm).",
-            bool(a.mean() > b.mean() and p[text] < 0.05),
-        )
-        for text, (a, b) in pairs.items()
-    ]
+    claims = []
+    for text, blocks in texts.items():
+        both = [np.mean(np.asarray(opened[k]["left"])[:, blocks], axis=1) for k in ("bi_pairs_ode", "ode")]
+        shown = " against ".join(f"{of.mean():.3f}" for of in both)
+        claims.append(Claim(text, f"share of the end points' variance: {shown}", *(of.tolist() for of in both)))
+    return claims
 
 
 @partial(jax.jit, static_argnames="blocks")
@@ -120,11 +125,15 @@ def _squares(
 
 def left_open(
     model: Wan, pairs: Sequence[Mapping[str, np.ndarray]], blocks: Blocks, *, past: str, batch: int = 64
-) -> list[float]:
+) -> dict[str, list[float]]:
     """What a student's prediction from pure noise and the clean past leaves of the end points, by block.
 
-    E|f(x_1, past) - x_end|^2 over the variance of x_end: at best the share that noise and past do not determine
-    (E Var), so an upper bound of it, with what training has not reached yet on top.
+    left: E|f(x_1, past) - x_end|^2 over the variance of x_end over all pairs: at best the share that noise, past and
+    text do not determine (E Var), so an upper bound of it, with what training has not reached yet on top.
+    shuffled: the same with x_1 of another pair, so what past and text alone tell f. Where it is hardly more than
+    `left`, nothing was left to the noise to decide, and a small `left` says nothing of ambiguity. For
+    f = E[x_end | x_1, past] and noise independent of the past, (left + shuffled) / 2 is the variance given past and
+    text, by the law of total variance.
 
     Args:
       past: "clip" or "endpoint", as in `objectives.ode_regression.Regression`.
@@ -135,46 +144,53 @@ def left_open(
         stacked = {name: np.stack([r[name] for r in records]).astype(np.float32) for name in _NAMES}
         noise, end = stacked["trajectory_JFHWC"][:, 0], stacked["trajectory_JFHWC"][:, -1]
         clean = stacked["latents_FHWC"] if past == "clip" else end
-        errors.append(np.asarray(_squares(model, noise, end, clean, stacked["text_SE"], blocks)))
+        own_and_other = (noise, np.roll(noise, 1, axis=0))
+        errors.append([np.asarray(_squares(model, x, end, clean, stacked["text_SE"], blocks)) for x in own_and_other])
         ends.append(end)
-    error_F = np.mean(errors, axis=0)
     prior_F = np.var(np.concatenate(ends), axis=0).mean(axis=(1, 2, 3))
-    return [float(error_F[a:b].mean() / prior_F[a:b].mean()) for a, b in blocks.spans(len(error_F))]
+    spans = blocks.spans(len(prior_F))
+    return {
+        kind: [float(error_F[a:b].mean() / prior_F[a:b].mean()) for a, b in spans]
+        for kind, error_F in zip(("left", "shuffled"), np.mean(errors, axis=0), strict=True)
+    }
 
 
 _NAMES = ("trajectory_JFHWC", "latents_FHWC", "text_SE")
 
 
 def _before_and_after(axes: Axes, numbers: Numbers, rows: Sequence[tuple[str, str]], measure: str) -> None:
-    _, title, factor, _ = next(row for row in COMPARED if row[0] == measure)
+    _, title, factor, _ = next(row for row in MEASURED if row[0] == measure)
     for shift, column, colour, label in ((-0.2, 0, GREY, "before DMD"), (0.2, 1, GREEN, "after DMD")):
-        found = [summary([factor * v for v in values(numbers, row[column], measure)]) for row in rows]
-        reach = [s["high"] - s["mean"] if np.isfinite(s["high"]) else 0.0 for s in found]
+        by_seed = [[factor * v for v in values(numbers, row[column], measure)] for row in rows]
+        means, reach = error_bars(by_seed, interval=True)
         places = np.arange(len(rows)) + shift
-        axes.bar(places, [s["mean"] for s in found], 0.38, yerr=reach, color=colour, capsize=3, label=label)
+        axes.bar(places, means, 0.38, yerr=reach, color=colour, capsize=3, label=label)
     axes.set_xticks(range(len(rows)), [before for before, _ in rows], rotation=30, ha="right", fontsize=8)
     axes.set_title(title, fontsize=10)
 
 
-def figure(numbers: Numbers, rows: Sequence[tuple[str, str]], opened: Mapping[str, Sequence[Sequence[float]]]) -> str:
+def figure(numbers: Numbers, rows: Sequence[tuple[str, str]], opened: Opened) -> str:
     """Inline SVG: every recipe before and after DMD with 95 % intervals, and what each teacher's pairs leave open.
 
     Args:
       rows: (network before DMD, network after it) of each recipe.
-      opened: network -> by seed, by block, the figures of `left_open`.
+      opened: see `left_open`.
     """
     drawing = Figure(figsize=(13, 7.5), layout="constrained")
     panels = drawing.subplots(2, 3).ravel()
-    for axes, (measure, *_) in zip(panels, COMPARED, strict=False):
+    for axes, (measure, *_) in zip(panels, MEASURED, strict=False):
         _before_and_after(axes, numbers, rows, measure)
     panels[0].legend(fontsize=7, loc="lower left")
-    for network, by_seed in opened.items():
-        found = [summary(list(block)) for block in zip(*by_seed, strict=True)]
-        reach = [s["high"] - s["mean"] if np.isfinite(s["high"]) else 0.0 for s in found]
-        panels[5].errorbar(
-            range(1, len(found) + 1), [s["mean"] for s in found], reach, marker="o", capsize=3, label=network
-        )
-        panels[5].set_xticks(range(1, len(found) + 1))
+    for network, kinds in opened.items():
+        for kind, style in (("left", "-"), ("shuffled", "--")):
+            if kind in kinds:
+                means, reach = error_bars(list(zip(*kinds[kind], strict=True)), interval=True)
+                label = network if kind == "left" else f"{network}, another pair's noise"
+                colour = GREEN if network == "ode" else "#c0392b"
+                blocks = range(1, len(means) + 1)
+                style_of: Any = {"marker": "o", "capsize": 3, "label": label, "color": colour, "ls": style}
+                panels[5].errorbar(blocks, means, reach, **style_of)
+                panels[5].set_xticks(blocks)
     panels[5].set(xlabel="block", ylim=(0, None))
     panels[5].set_title("share of the teacher's end points left open", fontsize=10)
     if opened:
@@ -182,19 +198,24 @@ def figure(numbers: Numbers, rows: Sequence[tuple[str, str]], opened: Mapping[st
     return svg(drawing)
 
 
-def open_table(opened: Mapping[str, Sequence[Sequence[float]]], titles: Mapping[str, str]) -> Table:
-    """`left_open` as a table."""
-    blocks = len(next(iter(opened.values()))[0])
+def open_table(opened: Opened, titles: Mapping[str, str]) -> Table:
+    """`left_open` as a table: what was measured of each network, and what is left of what the past leaves to decide."""
+    blocks = len(next(iter(opened.values()))["left"][0])
     rows = []
-    for network, by_seed in opened.items():
-        found = [summary(list(block)) for block in zip(*by_seed, strict=True)]
-        cells = [f"{s['mean']:.3f}" + (f" ± {s['sd']:.3f}" if len(s["values"]) > 1 else "") for s in found]
-        rows.append([titles[network], *cells])
+    for network, kinds in opened.items():
+        shown = {"left open": np.asarray(kinds["left"])}
+        if "shuffled" in kinds:
+            shown["the same with another pair's noise"] = other = np.asarray(kinds["shuffled"])
+            shown["ratio of the two"] = shown["left open"] / other
+        for what, by_seed in shown.items():
+            cells = [spread_of(list(block), 3) for block in by_seed.T]
+            rows.append([titles[network], what, str(len(by_seed)), *cells])
     return Table(
         "What the student leaves of its teacher's end points, from pure noise and the clean past",
-        ["", *(f"block {i}" for i in range(1, blocks + 1))],
+        ["", "", "seeds", *(f"block {i}" for i in range(1, blocks + 1))],
         rows,
-        "Squared error over the variance of the end points, on the pairs that it was trained on: an upper bound of the "
-        "share that noise and past do not determine. This is the dose: a bidirectional teacher can do harm only where "
-        "it leaves more open than the AR teacher does; where the past says what the future noise would, it does not.",
+        "Squared error over the variance of the end points over all pairs, on the pairs that it was trained on: an "
+        "upper bound of the share that noise, past and text do not determine. Small where a pair's own noise decides, "
+        "and also where past and text leave nothing to decide; with another pair's noise it is large in the first case "
+        "alone.",
     )

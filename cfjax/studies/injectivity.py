@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import replacing
+from cfjax.flow.path import add_noise
 from cfjax.flow.schedule import sigma_table
 from cfjax.models.wan import embed_text, teacher_forced
 from cfjax.studies import linear
@@ -22,6 +24,7 @@ from cfjax.studies.students import (
     SAMPLER,
     Budget,
     data_pool,
+    dmd_stage,
     dmd_trainer,
     self_rollout,
     train_ar,
@@ -29,12 +32,11 @@ from cfjax.studies.students import (
     train_init,
 )
 from cfjax.studies.toys import FRAMEWISE, Exact
-from cfjax.studies.walk import STEPS, TEACHERS, Probe, collide, probes, round_trip, settling
+from cfjax.studies.walk import STEPS, TEACHER_OF, TEACHERS, Probe, collide, facts, probes, round_trip, settling
 
 SIGMAS = tuple(float(s) for s in SAMPLER.sigmas())
-SETTLED = ("causal_ode", "bi_ode")  # the students whose end is compared with map and mean; their teachers below
-TEACHER_OF = {"causal_ode": "causal", "bi_ode": "bidirectional"}
 REAL_SEED = 10_000
+FORMAT = 2  # of the parts: those of another are not read
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,22 @@ class Plan:
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
-        if self.seeds < 0 or self.frames < 2:
-            raise UserError(f"study: seeds={self.seeds} must be 0 or more, and frames={self.frames} 2 or more")
+        least = {"seeds": 0, "frames": 2, "pasts": 1, "futures": 10, "futures_seed": 0, "collisions": 0, "videos": 2}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"study: {name}={getattr(self, name)} must be {low} or more")
         if unknown := sorted({*self.inits, *self.dmd} - set(INITS)):
             raise UserError(f"study: unknown initialisations {unknown}; use some of {', '.join(INITS)}")
         if not set(self.dmd) <= set(self.inits):
             raise UserError(f"study: dmd={self.dmd} goes on from initialisations; name them in inits too")
-        if off := [s for s in self.levels if abs(s * STEPS - round(s * STEPS)) > 1e-6]:
-            raise UserError(f"study: levels {off} are not multiples of 1/{STEPS}")
-        if self.dmd and (list(self.dmd_at) != sorted(set(self.dmd_at)) or any(n % 5 for n in self.dmd_at)):
-            raise UserError(f"study: dmd_at={self.dmd_at} must ascend, in multiples of 5")
+        if not self.levels:
+            raise UserError(f"study: levels={self.levels} must name one at least, such as (1.0,)")
+        if off := [s for s in self.levels if not 0.0 < s <= 1.0 or abs(s * STEPS - round(s * STEPS)) > 1e-6]:
+            raise UserError(f"study: levels {off} must lie in (0, 1], in multiples of 1/{STEPS}")
+        cycle = dmd_stage().cadence["student"]
+        ascending = list(self.dmd_at) == sorted(set(self.dmd_at)) and min(self.dmd_at, default=0) > 0
+        if self.dmd and (not ascending or any(n % cycle for n in self.dmd_at)):
+            raise UserError(f"study: dmd_at={self.dmd_at} must name iterations, ascending, in multiples of {cycle}")
         if any(not 1 <= k < self.frames for k in self.ahead):
             raise UserError(f"study: ahead={self.ahead} must lie between 1 and frames - 1 = {self.frames - 1}")
 
@@ -130,16 +138,9 @@ def _probes(plan: Plan, teacher: str) -> list[Probe]:
 def truth_part(plan: Plan) -> dict[str, Any]:
     """Ambiguity of the walk by teacher, frame and level, with the solver's error."""
     rows = [
-        {
-            "teacher": teacher,
-            "frame": p.frame + 1,
-            "sigma": p.sigma,
-            "ambiguity": p.ambiguity(),
-            "of_prior": p.ambiguity() / p.prior(),
-            "monotone": p.monotone(),
-        }
+        {"teacher": teacher, "frame": p.frame + 1, "sigma": p.sigma, **facts(p, ar)}
         for teacher in TEACHERS
-        for p in _probes(plan, teacher)
+        for p, ar in zip(_probes(plan, teacher), _probes(plan, "causal"), strict=True)
     ]
     errors = {str(n): round_trip(Walk(plan.frames), 500, 0, n) for n in (STEPS, 2 * STEPS)}
     return {"rows": rows, "round_trip": errors, "rk4_steps": STEPS}
@@ -156,7 +157,8 @@ def flow_error(student: Any, law: Walk, seed: int, count: int, sigma: float = 0.
     rng = np.random.default_rng(REAL_SEED + seed)
     clean = jnp.asarray(sample(law, rng, count), jnp.float32)[:, :, None, None, None]
     noise = jnp.asarray(rng.standard_normal(clean.shape), jnp.float32)
-    noisy, sigma_BF = (1.0 - sigma) * clean + sigma * noise, jnp.full(clean.shape[:2], sigma)
+    sigma_BF = jnp.full(clean.shape[:2], sigma)
+    noisy = add_noise(clean, noise, sigma_BF)
     teacher: Any = Exact(law)
 
     @jax.jit
@@ -180,7 +182,7 @@ def seed_part(plan: Plan, seed: int, told: Callable[[str], None]) -> dict[str, A
         told(f"seed {seed}: {init}")
         students[init] = train_init(law, init, budget, seed, pool, ar)
         out["quality"][init] = measure(self_rollout(students[init], seed, plan.videos), real, law)
-        for probe in _probes(plan, TEACHER_OF[init]) if init in SETTLED else ():
+        for probe in _probes(plan, TEACHER_OF[init]) if init in TEACHER_OF else ():
             row = {"init": init, "frame": probe.frame + 1, "sigma": probe.sigma, **settling(students[init], probe)}
             out["settling"].append(row)
     if plan.forcing:
@@ -210,26 +212,32 @@ def distilled(
     return out
 
 
-def run(plan: Plan, workdir: Path, told: Callable[[str], None]) -> dict[str, Any]:
+def run(plan: Plan, workdir: Path, told: Callable[[str], None], made: Mapping[str, str]) -> dict[str, Any]:
     """All parts, each written to `workdir`/parts when it is done and not computed again.
+
+    Args:
+      made: commit and versions, kept with each part that is computed now.
 
     Raises:
       UserError: the workdir holds parts of another plan.
     """
     folder = workdir / "parts"
     folder.mkdir(parents=True, exist_ok=True)
-    record, asked = folder / "plan.json", json.loads(json.dumps(asdict(plan)))
+    record, asked = folder / "plan.json", json.loads(json.dumps({"format": FORMAT, **asdict(plan)}))
     if record.exists() and {**json.loads(record.read_text()), "seeds": plan.seeds} != asked:
-        raise UserError(f"{folder} holds a study of other settings; choose another --workdir, or remove it")
-    record.write_text(json.dumps(asked, indent=1))
+        raise UserError(
+            f"{folder} holds a study of other settings or of another version; choose another --workdir, or remove it"
+        )
+    with replacing(record) as partial_file:
+        partial_file.write_text(json.dumps(asked, indent=1))
 
     def part(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         file = folder / f"{name}.json"
         if not file.exists():
             told(name)
-            unfinished = file.with_suffix(".partial")
-            unfinished.write_text(json.dumps(make(), indent=1))
-            unfinished.replace(file)
+            found = {"made": dict(made), **make()}
+            with replacing(file) as partial_file:
+                partial_file.write_text(json.dumps(found, indent=1))
         return json.loads(file.read_text())
 
     out = {

@@ -14,8 +14,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cfjax.studies.findings import Results, Table, Verdict, quality, settled, tables, verdicts
+from cfjax.core.paths import replacing
+from cfjax.studies.findings import Table, tables
+from cfjax.studies.results import Results, after_dmd, quality, settled
 from cfjax.studies.statistics import summary
+from cfjax.studies.students import dmd_stage
+from cfjax.studies.verdicts import LEVEL, Verdict, verdicts
+from cfjax.studies.walk import TEACHER_OF
 
 BI, AR, GREY = "#c0392b", "#2471a3", "#7f8c8d"
 COLOURS = {"causal_ode": AR, "causal_cd": "#16a085", "bi_ode": BI, "asym_cd": "#8e44ad", "bi_ode_cp": "#e67e22"}
@@ -31,10 +36,28 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def _bars(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
+def provenance(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Commit and versions that parts were made with: one value where all agree, else each with its parts' names."""
+    out = {}
+    for key in dict.fromkeys(key for made in parts.values() for key in made):
+        names: dict[str, list[str]] = {}
+        for part, made in parts.items():
+            names.setdefault(made.get(key, "unknown"), []).append(part)
+        told = "; ".join(f"{value} ({', '.join(of)})" for value, of in names.items())
+        out[key] = next(iter(names)) if len(names) == 1 else told
+    return out
+
+
+def error_bars(values: Sequence[Sequence[float]], *, interval: bool = False) -> tuple[list[float], list[float]]:
+    """Means over seeds, and standard deviations (or half of the 95 % interval), 0 where there is one seed."""
     found = [summary(v) for v in values]
-    errors = [s["sd"] if np.isfinite(s["sd"]) else 0.0 for s in found]
-    axes.bar(range(len(names)), [s["mean"] for s in found], yerr=errors, color=colours, capsize=3)
+    reach = [s["high"] - s["mean"] if interval else s["sd"] for s in found]
+    return [s["mean"] for s in found], [r if np.isfinite(r) else 0.0 for r in reach]
+
+
+def _bars(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
+    means, sd = error_bars(values)
+    axes.bar(range(len(names)), means, yerr=sd, color=colours, capsize=3)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
 
 
@@ -52,7 +75,7 @@ def _collisions(axes: Axes, results: Results) -> None:
 
 def _settling(axes: Axes, results: Results) -> None:
     sigma, frames = results["plan"]["levels"][0], range(1, results["plan"]["frames"] + 1)
-    for k, (init, what) in enumerate((i, w) for i in ("bi_ode", "causal_ode") for w in ("dist_map", "dist_mean")):
+    for k, (init, what) in enumerate((i, w) for i in reversed(TEACHER_OF) for w in ("dist_map", "dist_mean")):
         if init not in results["plan"]["inits"]:
             continue
         values = [float(np.mean(settled(results, init, sigma, what, [f]))) for f in frames]
@@ -79,9 +102,8 @@ def _dose(axes: Axes, results: Results) -> None:
     names = {0: "causal_ode", **{k: f"ahead_{k}" for k in plan["ahead"]}, plan["frames"] - 1: "bi_ode_cp"}
     seen = [k for k in sorted(names) if names[k] in results["seeds"][0]["quality"]]
     for measure, colour in (("spread", AR), ("motion", "#e67e22"), ("static", BI)):
-        found = [summary(quality(results, names[k], measure)) for k in seen]
-        sd = [s["sd"] if np.isfinite(s["sd"]) else 0.0 for s in found]
-        axes.errorbar(seen, [s["mean"] for s in found], sd, marker="o", capsize=3, color=colour, label=measure)
+        means, sd = error_bars([quality(results, names[k], measure) for k in seen])
+        axes.errorbar(seen, means, sd, marker="o", capsize=3, color=colour, label=measure)
     axes.legend(fontsize=7)
 
 
@@ -97,15 +119,25 @@ def _consistency(axes: Axes, results: Results) -> None:
     axes.legend(fontsize=7)
 
 
+def _correlation(axes: Axes, results: Results) -> None:
+    found = results["linear"]["by_correlation"]
+    at = [float(a) for a in found]
+    first = [row["ambiguity"][0] for row in found.values()]
+    axes.plot(at, first, "k-", marker="o", label="V_1(1), bidirectional teacher")
+    for teacher, colour in (("bidirectional", BI), ("causal", AR)):
+        values = [row[teacher]["w2"] for row in found.values()]
+        axes.plot(at, values, "--", marker="o", color=colour, label=f"W2, {teacher} teacher")
+    axes.set(title="correlation is the cause (linear-Gaussian)", xlabel="a, of neighbouring frames")
+    axes.legend(fontsize=7)
+
+
 def _dmd(axes: Axes, results: Results, measure: str) -> None:
+    at, cycle = results["plan"]["dmd_at"], dmd_stage().cadence["student"]
     for init in results["plan"]["dmd"]:
-        points = [0, *results["plan"]["dmd_at"]]
-        values = [quality(results, init, measure)]
-        values += [[seed["dmd"][init][str(n)][measure] for seed in results["seeds"]] for n in points[1:]]
-        found = [summary(v) for v in values]
-        sd = [s["sd"] if np.isfinite(s["sd"]) else 0.0 for s in found]
-        axes.errorbar(points, [s["mean"] for s in found], sd, marker="o", color=COLOURS.get(init, GREY), label=init)
-    axes.set(title=f"{measure} during DMD", xlabel="iteration (a fifth are the student's)")
+        means, sd = error_bars([quality(results, init, measure), *(after_dmd(results, init, n, measure) for n in at)])
+        points = [0, *(n // cycle for n in at)]
+        axes.errorbar(points, means, sd, marker="o", capsize=3, color=COLOURS.get(init, GREY), label=init)
+    axes.set(title=f"{measure} during DMD", xlabel="updates of the student")
     axes.legend(fontsize=7)
 
 
@@ -113,19 +145,20 @@ def figures(results: Results) -> str:
     """All panels as one inline SVG."""
     inits, trained = results["plan"]["inits"], bool(results["seeds"])
     dmd = trained and bool(results["plan"]["dmd"])
-    figure = Figure(figsize=(13, 3.5 + 3.6 * (trained + dmd)), layout="constrained")
-    axes = figure.subplots(1 + trained + dmd, 3).ravel()
+    figure = Figure(figsize=(16, 3.5 + 3.6 * (trained + dmd)), layout="constrained")
+    axes = figure.subplots(1 + trained + dmd, 4).ravel()
     _collisions(axes[0], results)
     _dose(axes[1], results)
     _consistency(axes[2], results)
+    _correlation(axes[3], results)
     if trained:
-        _settling(axes[3], results)
-        for panel, measure in ((axes[4], "energy"), (axes[5], "motion")):
+        _settling(axes[4], results)
+        for panel, measure in zip(axes[5:], ("energy", "spread", "motion"), strict=False):
             names = ["real", *inits]
             _bars(panel, names, [quality(results, n, measure) for n in names], [COLOURS.get(n, GREY) for n in names])
             panel.set_title(f"{measure}, 4-step rollout before DMD")
-        axes[4].set_yscale("symlog", linthresh=1e-3)
-    for panel, measure in zip(axes[6:], ("energy", "static", "motion"), strict=False):
+        axes[5].set_yscale("symlog", linthresh=1e-3)
+    for panel, measure in zip(axes[8:], ("energy", "static", "spread", "motion"), strict=False):
         _dmd(panel, results, measure)
     for panel in axes:
         panel.title.set_fontsize(10)
@@ -154,12 +187,14 @@ def table_html(table: Table) -> str:
 
 def verdict_list(found: Sequence[Verdict]) -> str:
     """The section that says which claims hold."""
-    rows = (
-        f"<li><b>{html.escape(v.claim)}</b> {html.escape(v.numbers)} "
-        f"<em>{'holds here' if v.holds else 'does not hold here'}.</em></li>"
-        for v in found
+    rows = (f"<li><b>{html.escape(v.claim)}</b> {html.escape(v.numbers)} <em>{v.outcome}.</em></li>" for v in found)
+    rule = (
+        f"A claim holds here if its direction is seen with p < {LEVEL:g}, it is reversed if the opposite is, and else "
+        "the two are not told apart. p: Welch's test over seeds, the paired test where both numbers are the same "
+        "network's or it stands alone; Holm-corrected over all claims of this page. Tables below are corrected each "
+        "by itself."
     )
-    return f"<section><h2>What holds</h2><ul>{''.join(rows)}</ul></section>"
+    return f'<section><h2>What holds</h2><p class="note">{rule}</p><ul>{"".join(rows)}</ul></section>'
 
 
 def page(title: str, lead: str, parts: Sequence[str], about: Mapping[str, Any]) -> str:
@@ -178,30 +213,28 @@ def page(title: str, lead: str, parts: Sequence[str], about: Mapping[str, Any]) 
 
 def write(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
-def write_study(
-    page_file: Path, numbers_file: Path, results: Results, *, command: str, environment: Mapping[str, Any]
-) -> None:
-    """The page, and every raw number as JSON."""
-    about = {"command": command, "commit": commit(), **environment, "seeds": len(results["seeds"])}
+def write_study(page_file: Path, numbers_file: Path, results: Results, *, command: str) -> None:
+    """The page, and every raw number as JSON; commit and versions are those that each part was made with."""
+    parts = {name: results[name]["made"] for name in ("linear", "collisions", "truth")}
+    parts |= {f"seed{n}": seed["made"] for n, seed in enumerate(results["seeds"])}
+    about = {"command": command, **provenance(parts), "seeds": len(results["seeds"])}
     found = verdicts(results)
     record = {**about, **results, "verdicts": [vars(v) for v in found]}
     settings = html.escape(json.dumps(results["plan"], indent=1))
-    parts = [
+    shown = [
         verdict_list(found),
         f"<section><h2>Figures</h2>{figures(results)}</section>",
         "<section><h2>Numbers</h2></section>",
-        *map(table_html, tables(results)),
+        *map(table_html, tables(results, found)),
         f"<details><summary>Settings</summary><pre>{settings}</pre></details>",
     ]
     lead = (
         "Video laws whose scores are closed form, so that the teacher is exact and its teaching alone is judged. Mean "
         "± standard deviation over seeds; every student has the same budget, and starts from the same AR network."
     )
-    write(page_file, page("Does the initialisation's teacher matter?", lead, parts, about))
+    write(page_file, page("Does the initialisation's teacher matter?", lead, shown, about))
     write(numbers_file, json.dumps(record, indent=1) + "\n")

@@ -29,6 +29,16 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float:
     return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
 
 
+def paired(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p of the paired t-test, seed by seed; 1 or 0 where no gap varies, nan with fewer than two seeds."""
+    if len(a) != len(b) or len(a) < 2:
+        return float("nan")
+    gap = np.subtract(a, b)
+    if np.ptp(gap) <= 1e-12 * np.abs(gap).max():
+        return 1.0 if not gap.any() else 0.0
+    return float(stats.ttest_rel(a, b).pvalue)
+
+
 def holm(p: Mapping[str, float]) -> dict[str, float]:
     """Holm's correction over one family of tests; a nan is no test, and stays nan."""
     known = sorted((value, name) for name, value in p.items() if np.isfinite(value))
@@ -37,6 +47,11 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
         worst = max(worst, min(1.0, (len(known) - rank) * value))
         out[name] = worst
     return out
+
+
+def recorded(p: float) -> float | None:
+    """A p-value for JSON, which has no nan: None is no test."""
+    return p if np.isfinite(p) else None
 
 
 def energy_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:

@@ -22,9 +22,11 @@ from cfjax.studies.laws import Law, joint_velocity, sample, velocity
 from cfjax.studies.toys import FRAMEWISE, Student
 
 TEACHERS = ("bidirectional", "causal")
+TEACHER_OF = {"causal_ode": "causal", "bi_ode": "bidirectional"}  # of the students whose end is compared with its map
 STEPS = 96  # of rk4, equal in sigma: every few-step level lies on this grid
 BANDWIDTH = 0.05  # of local-linear fits, in standard deviations of x_s^i
 CENTRAL = (0.02, 0.98)  # quantiles of x_s^i between which a student is judged
+RETURNED = 512  # videos per frame that are also solved back, for the solver's own error
 Flow = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -62,13 +64,25 @@ def denoising(law: Law, steps: int = STEPS) -> Any:
     return jax.jit(lambda x: rk4(flow, x, _forward_grid(steps)))
 
 
+@lru_cache(maxsize=32)
+def frame_denoising(law: Law, frame: int, steps: int = STEPS) -> Any:
+    """Compiled: (past [N, i], noise of frame i [N]) to the AR PF-ODE's end [N]."""
+
+    def solve(past: jax.Array, noise: jax.Array) -> jax.Array:
+        flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past)  # noqa: E731
+        end: Any = rk4(flow, noise[:, None], _forward_grid(steps))
+        return end[:, 0]
+
+    return jax.jit(solve)
+
+
 @dataclass(frozen=True)
 class Probe:
     """Pairs of one teacher with given pasts, by frame and level, and what is the best guess of each.
 
     All arrays [pasts, futures]: noisy x_s^i; end x_0^i; guess, a leave-one-out local-linear fit of the end on the noisy
     frame; guess_error, that fit's own variance; inside, whether the point lies in the central quantiles.
-    clean [pasts, futures, F]: the videos.
+    clean [pasts, futures, F]: the videos.  solver_error: mean square of data -> noise -> data by the same solver.
     """
 
     frame: int
@@ -79,17 +93,33 @@ class Probe:
     guess: np.ndarray
     guess_error: np.ndarray
     inside: np.ndarray
+    solver_error: float
 
-    def ambiguity(self) -> float:
-        """E Var[x_0^i | x_s^i, past] by differences of neighbours; its bias falls with the number of futures."""
+    def _rises(self) -> np.ndarray:
+        """Differences between the ends of neighbours, by rising noisy frame, [pasts, futures - 1]."""
         order = np.argsort(self.noisy, axis=1)
-        sorted_ends = np.take_along_axis(self.end, order, axis=1)
-        return float(np.mean(np.diff(sorted_ends, axis=1) ** 2) / 2.0)
+        return np.diff(np.take_along_axis(self.end, order, axis=1), axis=1)
+
+    def ambiguity_by_past(self) -> np.ndarray:
+        """Var[x_0^i | x_s^i, past] by differences of neighbours, [pasts]; its bias falls with the number of futures."""
+        return np.mean(self._rises() ** 2, axis=1) / 2.0
+
+    def central_ambiguity(self) -> float:
+        """E Var between the quantiles where a student is judged, which are neighbours too."""
+        inside = np.take_along_axis(self.inside, np.argsort(self.noisy, axis=1), axis=1)
+        return float(np.mean(self._rises()[inside[:, 1:] & inside[:, :-1]] ** 2) / 2.0)
 
     def monotone(self) -> float:
         """Fraction of neighbours in order: 1 where end is an increasing function of noisy."""
-        order = np.argsort(self.noisy, axis=1)
-        return float((np.diff(np.take_along_axis(self.end, order, axis=1), axis=1) >= 0).mean())
+        return float((self._rises() >= 0).mean())
+
+    def fit_error(self) -> float:
+        """Mean square of end - guess. AR pairs' end *is* their conditional mean: there it is the fit's bias."""
+        return float(((self.end - self.guess) ** 2)[self.inside].mean())
+
+    def fit_variance(self) -> float:
+        """What the fit's own variance adds to a squared distance from the conditional mean."""
+        return float(self.guess_error[self.inside].mean())
 
     def prior(self) -> float:
         """Mean variance of x_0^i given the past."""
@@ -107,13 +137,15 @@ def local_linear(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return weights @ y_N, (weights**2).sum(1)
 
 
-def _probe(frame: int, sigma: float, clean: np.ndarray, noisy: np.ndarray, end: np.ndarray) -> Probe:
+def _probe(frame: int, sigma: float, clean: np.ndarray, noisy: np.ndarray, solver_error: float) -> Probe:
+    end = clean[:, :, frame]
     fits = [local_linear(x, y) for x, y in zip(noisy, end, strict=True)]
     guess = np.stack([fit for fit, _ in fits])
     low, high = np.quantile(noisy, CENTRAL, axis=1, keepdims=True)
     residual = np.mean((end - guess) ** 2, axis=1, keepdims=True)
     error = residual * np.stack([squares for _, squares in fits])
-    return Probe(frame, sigma, clean, noisy, end, guess, error, (noisy >= low) & (noisy <= high))
+    inside = (noisy >= low) & (noisy <= high)
+    return Probe(frame, sigma, clean, noisy, end, guess, error, inside, solver_error)
 
 
 def probes(
@@ -125,14 +157,41 @@ def probes(
     for frame in frames:
         clean = np.stack([sample(law, rng, futures, past[:frame]) for past in given])
         flat = jnp.asarray(clean.reshape(-1, law.frames), jnp.float32)
+        some = slice(None, None, max(1, len(flat) // RETURNED))
         if teacher == "bidirectional":
-            states = np.asarray(noising(law)(flat)[:, :, frame])
+            states = noising(law)(flat)
+            back, states = denoising(law)(states[-1, some])[:, frame], states[:, :, frame]
         else:
-            states = np.asarray(frame_noising(law, frame)(flat[:, :frame], flat[:, frame]))
+            states = frame_noising(law, frame)(flat[:, :frame], flat[:, frame])
+            back = frame_denoising(law, frame)(flat[some, :frame], states[-1, some])
+        error = float(jnp.mean((back - flat[some, frame]) ** 2))
         for sigma in sigmas:
-            noisy = states[round(sigma * STEPS)].reshape(pasts, futures).astype(float)
-            out.append(_probe(frame, sigma, clean, noisy, clean[:, :, frame]))
+            noisy = np.asarray(states[round(sigma * STEPS)]).reshape(pasts, futures).astype(float)
+            out.append(_probe(frame, sigma, clean, noisy, error))
     return out
+
+
+def facts(probe: Probe, ar: Probe) -> dict[str, Any]:
+    """What is known of a teacher's pairs without any student.
+
+    ambiguity, of_prior: E Var, and over the prior's.  by_past: the same by past.  central: E Var where students are
+    judged.  monotone: see `Probe`.  floor_map: what the solver's error adds to a distance from the flow map (from pure
+    noise, so no less than at lower levels).  floor_mean: what the fit's error adds to one from the conditional mean.
+
+    Args:
+      ar: the AR teacher's probe of the same frame and level, on which the fit's bias can be seen; that of the
+        bidirectional teacher's mean, which is smoother, is taken to be no larger.
+    """
+    by_past = probe.ambiguity_by_past()
+    return {
+        "ambiguity": float(by_past.mean()),
+        "of_prior": float(by_past.mean()) / probe.prior(),
+        "by_past": by_past.tolist(),
+        "central": probe.central_ambiguity(),
+        "monotone": probe.monotone(),
+        "floor_map": probe.solver_error,
+        "floor_mean": ar.fit_error() + (0.0 if probe is ar else probe.fit_variance()),
+    }
 
 
 @jax.jit
@@ -145,9 +204,11 @@ def _predict(student: Any, noisy: jax.Array, sigma: jax.Array, clean: jax.Array)
 
 
 def settling(student: Student, probe: Probe) -> dict[str, float]:
-    """Squared distances of a student's predictions: to the teacher's end points, and to their conditional mean.
+    """Where a student's predictions lie.
 
-    dist_map, dist_mean: over the central quantiles.  floor_mean: what the fit's own variance adds to dist_mean.
+    dist_map, dist_mean: squared distances to the teacher's end points and to their conditional mean, over the central
+    quantiles; their floors are among `facts`.  kept: the predictions' variance given the past over the data's, all
+    noisy frames; by the law of total variance the conditional mean keeps 1 - E Var / prior.
     """
     frames = probe.clean.shape[2]
     clean = jnp.asarray(probe.clean.reshape(-1, frames), jnp.float32)
@@ -158,7 +219,7 @@ def settling(student: Student, probe: Probe) -> dict[str, float]:
     return {
         "dist_map": within((got - probe.end) ** 2),
         "dist_mean": within((got - probe.guess) ** 2),
-        "floor_mean": within(probe.guess_error),
+        "kept": float(got.var(axis=1).mean()) / probe.prior(),
     }
 
 
@@ -213,7 +274,5 @@ def collide(law: Law, frame: int, futures: int, seed: int, steps: int = STEPS) -
                     continue
                 past, worst = found.x, max(worst, error)
             ends.append(float(solve(jnp.asarray(np.concatenate([past, rest]))[None])[0, frame]))
-        past_1P = jnp.asarray(wanted[None])
-        flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past_1P)  # noqa: E731
-        alone = np.asarray(rk4(flow, jnp.asarray(noise[None, frame : frame + 1]), _forward_grid(steps)))
-    return Collision(frame, np.array(ends), futures, worst, float(np.ravel(alone)[0]))
+        alone = frame_denoising(law, frame, steps)(jnp.asarray(wanted[None]), jnp.asarray(noise[frame : frame + 1]))
+        return Collision(frame, np.array(ends), futures, worst, float(alone[0]))

@@ -14,8 +14,8 @@ from cfjax.core.cli import parse
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
 from cfjax.quickstart import TITLES, recipe
-from cfjax.studies.ablation import COMPARED, compare_networks, left_open, opened_verdicts, verdicts
-from cfjax.study import _pairs_of, _recipe_config
+from cfjax.studies.ablation import MEASURED, compare_networks, left_open, open_table, verdicts
+from cfjax.study import _gathered, _pairs_of, _recipe_config
 from tests.commands import ROOT
 from tests.tiny import CONFIG, normal, random_weights, text
 
@@ -36,8 +36,11 @@ def test_only_the_initialisations_teacher_changes():
     c = parse("study ablation", [STUDY, "--workdir=unused"], description="")[0]
     assert isinstance(c, ConfigDict) and c.seeds >= 5
     pairs = _pairs_of(c)
-    assert pairs["Before DMD"] == [(k, "ode") for k in BEFORE]
+    against = {key: "cd" if key == "asymmetric_cd" else "ode" for key in BEFORE}
+    assert pairs["Before DMD"] == list(against.items())
     assert [a for a, _ in pairs["After DMD"]] == ["dmd", *(f"{key}_dmd" for key in BEFORE[1:])]
+    assert {b for a, b in pairs["After DMD"] if a != "asymmetric_cd_dmd"} == {"dmd"}
+    assert ("asymmetric_cd_dmd", "cd_dmd") in pairs["After DMD"]
     assert pairs["Stage 1"] == [("ar", "ar"), ("diffusion_forcing", "ar")]
     # the same regression from the same start: the pairs alone differ, and so what their clean past is
     ode, changed = (parse("train", step.argv, description="")[0] for step in ode_steps(c))
@@ -55,18 +58,21 @@ def ode_steps(c):
 
 
 def test_a_difference_has_an_interval_and_a_corrected_p():
-    same = {m: {"values": [0.5, 0.51, 0.52]} for m, *_ in COMPARED}
+    same = {m: {"values": [0.5, 0.51, 0.52]} for m, *_ in MEASURED}
     other = {**same, "step": {"values": [0.1, 0.11, 0.12]}}
-    (table,) = compare_networks(
+    (table,), tests = compare_networks(
         {"ode": same, "bi_ode": other}, {"Before DMD": [("ode", "ode"), ("bi_ode", "ode")]}, NAMES
     )
-    assert [row[0] for row in table.rows] == [NAMES["ode"], NAMES["bi_ode"]]
-    motion = [title for _, title, *_ in COMPARED].index("motion, px/frame") + 1
+    assert [row[:3] for row in table.rows] == [[NAMES["ode"], "", "3"], [NAMES["bi_ode"], NAMES["ode"], "3"]]
+    motion = table.head.index("motion, px/frame")
     assert table.rows[0][motion] == "0.510 [0.485, 0.535]"
     # one of five tests: p is five times Welch's
     assert table.rows[1][motion].startswith("0.110 [0.085, 0.135], p ")
     assert float(table.rows[1][motion].rpartition(" ")[2]) < 0.01
-    assert table.rows[1][1] == "51.0 [48.5, 53.5], p 1.0000"
+    assert table.rows[1][3] == "51.0 [48.5, 53.5], p 1.0000"
+    by_measure = {test["measure"]: test for test in tests}
+    assert by_measure["step"]["welch_holm"] == pytest.approx(5 * by_measure["step"]["welch"])
+    assert by_measure["step"]["paired"] == 0.0 and by_measure["all_correct"]["paired"] == 1.0  # seed by seed
 
 
 def test_a_claim_holds_by_its_direction_and_p():
@@ -77,11 +83,40 @@ def test_a_claim_holds_by_its_direction_and_p():
         "ar": {"all_correct": {"values": [0.5, 0.9, 0.7]}},
         "diffusion_forcing": {"all_correct": {"values": [0.4, 0.8, 0.6]}},
     }
-    found = verdicts(numbers)
-    assert [v.holds for v in found] == [True, False, False]  # lower and sure; higher; lower, but not sure
+    numbers["bi_pairs_ode"]["diversity"], numbers["ode"]["diversity"] = worse, better
+    found = verdicts(numbers, {})
+    # lower and sure; higher and sure; less diverse; lower, but not sure
+    assert [v.outcome for v in found] == ["holds", "reversed", "holds", "not told apart"]
     assert found[0].numbers.startswith("caption all right, %: 41.0 against 91.0, p ")
-    opened = {"bi_pairs_ode": [[0.3, 0.1, 0.1], [0.31, 0.1, 0.12]], "ode": [[0.1, 0.1, 0.1], [0.11, 0.1, 0.12]]}
-    assert [v.holds for v in opened_verdicts(opened)] == [True, False] and opened_verdicts({"ode": [[0.1]]}) == []
+    bi, ar = (
+        [[0.3, 0.1, 0.1], [0.31, 0.1, 0.12], [0.3, 0.1, 0.1]],
+        [[0.1, 0.1, 0.1], [0.11, 0.1, 0.12], [0.1, 0.1, 0.1]],
+    )
+    both = verdicts(numbers, {"bi_pairs_ode": {"left": bi}, "ode": {"left": ar}})
+    assert [v.outcome for v in both[4:]] == ["holds", "not told apart"] and both[0].p > found[0].p  # one family
+    assert len(verdicts(numbers, {"ode": {"left": ar}})) == 4
+
+
+def test_what_the_past_leaves_to_decide_stands_beside_what_is_left_open():
+    opened = {"ode": {"left": [[0.1, 0.02], [0.1, 0.04]], "shuffled": [[1.0, 0.04], [1.0, 0.04]]}}
+    rows = open_table(opened, NAMES).rows
+    assert [row[1] for row in rows] == ["left open", "the same with another pair's noise", "ratio of the two"]
+    assert [row[-1].split()[0] for row in rows] == ["0.030", "0.040", "0.750"] and rows[0][2] == "2"
+    assert len(open_table({"ode": {"left": [[0.1]]}}, NAMES).rows) == 1  # a record without the second number
+
+
+def test_only_the_named_networks_and_seeds_are_gathered(tmp_path):
+    c = parse("study ablation", [STUDY, "--workdir=unused"], description="")[0]
+    c.update({"seeds": 11, "recipes": ("none",), "forcings": ()})
+    for seed in range(12):
+        for network in ("teacher", "ar", "ar_dmd", "sid"):
+            folder = tmp_path / f"seed{seed}" / "evaluation" / network
+            folder.mkdir(parents=True)
+            found = {"summary": {"step": seed}, "network_calls": 1}
+            (folder / "evaluation.json").write_text(json.dumps(found))
+    gathered = _gathered(c, tmp_path)
+    assert set(gathered) == {"teacher", "ar", "ar_dmd"}
+    assert [found["summary"]["step"] for found in gathered["ar"]] == list(range(11))  # in order, for paired tests
 
 
 def test_what_is_left_open_is_the_regressions_error():
@@ -101,18 +136,26 @@ def test_what_is_left_open_is_the_regressions_error():
         draws = {"level_BF": jnp.zeros(shape[:2], int)}
         expected = float(loss({"student": model}, batch, jax.random.key(0), draws)[0])
         prior = np.var(trajectory[:, -1], axis=0).mean(axis=(1, 2, 3)).reshape(2, 2).mean(axis=1)
-        got = np.mean(np.asarray(left_open(model, records, blocks, past=past)) * prior)
-        assert got == pytest.approx(expected, rel=1e-5)
+        opened = left_open(model, records, blocks, past=past)
+        assert np.mean(np.asarray(opened["left"]) * prior) == pytest.approx(expected, rel=1e-5)
+        trajectory_of_others = np.roll(trajectory, 1, axis=0)
+        trajectory_of_others[:, -1] = trajectory[:, -1]
+        shuffled = {**batch, "trajectory_BJFHWC": trajectory_of_others}
+        expected = float(loss({"student": model}, shuffled, jax.random.key(0), draws)[0])
+        assert np.mean(np.asarray(opened["shuffled"]) * prior) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_an_ablation_runs_and_goes_on(tmp_path, capsys):
-    keys = {"seeds": 1, "budget": "tiny", "recipes": "('none',)", "forcings": "('diffusion_forcing',)"}
+    keys = {"seeds": 1, "budget": "tiny", "recipes": "('causal_forcing','none')", "forcings": "('diffusion_forcing',)"}
     argv = ["study", "ablation", STUDY, f"--workdir={tmp_path}", *(f"--config.{k}={v}" for k, v in keys.items())]
     assert main(argv) == 0
     record = json.loads((tmp_path / "study.json").read_text())
-    assert {"teacher", "ar", "ar_dmd", "diffusion_forcing"} == set(record["numbers"])
-    assert [table["title"] for table in record["tables"]] == ["Before DMD", "After DMD", "Stage 1"]
+    assert {"teacher", "ar", "ode", "dmd", "ar_dmd", "diffusion_forcing"} == set(record["numbers"])
+    assert [table["title"] for table in record["tables"][:3]] == ["Before DMD", "After DMD", "Stage 1"]
+    assert record["tables"][3]["rows"][1][1] == "the same with another pair's noise"
+    assert set(record["left_open"]["ode"]) == {"left", "shuffled"} and len(record["tables"]) == 4
+    assert record["made"]["seed0 none"]["commit"] == record["commit"] and "NaN" not in json.dumps(record)
     assert "One change" in (tmp_path / "report" / "index.html").read_text()
     seconds = (tmp_path / "seed0" / "seconds.json").stat().st_size
     assert main(argv) == 0 and (tmp_path / "seed0" / "seconds.json").stat().st_size == pytest.approx(seconds, abs=40)
