@@ -137,10 +137,14 @@ def _run_recipe(c: ConfigDict, name: str, folder: Path) -> None:
         write(note, json.dumps(made, indent=1))
 
 
+def _named(c: ConfigDict) -> set[str]:
+    """Every network of this config's recipes."""
+    return {key for name in (*c.recipes, *c.forcings) for key in networks(_recipe_config(c, name, 0))}
+
+
 def _gathered(c: ConfigDict, root: Path) -> dict[str, list[dict[str, Any]]]:
     """Network -> its evaluations by seed: of this config's recipes and seeds alone, whatever else lies there."""
-    wanted = {"teacher", *(key for name in (*c.recipes, *c.forcings) for key in networks(_recipe_config(c, name, 0)))}
-    out: dict[str, list[dict[str, Any]]] = {}
+    wanted, out = {"teacher", *_named(c)}, dict[str, list[dict[str, Any]]]()
     for seed in range(c.seeds):
         for key, found in gather(f"{root}/seed{seed}/evaluation/*").items():
             if key in wanted:
@@ -182,10 +186,9 @@ def report_ablation(c: ConfigDict, root: Path, command: str, compared: Mapping[s
 def _left_open(c: ConfigDict, root: Path) -> dict[str, dict[str, list[list[float]]]]:
     """Every regression's student -> `left_open` of its own pairs, by seed."""
     out: dict[str, dict[str, list[list[float]]]] = {}
+    regressions = [network for network in ("ode", "bi_pairs_ode") if network in _named(c)]
     for seed in range(c.seeds):
-        for network in ("ode", "bi_pairs_ode"):
-            if not (root / f"seed{seed}" / network).exists():
-                continue
+        for network in regressions:
             run = open_run(str(root / f"seed{seed}" / network))
             how, data = run.config.objective.past, run.config.data
             pairs = open_dataset(Path(data.path) / data.name)

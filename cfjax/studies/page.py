@@ -82,7 +82,7 @@ def _settling(axes: Axes, results: Results) -> None:
         style: dict[str, Any] = {"color": BI if init == "bi_ode" else AR, "alpha": 1.0 if what == "dist_map" else 0.45}
         label = f"{init}: to the {'flow map' if what == 'dist_map' else 'conditional mean'}"
         axes.bar([f + 0.2 * k - 0.3 for f in frames], values, 0.19, label=label, **style)
-    truth = [r["ambiguity"] for r in results["truth"]["rows"] if (r["teacher"], r["sigma"]) == ("bidirectional", sigma)]
+    truth = [r["central"] for r in results["truth"]["rows"] if (r["teacher"], r["sigma"]) == ("bidirectional", sigma)]
     axes.plot(frames, truth, "k_", ms=22, label="E Var, bidirectional teacher")
     axes.set(title=f"squared distances, s = {sigma:g}", xlabel="frame i", yscale="log")
     axes.set_ylim(top=30.0 * axes.get_ylim()[1])  # room for the legend
@@ -194,7 +194,7 @@ def verdict_list(found: Sequence[Verdict]) -> str:
         "network's or it stands alone; Holm-corrected over all claims of this page. Tables below are corrected each "
         "by itself."
     )
-    return f'<section><h2>What holds</h2><p class="note">{rule}</p><ul>{"".join(rows)}</ul></section>'
+    return f'<section><h2>What holds</h2><p class="note">{html.escape(rule)}</p><ul>{"".join(rows)}</ul></section>'
 
 
 def page(title: str, lead: str, parts: Sequence[str], about: Mapping[str, Any]) -> str:

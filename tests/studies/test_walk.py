@@ -20,7 +20,7 @@ from cfjax.studies.results import quality, truth
 from cfjax.studies.statistics import energy_distance, holm, paired, summary, welch
 from cfjax.studies.students import Budget
 from cfjax.studies.toys import FRAMEWISE, Exact, Student, ToyConfig, windows
-from cfjax.studies.verdicts import Claim, judge, verdicts, washed_out
+from cfjax.studies.verdicts import WORSE, Claim, gaps, judge, verdicts, washed_out
 from cfjax.studies.walk import collide, facts, probes, round_trip
 from tests.commands import ROOT
 
@@ -199,6 +199,9 @@ def test_students_end_where_their_teachers_pairs_put_them(tmp_path):
     print(*(f"{v.claim} {v.numbers} {v.outcome}\n" for v in found))
     outcomes = {v.claim: v.outcome for v in found}
     assert outcomes["Before DMD the bidirectional ODE initialisation is worse in spread."] == "holds"
+    print("gaps after DMD", {m: (gaps(results, m), gaps(results, m, 50)) for m in WORSE})
+    assert min(gaps(results, "static", 50)) > 0  # in-between frames outlive a little DMD
+    print("motion of asymmetric and causal CD", mean("asym_cd", "motion"), mean("causal_cd", "motion"))
     assert washed_out(found, "static") in ("no", "in part", "washed out", "over-corrected", "not told apart")
     titles = [table.title for table in tables(results, found)]
     assert len(set(titles)) == len(titles) and "What DMD leaves of the bidirectional start's harm" in titles
