@@ -24,7 +24,7 @@ from cfjax.data.reversed import encoded, joined
 from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.tolerant import TolerantDataset
-from cfjax.flow.schedule import sigma_table
+from cfjax.flow.schedule import warp_steps
 from cfjax.models.codec import Codec
 from cfjax.models.discriminator import BranchConfig
 from cfjax.models.wan import Wan, WanConfig, preset
@@ -45,6 +45,8 @@ from cfjax.world import SplitSource, World, asset, open_world
 
 MODEL_FILE = "model.safetensors"
 META_FILE = "model.json"
+# What cfjax train trains.
+STAGES = ("bidirectional", "ar_diffusion", "ode_regression", "consistency", "dmd")
 
 
 @dataclass(frozen=True)
@@ -239,39 +241,14 @@ def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan
     return jax.tree.map(jax.numpy.asarray, from_named(template, arrays))
 
 
-# What `--config.reference=True` turns on, by stage: the PyTorch reference's quirks that change numbers and are off by
-# default (Q1, Q2, Q3, Q4, Q6) or in the toy's recipes (Q19, Q23). Its other choices are the defaults already.
-REFERENCE: dict[str, dict[str, Any]] = {
-    "bidirectional": {"bf16_timesteps": True},
-    "ar_diffusion": {"bf16_timesteps": True, "text_dropout": 0.0},
-    "ode_regression": {},
-    "consistency": {"bf16_timesteps": True, "boundary": False},
-    "dmd": {
-        "context_noise": float(sigma_table(1000, 5.0)[-1]),
-        "kv_gradient": "straight_through",
-        "score_table_shift": 8.0,
-    },
-}
-
-
-def objective_of(c: ConfigDict) -> ConfigDict:
-    """`c.objective`, with the reference's quirks when `c.reference` is set.
-
-    Raises:
-      UserError: an unknown stage.
-    """
-    if c.stage not in REFERENCE:
-        raise UserError(f"stage={c.stage!r}: cfjax train knows {', '.join(REFERENCE)}")
-    return ConfigDict({**c.objective.to_dict(), **(REFERENCE[c.stage] if c.reference else {})})
-
-
 def dmd_config(c: ConfigDict) -> DMDConfig:
     """Stage 3's choices from `c.objective`."""
-    o = objective_of(c)
-    few = FewStep(tuple(o.steps), tuple(o.first_steps), o.shift)
+    o = c.objective
+    lists = {"steps": o.steps, "first_steps": o.first_steps}
+    levels = {name: tuple(map(float, warp_steps(steps, o.shift))) if steps else () for name, steps in lists.items()}
     rollout = SelfForcing(
-        sigmas=tuple(map(float, few.sigmas())),
-        first_sigmas=tuple(map(float, few.first_sigmas())) if o.first_steps else (),
+        sigmas=levels["steps"],
+        first_sigmas=levels["first_steps"],
         context_noise=o.context_noise,
         kv_gradient=o.kv_gradient,
         same_exit=o.same_exit,
@@ -335,7 +312,9 @@ def losses_of(c: ConfigDict) -> dict[str, Loss]:
     Raises:
       UserError: an unknown stage, or a role or an average that it needs is missing.
     """
-    blocks, o = blocks_of(c), objective_of(c)
+    if c.stage not in STAGES:
+        raise UserError(f"stage={c.stage!r}: cfjax train knows {', '.join(STAGES)}")
+    blocks, o = blocks_of(c), c.objective
     if c.stage == "bidirectional":
         return {"student": flow_matching(DiffusionConfig(**o.to_dict()))}
     if c.stage == "ar_diffusion":

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cfjax.core.cli import Flag, parse
+from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import abstract_mesh, batch_places, batch_sharding, make_mesh, on_mesh, replicated
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
 from cfjax.experiment import blocks_of, dmd_config, optimizers_of, stage_of
+from cfjax.faithful import faithful
 from cfjax.models.codec import Codec
 from cfjax.nn.attention import pick_backend
 from cfjax.objectives.stage import Stage
@@ -81,9 +82,9 @@ class Plan:
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and plans; 0 if it fits, else 1."""
     c, workdir, flags = parse("plan", argv, description=DESCRIPTION, extra_flags=FLAGS, default_workdir="runs/plan")
-    topology = parse_topology(flags["topology"])
+    shapes, topology = shapes_of(c, flags), parse_topology(flags["topology"])
+    c = faithful(c, given_keys(argv))
     simulate_devices(topology)
-    shapes = shapes_of(c, flags)
     only = [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
     plans = [plan(c, shapes, topology, devices, only=only, tell=True, keep=workdir if flags["hlo"] else None)]

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cfjax.core.cli import Flag, parse
+from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, local_path, path_of
@@ -29,6 +29,7 @@ from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import text_beside
 from cfjax.data.video import ClipFormat, Unusable
 from cfjax.experiment import Data, blocks_of, data_root, difference, open_data, pairs_layout
+from cfjax.faithful import faithful
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import FILL_AT_ONCE, fill
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     if "source" in c:
         precompute_source(c)
     elif c.stage == "ode_pairs":
-        precompute_pairs(c)
+        precompute_pairs(faithful(c, given_keys(argv)))
     else:
         data = open_data(c)
         say(f"{data.dataset.path}: {len(data.dataset)} clips of latents {data.dataset.latent_shape}")

@@ -181,7 +181,7 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "stage": stage,
             "seed": seed,
             "steps": steps,
-            "reference": False,  # every quirk of the PyTorch reference that changes this stage's numbers
+            "reference": False,  # the PyTorch reference's quirks and numbers for this stage, see cfjax/faithful.py
             "roles": ConfigDict(),
             "optim": ConfigDict(),
             "ema": ConfigDict(),

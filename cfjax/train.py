@@ -1,6 +1,6 @@
 """`cfjax train`: one stage of an experiment. To resume, run the same command again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cfjax.core.cli import parse
+from cfjax.core.cli import given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import batch_rows, make_mesh, on_mesh, place, place_rows, replicated
@@ -26,6 +26,7 @@ from cfjax.experiment import (
     run_meta,
     stage_of,
 )
+from cfjax.faithful import faithful
 from cfjax.models.codec import Codec
 from cfjax.models.wan import preset
 from cfjax.monitor import make_monitor
@@ -49,16 +50,19 @@ Checkpoints, TensorBoard events and metrics.jsonl go to the workdir. To resume, 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and trains."""
     c, workdir, _ = parse("train", argv, description=DESCRIPTION, bucket=True)
-    train(c, workdir)
+    train(c, workdir, given=given_keys(argv))
     return 0
 
 
-def train(c: ConfigDict, workdir: Path) -> TrainState:
+def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> TrainState:
     """Runs the stage of `c` in `workdir` to its last step, from its newest checkpoint if it has one.
+
+    `given`: the keys that the command line set, which `c.reference` must not overrule.
 
     Raises:
       UserError: a bad config, missing data, another stage's checkpoint, or a non-finite loss.
     """
+    c = faithful(c, given)
     data = _in_turn(lambda: open_data(c))
     stage = stage_of(c)
     check_roles(c, stage)

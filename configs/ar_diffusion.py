@@ -24,6 +24,9 @@ the average of the weights, which its config therefore keeps. They are played ba
 the data's world (`objective.codec_world`, where the dataset does not name it; the toy's latents are reversed as they
 are). Their captions are of the clip played backwards: a dataset of prompts alone, `data.reversed_name`, one caption per
 clip in the clips' order ("a reversed video of ..." in the paper); the toy turns its directions round.
+
+`--config.reference=True` sets, in the toy too: rounded timesteps (Q1), no captions dropped (Q19), the bell-shaped
+weight, and no average (one that is there stays a copy of the weights).
 """
 
 from cfjax import presets

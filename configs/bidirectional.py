@@ -10,6 +10,8 @@ At Wan's size, what a slice of TPUs needs for it (compiled, on any machine):
 
 Toy recipe (it differs from the paper's): Muon, uniform weight over noise levels (the high ones decide the motion, and
 the bell-shaped weight of stage 1 all but ignores them), 10 % of captions dropped for guidance.
+
+The PyTorch reference has no such stage: `--config.reference=True` sets objective.bf16_timesteps (Q1) and nothing else.
 """
 
 from cfjax import presets

@@ -10,6 +10,7 @@ Student, its average and the teacher all start from stage 1. Numbers of the PyTo
 lr 2e-6, betas (0, 0.999), EMA 0.99 from the start, 3K steps or more; stage 3 starts from the average
 (configs/dmd.py:from_cd). The reference's rounded timesteps (Q2) are `objective.bf16_timesteps`; `objective.boundary`
 trains the last interval, which it skips (Q23).
+`--config.reference=True` sets both as the reference has them, guidance 3 and EMA 0.99 from the start, in the toy too.
 """
 
 from cfjax import presets

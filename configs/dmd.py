@@ -17,6 +17,7 @@ Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999)
 iterations, guidance 3 in the "dmd" convention, EMA 0.99 from iteration 200. Its quirks that change numbers are keys of
 `objective`: context_noise 0.00498 (Q4), kv_gradient "straight_through" (Q6), score_table_shift 8 (Q3).
 One exit step is drawn for all blocks of a rollout, as in the reference; objective.same_exit=False draws one for each.
+`--config.reference=True` sets them, the two guidances, the scores' levels and the EMA, in the toy too.
 
 `from_cd` starts from the average that runs/cd keeps (configs/consistency.py), not from the weights that it trains, as
 the reference's stage 3 does: its CD checkpoints hold nothing else. Such a checkpoint converted holds it as the network

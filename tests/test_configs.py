@@ -13,8 +13,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cfjax import experiment
+from cfjax.__main__ import main
+from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.data.sets import open_dataset
+from cfjax.faithful import REFERENCE, faithful
 from cfjax.objectives.ode_regression import PairsConfig
 from cfjax.runs import open_run
 from cfjax.train import differing_levels, idle_devices
@@ -146,28 +149,64 @@ def test_a_misspelt_switch_is_a_mistake(path):
         get_config(path)("toi")
 
 
-def test_one_switch_turns_on_the_references_quirks():
-    """`--config.reference=True`: Q1, Q2, Q3, Q4 and Q6, in the toy too; without it each is off."""
+def shipped(config: str, **keys: object):
+    """`NAME.py:arg` of configs/ with keys set, `a__b=1` for a.b."""
+    name, _, arg = config.partition(":")
+    c = get_config(ROOT / "configs" / f"{name}.py")(arg)
+    c.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
+    return c
 
-    def objective(config: str, arg: str = "", **keys: object):
-        c = get_config(ROOT / "configs" / f"{config}.py")(arg)
-        with c.unlocked():
-            c.update(keys)
-        return c, experiment.objective_of(c)
 
-    for config in ("bidirectional", "ar_diffusion", "consistency"):
-        assert not objective(config)[1].bf16_timesteps and objective(config, reference=True)[1].bf16_timesteps
-    assert objective("ar_diffusion", "toy")[1].text_dropout and objective("consistency", "toy")[1].boundary
-    assert objective("ar_diffusion", "toy", reference=True)[1].text_dropout == 0.0  # Q19
-    assert not objective("consistency", "toy", reference=True)[1].boundary  # Q23
-    off, on = (experiment.dmd_config(objective("dmd", reference=value)[0]) for value in (False, True))
-    assert (off.score_table_shift, off.self_forcing.context_noise, off.self_forcing.kv_gradient) == (
-        None,
-        0.0,
-        "detached",
+def test_the_reference_switch_sets_quirks_and_numbers(capsys):
+    """`--config.reference=True`, in the toy as at Wan's size; without it each quirk is off."""
+    for name in ("bidirectional", "ar_diffusion", "consistency"):
+        off, on = shipped(name), faithful(shipped(name, reference=True))
+        assert (off.objective.bf16_timesteps, on.objective.bf16_timesteps) == (False, True)  # Q1, Q2
+    off, on = (experiment.dmd_config(faithful(shipped("dmd", reference=value))) for value in (False, True))
+    quirks = [(o.score_table_shift, o.self_forcing.context_noise, o.self_forcing.kv_gradient) for o in (off, on)]
+    assert quirks[0] == (None, 0.0, "detached")
+    assert quirks[1] == (8.0, pytest.approx(0.00498008, abs=1e-8), "straight_through")  # Q3, Q4, Q6
+    shifted = faithful(shipped("dmd", reference=True, objective__shift=8.0))
+    assert shifted.objective.context_noise == pytest.approx(0.00794439, abs=1e-8)  # the last level of its own table
+    capsys.readouterr()
+    for name, stage in REFERENCE.items():
+        toy, full = (faithful(shipped(name + arg, reference=True)) for arg in (":toy", ""))
+        known = keys_of(full)
+        assert {key: keys_of(toy)[key] for key in stage if key in known} == {k: known[k] for k in stage if k in known}
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 * len(REFERENCE) and all(line.startswith("reference: ") for line in told)
+    assert "reference: objective.guidance 3.0 -> 6" in told  # Q8, the toy's pairs
+    assert "reference: ema.student.start 0 -> 2000000000" in told
+    assert (
+        shipped("dmd:toy").ema.student.to_dict() != faithful(shipped("dmd:toy", reference=True)).ema.student.to_dict()
     )
-    assert (on.score_table_shift, on.self_forcing.kv_gradient) == (8.0, "straight_through")
-    assert on.self_forcing.context_noise == pytest.approx(0.00498008, abs=1e-8)
+
+
+def test_the_reference_switch_leaves_what_a_stage_does_not_read():
+    gan, causvid = (faithful(shipped(f"dmd:toy,{word}", reference=True)).objective for word in ("gan", "causvid"))
+    assert (gan.real_guidance, gan.kv_gradient) == (1.0, "straight_through")
+    assert (causvid.real_guidance, causvid.kv_gradient) == (3.0, "detached")
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "key", "value"),
+    [
+        ("train", "dmd.py:toy", "objective__kv_gradient", "detached"),
+        ("train", "dmd.py", "ema__student__start", 0),
+        ("plan", "consistency.py:toy", "objective__boundary", True),
+        ("precompute", "ode_pairs.py:toy", "objective__guidance", 3.0),
+    ],
+)
+def test_the_reference_switch_does_not_overrule_the_command_line(tmp_path, capsys, verb, config, key, value):
+    flags = ["--topology=cpu:1"] if verb == "plan" else []
+    given = [f"--config.{key.replace('__', '.')}={value}", "--config.reference=True"]
+    assert main([verb, f"--config={ROOT}/configs/{config}", f"--workdir={tmp_path}", *given, *flags]) == 2
+    assert f"{given[0]}: --config.reference=True sets it to " in one_line(capsys)
+
+
+def test_a_number_written_short_is_the_references(capsys):
+    c = faithful(shipped("dmd", reference=True, objective__context_noise=0.00498), {"objective.context_noise"})
+    assert c.objective.context_noise == pytest.approx(0.00498008, abs=1e-8)
 
 
 # ---- the chain

@@ -14,7 +14,7 @@ from cfjax import plan
 from cfjax.__main__ import main
 from cfjax.core.cli import parse
 from cfjax.core.topology import GIB, parse_topology
-from cfjax.experiment import REFERENCE
+from cfjax.experiment import STAGES
 from cfjax.planning.programs import Cost
 from cfjax.roles import codec_template
 from tests.commands import ROOT
@@ -170,7 +170,7 @@ def documented() -> list[tuple[str, list[str]]]:
 
 
 def test_every_training_config_names_a_topology():
-    assert {name for name, _ in documented()} == set(REFERENCE)  # the stages of cfjax train
+    assert {name for name, _ in documented()} == set(STAGES)
 
 
 SHRINK = """

@@ -107,11 +107,11 @@ def _load_plain(spec: str, path: Path) -> ConfigDict:
 
 def _load_overridden(spec: str, plain: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """The config with overrides of known keys; a value of another type is told with what stood there."""
-    known = _keys(plain)
+    known = keys_of(plain)
     for arg in overrides:
         key = _override_key(arg)
         try:
-            value = _keys(_load(spec, [arg]))[key]
+            value = keys_of(_load(spec, [arg]))[key]
         except (flags.Error, TypeError, ValueError):
             value = UserError
         old = known[key]
@@ -129,18 +129,23 @@ def _override_key(arg: str) -> str:
     return re.sub(r"\[.*\]$", "", found[1])
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def given_keys(argv: Sequence[str]) -> set[str]:
+    """The keys of the config that a command line sets, as "objective.shift"."""
+    return {_override_key(arg) for arg in argv if _OVERRIDE.fullmatch(arg)}
+
+
+def keys_of(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Leaf keys 'a.b' with their values, and the groups themselves."""
     out: dict[str, Any] = {}
     for name, value in config.items():
         out[prefix + name] = value
         if isinstance(value, ConfigDict):
-            out |= _keys(value, f"{prefix}{name}.")
+            out |= keys_of(value, f"{prefix}{name}.")
     return out
 
 
 def _check_overrides(spec: str, config: ConfigDict, overrides: Sequence[str]) -> None:
-    known = _keys(config)
+    known = keys_of(config)
     for arg in overrides:
         key = _override_key(arg)
         if key not in known:
@@ -165,7 +170,7 @@ def _help(verb: str, description: str, own: Sequence[Flag], spec: str | None, de
         return say("\nadd --config=FILE to see that config's purpose and keys")
     path = _config_file(spec)
     say(f"\n{spec}:\n{_docstrings(path)}\n\nkeys:")
-    for key, value in _keys(_load_plain(spec, path)).items():
+    for key, value in keys_of(_load_plain(spec, path)).items():
         if not isinstance(value, ConfigDict):
             say(f"  --config.{key}={value!r}")
 
