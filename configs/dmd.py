@@ -52,6 +52,7 @@ FEW = {"2step": (1000, 500), "1step": (1000,)}
 APART = (
     ("long", "causvid"), ("long", "bidirectional"), ("sid", "gan"), ("2step", "1step"),
     ("from_ar", "from_cd", "causvid", "bidirectional"),  # each says what the student starts from
+    ("framewise", "bidirectional"),
 )  # fmt: skip
 
 

@@ -10,7 +10,8 @@
 Every stage is an ordinary `cfjax` command, printed before it runs. Starts from the toy teacher that ships with the
 package. Recipes in one workdir share the stages that they have in common. Budgets are numbers of steps; "default"
 trains for at most 20 minutes on two cores, "short" for less than 10, "long" for an hour or more, "tiny" only proves
-that everything is wired. `framewise`, `2step` and `1step` join any recipe (in a workdir of their own).
+that everything is wired. `framewise` joins any recipe but `bidirectional`, `2step` and `1step` any that ends with stage
+3; in a workdir of their own.
 
 Recipes are names of stages, and a stage is one config with what it starts from. Causal Forcing (arXiv 2602.02214),
 Causal Forcing++ (arXiv 2605.15141), Self Forcing (arXiv 2506.08009), CausVid (arXiv 2412.07772); the others change one
@@ -79,7 +80,10 @@ def get_config(arg: str = ""):
     words = presets.switches(arg, *RECIPES, "framewise", "2step", "1step")
     presets.one_of(words, *RECIPES)
     presets.one_of(words, "2step", "1step")
+    presets.one_of(words, "bidirectional", "framewise")  # it has one block of all frames
     recipe = next((word for word in words if word in RECIPES), "causal_forcing")
+    if not any(STAGES[key][1] == "dmd" for key in RECIPES[recipe]):  # no few-step student
+        presets.one_of(words, recipe, "2step", "1step")
     joined = tuple(word for word in words if word not in RECIPES)
     stages = []
     for key in RECIPES[recipe]:

@@ -25,8 +25,13 @@ def config_module(name: str):
 QUICKSTART = config_module("quickstart")
 
 
-@pytest.mark.parametrize("name", QUICKSTART.RECIPES)
-@pytest.mark.parametrize("layout", ["", ",framewise,2step"])
+RECIPES = QUICKSTART.RECIPES
+FEW_STEP = [name for name in RECIPES if any(QUICKSTART.STAGES[key][1] == "dmd" for key in RECIPES[name])]
+CASES = [(name, "") for name in RECIPES]
+CASES += [(name, ",framewise,2step") for name in FEW_STEP if name != "bidirectional"]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_every_recipe_is_a_chain_of_configs(name, layout):
     c = QUICKSTART.get_config(name + layout)
     steps = recipe(c, Path("runs"))
@@ -62,6 +67,18 @@ def test_a_regression_takes_the_pairs_of_its_recipe_and_no_others():
     bidirectional = itertools.product(("bi_pairs_ode", "bi_ode"), layouts, ("bi_pairs",), layouts)
     causal = {(("ode", layout), ("pairs", layout)) for layout in layouts}
     assert suits == causal | {((a, b), (c, d)) for a, b, c, d in bidirectional}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bidirectional,framewise",
+        *(f"{name},{few}" for name in RECIPES if name not in FEW_STEP for few in ("2step", "1step")),
+    ],
+)
+def test_a_recipe_refuses_a_layout_that_it_has_not(words):
+    with pytest.raises(UserError, match="exclude each other"):
+        QUICKSTART.get_config(words)
 
 
 def test_a_workdir_belongs_to_one_budget_and_layout(tmp_path):
