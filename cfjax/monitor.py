@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cfjax.core.cli import keys_of
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of, replacing
@@ -37,6 +38,7 @@ from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
 from cfjax.evaluation.video import grid_video, pick_frames, shrink, to_uint8
 from cfjax.experiment import Data, blocks_of, sampler_of
+from cfjax.faithful import unread
 from cfjax.models.codec import Codec
 from cfjax.models.wan import Wan
 from cfjax.rollout.generate import generate, network_calls
@@ -206,6 +208,7 @@ class Monitor:
         self._c, self._scene, self._mesh, self._file = c, scene, mesh, workdir / BASELINE
         self._latent_shape, self._negative_SE = data.dataset.latent_shape, data.dataset.negative_text_SE
         self._sampler = sampler_of(c)
+        self._keys = keys_of(c).keys() - unread(c)  # that advice may name
         self._blocks = None if c.sampler.kind == "bidirectional" else blocks_of(c)
         spans = self._blocks.spans(self._latent_shape[0]) if self._blocks else []
         self._seams_K = seams(spans, scene.time_stride)
@@ -253,7 +256,7 @@ class Monitor:
             self._follows(self._scene.toy, latents, step, writer)
         if rows.watched():
             now = Sample(step, collector.values())
-            told = warnings(now, self._baseline(decode, now), stage=self._c.stage)
+            told = warnings(now, self._baseline(decode, now), stage=self._c.stage, keys=self._keys)
             curves = {**now.values, "warnings": len(told), "seconds": time.perf_counter() - begun}
             writer.scalars(step, {f"guard/{name}": value for name, value in curves.items()})
             _warn(told)

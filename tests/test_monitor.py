@@ -62,6 +62,8 @@ def config(**guard):
     c = presets.experiment("dmd", steps=600)
     c.guard.update({"prompts": 2, "seeds": 2, **guard})
     c.blocks = presets.blocks()
+    c.objective = {"matching": "gan", "student_input": "self_rollout", "real_guidance": 3.0, "context_noise": 0.0}
+    c.cadence.student = 5
     c.sampler = presets.few_step((1000,))  # without fresh noise, so that a row follows its number alone
     return c
 
@@ -118,6 +120,7 @@ def test_a_collapse_is_told_and_a_resumed_run_remembers_its_baseline(prompts_run
     look(again, workdir, 200, loud())
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("guard: step 200:")]
     assert said and all("in step 0); try: " in line for line in said)
+    assert any("raise cadence.student" in line for line in said) and not any("real_guidance" in line for line in said)
     assert curves(workdir)[-1]["guard/warnings"] == len(said)
     assert [r.getMessage() for r in caplog.records if "step 200" in r.getMessage()] == said
     assert (workdir / "guard.json").read_bytes() == before

@@ -6,7 +6,8 @@ real Wan samples and real clips. What is normal differs from domain to domain; a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -266,28 +267,40 @@ _RULES = (
     _Rule("diversity", "below", "diversity_low_ratio", "every seed gives much the same video", "diversity"),
 )
 
+# What to try, by kind, in clauses; one that names a key which the run does not read is left out.
+_CRITIC = "raise cadence.student (more critic updates per student update)"
 _DMD = {
-    "motion": "raise cadence.student (more critic updates per student update), or start from a causal initialisation",
-    "colour": "lower objective.real_guidance, or raise cadence.student (more critic updates per student update)",
-    "drift": "lower objective.real_guidance, or set objective.context_noise, so that the past is less trusted",
-    "blur": "train on, or raise cadence.student (more critic updates per student update)",
-    "diversity": "raise cadence.student or lower optim.student.lr and objective.real_guidance",
+    "motion": (_CRITIC, "start from a causal initialisation"),
+    "colour": ("lower objective.real_guidance", "raise objective.gan.r1_weight", _CRITIC),
+    "drift": (
+        "lower objective.real_guidance",
+        "raise objective.gan.r1_weight",
+        "set objective.context_noise, so that the past is less trusted",
+    ),
+    "blur": ("train on", _CRITIC),
+    "diversity": (
+        "raise cadence.student",
+        "lower optim.student.lr",
+        "lower objective.real_guidance",
+        "raise objective.gan.r1_weight",
+    ),
 }
 _CONSISTENCY = {
-    "motion": "check objective.teacher=causal, lower objective.guidance, or raise ema.student.decay",
-    "colour": "lower objective.guidance",
-    "drift": "lower objective.guidance, or check that blocks are those of the teacher",
-    "blur": "train on, set objective.boundary=True, or lower ema.student.decay",
-    "diversity": "lower objective.guidance or optim.student.lr",
+    "motion": ("check objective.teacher=causal", "lower objective.guidance", "raise ema.student.decay"),
+    "colour": ("lower objective.guidance",),
+    "drift": ("lower objective.guidance", "check that blocks are those of the teacher"),
+    "blur": ("train on", "set objective.boundary=True", "lower ema.student.decay"),
+    "diversity": ("lower objective.guidance", "lower optim.student.lr"),
 }
 _OTHER = {
-    "motion": "check data and blocks.frames, or lower sampler.guidance",
-    "colour": "lower sampler.guidance, or check the latents' normalisation",
-    "drift": "check blocks.frames; the past that the network saw in training was cleaner than its own",
-    "blur": "train on, or lower optim.student.lr if it has stopped improving",
-    "diversity": "check that clips differ in data, or lower sampler.guidance",
+    "motion": ("check data and blocks.frames", "lower sampler.guidance"),
+    "colour": ("lower sampler.guidance", "check the latents' normalisation"),
+    "drift": ("check blocks.frames; the past that the network saw in training was cleaner than its own",),
+    "blur": ("train on", "lower optim.student.lr if it has stopped improving"),
+    "diversity": ("check that clips differ in data", "lower sampler.guidance"),
 }
 _ADVICE = {"dmd": _DMD, "consistency": _CONSISTENCY}
+_KEY = re.compile(r"\b(?:blocks|cadence|ema|objective|optim|sampler)(?:\.\w+)+")
 
 
 def _broken(rule: _Rule, value: float, base: float, t: Thresholds) -> bool:
@@ -298,11 +311,19 @@ def _broken(rule: _Rule, value: float, base: float, t: Thresholds) -> bool:
     return value < bound if rule.side == "below" else value > bound
 
 
-def warnings(now: Sample, baseline: Baseline, thresholds: Thresholds = Thresholds(), *, stage: str = "") -> list[str]:
+def warnings(
+    now: Sample,
+    baseline: Baseline,
+    thresholds: Thresholds = Thresholds(),
+    *,
+    stage: str = "",
+    keys: Collection[str] | None = None,
+) -> list[str]:
     """One line for each sign of a collapse: the metric, its value and the baseline's, the step, and what to try.
 
     Args:
       stage: the training stage ("dmd", "consistency" ...), whose own keys are then named.
+      keys: of the config, those that the run reads, as "objective.guidance": no other is named. None: any of the stage.
     """
     advice = _ADVICE.get(stage, _OTHER)
     out = []
@@ -312,13 +333,15 @@ def warnings(now: Sample, baseline: Baseline, thresholds: Thresholds = Threshold
             continue
         if _broken(rule, value, base, thresholds):
             where = f"{rule.name} {value:.3g}, {base:.3g} in {baseline.origin}"
-            out.append(_line(now.step, where, rule.told, advice[rule.kind]))
+            out.append(_line(now.step, where, rule.told, advice[rule.kind], keys))
     value = now.values.get("diversity")
     if value is not None and "diversity" not in baseline.values and value < thresholds.diversity_low:
         where = f"diversity {value:.3g}, expected {thresholds.diversity_low:g} or more"
-        out.append(_line(now.step, where, "every seed gives much the same video", advice["diversity"]))
+        out.append(_line(now.step, where, "every seed gives much the same video", advice["diversity"], keys))
     return out
 
 
-def _line(step: int, where: str, told: str, mend: str) -> str:
-    return f"step {step}: {told} ({where}); try: {mend}; or go on from an earlier checkpoint"
+def _line(step: int, where: str, told: str, mends: Sequence[str], keys: Collection[str] | None) -> str:
+    mends = [mend for mend in mends if keys is None or set(_KEY.findall(mend)) <= set(keys)]
+    advice = f"try: {', or '.join(mends)}; or " if mends else ""
+    return f"step {step}: {told} ({where}); {advice}go on from an earlier checkpoint"

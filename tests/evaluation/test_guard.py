@@ -266,3 +266,18 @@ def test_advice_names_the_stages_own_keys():
     assert "objective.real_guidance" in advice("dmd") and "cadence.student" in advice("dmd")
     assert "objective.guidance" in advice("consistency")
     assert "sampler.guidance" in advice("ar_diffusion")
+
+
+def test_advice_leaves_out_keys_that_the_run_does_not_read():
+    def advice(metric, *keys):
+        sample, other = Sample(9, {metric: 0.5}), Baseline("step 0", False, {metric: 0.3})
+        return warnings(sample, other, stage="dmd", keys=keys)[0].partition("; ")[2]
+
+    critic = "raise cadence.student (more critic updates per student update)"
+    assert advice("saturation", "cadence.student", "objective.gan.r1_weight") == (
+        f"try: raise objective.gan.r1_weight, or {critic}; or go on from an earlier checkpoint"
+    )
+    assert advice("saturation", "cadence.student", "objective.real_guidance") == (
+        f"try: lower objective.real_guidance, or {critic}; or go on from an earlier checkpoint"
+    )
+    assert advice("luma_drift") == "go on from an earlier checkpoint"
