@@ -369,7 +369,7 @@ def optimizers_of(c: ConfigDict, stage: Stage) -> dict[str, Any]:
         values.pop("accumulate")
         values["adam_lr"] = values["adam_lr"] or None
         updates = -(-c.steps // stage.cadence.get(role, 1))
-        out[role] = make_optimizer(values.pop("name"), steps=max(updates, 1), **values)
+        out[role] = make_optimizer(values.pop("name"), key=f"optim.{role}", steps=max(updates, 1), **values)
     return out
 
 

@@ -74,7 +74,8 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
     say(f"{c.stage}: {len(data.dataset)} clips, {c.steps} steps in {workdir}; GiB per device, before activations:")
     say("\n".join(memory_table(memory)))
     check_memory(memory, memory_limit(jax.local_devices()[0]))
-    for note in filter(None, (differing_levels(c), idle_devices(c, jax.local_devices()))):
+    windows = idle_windows(c, data.dataset.latent_shape[0])
+    for note in filter(None, (differing_levels(c), idle_devices(c, jax.local_devices()), *windows)):
         say(note)
     models = {name: initial_model(name, role, data, c.seed, mesh) for name, role in c.roles.items()}
     trained = {name: models[name] for name in stage.losses}
@@ -163,6 +164,20 @@ def differing_levels(c: ConfigDict) -> str:
     if trained == sampled:
         return ""
     return f"note: objective trains at {trained}, but sampler (samples while training, cfjax generate) has {sampled}"
+
+
+def idle_windows(c: ConfigDict, clip_frames: int) -> list[str]:
+    """One line for a window that reaches further back than any video, and one for scores that see more than a clip."""
+    shown, rolled = (c.objective.get(key, 0) for key in ("window_frames", "max_frames"))
+    frames, out = rolled or clip_frames, []
+    if c.blocks.window > frames:
+        out.append(f"note: blocks.window={c.blocks.window} hides nothing: training videos have {frames} latent frames")
+    if shown > clip_frames:
+        out.append(
+            f"note: objective.window_frames={shown} shows the scores more than the dataset's clips of {clip_frames} "
+            "latent frames; it should be what they were trained on"
+        )
+    return out
 
 
 def check_mesh(c: ConfigDict, latent_shape: Sequence[int]) -> None:

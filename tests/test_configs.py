@@ -20,7 +20,7 @@ from cfjax.data.sets import open_dataset
 from cfjax.faithful import REFERENCE, faithful
 from cfjax.objectives.ode_regression import PairsConfig
 from cfjax.runs import open_run
-from cfjax.train import differing_levels, idle_devices
+from cfjax.train import differing_levels, idle_devices, idle_windows
 from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data
 
@@ -207,6 +207,45 @@ def test_the_reference_switch_does_not_overrule_the_command_line(tmp_path, capsy
 def test_a_number_written_short_is_the_references(capsys):
     c = faithful(shipped("dmd", reference=True, objective__context_noise=0.00498), {"objective.context_noise"})
     assert c.objective.context_noise == pytest.approx(0.00498008, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value", "told"),
+    [
+        ("dmd", "cadence__student", 0, "use 1"),
+        ("dmd", "cadence__student", -5, "use 1"),
+        ("dmd", "ema__student__decay", 1.0, "less than 1"),
+        ("dmd", "ema__student__decay", -0.1, "less than 1"),
+        ("dmd", "ema__student__start", -1, "0 or later"),
+        ("dmd", "objective__score_min", 0.0, "sigmas above 0"),
+        ("dmd", "objective__score_shift", 0.0, "more than 0"),
+        ("dmd", "objective__score_table_shift", -8.0, "more than 0"),
+        ("dmd", "objective__steps", (1000, 757, 522, 0), "leave that 0 out"),
+        ("dmd", "objective__first_steps", (1000, 0), "leave that 0 out"),
+        ("ode_regression", "objective__steps", (1000, 757, 522, 0), "leave the trailing 0 out"),
+        ("ode_regression", "objective__steps", (500, 1000), "the noisiest first"),
+        ("dmd", "sampler__steps", (1000, 757, 522, 0), "leave the trailing 0 out"),
+        ("dmd:toy", "optim__student__lr", -1e-3, "more than 0"),
+        ("ar_diffusion:toy", "optim__student__adam_lr", -1e-3, "more than 0"),
+        ("dmd", "optim__critic__name", "sgd", "use one of adamw"),
+        ("dmd", "blocks__sink", -1, "or more"),
+        ("dmd", "blocks__window", -21, "or more"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_by_its_key(config, key, value, told):
+    c = shipped(config, **{key: value})
+    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{told}"):
+        experiment.optimizers_of(c, experiment.stage_of(c))
+        experiment.sampler_of(c)
+
+
+def test_a_window_longer_than_its_videos_is_told():
+    assert idle_windows(shipped("dmd:long"), 21) == idle_windows(shipped("dmd", blocks__window=21), 21) == []
+    (line,) = idle_windows(shipped("ar_diffusion", blocks__window=24), 21)
+    assert "blocks.window=24 hides nothing: training videos have 21 latent frames" in line
+    assert idle_windows(shipped("dmd:long", blocks__window=24), 21) == []  # of rollouts of 27
+    (line,) = idle_windows(shipped("dmd:long", objective__window_frames=24), 21)
+    assert "objective.window_frames=24 shows the scores more than the dataset's clips of 21" in line
 
 
 # ---- the chain

@@ -70,6 +70,18 @@ def warp_steps(steps: Sequence[int] = (1000, 750, 500, 250), shift: float = 5.0)
     return table[1000 - np.asarray(steps, np.int64)]
 
 
+def check_steps(key: str, steps: Sequence[int]) -> None:
+    """Refuses what is no list of denoising steps; `key` names it.
+
+    Raises:
+      UserError: they are none, do not descend, or hold a 0.
+    """
+    if steps and steps[-1] == 0:
+        raise UserError(f"{key}={tuple(steps)}: the last step leads to 0 by itself; leave the trailing 0 out")
+    if not steps or list(steps) != sorted(set(steps), reverse=True) or not 0 < steps[-1] <= steps[0] <= 1000:
+        raise UserError(f"{key}={tuple(steps)}: give timesteps between 1000 and 1, the noisiest first")
+
+
 def bsmntw(table: ArrayLike) -> np.ndarray:
     """Training weight of every table entry: a bell around t = 500 lowered to 0 at its minimum, times 1000 / sum.
 

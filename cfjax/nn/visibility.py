@@ -33,6 +33,9 @@ class Blocks:
     def __post_init__(self) -> None:
         if self.frames < 1:
             raise UserError(f"blocks.frames={self.frames}: use 1 or more")
+        for name in ("window", "sink"):
+            if getattr(self, name) < 0:
+                raise UserError(f"blocks.{name}={getattr(self, name)}: use 0 (off) or more")
         if self.window and self.window < self.frames + self.sink:
             raise UserError(
                 f"blocks.window={self.window} must hold the sink and one block: at least {self.frames + self.sink}"

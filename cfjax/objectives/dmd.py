@@ -64,10 +64,14 @@ class DMDConfig:
             raise UserError(f"objective.student_input={self.student_input!r}: use self_rollout or noised_data")
         if self.forcing not in ("teacher", "diffusion"):
             raise UserError(f"objective.forcing={self.forcing!r}: use teacher or diffusion")
-        if not 0.0 <= self.score_min <= self.score_max <= 1.0:
+        if not 0.0 < self.score_min <= self.score_max <= 1.0:  # flows have no meaning at sigma 0
             raise UserError(
-                f"objective.score_min={self.score_min} and score_max={self.score_max} are no range of sigmas"
+                f"objective.score_min={self.score_min} and score_max={self.score_max} are no range of sigmas above 0"
             )
+        if not self.score_shift > 0:
+            raise UserError(f"objective.score_shift={self.score_shift}: use more than 0 (1 is no shift)")
+        if self.score_table_shift is not None and not self.score_table_shift > 0:
+            raise UserError(f"objective.score_table_shift={self.score_table_shift}: use more than 0, or 0 for no table")
         if self.long and self.student_input != "self_rollout":
             raise UserError(
                 f"objective.max_frames={self.long.max_frames} needs objective.student_input=self_rollout, or 0"

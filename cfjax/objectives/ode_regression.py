@@ -18,7 +18,7 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.flow.guidance import guide
 from cfjax.flow.path import x0_from_flow
-from cfjax.flow.schedule import sigma_table, warp_steps
+from cfjax.flow.schedule import check_steps, sigma_table, warp_steps
 from cfjax.flow.solvers import euler
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import KV, Wan, clean_context, embed_text, replay, teacher_forced
@@ -45,6 +45,9 @@ class PairsConfig:
     shift: float = 5.0
     guidance: float = 6.0
 
+    def __post_init__(self) -> None:
+        check_steps("objective.steps", self.steps)
+
     def sigmas(self) -> np.ndarray:
         """The student's levels."""
         return warp_steps(self.steps, self.shift)
@@ -63,7 +66,8 @@ class PairsConfig:
         indices = [int(np.argmin(np.abs(grid - s))) for s in self.sigmas()]
         off = [t for t, i, s in zip(self.steps, indices, self.sigmas(), strict=True) if abs(grid[i] - s) > 1e-4]
         if off:
-            raise UserError(f"pairs.steps: {off} are not on a {self.solver_steps}-step grid; change pairs.solver_steps")
+            grid_of = f"objective.solver_steps={self.solver_steps}"
+            raise UserError(f"objective.steps: {off} are not on the grid of {grid_of}; change either")
         return tuple(indices)
 
 

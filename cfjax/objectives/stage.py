@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from cfjax.core.errors import UserError
+
 Models = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
 # loss(models, batch, key) -> (scalar float32, metrics: name -> scalar)
@@ -26,12 +28,25 @@ class Stage:
 
     Role r is updated at iteration n iff `n % cadence[r] == 0` (default 1), in the order of `losses`; each update takes
     a batch of its own. A loss sees every model: frozen ones, trained ones, and `{role}_ema`.
+
+    Raises:
+      UserError: a cadence or an average that no iteration can have.
     """
 
     name: str
     losses: Mapping[str, Loss]
     cadence: Mapping[str, int] = field(default_factory=dict)
     ema: Mapping[str, Ema] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for role, every in self.cadence.items():
+            if every < 1:
+                raise UserError(f"cadence.{role}={every}: use 1 (every iteration) or more")
+        for role, average in self.ema.items():
+            if not 0.0 <= average.decay < 1.0:
+                raise UserError(f"ema.{role}.decay={average.decay}: use 0 or more and less than 1")
+            if average.start < 0:
+                raise UserError(f"ema.{role}.start={average.start}: an iteration, 0 or later")
 
     def roles_at(self, iteration: int) -> list[str]:
         """The roles that are updated at this iteration, in order."""

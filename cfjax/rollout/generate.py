@@ -15,7 +15,7 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.flow.guidance import guide
 from cfjax.flow.path import add_noise, x0_from_flow
-from cfjax.flow.schedule import sigma_table, unipc_grid, warp_steps
+from cfjax.flow.schedule import check_steps, sigma_table, unipc_grid, warp_steps
 from cfjax.flow.solvers import SOLVERS
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import KV, Wan, embed_text
@@ -36,6 +36,11 @@ class FewStep:
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     first_steps: tuple[int, ...] = ()
     shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_steps("sampler.steps", self.steps)
+        if self.first_steps:
+            check_steps("sampler.first_steps", self.first_steps)
 
     def sigmas(self) -> np.ndarray:
         return warp_steps(self.steps, self.shift)

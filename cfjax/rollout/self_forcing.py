@@ -45,6 +45,8 @@ class SelfForcing:
         for name, levels in (("steps", self.sigmas), ("first_steps", self.first_sigmas)):
             if list(levels) != sorted(set(levels), reverse=True):
                 raise UserError(f"objective.{name}: levels {levels} do not descend; name the noisiest step first")
+            if levels and levels[-1] <= 0.0:
+                raise UserError(f"objective.{name}: its last level is 0, where every rollout ends; leave that 0 out")
         if not self.sigmas:
             raise UserError("objective.steps is empty; the paper's are (1000, 750, 500, 250)")
         if self.kv_gradient not in get_args(KvGradient):

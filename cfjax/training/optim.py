@@ -16,19 +16,21 @@ SCHEDULES = ("constant", "cosine", "wsd")
 MUON_EXCLUDE = r".*(embed|head|modulation).*"
 
 
-def make_schedule(name: str, lr: float, *, steps: int, warmup: int = 0, decay_fraction: float = 0.2) -> optax.Schedule:
+def make_schedule(
+    name: str, lr: float, *, steps: int, warmup: int = 0, decay_fraction: float = 0.2, key: str = "optim"
+) -> optax.Schedule:
     """Learning rate by update count: a linear warm-up to `lr` over `warmup` updates, then the named course.
 
     constant: stays.  cosine: falls to 0 at `steps`.  wsd (warm-up, stable, decay): stays, then falls linearly to 0 over
-    the last `decay_fraction` of `steps`.  `steps` counts this role's updates, not iterations.
+    the last `decay_fraction` of `steps`.  `steps` counts this role's updates, not iterations.  `key`: for messages.
 
     Raises:
       UserError: unknown name, or `steps` is not positive.
     """
     if name not in SCHEDULES:
-        raise UserError(f"optim.schedule={name!r} is unknown; use one of {', '.join(SCHEDULES)}")
+        raise UserError(f"{key}.schedule={name!r} is unknown; use one of {', '.join(SCHEDULES)}")
     if steps < 1:
-        raise UserError(f"optim.steps={steps}: use 1 or more")
+        raise UserError(f"{key}.steps={steps}: use 1 or more")
 
     def schedule(count: jax.Array) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
@@ -88,6 +90,7 @@ def _decay(weight_decay: float, rules: Sequence[tuple[str, float]]) -> optax.Gra
 def make_optimizer(
     name: str = "adamw",
     *,
+    key: str = "optim",
     lr: float,
     steps: int,
     b1: float = 0.9,
@@ -108,6 +111,7 @@ def make_optimizer(
     The transformation works on the dict of named leaves of a model (`core.tree.named_leaves`), see `init_state`.
 
     Args:
+      key: of these settings in a config, for messages.
       name: "adamw", or "muon": Muon for kernels [..., in, out], each layer of a stack by itself; Adam for the rest.
       lr: peak learning rate.  adam_lr: peak for Muon's Adam leaves (default: `lr`).
       steps, schedule, warmup, decay_fraction: see `make_schedule`.
@@ -116,10 +120,14 @@ def make_optimizer(
       momentum: Muon's.  muon_exclude: regex of kernels that Adam keeps.
 
     Raises:
-      UserError: an unknown optimiser or schedule; a decay table that misses a leaf or holds an unused rule (at use).
+      UserError: an unknown optimiser or schedule, or a rate that is not positive; a decay table that misses a leaf or
+        holds an unused rule (at use).
     """
     if name not in OPTIMIZERS:
-        raise UserError(f"optim.name={name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
+        raise UserError(f"{key}.name={name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
+    for rate, value in (("lr", lr), ("adam_lr", adam_lr)):
+        if value is not None and not value > 0:
+            raise UserError(f"{key}.{rate}={value}: use more than 0")
     if name == "adamw":
         core = optax.scale_by_adam(b1, b2, eps)
     else:
@@ -128,5 +136,5 @@ def make_optimizer(
     parts.append(core)
     if weight_decay:
         parts.append(_decay(weight_decay, tuple(decay_rules)))
-    course = make_schedule(schedule, lr, steps=steps, warmup=warmup, decay_fraction=decay_fraction)
+    course = make_schedule(schedule, lr, key=key, steps=steps, warmup=warmup, decay_fraction=decay_fraction)
     return optax.chain(*parts, optax.scale_by_learning_rate(course))

@@ -67,7 +67,7 @@ def test_kept_levels_are_the_students():
     config = PairsConfig()
     assert config.kept() == (0, 12, 24, 36) and config.grid()[-1] == 0.0
     np.testing.assert_allclose(config.grid()[list(config.kept())], SIGMAS, rtol=1e-6)
-    with pytest.raises(UserError, match=r"\[900\] are not on a 48-step grid"):
+    with pytest.raises(UserError, match=r"^objective.steps: \[900\] are not on the grid of objective.solver_steps=48"):
         PairsConfig(steps=(1000, 900)).kept()
 
 
