@@ -11,7 +11,7 @@ under the root.
 """
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cfjax.evaluation.tables import gather, markdown, summarise_seeds
 from cfjax.quickstart import TITLES, environment
 
 RECIPES = ("causal_forcing", "causal_forcing_pp", "self_forcing", "causvid")
+COMMITS = "commits"  # in a seed's folder: recipe -> the commit that trained it
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
@@ -34,6 +35,10 @@ def train(root: Path, seeds: Sequence[int], recipes: Sequence[str], budget: str)
             argv = [f"--config={CONFIG}:{recipe}", f"--workdir={root}/{folder}", f"--config.budget={budget}"]
             if cfjax(["quickstart", *argv, f"--config.seed={seed}", "--config.guard=False"]):
                 raise SystemExit(f"{recipe}, seed {seed}: failed; run again to go on")
+            made = root / folder / COMMITS / recipe
+            if not made.exists():  # nothing is trained again by a later commit
+                made.parent.mkdir(exist_ok=True)
+                made.write_text(commit())
 
 
 def tabulate(root: Path) -> dict[str, dict[str, Any]]:
@@ -59,10 +64,19 @@ def commit() -> str:
     ).stdout.strip()
 
 
-def save(out: Path, rows: Mapping[str, Mapping[str, Any]], budget: str, note: str) -> None:
-    """The JSON record, and the markdown table beside it."""
+def commits(root: Path) -> dict[str, list[str]]:
+    """Recipe (with its layout) -> the commits that trained it, over all seeds."""
+    out: dict[str, set[str]] = {}
+    for file in root.glob(f"*/{COMMITS}/*"):
+        out.setdefault(file.name, set()).add(file.read_text())
+    return {recipe: sorted(found) for recipe, found in sorted(out.items())}
+
+
+def save(out: Path, root: Path, budget: str, note: str) -> None:
+    """The JSON record of everything under the root, and the markdown table beside it."""
+    rows = tabulate(root)
     every = [{"key": key, **row} for key, row in rows.items()]
-    write(out, every, commit=commit(), budget=budget, note=note, environment=environment())
+    write(out, every, commit=commit(), commits=commits(root), budget=budget, note=note, environment=environment())
     titles = {key: str(row["title"]) for key, row in rows.items()}
     out.with_suffix(".md").write_text(markdown(rows, titles) + "\n")
 
@@ -76,4 +90,4 @@ if __name__ == "__main__":
     command.add_argument("--note", default="", help="what the record should say besides")
     given = command.parse_args()
     train(given.root, given.seeds, given.recipes, given.budget)
-    save(given.out, tabulate(given.root), given.budget, given.note)
+    save(given.out, given.root, given.budget, given.note)
