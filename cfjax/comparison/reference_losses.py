@@ -39,6 +39,7 @@ def our_loss(loss: Loss, role: str, models: dict[str, Any], batch: dict, draws: 
 
 
 def their_loss(loss: torch.Tensor, network: torch.nn.Module) -> Arrays:
+    """The same of a PyTorch loss and network."""
     loss.backward()
     grads = {name: p.grad for name, p in network.named_parameters()}
     zero = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
@@ -48,6 +49,7 @@ def their_loss(loss: torch.Tensor, network: torch.nn.Module) -> Arrays:
 
 
 def batch_of(subject: Subject, frames: int, clips: int = BATCH) -> dict[str, np.ndarray]:
+    """A batch of so many clips, as our losses take it."""
     return {
         "latents_BFHWC": subject.latents("clip", frames)[:clips],
         "text_BSE": subject.text()[:clips],
@@ -56,6 +58,7 @@ def batch_of(subject: Subject, frames: int, clips: int = BATCH) -> dict[str, np.
 
 
 def texts_of(subject: Subject, clips: int = BATCH) -> dict[str, dict[str, torch.Tensor]]:
+    """The same batch's prompts, as the reference's losses take them."""
     positive = subject.text()[:clips]
     negative = np.broadcast_to(subject.negative_text[None], positive.shape)
     return {
@@ -92,6 +95,7 @@ def build_model(reference: Reference, module: str, name: str, sizes: Sizes, args
 
 
 def tokens_fit(subject: Subject, tokens: int) -> None:
+    """Raises NotThere where the reference's flex attention could not take as many frames of tokens."""
     if tokens * subject.tokens_per_frame % 128 == 0:
         raise NotThere("the reference cannot take a multiple of 128 tokens (quirk Q15); change frames, height or width")
 
@@ -215,6 +219,7 @@ def _theirs_consistency(reference: Reference, subject: Subject, blocks: Blocks, 
 
 
 def probe_of(part: str, what: str, ours: Callable, theirs: Callable, *args: Any, note: str = "") -> Probe:
+    """A probe whose two sides take the same arguments after the subject."""
     return Probe(part, what, lambda s: ours(s, *args), lambda r, s: theirs(r, s, *args), note=note)
 
 
