@@ -30,7 +30,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, or 2 after a user's mistake."""
+    """Runs one verb; returns the exit code: 0, 2 after a user's mistake, 75 after what may pass by itself."""
     verb, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if verb in ("--help", "-h", "help"):
         say(_usage())
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"cfjax.{verb}").main(rest) or 0
     except UserError as error:
         sys.stderr.write(f"cfjax {verb}: {' '.join(str(error).split())}\n")
-        return 2
+        return error.exit_code
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import jax
 from absl import logging
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SWITCH = "CFJAX_DISTRIBUTED"
@@ -42,7 +42,8 @@ def initialize(environment: Mapping[str, str] | None = None, *, timeout_seconds:
       Whether the process is now joined to others.
 
     Raises:
-      UserError: the three variables are incomplete or contradictory; the coordinator can't be reached; JAX is in use.
+      UserError: the three variables are incomplete or contradictory.
+      Temporary: the coordinator or the cluster's metadata can't be reached (or JAX is in use).
     """
     if jax.distributed.is_initialized():
         return True
@@ -64,7 +65,8 @@ def initialize(environment: Mapping[str, str] | None = None, *, timeout_seconds:
             jax.distributed.initialize(initialization_timeout=timeout_seconds)
     except Exception as error:  # JAX, gRPC and the metadata client each raise their own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"this process can't join its run, coordinator {where}: {reason}") from error
+        kind = UserError if isinstance(error, ValueError) else Temporary  # what the cluster says makes no sense
+        raise kind(f"this process can't join its run, coordinator {where}: {reason}") from error
     logging.info("joined: coordinator %s", where)
     return True
 

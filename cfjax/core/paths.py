@@ -20,10 +20,11 @@ import fsspec
 from absl import logging
 from etils import epath
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 
 BUCKET, SLASH_LOST = "gs://", "gs:/"
 PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
+_MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError)
 
 
 def path_of(place: str | os.PathLike[str]) -> Path:
@@ -84,7 +85,7 @@ def is_folder(path: Path) -> bool:
     """Whether there is such a folder.
 
     Raises:
-      UserError: the bucket cannot be reached.
+      Temporary: the bucket cannot be reached.
     """
     if not in_bucket(path):
         return path.is_dir()
@@ -94,14 +95,14 @@ def is_folder(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except Exception as error:
-        raise UserError(f"{path}: the bucket cannot be reached ({one_line(error)})") from error
+        raise Temporary(f"{path}: the bucket cannot be reached ({one_line(error)})") from error
 
 
 def make_folder(path: Path) -> None:
     """Makes sure of a folder in which files can be written and replaced.
 
     Raises:
-      UserError: they cannot, in that bucket.
+      UserError: they cannot, in that bucket; `Temporary` unless it is not there or not to be written.
     """
     if not in_bucket(path):
         return path.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,12 @@ def make_folder(path: Path) -> None:
         files.pipe_file(name, b"")
         files.rm_file(name)
     except Exception as error:
-        raise UserError(f"{path}: files cannot be written and removed there ({one_line(error)})") from error
+        raise unusable(error)(f"{path}: files cannot be written and removed there ({one_line(error)})") from error
+
+
+def unusable(error: BaseException) -> type[UserError]:
+    """What to raise when storage failed with `error`: a mistake in the name or the rights stays, all else may pass."""
+    return UserError if isinstance(error, _MISTAKES) else Temporary
 
 
 def one_line(error: BaseException) -> str:

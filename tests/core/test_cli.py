@@ -1,5 +1,6 @@
 """The command line: what is right is read, what is wrong is one line and exit code 2."""
 
+import os
 import subprocess
 import sys
 import types
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from cfjax import __main__ as entry
+from cfjax.core import distributed
 from cfjax.core.cli import Flag, parse
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 
 CONFIG = '''"""A toy experiment."""
 from ml_collections import ConfigDict
@@ -111,6 +113,32 @@ def test_the_entry_lists_runs_and_reports(monkeypatch, capsys):
     assert entry.main(["train", "9"]) == 2
     assert capsys.readouterr().err == "cfjax train: --steps=9: too many, use fewer\n"
     assert entry.main(["generate"]) == 0
+
+
+def test_what_may_pass_by_itself_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    """A scheduler starts such a command again, and leaves alone one with a mistake in it."""
+    module = types.ModuleType("cfjax.generate")
+    module.main = lambda argv: (_ for _ in ()).throw(Temporary("runs/a: the disk is full"))
+    monkeypatch.setitem(sys.modules, "cfjax.generate", module)
+    assert entry.main(["generate"]) == os.EX_TEMPFAIL
+    assert capsys.readouterr().err == "cfjax generate: runs/a: the disk is full\n"
+
+
+@pytest.mark.parametrize(
+    "environment, code",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, os.EX_TEMPFAIL),
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, 2),
+    ],
+)
+def test_a_process_that_cannot_join_may_try_again(monkeypatch, capsys, environment, code):
+    def wait_for(address, timeout_seconds):
+        raise TimeoutError("nothing listens there")
+
+    monkeypatch.setattr(distributed, "_wait_for", wait_for)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert entry.main(["train"]) == code and capsys.readouterr().err.startswith("cfjax train: ")
 
 
 def test_the_module_runs_without_importing_jax():
