@@ -24,7 +24,8 @@ from cfjax.core.errors import UserError
 from cfjax.core.paths import local_path
 from cfjax.core.precision import Policy
 from cfjax.models.wan import PRESETS, WanConfig
-from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles, write_streamed
+from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles
+from cfjax.training.streamed import write_streamed
 from cfjax.wan_world import FORMAT, KIND, RECORD, config_from_record, find_world, read_record
 from cfjax.wan_world import fingerprint as world_fingerprint
 

@@ -14,7 +14,7 @@ from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.experiment import codec_of
 from cfjax.models.vae import VAEConfig, WanVAE, abstract_vae
-from cfjax.training.checkpoint import write_streamed
+from cfjax.training.streamed import write_streamed
 from tests.commands import cfjax, tiny
 
 VAE = VAEConfig(base_dim=4)

@@ -17,8 +17,8 @@ from cfjax.core.sharding import make_mesh, on_mesh, shard_model
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.monitor import decode_clip, make_monitor, open_codec, spread_captions
-from cfjax.training.checkpoint import write_streamed
 from cfjax.training.metrics import EventWriter
+from cfjax.training.streamed import write_streamed
 from tests.golden.record_taehv import random_weights
 from tests.synthetic import taehv_shapes
 from tests.tiny import CONFIG, FRAMES, SIDE, TEXT_LEN, tiny

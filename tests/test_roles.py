@@ -17,7 +17,7 @@ from cfjax.core.tree import named_leaves
 from cfjax.experiment import META_FILE, stage_of
 from cfjax.models.resting import fill
 from cfjax.roles import check_blocks, check_roles, initial_model, role_template
-from cfjax.training.checkpoint import write_streamed
+from cfjax.training.streamed import write_streamed
 from configs import dmd
 
 

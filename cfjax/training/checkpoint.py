@@ -3,15 +3,13 @@
 A checkpoint holds the train state as a flat dict of named arrays ("params/student/blocks/..."), the data iterator's
 state, and a meta record (stage, step, and whatever the verb adds: model configs, codec, blocks).
 
-`write_streamed` makes one of arrays that are read as they are written, and `open_role` reads one so: for networks that
-are larger than memory.
+`open_role` reads an array only when it is asked for, and `training.streamed` writes a checkpoint of such arrays: for
+networks that are larger than memory.
 """
 
-import asyncio
-import os
-import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
+from jax.experimental import multihost_utils
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 from cfjax.core.lazy import LazyArray
-from cfjax.core.paths import absolute, is_folder, kvstore, make_folder, move_folder, one_line, path_of
+from cfjax.core.paths import absolute, is_folder, kvstore, make_folder, move_folder, one_line, path_of, unusable
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.training.plain import from_json, to_json
 
 FOLDER = "checkpoints"
 PARTS = ("params", "ema")
-IN_FLIGHT = 32e6
 BROKEN = "checkpoints_broken"
+
+Found = tuple[dict[str, jax.Array], dict[str, Any]]  # arrays by name, record
 
 
 def _is_key(leaf: Any) -> bool:
@@ -73,48 +73,9 @@ def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, A
             raise UserError(f"{folder}: {name} has shape {tuple(saved[name])}, this config needs {tuple(leaf.shape)}")
 
 
-class _PartsHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `LazyArray`s: parts are read in turn and at most `IN_FLIGHT` bytes of them (or one part) are being written.
-
-    A stacked array has a chunk per layer. What goes wrong is kept in `error`: raised inside Orbax's threads, it would
-    spill on the terminal.
-    """
-
-    error: BaseException | None = None
-
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-        self._turn = asyncio.Lock()
-        self._writes: list[Any] = []
-        self._bytes = 0
-
-    async def _open_and_write(self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        if value.stacked:
-            tspec["metadata"]["chunks"] = [1, *value.shape[1:]]
-        try:
-            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            async with self._turn:  # Orbax starts all arrays at once
-                own = [
-                    await self._write(store[i] if value.stacked else store, value, i) for i in range(len(value.parts))
-                ]
-            await asyncio.gather(*own)
-        except Exception as error:
-            self.error = self.error or error
-
-    async def _write(self, store: ts.TensorStore, value: LazyArray, part: int) -> Any:
-        """Starts writing one part."""
-        if self.error:
-            raise self.error
-        size = value.nbytes // len(value.parts)
-        if self._bytes + size > IN_FLIGHT:
-            await asyncio.gather(*self._writes)
-            self._writes, self._bytes = [], 0
-        self._writes.append(store.write(value.parts[part]()))
-        self._bytes += size
-        return self._writes[-1]
-
-
 def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -> ocp.CheckpointManager:
+    """Orbax's manager: processes write together, and each reads alone, so that none waits for one that cannot read."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=False,
@@ -122,12 +83,18 @@ def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -
         enable_background_delete=writes,  # an old one that cannot be removed is no reason to die
         enable_async_checkpointing=writes,
         save_root_metadata=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions() if writes else alone,
     )
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     try:
         return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     except Exception as error:  # whatever a disk or a bucket that may not be read or written provokes
-        raise UserError(f"{directory} cannot be opened ({one_line(error)})") from error
+        raise unusable(error)(f"{directory} cannot be opened ({one_line(error)})") from error
+
+
+def _told_by_all(value: int) -> list[int]:
+    """The values of all processes, each of which has to ask."""
+    return multihost_utils.process_allgather(np.asarray(value, np.int32)).ravel().tolist()
 
 
 def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -157,54 +124,55 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str,
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
-def _record(state: Mapping[str, Any], data_state: Any, meta: Mapping[str, Any], step: int) -> dict[str, Any]:
+def _read(
+    manager: ocp.CheckpointManager,
+    wanted: Mapping[str, jax.Array],
+    check: Callable[[Path, Mapping[str, Any]], None],
+    step: int,
+) -> Found | None:
+    """The wanted arrays of a checkpoint and its record, which `check` may refuse; None, with a warning, if broken."""
+    folder = path_of(manager.directory) / str(step)
+    try:
+        record = _read_record(manager, step)
+        check(folder, record)
+        return jax.block_until_ready(_read_arrays(manager, step, wanted)), record
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file provokes
+        logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
+        return None
+
+
+def _newest(
+    steps: Iterable[int], read: Callable[[int], Found | None], *, together: bool
+) -> tuple[Found | None, list[int]]:
+    """What `read` finds at the newest step that is not broken, and the broken steps before it.
+
+    Args:
+      together: all processes call this, and what is broken for one of them is so for all.
+    """
+    untried = set(steps)
+    broken: list[int] = []
+    ask = _told_by_all if together else lambda value: [value]
+    while (step := max(ask(max(untried, default=-1)))) >= 0:  # a process may not see all of them
+        found = read(step)
+        if all(ask(found is not None)):
+            return found, broken
+        if found is not None:
+            logging.warning("checkpoint of step %d is passed over, as another process cannot read it", step)
+        found = None  # no room for its arrays beside the next one's
+        untried.discard(step)
+        broken.append(step)
+    return None, broken
+
+
+def record_of(state: Mapping[str, Any], data_state: Any, meta: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself, as JSON: meta, the data's place, and every leaf's shape."""
     return {
         "meta": to_json({**meta, "step": step}),
         "data_state": to_json(data_state),
         "leaves": {name: list(leaf.shape) for name, leaf in state.items()},
     }
-
-
-def write_streamed(workdir: str | Path, arrays: Mapping[str, LazyArray], meta: Mapping[str, Any]) -> None:
-    """A checkpoint of step 0 in a new run directory, complete or not there at all.
-
-    Host memory holds one part of one array (see `LazyArray`) beside what the readers keep. Nothing is compressed.
-
-    Args:
-      arrays: by "params/<role>/<leaf>" or "ema/<role>/<leaf>".
-
-    Raises:
-      UserError: there is a checkpoint already; or whatever reading an array raises.
-    """
-    directory = Path(workdir).absolute() / FOLDER
-    if directory.exists():
-        raise UserError(f"{directory} exists; name another folder")
-    partial = directory.with_name(f".{FOLDER}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    handler = _PartsHandler()
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
-        "record": ocp.JsonCheckpointHandler(),
-    }
-    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False, save_root_metadata=False)
-    args = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(_record(arrays, {}, meta, 0))
-    )
-    try:
-        manager = ocp.CheckpointManager(partial, options=options, item_handlers=handlers)
-        try:
-            manager.save(0, args=args)
-        except Exception as error:  # what is missing then is only an after-effect
-            handler.error = handler.error or error
-        manager.close()
-        if handler.error:
-            raise handler.error
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class CheckpointStore:
@@ -229,12 +197,12 @@ class CheckpointStore:
         """Starts an asynchronous, atomic save; returns once `state` may be donated. A saved step stays as it is.
 
         Raises:
-          UserError: this save, or the one before it, could not be written (a full disk); older ones stay as they are.
+          Temporary: this save, or the one before it, could not be written (a full disk); older ones stay as they are.
         """
         if step in self._manager.all_steps():
             return
         arrays = {name: _detached(leaf) for name, leaf in _flatten(state).items()}
-        record = ocp.args.JsonSave(_record(arrays, data_state, meta, step))
+        record = ocp.args.JsonSave(record_of(arrays, data_state, meta, step))
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=record)
         try:
             self._manager.save(step, args=args, force=True)
@@ -244,28 +212,24 @@ class CheckpointStore:
     def restore_latest(self, template: Any, *, stage: str | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
         """(state, data_state, meta) of the newest checkpoint that can be read, or None when there is none.
 
-        Broken ones are passed over with one warning line each and moved to `workdir/checkpoints_broken`. Arrays get the
+        Broken ones are passed over with one warning line each and moved to `workdir/checkpoints_broken`. Of several
+        processes, all call this and take the same one: what one of them cannot read is broken for all. Arrays get the
         template's dtype and sharding.
 
         Raises:
           UserError: all are broken; the stage is not `stage`; the leaves or shapes are not the template's.
         """
         wanted = _flatten(template)
-        broken: list[int] = []
-        for step in reversed(self.steps()):
-            folder = self._directory / str(step)
-            try:
-                record = _read_record(self._manager, step)
-                _check_stage(self._workdir, record["meta"], (stage,) if stage else ())
-                _check_leaves(folder, wanted, record["leaves"], whole=True)
-                arrays = jax.block_until_ready(_read_arrays(self._manager, step, wanted))
-            except UserError:
-                raise
-            except Exception as error:  # whatever a damaged file provokes
-                logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
-                broken.append(step)
-                continue
+
+        def check(folder: Path, record: Mapping[str, Any]) -> None:
+            _check_stage(self._workdir, record["meta"], (stage,) if stage else ())
+            _check_leaves(folder, wanted, record["leaves"], whole=True)
+
+        with closing(_manager(self._directory, writes=False)) as reader:
+            found, broken = _newest(self.steps(), partial(_read, reader, wanted, check), together=True)
+        if found is not None:
             self._set_aside(broken)
+            arrays, record = found
             return _unflatten(template, arrays), record["data_state"], record["meta"]
         if broken:
             raise UserError(
@@ -274,6 +238,7 @@ class CheckpointStore:
         return None
 
     def _set_aside(self, steps: Sequence[int]) -> None:
+        """Moves broken checkpoints away; all processes come here with the same ones."""
         if not steps:
             return
         if jax.process_index() == 0:
@@ -290,17 +255,17 @@ class CheckpointStore:
         """Blocks until the last save is on disk.
 
         Raises:
-          UserError: it could not be written; older ones stay as they are.
+          Temporary: it could not be written; older ones stay as they are.
         """
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._not_saved(error) from error
 
-    def _not_saved(self, error: Exception) -> UserError:
+    def _not_saved(self, error: Exception) -> Temporary:
         kept = max(self.steps(), default=None)
         good = "none is there yet" if kept is None else f"that of step {kept} is good"
-        return UserError(
+        return Temporary(
             f"{self._directory}: a checkpoint could not be written ({one_line(error)}); {good}; see to "
             "the space and the permissions there and run the same command again"
         )
@@ -321,21 +286,22 @@ def _check_stage(run_dir: Path, meta: Mapping[str, Any], stages: Sequence[str]) 
         )
 
 
-def _good_records(run_dir: Path) -> Generator[tuple[ocp.CheckpointManager, int, dict[str, Any]], None, None]:
-    """(manager, step, record) of the readable checkpoints of a run, newest first."""
+def _open(run_dir: Path) -> ocp.CheckpointManager:
     if not is_folder(run_dir / FOLDER):
         raise UserError(f"{run_dir}: no run here ({FOLDER}/ is missing); name the --workdir of a training run")
-    manager = _manager(run_dir / FOLDER, writes=False)
-    try:
+    return _manager(run_dir / FOLDER, writes=False)
+
+
+def _good_records(run_dir: Path) -> Generator[tuple[int, dict[str, Any]], None, None]:
+    """(step, record) of the readable checkpoints of a run, newest first."""
+    with closing(_open(run_dir)) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 record = _read_record(manager, step)
             except Exception as error:
                 logging.warning("checkpoint %s is passed over (%s)", run_dir / FOLDER / str(step), one_line(error))
                 continue
-            yield manager, step, record
-    finally:
-        manager.close()
+            yield step, record
 
 
 def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, Any]:
@@ -346,7 +312,7 @@ def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, A
     """
     run_dir = absolute(run_dir)
     with closing(_good_records(run_dir)) as records:
-        for _, _, record in records:
+        for _, record in records:
             _check_stage(run_dir, record["meta"], stages)
             return record["meta"]
     raise UserError(f"{run_dir}: no readable checkpoint")
@@ -355,7 +321,8 @@ def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, A
 def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = False, stages: Sequence[str] = ()) -> Any:
     """One role's weights (or its float32 shadow, `ema`) from a run's newest readable checkpoint, in `template`'s form.
 
-    Nothing else of the checkpoint is read. Arrays get the template's dtype and sharding.
+    Nothing else of the checkpoint is read. Arrays get the template's dtype and sharding; where that spans processes,
+    all of them call this and take the same checkpoint.
 
     Args:
       run_dir: the `--workdir` of the other run.  stages: accepted stage names (empty: any).
@@ -365,24 +332,21 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
     """
     run_dir, prefix = absolute(run_dir), f"{'ema' if ema else 'params'}/{role}/"
     wanted = {prefix + name: leaf for name, leaf in named_leaves(template).items()}
-    with closing(_good_records(run_dir)) as records:
-        for manager, step, record in records:
-            folder = run_dir / FOLDER / str(step)
-            _check_stage(run_dir, record["meta"], stages)
-            saved = {name: shape for name, shape in record["leaves"].items() if name.startswith(prefix)}
-            if not saved:
-                has = sorted(
-                    {"/".join(n.split("/")[:2]) for n in record["leaves"] if n.startswith(("params/", "ema/"))}
-                )
-                raise UserError(f"{folder} holds no {prefix[:-1]!r}; it holds {', '.join(has)}")
-            _check_leaves(folder, wanted, saved, whole=True)
-            try:
-                arrays = jax.block_until_ready(_read_arrays(manager, step, wanted))
-            except Exception as error:
-                logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
-                continue
-            return _unflatten(template, {name.removeprefix(prefix): array for name, array in arrays.items()})
-    raise UserError(f"{run_dir}: no readable checkpoint")
+
+    def check(folder: Path, record: Mapping[str, Any]) -> None:
+        _check_stage(run_dir, record["meta"], stages)
+        saved = {name: shape for name, shape in record["leaves"].items() if name.startswith(prefix)}
+        if not saved:
+            has = sorted({"/".join(n.split("/")[:2]) for n in record["leaves"] if n.startswith(("params/", "ema/"))})
+            raise UserError(f"{folder} holds no {prefix[:-1]!r}; it holds {', '.join(has)}")
+        _check_leaves(folder, wanted, saved, whole=True)
+
+    together = not all(leaf.sharding.is_fully_addressable for leaf in wanted.values())
+    with closing(_open(run_dir)) as manager:
+        found, _ = _newest(manager.all_steps(), partial(_read, manager, wanted, check), together=together)
+    if found is None:
+        raise UserError(f"{run_dir}: no readable checkpoint")
+    return _unflatten(template, {name.removeprefix(prefix): array for name, array in found[0].items()})
 
 
 def stored_roles(run_dir: str | Path) -> list[tuple[str, bool]]:
@@ -393,7 +357,7 @@ def stored_roles(run_dir: str | Path) -> list[tuple[str, bool]]:
     """
     run_dir = absolute(run_dir)
     with closing(_good_records(run_dir)) as records:
-        for _, _, record in records:
+        for _, record in records:
             found = {tuple(name.split("/")[:2]) for name in record["leaves"] if name.startswith(PARTS)}
             return sorted(((role, part == PARTS[1]) for part, role in found), key=lambda x: x[::-1])
     raise UserError(f"{run_dir}: no readable checkpoint")
@@ -407,7 +371,7 @@ def open_role(run_dir: str | Path, role: str, *, ema: bool = False) -> dict[str,
     """
     run_dir, prefix = absolute(run_dir), f"{PARTS[ema]}/{role}/"
     with closing(_good_records(run_dir)) as records:
-        for _, step, record in records:
+        for step, record in records:
             state = run_dir / FOLDER / str(step) / "state"
             names = [name for name in record["leaves"] if name.startswith(prefix)]
             if not names:

@@ -259,10 +259,10 @@ def _iterate(
     desk: _Desk,
     put_batch: Callable[[Mapping[str, np.ndarray]], Batch],
     sampling: _Sampling,
-    stall_seconds: float,
+    watchdog: Watchdog,
 ) -> TrainState:
     """The iterations from `start` on."""
-    with failing_fast(), StopSignal() as stop, Watchdog(stall_seconds) as watchdog, desk.bar(start) as bar:
+    with StopSignal() as stop, desk.bar(start) as bar:
         if sampling.fn is not None and sampling.first and start == 0:
             sampling.fn(state, 0, desk.writer)
         for step in range(start, desk.steps):
@@ -330,13 +330,16 @@ def fit(
       put_batch: places a batch on devices (default: the default device).
       progress: a bar on standard error.
       work: what the curves of time and rates need to know, and what to trace (`training.observe`).
-      stall_seconds: the process ends when no iteration ends for so long (`training.watchdog`); 0 is never.
+      stall_seconds: the process ends when no iteration ends, or no checkpoint is restored, for so long
+        (`training.watchdog`); 0 is never.
 
     Raises:
       NonFiniteLoss: a loss or gradient is not finite.
       UserError: `workdir` holds another stage or other shapes; the data ended.
+      Temporary: a checkpoint could not be written.
     """
-    store, own_writer = CheckpointStore(workdir, keep=keep), writer is None
+    with failing_fast():
+        store, own_writer = CheckpointStore(workdir, keep=keep), writer is None
     writer = EventWriter(workdir, enabled=jax.process_index() == 0) if writer is None else writer
     try:
         named = {**(meta or {}), "stage": stage.name}
@@ -344,12 +347,14 @@ def fit(
         iterator = data() if callable(data) else data
         desk = _Desk(workdir, store, writer, iterator, named, **pace, progress=progress, work=work)
         updates = _updates(stage, txs, accumulate, placement_of(state))
-        state, start = desk.resume(state)
-        if start >= steps:
-            return state
-        writer.restart(start)
         sampling = _Sampling(sample_fn, sample_every, sample_first)
-        return _iterate(stage, updates, state, frozen, start, desk, put_batch, sampling, stall_seconds)
+        with failing_fast(), Watchdog(stall_seconds) as watchdog:
+            with watchdog.restoring():
+                state, start = desk.resume(state)
+            if start >= steps:
+                return state
+            writer.restart(start)
+            return _iterate(stage, updates, state, frozen, start, desk, put_batch, sampling, watchdog)
     finally:
         store.close()
         if own_writer:

@@ -10,26 +10,26 @@ from contextlib import contextmanager
 
 import jax
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 
-STALLED = 75  # exit status: EX_TEMPFAIL, "try again"; schedulers restart the job, which goes on from its checkpoint
+STALLED = Temporary.exit_code
 
 
 class Watchdog:
-    """While active, ends the process when no iteration ends for so many seconds.
+    """While active, ends the process when no iteration ends, or no checkpoint is restored, for so many seconds.
 
     A process that died or hangs leaves the others waiting in a collective, where no exception reaches them: hence a
-    thread of its own, and an exit without clean-up. The time before the first iteration's end (compiling) and what runs
-    within `paused` do not count.
+    thread of its own, and an exit without clean-up. The time from there to the first iteration's end (compiling) and
+    what runs within `paused` do not count.
 
     Args:
-      seconds: between the ends of two iterations; 0 is no watchdog.
+      seconds: between the ends of two iterations, and for restoring; 0 is no watchdog.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._over = threading.Event()
-        self._last: tuple[int, float] | None = None  # iteration, when it ended; None: not counting
+        self._last: tuple[str, float] | None = None  # what is waited for, since when; None: not counting
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -42,7 +42,14 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """Iteration `step` has ended."""
-        self._last = (step, time.monotonic())
+        self._last = (f"no iteration ended in {self._seconds:g} s after step {step}", time.monotonic())
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Around reading the checkpoint to go on from."""
+        self._last = (f"no checkpoint was restored in {self._seconds:g} s", time.monotonic())
+        yield
+        self._last = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -56,9 +63,9 @@ class Watchdog:
             last = self._last
             if last and time.monotonic() - last[1] > self._seconds:
                 sys.stderr.write(
-                    f"cfjax: process {jax.process_index()} of {jax.process_count()}: no iteration ended in "
-                    f"{self._seconds:g} s after step {last[0]}; another process died, or this one hangs. The run ends; "
-                    "the same command goes on from its last checkpoint (stall_seconds is the time, 0 is for ever)\n"
+                    f"cfjax: process {jax.process_index()} of {jax.process_count()}: {last[0]}; another process died, "
+                    "or this one hangs. The run ends; the same command goes on from its last checkpoint "
+                    "(stall_seconds is the time, 0 is for ever)\n"
                 )
                 sys.stderr.flush()
                 os._exit(STALLED)
@@ -84,4 +91,4 @@ def failing_fast() -> Iterator[None]:
                 f"{who}: another one died, or see above; the same command goes on from the last checkpoint\n"
             )
         sys.stderr.flush()
-        os._exit(2 if isinstance(error, UserError) else STALLED)
+        os._exit(error.exit_code if isinstance(error, UserError) else STALLED)

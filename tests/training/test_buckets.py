@@ -17,7 +17,7 @@ from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cfjax.core import paths
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 from cfjax.evaluate import load_evaluation, save_evaluation
 from cfjax.models.tokenizer import PieceTokenizer, load_tokenizer
 from cfjax.training.checkpoint import CheckpointStore, load_role, open_role, read_meta, stored_roles
@@ -173,19 +173,22 @@ def test_old_ones_that_cannot_be_removed_are_left(bucket, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops futures that failed
 def test_a_bucket_that_refuses_is_told_in_one_line(bucket):
-    with pytest.raises(UserError, match=r"^gs://other/run/checkpoints: files cannot be written and removed there"):
+    with pytest.raises(
+        UserError, match=r"^gs://other/run/checkpoints: files cannot be written and removed there"
+    ) as caught:
         CheckpointStore("gs://other/run")
+    assert caught.type is UserError  # no such bucket: to try again would not mend it
     store = CheckpointStore("gs://bucket/run")
     save(store, 1)
     bucket.forbidden.add("POST")
-    with pytest.raises(UserError, match=r"could not be written .*; that of step 1 is good") as caught:
+    with pytest.raises(Temporary, match=r"could not be written .*; that of step 1 is good") as caught:
         save(store, 2)
     assert "\n" not in str(caught.value)
     store.close()
-    with pytest.raises(UserError, match=r"cannot be written and removed there .*you may not POST"):
+    with pytest.raises(Temporary, match=r"cannot be written and removed there .*you may not POST"):
         CheckpointStore("gs://bucket/run")
     bucket.forbidden.add("GET")
-    with pytest.raises(UserError, match=r"^gs://bucket/run/checkpoints: the bucket cannot be reached \(.*\)$"):
+    with pytest.raises(Temporary, match=r"^gs://bucket/run/checkpoints: the bucket cannot be reached \(.*\)$"):
         read_meta("gs://bucket/run")
     gc.collect()
 

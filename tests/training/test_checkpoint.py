@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
 from cfjax.training.state import TrainState, advance
 from tests.golden.record_checkpoint import DATA, FOLDER, META, known
@@ -198,7 +198,7 @@ def test_a_full_disk_during_a_save_leaves_the_checkpoint_before(tmp_path):
     noise = {"kernel": jax.random.normal(jax.random.key(0), (512, 512))}  # 1 MB that no compression shrinks
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
-        with pytest.raises(UserError, match=r"could not be written .*; that of step 1 is good; see to the space"):
+        with pytest.raises(Temporary, match=r"could not be written .*; that of step 1 is good; see to the space"):
             store.save(2, noise, {}, {"stage": "toy"})
             store.wait()
     finally:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from cfjax.core.errors import UserError
-from cfjax.training import loop
+from cfjax.core.errors import Temporary, UserError
+from cfjax.training import loop, watchdog
 from cfjax.training.checkpoint import CheckpointStore
 from cfjax.training.loop import NonFiniteLoss
 from cfjax.training.observe import Work
@@ -202,6 +203,35 @@ def test_batches_are_placed_and_accumulated_as_asked(tmp_path):
 
     run(tmp_path, 2, put_batch=put, accumulate={"critic": 4})
     assert placed == [(8, 4)] * 3
+
+
+@pytest.mark.parametrize(
+    "error, code", [(UserError("another stage"), 2), (Temporary("no bucket"), STALLED), (OSError("gone"), STALLED)]
+)
+def test_one_of_several_processes_that_cannot_go_on_ends_at_once(tmp_path, monkeypatch, capsys, error, code):
+    """Those that can are waiting for it; `os._exit` waits for nobody."""
+
+    def leave(status):
+        raise SystemExit(status)
+
+    def restore(*_, **__):
+        raise error
+
+    monkeypatch.setattr(watchdog, "jax", SimpleNamespace(process_count=lambda: 2, process_index=lambda: 1))
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    monkeypatch.setattr(CheckpointStore, "restore_latest", restore)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, 3)
+    assert ended.value.code == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("cfjax: process 1 of 2 ends: ") and (code != 2 or "another stage" in last)
+
+
+def test_a_restore_that_hangs_ends_with_a_line(tmp_path):
+    process = start(tmp_path, "100", "hang_in_restore=1", "stall=1.5")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == STALLED, (out, err)
+    assert "process 0 of 1: no checkpoint was restored in 1.5 s; another process died" in err.splitlines()[-1]
 
 
 def test_a_run_that_no_longer_moves_ends_with_a_line(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
-from cfjax.training.checkpoint import CheckpointStore, load_role, open_role, read_meta, stored_roles, write_streamed
+from cfjax.training.checkpoint import CheckpointStore, load_role, open_role, read_meta, stored_roles
+from cfjax.training.streamed import write_streamed
 
 
 def lazy(array: np.ndarray, stacked: bool = False) -> LazyArray:

@@ -1,7 +1,7 @@
 """A linear model, two roles and a counted data source: the smallest run that has everything a stage has.
 
 As a script, one run in a process of its own:
-    toy.py WORKDIR STEPS [die_in_save=STEP] [sleep=SECONDS] [hang_at=BATCH] [stall=SECONDS]
+    toy.py WORKDIR STEPS [die_in_save=STEP] [sleep=SECONDS] [hang_at=BATCH] [hang_in_restore=1] [stall=SECONDS]
 """
 
 import os
@@ -109,6 +109,8 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     CheckpointStore.save = save_and_die  # type: ignore[method-assign]
+    if "hang_in_restore" in options:
+        CheckpointStore.restore_latest = lambda *_, **__: time.sleep(3600)  # type: ignore[method-assign]
     width = int(options.get("width", 4))
     data = Counted(width=width, pause=float(options.get("sleep", 0)), hang_at=int(options.get("hang_at", -1)))
     run(Path(sys.argv[1]), int(sys.argv[2]), width=width, data=data, stall_seconds=float(options.get("stall", 0)))
