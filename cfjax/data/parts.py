@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 from cfjax.data.latents import read_json
 from cfjax.data.precompute import digest
 from cfjax.data.records import (
@@ -83,7 +84,7 @@ class Part:
         self._seen.add(item)
 
     def close(self) -> None:
-        """Ends the file. Raises UserError when it could not be written whole."""
+        """Ends the file. Raises Temporary when it could not be written whole."""
         if not self._writer.is_open():
             return
         with self._told():
@@ -93,7 +94,7 @@ class Part:
         with suppress(RuntimeError):  # a damaged file complains when it is closed
             reader.close()
         if found != self.records:
-            raise UserError(f"{self._file}: {found} of {self.records} records arrived; is the disk full?")
+            raise Temporary(f"{self._file}: {found} of {self.records} records arrived; is the disk full?")
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -101,7 +102,7 @@ class Part:
         try:
             yield
         except RuntimeError as error:
-            raise UserError(f"{self._file.parent}: cannot write there ({' '.join(str(error).split())})") from None
+            raise Temporary(f"{self._file.parent}: cannot write there ({' '.join(str(error).split())})") from None
 
     def missing(self) -> set[int]:
         """Items that were neither added nor skipped."""
@@ -146,7 +147,8 @@ class SetWriter:
         self._claim()
 
     def _claim(self) -> None:
-        if self.path.exists() and not (self.path / JOB).exists() and any(self.path.iterdir()):
+        others = self.path.exists() and any(not _is_partial(file) for file in self.path.iterdir())
+        if others and not (self.path / JOB).exists():  # looked for last: another process may just have begun
             raise UserError(f"output={str(self.path)!r} holds other files; choose another, or an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / JOB).exists():
@@ -257,7 +259,7 @@ class SetWriter:
             "source_sha256": digest(self._description.get("source", {})),
         }
         write_atomically(self.path / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
-        for stale in self.path.glob(".*.partial"):
+        for stale in filter(_is_partial, self.path.iterdir()):
             stale.unlink(missing_ok=True)
         return True
 
@@ -265,6 +267,11 @@ class SetWriter:
 def _beside(file: Path) -> Path:
     """A name that no other process of any machine takes."""
     return file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+def _is_partial(file: Path) -> bool:
+    """Whether `_beside` made the name."""
+    return fnmatch(file.name, ".*.partial")
 
 
 def write_atomically(file: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 from cfjax.data.ingest import PromptSource, ingest, read_prompts
 from cfjax.data.latents import make_iterator
 from cfjax.data.parts import SetWriter
@@ -177,6 +178,18 @@ def test_a_killed_process_loses_only_its_part(tmp_path):
     assert not list((tmp_path / "set").glob(".*"))
 
 
+def test_a_full_disk_is_a_failure_that_may_pass(tmp_path):
+    """The kernel refuses bytes beyond a limit, as a full disk does; with room again, the same command goes on."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, unlimited[1]))
+        with pytest.raises(Temporary, match="set: cannot write there"):
+            make(tmp_path / "set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert make(tmp_path / "set") and values(open_dataset(tmp_path / "set")) == USABLE
+
+
 def test_a_lost_part_is_made_again(tmp_path):
     make(tmp_path / "set")
     (tmp_path / "set" / "part-00002.array_record").unlink()
@@ -205,6 +218,24 @@ def test_another_job_is_refused(tmp_path):
         writer(tmp_path / "thesis")
     with pytest.raises(UserError, match="shard=3 of shards=3"):
         writer(tmp_path / "set").todo(3, 3)
+
+
+def test_processes_may_begin_a_set_at_the_same_time(tmp_path, monkeypatch):
+    """One finds what the other is about to rename; then, while it looks, the other's set begins."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / ".job.json.0123456789ab.partial").touch()
+    writer(tmp_path / "set")
+    looked, iterdir = [], Path.iterdir
+
+    def begins(folder):
+        if not looked:
+            looked.append(folder)
+            writer(tmp_path / "other")
+        return iterdir(folder)
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(Path, "iterdir", begins)
+    assert writer(tmp_path / "other").todo() == writer(tmp_path / "set").todo() and looked == [tmp_path / "other"]
 
 
 def test_a_source_without_one_usable_item_says_so(tmp_path):
