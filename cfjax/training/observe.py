@@ -1,5 +1,6 @@
 """Where a run's time goes: step time, tokens/s, utilisation, memory and data wait as curves; a trace on demand."""
 
+import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from cfjax.core.errors import UserError
-from cfjax.core.paths import Mirror, path_of
+from cfjax.core.paths import Mirror, one_line, path_of
 
 TRACE = "profile"  # the folder of a run that traces go to; `tensorboard --logdir` finds them (XProf plug-in)
 _COLLECTIVE = re.compile(r"%?(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-\w+)\b")
@@ -123,6 +125,9 @@ def trace_window(text: str) -> tuple[int, int] | None:
 class Tracer:
     """Writes an XProf trace of some iterations to `workdir`/profile and tells the share of collectives in it.
 
+    Every host writes its own file; the first process tells the share, of its own host. A trace that fails is a warning:
+    a run matters more.
+
     Args:
       window: iterations [first, end), or None for no trace.
     """
@@ -134,8 +139,10 @@ class Tracer:
     def before(self, step: int) -> None:
         """Starts the trace when its first iteration comes."""
         if self._window and step == self._window[0]:
-            self._mirror = Mirror(self._target)
-            jax.profiler.start_trace(str(self._mirror.folder))
+            with _warned(self._target):
+                mirror = Mirror(self._target)
+                jax.profiler.start_trace(str(mirror.folder))
+                self._mirror = mirror
 
     def after(self, step: int, result: Any) -> dict[str, float]:
         """Ends it after its last one, once `result` is there; returns {"perf/collective_share": ...} then."""
@@ -149,12 +156,24 @@ class Tracer:
         if self._mirror is None:
             return {}
         mirror, self._mirror = self._mirror, None
-        jax.profiler.stop_trace()
-        files = sorted(mirror.folder.rglob("*.xplane.pb"))
-        share = {"perf/collective_share": collective_share(files[-1])} if files else {}
-        mirror.push()
+        share: dict[str, float] = {}
+        with _warned(self._target):
+            jax.profiler.stop_trace()
+            mirror.push()
+            files = sorted(mirror.folder.rglob(f"{platform.node()}.xplane.pb"))
+            if files and jax.process_index() == 0:
+                share = {"perf/collective_share": collective_share(files[-1])}
         mirror.close()
         return share
+
+
+@contextmanager
+def _warned(folder: Path) -> Iterator[None]:
+    """What goes wrong within is a warning of one line."""
+    try:
+        yield
+    except Exception as error:  # whatever the profiler and a disk provoke
+        logging.warning("%s: no trace, or no share of collectives (%s)", folder, one_line(error))
 
 
 def _covered(intervals: Iterable[Interval]) -> float:

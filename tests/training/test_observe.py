@@ -1,8 +1,11 @@
 """Where time goes: the clock's arithmetic, and collectives found in a real trace."""
 
+import platform
+
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cfjax.core.errors import UserError
@@ -61,3 +64,35 @@ def test_a_trace_tells_the_share_of_collectives(tmp_path, axes):
     share = shares["perf/collective_share"]
     print(f"collective share on {axes} devices: {share:.3f}")
     assert 0.05 < share < 1.0 if axes > 1 else share == 0.0
+
+
+def traced(workdir):
+    """What a tracer tells of one iteration."""
+    tracer = Tracer(workdir, (0, 1))
+    tracer.before(0)
+    return tracer.after(0, jnp.ones(3) + 1)
+
+
+def test_of_many_hosts_the_first_one_tells_its_own_share(tmp_path, monkeypatch):
+    other = tmp_path / "profile/plugins/profile/9999_12_31_23_59_59/zz.xplane.pb"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"half written")
+    assert traced(tmp_path).keys() == {"perf/collective_share"}
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert traced(tmp_path) == {}
+
+
+def test_a_trace_that_cannot_be_read_or_begun_is_a_warning(tmp_path, monkeypatch):
+    lines, stop = [], jax.profiler.stop_trace
+    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+
+    def cut():
+        stop()
+        for file in tmp_path.rglob(f"{platform.node()}.xplane.pb"):
+            file.write_bytes(b"half written")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", cut)
+    assert traced(tmp_path) == {} and len(lines) == 1
+    assert lines[0].startswith(f"{tmp_path}/profile: no trace, or no share of collectives (") and "\n" not in lines[0]
+    with jax.profiler.trace(str(tmp_path / "another")):  # only one may run
+        assert traced(tmp_path) == {} and len(lines) == 2
