@@ -15,9 +15,11 @@ JOINED = """
 from cfjax.core.distributed import initialize
 assert initialize() and initialize()
 import jax
+from cfjax.core.sharding import batch_rows, make_mesh
 from jax.experimental import multihost_utils
 total = multihost_utils.process_allgather(jax.numpy.asarray(1 + jax.process_index())).sum()
-print(jax.process_index(), jax.process_count(), jax.device_count(), total, flush=True)
+rows = batch_rows(make_mesh(data=2), 6)
+print(jax.process_index(), jax.process_count(), jax.device_count(), total, *rows, flush=True)
 """
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
@@ -86,7 +88,7 @@ def test_an_absent_coordinator_is_told(free_port, host):
 
 
 def test_two_processes_join(free_port):
-    """The variables that the launchers set; a collective runs, and a second call changes nothing."""
+    """The variables that the launchers set; a collective runs, a second call changes nothing, a batch is divided."""
     ours = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port}", "JAX_NUM_PROCESSES": "2"}
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     clean |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **ours}
@@ -98,7 +100,10 @@ def test_two_processes_join(free_port):
     ]
     ends = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], ends
-    assert [out.splitlines()[-1].split() for out, _ in ends] == [["0", "2", "2", "3"], ["1", "2", "2", "3"]]
+    assert [out.splitlines()[-1].split() for out, _ in ends] == [
+        ["0", "2", "2", "3", "0", "1", "2"],
+        ["1", "2", "2", "3", "3", "4", "5"],
+    ]
 
 
 @pytest.fixture

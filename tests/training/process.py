@@ -1,7 +1,8 @@
 """One process of a run of several: `cfjax` on a toy made tiny, one CPU device per process unless told otherwise.
 
 process.py VERB ...    with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, as a launcher sets them,
-                       TEST_PAUSE (seconds before every batch) and TEST_HANG (the process that stops at batch 5)
+                       TEST_PAUSE (seconds before every batch) and TEST_HANG (the process that stops at batch 5).
+                       Tells the records of every batch that it reads.
 """
 
 import os
@@ -24,7 +25,9 @@ def slowed(iterator: LatentIterator) -> Any:
     _batches += 1
     hangs = os.environ.get("TEST_HANG") == os.environ.get("JAX_PROCESS_ID", "0") and _batches == 5
     time.sleep(3600 if hangs else float(os.environ.get("TEST_PAUSE", "0")))
-    return _next(iterator)
+    batch = _next(iterator)
+    print("records", *batch["index_B"].tolist(), flush=True)
+    return batch
 
 
 if __name__ == "__main__":

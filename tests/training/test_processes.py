@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,23 @@ def data(tmp_path_factory):
     return root
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def place_in_run(index: int, count: int, port: int) -> dict[str, str]:
+    """The variables by which a launcher tells a process its run."""
+    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    return {**address, "JAX_PROCESS_ID": str(index)} if count > 1 else {}
+
+
 class Run:
-    """The processes of one `cfjax train`, each a device of the mesh (or `devices` of them)."""
+    """The processes of one `cfjax train`, each a device of the mesh (or `devices` of them).
+
+    With `worker`, launch/worker.sh is around each, as a launcher puts it.
+    """
 
     def __init__(
         self,
@@ -42,11 +58,10 @@ class Run:
         devices: int = 1,
         mesh: str = "",
         stall: float = 600.0,
+        worker: bool = False,
         **environment: str,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         keys = {
             "data.source": "",
             "data.path": data,
@@ -66,22 +81,24 @@ class Run:
             **{f"roles.{role}.init": "" for role in ("student", "critic", "real_score")},
             **{f"mesh.{axis}": size for axis, size in (part.split("=") for part in mesh.split())},
         }
-        command = [sys.executable, str(ROOT / "tests/training/process.py"), "train"]
+        command = ["bash", str(ROOT / "launch/worker.sh")] if worker else []
+        command += [sys.executable, str(ROOT / "tests/training/process.py"), "train"]
         command += [f"--config={ROOT}/configs/dmd.py:toy", f"--workdir={workdir}"]
         command += [f"--config.{name}={value}" for name, value in keys.items()]
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         self.processes = []
         for index in range(count):
-            several = {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(index),
-            }
             own = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment}
-            own |= several if count > 1 else {}
+            own |= place_in_run(index, count, port)
             with (workdir.parent / f"{workdir.name}.{index}.log").open("a") as log:
                 self.processes.append(
-                    subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        command,
+                        env={**os.environ, **own},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
                 )
         self.workdir = workdir
 
@@ -99,8 +116,12 @@ class Run:
         names = [path.name for path in (self.workdir / "checkpoints").glob("*")]
         return max((int(name) for name in names if name.isdigit()), default=-1)
 
-    def kill_after(self, step: int) -> None:
-        """SIGKILL to all once a checkpoint of `step` or later is complete."""
+    def records(self, index: int) -> list[list[int]]:
+        """Of every batch, the records that a process read; those of earlier runs in the folder too."""
+        return [list(map(int, line.split())) for line in re.findall("^records (.*)$", self.told(index), re.MULTILINE)]
+
+    def until_saved(self, step: int) -> None:
+        """Waits for a complete checkpoint of `step` or later."""
         limit = time.monotonic() + 900
         while self.saved() < step:
             alive = all(process.poll() is None for process in self.processes)
@@ -108,11 +129,16 @@ class Run:
                 self.kill()
                 raise AssertionError(self.told())
             time.sleep(0.05)
+
+    def kill_after(self, step: int) -> None:
+        """SIGKILL to all once a checkpoint of `step` or later is complete."""
+        self.until_saved(step)
         self.kill()
 
     def kill(self) -> None:
         for process in self.processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -127,17 +153,37 @@ def weights(workdir: Path) -> dict[str, np.ndarray]:
     return dict(zip(names, [array.read().result() for array in opened], strict=True))
 
 
-def assert_same(workdir: Path, expected: dict[str, np.ndarray]) -> None:
-    errors, got = {}, weights(workdir)
+def assert_same(run: Run, other: Run) -> None:
+    errors, got, expected = {}, weights(run.workdir), weights(other.workdir)
     assert got.keys() == expected.keys()
     for name, wanted in expected.items():
         errors[name] = float(
             np.linalg.norm((got[name] - wanted).astype(np.float64)) / max(np.linalg.norm(wanted), 1e-6)
         )
     worst = sorted(errors, key=errors.__getitem__)[-3:]
-    print(workdir.name, {name: f"{errors[name]:.1e}" for name in worst})
+    print(run.workdir.name, {name: f"{errors[name]:.1e}" for name in worst})
     weights_alone = {name: error for name, error in errors.items() if name.startswith(("params", "ema"))}
     assert max(weights_alone.values()) < 1e-5
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_all(tmp_path):
+    command = [sys.executable, str(ROOT / "tests/training/restoring.py"), str(tmp_path / "run")]
+    port, flags = free_port(), "--xla_force_host_platform_device_count=1"
+    own = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    started = [
+        subprocess.Popen(command, env=own | place_in_run(index, 2, port), stdout=-1, stderr=-1, text=True)
+        for index in range(2)
+    ]
+    try:
+        ends = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], ends
+    assert [out.splitlines()[-1] for out, _ in ends] == [f"{index} 1.0 1 1.0 [1, 2]" for index in range(2)], ends
+    assert "2 is broken and is passed over (OSError: input/output error)" in ends[1][1]
+    assert "step 2 is passed over, as another process cannot read it" in ends[0][1]
+    assert (tmp_path / "run/checkpoints_broken/2").is_dir()
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +191,7 @@ def alone(data, tmp_path_factory):
     """The whole run in one process on one device."""
     run = Run(data, tmp_path_factory.mktemp("alone") / "run", 1)
     assert run.finish() == [0], run.told()
-    return weights(run.workdir)
+    return run
 
 
 @pytest.mark.slow
@@ -157,7 +203,25 @@ def test_killed_and_gone_on_with_by_other_processes_it_is_the_same_run(data, alo
     last = Run(data, workdir, 1, devices=2, mesh="tensor=2")
     assert last.finish() == [0], last.told()
     assert len(re.findall("going on from step", last.told())) == 2, last.told()
-    assert_same(workdir, alone)
+    assert_same(last, alone)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_goes_on(data, alone, tmp_path):
+    """Together they read every record of every batch once, as one process alone does."""
+    stopped = Run(data, tmp_path / "run", 2, mesh="data=2", worker=True, TEST_PAUSE="2")
+    stopped.until_saved(2)
+    stopped.processes[1].send_signal(signal.SIGTERM)
+    codes = stopped.finish()
+    assert codes == [0, STALLED], (codes, stopped.told(0), stopped.told(1))  # 75 is the word of who was told
+    steps = [re.findall(r"SIGTERM: saved step (\d+) of 6", stopped.told(index)) for index in range(2)]
+    assert steps[0] == steps[1] == [str(stopped.saved())] and 2 < stopped.saved() < STEPS
+    resumed = Run(data, tmp_path / "run", 2, mesh="data=2")
+    assert resumed.finish() == [0, 0], resumed.told()
+    assert all(f"going on from step {steps[0][0]}\n" in resumed.told(index) for index in range(2))
+    assert_same(resumed, alone)
+    first, second, whole = resumed.records(0), resumed.records(1), alone.records(0)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole and all(len(set(batch)) == 4 for batch in whole)
 
 
 @pytest.mark.slow
@@ -167,10 +231,9 @@ def test_a_process_that_hangs_or_dies_ends_the_others(data, tmp_path):
     assert STALLED in codes and all(codes), (codes, run.told(0), run.told(1))
     assert any("no iteration ended in 20 s after step" in run.told(i) for i in range(2)), run.told()
     run = Run(data, tmp_path / "dies", 2, mesh="data=2", TEST_PAUSE="0.5")
-    limit = time.monotonic() + 900
-    while not (tmp_path / "dies/checkpoints/2").exists() and time.monotonic() < limit:
-        time.sleep(0.05)
+    run.until_saved(2)
     run.processes[1].send_signal(signal.SIGKILL)
     codes = run.finish()
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL), codes
-    print(run.told()[-2000:])
+    assert codes == [STALLED, -signal.SIGKILL], (codes, run.told())
+    last = run.told().splitlines()[-1]  # a collective failed, perhaps one inside a save
+    assert re.match("cfjax: process 0 of 2 ends: (another one died|.*checkpoint could not be written)", last), last
