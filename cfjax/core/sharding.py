@@ -79,7 +79,7 @@ def make_mesh(
         named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {named} has {math.prod(sizes)} places; they must multiply to {len(devices)} devices")
     kinds = (AxisType.Auto,) * len(AXES)
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices > 1:
         return Mesh(_over_slices(sizes, devices, slices), AXES, axis_types=kinds)
     try:

@@ -16,7 +16,7 @@ from cfjax.studies.findings import tables
 from cfjax.studies.injectivity import Plan, run
 from cfjax.studies.laws import LinearGaussian, Walk, joint_velocity, sample, velocity
 from cfjax.studies.page import provenance
-from cfjax.studies.results import quality, truth
+from cfjax.studies.results import quality, settled, truth
 from cfjax.studies.statistics import energy_distance, holm, paired, summary, welch
 from cfjax.studies.students import Budget
 from cfjax.studies.toys import FRAMEWISE, Exact, Student, ToyConfig, windows
@@ -182,10 +182,11 @@ def test_students_end_where_their_teachers_pairs_put_them(tmp_path):
     assert mean("causal_ode", "spread") - mean("bi_ode", "spread") > 0.2
     assert mean("causal_ode", "spread") > mean("ahead_1", "spread") > mean("bi_ode", "spread")
     assert mean("asym_cd_cp", "spread") > mean("asym_cd", "spread")
-    settled = [row for seed in results["seeds"] for row in seed["settling"] if row["frame"] in (2, 3, 4)]
-    bi = [(row["dist_map"], row["dist_mean"]) for row in settled if row["init"] == "bi_ode"]
+    assert mean("asym_cd", "motion") > mean("causal_cd", "motion")  # it moves too much, not too little
+    rows = [row for seed in results["seeds"] for row in seed["settling"] if row["frame"] in (2, 3, 4)]
+    bi = [(row["dist_map"], row["dist_mean"]) for row in rows if row["init"] == "bi_ode"]
     assert all(to_map > 0.07 and to_mean < 0.3 * to_map for to_map, to_mean in bi)
-    assert all(row["dist_map"] < 0.04 for row in settled if row["init"] == "causal_ode")
+    assert all(row["dist_map"] < 0.04 for row in rows if row["init"] == "causal_ode")
     for seed in results["seeds"]:
         assert np.isfinite(list(seed["dmd"]["bi_ode"]["50"].values())).all()
         assert seed["flow_error"]["diffusion"] > seed["flow_error"]["teacher"]
@@ -201,7 +202,6 @@ def test_students_end_where_their_teachers_pairs_put_them(tmp_path):
     assert outcomes["Before DMD the bidirectional ODE initialisation is worse in spread."] == "holds"
     print("gaps after DMD", {m: (gaps(results, m), gaps(results, m, 50)) for m in WORSE})
     assert min(gaps(results, "static", 50)) > 0  # in-between frames outlive a little DMD
-    print("motion of asymmetric and causal CD", mean("asym_cd", "motion"), mean("causal_cd", "motion"))
     assert washed_out(found, "static") in ("no", "in part", "washed out", "over-corrected", "not told apart")
     titles = [table.title for table in tables(results, found)]
     assert len(set(titles)) == len(titles) and "What DMD leaves of the bidirectional start's harm" in titles
