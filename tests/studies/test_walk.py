@@ -193,7 +193,8 @@ def test_students_end_where_their_teachers_pairs_put_them(tmp_path):
     top, frames = SMALL.levels[0], range(1, 5)
     kept, of_ar = (np.mean(settled(results, init, top, "kept", [2, 3, 4])) for init in ("bi_ode", "causal_ode"))
     left = truth(results, "bidirectional", top, [2, 3, 4], "of_prior")
-    assert kept / of_ar == pytest.approx(1.0 - left, abs=0.1)  # the law of total variance; both networks shrink a little
+    # The law of total variance; both networks shrink a little.
+    assert kept / of_ar == pytest.approx(1.0 - left, abs=0.1)
     assert np.mean(settled(results, "bi_ode", top, "dist_map", frames)) == pytest.approx(
         truth(results, "bidirectional", top, frames, "central"), rel=0.25
     )
