@@ -315,6 +315,7 @@ def test_the_guard_watches_distribution_matching(chain):
     assert 2.0 < kept["baseline"]["values"]["motion"] < 6.0
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_the_same_run(chain, tmp_path):
     """Eight devices, each axis that is in use at two, from the command line: the curves of one device."""
     init = {"roles__student__init": chain / "teacher", "roles__student__init_ema": True}

@@ -141,6 +141,7 @@ def test_an_extension_is_the_longer_video_and_the_text_encoder_stays_on_disk(roo
     assert (record["given_frames"], record["network_calls"], len(frames_of(written(tmp_path, ".mp4")[0]))) == (9, 6, 21)
 
 
+@pytest.mark.slow
 def test_image_to_video_begins_with_the_encoded_picture(root, run, tmp_path):
     """Given frame 0 is the picture through the Wan VAE, whatever decodes; the rest are blocks of 3 after it."""
     y, x = np.mgrid[:60, :90]

@@ -207,6 +207,7 @@ def test_wrong_settings_are_named(wrong):
         DiffusionConfig(**wrong)
 
 
+@pytest.mark.slow
 def test_flow_matching_reaches_the_gaussian_floor():
     """On independent N(mean, s^2) numbers no predictor is better than s^2 / ((1 - sigma)^2 s^2 + sigma^2)."""
     x, sigma_BF, x0, target = examination(fresh, REAL_MEAN)

@@ -60,8 +60,15 @@ def sequential(model, text_BSE, draws, config, exits, blocks):
     return jnp.concatenate(outputs, axis=1)
 
 
-@pytest.mark.parametrize("kv_gradient", ["detached", "straight_through"])
-@pytest.mark.parametrize("first", [(), SIGMAS], ids=["one_list", "first_list"])
+@pytest.mark.parametrize(
+    ("kv_gradient", "first"),
+    [
+        pytest.param("detached", (), id="one_list-detached"),
+        pytest.param("straight_through", SIGMAS, id="first_list-straight_through"),
+        pytest.param("straight_through", (), id="one_list-straight_through", marks=pytest.mark.slow),
+        pytest.param("detached", SIGMAS, id="first_list-detached", marks=pytest.mark.slow),
+    ],
+)
 def test_replay_is_the_sequential_gradient(kv_gradient, first):
     config = SelfForcing(SIGMAS[:3], first, context_noise=0.005, kv_gradient=kv_gradient)
     exits = [3, 1, 1] if first else [2, 2, 2]
@@ -92,6 +99,7 @@ def test_replay_is_the_sequential_gradient(kv_gradient, first):
     assert worst < 1e-5 * scale
 
 
+@pytest.mark.slow
 def test_the_two_kv_gradients_differ():
     """Otherwise the test above could not tell them apart."""
     grads = {}
