@@ -75,7 +75,7 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
     say("\n".join(memory_table(memory)))
     check_memory(memory, memory_limit(jax.local_devices()[0]))
     windows = idle_windows(c, data.dataset.latent_shape[0])
-    for note in filter(None, (differing_levels(c), idle_devices(c, jax.local_devices()), *windows)):
+    for note in filter(None, (differing_levels(c), idle_devices(mesh, jax.local_devices()), *windows)):
         say(note)
     models = {name: initial_model(name, role, data, c.seed, mesh) for name, role in c.roles.items()}
     trained = {name: models[name] for name in stage.losses}
@@ -149,10 +149,10 @@ def mesh_of(c: ConfigDict) -> Mesh | None:
     return None if alone else make_mesh(**sizes)
 
 
-def idle_devices(c: ConfigDict, devices: Sequence[jax.Device]) -> str:
+def idle_devices(mesh: Mesh | None, devices: Sequence[jax.Device]) -> str:
     """One line when accelerators of this process would have nothing to do; "" when not."""
     count = len(devices)
-    if count == 1 or devices[0].platform == "cpu" or mesh_of(c) is not None:
+    if count == 1 or devices[0].platform == "cpu" or mesh is not None:
         return ""
     return f"note: the mesh has one place and {count} devices are here; --config.mesh.fsdp={count} uses them all"
 

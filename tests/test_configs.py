@@ -20,7 +20,7 @@ from cfjax.data.sets import open_dataset
 from cfjax.faithful import REFERENCE, faithful
 from cfjax.objectives.ode_regression import PairsConfig
 from cfjax.runs import open_run
-from cfjax.train import differing_levels, idle_devices, idle_windows
+from cfjax.train import differing_levels, idle_devices, idle_windows, mesh_of
 from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data
 
@@ -128,10 +128,12 @@ def test_a_student_that_would_sample_at_other_levels_is_told():
 def test_accelerators_without_work_are_told():
     """One place of a mesh, as a config has it; and none are told on CPUs, whose devices are simulated ones."""
     c = get_config(ROOT / "configs" / "dmd.py")("toy")
+    alone = mesh_of(c)
     gpus, cpus = ([SimpleNamespace(platform=platform)] * 8 for platform in ("gpu", "cpu"))
-    assert "8 devices are here; --config.mesh.fsdp=8" in idle_devices(c, gpus)
+    assert "8 devices are here; --config.mesh.fsdp=8" in idle_devices(alone, gpus)
+    assert idle_devices(alone, gpus[:1]) == idle_devices(alone, cpus) == ""
     c.mesh.fsdp = 8
-    assert idle_devices(c, gpus) == idle_devices(c, gpus[:1]) == idle_devices(c, cpus) == ""
+    assert idle_devices(mesh_of(c), gpus) == ""
 
 
 def test_two_scores_are_needed_to_compare_them():

@@ -318,25 +318,21 @@ def fit(
       state: a fresh state (`init_state`), which is consumed; also the template of a restored one, shardings included,
         so that a run may go on on another mesh or number of processes.
       frozen: further models that the losses see; never saved.
-      data: iterator of numpy batches, or a function that makes it.
-      txs: role -> optimiser, as given to `init_state`.
-      steps: total iterations of the run.
-      keep: number of checkpoints kept.  save_every: iterations between them (the last one is always saved).
+      data: iterator of numpy batches, or a function that makes it.  txs: role -> optimiser, as given to `init_state`.
+      steps: total iterations of the run.  keep: number of checkpoints kept.
+      save_every: iterations between them (the last one is always saved).
       accumulate: microbatches per update, one number or by role.
       writer: where curves go (default: one of its own in `workdir`).
       meta: JSON record for later verbs (model configs, codec, blocks ...); "stage" and "step" are added.
       sample_fn: called with (state, step, writer) every `sample_every` iterations and after the last one, and with
         `sample_first` before the first one too.
-      put_batch: places a batch on devices (default: the default device).
-      progress: a bar on standard error.
+      put_batch: places a batch on devices (default: the default device).  progress: a bar on standard error.
       work: what the curves of time and rates need to know, and what to trace (`training.observe`).
-      stall_seconds: the process ends when no iteration ends, or no checkpoint is restored, for so long
-        (`training.watchdog`); 0 is never.
+      stall_seconds: the process ends when no iteration or restore ends for so long (`training.watchdog`); 0 is never.
 
     Raises:
-      NonFiniteLoss: a loss or gradient is not finite.
+      NonFiniteLoss: a loss or gradient is not finite.  Temporary: a checkpoint could not be written.
       UserError: `workdir` holds another stage or other shapes; the data ended.
-      Temporary: a checkpoint could not be written.
     """
     with failing_fast():
         store, own_writer = CheckpointStore(workdir, keep=keep), writer is None
