@@ -16,7 +16,7 @@ GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _KERNEL = re.compile(r'op_name="([^"]*)/(splash_mha_\w+)/pallas_call"')
 # Words of JAX's own in a name stack; what is left are the model's scopes.
-_JAX = {"update", "while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "shard_map", "main"}
+_JAX = re.compile(r"update|while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|shard_map|main")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -70,7 +70,7 @@ def kernels(text: str) -> tuple[str, ...]:
     found = set()
     for stack, kernel in _KERNEL.findall(text):
         words = (re.sub(r"^.*\(|\)+$", "", word) for word in stack.split("/"))
-        scopes = [word for word in words if word and word not in _JAX and "splash" not in word]
+        scopes = [word for word in words if word and not _JAX.fullmatch(word) and "splash" not in word]
         found.add("/".join([*scopes, kernel]))
     return tuple(sorted(found))
 

@@ -7,6 +7,7 @@ import pytest
 from cfjax.core.sharding import make_mesh
 from cfjax.planning.collectives import Traffic, collectives
 from cfjax.planning.flops import count_flops
+from cfjax.planning.programs import kernels
 
 
 def loop(x: jax.Array, w_LDD: jax.Array) -> jax.Array:
@@ -106,3 +107,10 @@ def test_trips_starts_and_scattered_parts():
     assert found["all-gather"] == Traffic(36.5, 36.5 * 8 * 4 * 2)
     assert found["reduce-scatter"] == Traffic(36.5 + 3, 36.5 * 8 * 4 * 2 + 3 * (8 * 4 * 4))
     assert "all-reduce" not in found
+
+
+def test_kernels_are_named_by_the_models_scopes():
+    """JAX's own words for loops and branches are left out."""
+    stack = "jit(update)/jvp(critic_loss)/self_rollout/while/body/branch_1_fun/commit_block/self_attention"
+    text = f'metadata={{op_name="{stack}/splash_mha_fwd/pallas_call"}}'
+    assert kernels(text) == ("critic_loss/self_rollout/commit_block/self_attention/splash_mha_fwd",)
