@@ -186,8 +186,9 @@ def _initial_network(name: str, role: ConfigDict, config: WanConfig, seed: int, 
     if plain:
         where = template if mesh else make_wan(config, jax.random.key(0))
         return load_role(role.init, role.init_role, where, ema=role.init_ema, stages=stages)
-    read_meta(role.init, stages=stages)
-    return _filled(name, role, template, open_role(role.init, role.init_role, ema=role.init_ema))
+    together = mesh is not None and jax.process_count() > 1
+    arrays = open_role(role.init, role.init_role, ema=role.init_ema, stages=stages, together=together)
+    return _filled(name, role, template, arrays)
 
 
 def _filled(name: str, role: ConfigDict, template: Wan, arrays: Mapping[str, LazyArray]) -> Wan:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ FOLDER = "checkpoints"
 PARTS = ("params", "ema")
 BROKEN = "checkpoints_broken"
 
+T = TypeVar("T")
 Found = tuple[dict[str, jax.Array], dict[str, Any]]  # arrays by name, record
 
 
@@ -143,9 +144,7 @@ def _read(
         return None
 
 
-def _newest(
-    steps: Iterable[int], read: Callable[[int], Found | None], *, together: bool
-) -> tuple[Found | None, list[int]]:
+def _newest(steps: Iterable[int], read: Callable[[int], T | None], *, together: bool) -> tuple[T | None, list[int]]:
     """What `read` finds at the newest step that is not broken, and the broken steps before it.
 
     Args:
@@ -363,25 +362,41 @@ def stored_roles(run_dir: str | Path) -> list[tuple[str, bool]]:
     raise UserError(f"{run_dir}: no readable checkpoint")
 
 
-def open_role(run_dir: str | Path, role: str, *, ema: bool = False) -> dict[str, LazyArray]:
+def open_role(
+    run_dir: str | Path, role: str, *, ema: bool = False, stages: Sequence[str] = (), together: bool = False
+) -> dict[str, LazyArray]:
     """One role's arrays of a run's newest readable checkpoint by name, in the dtype they were saved in; not yet read.
 
+    Args:
+      stages: accepted stage names (empty: any).
+      together: all processes call this, and take the same checkpoint.
+
     Raises:
-      UserError: no run, nothing readable, or no such role.
+      UserError: no run, nothing readable, another stage, or no such role.
     """
     run_dir, prefix = absolute(run_dir), f"{PARTS[ema]}/{role}/"
-    with closing(_good_records(run_dir)) as records:
-        for step, record in records:
-            state = run_dir / FOLDER / str(step) / "state"
+
+    def read(step: int) -> dict[str, LazyArray] | None:
+        folder = run_dir / FOLDER / str(step)
+        try:
+            record = _read_record(manager, step)
+            _check_stage(run_dir, record["meta"], stages)
             names = [name for name in record["leaves"] if name.startswith(prefix)]
             if not names:
-                raise UserError(f"{state.parent} holds no {prefix[:-1]!r}")
-            try:
-                _probe(state.parent)
-                return {name.removeprefix(prefix): _stored(state, name) for name in names}
-            except Exception as error:
-                logging.warning("checkpoint %s is broken and is passed over (%s)", state.parent, one_line(error))
-    raise UserError(f"{run_dir}: no readable checkpoint")
+                raise UserError(f"{folder} holds no {prefix[:-1]!r}")
+            _probe(folder)
+            return {name.removeprefix(prefix): _stored(folder / "state", name) for name in names}
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged file provokes
+            logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
+            return None
+
+    with closing(_open(run_dir)) as manager:
+        found, _ = _newest(manager.all_steps(), read, together=together)
+    if found is None:
+        raise UserError(f"{run_dir}: no readable checkpoint")
+    return found
 
 
 def _stored(state: Path, name: str) -> LazyArray:

@@ -98,7 +98,7 @@ def test_two_processes_join(free_port):
         )
         for i in range(2)
     ]
-    ends = [process.communicate(timeout=120) for process in started]
+    ends = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], ends
     assert [out.splitlines()[-1].split() for out, _ in ends] == [
         ["0", "2", "2", "3", "0", "1", "2"],

@@ -26,7 +26,7 @@ from gke import jobset
 
 TRAIN = ["cfjax", "train", "--config=configs/dmd.py", "--workdir=/shared/runs/a b"]
 # A run that is told to stop saves and exits with 0, as cfjax does.
-STOPS = ["bash", "-c", "trap 'echo saved; exit 0' TERM; echo up; sleep 5 >/dev/null & wait"]
+STOPS = ["bash", "-c", "trap 'echo saved; exit 0' TERM; echo up; sleep 60 >/dev/null & wait"]
 
 
 def bash(script: str, *argv: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
@@ -53,17 +53,17 @@ def worker(*command: str, told: bool, **environment: str) -> subprocess.Complete
     if told:
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=120)
     return subprocess.CompletedProcess(command, process.returncode, out)
 
 
 def test_a_stopped_run_is_told_from_a_finished_one():
     stopped = worker(*STOPS, told=True)
     assert stopped.returncode == 75 and "saved" in stopped.stdout
-    assert worker("bash", "-c", "echo up; exec sleep 5 >/dev/null", told=True).returncode == 75  # not listening yet
+    assert worker("bash", "-c", "echo up; exec sleep 60 >/dev/null", told=True).returncode == 75  # not listening yet
     assert worker("true", told=False).returncode == 0
     assert worker("bash", "-c", "exit 2", told=False).returncode == 2
-    assert worker("bash", "-c", "trap 'exit 3' TERM; echo up; sleep 5 >/dev/null & wait", told=True).returncode == 3
+    assert worker("bash", "-c", "trap 'exit 3' TERM; echo up; sleep 60 >/dev/null & wait", told=True).returncode == 3
 
 
 def test_a_slurm_step_passes_the_signal_on():
@@ -244,7 +244,7 @@ def test_tpu_pod_runs_and_stops_by_ssh(tmp_path):
     path = stand_in(tmp_path, ssh=ssh)
     place = ["--hosts=h0,h1", "--directory=."]
     report = 'trap "echo saved; exit 0" TERM; echo $JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS'
-    started = bash("launch/tpu_pod.sh", "run", *place, "--", "bash", "-c", f"{report}; sleep 20 & wait", path=path)
+    started = bash("launch/tpu_pod.sh", "run", *place, "--", "bash", "-c", f"{report}; sleep 60 & wait", path=path)
     assert started.returncode == 0, started.stderr
     logs = [tmp_path / host / "logs" / "run.log" for host in ("h0", "h1")]
     wait_for(lambda: all(log.exists() and "of" in log.read_text() for log in logs))
@@ -257,7 +257,7 @@ def test_tpu_pod_runs_and_stops_by_ssh(tmp_path):
     assert {"[h0] saved", "[h1] saved"} <= set(shown)
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

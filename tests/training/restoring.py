@@ -1,6 +1,7 @@
 """One process of two that save together, until one of them cannot read the newest checkpoint: restoring.py WORKDIR.
 
-Each prints its number, the step and the weights that `load_role` and `restore_latest` gave it, and what is left.
+Each prints its number, the weights that `load_role` and `open_role` gave it, the step and the weights of
+`restore_latest`, and what is left.
 """
 
 import sys
@@ -40,10 +41,12 @@ def main() -> None:
 
     checkpoint._probe = unreachable
     loaded = checkpoint.load_role(sys.argv[1], "student", state(0.0)["params"]["student"])
+    (opened,) = checkpoint.open_role(sys.argv[1], "student", stages=("toy",), together=True).values()
+    first = float(opened.read()[0])
     restored, _, meta = store.restore_latest(state(0.0), stage="toy")
     store.save(STEPS[-1], state(5.0), {}, {"stage": "toy"})  # its number is free again, for both
     store.wait()
-    print(jax.process_index(), value(loaded), meta["step"], value(restored["params"]["student"]), store.steps())
+    print(jax.process_index(), value(loaded), first, meta["step"], value(restored["params"]["student"]), store.steps())
     store.close()
 
 

@@ -32,7 +32,7 @@ def start(workdir: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def until_saved(process: subprocess.Popen, workdir: Path, timeout: float = 60.0) -> None:
+def until_saved(process: subprocess.Popen, workdir: Path, timeout: float = 300.0) -> None:
     """Waits for the first complete checkpoint."""
     limit = time.monotonic() + timeout
     while not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
@@ -89,7 +89,7 @@ def test_a_finished_run_returns_at_once(tmp_path, capsys):
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    process = start(tmp_path / "killed", "150", "sleep=0.005")
+    process = start(tmp_path / "killed", "150", "sleep=0.02")
     until_saved(process, tmp_path / "killed")
     time.sleep(random.uniform(0.0, 0.5))
     process.kill()
@@ -103,7 +103,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
 
 def test_killed_inside_a_save_it_goes_on_from_the_one_before(tmp_path):
     process = start(tmp_path / "killed", "40", "die_in_save=20", "width=512")
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     store = CheckpointStore(tmp_path / "killed")
     assert store.steps() in ([10], [10, 20])
@@ -118,7 +118,7 @@ def test_a_polite_signal_saves_and_exits_with_0(tmp_path, name):
     process = start(tmp_path, "100000", "sleep=0.002")
     until_saved(process, tmp_path)
     process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     step = int(re.fullmatch(rf"{name}: saved step (\d+) of 100000 in .*\n", out)[1])
     store = CheckpointStore(tmp_path)
@@ -128,7 +128,7 @@ def test_a_polite_signal_saves_and_exits_with_0(tmp_path, name):
 
 def test_a_doubled_sigterm_is_one_and_a_later_one_kills(monkeypatch):
     """An echo within seconds is not the second signal; Ctrl-C twice is."""
-    monkeypatch.setattr(loop, "ECHO_SECONDS", 0.2)
+    monkeypatch.setattr(loop, "ECHO_SECONDS", 1.0)
     killed, before = [], signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "raise_signal", killed.append)
@@ -137,7 +137,7 @@ def test_a_doubled_sigterm_is_one_and_a_later_one_kills(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.name(0) == "SIGTERM" and killed == []
-            time.sleep(0.25)
+            time.sleep(1.1)
             os.kill(os.getpid(), signal.SIGTERM)
             assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before
             os.kill(os.getpid(), signal.SIGINT)
@@ -229,14 +229,14 @@ def test_one_of_several_processes_that_cannot_go_on_ends_at_once(tmp_path, monke
 
 def test_a_restore_that_hangs_ends_with_a_line(tmp_path):
     process = start(tmp_path, "100", "hang_in_restore=1", "stall=1.5")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == STALLED, (out, err)
     assert "process 0 of 1: no checkpoint was restored in 1.5 s; another process died" in err.splitlines()[-1]
 
 
 def test_a_run_that_no_longer_moves_ends_with_a_line(tmp_path):
     process = start(tmp_path, "100", "hang_at=24", "stall=1.5")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == STALLED, (out, err)
     line = err.splitlines()[-1]
     assert re.match(r"cfjax: process 0 of 1: no iteration ended in 1\.5 s after step 19; .* goes on", line)

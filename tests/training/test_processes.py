@@ -175,12 +175,12 @@ def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_all(tmp_path)
         for index in range(2)
     ]
     try:
-        ends = [process.communicate(timeout=120) for process in started]
+        ends = [process.communicate(timeout=300) for process in started]
     finally:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], ends
-    assert [out.splitlines()[-1] for out, _ in ends] == [f"{index} 1.0 1 1.0 [1, 2]" for index in range(2)], ends
+    assert [out.splitlines()[-1] for out, _ in ends] == [f"{index} 1.0 1.0 1 1.0 [1, 2]" for index in range(2)], ends
     assert "2 is broken and is passed over (OSError: input/output error)" in ends[1][1]
     assert "step 2 is passed over, as another process cannot read it" in ends[0][1]
     assert (tmp_path / "run/checkpoints_broken/2").is_dir()

@@ -50,6 +50,8 @@ def test_and_back_layer_by_layer(tmp_path):
     np.testing.assert_array_equal(read["scale"].read(), SCALE)
     with pytest.raises(UserError, match="holds no 'ema/critic'"):
         open_role(tmp_path, "critic", ema=True)
+    with pytest.raises(UserError, match="holds stage 'dmd', expected 'ar_diffusion'"):
+        open_role(tmp_path, "student", stages=("ar_diffusion",))
 
 
 def test_a_trained_checkpoint_is_read_so_too(tmp_path):
