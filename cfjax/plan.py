@@ -18,18 +18,21 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import abstract_mesh, batch_places, batch_sharding, make_mesh, on_mesh, replicated
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
-from cfjax.experiment import blocks_of, dmd_config, optimizers_of, stage_of
+from cfjax.experiment import blocks_of, branch_config, dmd_config, optimizers_of, stage_of
 from cfjax.faithful import faithful
 from cfjax.models.codec import Codec
+from cfjax.models.discriminator import TAP, tapped_layers
+from cfjax.models.wan import preset
 from cfjax.nn.attention import pick_backend
+from cfjax.objectives.diffusion import CORRECTIVE
 from cfjax.objectives.stage import Stage
 from cfjax.planning.flops import count_flops
 from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.search import Candidate, candidates, overrides
 from cfjax.roles import codec_template, role_template, stage_memory, with_codec
 from cfjax.rollout.blocks import COUNTED_BLOCKS
-from cfjax.rollout.long_video import LAST_PICTURE
-from cfjax.rollout.self_forcing import BEFORE_EXIT
+from cfjax.rollout.long_video import FIRST_ANEW, LAST_PICTURE
+from cfjax.rollout.self_forcing import BEFORE_EXIT, COMMIT
 from cfjax.training.memory import abstract_state, device_bytes, memory_table, needed_bytes
 from cfjax.training.placement import state_shardings
 from cfjax.training.step import has_batch_axis, make_update
@@ -137,18 +140,31 @@ def batch_of(c: ConfigDict, shapes: Shapes, mesh: Mesh | None) -> dict[str, jax.
     return {name: jax.ShapeDtypeStruct(*of, sharding=where(name)) for name, of in arrays.items()}
 
 
-def open_loops(c: ConfigDict) -> dict[str, float]:
-    """Mean lengths of the loops whose length is drawn: steps before the exit; a long rollout's blocks, and the latents
-    before its window.
+def expected_runs(c: ConfigDict, frames: int) -> dict[str, float]:
+    """How often that runs on average whose course is drawn, by scope (`planning.trips`), for clips of so many frames.
+
+    Loops: steps before the exit; a long rollout's blocks, and the latents before its window. Conditionals: all blocks
+    but the last are committed; windows after the start, of all; a branch's layers, of all; corrective clips, of all.
     """
+    runs: dict[str, float] = {}
+    branch = branch_config(c.roles.critic) if "critic" in c.roles else None
+    if branch is not None:
+        depth = preset(c.roles.critic.preset).num_layers
+        runs[TAP] = len(tapped_layers(branch, depth)) / depth
+    if c.stage == "ar_diffusion":
+        runs[CORRECTIVE] = c.objective.bagger
     if c.stage != "dmd":
-        return {}
-    trips, long, blocks = {BEFORE_EXIT: (len(c.objective.steps) - 1) / 2}, dmd_config(c).long, blocks_of(c)
+        return runs
+    runs[BEFORE_EXIT] = (len(c.objective.steps) - 1) / 2
+    long, blocks = dmd_config(c).long, blocks_of(c)
     if long:
         least, most = long.counts(blocks)
-        trips[COUNTED_BLOCKS] = (least + most) / 2 - blocks.independent_first_frame
-        trips[LAST_PICTURE] = (most - least) / 2 * blocks.frames
-    return trips
+        runs[COUNTED_BLOCKS] = (least + most) / 2 - blocks.independent_first_frame
+        runs[FIRST_ANEW] = (most - least) / (most - least + 1)
+        runs[LAST_PICTURE] = (most - least + 1) / 2 * blocks.frames  # of windows after the start
+    number = (least + most) / 2 if long else len(blocks.spans(frames))
+    runs[COMMIT] = (number - 1) / number
+    return runs
 
 
 def with_attention(c: ConfigDict, platform: str) -> tuple[ConfigDict, str]:
@@ -182,7 +198,7 @@ def whole_flops(c: ConfigDict, shapes: Shapes, role: str, *, remat: bool, codec:
     state = abstract_state(stage, models, txs)
     frozen = {name: model for name, model in models.items() if name not in stage.losses} | with_codec(codec)
     update = make_update(stage, role, txs[role], accumulate=c.optim[role].accumulate)
-    return count_flops(update, state, frozen, batch_of(c, shapes, None), trips=open_loops(c))
+    return count_flops(update, state, frozen, batch_of(c, shapes, None), trips=expected_runs(c, shapes.latents[0]))
 
 
 def lower_update(
@@ -237,13 +253,13 @@ def plan(
     if tell:
         say(f"{c.stage} on {topology.name}, {len(devices)} devices; before activations, GiB per device:")
         say("\n".join(memory_table(memory)))
-    costs = []
+    costs, trips = [], expected_runs(c, shapes.latents[0])
     for role in only or stage.losses:
         needed, executed = (
             whole_flops(c, shapes, role, remat=remat, codec=codec) / len(devices) for remat in (False, True)
         )
         lowered, arguments = lower_update(used, stage, txs, shapes, mesh, role)
-        cost = compile_update(role, lowered, topology, arguments=arguments, trips=open_loops(c), keep=keep)
+        cost = compile_update(role, lowered, topology, arguments=arguments, trips=trips, keep=keep)
         costs.append(replace(cost, flops=needed, executed=executed))
     accumulate = {role: c.optim[role].accumulate for role in stage.losses}
     return Plan(topology, c.mesh.to_dict(), c.data.batch_size, accumulate, attention, needed_bytes(memory), costs)

@@ -22,6 +22,7 @@ from cfjax.nn.attention import dense
 from cfjax.nn.frames import attend_frames
 from cfjax.nn.visibility import FULL
 
+TAP = "tapped_layer"  # scope of the conditional by which a token looks after some layers only
 TIME_SCALE = 10.0  # of the time embedding beside the tokens (PyTorch reference)
 CLASSIFIER_EPS = 1e-5  # of its norm alone: PyTorch's default, which the reference leaves
 DEPTHS = (14 / 30, 22 / 30, 1.0)  # of the reference's taps, after layers 13, 21 and 29 of 30
@@ -130,7 +131,8 @@ class Discriminator(Wan):
         def tap(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
             """A token [B, D] in place of the stream: no layer's features outlive it; zeros after the other layers."""
             nothing = jnp.zeros((stream_BFTD.shape[0], config.dim), tokens_KD.dtype)
-            return jax.lax.cond(index < 0, lambda _: nothing, lambda x: look(x, index), stream_BFTD)
+            with jax.named_scope(TAP):
+                return jax.lax.cond(index < 0, lambda _: nothing, lambda x: look(x, index), stream_BFTD)
 
         _, seen_LBD = backbone(
             self,

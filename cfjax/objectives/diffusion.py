@@ -21,6 +21,7 @@ from cfjax.objectives.stage import Batch, Loss, Models
 from cfjax.rollout.generate import ManyStep
 
 Draws = Mapping[str, jax.Array]
+CORRECTIVE = "corrective_clips"  # scope of the conditional that spares real clips the rollout
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ def _aggregated(
         noise, codec = draws["rollout_eps_BFHWC"], models.get("codec")
         return corrective_clip(author, real, noise, *words, sampler, blocks, codec)
 
-    x0 = jax.lax.cond(draws["corrective"], backwards, lambda: real)
+    with jax.named_scope(CORRECTIVE):
+        x0 = jax.lax.cond(draws["corrective"], backwards, lambda: real)
     text = batch["text_BSE"]
     if "reversed_text_BSE" in batch:
         text = jnp.where(draws["corrective"], batch["reversed_text_BSE"], text)

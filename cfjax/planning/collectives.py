@@ -3,15 +3,16 @@
 Counted is the largest array of every collective (the gathered one of an all-gather, the unreduced one of a
 reduce-scatter) on one device: what a ring moves is (n - 1) / n of it, an all-reduce twice that. A loop's body counts as
 often as XLA notes that it runs, or as its condition "counter < constant" says (TPU); a loop of unknown length as often
-as the caller says (`loops`).
+as the caller says, and so does the branch of a conditional that moves most (`trips`).
 """
 
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cfjax.planning.loops import Trips, trips_of
+from cfjax.planning.trips import Trips, share_of, trips_of
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8, "s8": 1, "u8": 1}
@@ -19,7 +20,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[fsuc]\d+)\[([\d,]*)\]")
 _CALLED = re.compile(
-    r"\b(body|condition|calls|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+    r"\b(body|condition|calls|to_apply|called_computations|branch_computations|true_computation|false_computation)"
+    r"=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _STACK = re.compile(r'op_name="([^"]*)"')
@@ -41,6 +43,7 @@ class _Computation:
     own: list[tuple[str, int]] = field(default_factory=list)  # (kind, bytes)
     calls: list[tuple[str, float]] = field(default_factory=list)  # (computation, times)
     loops: list[tuple[str, str, str]] = field(default_factory=list)  # without a noted length: body, condition, stack
+    branches: list[tuple[list[str], str]] = field(default_factory=list)  # of conditionals: computations, stack
     constants: list[int] = field(default_factory=list)
     counts: bool = False  # holds "counter < something"
 
@@ -114,10 +117,21 @@ def _read(line: str, types: str, name: str, current: _Computation, scatters: boo
         if noted:
             current.calls.append((inner["body"][0], float(noted[1])))
         else:
-            stack = _STACK.search(line)
-            current.loops.append((inner["body"][0], inner["condition"][0], stack[1] if stack else ""))
+            current.loops.append((inner["body"][0], inner["condition"][0], _stack(line)))
+        return
+    if name == "conditional":
+        current.branches.append(([one for _, targets in called for one in targets], _stack(line)))
         return
     current.calls.extend((one, 1.0) for _, targets in called for one in targets)
+
+
+def _stack(line: str) -> str:
+    found = _STACK.search(line)
+    return found[1] if found else ""
+
+
+def _moved(traffic: Mapping[str, Traffic]) -> float:
+    return sum(of.bytes for of in traffic.values())
 
 
 def collectives(text: str, *, trips: Trips | None = None) -> dict[str, Traffic]:
@@ -125,7 +139,7 @@ def collectives(text: str, *, trips: Trips | None = None) -> dict[str, Traffic]:
 
     Args:
       text: `compiled.as_text()`.
-      trips: runs of the loops whose length only their data tell.
+      trips: runs of the loops and the conditionals whose course only their data tell.
     """
     computations, entry = _parse(text)
     known: dict[str, dict[str, Traffic]] = {}
@@ -142,7 +156,12 @@ def collectives(text: str, *, trips: Trips | None = None) -> dict[str, Traffic]:
             (body, computations[condition].trips() or trips_of(stack, trips or {}))
             for body, condition, stack in computation.loops
         ]
-        for called, times in [*computation.calls, *loops]:
+        branches = []
+        for targets, stack in computation.branches:
+            *_, most = ordered = sorted(targets, key=lambda branch: _moved(of(branch)))
+            share = share_of(stack, trips or {})
+            branches += [(most, share), (ordered[0], 1 - share)]
+        for called, times in [*computation.calls, *loops, *branches]:
             for kind, traffic in of(called).items():
                 total[kind][0] += times * traffic.runs
                 total[kind][1] += times * traffic.bytes

@@ -1,8 +1,8 @@
 """FLOPs of matrix products, counted on the program's jaxpr: XLA's own count takes a scan's body once and kernels as 0.
 
 Counted is every `dot_general` as 2 B M N K, times the length of the scans around it; a loop whose length only its data
-tell runs as often as the caller says (`loops`). A program is counted with dense attention, which spends exactly the
-rectangles that its visibility asks for (a KV cache: all of its slots).
+tell runs as often as the caller says, and so does a conditional's dearer branch (`trips`). A program is counted with
+dense attention, which spends exactly the rectangles that its visibility asks for (a KV cache: all of its slots).
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from cfjax.planning.loops import Trips, trips_of
+from cfjax.planning.trips import Trips, share_of, trips_of
 
 
 def _inner(equation: Any) -> Iterator[Any]:
@@ -38,20 +38,22 @@ def _convolution(equation: Any) -> float:
 
 
 def count(jaxpr: Any, trips: Trips) -> float:
-    """FLOPs of one run of a jaxpr. Of a conditional's branches the dearest counts."""
+    """FLOPs of one run of a jaxpr. Of a conditional of unknown course the dearest branch counts."""
     total = 0.0
     for equation in jaxpr.eqns:
-        name = equation.primitive.name
+        name, stack = equation.primitive.name, str(equation.source_info.name_stack)
         if name == "dot_general":
             total += _dot(equation)
         elif name == "conv_general_dilated":
             total += _convolution(equation)
         else:
             parts = [count(inner, trips) for inner in _inner(equation)]
-            times = equation.params["length"] if name == "scan" else 1.0
-            if name == "while":
-                times = trips_of(str(equation.source_info.name_stack), trips)
-            total += (max(parts, default=0.0) if name == "cond" else sum(parts)) * times
+            if name == "cond":
+                share = share_of(stack, trips)
+                total += share * max(parts) + (1 - share) * min(parts)
+                continue
+            times = equation.params["length"] if name == "scan" else trips_of(stack, trips) if name == "while" else 1.0
+            total += sum(parts) * times
     return total
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cfjax.core.topology import GIB, Topology
 from cfjax.planning.collectives import Traffic, collectives
-from cfjax.planning.loops import Trips
+from cfjax.planning.trips import Trips
 
 # Without a GPU to try them on, XLA finds no tile sizes for some odd shapes (32760 tokens) in its Triton kernels.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}

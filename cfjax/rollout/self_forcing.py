@@ -20,6 +20,7 @@ from cfjax.models.wan import KV, FrameKV, KvGradient, Wan, replay
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, denoise_block, loop_blocks, scan_blocks
 
+COMMIT = "commit_unless_last"  # scope of the conditional that spares the last block's commit
 BEFORE_EXIT = "steps_before_exit"  # scope of the loop whose length is drawn
 
 
@@ -145,7 +146,8 @@ def rollout(
         seen = add_noise(x0, context_eps, config.context_noise)
         commit = lambda cache: commit_block(model, seen, text_kv, cache, start, blocks)  # noqa: E731
         if len(spans) > 1:  # nothing reads the keys and values of the last block: it is not committed
-            cache = jax.lax.cond(start < last, commit, lambda cache: cache, cache)
+            with jax.named_scope(COMMIT):
+                cache = jax.lax.cond(start < last, commit, lambda cache: cache, cache)
         return cache, (x_exit, jnp.broadcast_to(levels[exit_step], x.shape[:2]), x0)
 
     frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])

@@ -41,6 +41,22 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
     assert count_flops(fn, jnp.int32(3), jnp.zeros((8, 8)), trips=trips) == (1 + 3 * (1 + 1.5)) * 2 * 8**3
 
 
+def test_a_conditional_takes_its_dearer_branch_as_often_as_told():
+    """By the last scope around it, in gradients too; always, where nothing is known."""
+
+    def fn(x, w):
+        def step(x, taken):
+            with jax.named_scope("sometimes"):
+                return jax.lax.cond(taken, lambda x: x @ w @ w, lambda x: x @ w, x), None
+
+        return jax.lax.scan(step, x, jnp.arange(4) % 2 == 0)[0]
+
+    x, product = jnp.zeros((8, 8)), 2 * 8**3
+    assert count_flops(fn, x, x) == 4 * 2 * product
+    assert count_flops(fn, x, x, trips={"sometimes": 0.5, "other": 9.0}) == 4 * 1.5 * product
+    assert count_flops(jax.grad(lambda x: fn(x, x).sum()), x, trips={"sometimes": 0.5}) == 3 * 4 * 1.5 * product
+
+
 def test_a_convolution():
     x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
     conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
@@ -107,6 +123,14 @@ def test_trips_starts_and_scattered_parts():
     assert found["all-gather"] == Traffic(36.5, 36.5 * 8 * 4 * 2)
     assert found["reduce-scatter"] == Traffic(36.5 + 3, 36.5 * 8 * 4 * 2 + 3 * (8 * 4 * 4))
     assert "all-reduce" not in found
+
+
+def test_a_conditional_moves_as_often_as_told():
+    branches = "branch_computations={%none, %body}"
+    line = f'  %c = f32[2] conditional(%p), {branches}, metadata={{op_name="jit(f)/some/cond"}}'
+    text = TPU_TEXT.replace("  %known =", f"{line}\n  %known =")
+    runs = [collectives(text, trips={"rollout": 1.5, "some": share})["all-gather"].runs for share in (0.0, 0.25)]
+    assert runs == [36.5, 36.75] and collectives(text, trips={"rollout": 1.5})["all-gather"].runs == 37.5
 
 
 def test_kernels_are_named_by_the_models_scopes():
