@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -60,10 +61,18 @@ def parser(doc: str, results: str) -> argparse.ArgumentParser:
     return command
 
 
+def commit() -> str:
+    """The commit that is measured, marked when the tree differs from it; "unknown" outside a clone."""
+    command = ["git", "describe", "--always", "--dirty"]
+    ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return ran.stdout.strip() or "unknown"
+
+
 def write(path: Path, rows: list[dict[str, Any]], **about: Any) -> None:
-    """The rows as JSON, with the command, the machine and the versions."""
+    """The rows as JSON, with the command, the commit, the machine and the versions."""
     record = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit(),
         "device": jax.devices()[0].device_kind,
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],

@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import parser, write
+from measure import commit, parser, write
 
 from cfjax.core.console import say
 from cfjax.core.topology import GIB, parse_topology
 
 ROOT = Path(__file__).parents[1]
+COMMIT = "commit"  # in a plan's folder: what compiled it
 POD = ("fsdp=16", "context=4")
 SLICE = ("fsdp=16", "tensor=4")
 # name: config, topology, mesh, microbatches
@@ -59,6 +60,7 @@ def compile_one(name: str, workdir: Path) -> None:
     )
     if ran.returncode == 2 or not (workdir / "plan.json").exists():
         raise SystemExit(f"{name}: exit code {ran.returncode}")
+    (workdir / COMMIT).write_text(commit())
 
 
 def rows_of(name: str, workdir: Path) -> list[dict[str, Any]]:
@@ -73,6 +75,7 @@ def rows_of(name: str, workdir: Path) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
+            "commit": (workdir / COMMIT).read_text(),
             "config": PLANS[name][0],
             "topology": topology.name,
             "devices": found["devices"],

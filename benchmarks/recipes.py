@@ -10,12 +10,11 @@ so stages in common are trained once per seed, and what is done is not done agai
 under the root.
 """
 
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import parser, write
+from measure import commit, parser, write
 
 from cfjax.__main__ import main as cfjax
 from cfjax.evaluation.tables import gather, markdown, summarise_seeds
@@ -55,13 +54,6 @@ def tabulate(root: Path) -> dict[str, dict[str, Any]]:
             row = {"seeds": len(found[key]), "numbers": summarise_seeds(found[key])}
             rows[layout + key] = {"title": TITLES[key][0] + (f": {words}" if words else ""), **row}
     return rows
-
-
-def commit() -> str:
-    """The commit that is measured, marked when the tree differs from it."""
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=CONFIG.parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 def commits(root: Path) -> dict[str, list[str]]:
