@@ -71,4 +71,9 @@ if [ -n "$stopped" ]; then
   status=$?
   case "$status" in 0 | 143) status=75 ;; esac
 fi
+# srun reports the highest code of its processes: those that JAX aborts because another one ended would hide its reason.
+if [ -n "${SLURM_PROCID:-}" ] && [ "$status" -gt 128 ]; then
+  echo "launch/worker.sh: process $SLURM_PROCID died of signal $((status - 128)) (exit code $status, passed on as 1)" >&2
+  status=1
+fi
 exit "$status"

@@ -72,6 +72,14 @@ def test_a_slurm_step_passes_the_signal_on():
     assert stopped.returncode == 75 and "saved" in stopped.stdout
 
 
+def test_an_aborted_process_hides_no_other_ones_reason():
+    """srun reports the highest code: 134 of a process whose peer has gone would hide the peer's 75."""
+    dies = ("bash", "-c", "kill -ABRT $$")
+    assert worker(*dies, told=False).returncode == 134
+    assert worker(*dies, told=False, SLURM_PROCID="3").returncode == 1
+    assert worker("bash", "-c", "exit 75", told=False, SLURM_PROCID="0").returncode == 75
+
+
 def test_what_a_process_is_given(tmp_path, monkeypatch):
     """The planner's limit of an H100 is within what JAX may take of it; what the user has set stands."""
 
