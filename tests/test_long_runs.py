@@ -15,7 +15,7 @@ from cfjax.core.tree import map_named, named_leaves
 from cfjax.experiment import codec_of
 from cfjax.models.vae import VAEConfig, WanVAE, abstract_vae
 from cfjax.training.streamed import write_streamed
-from tests.commands import cfjax, tiny
+from tests.commands import cfjax, tiny, train_stopped_and_whole
 
 VAE = VAEConfig(base_dim=4)
 
@@ -81,28 +81,30 @@ def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, da
 
 
 WINDOW = {"objective__window_frames": 6, "objective__max_frames": 12, "blocks__window": 6}
+EACH = {"save_every": 1, "cadence__student": 1}  # both roles learn before the stop and after it
 
 
 @pytest.mark.slow
 def test_the_toy_plays_a_gan_with_long_rollouts(tmp_path):
-    """Clips of 12 frames, of which the first 6 are real to the critic."""
+    """Clips of 12 frames, of which the first 6 are real to the critic; it goes on exactly."""
     roles = {f"roles__{role}__{key}": value for role in ("student", "critic")
              for key, value in (("init", ""), ("remat", "none"))}  # fmt: skip
-    assert cfjax("train", "dmd.py:toy,gan,long", tmp_path / "run", **tiny(tmp_path) | roles | WINDOW) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and all(np.isfinite(row["critic/loss"]) for row in rows) and "student/loss" in rows[0]
+    run = train_stopped_and_whole("dmd.py:toy,gan,long", tmp_path, **tiny(tmp_path) | roles | WINDOW | EACH)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(np.isfinite(row["critic/loss"]) and "student/loss" in row for row in rows)
 
 
 @pytest.mark.slow
 def test_the_toy_trains_on_long_rollouts_and_makes_long_videos(tmp_path, monkeypatch, capsys):
-    """Rollouts of 6 to 12 frames under a window of 6, counted as on a device of known peak; then a video of 18."""
+    """Rollouts of 6 to 12 frames under a window of 6, counted as on a device of known peak; it goes on exactly; then a
+    video of 18.
+    """
     monkeypatch.setattr("cfjax.train.peak_flops", lambda _: 1e12)
     roles = {f"roles__{role}__{key}": value for role in ("student", "critic", "real_score")
              for key, value in (("init", ""), ("remat", "none"))}  # fmt: skip
-    run = tmp_path / "run"
-    assert cfjax("train", "dmd.py:toy,long", run, **tiny(tmp_path) | roles | WINDOW) == 0
+    run = train_stopped_and_whole("dmd.py:toy,long", tmp_path, **tiny(tmp_path) | roles | WINDOW | EACH)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and "student/loss" in rows[0] and "\ncodec " in capsys.readouterr().out
+    assert len(rows) == 2 and "student/loss" in rows[1] and "\ncodec " in capsys.readouterr().out
     assert "perf/mfu" in (run / "performance.jsonl").read_text()
     videos = {"run": run, "videos": 1, "frames": 18, "progress": False}
     assert cfjax("generate", "generate.py", tmp_path / "videos", **videos) == 0
