@@ -14,7 +14,7 @@ from tests.commands import tiny, train_stopped_and_whole
     [("bagger", {"objective__bagger_steps": 2, "objective__bagger": 1.0}), ("resampling_forcing", {})],
 )
 def test_a_stopped_run_ends_as_the_whole_one(tmp_path, strategy, keys):
-    """Four steps, and again from the second; BAgger's all learn from rollouts of the average, which has to be restored."""
+    """Four steps, and again from the second; all of BAgger's learn from rollouts of the average, which is restored."""
     start = {"roles__student__init": "", "steps": 4, "save_every": 2}
     whole = train_stopped_and_whole(f"ar_diffusion.py:toy,{strategy}", tmp_path, **tiny(tmp_path) | start | keys)
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
