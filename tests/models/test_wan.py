@@ -25,6 +25,7 @@ CASES = {
     "one_frame": (1, 16, 3, (3, 1, 4, 4), 4),
     "one_row": (2, 8, 2, (2, 7, 2, 10), 2),
 }
+SLOW = ("tall", "one_row")  # 14 seconds each, and like the others
 
 
 def diffusers_twin(model) -> WanTransformer3DModel:
@@ -63,7 +64,7 @@ def error(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def test_values_and_gradients_equal_diffusers(case):
     heads, head_dim, layers, shape, rows = CASES[case]
     config = replace(CONFIG, dim=heads * head_dim, num_heads=heads, num_layers=layers, remat="full")

@@ -202,6 +202,7 @@ def test_bagger_draws_the_share_of_corrective_updates():
     assert np.mean(drawn) == pytest.approx(0.6, abs=0.03)
 
 
+@pytest.mark.slow
 def test_bagger_learns_to_undo_a_known_drift(monkeypatch):
     """Rollouts that copy frame 1 and brighten it by 0.5: played backwards, a frame is its past less 0.5, exactly.
 
