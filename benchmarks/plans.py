@@ -75,7 +75,7 @@ def rows_of(name: str, workdir: Path) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "commit": (workdir / COMMIT).read_text(),
+            "commit": (workdir / COMMIT).read_text() if (workdir / COMMIT).exists() else "unknown",
             "config": PLANS[name][0],
             "topology": topology.name,
             "devices": found["devices"],

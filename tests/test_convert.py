@@ -270,7 +270,7 @@ def test_memory(tmp_path):
 
     About 20 s: a release of 350 MB in eight shards is written and converted in a process of its own. There glibc gives
     freed arrays back at once: what it would keep in its arenas depends on how threads meet (95 to 137 MB were counted,
-    where 43 to 52 MB are in use).
+    where 41 to 52 MB are in use).
     """
     script = ROOT / "tests" / "conversion" / "peak_memory.py"
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}

@@ -80,7 +80,8 @@ def test_long_rollouts_are_counted_with_their_blocks_and_their_codec():
         one = forward_flops(128, 512, 4, tokens, tokens * 4 * frames, 8, 64, 3) - text
         return batch * (3.5 * blocks - 1) * one
 
-    assert flops[18] - flops[12] - pictures * picture == pytest.approx(rollout(5, 18) - rollout(4, 12), rel=0.02)
+    longer = rollout(5, 18) - rollout(4, 12)
+    assert flops[18] - flops[12] - pictures * picture == pytest.approx(longer, rel=0.012)  # 0.0107
 
 
 @pytest.mark.slow

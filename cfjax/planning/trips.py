@@ -15,7 +15,7 @@ def trips_of(stack: str, trips: Trips) -> float:
 def share_of(stack: str, trips: Trips) -> float:
     """How often a conditional takes its dearer branch, by the last scope of its name stack; always, if not known.
 
-    XLA's stacks end with the operation itself.
+    Not by a scope further out, as that of a loop around it. XLA's stacks end with the operation itself.
     """
     words = [word for word in _WORDS.split(stack) if word not in ("", "cond")]
     return trips.get(words[-1], 1.0) if words else 1.0

@@ -8,7 +8,7 @@ networks that are larger than memory.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from cfjax.training.plain import from_json, to_json
 FOLDER = "checkpoints"
 PARTS = ("params", "ema")
 BROKEN = "checkpoints_broken"
+RACES = 5  # with a run that removes old checkpoints, lost by who opens its folder
 
 T = TypeVar("T")
 Found = tuple[dict[str, jax.Array], dict[str, Any]]  # arrays by name, record
@@ -88,6 +89,10 @@ def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -
     )
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     try:
+        for _ in range(RACES):
+            # There when the folder is listed, gone when it is looked at: an old one that a run beside this one removed.
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
         return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     except Exception as error:  # whatever a disk or a bucket that may not be read or written provokes
         raise unusable(error)(f"{directory} cannot be opened ({one_line(error)})") from error
@@ -125,6 +130,17 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str,
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
+def _unless_broken(folder: Path, read: Callable[[], T]) -> T | None:
+    """What `read` makes of a checkpoint, which it may refuse (UserError); None, with a warning, if that is broken."""
+    try:
+        return read()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file provokes
+        logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
+        return None
+
+
 def _read(
     manager: ocp.CheckpointManager,
     wanted: Mapping[str, jax.Array],
@@ -133,15 +149,13 @@ def _read(
 ) -> Found | None:
     """The wanted arrays of a checkpoint and its record, which `check` may refuse; None, with a warning, if broken."""
     folder = path_of(manager.directory) / str(step)
-    try:
+
+    def read() -> Found:
         record = _read_record(manager, step)
         check(folder, record)
         return jax.block_until_ready(_read_arrays(manager, step, wanted)), record
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged file provokes
-        logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
-        return None
+
+    return _unless_broken(folder, read)
 
 
 def _newest(steps: Iterable[int], read: Callable[[int], T | None], *, together: bool) -> tuple[T | None, list[int]]:
@@ -376,24 +390,21 @@ def open_role(
     """
     run_dir, prefix = absolute(run_dir), f"{PARTS[ema]}/{role}/"
 
-    def read(step: int) -> dict[str, LazyArray] | None:
+    def read(folder: Path) -> dict[str, LazyArray]:
+        record = _read_record(manager, int(folder.name))
+        _check_stage(run_dir, record["meta"], stages)
+        names = [name for name in record["leaves"] if name.startswith(prefix)]
+        if not names:
+            raise UserError(f"{folder} holds no {prefix[:-1]!r}")
+        _probe(folder)
+        return {name.removeprefix(prefix): _stored(folder / "state", name) for name in names}
+
+    def attempt(step: int) -> dict[str, LazyArray] | None:
         folder = run_dir / FOLDER / str(step)
-        try:
-            record = _read_record(manager, step)
-            _check_stage(run_dir, record["meta"], stages)
-            names = [name for name in record["leaves"] if name.startswith(prefix)]
-            if not names:
-                raise UserError(f"{folder} holds no {prefix[:-1]!r}")
-            _probe(folder)
-            return {name.removeprefix(prefix): _stored(folder / "state", name) for name in names}
-        except UserError:
-            raise
-        except Exception as error:  # whatever a damaged file provokes
-            logging.warning("checkpoint %s is broken and is passed over (%s)", folder, one_line(error))
-            return None
+        return _unless_broken(folder, lambda: read(folder))
 
     with closing(_open(run_dir)) as manager:
-        found, _ = _newest(manager.all_steps(), read, together=together)
+        found, _ = _newest(manager.all_steps(), attempt, together=together)
     if found is None:
         raise UserError(f"{run_dir}: no readable checkpoint")
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 
@@ -102,6 +103,24 @@ def test_the_saved_state_may_be_donated_at_once(tmp_path):
         assert float(restored["kernel"].min()) == 1.0
         weights = {"kernel": jnp.ones((512, 512))}
     store.close()
+
+
+def test_a_folder_is_opened_while_its_run_removes_an_old_checkpoint(tmp_path, monkeypatch):
+    """Orbax lists the folder, then looks at each: one that has gone in between is no longer there the next time."""
+    fill(tmp_path)
+    manager, races = ocp.CheckpointManager, []
+
+    def racing(*args, **kwargs):
+        races.append(1)
+        if len(races) % 3:
+            raise FileNotFoundError("checkpoints/1")
+        return manager(*args, **kwargs)
+
+    monkeypatch.setattr(ocp, "CheckpointManager", racing)
+    assert read_meta(tmp_path)["step"] == 3 and len(races) == 3
+    monkeypatch.setattr(ocp, "CheckpointManager", lambda *_, **__: Path("nowhere").stat())
+    with pytest.raises(UserError, match=r"checkpoints cannot be opened \(FileNotFoundError"):
+        read_meta(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [truncate, cut_data, lambda folder: (folder / "record/metadata").write_text("{")])
