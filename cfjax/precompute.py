@@ -24,10 +24,10 @@ from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource,
 from cfjax.data.latents import read_json
 from cfjax.data.lmdb_rows import LmdbRows, is_lmdb
 from cfjax.data.parts import SetWriter
+from cfjax.data.pictures import ClipFormat, Unusable
 from cfjax.data.precompute import digest
 from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import text_beside
-from cfjax.data.video import ClipFormat, Unusable
 from cfjax.experiment import Data, blocks_of, data_root, difference, open_data, pairs_layout
 from cfjax.faithful import faithful
 from cfjax.models.codec import Codec

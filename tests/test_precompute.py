@@ -16,11 +16,12 @@ from cfjax.__main__ import main
 from cfjax.data.clips import ClipFile
 from cfjax.data.ingest import ClipSource
 from cfjax.data.lmdb_rows import LmdbRows
+from cfjax.data.pictures import ClipFormat, to_float
 from cfjax.data.precompute import LatentWriter
 from cfjax.data.records import Record, pack
 from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
-from cfjax.data.video import ClipFormat, read_clip, to_float
+from cfjax.data.video import read_clip
 from cfjax.models.text_cache import TextCache
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks

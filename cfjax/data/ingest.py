@@ -15,7 +15,8 @@ from cfjax.core.errors import UserError
 from cfjax.data.clips import ClipFile
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.parts import Part, SetWriter
-from cfjax.data.video import ClipFormat, Unusable, read_clip
+from cfjax.data.pictures import ClipFormat, Unusable
+from cfjax.data.video import read_clip
 
 EncodeText = Callable[[Sequence[str]], np.ndarray]
 EncodeVideo = Callable[[np.ndarray], np.ndarray]

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cfjax.core.errors import UserError
-from cfjax.data.video import ClipFormat, Unusable, fit_picture, read_clip, to_float
+from cfjax.data.pictures import ClipFormat, Unusable, fit_picture, read_picture, to_float
+from cfjax.data.video import read_end, video_span
 
 FIELDS = ("prompt", "seed", "image")
 LATENTS = (".npz", ".safetensors")
@@ -124,11 +123,10 @@ def read_image(path: str | Path, height: int, width: int, fit: str = "cover") ->
       UserError: it cannot be read.
     """
     try:
-        with Image.open(path) as opened:
-            picture = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"image={str(path)!r}: cannot read the picture ({error})") from None
-    return to_float(fit_picture(picture, 1.0, _format(1, height, width, 1.0, fit))[None])
+        picture = read_picture(path)
+    except Unusable as error:
+        raise UserError(f"image={str(path)!r}: {error}") from None
+    return to_float(fit_picture(picture, _format(1, height, width, 1.0, fit))[None])
 
 
 def read_video_end(
@@ -139,31 +137,22 @@ def read_video_end(
     Raises:
       UserError: it cannot be read, or is shorter.
     """
-    count = video_frames(path, fps)
-    if count < frames:
-        raise UserError(f"video={str(path)!r} has {count} frames at {fps:g} per second, {frames} are needed")
     try:
-        clip = read_clip(path, _format(count, height, width, fps, fit))
+        return to_float(read_end(path, _format(frames, height, width, fps, fit)))
     except Unusable as error:
         raise UserError(f"video={str(path)!r}: {error}") from None
-    return to_float(clip[-frames:])
 
 
 def video_frames(path: str | Path, fps: float) -> int:
-    """How many frames a video has when it is sampled at `fps`.
+    """How many frames a video has, up to its last one, when it is sampled at `fps`.
 
     Raises:
       UserError: it cannot be read.
     """
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or fps)
-            frames = stream.frames or sum(1 for _ in container.decode(stream))
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise UserError(f"video={str(path)!r}: cannot read it ({' '.join(str(error).split())})") from None
-    # Sample k shows what is on screen at k / fps; the last frame is on screen for one period of the video's own rate.
-    return int(np.ceil(frames / rate * fps - 1e-4))
+        return video_span(path).count(fps)
+    except Unusable as error:
+        raise UserError(f"video={str(path)!r}: {error}") from None
 
 
 def _format(frames: int, height: int, width: int, fps: float, fit: str) -> ClipFormat:

@@ -17,9 +17,9 @@ from cfjax.core.errors import Temporary, UserError
 from cfjax.data.ingest import PromptSource, ingest, read_prompts
 from cfjax.data.latents import make_iterator
 from cfjax.data.parts import SetWriter
+from cfjax.data.pictures import Unusable
 from cfjax.data.records import Layout, Record, RecordDataset, pack, trim_text, unpack
 from cfjax.data.sets import open_dataset
-from cfjax.data.video import Unusable
 
 SHAPE, ROWS, WIDTH = (2, 2, 2, 3), 6, 4
 LAYOUT = Layout(SHAPE, ROWS, WIDTH)

@@ -97,15 +97,15 @@ def test_a_picture_is_cut_to_cover_or_stretched(tmp_path):
 
 
 def test_the_end_of_a_video(tmp_path):
-    """Frame i is grey of level 20 i; 8 per second read at 4 shows every other one."""
+    """Frame i is grey of level 20 i; 8 per second read at 4 shows every other one, ending with the very last."""
     levels = np.arange(12, dtype=np.uint8) * 20
     write_mp4(tmp_path / "a.mp4", np.broadcast_to(levels[:, None, None, None], (12, 16, 32, 3)), fps=8)
     assert (video_frames(tmp_path / "a.mp4", 8), video_frames(tmp_path / "a.mp4", 4)) == (12, 6)
     end = read_video_end(tmp_path / "a.mp4", 3, 16, 32, 8)
     np.testing.assert_allclose((end.mean(axis=(1, 2, 3)) + 1) * 127.5, levels[-3:], atol=2)
     slow = read_video_end(tmp_path / "a.mp4", 2, 16, 32, 4)
-    np.testing.assert_allclose((slow.mean(axis=(1, 2, 3)) + 1) * 127.5, levels[[8, 10]], atol=2)
-    with pytest.raises(UserError, match="has 12 frames at 8 per second, 13 are needed"):
+    np.testing.assert_allclose((slow.mean(axis=(1, 2, 3)) + 1) * 127.5, levels[[9, 11]], atol=2)
+    with pytest.raises(UserError, match="too short: 12 of 13 frames at 8 per second"):
         read_video_end(tmp_path / "a.mp4", 13, 16, 32, 8)
 
 

@@ -11,6 +11,10 @@ import numpy as np
 CODECS = {
     ".mp4": ("libx264", "yuv420p"),
     ".mov": ("libx264", "yuv420p"),
+    ".mkv": ("libx264", "yuv420p"),
+    ".ts": ("libx264", "yuv420p"),
+    ".avi": ("mpeg4", "yuv420p"),
+    ".mpg": ("mpeg2video", "yuv420p"),
     ".webm": ("libvpx", "yuv420p"),
     ".gif": ("gif", "rgb8"),
 }
@@ -61,13 +65,41 @@ def write_video(
     return path
 
 
-def rotate_mp4(path: Path) -> None:
-    """Writes "turn by 90 degrees clockwise" into the track header, as a phone held upright does."""
+def show_by_matrix(path: Path, right: tuple[int, int], bottom: tuple[int, int]) -> None:
+    """Writes a display matrix into an mp4's track header: where the picture's right and bottom are shown, (x, y)."""
     data = bytearray(path.read_bytes())
     start = data.find(b"tkhd") + 4 + 4 + 20 + 8 + 8
     assert struct.unpack(">9i", data[start : start + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
-    data[start : start + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    (a, b), (c, d) = right, bottom
+    data[start : start + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
+
+
+def trim_mp4(path: Path, first: int, frames: int, fps: float) -> None:
+    """Changes an mp4's edit list to show `frames` frames from `first` on, as a trim without re-encoding does."""
+    data = bytearray(path.read_bytes())
+    movie, media = (struct.unpack(">I", data[(at := data.find(box)) + 16 : at + 20])[0] for box in (b"mvhd", b"mdhd"))
+    entry = data.find(b"elst") + 12
+    begin = struct.unpack(">i", data[entry + 4 : entry + 8])[0] + round(media * first / fps)
+    data[entry : entry + 8] = struct.pack(">Ii", round(movie * frames / fps), begin)
+    path.write_bytes(data)
+
+
+def write_sound(path: Path, cover: bytes = b"") -> Path:
+    """Silence as MP3, with a JPEG on its cover (an ID3v2.3 APIC frame) if one is given."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libmp3lame", rate=48000)
+        for n in range(30):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 48000, 1152 * n
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    if cover:
+        picture = b"\0image/jpeg\0\x03\0" + cover
+        tag = b"APIC" + struct.pack(">I", len(picture)) + b"\0\0" + picture
+        size = bytes(len(tag) >> shift & 127 for shift in (21, 14, 7, 0))
+        path.write_bytes(b"ID3\x03\0\0" + size + tag + path.read_bytes())
+    return path
 
 
 def truncate(path: Path, part: float) -> None:

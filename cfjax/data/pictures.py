@@ -1,0 +1,158 @@
+"""Pictures of any kind to uint8 RGB of one size: by their range of values, on white where transparent, upright."""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cfjax.core.errors import UserError
+
+FITS = ("cover", "stretch")
+MOVING = (
+    "GIF",
+    "PNG",
+    "WEBP",
+    "AVIF",
+)  # formats of animations; a JPEG or TIFF of several pictures begins with the main one
+
+# What Pillow's readers raise, one or the other, for files that are damaged or too large to be meant.
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+class Unusable(Exception):
+    """One clip or caption cannot be used; its message is "kind: details", and kinds are what a summary counts."""
+
+
+@dataclass(frozen=True)
+class ClipFormat:
+    """What every clip is made into.
+
+    Attributes:
+      frames, height, width: in pixels.
+      fps: rate that clips are sampled at.
+      fit: "cover" scales the picture until it covers the size and cuts what stands out, evenly at both sides; "stretch"
+        ignores its proportions, as the PyTorch reference does.
+      max_crop: largest part of the picture, 0 to 1, that "cover" may cut off; beyond it the clip has the wrong shape.
+      upscale: also take clips that are smaller than the size.
+    """
+
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    fit: str = "cover"
+    max_crop: float = 0.5
+    upscale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise UserError(f"fit={self.fit!r}: use {' or '.join(FITS)}")
+        if min(self.frames, self.height, self.width) < 1 or not self.fps > 0:
+            raise UserError("frames, height, width and fps must be positive")
+        if not 0 <= self.max_crop <= 1:
+            raise UserError(f"max_crop={self.max_crop}: use 0 to 1, the part of the picture that may be cut off")
+
+    def check_stride(self, stride: tuple[int, int, int]) -> None:
+        """Raises UserError unless a codec of this stride encodes the format: 1 + stride k frames, whole patches."""
+        time, height, width = stride
+        if (self.frames - 1) % time:
+            near = 1 + (self.frames - 1) // time * time
+            raise UserError(f"frames={self.frames}: the codec takes 1 + {time} k frames; use {near} or {near + time}")
+        if self.height % height or self.width % width:
+            raise UserError(f"size {self.width} x {self.height}: the codec needs multiples of {width} and {height}")
+
+
+def fit_picture(picture: np.ndarray, wanted: ClipFormat, pixel: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+    """A uint8 picture [H, W, 3] at the wanted size, by antialiased bilinear filtering.
+
+    Args:
+      pixel: width and height at which each of its pixels is shown.
+
+    Raises:
+      Unusable: it is smaller than wanted, or too much of it would be cut off.
+    """
+    height, width = picture.shape[:2]
+    across, down = width * pixel[0], height * pixel[1]
+    shown = f"{round(across)} x {round(down)}"
+    if not wanted.upscale and (round(down) < wanted.height or round(across) < wanted.width):
+        raise Unusable(f"wrong size: {shown} is smaller than {wanted.width} x {wanted.height}")
+    box = (0.0, 0.0, float(width), float(height))
+    if wanted.fit == "cover":
+        scale = min(across / wanted.width, down / wanted.height)
+        kept_x, kept_y = scale * wanted.width / across, scale * wanted.height / down
+        if 1 - kept_x * kept_y > wanted.max_crop + 1e-6:
+            cut = f"{1 - kept_x * kept_y:.0%} of it would be cut off"
+            raise Unusable(f"wrong shape: {shown} for {wanted.width} x {wanted.height}, {cut}")
+        x, y = (1 - kept_x) / 2 * width, (1 - kept_y) / 2 * height
+        box = (x, y, width - x, height - y)
+    if box == (0.0, 0.0, wanted.width, wanted.height):
+        return np.ascontiguousarray(picture)
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    return np.asarray(image.resize((wanted.width, wanted.height), Image.Resampling.BILINEAR, box=box))
+
+
+def to_float(video: np.ndarray) -> np.ndarray:
+    """uint8 to float32 in [-1, 1]: 2 v / 255 - 1 (PyTorch reference)."""
+    return video.astype(np.float32) * np.float32(2.0 / 255.0) - np.float32(1.0)
+
+
+def over_white(rgba_HW4: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]: what shows of a picture with an alpha channel on a white page."""
+    alpha = rgba_HW4[..., 3:].astype(np.uint16)
+    blended = rgba_HW4[..., :3] * alpha + 255 * (255 - alpha)
+    return ((blended + 127) // 255).astype(np.uint8)
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """A picture file as a viewer shows it, uint8 [H, W, 3].
+
+    Whole numbers of 16 bits are scaled by their range; float pictures hold 0 to 1. Transparent parts show white.
+
+    Raises:
+      Unusable: it cannot be read whole, is an animation, or has values of an unknown range.
+    """
+    try:
+        with Image.open(path) as opened:
+            frames = getattr(opened, "n_frames", 1)
+            if frames > 1 and opened.format in MOVING:
+                raise Unusable(
+                    f"not one picture: an animation of {frames} frames; save one of them, or give it as a video"
+                )
+            opened.load()
+            return _eight_bit(ImageOps.exif_transpose(opened))
+    # Pillow's readers raise these, one or the other, for files that are damaged or too large to be meant.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise Unusable(f"unreadable: {' '.join(str(error).split())}") from None
+
+
+def _eight_bit(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint32)
+        return _grey(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("F", "I"):
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if image.mode == "I":
+            raise Unusable(f"unknown range: whole numbers of 32 bits, {low:g} to {high:g}; save it with 8 or 16 bits")
+        if not (np.isfinite(values).all() and low >= 0.0 and high <= 1.0):
+            raise Unusable(
+                f"unknown range: floats from {low:g} to {high:g}; 0 to 1 are black to white, scale them or save 8 bits"
+            )
+        return _grey(np.rint(values * 255).astype(np.uint8))
+    if image.has_transparency_data:
+        return over_white(np.asarray(image.convert("RGBA")))
+    return np.asarray(image.convert("RGB"))
+
+
+def _grey(values_HW: np.ndarray) -> np.ndarray:
+    return np.repeat(values_HW[..., None], 3, axis=-1)
