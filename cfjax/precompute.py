@@ -18,9 +18,10 @@ from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, local_path, path_of
+from cfjax.data.captions import Columns
 from cfjax.data.check import check_dataset
-from cfjax.data.clips import list_clips
-from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource, Source, ingest, read_prompts
+from cfjax.data.clips import read_listing
+from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource, Source, ingest
 from cfjax.data.latents import read_json
 from cfjax.data.lmdb_rows import LmdbRows, is_lmdb
 from cfjax.data.parts import SetWriter
@@ -156,17 +157,22 @@ Opened = tuple[Source, Layout, About, EncodeVideo | None]
 def _open_clips(c: ConfigDict, world: World | WanWorld) -> Opened:
     wanted = ClipFormat(c.frames, c.height, c.width, c.fps, c.fit, c.max_crop, c.upscale)
     wanted.check_stride(world.codec.stride)
-    clips = list_clips(c.source, c.captions)
+    clips = read_listing(c.source, c.captions, columns=columns_of(c), encoding=c.encoding, parts=c.parts).clips
     shape = jax.ShapeDtypeStruct((1, c.frames, c.height, c.width, 3), jnp.float32)
     latent = jax.eval_shape(lambda codec, video: codec.encode(video), world.codec, shape).shape[1:]
     codec = world.codec.describe()
-    listing = digest({"clips": [[clip.name, clip.caption, clip.fault] for clip in clips]})
+    listing = digest({"clips": [[clip.label(), clip.caption, clip.fault] for clip in clips]})
     about: About = {
         "job": {"clips": listing, "format": asdict(wanted), "codec": codec},
         "manifest": {"codec": codec, "source": {"name": "clips", "path": c.source, **asdict(wanted)}},
     }
     encode = video_encoder(world.codec, c.encode_frames)
     return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode
+
+
+def columns_of(c: ConfigDict) -> Columns:
+    """How the tables of captions and prompts are read."""
+    return Columns(c.file_column, c.caption_column, c.caption_choice)
 
 
 def _open_lmdb(c: ConfigDict, world: World | WanWorld) -> Opened:
@@ -187,14 +193,14 @@ def _open_lmdb(c: ConfigDict, world: World | WanWorld) -> Opened:
 
 
 def _open_prompts(c: ConfigDict, world: World | WanWorld) -> Opened:
-    prompts = read_prompts(c.source)
+    source = PromptSource.read(c.source, columns_of(c), c.encoding)
     if len(c.latent_shape) != 4 or c.latent_shape[-1] != world.codec.latent_channels:
         raise UserError(f"latent_shape={c.latent_shape}: give (F, H, W, {world.codec.latent_channels})")
     about: About = {
-        "job": {"prompts": digest({"prompts": prompts})},
+        "job": {"prompts": digest({"prompts": source.prompts})},
         "manifest": {"source": {"name": "prompts", "path": c.source}},
     }
-    return PromptSource(prompts), _layout(c, world, tuple(c.latent_shape), kept_in="none"), about, None
+    return source, _layout(c, world, tuple(c.latent_shape), kept_in="none"), about, None
 
 
 def _layout(c: ConfigDict, world: World | WanWorld, latent_shape: tuple[int, ...], **values: Any) -> Layout:

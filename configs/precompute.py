@@ -34,7 +34,12 @@ def get_config():
     return ConfigDict(
         {
             "source": "",
-            "captions": "",
+            "captions": "",  # table of the clips' captions; "": captions.* or metadata.* in the folder, if there is one
+            "file_column": "",  # columns of a table; "": known by their names
+            "caption_column": "",
+            "caption_choice": "",  # of several captions: first, longest, or the name of one
+            "encoding": "",  # of tables and texts that are not UTF-8: gbk, cp1252, shift_jis ...
+            "parts": False,  # cut clips out of their files by the table's column timestamp (Panda-70M, Koala-36M)
             "world": "checkpoints/wan_1_3b/world",
             "output": "",
             "frames": 81,

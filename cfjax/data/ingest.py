@@ -1,21 +1,24 @@
 """Sources of clips and prompts, and the one loop that encodes what they hold and writes it down, part by part."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from cfjax.core.errors import UserError
+from cfjax.data.captions import Columns, caption_of, field_of
 from cfjax.data.clips import ClipFile
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.parts import Part, SetWriter
 from cfjax.data.pictures import ClipFormat, Unusable
+from cfjax.data.tables import read_table
 from cfjax.data.video import read_clip
 
 EncodeText = Callable[[Sequence[str]], np.ndarray]
@@ -54,8 +57,8 @@ class ClipSource:
         return len(self.clips)
 
     def name(self, index: int) -> str:
-        """Its path in the folder."""
-        return self.clips[index].name
+        """Its path in the folder, and which part of the file it is."""
+        return self.clips[index].label()
 
     def caption(self, index: int) -> str:
         """Its caption. Raises Unusable for a clip that the listing found fault with."""
@@ -65,7 +68,9 @@ class ClipSource:
 
     def load(self, index: int) -> dict[str, np.ndarray]:
         """Its frames."""
-        return {"video": read_clip(self.folder / self.name(index), self.wanted)}
+        clip = self.clips[index]
+        part = {"start": clip.start, "stop": clip.stop} if clip.stop else {}
+        return {"video": read_clip(self.folder / clip.name, self.wanted, **part)}
 
 
 class LmdbSource:
@@ -101,41 +106,61 @@ class LmdbSource:
 
 
 class PromptSource:
-    """Prompts alone."""
+    """Prompts alone, of a table of any kind (`data.tables`).
 
-    def __init__(self, prompts: Sequence[str]) -> None:
-        self.prompts = prompts
+    Args:
+      prompts: in order.  places: where each stands in its file; "line N" if none are given.
+      faults: index -> why a prompt cannot be used.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], places: Sequence[str] = (), faults: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        self.prompts, self._places, self._faults = prompts, places, faults
+
+    @classmethod
+    def read(cls, file: str | Path, columns: Columns = Columns(), encoding: str = "") -> "PromptSource":
+        """The prompts of a file. Of a .txt only trailing whitespace goes, and blank lines stay (PyTorch reference).
+
+        Args:
+          columns: how a table is read.  encoding: of a text file that is not UTF-8.
+
+        Raises:
+          UserError: it cannot be read, or is empty.
+        """
+        path, column = Path(file), ""
+        prompts: list[str] = []
+        places: list[str] = []
+        faults: dict[int, str] = {}
+        for row in read_table(path, encoding):
+            column = column or columns.of(path, row, clips=False)["caption"]
+            places.append(row.place)
+            try:
+                value = field_of(path, row, column)
+                prompts.append(value.rstrip() if path.suffix.lower() == ".txt" else caption_of(value, columns.choice))
+            except Unusable as error:
+                faults[len(prompts)] = str(error)
+                prompts.append("")
+        if not prompts:
+            raise UserError(f"{file}: no prompts in it")
+        return cls(prompts, places, faults)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def name(self, index: int) -> str:
-        """Its line in the file, counted from 1."""
-        return f"line {index + 1}"
+        """Where it stands in the file."""
+        return self._places[index] if self._places else f"line {index + 1}"
 
     def caption(self, index: int) -> str:
-        """The line."""
+        """The prompt. Raises Unusable for one that cannot be read."""
+        if index in self._faults:
+            raise Unusable(self._faults[index])
         return self.prompts[index]
 
     def load(self, index: int) -> dict[str, np.ndarray]:
         """Nothing."""
         return {}
-
-
-def read_prompts(file: str | Path) -> list[str]:
-    """One prompt per line; only trailing whitespace goes, blank lines stay (PyTorch reference).
-
-    Raises:
-      UserError: it cannot be read, or is empty.
-    """
-    try:
-        with open(file, encoding="utf-8") as lines:
-            prompts = [line.rstrip() for line in lines]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot read these prompts ({error})") from None
-    if not prompts:
-        raise UserError(f"{file}: no prompts in it")
-    return prompts
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ def read_picture(path: str | Path) -> np.ndarray:
         struct.error,
         Image.DecompressionBombError,
     ) as error:
-        raise Unusable(f"unreadable: {' '.join(str(error).split())}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise Unusable(f"unreadable: {reason}") from None
 
 
 def _eight_bit(image: Image.Image) -> np.ndarray:

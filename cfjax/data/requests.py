@@ -1,23 +1,26 @@
 """What a user asks for: prompts from a flag or a file, and the picture, video or latents that a video begins with."""
 
-import csv
-import json
 import re
 import unicodedata
+import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cfjax.core.errors import UserError
+from cfjax.data.captions import Columns, caption_of
 from cfjax.data.pictures import ClipFormat, Unusable, fit_picture, read_picture, to_float
+from cfjax.data.tables import TEXT, Row, read_table
 from cfjax.data.video import read_end, video_span
 
-FIELDS = ("prompt", "seed", "image")
+OPTIONAL = ("seed", "image")  # columns of a prompt file besides the prompts
 LATENTS = (".npz", ".safetensors")
 SLUG = 48  # characters of a prompt that its file's name keeps
 MAX_SEED = 2**32 - 1
@@ -49,68 +52,97 @@ class Request:
 
 
 def read_requests(
-    prompt: str, file: str, *, image: str = "", seed: int = 0, seeds: tuple[int, ...] = (), videos: int = 1
+    prompt: str,
+    file: str,
+    *,
+    image: str = "",
+    seed: int = 0,
+    seeds: tuple[int, ...] = (),
+    videos: int = 1,
+    columns: Columns = Columns(),
+    encoding: str = "",
 ) -> list[Request]:
     """One request per prompt and video.
 
     Args:
       prompt: one prompt, or several separated by `|`; ignored when `file` is given.
-      file: .txt with a prompt per line, .jsonl or .csv with the fields prompt, seed, image (the last two are optional).
+      file: a table (`data.tables`) of prompts, and perhaps of seeds and images.
       image: the picture that every video without its own begins with.
       seed: the i-th video of a prompt gets seed + i, unless its line has a seed to count from.
       seeds: the seeds of every prompt's videos, in place of `seed` and `videos`.
       videos: of each prompt.
+      columns: how the table is read.  encoding: of a text file that is not UTF-8.
 
     Raises:
       UserError: no prompts, a broken file or line.
     """
-    rows = read_prompts(file) if file else [{"prompt": text.strip()} for text in prompt.split("|") if text.strip()]
+    plain = [_Wish(text.strip()) for text in prompt.split("|") if text.strip()]
+    rows = list(_wishes(Path(file), columns, encoding)) if file else plain
     if not rows:
-        raise UserError(f"{file}: no prompts" if file else EMPTY)
+        raise UserError(f"{file}: no prompts in it" if file else EMPTY)
     if videos < 1:
         raise UserError(f"videos={videos}: use 1 or more")
     out = []
     for row in rows:
-        base = int(row.get("seed", seed))
-        own = seeds if seeds and "seed" not in row else tuple(range(base, base + videos))
-        out += [Request(row["prompt"], s, row.get("image") or image) for s in own]
+        base = seed if row.seed is None else row.seed
+        own = seeds if seeds and row.seed is None else tuple(range(base, base + videos))
+        out += [Request(row.prompt, s, row.image or image) for s in own]
     return out
 
 
-def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a prompt file, each with "prompt" and perhaps "seed" and "image" (see `read_requests`)."""
-    file = Path(path)
+@dataclass(frozen=True)
+class _Wish:
+    """A row of a prompt file."""
+
+    prompt: str
+    seed: int | None = None
+    image: str = ""
+
+
+def _wishes(file: Path, columns: Columns, encoding: str) -> Iterator[_Wish]:
+    """The rows of a prompt file, without the blank lines of a .txt.
+
+    Other columns are refused, as they may be misspelt ones, unless the prompts' column is named.
+    """
+    for row in read_table(file, encoding):
+        if file.suffix.lower() == ".txt" and not row.values[TEXT].strip():
+            continue
+        column = columns.of(file, row, clips=False)["caption"]
+        if not columns.caption and (other := [name for name in row.values if name not in (column, *OPTIONAL)]):
+            known = f"{column}, {' and '.join(OPTIONAL)} are read"
+            raise UserError(
+                f"{file}, {row.place}: unknown column {other[0]!r}; {known}, and others with "
+                f"--config.prompt_column={column} passed over"
+            )
+        try:
+            prompt = caption_of(row.values[column], columns.choice)
+        except Unusable as error:
+            raise UserError(f"{file}, {row.place}: {error}") from None
+        yield _Wish(prompt, _seed(file, row), _beside(file, row.values.get("image")))
+
+
+def _seed(file: Path, row: Row) -> int | None:
+    value = row.values.get("seed")
+    if value is None or value == "":
+        return None
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={str(path)!r}: cannot read it ({error})") from None
-    if file.suffix == ".jsonl":
-        rows = [_json_row(file, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    elif file.suffix == ".csv":
-        rows = [dict(row) for row in csv.DictReader(text.splitlines())]
-    elif file.suffix == ".txt":
-        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-    else:
-        raise UserError(f"prompts={str(path)!r}: use a .txt, .jsonl or .csv file")
-    return [_checked(file, n, row) for n, row in enumerate(rows, 1)]
+        number = float(value) if isinstance(value, str) else value
+        if isinstance(value, bool) or number != int(number):
+            raise ValueError
+        seed = int(number)  # spreadsheets write 42.0
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f"{file}, {row.place}: seed={value!r} is no whole number") from None
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"{file}, {row.place}: seed={seed}: use 0 to {MAX_SEED}")
+    return seed
 
 
-def _json_row(file: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{file}, line {number}: not JSON ({error})") from None
-
-
-def _checked(file: Path, number: int, row: Any) -> dict[str, Any]:
-    """A row with known fields only, empty ones left out."""
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or set(row) - set(FIELDS):
-        raise UserError(f"{file}, row {number}: needs a prompt, and may have {' and '.join(FIELDS[1:])}; nothing else")
-    kept = {key: value for key, value in row.items() if value not in ("", None)}
-    try:
-        return {**kept, "seed": int(kept["seed"])} if "seed" in kept else kept
-    except (ValueError, TypeError):
-        raise UserError(f"{file}, row {number}: seed={kept['seed']!r} is no whole number") from None
+def _beside(file: Path, picture: Any) -> str:
+    """The path of a row's picture: relative ones are looked up beside the file, then in the current folder."""
+    if not picture:
+        return ""
+    beside = file.parent / str(picture)
+    return str(picture) if not beside.exists() and Path(str(picture)).exists() else str(beside)
 
 
 def read_image(path: str | Path, height: int, width: int, fit: str = "cover") -> np.ndarray:
@@ -125,7 +157,7 @@ def read_image(path: str | Path, height: int, width: int, fit: str = "cover") ->
     try:
         picture = read_picture(path)
     except Unusable as error:
-        raise UserError(f"image={str(path)!r}: {error}") from None
+        raise UserError(f"image={str(path)!r}: cannot read the picture ({error})") from None
     return to_float(fit_picture(picture, _format(1, height, width, 1.0, fit))[None])
 
 
@@ -167,13 +199,21 @@ def read_latents(path: str | Path) -> np.ndarray:
     """
     try:
         if Path(path).suffix == ".npz":
-            with np.load(path) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            with open(path, "rb") as file:  # NumPy leaves one that it opened itself open when it is no archive
+                arrays = dict(np.lib.npyio.NpzFile(file, allow_pickle=False))
         else:
             arrays = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
         raise UserError(f"video={str(path)!r}: cannot read the latents ({error})") from None
     if len(arrays) != 1 or next(iter(arrays.values())).ndim != 4:
         found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise UserError(f"video={str(path)!r}: needs one array [F, H, W, C], found {found or 'none'}")
-    return next(iter(arrays.values())).astype(np.float32)
+    latents = next(iter(arrays.values()))
+    if latents.dtype == np.dtype("V2"):  # NumPy saves bfloat16, which it has no name for, as two plain bytes
+        latents = latents.view(ml_dtypes.bfloat16)
+    if latents.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
+        raise UserError(f"video={str(path)!r}: holds {latents.dtype}, no floating-point latents")
+    latents = latents.astype(np.float32)
+    if not np.isfinite(latents).all():
+        raise UserError(f"video={str(path)!r}: holds latents that are not finite")
+    return latents

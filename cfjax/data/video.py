@@ -176,7 +176,7 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 def _stream(container: InputContainer) -> VideoStream:
     moving = [stream for stream in container.streams.video if not stream.disposition & COVERS]
     if not moving:
-        raise Unusable(f"no pictures: {'sound alone' if container.streams.audio else 'no video stream'}")
+        raise Unusable("no pictures: sound alone" if container.streams.audio else "unreadable: no video stream")
     stream = next((stream for stream in moving if stream.disposition & Disposition.default), moving[0])
     stream.thread_type = "SLICE"  # frame threads may hand out VP8 frames that are still being written (FFmpeg 8.1)
     return stream

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import Temporary, UserError
-from cfjax.data.ingest import PromptSource, ingest, read_prompts
+from cfjax.data.ingest import PromptSource, ingest
 from cfjax.data.latents import make_iterator
 from cfjax.data.parts import SetWriter
 from cfjax.data.pictures import Unusable
@@ -259,10 +259,11 @@ def test_every_item_must_be_accounted_for(tmp_path):
 
 def test_prompts_need_no_latents_and_little_disk(tmp_path):
     (tmp_path / "prompts.txt").write_text("one  \n\n  two\u2028too\n")
-    prompts = read_prompts(tmp_path / "prompts.txt")
+    source = PromptSource.read(tmp_path / "prompts.txt")
+    prompts = source.prompts
     assert prompts == ["one", "", "  two\u2028too"]  # only the end is stripped, blank lines stay (PyTorch reference)
     layout = Layout((21, 60, 104, 16), ROWS, WIDTH, kept_in="none")
-    assert make(tmp_path / "set", PromptSource(prompts), layout=layout)
+    assert make(tmp_path / "set", source, layout=layout)
     dataset = open_dataset(tmp_path / "set")
     assert [dataset.caption(i) for i in range(3)] == prompts and not dataset.has_latents
     assert dataset.latent_shape == (21, 60, 104, 16)
@@ -274,7 +275,7 @@ def test_prompts_need_no_latents_and_little_disk(tmp_path):
 
 def test_a_prompt_file_must_hold_prompts(tmp_path):
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
-    for name, message in (("empty.txt", "no prompts"), ("latin.txt", "cannot read"), ("none.txt", "cannot read")):
+    (tmp_path / "latin.txt").write_bytes("Café".encode("cp1252"))
+    for name, message in (("empty.txt", "no prompts"), ("latin.txt", "not UTF-8"), ("none.txt", "cannot read")):
         with pytest.raises(UserError, match=message):
-            read_prompts(tmp_path / name)
+            PromptSource.read(tmp_path / name)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import UserError
-from cfjax.data.ingest import PromptSource, ingest, read_prompts
+from cfjax.data.ingest import PromptSource, ingest
 from cfjax.data.latents import make_iterator
 from cfjax.data.parts import SetWriter
 from cfjax.data.records import Layout, RecordDataset
@@ -93,7 +93,7 @@ def test_prompts_alone_are_whole_though_their_latents_are_nan(tmp_path):
     writer.write_negative(text(["no"])[0])
     prompts = tmp_path.parent / "prompts.txt"
     prompts.write_text("a\nb\n")
-    ingest(writer, PromptSource(read_prompts(prompts)), encode_text=text, batch_size=2, progress=False)
+    ingest(writer, PromptSource.read(prompts), encode_text=text, batch_size=2, progress=False)
     dataset = TolerantDataset(RecordDataset(tmp_path), 0.0)
     assert [int(dataset[i]["index"]) for i in range(2)] == [0, 1] and not dataset.corrupt
     assert np.isnan(dataset[0]["latents_FHWC"]).all()
