@@ -46,13 +46,14 @@ def get_config():
             "upscale": False,
             "ground_truth": True,  # an LMDB's last entry is the clean clip; False: the ODE's end, as in CausVid
             "copy_latents": False,
+            "lmdb": "",  # of --check and --merge: where the LMDB of a set was moved to
             "latent_shape": (21, 60, 104, 16),  # F, H, W, C that stage 3 generates from prompts
             "dtype": "float16",
             "text_dtype": "bfloat16",
             "encode_frames": 4,  # latent frames that the VAE makes at a time; 0 is the whole clip at once
             "text_cache": "",  # folder of captions already encoded; "" is text_cache beside the world
             "batch_size": 1,
-            "part_items": 64,  # what a killed job may lose
+            "part_items": 0,  # what a killed job may lose; 0 is 64, and more where that would be over 1,024 parts
             "workers": 2,
             "shard": -1,
             "shards": 0,

@@ -58,7 +58,11 @@ def test_a_system_that_does_not_raise_it_is_no_error(limits, monkeypatch):
     [
         (OSError(errno.EMFILE, "x"), UserError, "ulimit -n"),
         (RuntimeError("open() failed: Too many open files; opening a/part"), UserError, "ulimit -n"),
-        (RuntimeError("pread() failed: Input/output error; reading a/part; at byte 7"), Temporary, "Input/output error"),
+        (
+            RuntimeError("pread() failed: Input/output error; reading a/part; at byte 7"),
+            Temporary,
+            "Input/output error",
+        ),
         (RuntimeError("open() failed: No such file or directory; opening a"), Temporary, "its disk or mount"),
         (OSError(errno.ESTALE, "x"), Temporary, os.strerror(errno.ESTALE)),
         (RuntimeError("pread() failed: a word of another system; at byte 7"), Temporary, "a word of another system"),
