@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cfjax.core.console import say
@@ -247,7 +248,7 @@ def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan
     """An exported model (see `world.asset`), in the template's form. `stages`: accepted ones, empty for any.
 
     Raises:
-      UserError: no such model, it is of another stage, or it does not fit the template.
+      UserError: no such model, it is cut short, of another stage, or does not fit the template.
     """
     file, meta = asset(name, MODEL_FILE), asset(name, META_FILE)
     if file is None or meta is None:
@@ -255,7 +256,10 @@ def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan
     stage = json.loads(meta.read_text())["stage"]
     if stages and stage not in stages:
         raise UserError(f"{file.parent} holds stage {stage!r}, expected {' or '.join(map(repr, stages))}")
-    arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
+    try:
+        arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: broken or cut short ({error}); copy it again") from None
     return jax.tree.map(jax.numpy.asarray, from_named(template, arrays))
 
 

@@ -9,7 +9,8 @@ Captions stand in captions.csv, .jsonl (columns file, caption) or .json ({file: 
 `captions` names, or in NAME.txt beside NAME.mp4. What cannot be used is left out, and report.json says why.
 
 An LMDB, or a folder of them (clean latents or ODE pairs). Its latents stay where they are unless `copy_latents` is set,
-only the prompts are encoded; without `output` they go beside it, and training opens the LMDB by its own path:
+only the prompts are encoded; without `output` they go beside it, and training opens the LMDB by its own path. Pairs
+without clean clips (Self Forcing's, CausVid's) need `ground_truth=False` here, or `data.ground_truth=False` in training.
 
     cfjax precompute --config=configs/precompute.py --config.source=dataset/clean_data
     cfjax train --config=configs/ar_diffusion.py --config.data.path=dataset --config.data.name=clean_data
@@ -24,6 +25,10 @@ A job that was stopped goes on where it was when the same command is given again
 is given its `shard` of `shards`; under jax.distributed that is the default. Looking at every record of any dataset:
 
     cfjax precompute --check=data/wan/clips
+
+Joining sets, or cutting a single one into other parts (docs/data.md):
+
+    cfjax precompute --merge=data/wan/clips,data/wan/more --config.output=data/wan/all
 """
 
 from ml_collections import ConfigDict
