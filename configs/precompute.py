@@ -10,7 +10,7 @@ Captions stand in captions.csv, .jsonl (columns file, caption) or .json ({file: 
 
 An LMDB, or a folder of them (clean latents or ODE pairs). Its latents stay where they are unless `copy_latents` is set,
 only the prompts are encoded; without `output` they go beside it, and training opens the LMDB by its own path. Pairs
-without clean clips (Self Forcing's, CausVid's) need `ground_truth=False` here, or `data.ground_truth=False` in training.
+without clean clips (Self Forcing's, CausVid's) take `ground_truth=False` here, or `data.ground_truth=False` to train.
 
     cfjax precompute --config=configs/precompute.py --config.source=dataset/clean_data
     cfjax train --config=configs/ar_diffusion.py --config.data.path=dataset --config.data.name=clean_data
