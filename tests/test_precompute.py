@@ -273,6 +273,25 @@ def test_another_lmdb_is_not_taken_for_it(moved, world, tmp_path, capsys, older)
         open_dataset(moved / "clean")
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_what_was_left_half_copied_at_the_old_place_is_passed_over(moved, world, tmp_path, older):
+    """Its name is tried first, and LMDB must not map it; the whole one beside the set serves."""
+    (tmp_path / "old" / "clean").mkdir(parents=True)
+    data = (moved / "clean" / "data.mdb").read_bytes()
+    (tmp_path / "old" / "clean" / "data.mdb").write_bytes(data[:-1])
+    np.testing.assert_array_equal(open_dataset(moved / "clean.text")[1]["latents_FHWC"], latents_of_row(1))
+    (moved / "clean").rename(moved / "aside")
+    told = r"old/clean \(.*cut off.*\) nor at .*new/clean \(no LMDB there\); name its place"
+    with pytest.raises(UserError, match=told):
+        open_dataset(moved / "clean.text")
+    (moved / "aside").rename(moved / "clean")
+    if older:
+        values = json.loads((moved / "clean.text" / "job.json").read_text())
+        values["lmdb"] = {"path": str(tmp_path / "old" / "clean"), "ground_truth": True}
+        (moved / "clean.text" / "job.json").write_text(json.dumps(values))
+    assert precompute(moved / "clean", world, "") == 0
+
+
 def test_a_key_for_an_lmdb_of_a_set_without_one_is_a_mistake(encoded, tmp_path):
     with pytest.raises(UserError, match="keeps its latents in no LMDB"):
         open_data(train_config("ar_diffusion.py:toy", encoded.parent, encoded.name, lmdb=tmp_path))

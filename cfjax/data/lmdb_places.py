@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 from cfjax.data.lmdb_files import is_lmdb
 from cfjax.data.lmdb_rows import LmdbRows
 
@@ -39,7 +39,7 @@ def lmdb_job(rows: LmdbRows) -> dict[str, Any]:
 def is_job_of(found: Any, rows: LmdbRows) -> bool:
     """Whether a folder was begun with this LMDB: by what it is, or as older versions noted it, by where it lay.
 
-    Of an older job whose LMDB is no longer there, rows and shapes decide, which the rest of its record holds.
+    Of an older job whose LMDB is no longer there, whole, rows and shapes decide, which the rest of its record holds.
     """
     if not isinstance(found, Mapping) or found.get("ground_truth") != rows.ground_truth:
         return False
@@ -48,7 +48,10 @@ def is_job_of(found: Any, rows: LmdbRows) -> bool:
     before = Path(found["path"])
     if before == rows.path.resolve() or not is_lmdb(before):
         return True
-    return LmdbRows(before, fallback_shape=rows.latent_shape).fingerprint() == rows.fingerprint()
+    try:
+        return LmdbRows(before, fallback_shape=rows.latent_shape).fingerprint() == rows.fingerprint()
+    except UserError:
+        return True
 
 
 def places(folder: Path, about: Mapping[str, Any], given: str | Path = "") -> list[Path]:
@@ -83,11 +86,16 @@ def open_lmdb_of(
         if not is_lmdb(place):
             looked.append(f"{place} (no LMDB there)")
             continue
-        rows = LmdbRows(place, ground_truth=about["ground_truth"], fallback_shape=shape)
-        if wrong := misfit(rows):
-            looked.append(f"{place} ({wrong})")
-            continue
-        return rows
+        try:
+            rows = LmdbRows(place, ground_truth=about["ground_truth"], fallback_shape=shape)
+            wrong = misfit(rows)
+        except Temporary:
+            raise
+        except UserError as error:
+            wrong = str(error)
+        if not wrong:
+            return rows
+        looked.append(f"{place} ({wrong})")
     raise UserError(
         f"{folder}: the LMDB with its latents is not at {' nor at '.join(looked)}; name its place with {KEY}, or "
         "precompute the set again"
