@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.machine import ensure_open_files
 
 VERBS = {
     "quickstart": "train and watch a tiny streaming video generator on this machine",
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"cfjax: unknown verb {verb!r}; use one of {', '.join(VERBS)}\n")
         return 2
     try:
+        ensure_open_files()
         if verb in SHARED:
             importlib.import_module("cfjax.core.distributed").initialize()
         return importlib.import_module(f"cfjax.{verb}").main(rest) or 0

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cfjax.core.console import say
@@ -21,7 +22,7 @@ from cfjax.core.tree import from_named, named_leaves
 from cfjax.data.latents import ClipDataset
 from cfjax.data.precompute import precompute
 from cfjax.data.reversed import encoded, joined
-from cfjax.data.sets import open_dataset
+from cfjax.data.sets import open_dataset, without_truth
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.flow.schedule import warp_steps
@@ -104,7 +105,7 @@ def open_data(c: ConfigDict) -> Data:
     """
     root, name = data_root(c), c.data.name
     if not c.data.source:
-        dataset = _suitable(c, open_dataset(root / name))
+        dataset = _suitable(c, open_dataset(root / name, lmdb=c.data.lmdb))
         if c.data.reversed_name:
             dataset = joined(dataset, open_dataset(root / c.data.reversed_name))
         return Data(dataset, None)
@@ -115,7 +116,7 @@ def open_data(c: ConfigDict) -> Data:
         source = SplitSource(world.shapes, 0, c.data.clips)
         encoders = (world.codec, world.text.encode)
         make_once(root / name, lambda: precompute(source, *encoders, root / name, text_encoder=text_record(world)))
-    dataset = _suitable(c, open_dataset(root / name))
+    dataset = _suitable(c, open_dataset(root / name, lmdb=c.data.lmdb))
     made_in = dataset.manifest.get("text_encoder", {}).get("world")
     if made_in != world.fingerprint():
         raise UserError(f"{root / name} was made in another world than {root / 'world'}; remove it and run again")
@@ -137,14 +138,32 @@ def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
     prompts_do = c.stage == "dmd" and c.objective.student_input == "self_rollout" and c.objective.matching != "gan"
     if not dataset.has_latents and not prompts_do:
         raise UserError(f"{dataset.path} holds prompts alone; stage {c.stage} needs clips: choose another data.name")
-    if c.stage == "ode_regression" and dataset.trajectory_points != len(c.objective.steps) + 1:
-        raise UserError(
-            f"{dataset.path} has {dataset.trajectory_points} states per clip; ODE regression needs the "
-            f"{len(c.objective.steps)} levels of objective.steps and the end: make pairs with configs/ode_pairs.py"
-        )
+    if c.stage == "ode_regression" and not c.data.ground_truth:
+        dataset = without_truth(dataset)
+    if c.stage == "ode_regression" and (wrong := _wrong_points(c, dataset)):
+        raise UserError(wrong)
     if c.stage == "ode_regression":
         _check_pairs(c, dataset)
     return TolerantDataset(dataset, c.data.max_corrupt, say) if c.data.max_corrupt else dataset
+
+
+def _wrong_points(c: ConfigDict, dataset: ClipDataset) -> str:
+    """Why the trajectories are not what the objective regresses on, with the mend; "" if they are."""
+    points, wanted = dataset.trajectory_points, len(c.objective.steps) + 1
+    if points == wanted:
+        return ""
+    mend = "make pairs with configs/ode_pairs.py"
+    if points and points + 1 == wanted and c.data.ground_truth:
+        mend = (
+            "if these are pairs without clean clips (Self Forcing's, CausVid's), --config.data.ground_truth=False takes"
+            f" what stands for the clip as the ODE's end; otherwise {mend}"
+        )
+    if points == wanted + 1 and not c.data.ground_truth:
+        mend = "they hold clean clips: leave out --config.data.ground_truth=False"
+    return (
+        f"{dataset.path} has {points} states per clip; ODE regression needs the {wanted - 1} levels of objective.steps "
+        f"and the end: {mend}"
+    )
 
 
 def _check_pairs(c: ConfigDict, dataset: ClipDataset) -> None:
@@ -229,7 +248,7 @@ def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan
     """An exported model (see `world.asset`), in the template's form. `stages`: accepted ones, empty for any.
 
     Raises:
-      UserError: no such model, it is of another stage, or it does not fit the template.
+      UserError: no such model, it is cut short, of another stage, or does not fit the template.
     """
     file, meta = asset(name, MODEL_FILE), asset(name, META_FILE)
     if file is None or meta is None:
@@ -237,7 +256,10 @@ def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan
     stage = json.loads(meta.read_text())["stage"]
     if stages and stage not in stages:
         raise UserError(f"{file.parent} holds stage {stage!r}, expected {' or '.join(map(repr, stages))}")
-    arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
+    try:
+        arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: broken or cut short ({error}); copy it again") from None
     return jax.tree.map(jax.numpy.asarray, from_named(template, arrays))
 
 

@@ -23,12 +23,16 @@ from cfjax.data.check import check_dataset
 from cfjax.data.clips import read_listing
 from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource, Source, ingest
 from cfjax.data.latents import read_json
-from cfjax.data.lmdb_rows import LmdbRows, is_lmdb
+from cfjax.data.listing import listed
+from cfjax.data.lmdb_files import is_lmdb
+from cfjax.data.lmdb_places import describe_lmdb, is_job_of, lmdb_job, text_beside
+from cfjax.data.lmdb_rows import LmdbRows
+from cfjax.data.merge import merge, merge_writer, name_of, open_members
 from cfjax.data.parts import SetWriter
 from cfjax.data.pictures import ClipFormat, Unusable
 from cfjax.data.precompute import digest
 from cfjax.data.records import MANIFEST, Layout
-from cfjax.data.sets import text_beside
+from cfjax.data.sets import identity
 from cfjax.experiment import Data, blocks_of, data_root, difference, open_data, pairs_layout
 from cfjax.faithful import faithful
 from cfjax.models.codec import Codec
@@ -45,7 +49,11 @@ from cfjax.world import World
 DESCRIPTION = """Encodes a folder of clips, an LMDB or a file of prompts (configs/precompute.py), solves the AR
 teacher's ODE trajectories (configs/ode_pairs.py), or makes the toy's clips (a toy config). What is there is kept."""
 CHECK = Flag("check", "instead: look at every record of this dataset; exit code 1 if one is bad", default="")
+MERGE = Flag(
+    "merge", "instead: join these sets, as data/a,data/b, to --config.output; one alone gets new parts", default=""
+)
 SHOWN = 10
+PAIRS_AT_LEAST = 16  # ODE pairs of a part: each takes a minute or more
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,13 +62,15 @@ def main(argv: Sequence[str]) -> int:
         "precompute",
         argv,
         description=DESCRIPTION,
-        extra_flags=[CHECK],
+        extra_flags=[CHECK, MERGE],
         default_config="configs/precompute.py",
         default_workdir="runs/precompute",
     )
     if own["check"]:
         return check(own["check"], c)
-    if "source" in c:
+    if own["merge"]:
+        merge_sets(own["merge"], c)
+    elif "source" in c:
         precompute_source(c)
     elif c.stage == "ode_pairs":
         precompute_pairs(faithful(c, given_keys(argv)))
@@ -72,7 +82,9 @@ def main(argv: Sequence[str]) -> int:
 
 def check(path: str, c: ConfigDict) -> int:
     """Says every fault of the dataset at `path`; 1 if there is any."""
-    lmdb = {"ground_truth": c.ground_truth, "fallback_shape": tuple(c.latent_shape)} if "source" in c else {}
+    lmdb: dict[str, Any] = {}
+    if "source" in c:
+        lmdb = {"ground_truth": c.ground_truth, "fallback_shape": tuple(c.latent_shape), "lmdb": c.lmdb}
     count = 0
     for fault in check_dataset(path, progress=c.progress, **lmdb):
         say(str(fault))
@@ -98,17 +110,18 @@ def precompute_source(c: ConfigDict) -> Path:
     if not c.output and not lmdb:
         raise UserError("output='': give the folder of the new dataset, --config.output=data/wan/clips")
     world = open_any_world(c.world, c.text_cache)
-    output = Path(c.output) if c.output else text_beside(c.source)
     open_source = _open_lmdb if lmdb else _open_prompts if Path(c.source).is_file() else _open_clips
     source, layout, about, encode_video = open_source(c, world)
     job = {"world": world.fingerprint(), **about["job"]}
     writer = SetWriter(
-        output,
+        output_of(c),
         items=len(source),
         part_items=c.part_items,
         layout=layout,
         job=job,
         description={"world_path": c.world, "text_encoder": _text_record(world), **about["manifest"]},
+        listing=listed(source) if isinstance(source, ClipSource) else None,
+        same={"lmdb": partial(is_job_of, rows=source.rows)} if isinstance(source, LmdbSource) else None,
     )
     shard, shards = shard_of(c)
     before = set(writer.skipped())
@@ -128,7 +141,12 @@ def precompute_source(c: ConfigDict) -> Path:
         progress=c.progress,
     )
     _tell(writer, complete, [s for s in writer.skipped() if s not in before])
-    return output
+    return writer.path
+
+
+def output_of(c: ConfigDict) -> Path:
+    """The new set's folder: `c.output`, or beside an LMDB."""
+    return Path(c.output) if c.output else text_beside(c.source)
 
 
 def _tell(writer: SetWriter, complete: bool, skipped: Sequence[Any]) -> None:
@@ -177,10 +195,10 @@ def columns_of(c: ConfigDict) -> Columns:
 
 def _open_lmdb(c: ConfigDict, world: World | WanWorld) -> Opened:
     rows = LmdbRows(c.source, ground_truth=c.ground_truth, fallback_shape=tuple(c.latent_shape))
-    place = {"path": str(Path(c.source).resolve()), "ground_truth": c.ground_truth}
+    source = {"name": "lmdb", "path": c.source, "ground_truth": c.ground_truth}
     about: About = {
-        "job": {"lmdb": place},
-        "manifest": {"lmdb": place, "source": {"name": "lmdb", "path": c.source, "ground_truth": c.ground_truth}},
+        "job": {"lmdb": lmdb_job(rows)},
+        "manifest": {"lmdb": describe_lmdb(rows, output_of(c)), "source": source},
     }
     layout = _layout(
         c,
@@ -207,6 +225,30 @@ def _layout(c: ConfigDict, world: World | WanWorld, latent_shape: tuple[int, ...
     frames, height, width, channels = latent_shape
     shape = (frames, height, width, channels)
     return Layout(shape, world.text_length, world.width, dtype=c.dtype, text_dtype=c.text_dtype, **values)
+
+
+# ---- joining sets
+
+
+def merge_sets(given: str, c: ConfigDict) -> Path:
+    """Joins the sets of `given`, as "data/a,data/b", to `c.output`; of a single one it makes other parts.
+
+    Raises:
+      UserError: sets that are not alike, no output, or a source besides.
+    """
+    if "source" not in c or c.source or not c.output:
+        raise UserError("--merge: use configs/precompute.py without a source, and name the new --config.output=FOLDER")
+    local_path(c.output, "--config.output", "cfjax precompute writes folders of this machine")
+    members = open_members(given.split(","), c.lmdb)
+    writer = merge_writer(members, c.output, c.part_items)
+    shard, shards = shard_of(c)
+    complete, twice = merge(writer, members, shard=shard, shards=shards, progress=c.progress)
+    for item, earlier in twice[:SHOWN]:
+        say(f"the same twice: {name_of(members, item)}, and {name_of(members, earlier)}")
+    if twice:
+        say(f"{len(twice)} records hold the same as one of another set (report.json says which); all are kept")
+    _tell(writer, complete, writer.skipped())
+    return writer.path
 
 
 # ---- worlds
@@ -334,7 +376,7 @@ def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) 
         text_dtype=c.text_dtype,
     )
     job = {
-        "clips": digest(dataset.manifest),
+        "clips": identity(dataset),
         "teacher": {"init": role.init, "role": role.init_role, "ema": role.init_ema, "step": step},
         "objective": c.objective.to_dict(),
         "blocks": c.blocks.to_dict(),
@@ -348,9 +390,11 @@ def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) 
         target,
         items=c.pairs,
         part_items=c.part_items,
+        at_least=PAIRS_AT_LEAST,
         layout=layout,
         job=job,
         description={**described, "source": source},
+        same={"clips": lambda found: found == digest(dataset.manifest)},  # as older versions noted it
     )
 
 
@@ -380,7 +424,7 @@ def _solve_parts(c: ConfigDict, data: Data, writer: SetWriter, todo: Sequence[in
                         part.add(
                             f"{dataset.path.name}/{item}",
                             item,
-                            dataset.caption(item),
+                            dataset.caption(int(record["index"])),  # a stand-in has its own
                             record["text_SE"],
                             latents=latents,
                             trajectory=states,

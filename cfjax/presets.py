@@ -117,9 +117,11 @@ def wan_data(path: str) -> ConfigDict:
 
     `max_corrupt`: the fraction of records that may turn out broken; each is told and another takes its place.
     `reversed_name`: the dataset of the captions of the clips played backwards, for BAgger.
+    `lmdb`: where the LMDB with a set's latents was moved to ("": where it was, or beside the set).
+    `ground_truth`: whether ODE pairs end in the clean clip; False takes what stands for it as the ODE's end.
     """
     values = {"path": path, "name": "clips", "source": "", "assets": "", "clips": 0, "batch_size": 64}
-    return ConfigDict({**values, "max_corrupt": 0.001, "reversed_name": ""})
+    return ConfigDict({**values, "max_corrupt": 0.001, "reversed_name": "", "lmdb": "", "ground_truth": True})
 
 
 def toy_data(path: str = "runs/toy/data", *, assets: str = "toy_teacher", name: str = "clips") -> ConfigDict:
@@ -134,6 +136,8 @@ def toy_data(path: str = "runs/toy/data", *, assets: str = "toy_teacher", name: 
             "batch_size": 32,
             "max_corrupt": 0.0,
             "reversed_name": "",
+            "lmdb": "",
+            "ground_truth": True,
             "channels": 16,
             "text_length": 8,
             "shapes": ConfigDict(

@@ -6,8 +6,11 @@
     cfjax train --config=configs/ode_regression.py:bidirectional_pairs --workdir=runs/bi_ode    only the teacher changed
     cfjax plan --config=configs/ode_regression.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
-Needs the pairs of configs/ode_pairs.py. Numbers of the PyTorch reference: lr 2e-6, betas (0.9, 0.999), 1K steps or
-more, no EMA; `--config.reference=True` sets the last (the toy's average then stays a copy of the weights).
+Needs the pairs of configs/ode_pairs.py, or an LMDB of other people's. If those hold no clean clips (Self Forcing's and
+CausVid's end in the ODE's end), `--config.data.ground_truth=False` reads them so.
+
+Numbers of the PyTorch reference: lr 2e-6, betas (0.9, 0.999), 1K steps or more, no EMA; `--config.reference=True` sets
+the last (the toy's average then stays a copy of the weights).
 """
 
 from cfjax import presets

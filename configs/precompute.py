@@ -9,7 +9,8 @@ Captions stand in captions.csv, .jsonl (columns file, caption) or .json ({file: 
 `captions` names, or in NAME.txt beside NAME.mp4. What cannot be used is left out, and report.json says why.
 
 An LMDB, or a folder of them (clean latents or ODE pairs). Its latents stay where they are unless `copy_latents` is set,
-only the prompts are encoded; without `output` they go beside it, and training opens the LMDB by its own path:
+only the prompts are encoded; without `output` they go beside it, and training opens the LMDB by its own path. Pairs
+without clean clips (Self Forcing's, CausVid's) take `ground_truth=False` here, or `data.ground_truth=False` to train.
 
     cfjax precompute --config=configs/precompute.py --config.source=dataset/clean_data
     cfjax train --config=configs/ar_diffusion.py --config.data.path=dataset --config.data.name=clean_data
@@ -24,6 +25,10 @@ A job that was stopped goes on where it was when the same command is given again
 is given its `shard` of `shards`; under jax.distributed that is the default. Looking at every record of any dataset:
 
     cfjax precompute --check=data/wan/clips
+
+Joining sets, or cutting a single one into other parts (docs/data.md):
+
+    cfjax precompute --merge=data/wan/clips,data/wan/more --config.output=data/wan/all
 """
 
 from ml_collections import ConfigDict
@@ -51,13 +56,14 @@ def get_config():
             "upscale": False,
             "ground_truth": True,  # an LMDB's last entry is the clean clip; False: the ODE's end, as in CausVid
             "copy_latents": False,
+            "lmdb": "",  # of --check and --merge: where the LMDB of a set was moved to
             "latent_shape": (21, 60, 104, 16),  # F, H, W, C that stage 3 generates from prompts
             "dtype": "float16",
             "text_dtype": "bfloat16",
             "encode_frames": 4,  # latent frames that the VAE makes at a time; 0 is the whole clip at once
             "text_cache": "",  # folder of captions already encoded; "" is text_cache beside the world
             "batch_size": 1,
-            "part_items": 64,  # what a killed job may lose
+            "part_items": 0,  # what a killed job may lose; 0 is 64, and more where that would be over 1,024 parts
             "workers": 2,
             "shard": -1,
             "shards": 0,

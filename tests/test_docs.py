@@ -34,11 +34,11 @@ def folder(tmp_path) -> Path:
     shutil.copytree(ROOT / "configs", root / "configs")
     synthetic.main(str(root))
     rng = np.random.default_rng(0)
-    (root / "clips").mkdir()
-    for name in ("first", "second"):
-        still = rng.integers(0, 255, (1, 32, 48, 3), np.uint8)
-        write_mp4(root / "clips" / f"{name}.mp4", np.repeat(still, 12, axis=0), fps=16)
-        (root / "clips" / f"{name}.txt").write_text(f"the {name} clip")
+    for name in ("clips/first", "clips/second", "new_clips/third"):
+        still, file = rng.integers(0, 255, (1, 32, 48, 3), np.uint8), root / f"{name}.mp4"
+        file.parent.mkdir(exist_ok=True)
+        write_mp4(file, np.repeat(still, 12, axis=0), fps=16)
+        file.with_suffix(".txt").write_text(f"the {file.stem} clip")
     return root
 
 
@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
 ELSEWHERE = {"quickstart", "plan", "study"}
 PAGES = {
     "README.md": {"convert", "generate", "compare"},
-    "docs/wan.md docs/compare.md": {"convert", "generate", "precompute", "compare"},
+    "docs/wan.md docs/data.md docs/compare.md": {"convert", "generate", "precompute", "compare"},
 }
 
 

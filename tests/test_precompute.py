@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from ml_collections import ConfigDict
 
 from cfjax import precompute as module
 from cfjax.__main__ import main
+from cfjax.core.cli import parse
+from cfjax.core.errors import UserError
 from cfjax.data.clips import ClipFile
 from cfjax.data.ingest import ClipSource
 from cfjax.data.lmdb_rows import LmdbRows
@@ -22,6 +25,7 @@ from cfjax.data.records import Record, pack
 from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.video import read_clip
+from cfjax.experiment import open_data
 from cfjax.models.text_cache import TextCache
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
@@ -58,6 +62,17 @@ def check(path: Path, capsys, **keys: object) -> tuple[int, list[str]]:
     capsys.readouterr()
     code = cfjax("precompute", "precompute.py", flag_check=path, progress=False, **SIZES, **keys)
     return code, capsys.readouterr().out.splitlines()
+
+
+def merge(*paths: Path, **keys: object) -> int:
+    return cfjax("precompute", "precompute.py", flag_merge=",".join(map(str, paths)), progress=False, **keys)
+
+
+def train_config(config: str, root: Path, name: str, **keys: object) -> ConfigDict:
+    """The config of a training on the dataset `name` in `root`; `keys` of its data."""
+    data = {"path": root, "name": name, "source": "", **keys}
+    argv = [f"--config={ROOT}/configs/{config}", *(f"--config.data.{key}={value}" for key, value in data.items())]
+    return parse("train", argv, description="", default_workdir="runs")[0]
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +198,173 @@ def test_an_lmdb_trains_where_it_lies(world, tmp_path, capsys):
     source.rename(tmp_path / "gone")
     for name, array in dataset[3].items():
         np.testing.assert_array_equal(moved[3][name], array)
+
+
+@pytest.fixture
+def moved(world, tmp_path) -> Path:
+    """An LMDB and its text that were made in one folder and now lie in another, as on another machine."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    write_lmdb(old / "clean", rows_of(3, 1), [CAPTION, "a blue square moving up", CAPTION])
+    assert precompute(old / "clean", world, "") == 0
+    return old.rename(new)
+
+
+def latents_of_row(row: int, seed: int = 0) -> np.ndarray:
+    return np.moveaxis(rows_of(3, 1, seed)[row, 0], -3, -1).astype(np.float32)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_set_and_its_lmdb_move_together(moved, world, tmp_path, capsys, older):
+    """By either path, and precompute goes on there; so do sets of older versions, which knew the place alone."""
+    text = moved / "clean.text"
+    if older:
+        for file in (text / "job.json", text / "manifest.json"):
+            values = json.loads(file.read_text())
+            values["lmdb"] = {"path": str(tmp_path / "old" / "clean"), "ground_truth": True}
+            file.write_text(json.dumps(values))
+    for path in (moved / "clean", text):
+        np.testing.assert_array_equal(open_dataset(path)[1]["latents_FHWC"], latents_of_row(1))
+    assert check(text, capsys) == (0, [f"{text}: every record is good"])
+    assert precompute(moved / "clean", world, "") == 0
+    assert "3 records of 3 items" in capsys.readouterr().out
+    assert open_dataset(text).manifest["lmdb"]["path"] == str(moved / "clean"), "it now knows its place"
+
+
+def test_a_set_apart_from_its_lmdb_finds_it_as_it_lay_from_there(world, tmp_path):
+    source = write_lmdb(tmp_path / "here" / "lmdbs" / "clean", rows_of(3, 1), [CAPTION] * 3)
+    assert precompute(source, world, tmp_path / "here" / "sets" / "clean") == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    dataset = open_dataset(tmp_path / "there" / "sets" / "clean")
+    np.testing.assert_array_equal(dataset[2]["latents_FHWC"], latents_of_row(2))
+
+
+def test_an_lmdb_that_went_elsewhere_is_named_by_a_key(moved, world, tmp_path, capsys):
+    """In training, for the validator and in a merge; without it, the line names where was looked, and the key."""
+    text, away = moved / "clean.text", tmp_path / "away" / "rows"
+    away.parent.mkdir()
+    (moved / "clean").rename(away)
+    code, said = check(text, capsys)
+    assert code == 1 and len(said) == 2
+    for told in (f"{tmp_path}/old/clean (no LMDB", f"{moved}/clean (no LMDB", "--config.lmdb=", "--config.data.lmdb="):
+        assert told in said[0]
+    assert check(text, capsys, lmdb=away)[0] == 0
+    data = open_data(train_config("ar_diffusion.py:toy", moved, "clean.text", lmdb=away)).dataset
+    np.testing.assert_array_equal(data[0]["latents_FHWC"], latents_of_row(0))
+    with pytest.raises(UserError, match=r"is not at .*old/clean \(no LMDB there\) nor at .*--config.data.lmdb=PATH"):
+        open_data(train_config("ar_diffusion.py:toy", moved, "clean.text"))
+    assert merge(text, output=tmp_path / "copy", lmdb=away) == 0
+    np.testing.assert_array_equal(open_dataset(tmp_path / "copy")[2]["latents_FHWC"], latents_of_row(2))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_another_lmdb_is_not_taken_for_it(moved, world, tmp_path, capsys, older):
+    """Rows and shapes are the same; what they hold is not. Nor is it this job's."""
+    text, other = moved / "clean.text", write_lmdb(tmp_path / "other", rows_of(3, 1, seed=5), ["x", "y", "z"])
+    if older:
+        manifest = json.loads((text / "manifest.json").read_text())
+        del manifest["lmdb"]["fingerprint"]
+        (text / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"other \(an LMDB of other (rows|prompts)"):
+        open_dataset(text, lmdb=other)
+    assert check(text, capsys, lmdb=other)[0] == 1
+    assert precompute(other, world, text) == 2 and "begun with another lmdb" in capsys.readouterr().err
+    shutil.rmtree(moved / "clean")
+    write_lmdb(moved / "clean", rows_of(4, 1), [CAPTION] * 4)
+    with pytest.raises(UserError, match=r"4 rows of latents .* not 3 rows of latents"):
+        open_dataset(moved / "clean")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_was_left_half_copied_at_the_old_place_is_passed_over(moved, world, tmp_path, older):
+    """Its name is tried first, and LMDB must not map it; the whole one beside the set serves."""
+    (tmp_path / "old" / "clean").mkdir(parents=True)
+    data = (moved / "clean" / "data.mdb").read_bytes()
+    (tmp_path / "old" / "clean" / "data.mdb").write_bytes(data[:-1])
+    np.testing.assert_array_equal(open_dataset(moved / "clean.text")[1]["latents_FHWC"], latents_of_row(1))
+    (moved / "clean").rename(moved / "aside")
+    told = r"old/clean \(.*cut off.*\) nor at .*new/clean \(no LMDB there\); name its place"
+    with pytest.raises(UserError, match=told):
+        open_dataset(moved / "clean.text")
+    (moved / "aside").rename(moved / "clean")
+    if older:
+        values = json.loads((moved / "clean.text" / "job.json").read_text())
+        values["lmdb"] = {"path": str(tmp_path / "old" / "clean"), "ground_truth": True}
+        (moved / "clean.text" / "job.json").write_text(json.dumps(values))
+    assert precompute(moved / "clean", world, "") == 0
+
+
+def test_a_key_for_an_lmdb_of_a_set_without_one_is_a_mistake(encoded, tmp_path):
+    with pytest.raises(UserError, match="keeps its latents in no LMDB"):
+        open_data(train_config("ar_diffusion.py:toy", encoded.parent, encoded.name, lmdb=tmp_path))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_pairs_without_clean_clips_train_with_one_flag(world, tmp_path, capsys, copied):
+    """Prepared with the defaults or as what they are: the last entry is the ODE's end, and stands for the clip."""
+    rows = rows_of(4, 5)
+    source = write_lmdb(tmp_path / "pairs", rows, [CAPTION] * 4)
+    assert precompute(source, world, tmp_path / "default", copy_latents=copied) == 0
+    assert precompute(source, world, tmp_path / "right", copy_latents=copied, ground_truth=False) == 0
+    with pytest.raises(UserError, match=r"has 4 states per clip.*--config\.data\.ground_truth=False"):
+        open_data(train_config("ode_regression.py:toy", tmp_path, "default"))
+    expected = np.moveaxis(rows, -3, -1).astype(np.float32)
+    for name, keys in (("default", {"ground_truth": False}), ("right", {}), ("right", {"ground_truth": False})):
+        dataset = open_data(train_config("ode_regression.py:toy", tmp_path, name, **keys)).dataset
+        assert dataset.trajectory_points == 5
+        for i in range(4):
+            np.testing.assert_array_equal(dataset[i]["trajectory_JFHWC"], expected[i])
+            np.testing.assert_array_equal(dataset[i]["latents_FHWC"], expected[i, 4])
+
+
+def test_the_flag_is_refused_for_pairs_with_clean_clips(world, tmp_path):
+    source = write_lmdb(tmp_path / "pairs", rows_of(2, 6), [CAPTION] * 2)
+    assert precompute(source, world, "") == 0
+    assert open_data(train_config("ode_regression.py:toy", tmp_path, "pairs")).dataset.trajectory_points == 5
+    with pytest.raises(UserError, match=r"has 6 states.*leave out --config\.data\.ground_truth=False"):
+        open_data(train_config("ode_regression.py:toy", tmp_path, "pairs", ground_truth=False))
+
+
+# ---- sets that grew, and joining sets
+
+
+def test_a_clip_more_in_the_folder_is_told_by_name_and_joined_in(world, tmp_path, capsys):
+    for name, colour in {"a": "red", "b": "green", "c": "blue"}.items():
+        folder = tmp_path / ("new" if name == "c" else "old")
+        write_video(folder / f"{name}.mp4", 12).with_suffix(".txt").write_text(f"a {colour} circle moving left")
+    assert precompute(tmp_path / "old", world, tmp_path / "set") == 0
+    shutil.copytree(tmp_path / "new", tmp_path / "old", dirs_exist_ok=True)
+    capsys.readouterr()
+    assert precompute(tmp_path / "old", world, tmp_path / "set") == 2
+    told = capsys.readouterr().err
+    assert "(2 then, 3 now): 1 new (c.mp4);" in told and f"--merge={tmp_path}/set,NEW" in told
+    assert precompute(tmp_path / "new", world, tmp_path / "more") == 0
+    assert merge(tmp_path / "set", tmp_path / "more", output=tmp_path / "all") == 0
+    assert f"{tmp_path}/all: 3 records of 3 items" in capsys.readouterr().out
+    joined = open_dataset(tmp_path / "all")
+    assert [joined.record(i).name for i in range(3)] == ["a.mp4", "b.mp4", "c.mp4"]
+    assert check(tmp_path / "all", capsys)[0] == 0
+    # what both hold is told, and kept
+    assert precompute(tmp_path / "old", world, tmp_path / "again") == 0
+    capsys.readouterr()
+    assert merge(tmp_path / "set", tmp_path / "again", output=tmp_path / "both", part_items=2) == 0
+    said = capsys.readouterr().out
+    assert f"the same twice: {tmp_path}/again: a.mp4, and {tmp_path}/set: a.mp4" in said
+    assert "2 records hold the same as one of another set" in said and "5 records of 5 items" in said
+
+
+def test_mistakes_of_merging_are_one_line(world, encoded, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a\n")
+    assert precompute(tmp_path / "prompts.txt", world, tmp_path / "prompts") == 0
+    capsys.readouterr()
+    for paths, keys, message in (
+        ([encoded], {}, "name the new --config.output"),
+        ([encoded], {"output": tmp_path / "x", "source": tmp_path}, "without a source"),
+        ([encoded, tmp_path / "prompts"], {"output": tmp_path / "x"}, f"{encoded} and {tmp_path}/prompts differ in"),
+        ([encoded], {"output": encoded}, "one of the sets to join"),
+    ):
+        assert merge(*paths, **keys) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
 def test_an_lmdb_without_text_says_what_to_do(tmp_path, capsys):

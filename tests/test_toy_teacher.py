@@ -1,11 +1,15 @@
 """The teacher that ships with the package: small, documented, and it follows captions that it never saw."""
 
 import json
+import os
+import shutil
 
 import numpy as np
+import pytest
 
+from cfjax.core.errors import UserError
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
-from cfjax.experiment import count_parameters
+from cfjax.experiment import count_parameters, load_shipped
 from cfjax.runs import open_run
 from cfjax.world import ASSETS, evaluation_clips, held_out_captions
 
@@ -20,6 +24,14 @@ def test_it_is_small_and_says_how_it_was_made():
     assert record["evaluation"]["summary"]["all_correct"] >= 0.95
     curve = json.loads((FOLDER / "curves.json").read_text())["student/loss"]
     assert curve[0][1] > 2 * curve[-1][1]
+
+
+@pytest.mark.parametrize("cut", [1, 1_000_000])
+def test_one_that_is_cut_short_is_named(tmp_path, cut):
+    copy = shutil.copytree(FOLDER, tmp_path / "copy")
+    os.truncate(copy / "model.safetensors", (copy / "model.safetensors").stat().st_size - cut)
+    with pytest.raises(UserError, match=r"model\.safetensors: broken or cut short .*; copy it again"):
+        load_shipped(str(copy), None)
 
 
 def test_it_follows_held_out_captions():

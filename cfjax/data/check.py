@@ -1,8 +1,11 @@
 """Looking at every record of a dataset, of any kind, and saying of each bad one where it is and what is wrong."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +13,27 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
+from cfjax.core.machine import machine_failure
 from cfjax.data.latents import read_json
-from cfjax.data.lmdb_rows import LmdbRows, is_lmdb
+from cfjax.data.lmdb_files import is_lmdb
+from cfjax.data.lmdb_places import open_lmdb_of
+from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.parts import JOB
 from cfjax.data.precompute import MANIFEST_VERSION
+from cfjax.data.readers import READER_OPTIONS, BrokenRecord
 from cfjax.data.records import (
     MANIFEST,
     NEGATIVE_TEXT,
     RECORDS_VERSION,
     Layout,
+    Record,
+    lmdb_misfit,
     manifest_layout,
+    manifest_lmdb,
     misfit,
     part_fault,
+    read_negative,
     unpack,
 )
 
@@ -45,15 +56,17 @@ def check_dataset(
     *,
     ground_truth: bool = True,
     fallback_shape: tuple[int, int, int, int] | None = None,
+    lmdb: str | Path = "",
     progress: bool = True,
 ) -> Iterator[Fault]:
     """Every fault of the dataset at `path`, in order; reads each record whole and goes on after a bad one.
 
     Args:
       ground_truth, fallback_shape: of an LMDB, see `LmdbRows`.
+      lmdb: the new place of the LMDB that holds a set's latents; "" looks where it was, and beside the set.
 
     Raises:
-      UserError: there is no dataset at all.
+      UserError: there is no dataset at all, or the machine (its open files, memory, disk) does not let it be read.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -63,11 +76,12 @@ def check_dataset(
         except (UserError, KeyError, TypeError) as error:
             yield Fault(path / MANIFEST, None, f"cannot be read ({error})")
             return
-        kinds = {RECORDS_VERSION: _check_records, MANIFEST_VERSION: _check_arrays}
-        if version not in kinds:
+        if version == RECORDS_VERSION:
+            yield from _check_records(path, manifest, lmdb, progress)
+        elif version == MANIFEST_VERSION:
+            yield from _check_arrays(path, manifest, progress)
+        else:
             yield Fault(path / MANIFEST, None, f"version {version} is not known")
-            return
-        yield from kinds[version](path, manifest, progress)
     elif (path / JOB).is_file():
         yield Fault(path, None, "unfinished: no manifest yet")
     elif is_lmdb(path):
@@ -87,7 +101,47 @@ def _constant(name: str, array: np.ndarray) -> str:
 # ---- records
 
 
-def _check_records(path: Path, manifest: dict[str, Any], progress: bool) -> Iterator[Fault]:
+class _Set:
+    """What the records of a set are held against, and which of them holds each item: 8 MB for a million.
+
+    Args:
+      rows: the LMDB with their latents, if they are in one.
+    """
+
+    def __init__(self, layout: Layout, parts: list[dict[str, Any]], items: int, rows: LmdbRows | None) -> None:
+        self.layout, self.rows = layout, rows
+        self.holder = np.full(items, -1, np.int64)  # records counted through all parts
+        self.before = 0  # records of the parts that were looked at already
+        self._parts = [(part["file"], part["records"]) for part in parts]
+        self._ends = list(accumulate(records for _, records in self._parts))
+
+    def fault(self, record: Record, index: int) -> str:
+        """What is wrong with record `index` of this part, "" if nothing."""
+        if not 0 <= record.item < len(self.holder):
+            return f"its item {record.item} is none of the source's {len(self.holder)}"
+        if (found := int(self.holder[record.item])) >= 0:
+            return f"item {record.item} ({record.name}) is in {self._place(found)} already"
+        self.holder[record.item] = self.before + index
+        if fault := misfit(record, self.layout):
+            return fault
+        if self.rows is not None and not _same_prompt(self.rows, record):
+            return f"its caption {record.caption[:60]!r} is not the prompt of row {record.item} of {self.rows.path}"
+        return next(filter(None, (_constant(name, record.arrays[name]) for name in self.layout.arrays())), "")
+
+    def _place(self, index: int) -> str:
+        number = bisect_right(self._ends, index)
+        file, records = self._parts[number]
+        return f"{file}, record {index - self._ends[number] + records}"
+
+
+def _same_prompt(rows: LmdbRows, record: Record) -> bool:
+    try:
+        return rows.caption(record.item) == record.caption
+    except BrokenRecord:  # told of the LMDB
+        return True
+
+
+def _check_records(path: Path, manifest: dict[str, Any], lmdb: str | Path, progress: bool) -> Iterator[Fault]:
     try:
         layout, parts = manifest_layout(path, manifest), manifest["parts"]
         records, items = manifest["records"], manifest["items"]
@@ -97,23 +151,29 @@ def _check_records(path: Path, manifest: dict[str, Any], progress: bool) -> Iter
     if sum(part["records"] for part in parts) != records:
         yield Fault(path / MANIFEST, None, f"its parts have {sum(p['records'] for p in parts)} records, not {records}")
     yield from _check_negative(path, layout)
-    seen: dict[int, str] = {}
+    rows = None
+    if layout.kept_in == "lmdb":
+        try:
+            about, misfits = manifest_lmdb(path, manifest), partial(lmdb_misfit, layout=layout, manifest=manifest)
+            rows = open_lmdb_of(path, about, layout.latent_shape, misfits, given=lmdb)
+        except Temporary:
+            raise
+        except UserError as error:
+            yield Fault(path / MANIFEST, None, str(error).removeprefix(f"{path / MANIFEST}: "))
+    known = _Set(layout, parts, items, rows)
     with tqdm(total=records, desc=f"check {path.name}", unit="record", disable=not progress, dynamic_ncols=True) as bar:
         for about in parts:
-            yield from _check_part(path / about["file"], about, layout, range(items), seen, bar)
-    if layout.kept_in == "lmdb":
-        about = manifest.get("lmdb", {})
-        if not {"path", "ground_truth"} <= about.keys():
-            yield Fault(path / MANIFEST, None, "does not say which LMDB holds its latents")
-            return
-        yield from _check_lmdb(Path(about["path"]), about["ground_truth"], layout.latent_shape, progress, set(seen))
+            yield from _check_part(path / about["file"], about, known, bar)
+            known.before += about["records"]
+    if rows is not None:
+        yield from _check_rows(rows, progress, known.holder >= 0)
 
 
 def _check_negative(path: Path, layout: Layout) -> Iterator[Fault]:
     try:
-        rows = np.load(path / NEGATIVE_TEXT, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        yield Fault(path / NEGATIVE_TEXT, None, f"cannot be read ({error})")
+        rows = read_negative(path)
+    except BrokenRecord as error:
+        yield Fault(path / NEGATIVE_TEXT, None, str(error).partition(": ")[2])
         return
     if rows.ndim != 2 or not 0 < len(rows) <= layout.text_rows or rows.shape[1] != layout.text_width:
         yield Fault(path / NEGATIVE_TEXT, None, f"wrong shape: {rows.shape}")
@@ -121,19 +181,18 @@ def _check_negative(path: Path, layout: Layout) -> Iterator[Fault]:
         yield Fault(path / NEGATIVE_TEXT, None, "not finite")
 
 
-def _check_part(
-    file: Path, about: dict[str, Any], layout: Layout, items: range, seen: dict[int, str], bar: Any
-) -> Iterator[Fault]:
+def _check_part(file: Path, about: dict[str, Any], known: _Set, bar: Any) -> Iterator[Fault]:
     if fault := part_fault(file, about):
         yield Fault(file, None, fault)
         if fault == "missing":
             return
-    reader = ArrayRecordReader(str(file), "readahead_buffer_size:0")
+    reader = ArrayRecordReader(str(file), READER_OPTIONS)
     try:
         if reader.num_records() != about["records"]:
+            _stop_for_the_machine(file, reader)
             yield Fault(file, None, f"{reader.num_records()} records can be found instead of {about['records']}")
         for index in range(reader.num_records()):
-            what = _record_fault(reader, index, layout, items, seen, f"{file.name}, record {index}")
+            what = _record_fault(reader, index, known, file)
             if what:
                 yield Fault(file, index, what)
             bar.update()
@@ -142,19 +201,23 @@ def _check_part(
             reader.close()
 
 
-def _record_fault(reader: Any, index: int, layout: Layout, items: range, seen: dict[int, str], here: str) -> str:
+def _stop_for_the_machine(file: Path, reader: Any) -> None:
+    """Raises what the machine told when the file could not be opened; a damaged file stays a fault of its own."""
+    try:
+        reader.read([0])
+    except RuntimeError as error:
+        if failure := machine_failure(file, error):
+            raise failure from None
+
+
+def _record_fault(reader: Any, index: int, known: _Set, file: Path) -> str:
     try:
         record = unpack(reader.read([index])[0])
-    except (ValueError, RuntimeError, IndexError) as error:
+    except (ValueError, RuntimeError, IndexError, MemoryError) as error:
+        if failure := machine_failure(f"{file}, record {index}", error):
+            raise failure from None
         return f"cannot be read: {' '.join(str(error).split())}"
-    if record.item not in items:
-        return f"its item {record.item} is none of the source's {len(items)}"
-    if record.item in seen:
-        return f"item {record.item} ({record.name}) is in {seen[record.item]} already"
-    seen[record.item] = here
-    if fault := misfit(record, layout):
-        return fault
-    return next(filter(None, (_constant(name, record.arrays[name]) for name in layout.arrays())), "")
+    return known.fault(record, index)
 
 
 # ---- the toy's arrays
@@ -167,6 +230,9 @@ def _check_arrays(path: Path, manifest: dict[str, Any], progress: bool) -> Itera
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
+            failure = machine_failure(file, error)
+            if failure and not isinstance(error, FileNotFoundError):
+                raise failure from None
             yield Fault(file, None, f"cannot be read ({error})")
             continue
         if list(array.shape) != spec["shape"] or str(array.dtype) != spec["dtype"]:
@@ -205,16 +271,22 @@ def _check_lmdb(
     ground_truth: bool,
     fallback_shape: tuple[int, int, int, int] | None,
     progress: bool,
-    only: set[int] | None = None,
 ) -> Iterator[Fault]:
-    """Rows of an LMDB: `only` those with these numbers, or all."""
+    """Rows of an LMDB."""
     try:
         rows = LmdbRows(path, ground_truth=ground_truth, fallback_shape=fallback_shape)
+    except Temporary:
+        raise
     except UserError as error:
         yield Fault(path, None, str(error))
         return
-    for index in _bar(range(len(rows)), path, progress):
-        if only is not None and index not in only:
+    yield from _check_rows(rows, progress)
+
+
+def _check_rows(rows: LmdbRows, progress: bool, only: np.ndarray | None = None) -> Iterator[Fault]:
+    """Rows of an LMDB: those that `only` marks, or all."""
+    for index in _bar(range(len(rows)), rows.path, progress):
+        if only is not None and not only[index]:
             continue
         file, row = rows.locate(index)
         for read in (_caption_fault, _latents_fault):
@@ -225,7 +297,7 @@ def _check_lmdb(
 def _caption_fault(rows: LmdbRows, index: int) -> str:
     try:
         rows.caption(index)
-    except UserError as error:
+    except BrokenRecord as error:
         return str(error).partition(": ")[2]
     return ""
 
@@ -233,7 +305,7 @@ def _caption_fault(rows: LmdbRows, index: int) -> str:
 def _latents_fault(rows: LmdbRows, index: int) -> str:
     try:
         arrays = rows.arrays(index)
-    except UserError as error:
+    except BrokenRecord as error:
         return str(error).partition(": ")[2]
     if not all(np.isfinite(array).all() for array in arrays.values()):
         return "not finite"

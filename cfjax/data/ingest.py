@@ -18,6 +18,7 @@ from cfjax.data.clips import ClipFile
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.parts import Part, SetWriter
 from cfjax.data.pictures import ClipFormat, Unusable
+from cfjax.data.readers import BrokenRecord
 from cfjax.data.tables import read_table
 from cfjax.data.video import read_clip
 
@@ -91,14 +92,14 @@ class LmdbSource:
         """Its prompt."""
         try:
             return self.rows.caption(index)
-        except UserError as error:
+        except BrokenRecord as error:
             raise Unusable(f"no caption: {error}") from None
 
     def load(self, index: int) -> dict[str, np.ndarray]:
         """Its latents and trajectory, which are also looked at when they stay where they are."""
         try:
             arrays = self.rows.arrays(index)
-        except UserError as error:
+        except BrokenRecord as error:
             raise Unusable(f"unreadable: {error}") from None
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise Unusable("not finite: latents")

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from cfjax.core.errors import UserError
+from cfjax.core.machine import machine_failure
 from cfjax.data.precompute import MANIFEST_VERSION
 
 Batch = dict[str, np.ndarray]
@@ -114,7 +115,7 @@ def read_json(file: Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing; is {file.parent} a latent dataset? {_MEND}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+        raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
 
 
 class LatentDataset:
@@ -155,7 +156,7 @@ class LatentDataset:
         except FileNotFoundError as error:
             raise UserError(f"{file}: missing though the manifest lists it; {_MEND}") from error
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+            raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
         if list(array.shape) != spec.get("shape") or str(array.dtype) != spec.get("dtype"):
             raise UserError(f"{file}: holds {array.dtype} {list(array.shape)}, the manifest says {spec}; {_MEND}")
         return array

@@ -1,9 +1,10 @@
 """Writing a set of records in parts: by any number of processes, each part whole or absent, going on where it stopped.
 
-A source's items are cut into parts of `part_items`; part p belongs to process p modulo their number. A part is
-part-NNNNN.array_record, renamed into place when complete, and then part-NNNNN.json, which says how many records it
-holds and what was left out: with that file the part is done, and no later run makes it again, whatever the number of
-processes. Whoever finds all parts done writes the manifest; without one the folder is not a dataset.
+A source's items are cut into parts of `part_items`, by default so that there are at most 1,024; part p belongs to
+process p modulo their number. A part is part-NNNNN.array_record, renamed into place when complete, and then
+part-NNNNN.json, which says how many records it holds and what was left out: with that file the part is done, and no
+later run makes it again, whatever the number of processes. Whoever finds all parts done writes the manifest; without
+one the folder is not a dataset. job.json says what the set is made of, items.json (of clips) which items those are.
 """
 
 import io
@@ -11,7 +12,7 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -23,6 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from cfjax.core.errors import Temporary, UserError
 from cfjax.data.latents import read_json
+from cfjax.data.listing import ITEMS, Item, changes, hashed, unhashed
 from cfjax.data.precompute import digest
 from cfjax.data.records import (
     MANIFEST,
@@ -39,6 +41,8 @@ from cfjax.data.records import (
 )
 
 JOB = "job.json"
+PARTS_AT_MOST = 1024
+ITEMS_AT_LEAST = 64
 
 
 @dataclass(frozen=True)
@@ -50,28 +54,46 @@ class Skipped:
     reason: str
 
 
+def part_size(items: int, at_least: int = ITEMS_AT_LEAST) -> int:
+    """How many items a part holds by default: `at_least`, and as many as leave no more than PARTS_AT_MOST parts.
+
+    What a killed job may lose is a part per process, and every part is a file to open.
+    """
+    return max(at_least, -(-items // PARTS_AT_MOST))
+
+
 class Part:
-    """One part while it is written: every item is added or skipped."""
+    """One part while it is written: every item is added or skipped.
+
+    Attributes:
+      notes: JSON-able values that are kept with the part (`SetWriter.notes`).
+    """
 
     def __init__(self, file: Path, items: range, layout: Layout) -> None:
         self.items, self.layout, self._file = items, layout, file
         self.skipped: list[Skipped] = []
+        self.notes: dict[str, Any] = {}
         self.records = 0
         self._seen: set[int] = set()
         self._writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
 
-    def add(self, name: str, item: int, caption: str, text_SE: np.ndarray, **arrays: np.ndarray) -> None:
-        """Stores one record (latents and trajectory in `arrays`); one that does not fit the set is skipped."""
+    def add(self, name: str, item: int, caption: str, text_SE: np.ndarray, **arrays: np.ndarray) -> Record | None:
+        """Stores one record (latents and trajectory in `arrays`) and returns it as stored.
+
+        One that does not fit the set is skipped; None is returned then.
+        """
         with np.errstate(over="ignore", invalid="ignore"):
             stored = {key: np.asarray(a).astype(storage_dtype(self.layout.dtype)) for key, a in arrays.items()}
             stored["text"] = trim_text(np.asarray(text_SE)).astype(storage_dtype(self.layout.text_dtype))
         record = Record(name, item, caption, stored)
         if fault := misfit(record, self.layout):
-            return self.skip(name, item, fault)
+            self.skip(name, item, fault)
+            return None
         self._count(item)
         with self._told():
             self._writer.write(pack(record))
         self.records += 1
+        return record
 
     def skip(self, name: str, item: int, reason: str) -> None:
         """Leaves an item out, and says why in the report."""
@@ -120,8 +142,13 @@ class SetWriter:
     writer.finish()  # True, and a manifest, once all parts of all processes are there
 
     Args:
+      part_items: items of a part; 0 is `part_size`, or what the folder was begun with.
+      at_least: see `part_size`.
       job: JSON-able values that decide what the records are; a folder begun with other values is refused.
       description: JSON-able entries for the manifest.
+      listing: (name, caption or what else tells it from another) of every item, so that another listing is told item by
+        item; of them job["clips"] is the digest.
+      same: keys of `job` -> whether a value that the folder was begun with is, in another form, this job's.
 
     Raises:
       UserError: nothing to do, or the folder belongs to another job.
@@ -136,17 +163,23 @@ class SetWriter:
         layout: Layout,
         job: Mapping[str, Any],
         description: Mapping[str, Any],
+        at_least: int = ITEMS_AT_LEAST,
+        listing: Sequence[Item] | None = None,
+        same: Mapping[str, Callable[[Any], bool]] | None = None,
     ) -> None:
-        if items < 1 or part_items < 1:
-            raise UserError(f"{path}: {items} items in parts of {part_items}; there must be some")
-        self.path, self.items, self.part_items, self.layout = Path(path), items, part_items, layout
+        if items < 1 or part_items < 0:
+            raise UserError(f"{path}: {items} items in parts of part_items={part_items}; there must be some")
+        self.path, self.items, self.layout = Path(path), items, layout
         self._description = dict(description)
-        self._job = json.loads(
-            json.dumps({**job, "items": items, "part_items": part_items, "layout": layout.to_json()})
-        )
-        self._claim()
+        wanted = part_items or part_size(items, at_least)
+        self._job = json.loads(json.dumps({**job, "items": items, "part_items": wanted, "layout": layout.to_json()}))
+        found = self._claim(listing, dict(same or {}), free={"part_items"} if not part_items else set())
+        self.part_items = int(found["part_items"])
 
-    def _claim(self) -> None:
+    def _claim(
+        self, listing: Sequence[Item] | None, same: Mapping[str, Callable[[Any], bool]], free: set[str]
+    ) -> dict[str, Any]:
+        """The record of the job that the folder was begun with, which is this one but for the keys in `free`."""
         others = self.path.exists() and any(not _is_partial(file) for file in self.path.iterdir())
         if others and not (self.path / JOB).exists():  # looked for last: another process may just have begun
             raise UserError(f"output={str(self.path)!r} holds other files; choose another, or an empty folder")
@@ -154,11 +187,22 @@ class SetWriter:
         if not (self.path / JOB).exists():
             write_atomically(self.path / JOB, json.dumps(self._job, indent=1).encode())
         found = read_json(self.path / JOB)
-        other = sorted(key for key in {*found, *self._job} if found.get(key) != self._job.get(key))
+
+        def differs(key: str) -> bool:
+            one, other = found.get(key), self._job.get(key)
+            return one != other and key not in free and not (key in same and same[key](one))
+
+        other = sorted(filter(differs, {*found, *self._job}))
+        if listing is not None and "clips" in other and (self.path / ITEMS).exists():
+            before = unhashed(read_json(self.path / ITEMS))
+            raise UserError(f"{self.path} {changes(before, hashed(listing), self.path)}")
         if other:
             raise UserError(
                 f"{self.path} was begun with another {', '.join(other)}; remove it, or choose another output"
             )
+        if listing is not None and not (self.path / ITEMS).exists():
+            write_atomically(self.path / ITEMS, json.dumps(hashed(listing), ensure_ascii=False).encode())
+        return found
 
     @property
     def parts(self) -> int:
@@ -203,7 +247,8 @@ class SetWriter:
                 raise ValueError(f"part {index}: items {sorted(part.missing())} were neither added nor skipped")
             part.close()
             size = partial.stat().st_size
-            record = {"file": file.name, "records": part.records, "bytes": size if part.records else 0}
+            record: dict[str, Any] = {"file": file.name, "records": part.records}
+            record |= {"bytes": size if part.records else 0, **part.notes}
             if part.records:
                 os.replace(partial, file)
             skipped = [asdict(s) for s in sorted(part.skipped, key=lambda s: s.item)]
@@ -222,28 +267,36 @@ class SetWriter:
             np.save(buffer, np.asarray(trim_text(text_SE), np.float32))
             write_atomically(file, buffer.getvalue())
 
+    def notes(self, index: int) -> dict[str, Any]:
+        """What is recorded of a part that is done, with its `Part.notes`."""
+        return read_json(self._names(index)[1])
+
     def skipped(self) -> list[Skipped]:
         """What was left out in the parts that are done, in the source's order."""
         abouts = [self._names(index)[1] for index in range(self.parts)]
         return [Skipped(**entry) for about in abouts if about.exists() for entry in read_json(about)["skipped"]]
 
-    def finish(self) -> bool:
+    def finish(self, **told: Any) -> bool:
         """Publishes the set if all its parts are there; every process may try, and may try again.
+
+        Args:
+          told: JSON-able entries for the report.
 
         Raises:
           UserError: not one item could be used.
         """
         if not all(map(self.done, range(self.parts))):
             return False
-        abouts = [read_json(self._names(index)[1]) for index in range(self.parts)]
+        abouts = list(map(self.notes, range(self.parts)))
         parts = [{key: about[key] for key in ("file", "records", "bytes")} for about in abouts if about["records"]]
-        skipped = self.skipped()
+        skipped = [Skipped(**entry) for about in abouts for entry in about["skipped"]]
         kinds = Counter(s.reason.partition(":")[0] for s in skipped)
         records = sum(part["records"] for part in parts)
         report = {
             "items": self.items,
             "records": records,
             "left_out": dict(kinds),
+            **told,
             "skipped": list(map(asdict, skipped)),
         }
         write_atomically(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())

@@ -6,6 +6,7 @@ knows of each record), and for ODE sets trajectory.npy [N, J, F, H, W, C]. The f
 renamed when complete, so a folder that exists is whole. `cfjax.data.latents` reads it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 
 MANIFEST_VERSION = 1
 EncodeCaptions = Callable[[list[str]], np.ndarray]
@@ -45,8 +46,11 @@ class VideoEncoder(Protocol):
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """sha256 of a JSON-able mapping, independent of key order."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    """sha256 of a JSON-able mapping, independent of key order; its text is never in memory as a whole."""
+    hashed = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(values):
+        hashed.update(piece.encode())
+    return hashed.hexdigest()
 
 
 class LatentWriter:
@@ -99,9 +103,14 @@ class LatentWriter:
 
     def __enter__(self) -> Self:
         self._partial.mkdir(parents=True)
-        for name, (shape, dtype) in self._specs.items():
-            file = self._partial / f"{name}.npy"
-            self._arrays[name] = np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        try:
+            for name, (shape, dtype) in self._specs.items():
+                file = self._partial / f"{name}.npy"
+                self._arrays[name] = np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
+                _reserve(file)
+        except OSError as error:
+            self.__exit__(type(error), error, None)
+            raise Temporary(f"{self.path}: no room for {name}.npy ({error.strerror}); is the disk full?") from None
         return self
 
     def append(self, latents_BFHWC: Any, caption_id_B: Any, trajectory_BJFHWC: Any = None) -> None:
@@ -179,6 +188,21 @@ class LatentWriter:
         finally:
             self._arrays.clear()
             shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _reserve(file: Path) -> None:
+    """Takes the room that a mapped file needs: a disk that is full when it is written to takes the process down.
+
+    Raises:
+      OSError: there is not so much.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            try:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot
+                    raise
 
 
 def _batches(source: VideoSource, batch_size: int, progress: bool) -> Iterator[list[dict[str, Any]]]:

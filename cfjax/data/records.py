@@ -12,17 +12,19 @@ random is one read and every chunk is checked by its hash), negative_text.npy, r
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import grain
 import ml_dtypes
 import numpy as np
 
 from cfjax.core.errors import UserError
+from cfjax.core.machine import machine_failure
 from cfjax.data.latents import Batch, read_json
+from cfjax.data.lmdb_places import open_lmdb_of
 from cfjax.data.lmdb_rows import LmdbRows
+from cfjax.data.readers import BrokenRecord, RecordFiles, reading_failure
 
 RECORDS_VERSION = 2
 MANIFEST, NEGATIVE_TEXT, REPORT = "manifest.json", "negative_text.npy", "report.json"
@@ -162,51 +164,81 @@ class RecordDataset:
     `dataset[i]` is {"latents_FHWC", "text_SE": float32, "index": int32} and, for ODE sets, "trajectory_JFHWC". Where a
     set keeps no latents, `latents_FHWC` is NaN everywhere: stage 3 uses only its shape, nothing else can train on it.
 
+    Opening reads the manifest and asks for the parts' sizes; no part is opened before a record of it is read, and few
+    are open at a time. It may be pickled, and read from after a fork.
+
+    Args:
+      lmdb: where the LMDB is that holds the latents; "" looks where the manifest says, and beside the set.
+
     Raises:
-      UserError: the manifest is missing, broken or of another version, or a part is missing or of another size.
+      UserError: the manifest is missing, broken or of another version, a part is missing or of another size, or the
+        LMDB is not found.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, lmdb: str | Path = "") -> None:
         self.path = Path(path)
         self.manifest = read_json(self.path / MANIFEST)
         self.layout = manifest_layout(self.path, self.manifest)
-        self._parts = manifest_parts(self.path, self.manifest)
-        self._source = grain.sources.ArrayRecordDataSource([str(file) for file, _ in self._parts])
-        if len(self._source) != self.manifest["records"]:
-            raise UserError(f"{self.path}: its parts hold {len(self._source)} records, not {self.manifest['records']}")
+        self.files = RecordFiles(manifest_parts(self.path, self.manifest))
+        if len(self.files) != self.manifest["records"]:
+            raise UserError(f"{self.path}: its parts hold {len(self.files)} records, not {self.manifest['records']}")
         self._lmdb: LmdbRows | None = None
         if self.layout.kept_in == "lmdb":
-            about = self.manifest["lmdb"]
-            self._lmdb = LmdbRows(about["path"], ground_truth=about["ground_truth"], fallback_shape=self.latent_shape)
-            found = (self._lmdb.latent_shape, self._lmdb.trajectory_points, len(self._lmdb))
-            if found != (self.latent_shape, self.trajectory_points, self.manifest["items"]):
-                raise UserError(f"{about['path']} is not what it was when {self.path} was made; precompute it again")
-        try:
-            negative = np.load(self.path / NEGATIVE_TEXT, allow_pickle=False)
-            self.negative_text_SE = pad_text(negative, self.layout.text_rows)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{self.path / NEGATIVE_TEXT}: cannot read it ({error}); precompute it again") from None
+            about = manifest_lmdb(self.path, self.manifest)
+            self._lmdb = open_lmdb_of(self.path, about, self.latent_shape, self._lmdb_misfit, given=lmdb)
+        elif lmdb:
+            raise UserError(f"lmdb={str(lmdb)!r}: {self.path} keeps its latents in no LMDB; leave the key empty")
+        self.negative_text_SE = pad_text(read_negative(self.path), self.layout.text_rows)
+
+    def _lmdb_misfit(self, rows: LmdbRows) -> str:
+        """Why these are not the rows that the set was made of, "" if they are."""
+        if wrong := lmdb_misfit(rows, self.layout, self.manifest):
+            return wrong
+        if "fingerprint" in self.manifest["lmdb"]:
+            return ""
+        for index in sorted({int(i) for i in np.linspace(0, len(self) - 1, 8)}):  # an older set: by its prompts
+            record = self.record(index)
+            try:
+                same = rows.caption(record.item) == record.caption
+            except BrokenRecord:
+                same = False
+            if not same:
+                return f"an LMDB of other prompts: row {record.item} is not {record.caption[:60]!r}"
+        return ""
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.files)
 
     def __repr__(self) -> str:
         return f"RecordDataset({self.path}, {len(self)} records)"
 
     def record(self, index: int) -> Record:
-        """Record `index` as it is stored. Raises UserError, naming the file, if it cannot be read."""
+        """Record `index` as it is stored.
+
+        Raises:
+          IndexError: there is none.
+          BrokenRecord: it is damaged; the line names the file.
+          UserError: the machine does not let it be read.
+        """
         try:
-            return unpack(self._source[int(index)])
-        except (ValueError, RuntimeError) as error:
-            file, place = locate(self._parts, int(index))
-            reason = " ".join(str(error).split())
-            raise UserError(f"{file}, record {place}: {reason}; see cfjax precompute --check={self.path}") from None
+            return unpack(self.files.read(int(index)))
+        except (ValueError, RuntimeError, MemoryError) as error:
+            file, place = self.files.locate(int(index))
+            mend = f"; see cfjax precompute --check={self.path}"
+            raise reading_failure(f"{file}, record {place}", error, mend) from None
+
+    def whole(self, index: int) -> Record:
+        """Record `index` with its latents, wherever they are kept. Raises what `record` does."""
+        record = self.record(index)
+        return (
+            record
+            if self._lmdb is None
+            else replace(record, arrays={**record.arrays, **self._lmdb.arrays(record.item)})
+        )
 
     def __getitem__(self, index: int) -> Batch:
-        record = self.record(index)
+        record = self.whole(index)
         arrays = record.arrays
-        if self._lmdb is not None:
-            arrays = self._lmdb.arrays(record.item)
         if self.layout.kept_in == "none":
             arrays = {"latents": np.broadcast_to(np.float32(np.nan), self.latent_shape)}
         out = {
@@ -276,13 +308,42 @@ def part_fault(file: Path, about: Mapping[str, Any]) -> str:
         size = file.stat().st_size
     except FileNotFoundError:
         return "missing"
+    except OSError as error:
+        raise machine_failure(file, error) or error from None
     return "" if size == about["bytes"] else f"{size} bytes instead of {about['bytes']}"
 
 
-def locate(parts: list[tuple[Path, int]], index: int) -> tuple[Path, int]:
-    """The file of record `index` of a set, and its place therein."""
-    for file, records in parts:
-        if index < records:
-            return file, index
-        index -= records
-    raise IndexError(index)
+def read_negative(path: Path) -> np.ndarray:
+    """The real rows of a set's negative prompt, float32 [rows, E].
+
+    Raises:
+      BrokenRecord: they are missing or damaged.
+      UserError: the machine does not let them be read.
+    """
+    file = path / NEGATIVE_TEXT
+    try:
+        return np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise BrokenRecord(f"{file}: missing; precompute it again") from None
+    except (OSError, ValueError, EOFError) as error:
+        told = BrokenRecord(f"{file}: cannot be read ({error}); precompute it again")
+        raise machine_failure(file, error) or told from None
+
+
+def manifest_lmdb(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a manifest says of the LMDB that holds the latents. Raises UserError when it does not."""
+    about = manifest.get("lmdb", {})
+    if not isinstance(about, Mapping) or not {"path", "ground_truth"} <= about.keys():
+        raise UserError(f"{path / MANIFEST}: does not say which LMDB holds its latents; precompute it again")
+    return about
+
+
+def lmdb_misfit(rows: LmdbRows, layout: Layout, manifest: Mapping[str, Any]) -> str:
+    """Why an LMDB is not the one that a set's latents are in, "" if nothing tells it from that one."""
+    found = (len(rows), rows.latent_shape, rows.trajectory_points)
+    wanted = (manifest["items"], layout.latent_shape, layout.trajectory_points)
+    if found != wanted:
+        words = "{} rows of latents {} with {} states"
+        return f"{words.format(*found)}, not {words.format(*wanted)}"
+    known = manifest["lmdb"].get("fingerprint", "")
+    return "an LMDB of other rows" if known and rows.fingerprint() != known else ""

@@ -1,23 +1,27 @@
 """Opening a dataset by what is there: records, the toy's arrays, or an LMDB with its text beside it."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.data.latents import ClipDataset, LatentDataset, read_json
-from cfjax.data.lmdb_rows import is_lmdb
+from cfjax.data.latents import Batch, ClipDataset, LatentDataset, WrappedDataset, read_json
+from cfjax.data.lmdb_files import is_lmdb
+from cfjax.data.lmdb_places import text_beside
 from cfjax.data.parts import JOB
-from cfjax.data.precompute import MANIFEST_VERSION
+from cfjax.data.precompute import MANIFEST_VERSION, digest
 from cfjax.data.records import MANIFEST, RECORDS_VERSION, RecordDataset
 
-
-def text_beside(path: str | Path) -> Path:
-    """Where the text rows of an LMDB are kept when no other place is named."""
-    path = Path(path)
-    return path.with_name(f"{path.name}.text")
+_PLACES = ("path", "relative", "world_path", "source_sha256")  # keys of a manifest that say where things lay
 
 
-def open_dataset(path: str | Path) -> ClipDataset:
+def open_dataset(path: str | Path, *, lmdb: str | Path = "") -> ClipDataset:
     """The dataset at `path`.
+
+    Args:
+      lmdb: the new place of the LMDB that holds the set's latents; "" looks where it was, and beside the set.
 
     Raises:
       UserError: nothing there, it is unfinished or broken, or an LMDB whose prompts were not encoded yet.
@@ -27,17 +31,61 @@ def open_dataset(path: str | Path) -> ClipDataset:
         manifest = read_json(path / MANIFEST)
         version = manifest.get("version") if isinstance(manifest, dict) else None
         if version == RECORDS_VERSION:
-            return RecordDataset(path)
+            return RecordDataset(path, lmdb=lmdb)
+        if version == MANIFEST_VERSION and lmdb:
+            raise UserError(f"lmdb={str(lmdb)!r}: {path} keeps its latents in no LMDB; leave the key empty")
         if version == MANIFEST_VERSION:
             return LatentDataset(path)
         raise UserError(f"{path / MANIFEST}: no dataset of a known version ({version}); precompute it again")
     if (path / JOB).is_file():
         raise UserError(f"{path} is unfinished; run its cfjax precompute again until all parts are there")
     if is_lmdb(path):
-        if (text_beside(path) / MANIFEST).is_file():
-            return RecordDataset(text_beside(path))
+        text = text_beside(path)
+        if (text / MANIFEST).is_file():
+            kept_there = read_json(text / MANIFEST).get("layout", {}).get("kept_in") == "lmdb"
+            return RecordDataset(text, lmdb=lmdb or (path if kept_there else ""))
         raise UserError(
             f"{path} is an LMDB, which holds prompts and no text rows; encode them once with "
             f"cfjax precompute --config=configs/precompute.py --config.source={path} --config.world=WORLD"
         )
     raise UserError(f"{path / MANIFEST}: missing; no dataset there; make one with cfjax precompute")
+
+
+def identity(dataset: ClipDataset) -> str:
+    """The digest of what a set is and of the job that made it, without the places where things lay: a move keeps it."""
+
+    def stripped(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: stripped(item) for key, item in value.items() if key not in _PLACES}
+        return [stripped(item) for item in value] if isinstance(value, list) else value
+
+    job = read_json(dataset.path / JOB) if (dataset.path / JOB).is_file() else {}
+    return digest({"manifest": stripped(dataset.manifest), "job": stripped(job)})
+
+
+def has_ground_truth(manifest: Mapping[str, Any]) -> bool:
+    """Whether the latents of an ODE set are clean clips, as its manifest says; sets that do not say have them."""
+    kept, source = (manifest.get(key, {}) for key in ("lmdb", "source"))
+    return bool(kept.get("ground_truth", source.get("ground_truth", True)))
+
+
+class WithoutTruth(WrappedDataset):
+    """An ODE set whose last stored state, read as the clean clip, is the ODE's end: that, and it stands for the clip.
+
+    So are Self Forcing's and CausVid's pairs, which are made from noise alone.
+    """
+
+    def __getitem__(self, index: int) -> Batch:
+        record = super().__getitem__(index)
+        states = np.concatenate([record["trajectory_JFHWC"], record["latents_FHWC"][None]])
+        return {**record, "trajectory_JFHWC": states}
+
+    @property
+    def trajectory_points(self) -> int:
+        """J, the clip's state included."""
+        return super().trajectory_points + 1
+
+
+def without_truth(dataset: ClipDataset) -> ClipDataset:
+    """The set read as pairs without clean clips; unchanged if it holds no pairs, or was made so already."""
+    return WithoutTruth(dataset) if dataset.trajectory_points and has_ground_truth(dataset.manifest) else dataset

@@ -8,6 +8,7 @@ import numpy as np
 
 from cfjax.core.errors import UserError
 from cfjax.data.latents import Batch, ClipDataset, WrappedDataset
+from cfjax.data.readers import BrokenRecord
 
 Tell = Callable[[str], None]
 
@@ -17,8 +18,9 @@ FLOATS = {"trajectory_JFHWC", "text_SE"}  # of a record, besides its latents
 class TolerantDataset(WrappedDataset):
     """A `ClipDataset` whose broken records are stood in for by the next good one, up to a fraction of the set.
 
-    Broken is what cannot be read (its file is then named) or holds numbers that are not finite. The stand-in is the
-    same in every epoch and after a resume, so runs stay repeatable; `index` is the stand-in's own. Thread-safe.
+    Broken is a record that is damaged (its file is then named) or holds numbers that are not finite; that the machine
+    cannot read it, for want of open files, memory or a disk, ends the run and counts against no record. The stand-in is
+    the same in every epoch and after a resume, so runs stay repeatable; `index` is the stand-in's own. Thread-safe.
 
     Args:
       fraction: of the records, how many may be found broken before that is an error; counted from this process's start.
@@ -48,9 +50,9 @@ class TolerantDataset(WrappedDataset):
                 record = self._dataset[candidate]
                 for name in self._finite & record.keys():
                     if not np.isfinite(record[name]).all():
-                        raise UserError(f"{self.path}, record {candidate}: {name} holds numbers that are not finite")
+                        raise BrokenRecord(f"{self.path}, record {candidate}: {name} holds numbers that are not finite")
                 return record
-            except UserError as error:
+            except BrokenRecord as error:
                 self._note(candidate, str(error))
         raise UserError(f"{self.path}: no record can be read; precompute it again")
 

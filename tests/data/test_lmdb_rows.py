@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import UserError
-from cfjax.data.lmdb_rows import LmdbRows, is_lmdb
+from cfjax.data.lmdb_files import is_lmdb
+from cfjax.data.lmdb_rows import LmdbRows
 from tests.data.lmdbs import damage, rows_of, write_lmdb
 
 PROMPTS = ["eins", "zwei  ", "三"]

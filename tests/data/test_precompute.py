@@ -1,13 +1,16 @@
 """The latent dataset on disk: whole or absent, and exactly what was encoded."""
 
+import hashlib
 import json
+import resource
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfjax.core.errors import UserError
+from cfjax.core.errors import Temporary, UserError
 from cfjax.data.latents import LatentDataset
 from cfjax.data.precompute import LatentWriter, digest, precompute
 from cfjax.data.shapes import ShapesConfig, ShapesSource
@@ -129,3 +132,30 @@ def test_misfits_are_refused_and_leave_nothing(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         fill(tmp_path / "set", **change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_digest_is_that_of_the_text_without_the_text_in_memory():
+    values = {"b": ["ein", "größer\n", {"y": 1.5, "x": None}], "a": [True, [1, 2]], "prompts": ["a prompt"] * 100_000}
+    expected = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    tracemalloc.start()
+    try:
+        assert digest(values) == expected
+        assert tracemalloc.get_traced_memory()[1] < 100_000  # the text has 1,200,000 characters
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_full_disk_is_told_before_a_mapped_file_is_written_to(tmp_path):
+    """Beyond what there is room for, writing to a map would end the process; nothing is left of the attempt."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(Temporary, match=r"set: no room for latents\.npy .*is the disk full"):
+            LatentWriter(tmp_path / "set", records=10_000, latent_shape=SHAPE).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    with LatentWriter(tmp_path / "set", records=1, latent_shape=SHAPE) as writer:
+        assert all(file.stat().st_blocks * 512 >= file.stat().st_size for file in writer._partial.glob("*.npy"))
+        writer.append(np.ones((1, *SHAPE)), np.zeros(1, np.int32))
+        writer.write_text(["a"], np.ones((1, 2, 3)), np.ones((2, 3)))

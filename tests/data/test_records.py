@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import Temporary, UserError
+from cfjax.data import parts
 from cfjax.data.ingest import PromptSource, ingest
-from cfjax.data.latents import make_iterator
-from cfjax.data.parts import SetWriter
+from cfjax.data.latents import make_iterator, read_json
+from cfjax.data.parts import SetWriter, part_size
 from cfjax.data.pictures import Unusable
+from cfjax.data.precompute import digest
 from cfjax.data.records import Layout, Record, RecordDataset, pack, trim_text, unpack
 from cfjax.data.sets import open_dataset
 
@@ -212,12 +214,78 @@ def test_another_job_is_refused(tmp_path):
         writer(tmp_path / "set", seed=1)
     with pytest.raises(UserError, match="another items"):
         writer(tmp_path / "set", count=24)
+    with pytest.raises(UserError, match="another part_items"):
+        writer(tmp_path / "set", part_items=5)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
     with pytest.raises(UserError, match="holds other files"):
         writer(tmp_path / "thesis")
     with pytest.raises(UserError, match="shard=3 of shards=3"):
         writer(tmp_path / "set").todo(3, 3)
+
+
+def test_parts_are_of_a_sensible_number_whatever_the_sets_size():
+    assert [part_size(n) for n in (1, 64, 65_536, 65_537, 80_000, 1_000_000)] == [64, 64, 64, 65, 79, 977]
+    assert part_size(6000, at_least=16) == 16 and part_size(80_000, at_least=16) == 79
+    for items in (80_000, 1_000_000, 1_048_576, 1_048_577, 123_456_789):
+        assert -(-items // part_size(items)) <= 1024
+
+
+def test_the_default_goes_on_with_the_parts_that_a_folder_was_begun_with(tmp_path):
+    """An older version's or an explicit number stays; without a folder it is the sensible one."""
+    assert writer(tmp_path / "new", part_items=0).part_items == 64
+    assert writer(tmp_path / "begun").part_items == 4
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "begun", Numbers(23, breaks_at=17))
+    going_on = writer(tmp_path / "begun", part_items=0)
+    assert (going_on.part_items, going_on.todo()) == (4, [4, 5])
+    assert make(tmp_path / "begun", part_items=0) and values(open_dataset(tmp_path / "begun")) == USABLE
+    assert make(tmp_path / "begun", part_items=0), "and says so again"
+
+
+def test_what_is_done_once_per_set_does_not_grow_with_its_square(tmp_path, monkeypatch):
+    """Twice as many parts: twice as many files are read to see what is done, to finish and to report."""
+    reads = []
+    monkeypatch.setattr(parts, "read_json", lambda file: reads.append(file) or read_json(file))
+
+    def count(number):
+        make(tmp_path / str(number), Numbers(number), part_items=1)
+        out = writer(tmp_path / str(number), number, part_items=1)
+        reads.clear()
+        assert not out.todo() and out.finish() and len(out.skipped()) == number // 7 + 1
+        return len(reads)
+
+    assert count(28) == 2 * count(14)
+
+
+LISTING = [("a.mp4", "a cat"), ("b.mp4", "a dog"), ("c.mp4", "no caption: none")]
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (
+            [*LISTING, ("d.mp4", "a cow")],
+            r"\(3 then, 4 now\): 1 new \(d.mp4\); choose .* folder of the new ones .*--merge=",
+        ),
+        (LISTING[1:], r"\(3 then, 2 now\): 1 gone \(a.mp4\); choose another --config.output for all of them$"),
+        ([("a.mp4", "a fox"), *LISTING[1:]], r"1 with another caption \(a.mp4\); choose"),
+        ([(f"{i}.mp4", "") for i in range(9)], r"9 new \(0.mp4, 1.mp4, 2.mp4, ...\), 3 gone \(a.mp4, b.mp4, c.mp4\)"),
+    ],
+)
+def test_a_folder_that_changed_is_told_clip_by_clip(tmp_path, now, told):
+    def begin(listing):
+        job = {"clips": digest({"clips": [list(item) for item in listing]})}
+        about = {"job": job, "description": {}, "listing": listing}
+        return SetWriter(tmp_path, items=len(listing), part_items=0, layout=LAYOUT, **about)
+
+    begin(LISTING)
+    assert begin(LISTING).items == 3
+    with pytest.raises(UserError, match=told):
+        begin(now)
+    (tmp_path / "items.json").unlink()  # as older versions left it: then without names
+    with pytest.raises(UserError, match="begun with another clips"):
+        begin(now)
 
 
 def test_processes_may_begin_a_set_at_the_same_time(tmp_path, monkeypatch):

@@ -1,0 +1,79 @@
+"""What the machine allows and what it refuses: open files, and failures that are its own and no file's."""
+
+import errno
+import os
+import re
+from contextlib import suppress
+
+try:
+    import resource
+except ImportError:  # no such limits there
+    resource = None  # type: ignore[assignment]
+
+from cfjax.core.errors import Temporary, UserError
+
+FILES_AT_LEAST = 128  # a run's own: checkpoints, curves, sockets, compilation cache
+FILES_WANTED = 8192
+_UNLIMITED = 1 << 20
+_CODES = {os.strerror(code): code for code in errno.errorcode}
+
+
+def open_file_limit() -> int:
+    """How many files this process may hold open: the soft limit, `ulimit -n`."""
+    if resource is None:
+        return FILES_WANTED
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _UNLIMITED if soft == resource.RLIM_INFINITY else min(soft, _UNLIMITED)
+
+
+def ensure_open_files() -> None:
+    """Raises the soft limit of open files to FILES_WANTED, as far as the hard one goes.
+
+    Raises:
+      UserError: the limit is then still too low for any command.
+    """
+    if resource is not None and open_file_limit() < FILES_WANTED:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)
+        with suppress(OSError, ValueError):  # some systems allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if open_file_limit() < FILES_AT_LEAST:
+        raise UserError(
+            f"this process may hold {open_file_limit()} files open, and needs {FILES_AT_LEAST}: raise the limit, as "
+            "ulimit -n 4096 (whoever set the hard limit has to raise that first)"
+        )
+
+
+def error_code(error: BaseException) -> int | None:
+    """The errno behind an error of Python or of a library: 0 for an unknown one, None when it is none of the system's.
+
+    Libraries in other languages tell it by the system's own words, as "pread() failed: Input/output error".
+    """
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    text = str(error)
+    told = (_CODES[part] for part in re.split(r": |; ", text) if part in _CODES)
+    return next(told, 0 if re.search(r"\w\(\) failed", text) else None)
+
+
+def machine_failure(place: object, error: BaseException) -> UserError | None:
+    """What to raise when `place` could not be read because of the machine; None when the fault is the file's own.
+
+    A limit or a right that is missing stays as it is (UserError); a disk, a mount or memory may come back (Temporary).
+    """
+    code = error_code(error)
+    if code is None:
+        return None
+    reason = os.strerror(code) if code else " ".join(str(error).split())
+    if code in (errno.EMFILE, errno.ENFILE):
+        allowed = f"of which this process may have {open_file_limit()}"
+        return UserError(f"{place}: {reason.lower()}, {allowed}; raise the limit before the command: ulimit -n 4096")
+    if code in (errno.EACCES, errno.EPERM):
+        return UserError(f"{place}: may not be read ({reason}); change its rights")
+    if code == errno.ENOMEM:
+        return Temporary(f"{place}: no memory left to read it; make room and give the same command again")
+    return Temporary(
+        f"{place}: cannot be reached ({reason}); see to its disk or mount, and give the same command again"
+    )

@@ -1,0 +1,76 @@
+"""Which clips a set was made of: kept beside it, so that a folder that has changed since is told clip by clip."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from cfjax.core.errors import UserError
+from cfjax.data.pictures import Unusable
+
+ITEMS = "items.json"
+SHOWN = 3
+Item = tuple[str, str]  # name, and what tells it from another clip of that name: its caption, or what is wrong with it
+Hashed = list[Item]
+
+
+class Named(Protocol):
+    """Items with names and captions; see `ingest.Source`."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a report calls the item."""
+        ...
+
+    def caption(self, index: int) -> str:
+        """Its caption. Raises Unusable without one."""
+        ...
+
+
+def listed(source: Named) -> list[Item]:
+    """(name, caption or what is wrong with it) of every item."""
+
+    def told(index: int) -> str:
+        try:
+            return source.caption(index)
+        except Unusable as error:
+            return str(error)
+
+    return [(source.name(index), told(index)) for index in range(len(source))]
+
+
+def hashed(listing: Iterable[Item]) -> Hashed:
+    """The listing as it is kept: a hash of 8 hex digits instead of the caption."""
+    return [(name, hashlib.sha256(told.encode()).hexdigest()[:8]) for name, told in listing]
+
+
+def unhashed(kept: object) -> Hashed:
+    """A kept listing. Raises UserError when it is none."""
+    try:
+        return [(str(name), str(told)) for name, told in kept]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise UserError(f"{ITEMS}: not a list of items; remove the folder and precompute it again") from None
+
+
+def changes(before: Hashed, now: Hashed, path: Path) -> str:
+    """What changed in the clips since the set at `path` was begun, and the mend."""
+    old, new = dict(before), dict(now)
+    added = [name for name in new if name not in old]
+    gone = [name for name in old if name not in new]
+    other = [name for name, told in new.items() if name in old and old[name] != told]
+    counts = (_told(added, "new"), _told(gone, "gone"), _told(other, "with another caption"))
+    what = ", ".join(filter(None, counts)) or "the same names, differently often"
+    mend = "choose another --config.output for all of them"
+    if added and not gone and not other:
+        mend += (
+            ", or precompute a folder of the new ones alone to another output, and join both by "
+            f"cfjax precompute --merge={path},NEW --config.output=ALL"
+        )
+    return f"was made of other clips ({len(before)} then, {len(now)} now): {what}; {mend}"
+
+
+def _told(names: Sequence[str], what: str) -> str:
+    """As `2 new (a.mp4, b.mp4)`; nothing for none."""
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"{len(names)} {what} ({', '.join(names[:SHOWN])}{more})" if names else ""

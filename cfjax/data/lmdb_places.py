@@ -1,0 +1,102 @@
+"""The LMDB that holds a set's latents: what a manifest says of it, and finding it where both were moved to."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cfjax.core.errors import Temporary, UserError
+from cfjax.data.lmdb_files import is_lmdb
+from cfjax.data.lmdb_rows import LmdbRows
+
+TEXT_SUFFIX = ".text"
+KEY = "--config.data.lmdb=PATH (cfjax train) or --config.lmdb=PATH (cfjax precompute)"
+Misfit = Callable[[LmdbRows], str]
+
+
+def text_beside(path: str | Path) -> Path:
+    """Where the text rows of an LMDB are kept when no other place is named."""
+    path = Path(path)
+    return path.with_name(path.name + TEXT_SUFFIX)
+
+
+def describe_lmdb(rows: LmdbRows, folder: Path) -> dict[str, Any]:
+    """What the manifest of the set in `folder` says of its LMDB: where it is, also from there, and what it is."""
+    place = rows.path.resolve()
+    return {
+        "path": str(place),
+        "relative": os.path.relpath(place, folder.resolve()),
+        "ground_truth": rows.ground_truth,
+        "fingerprint": rows.fingerprint(),
+    }
+
+
+def lmdb_job(rows: LmdbRows) -> dict[str, Any]:
+    """What an LMDB is to a job: its rows, wherever they lie."""
+    return {"fingerprint": rows.fingerprint(), "ground_truth": rows.ground_truth}
+
+
+def is_job_of(found: Any, rows: LmdbRows) -> bool:
+    """Whether a folder was begun with this LMDB: by what it is, or as older versions noted it, by where it lay.
+
+    Of an older job whose LMDB is no longer there, whole, rows and shapes decide, which the rest of its record holds.
+    """
+    if not isinstance(found, Mapping) or found.get("ground_truth") != rows.ground_truth:
+        return False
+    if "path" not in found:
+        return found == lmdb_job(rows)
+    before = Path(found["path"])
+    if before == rows.path.resolve() or not is_lmdb(before):
+        return True
+    try:
+        return LmdbRows(before, fallback_shape=rows.latent_shape).fingerprint() == rows.fingerprint()
+    except UserError:
+        return True
+
+
+def places(folder: Path, about: Mapping[str, Any], given: str | Path = "") -> list[Path]:
+    """Where the LMDB of the set in `folder` may be: the recorded place, beside the set, and as it lay from there."""
+    if given:
+        return [Path(given)]
+    beside = [folder.with_name(folder.name.removesuffix(TEXT_SUFFIX))] if folder.name.endswith(TEXT_SUFFIX) else []
+    moved = [Path(os.path.normpath(folder / about["relative"]))] if "relative" in about else []
+    return list(dict.fromkeys([Path(about["path"]), *beside, *moved]))
+
+
+def open_lmdb_of(
+    folder: Path,
+    about: Mapping[str, Any],
+    shape: tuple[int, int, int, int],
+    misfit: Misfit,
+    given: str | Path = "",
+) -> LmdbRows:
+    """The LMDB of the set in `folder`, at the first of its `places` that holds it.
+
+    Args:
+      about: the manifest's "lmdb".
+      shape: (F, H, W, C) of the set.
+      misfit: why an LMDB is not the set's, "" if it is.
+      given: its new place; no other is then looked at.
+
+    Raises:
+      UserError: it is nowhere, or what is there is another; the line names the places and the key.
+    """
+    looked: list[str] = []
+    for place in places(folder, about, given):
+        if not is_lmdb(place):
+            looked.append(f"{place} (no LMDB there)")
+            continue
+        try:
+            rows = LmdbRows(place, ground_truth=about["ground_truth"], fallback_shape=shape)
+            wrong = misfit(rows)
+        except Temporary:
+            raise
+        except UserError as error:
+            wrong = str(error)
+        if not wrong:
+            return rows
+        looked.append(f"{place} ({wrong})")
+    raise UserError(
+        f"{folder}: the LMDB with its latents is not at {' nor at '.join(looked)}; name its place with {KEY}, or "
+        "precompute the set again"
+    )

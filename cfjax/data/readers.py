@@ -1,0 +1,151 @@
+"""Records of many files through few open ones, and whose fault it is when one cannot be read.
+
+A set of a million records may have a thousand files. Their readers are opened when needed and the one that was not used
+for longest is closed for the next, so that files, memory and threads do not grow with the set. (ArrayRecord starts one
+pool of 64 idle threads in a process that reads, whatever the number of its readers; with the options here none of them
+reads ahead.)
+"""
+
+import os
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from array_record.python.array_record_module import ArrayRecordReader
+
+from cfjax.core.errors import UserError
+from cfjax.core.machine import machine_failure, open_file_limit
+
+READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # of access at random
+V = TypeVar("V")
+
+
+class BrokenRecord(UserError):
+    """A record that is damaged, absent or not what its set says: that one, and not the machine, is at fault."""
+
+
+def reading_failure(place: object, error: BaseException, mend: str = "") -> UserError:
+    """What to raise when reading `place` failed: the machine's failure, or else a BrokenRecord with that mend."""
+    return machine_failure(place, error) or BrokenRecord(f"{place}: {' '.join(str(error).split())}{mend}")
+
+
+def most_open() -> int:
+    """How many readers a set may hold open: an eighth of the process's limit of open files, 4 to 128."""
+    return max(4, min(open_file_limit() // 8, 128))
+
+
+class _Entry(Generic[V]):
+    def __init__(self, value: V) -> None:
+        self.value, self.users = value, 0
+
+
+class Pool(Generic[V]):
+    """At most `most_open()` open things; the one that was not used for longest is closed for the next.
+
+    Thread-safe. What is in use is never closed: while more threads than that read at once, there is one for each. A
+    forked process begins with none of its parent's, and so does a copy by pickle.
+
+    Args:
+      close: ends one of them (a function of a module, for pickle).
+    """
+
+    def __init__(self, close: Callable[[V], None]) -> None:
+        self._close = close
+        self._begin()
+
+    def _begin(self) -> None:
+        # the parent's stay with a forked process, unused, so that nothing of theirs is closed twice
+        self._inherited = getattr(self, "_entries", None)
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._entries: OrderedDict[Hashable, _Entry[V]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._close,)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @contextmanager
+    def borrow(self, key: Hashable, make: Callable[[], V]) -> Iterator[V]:
+        """What is open under `key`, opened by `make` when nothing is."""
+        if self._pid != os.getpid():
+            self._begin()
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                self._make_room()
+                entry = self._entries[key] = _Entry(make())
+            self._entries.move_to_end(key)
+            entry.users += 1
+        try:
+            yield entry.value
+        finally:
+            with self._lock:
+                entry.users -= 1
+
+    def _make_room(self) -> None:
+        too_many = len(self._entries) + 1 - most_open()
+        idle = [key for key, entry in self._entries.items() if not entry.users]
+        for key in idle[: max(too_many, 0)]:
+            self._close(self._entries.pop(key).value)
+
+
+class _Reader:
+    """One part's open file. Not every version of the library lets two threads read from it at once."""
+
+    def __init__(self, file: Path) -> None:
+        self._lock, self._reader = threading.Lock(), ArrayRecordReader(str(file), READER_OPTIONS)
+        if not self._reader.ok():
+            self._reader.close()  # raises what kept it from being opened
+
+    def read(self, place: int) -> bytes:
+        with self._lock:
+            return self._reader.read([place])[0]
+
+    def close(self) -> None:
+        with suppress(RuntimeError):  # a damaged file complains once more
+            self._reader.close()
+
+
+class RecordFiles:
+    """The records of several ArrayRecord files, numbered through; no file is opened before one of its is read.
+
+    Args:
+      parts: (file, records) of each.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Path, int]]) -> None:
+        self._files = [file for file, _ in parts]
+        self._ends = list(accumulate(records for _, records in parts))
+        self._readers = Pool(_Reader.close)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def open_readers(self) -> int:
+        """How many files are open now."""
+        return len(self._readers)
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file of record `index`, and its place therein. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        return self._files[number], index - (self._ends[number - 1] if number else 0)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a record.
+
+        Raises:
+          IndexError: there is no such record.
+          ValueError, RuntimeError, MemoryError: it cannot be read; `reading_failure` says whose fault that is.
+        """
+        file, place = self.locate(index)
+        with self._readers.borrow(file, lambda: _Reader(file)) as reader:
+            return reader.read(place)
