@@ -112,6 +112,8 @@ def precompute_source(c: ConfigDict) -> Path:
     world = open_any_world(c.world, c.text_cache)
     open_source = _open_lmdb if lmdb else _open_prompts if Path(c.source).is_file() else _open_clips
     source, layout, about, encode_video = open_source(c, world)
+    for line in about.get("say", {}).values():
+        say(line)
     job = {"world": world.fingerprint(), **about["job"]}
     writer = SetWriter(
         output_of(c),
@@ -139,6 +141,7 @@ def precompute_source(c: ConfigDict) -> Path:
         batch_size=c.batch_size,
         workers=c.workers,
         progress=c.progress,
+        report=about.get("report", {}),
     )
     _tell(writer, complete, [s for s in writer.skipped() if s not in before])
     return writer.path
@@ -175,7 +178,8 @@ Opened = tuple[Source, Layout, About, EncodeVideo | None]
 def _open_clips(c: ConfigDict, world: World | WanWorld) -> Opened:
     wanted = ClipFormat(c.frames, c.height, c.width, c.fps, c.fit, c.max_crop, c.upscale)
     wanted.check_stride(world.codec.stride)
-    clips = read_listing(c.source, c.captions, columns=columns_of(c), encoding=c.encoding, parts=c.parts).clips
+    found = read_listing(c.source, c.captions, columns=columns_of(c), encoding=c.encoding, parts=c.parts)
+    clips = found.clips
     shape = jax.ShapeDtypeStruct((1, c.frames, c.height, c.width, 3), jnp.float32)
     latent = jax.eval_shape(lambda codec, video: codec.encode(video), world.codec, shape).shape[1:]
     codec = world.codec.describe()
@@ -183,6 +187,8 @@ def _open_clips(c: ConfigDict, world: World | WanWorld) -> Opened:
     about: About = {
         "job": {"clips": listing, "format": asdict(wanted), "codec": codec},
         "manifest": {"codec": codec, "source": {"name": "clips", "path": c.source, **asdict(wanted)}},
+        "report": {"passed_over": dict(found.passed_over)},
+        "say": found.told(),
     }
     encode = video_encoder(world.codec, c.encode_frames)
     return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode

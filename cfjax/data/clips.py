@@ -106,6 +106,17 @@ class Listing:
     columns: dict[str, str] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
 
+    def told(self) -> dict[str, str]:
+        """A line each on what was read and what was not, where there is anything to say."""
+        out = {}
+        if self.columns:
+            columns = ", ".join(f"{part} by {name!r}" for part, name in self.columns.items())
+            out["table"] = f"{self.table}: columns: {columns}"
+        if self.passed_over:
+            counts = ", ".join(f"{count} {suffix}" for suffix, count in self.passed_over.items())
+            out["passed over"] = f"passed over, as neither clips nor their captions: {counts}"
+        return out
+
 
 def list_clips(folder: str | Path, captions: str | Path = "") -> list[ClipFile]:
     """Every clip under `folder` and every clip that its table names, by name; see `read_listing`."""
@@ -165,9 +176,10 @@ def _unread_table(folder: Folder) -> str:
 def _passed_over(folder: Folder, used: set[str], table: Path | None) -> Counter[str]:
     own = {os.path.normpath(table)} if table is not None else set()
     left = (name for name in folder.others - used if os.path.normpath(folder.root / name) not in own)
-    return Counter(
+    counts = Counter(
         f"{APPLE_DOUBLE}*" if _leftover(name) else PurePosixPath(name).suffix or "no suffix" for name in left
     )
+    return Counter(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))))
 
 
 # ---- captions beside the clips

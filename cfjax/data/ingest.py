@@ -200,10 +200,12 @@ def ingest(
     batch_size: int = 1,
     workers: int = 2,
     progress: bool = True,
+    report: Mapping[str, Any] = MappingProxyType({}),
 ) -> bool:
     """Makes this process's parts that are not there yet; True once the whole set is there.
 
     Args:
+      report: further entries of the set's report, JSON-able.
       encode_text: captions to text rows [n, S, E], zero beyond each caption's own.
       encode_video: uint8 [B, P, H, W, 3] to latents_BFHWC; always called with `batch_size` clips.
       workers: threads that read ahead.
@@ -218,7 +220,7 @@ def ingest(
         for index in todo:
             with writer.part(index) as part:
                 _fill(part, source, pool, encode_text, encode_video, batch_size, max(workers, 1), bar)
-    return writer.finish()
+    return writer.finish(**report)
 
 
 def _fill(
