@@ -39,6 +39,8 @@ def folder(tmp_path) -> Path:
         file.parent.mkdir(exist_ok=True)
         write_mp4(file, np.repeat(still, 12, axis=0), fps=16)
         file.with_suffix(".txt").write_text(f"the {file.stem} clip")
+    shutil.copytree(root / "clips", root / "videos")
+    (root / "OpenVid-1M.csv").write_text("video,caption,fps\nfirst.mp4,a still,16\nsecond.mp4,another,16\n")
     return root
 
 

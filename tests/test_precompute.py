@@ -103,6 +103,7 @@ def clips(tmp_path_factory) -> Path:
         if name != "j_mute.mp4":
             file.with_suffix(".txt").write_text(f"{CAPTION}\n")
     truncate(root / "i_cut.mp4", 0.6)
+    (root / "notes.md").touch()
     return root
 
 
@@ -134,8 +135,25 @@ def test_clips_become_latents_and_mistakes_are_reported(clips, world, encoded):
         "j_mute.mp4": "no caption",
         "k_small.mp4": "wrong size",
     }
-    assert report["items"] == 11 and report["records"] == 7
+    assert report["items"] == 11 and report["records"] == 7 and report["passed_over"] == {".md": 1}
     assert dataset.manifest["text_encoder"]["world"] == World.load(world).fingerprint()
+
+
+def test_parts_of_long_videos_are_cut_out_by_a_tables_time_stamps(world, tmp_path, capsys):
+    """As Panda-70M's tables have them: a video's ID, and lists of times and captions that pandas printed."""
+    write_video(tmp_path / "videos" / "-a1_B.mp4", 60)
+    (tmp_path / "t.csv").write_text(
+        "videoID,url,timestamp,caption,matching_score\n"
+        f"-a1_B,u,\"[['0:00:00.5', '0:00:01.5'], ['0:00:02', '0:00:03']]\",\"['{CAPTION}', '{CAPTION}']\",\"[1, 1]\"\n"
+    )
+    keys = {"captions": tmp_path / "t.csv", "parts": True}
+    assert precompute(tmp_path / "videos", world, tmp_path / "set", **keys) == 0
+    assert "t.csv: columns: caption by 'caption', file by 'videoID', times by 'timestamp'" in capsys.readouterr().out
+    dataset, codec = open_dataset(tmp_path / "set"), World.load(world).codec
+    for i, (name, start) in enumerate((("-a1_B.mp4[0.5-1.5]", 0.5), ("-a1_B.mp4[2-3]", 2.0))):
+        video = to_float(read_clip(tmp_path / "videos" / "-a1_B.mp4", ClipFormat(9, 16, 32), start=start))
+        np.testing.assert_allclose(dataset[i]["latents_FHWC"], codec.encode(jnp.asarray(video)[None])[0], atol=4e-3)
+        assert dataset.record(i).name == name and dataset.caption(i) == CAPTION
 
 
 def test_the_same_command_again_says_that_all_is_there(clips, world, encoded, capsys):
