@@ -404,6 +404,7 @@ def run_meta(c: ConfigDict, data: Data, models: Mapping[str, Wan]) -> dict[str, 
         "models": {role: asdict(model.config) for role, model in models.items()},
         "blocks": c.blocks.to_dict(),
         "latent_shape": list(data.dataset.latent_shape),
+        "records": len(data.dataset),
         "world": made.get("text_encoder", {}).get("world", ""),
         "world_path": made.get("world_path", ""),
     }

@@ -185,6 +185,7 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "stage": stage,
             "seed": seed,
             "steps": steps,
+            "accept_changes": False,  # a run may go on with settings that change its meaning, see cfjax/resume.py
             "reference": False,  # the PyTorch reference's quirks and numbers for this stage, see cfjax/faithful.py
             "roles": ConfigDict(),
             "optim": ConfigDict(),

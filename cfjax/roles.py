@@ -2,11 +2,11 @@
 
 import json
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,7 +25,7 @@ from cfjax.models.vae import PRESETS as VAES
 from cfjax.models.vae import abstract_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan
 from cfjax.objectives.stage import Stage
-from cfjax.training.checkpoint import FOLDER, load_role, open_role, read_meta
+from cfjax.training.checkpoint import load_role, open_role, read_meta
 from cfjax.training.memory import RoleMemory, role_memory
 from cfjax.world import asset
 
@@ -57,26 +57,32 @@ def check_roles(c: ConfigDict, stage: Stage) -> None:
             )
 
 
-def check_blocks(c: ConfigDict, workdir: Path | None = None) -> None:
+def check_blocks(c: ConfigDict, roles: Iterable[str] | None = None) -> None:
     """A causal network goes on with the blocks that it was trained with: chunk-wise weights are no frame-wise ones.
 
     Args:
-      workdir: of the run that `c` may be going on with.
+      roles: whose start is looked at; None is all.
 
     Raises:
-      UserError: a role starts from a causal run, or an exported model, of another layout, or the workdir holds one.
+      UserError: a role starts from a causal run, or an exported model, of another layout.
     """
-    for name, role in c.roles.items():
+    for name in c.roles if roles is None else roles:
+        role = c.roles[name]
         exported = asset(role.init, META_FILE) if role.init else None
         if exported or (role.init and is_folder(path_of(role.init))):
             meta = json.loads(exported.read_text()) if exported else read_meta(role.init)
-            _same_blocks(c, meta, f"roles.{name}.init={role.init!r}", "name a run of the same layout")
-    steps = (workdir / FOLDER).iterdir() if workdir is not None and is_folder(workdir / FOLDER) else ()
-    if workdir is not None and any(entry.name.isdigit() for entry in steps):
-        _same_blocks(c, read_meta(workdir), f"--workdir={workdir}: the run in it", "name another workdir")
+            same_blocks(c, meta, f"roles.{name}.init={role.init!r}", "name a run of the same layout")
 
 
-def _same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, mend: str) -> None:
+def same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, mend: str) -> None:
+    """Refuses the weights of another layout than `c`'s.
+
+    Args:
+      meta: the record beside the weights.  what: names them.  mend: what else could be done.
+
+    Raises:
+      UserError: they are a causal network's, of blocks of another size.
+    """
     own = (c.blocks.frames, c.blocks.independent_first_frame)
     theirs = (meta["blocks"]["frames"], meta["blocks"]["independent_first_frame"])
     if meta["stage"] != "bidirectional" and theirs != own:
@@ -164,6 +170,12 @@ def initial_model(name: str, role: ConfigDict, data: Data, seed: int, mesh: Mesh
         return network
     judge = with_branch(network, branch, jax.random.fold_in(_role_key(name, seed), 1))
     return shard_model(judge, mesh) if mesh else judge
+
+
+def empty_model(role: ConfigDict, data: Data, mesh: Mesh | None = None) -> Wan:
+    """One role's network, all zeros, where its weights will rest: for a run that goes on with a checkpoint's."""
+    template = role_template(role, data.channels, data.text_width, mesh)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), template)
 
 
 def _role_key(name: str, seed: int) -> jax.Array:

@@ -16,7 +16,7 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import batch_rows, make_mesh, on_mesh, place, place_rows, replicated
 from cfjax.core.topology import peak_flops
-from cfjax.data.latents import make_iterator
+from cfjax.data.latents import LatentIterator, make_iterator
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.experiment import (
     Data,
@@ -28,11 +28,20 @@ from cfjax.experiment import (
 )
 from cfjax.faithful import faithful
 from cfjax.models.codec import Codec
-from cfjax.models.wan import preset
+from cfjax.models.wan import Wan, preset
 from cfjax.monitor import make_monitor
 from cfjax.objectives.stage import Stage
 from cfjax.plan import Shapes, whole_flops
-from cfjax.roles import as_shapes, check_blocks, check_roles, initial_model, stage_memory
+from cfjax.resume import changes, checkpoint_of, tell, tell_dataset
+from cfjax.roles import (
+    as_shapes,
+    check_blocks,
+    check_roles,
+    empty_model,
+    initial_model,
+    same_blocks,
+    stage_memory,
+)
 from cfjax.training.loop import fit
 from cfjax.training.memory import check_memory, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
@@ -60,13 +69,15 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
     `given`: the keys that the command line set, which `c.reference` must not overrule.
 
     Raises:
-      UserError: a bad config, missing data, another stage's checkpoint, or a non-finite loss.
+      UserError: a bad config, missing data, a checkpoint that this config does not go on from, or a non-finite loss.
     """
     c = faithful(c, given)
-    data = _in_turn(lambda: open_data(c))
     stage = stage_of(c)
     check_roles(c, stage)
-    check_blocks(c, workdir)
+    earlier = _earlier(c, stage, workdir, given)
+    data = _in_turn(lambda: open_data(c))
+    if earlier:
+        tell_dataset(earlier, data, workdir, accept=c.accept_changes)
     codec = codec_of(c, data)
     check_mesh(c, data.dataset.latent_shape)
     txs, mesh = optimizers_of(c, stage), mesh_of(c)
@@ -77,7 +88,7 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
     windows = idle_windows(c, data.dataset.latent_shape[0])
     for note in filter(None, (differing_levels(c), idle_devices(mesh, jax.local_devices()), *windows)):
         say(note)
-    models = {name: initial_model(name, role, data, c.seed, mesh) for name, role in c.roles.items()}
+    models = _models(c, stage, data, mesh, going_on=earlier is not None)
     trained = {name: models[name] for name in stage.losses}
     frozen: dict[str, Any] = {name: model for name, model in models.items() if name not in stage.losses}
     if codec is not None:
@@ -91,7 +102,7 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
             stage,
             place_state(state, mesh) if mesh else state,
             frozen,
-            make_iterator(data.dataset, c.data.batch_size, c.seed, rows=rows),
+            _batches(c, data, rows),
             txs,
             steps=c.steps,
             workdir=workdir,
@@ -108,7 +119,42 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
             stall_seconds=c.stall_seconds,
             work=work_of(c, stage, data, codec),
             put_batch=partial(place_batch, mesh=mesh, rows=rows, batch_size=c.data.batch_size),
+            going_on=earlier is not None,
         )
+
+
+def _earlier(c: ConfigDict, stage: Stage, workdir: Path, given: Collection[str]) -> dict[str, Any] | None:
+    """The record of the checkpoint that `workdir` goes on from, if it has one; what `c` changes since then is told.
+
+    Raises:
+      UserError: weights of other blocks, there or where a role starts from; a change that needs a word or cannot be.
+    """
+    earlier = checkpoint_of(workdir, c.stage)
+    if earlier is None:
+        check_blocks(c)
+        return None
+    same_blocks(c, earlier, f"--workdir={workdir}: the run in it", "name another workdir")
+    check_blocks(c, set(c.roles) - set(stage.losses))  # those that train go on with their own weights
+    found = changes(earlier["config"], c, stage.losses, given)
+    tell(found, earlier, workdir, accept=c.accept_changes)
+    return earlier
+
+
+def _models(c: ConfigDict, stage: Stage, data: Data, mesh: Mesh | None, *, going_on: bool) -> dict[str, Wan]:
+    """Every role's network where it will rest; those that train are empty where a checkpoint will fill them."""
+    return {
+        name: empty_model(role, data, mesh)
+        if going_on and name in stage.losses
+        else initial_model(name, role, data, c.seed, mesh)
+        for name, role in c.roles.items()
+    }
+
+
+def _batches(c: ConfigDict, data: Data, rows: Sequence[int]) -> LatentIterator:
+    """The stream of batches, of which this process reads `rows`."""
+    tell_once = say if jax.process_index() == 0 else lambda _: None
+    accept: dict[str, Any] = {"accept_changes": c.accept_changes, "tell": tell_once}
+    return make_iterator(data.dataset, c.data.batch_size, c.seed, rows=rows, **accept)
 
 
 def work_of(c: ConfigDict, stage: Stage, data: Data, codec: Codec | None = None) -> Work:

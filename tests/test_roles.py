@@ -16,7 +16,7 @@ from cfjax.core.sharding import make_mesh
 from cfjax.core.tree import named_leaves
 from cfjax.experiment import META_FILE, stage_of
 from cfjax.models.resting import fill
-from cfjax.roles import check_blocks, check_roles, initial_model, role_template
+from cfjax.roles import check_blocks, check_roles, empty_model, initial_model, role_template
 from cfjax.training.streamed import write_streamed
 from configs import dmd
 
@@ -65,6 +65,19 @@ def test_a_run_is_loaded_as_it_is_to_rest(run, storage, away, mesh):
         np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
         assert leaf.dtype == like.dtype
         assert like.sharding is None or leaf.sharding == like.sharding, name
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("branch", [False, True])
+def test_an_empty_network_lies_where_the_weights_that_will_fill_it_do(mesh, branch):
+    on, role = make_mesh(**mesh) if mesh else None, presets.role("toy")
+    if branch:
+        role.branch = presets.branch()
+    empty, model = empty_model(role, Sizes(), on), initial_model("critic", role, Sizes(), 0, on)
+    assert jax.tree.structure(empty) == jax.tree.structure(model)
+    for (name, leaf), other in zip(named_leaves(empty).items(), jax.tree.leaves(model), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (other.shape, other.dtype, other.sharding), name
+        assert leaf.committed == other.committed and not leaf.any(), name
 
 
 def test_another_stage_or_size_is_named(run):

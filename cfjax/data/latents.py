@@ -7,12 +7,13 @@ a checkpoint.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import logging
 
 from cfjax.core.errors import UserError
 from cfjax.core.machine import machine_failure
@@ -237,32 +238,66 @@ _BATCH_NAMES = {
 
 
 class LatentIterator:
-    """An endless (or num_epochs long) stream of batches that can be saved and resumed at the exact record."""
+    """An endless (or num_epochs long) stream of batches that can be saved and resumed at the exact record.
 
-    def __init__(self, iterator: Any, settings: Mapping[str, Any]) -> None:
-        self._iterator, self._settings = iterator, dict(settings)
+    Its place is the number of records read, so that batches of another size go on with the very next record.
+
+    Args:
+      start: opens the stream at the record of this number.
+      batch_size: of the global batch.
+      order: the settings that decide in which order records come.
+      accept_changes: whether a place in another order is given up for the first record, in place of an error.
+      tell: takes a line about that.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int], Iterator[Batch]],
+        batch_size: int,
+        order: Mapping[str, Any],
+        *,
+        accept_changes: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._start, self._batch_size, self._order = start, batch_size, dict(order)
+        self._accept_changes, self._tell = accept_changes, tell
+        self._go_to(0)
+
+    def _go_to(self, read: int) -> None:
+        self._read, self._batches = read, self._start(read)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch = next(self._batches)
+        self._read += self._batch_size
+        return batch
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able: the position, and the settings without which the position means nothing."""
-        return {"position": self._iterator.get_state(), "settings": dict(self._settings)}
+        """JSON-able: how many records were read, and the order without which that number means nothing."""
+        return {"records_read": self._read, "order": dict(self._order)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues after the batch that was last read when `state` was taken.
+        """Continues after the record that was last read when `state` was taken; states of cfjax 0.1.0 do too.
 
         Raises:
-          UserError: the state was taken with other settings (batch size, seed, number of records ...).
+          UserError: the state was taken in another order (seed, number of records, shuffled or not).
         """
-        saved = state.get("settings", {})
-        for name, value in self._settings.items():
-            if saved.get(name) != value:
-                raise UserError(f"data state: {name} was {saved.get(name)}, now {value}; resume with the saved value")
-        self._iterator.set_state(state["position"])
+        if "position" in state:  # cfjax 0.1.0 counted batches
+            saved = state["settings"]
+            read = state["position"]["next_index"] * saved["batch_size"]
+        else:
+            saved, read = state["order"], state["records_read"]
+        changes = [f"{name} {saved.get(name)} -> {now}" for name, now in self._order.items() if saved.get(name) != now]
+        if changes and not self._accept_changes:
+            raise UserError(
+                f"the data comes in another order than this run has read it: {', '.join(changes)}; set it back, or "
+                "begin the new order at its first record with --config.accept_changes=True"
+            )
+        if changes:
+            self._tell(f"the data begins a new order at its first record: {', '.join(changes)}")
+        self._go_to(0 if changes else read)
 
 
 def make_iterator(
@@ -276,6 +311,8 @@ def make_iterator(
     drop_remainder: bool = True,
     num_threads: int = 1,
     prefetch: int = 4,
+    accept_changes: bool = False,
+    tell: Callable[[str], None] = logging.warning,
 ) -> LatentIterator:
     """Batches of stacked records: latents_BFHWC, text_BSE, index_B (, trajectory_BJFHWC) and negative_text_SE.
 
@@ -286,6 +323,7 @@ def make_iterator(
     Args:
       batch_size: of the global batch.
       rows: which of its rows this process reads, ascending (`core.sharding.batch_rows`); None is all.
+      accept_changes, tell: what becomes of a place that was saved in another order, see `LatentIterator`.
 
     Raises:
       UserError: the dataset holds fewer records than a batch, or a row is not of the batch.
@@ -304,10 +342,15 @@ def make_iterator(
         stacked = {_BATCH_NAMES[name]: np.stack([record[name] for record in records]) for name in records[0]}
         return {**stacked, "negative_text_SE": negative}
 
-    order = grain.MapDataset.range(len(dataset)).seed(seed)
+    records = grain.MapDataset.range(len(dataset)).seed(seed)
     if shuffle:
-        order = order.shuffle()
-    batches = order.repeat(num_epochs).batch(batch_size, drop_remainder=drop_remainder).map(read)
+        records = records.shuffle()
+    records = records.repeat(num_epochs)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    settings = {"records": len(dataset), "batch_size": batch_size, "seed": seed, "shuffle": shuffle}
-    return LatentIterator(iter(batches.to_iter_dataset(options)), settings)
+
+    def start(place: int) -> Iterator[Batch]:
+        batches = records[place:].batch(batch_size, drop_remainder=drop_remainder).map(read)
+        return iter(batches.to_iter_dataset(options))
+
+    order = {"records": len(dataset), "seed": seed, "shuffle": shuffle}
+    return LatentIterator(start, batch_size, order, accept_changes=accept_changes, tell=tell)

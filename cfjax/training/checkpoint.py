@@ -25,6 +25,7 @@ from cfjax.core.errors import Temporary, UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.paths import absolute, is_folder, kvstore, make_folder, move_folder, one_line, path_of, unusable
 from cfjax.core.tree import from_named, named_leaves
+from cfjax.training.optim import current_names
 from cfjax.training.plain import from_json, to_json
 
 FOLDER = "checkpoints"
@@ -152,8 +153,14 @@ def _read(
 
     def read() -> Found:
         record = _read_record(manager, step)
+        saved = list(record["leaves"])
+        if not wanted.keys() <= record["leaves"].keys():  # an older version's names?
+            names = current_names(saved)
+            record["leaves"] = {names[name]: shape for name, shape in record["leaves"].items()}
         check(folder, record)
-        return jax.block_until_ready(_read_arrays(manager, step, wanted)), record
+        stored = dict(zip(record["leaves"], saved, strict=True))
+        arrays = _read_arrays(manager, step, {stored[name]: leaf for name, leaf in wanted.items()})
+        return jax.block_until_ready({name: arrays[stored[name]] for name in wanted}), record
 
     return _unless_broken(folder, read)
 

@@ -178,9 +178,11 @@ class _Desk:
         self.clock, self._tracer = StepClock(work), Tracer(workdir, work.trace)
         self._meter = _Meter(lambda: f"last checkpoint: step {max(store.steps(), default='none')}")
 
-    def resume(self, state: TrainState) -> tuple[TrainState, int]:
+    def resume(self, state: TrainState, *, going_on: bool) -> tuple[TrainState, int]:
         """The state of the newest good checkpoint, or this one; data and curves go on from there too. Its step."""
         restored = self.store.restore_latest(state, stage=self._meta["stage"])
+        if restored is None and going_on:
+            raise UserError(f"{self.workdir}: its checkpoints are gone; run the same command again to start anew")
         if restored is None:
             return state, 0
         state, place, _ = restored
@@ -306,6 +308,7 @@ def fit(
     progress: bool = True,
     stall_seconds: float = 0.0,
     work: Work = Work(),
+    going_on: bool = False,
 ) -> TrainState:
     """Trains `stage` until iteration `steps`, going on from the newest good checkpoint in `workdir` if there is one.
 
@@ -329,6 +332,7 @@ def fit(
       put_batch: places a batch on devices (default: the default device).  progress: a bar on standard error.
       work: what the curves of time and rates need to know, and what to trace (`training.observe`).
       stall_seconds: the process ends when no iteration or restore ends for so long (`training.watchdog`); 0 is never.
+      going_on: `workdir` holds a checkpoint, and `state` is nothing but its template.
 
     Raises:
       NonFiniteLoss: a loss or gradient is not finite.  Temporary: a checkpoint could not be written.
@@ -346,7 +350,7 @@ def fit(
         sampling = _Sampling(sample_fn, sample_every, sample_first)
         with failing_fast(), Watchdog(stall_seconds) as watchdog:
             with watchdog.restoring():
-                state, start = desk.resume(state)
+                state, start = desk.resume(state, going_on=going_on)
             if start >= steps:
                 return state
             writer.restart(start)

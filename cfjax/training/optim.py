@@ -1,7 +1,7 @@
 """Optimisers by name, over the dict of a model's named leaves: clip, AdamW or Muon, decoupled decay, one schedule."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from cfjax.core.tree import match
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
 MUON_EXCLUDE = r".*(embed|head|modulation).*"
+_CORE, _COURSE = 1, 3  # places in the chain of what has a state: moments, and the count of updates
 
 
 def make_schedule(
@@ -132,9 +133,27 @@ def make_optimizer(
         core = optax.scale_by_adam(b1, b2, eps)
     else:
         core = _muon(b1, b2, eps, momentum, 1.0 if adam_lr is None else adam_lr / lr, muon_exclude)
-    parts = [optax.clip_by_global_norm(clip)] if clip else []
-    parts.append(core)
-    if weight_decay:
-        parts.append(_decay(weight_decay, tuple(decay_rules)))
     course = make_schedule(schedule, lr, key=key, steps=steps, warmup=warmup, decay_fraction=decay_fraction)
-    return optax.chain(*parts, optax.scale_by_learning_rate(course))
+    return optax.chain(  # in places that do not depend on what is turned off: `_CORE` and `_COURSE` have a state
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        core,
+        _decay(weight_decay, tuple(decay_rules)) if weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(course),
+    )
+
+
+def current_names(saved: Iterable[str]) -> dict[str, str]:
+    """The names of saved leaves -> those of today's `make_optimizer`.
+
+    cfjax 0.1.0 left out the clip and the decay where they were turned off, and numbered the others without them.
+    """
+    names = list(saved)
+    found = {name: parts for name in names if (parts := re.fullmatch(r"(opt/[^/]+/)(\d+)(/.*)", name))}
+    places: dict[str, set[int]] = {}
+    for parts in found.values():
+        places.setdefault(parts[1], set()).add(int(parts[2]))
+    out = dict(zip(names, names, strict=True))
+    for name, (head, place, tail) in ((name, parts.groups()) for name, parts in found.items()):
+        if len(places[head]) == 2:
+            out[name] = f"{head}{_CORE if int(place) == min(places[head]) else _COURSE}{tail}"
+    return out

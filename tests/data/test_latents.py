@@ -1,6 +1,7 @@
 """Latent datasets are checked before use; iterators are sharded, reproducible and resume at the exact record."""
 
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -96,10 +97,77 @@ def test_seed_decides_the_order(dataset):
     assert indices(make_iterator(dataset, 4, 0, shuffle=False), 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_state_of_other_settings_is_refused(dataset):
-    state = make_iterator(dataset, 4, 0).get_state()
-    with pytest.raises(UserError, match="batch_size was 4, now 5"):
-        make_iterator(dataset, 5, 0).set_state(state)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_batches_of_another_size_go_on_with_the_very_next_record(dataset, threads):
+    """Across epochs, from places that no multiple of the new size is, and through several changes."""
+    whole = [index for (index,) in indices(make_iterator(dataset, 1, 9), 6 * RECORDS)]
+    state, read = None, []
+    for size, batches in [(8, 1), (4, 3), (16, 1), (8, 2), (5, 3), (23, 1), (1, 2), (7, 4)]:
+        iterator = make_iterator(dataset, size, 9, num_threads=threads)
+        if state is not None:
+            iterator.set_state(json.loads(json.dumps(state)))
+        read += [index for batch in indices(iterator, batches) for index in batch]
+        state = iterator.get_state()
+    assert len(read) > 4 * RECORDS and read == whole[: len(read)]
+
+
+def test_processes_deal_out_the_batches_of_another_size_too(dataset):
+    first = make_iterator(dataset, 5, 1)
+    indices(first, 3)
+    alone = make_iterator(dataset, 6, 1)
+    alone.set_state(first.get_state())
+    whole = indices(alone, 5)
+    for parts in ([[0, 1, 2], [3, 4, 5]], [[0, 2, 4], [1, 3, 5]]):
+        iterators = [make_iterator(dataset, 6, 1, rows=rows, num_threads=0) for rows in parts]
+        for iterator in iterators:
+            iterator.set_state(first.get_state())
+        for batch in whole:
+            read = [next(iterator)["index_B"].tolist() for iterator in iterators]
+            assert [[batch[row] for row in rows] for rows in parts] == read
+        assert [iterator.get_state() for iterator in iterators] == [alone.get_state()] * 2
+
+
+def test_the_rest_of_a_last_epoch_is_read_in_batches_of_another_size(dataset):
+    first = make_iterator(dataset, 4, 1, num_epochs=1)
+    read = [index for batch in indices(first, 4) for index in batch]
+    second = make_iterator(dataset, 5, 1, num_epochs=1, drop_remainder=False)
+    second.set_state(first.get_state())
+    rest = [batch["index_B"].tolist() for batch in second]
+    assert [len(batch) for batch in rest] == [5, 2] and sorted([*read, *chain(*rest)]) == list(range(RECORDS))
+
+
+def test_a_place_that_an_older_version_saved_is_the_same_place(dataset):
+    """As cfjax 0.1.0 wrote it after seven batches of four, with the batches that it read from there (grain 0.2.18)."""
+    settings = {"records": RECORDS, "batch_size": 4, "seed": 9, "shuffle": True}
+    state = {"position": {"next_index": 7}, "settings": settings}
+    expected = [[14, 9, 22, 17], [18, 16, 2, 5], [1, 21, 11, 10], [7, 15, 0, 6], [13, 4, 18, 20], [14, 21, 1, 4]]
+    for size in (4, 8, 3):
+        iterator = make_iterator(dataset, size, 9)
+        iterator.set_state(state)
+        read = [index for batch in indices(iterator, 24 // size) for index in batch]
+        assert read == [*chain(*expected)]
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        ({"seed": 1}, "seed 1 -> 0"),
+        ({"shuffle": False}, "shuffle False -> True"),
+        ({"records": 22}, "records 22 -> 23"),
+    ],
+)
+def test_another_order_is_refused_or_begins_at_its_first_record(dataset, saved, told):
+    first, settings = make_iterator(dataset, 4, 0), {"batch_size": 4, "seed": 0}
+    indices(first, 3)
+    state = first.get_state()
+    state["order"] |= saved
+    with pytest.raises(UserError, match=f"another order .*{told}; set it back, or .*accept_changes=True"):
+        make_iterator(dataset, **settings).set_state(state)
+    lines: list[str] = []
+    iterator = make_iterator(dataset, **settings, accept_changes=True, tell=lines.append)
+    iterator.set_state(state)
+    assert lines == [f"the data begins a new order at its first record: {told}"]
+    assert indices(iterator, 8) == indices(make_iterator(dataset, **settings), 8)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from absl import logging
 
 from cfjax.core.errors import Temporary, UserError
+from cfjax.training import checkpoint
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
 from cfjax.training.state import TrainState, advance
 from tests.golden.record_checkpoint import DATA, FOLDER, META, known
@@ -163,6 +164,22 @@ def test_another_stage_or_shape_is_refused(tmp_path):
         store.restore_latest(fresh(width=5))
     assert store.steps() == [1]
     store.close()
+
+
+def test_a_state_of_an_older_version_comes_back_exactly(tmp_path, monkeypatch):
+    """cfjax 0.1.0 numbered the parts of an optimiser that has no decay without it."""
+    flatten = checkpoint._flatten
+    older = {"opt/student/3/count": "opt/student/2/count", "opt/critic/3/count": "opt/critic/2/count"}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_flatten", lambda tree: {older.get(k, k): x for k, x in flatten(tree).items()})
+        saved = fill(tmp_path, steps=1)[1]
+    leaves = next(checkpoint._good_records(tmp_path))[1]["leaves"]
+    assert {"opt/student/2/count", "opt/critic/2/count"} <= leaves.keys() and "opt/student/3/count" not in leaves
+    store = CheckpointStore(tmp_path)
+    state, _, _ = store.restore_latest(fresh(seed=1))
+    store.close()
+    for name, value in arrays(state).items():
+        np.testing.assert_array_equal(value, saved[name], err_msg=name)
 
 
 def test_load_role_reads_one_model_or_its_shadow(tmp_path):

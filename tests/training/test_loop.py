@@ -88,6 +88,14 @@ def test_a_finished_run_returns_at_once(tmp_path, capsys):
         np.testing.assert_array_equal(value, arrays(first)[name])
 
 
+def test_a_template_is_not_trained_from(tmp_path):
+    """Of a run that goes on, the given state is empty: without a checkpoint to fill it nothing starts."""
+    with pytest.raises(UserError, match="its checkpoints are gone; run the same command again"):
+        run(tmp_path, 4, going_on=True)
+    run(tmp_path, 4)
+    assert int(run(tmp_path, 6, going_on=True).step) == 6
+
+
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     process = start(tmp_path / "killed", "150", "sleep=0.02")
     until_saved(process, tmp_path / "killed")

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from cfjax.core.errors import UserError
-from cfjax.training.optim import is_muon_leaf, make_optimizer, make_schedule
+from cfjax.core.tree import named_leaves
+from cfjax.training.optim import current_names, is_muon_leaf, make_optimizer, make_schedule
 
 PARAMS = {
     "blocks/q/kernel": (3, 8, 4),
@@ -76,6 +77,25 @@ def test_decay_covers_everything_unless_a_table_says_otherwise():
         for name, value in normal(0).items():
             factor = 0.0 if name in spared else 0.1
             np.testing.assert_allclose(decayed[name], plain[name] - factor * value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_state_does_not_depend_on_what_is_turned_off(name):
+    """A run whose clip or decay is turned on or off goes on; also from the states of cfjax 0.1.0, which did depend."""
+    states = {}
+    for clip in (0.0, 1.0):
+        for decay in (0.0, 0.01):
+            tx = make_optimizer(name, lr=0.1, steps=10, clip=clip, weight_decay=decay)
+            states[clip, decay] = jax.eval_shape(tx.init, normal(0))
+    own = named_leaves({"opt": {"student": states[1.0, 0.01]}})
+    for (clip, decay), state in states.items():
+        assert named_leaves({"opt": {"student": state}}) == own
+        parts = [part for part, kept in zip(state, (clip, True, decay, True), strict=True) if kept]
+        older = named_leaves({"opt": {"student": tuple(parts)}, "params": {"student": normal(0)}})
+        names = current_names(older)
+        renamed = {names[key]: leaf for key, leaf in older.items()}
+        assert {key: leaf for key, leaf in renamed.items() if key.startswith("opt")} == own
+        assert len(renamed) == len(older) == len(own) + len(PARAMS)
 
 
 def test_clip_bounds_the_global_norm():

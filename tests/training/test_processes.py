@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -59,10 +61,11 @@ class Run:
         mesh: str = "",
         stall: float = 600.0,
         worker: bool = False,
+        keys: Mapping[str, object] = MappingProxyType({}),
         **environment: str,
     ) -> None:
         port = free_port()
-        keys = {
+        values = {
             "data.source": "",
             "data.path": data,
             "data.batch_size": 4,
@@ -80,11 +83,12 @@ class Run:
             "stall_seconds": stall,
             **{f"roles.{role}.init": "" for role in ("student", "critic", "real_score")},
             **{f"mesh.{axis}": size for axis, size in (part.split("=") for part in mesh.split())},
+            **keys,
         }
         command = ["bash", str(ROOT / "launch/worker.sh")] if worker else []
         command += [sys.executable, str(ROOT / "tests/training/process.py"), "train"]
         command += [f"--config={ROOT}/configs/dmd.py:toy", f"--workdir={workdir}"]
-        command += [f"--config.{name}={value}" for name, value in keys.items()]
+        command += [f"--config.{name}={value}" for name, value in values.items()]
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         self.processes = []
         for index in range(count):
@@ -216,12 +220,19 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_goes_on(data,
     assert codes == [0, STALLED], (codes, stopped.told(0), stopped.told(1))  # 75 is the word of who was told
     steps = [re.findall(r"SIGTERM: saved step (\d+) of 6", stopped.told(index)) for index in range(2)]
     assert steps[0] == steps[1] == [str(stopped.saved())] and 2 < stopped.saved() < STEPS
-    resumed = Run(data, tmp_path / "run", 2, mesh="data=2")
+    resumed = Run(data, tmp_path / "run", 2, mesh="data=2", keys={"log_every": 2})
     assert resumed.finish() == [0, 0], resumed.told()
+    changed = f"changed since step {steps[0][0]}: log_every 1 -> 2\n"
+    assert [resumed.told(index).count(changed) for index in range(2)] == [1, 0]  # the first says it for all
     assert all(f"going on from step {steps[0][0]}\n" in resumed.told(index) for index in range(2))
     assert_same(resumed, alone)
     first, second, whole = resumed.records(0), resumed.records(1), alone.records(0)
     assert [a + b for a, b in zip(first, second, strict=True)] == whole and all(len(set(batch)) == 4 for batch in whole)
+
+    refused = Run(data, tmp_path / "run", 2, mesh="data=2", keys={"objective.shift": 3.0})
+    assert refused.finish() == [2, 2], refused.told()
+    line = f"objective.shift 5.0 -> 3.0 since its checkpoint of step {STEPS}, which changes what the run learns"
+    assert all(line in refused.told(index).splitlines()[-1] for index in range(2))
 
 
 @pytest.mark.slow

@@ -1,0 +1,206 @@
+"""Going on with a run: what its command changes since its checkpoint is told, and refused where that matters.
+
+Every key of a config has a kind (`CHANGES`), and a changed one is told in a line. What the run learns, and from what,
+goes on changed only with `accept_changes`; what the arrays of its checkpoint depend on does not go on changed at all.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cfjax.core.cli import keys_of
+from cfjax.core.console import say
+from cfjax.core.errors import UserError
+from cfjax.core.paths import is_folder
+from cfjax.experiment import Data, thawed
+from cfjax.training.checkpoint import FOLDER, read_meta
+from cfjax.training.plain import from_json, to_json
+
+SHOWN = 3  # keys that a refusal names
+
+
+class Kind(Enum):
+    """What changing a key does to a run that goes on."""
+
+    FREE = "how fast, how long, where, how often"
+    MEANING = "what is learned, or from what"
+    FIXED = "which arrays a checkpoint holds"
+    INERT = "nothing"
+    UNTOLD = "nothing, nor is it worth a line"
+
+
+# First match wins. Roles that the stage trains are "trained" here, the others "frozen", in place of "roles.NAME".
+CHANGES = (
+    (r"accept_changes", Kind.UNTOLD),
+    (r"stage|roles|optim|ema", Kind.FIXED),
+    (r"trained(\.preset|\.branch(\..+)?)?", Kind.FIXED),
+    (r"optim\.\w+(\.name)?", Kind.FIXED),
+    (r"ema\.\w+", Kind.FIXED),
+    (r"trained\.init(_role|_ema|_stages)?", Kind.INERT),
+    (r"steps|log_every|save_every|keep", Kind.FREE),
+    (r"sample_every|sample_clips|progress|profile|stall_seconds", Kind.FREE),
+    (r"(mesh|guard|sampler)(\..+)?", Kind.FREE),
+    (r"optim\.\w+\.(lr|adam_lr|schedule|warmup|decay_fraction)", Kind.FREE),
+    (r"optim\.\w+\.(b1|b2|eps|weight_decay|clip|accumulate)", Kind.FREE),
+    (r"(trained|frozen)\.(remat|attention|storage|offload)", Kind.FREE),
+    (r"frozen\.init_stages", Kind.FREE),
+    (r"data\.(path|batch_size|max_corrupt)", Kind.FREE),
+    (r"objective\.codec_world", Kind.FREE),
+    (r"(objective|blocks|data|cadence)(\..+)?", Kind.MEANING),
+    (r"ema\.\w+\.(decay|start)", Kind.MEANING),
+    (r"seed|reference", Kind.MEANING),
+    (r"trained\.precision", Kind.MEANING),
+    (r"frozen(\.(preset|precision|init|init_role|init_ema))?", Kind.MEANING),
+)
+_CHOSEN = r"(roles|optim|ema)\.\w+(\.branch)?"  # groups that are there or not by choice, not by version
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value is not the checkpoint's."""
+
+    key: str
+    text: str
+    kind: Kind
+
+    def line(self, step: int) -> str:
+        """What is said of it."""
+        notes = {Kind.MEANING: " (accepted)", Kind.INERT: " (without effect: the run goes on with its own weights)"}
+        return f"changed since step {step}: {self.text}{notes.get(self.kind, '')}"
+
+
+def ruled(key: str, trained: Collection[str]) -> str:
+    """The name of a key in `CHANGES`."""
+    return re.sub(r"^roles\.(\w+)", lambda found: "trained" if found[1] in trained else "frozen", key)
+
+
+def kind_of(key: str, trained: Collection[str]) -> Kind | None:
+    """The kind of a key; None where the table does not know it."""
+    name = ruled(key, trained)
+    return next((kind for pattern, kind in CHANGES if re.fullmatch(pattern, name)), None)
+
+
+def checkpoint_of(workdir: Path, stage: str) -> dict[str, Any] | None:
+    """The meta record that a run of `stage` in `workdir` goes on from; None: it has no checkpoint yet.
+
+    Raises:
+      UserError: another stage, converted weights, or nothing that can be read.
+    """
+    folder = workdir / FOLDER
+    if not is_folder(folder) or not any(entry.name.isdigit() for entry in folder.iterdir()):
+        return None
+    meta = read_meta(workdir, stages=(stage,))
+    if "source" in meta:
+        raise UserError(
+            f"--workdir={workdir} holds converted weights, no training run; name another --workdir, and start from "
+            f"these with --config.roles.student.init={workdir}"
+        )
+    return meta
+
+
+def changes(
+    recorded: Mapping[str, Any], c: ConfigDict, trained: Collection[str], given: Collection[str] = ()
+) -> list[Change]:
+    """Every key at which `c` differs from a recorded config, in the order of `c`; values compare as JSON keeps them.
+
+    A key that the record lacks is an older version's, which had no such choice: it differs only where the command line
+    sets it. A key that `c` lacks, or a role, an optimiser or an average that one of them lacks, is a change. Keys that
+    the table does not know, as those of one's own config, change the meaning; those of older versions do not.
+
+    Args:
+      trained: roles that the stage trains.  given: keys that the command line set.
+    """
+    theirs, own = (_keys(values, trained) for values in (recorded, from_json(to_json(c.to_dict()))))
+    out: list[Change] = []
+    for key in [*own, *(key for key in theirs if key not in own)]:
+        known = kind_of(key, trained)
+        if known is Kind.UNTOLD or any(key.startswith(f"{change.key}.") for change in out):
+            continue
+        if key not in theirs:
+            if key in given:
+                out.append(Change(key, f"{key} (not there then) -> {own[key]!r}", known or Kind.MEANING))
+            elif re.fullmatch(_CHOSEN, key):
+                out.append(Change(key, f"{key} (not there then)", known or Kind.MEANING))
+        elif key not in own:
+            was = "" if isinstance(theirs[key], ConfigDict) else f"{theirs[key]!r} -> "
+            out.append(Change(key, f"{key} {was}(not there now)", known or Kind.FREE))
+        elif not isinstance(own[key], ConfigDict) and own[key] != theirs[key]:
+            out.append(Change(key, f"{key} {theirs[key]!r} -> {own[key]!r}", known or Kind.MEANING))
+    return out
+
+
+def _keys(values: Mapping[str, Any], trained: Collection[str]) -> dict[str, Any]:
+    """Groups and leaves by dotted key, lists as tuples; every trained role has a cadence."""
+    keys = keys_of(thawed(values))
+    return keys | {key: 1 for role in trained if (key := f"cadence.{role}") not in keys}
+
+
+def tell(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path, *, accept: bool) -> None:
+    """Says what changed, once for all processes.
+
+    Args:
+      meta: the checkpoint's record.  accept: whether a change of the run's meaning may go on.
+
+    Raises:
+      UserError: it may not, or the checkpoint's arrays do not allow a change.
+    """
+    step, start = meta["step"], f"--config.roles.student.init={workdir}"
+    if fixed := [change for change in found if change.kind is Kind.FIXED]:
+        raise UserError(
+            f"--workdir={workdir}: its checkpoint of step {step} does not fit {_some(fixed)}; set {_them(fixed)} back, "
+            f"or name another --workdir: a new run starts from these weights with {start} "
+            f"--config.roles.student.init_stages=\"('{meta['stage']}',)\""
+        )
+    if (meaning := [change for change in found if change.kind is Kind.MEANING]) and not accept:
+        raise UserError(
+            f"--workdir={workdir}: {_some(meaning)} since its checkpoint of step {step}, which changes what the run "
+            f"learns; set {_them(meaning)} back, or go on so with --config.accept_changes=True"
+        )
+    _say(found, step)
+
+
+def tell_dataset(meta: Mapping[str, Any], data: Data, workdir: Path, *, accept: bool) -> None:
+    """Says where the dataset is not the one that the checkpoint was trained on; what a record lacks is no difference.
+
+    Raises:
+      UserError: it is another one, and `accept` is not set.
+    """
+    own = {
+        "clip shape": data.dataset.latent_shape,
+        "records": len(data.dataset),
+        "world": data.dataset.manifest.get("text_encoder", {}).get("world", ""),
+    }
+    theirs = {"clip shape": tuple(meta["latent_shape"]), "records": meta.get("records"), "world": meta["world"]}
+    found = [
+        Change(name, f"{name} of {data.dataset.path} {was!r} -> {own[name]!r}", Kind.MEANING)
+        for name, was in theirs.items()
+        if was and own[name] and was != own[name]
+    ]
+    if found and not accept:
+        raise UserError(
+            f"--workdir={workdir}: {_some(found)} since its checkpoint of step {meta['step']}; name the dataset that "
+            "the run had, or go on with this one by --config.accept_changes=True"
+        )
+    _say(found, meta["step"])
+
+
+def _some(found: Sequence[Change]) -> str:
+    """The first changes, and how many there are."""
+    texts, more = [change.text for change in found[:SHOWN]], len(found) - SHOWN
+    return ", ".join(texts) + (f" and {more} more ({len(found)} in all)" if more > 0 else "")
+
+
+def _them(found: Sequence[Change]) -> str:
+    return "it" if len(found) == 1 else "them"
+
+
+def _say(found: Sequence[Change], step: int) -> None:
+    if jax.process_index() == 0:
+        for change in found:
+            say(change.line(step))
