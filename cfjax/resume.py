@@ -50,7 +50,7 @@ CHANGES = (
     (r"optim\.\w+\.(b1|b2|eps|weight_decay|clip|accumulate)", Kind.FREE),
     (r"(trained|frozen)\.(remat|attention|storage|offload)", Kind.FREE),
     (r"frozen\.init_stages", Kind.FREE),
-    (r"data\.(path|batch_size|max_corrupt)", Kind.FREE),
+    (r"data\.(path|lmdb|batch_size|max_corrupt)", Kind.FREE),
     (r"objective\.codec_world", Kind.FREE),
     (r"(objective|blocks|data|cadence)(\..+)?", Kind.MEANING),
     (r"ema\.\w+\.(decay|start)", Kind.MEANING),
@@ -141,7 +141,7 @@ def _keys(values: Mapping[str, Any], trained: Collection[str]) -> dict[str, Any]
     return keys | {key: 1 for role in trained if (key := f"cadence.{role}") not in keys}
 
 
-def tell(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path, *, accept: bool) -> None:
+def tell_changes(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path, *, accept: bool) -> None:
     """Says what changed, once for all processes.
 
     Args:

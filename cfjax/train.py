@@ -32,7 +32,7 @@ from cfjax.models.wan import Wan, preset
 from cfjax.monitor import make_monitor
 from cfjax.objectives.stage import Stage
 from cfjax.plan import Shapes, whole_flops
-from cfjax.resume import changes, checkpoint_of, tell, tell_dataset
+from cfjax.resume import changes, checkpoint_of, tell_changes, tell_dataset
 from cfjax.roles import (
     as_shapes,
     check_blocks,
@@ -136,7 +136,7 @@ def _earlier(c: ConfigDict, stage: Stage, workdir: Path, given: Collection[str])
     same_blocks(c, earlier, f"--workdir={workdir}: the run in it", "name another workdir")
     check_blocks(c, set(c.roles) - set(stage.losses))  # those that train go on with their own weights
     found = changes(earlier["config"], c, stage.losses, given)
-    tell(found, earlier, workdir, accept=c.accept_changes)
+    tell_changes(found, earlier, workdir, accept=c.accept_changes)
     return earlier
 
 
@@ -152,9 +152,8 @@ def _models(c: ConfigDict, stage: Stage, data: Data, mesh: Mesh | None, *, going
 
 def _batches(c: ConfigDict, data: Data, rows: Sequence[int]) -> LatentIterator:
     """The stream of batches, of which this process reads `rows`."""
-    tell_once = say if jax.process_index() == 0 else lambda _: None
-    accept: dict[str, Any] = {"accept_changes": c.accept_changes, "tell": tell_once}
-    return make_iterator(data.dataset, c.data.batch_size, c.seed, rows=rows, **accept)
+    tell = say if jax.process_index() == 0 else lambda _: None
+    return make_iterator(data.dataset, c.data.batch_size, c.seed, rows=rows, accept_changes=c.accept_changes, tell=tell)
 
 
 def work_of(c: ConfigDict, stage: Stage, data: Data, codec: Codec | None = None) -> Work:

@@ -16,7 +16,7 @@ from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import match
 from cfjax.experiment import STAGES, stage_of
 from cfjax.models import wan
-from cfjax.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, ruled, tell
+from cfjax.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, ruled, tell_changes
 from cfjax.training.checkpoint import read_meta
 from cfjax.training.streamed import write_streamed
 from tests.commands import cfjax, tiny
@@ -148,14 +148,14 @@ def test_a_refusal_names_the_first_keys_their_number_and_both_mends(capsys):
     four = {"objective__shift": 3.0, "objective__steps": (1000, 500), "blocks__sink": 3, "blocks__window": 6}
     found = changes(recorded(shipped("dmd:toy")), shipped("dmd:toy", **four), TRAINED)
     with pytest.raises(UserError) as caught:
-        tell(found, meta, Path("runs/x"), accept=False)
+        tell_changes(found, meta, Path("runs/x"), accept=False)
     assert str(caught.value) == (
         "--workdir=runs/x: blocks.sink 0 -> 3, blocks.window 0 -> 6, objective.shift 5.0 -> 3.0 and 1 more (4 in all) "
         "since its checkpoint of step 7, which changes what the run learns; set them back, or go on so with "
         "--config.accept_changes=True"
     )
     assert capsys.readouterr().out == ""
-    tell(found, meta, Path("runs/x"), accept=True)
+    tell_changes(found, meta, Path("runs/x"), accept=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "changed since step 7: objective.shift 5.0 -> 3.0 (accepted)" in lines
 
@@ -163,13 +163,13 @@ def test_a_refusal_names_the_first_keys_their_number_and_both_mends(capsys):
 def test_what_a_checkpoint_does_not_hold_is_refused_also_when_accepted():
     found = changes(recorded(shipped("dmd:toy")), shipped("dmd:toy", optim__student__name="muon"), TRAINED)
     with pytest.raises(UserError, match=r"step 7 does not fit optim\.student\.name 'adamw' -> 'muon'; set it back, or"):
-        tell(found, {"step": 7, "stage": "dmd"}, Path("runs/x"), accept=True)
+        tell_changes(found, {"step": 7, "stage": "dmd"}, Path("runs/x"), accept=True)
 
 
 def test_only_one_process_of_several_says_it(monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     found = changes({"steps": 1}, ConfigDict({"steps": 2}), ())
-    tell(found, {"step": 1, "stage": "dmd"}, Path("runs/x"), accept=False)
+    tell_changes(found, {"step": 1, "stage": "dmd"}, Path("runs/x"), accept=False)
     assert len(found) == 1 and capsys.readouterr().out == ""
 
 
