@@ -6,8 +6,14 @@
     ... --config.video=clip.mp4 --config.given_frames=9 --config.frames=81        the video's end, and 12 latents more
     ... --config.frames=321 --config.window=21 --config.sink=3                    a longer video, constant memory
 
-Writes one mp4 per video, contact_sheet.png and settings.json (settings, versions, device, timings). Files that are
-there already are not replaced unless overwrite=True.
+    ... --config.prompts=requests.jsonl --config.videos=5 --config.resume=True    a video set; goes on where it was
+
+Everything that can be checked is, before weights are read: all faults of a prompt file come in one line. Writes one mp4
+per video, contact_sheet.png (beyond 100 videos contact_sheet_001.png ..., a page per hundred), settings.json (settings,
+versions, device, the list of all videos; first, and with timings at the end) and videos.jsonl (a line per finished
+video). Files that are there already are not replaced unless overwrite=True. resume=True keeps the videos that are
+finished and still asked for (same prompt, seed, picture's content; settings must be those of settings.json) and makes
+the rest; with overwrite=True beside it, what is in the way of the rest is replaced too. docs/wan.md has the rules.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +37,7 @@ def get_config(arg: str = ""):
             "expect": ConfigDict({"stage": "", "block_frames": 0}),  # what the run has to be
             # what to make
             "prompt": "A cat surfs on a wave at sunset" if wan else "a red circle moving left",  # several: a | b
-            "prompts": "",  # or a file: .txt, .jsonl, .csv
+            "prompts": "",  # or a file with a row per request
             "negative_prompt": "",  # "": the world's own
             "videos": 1 if wan else 4,  # of each prompt
             "seed": 0,  # of a prompt's first video
@@ -64,7 +70,8 @@ def get_config(arg: str = ""):
             "fps": 16.0 if wan else 8.0,
             "scale": 1 if wan else 8,
             "save_latents": False,
-            "overwrite": False,
+            "overwrite": False,  # replace what is there
+            "resume": False,  # go on with what is there
             "progress": True,
         }
     )

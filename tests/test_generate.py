@@ -1,9 +1,14 @@
 """`cfjax generate` on a miniature Wan system, from release files to mp4: what it writes is what the library makes."""
 
+import gc
+import importlib
+import itertools
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import jax
@@ -14,13 +19,16 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cfjax.core.errors import UserError
-from cfjax.data.requests import Request, read_image, read_latents
+from cfjax.data.requests import read_image, read_latents
 from cfjax.evaluation.video import to_uint8, write_mp4
-from cfjax.generate import encode_texts, tiled_decoder
+from cfjax.generate import encode_texts
+from cfjax.job import tiled_decoder
 from cfjax.models.resting import RESTING
+from cfjax.models.text_cache import TextCache
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.models.wan import Wan, embed_text
-from cfjax.rollout.generate import ManyStep, generate_few_step
+from cfjax.rollout.clips import Clips, Times
+from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
 from cfjax.rollout.stream import decode_step, seeded_noise
 from cfjax.runs import Run, open_run
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
@@ -187,20 +195,14 @@ def test_tiles_overlap_by_a_quarter(root):
     assert tiled_decoder(ConfigDict({"tile": 0}), run) is None
 
 
-@pytest.mark.parametrize("asked", ["", "blurry"])
-def test_a_guided_sampler_gets_the_negative_prompt(asked):
-    """The config's, or else the world's; encoded together with the prompts."""
-
-    class Lengths:
-        negative_prompt = "bad"
-
-        def encode_prompts(self, captions):
-            return np.array([[len(caption)] for caption in captions], np.float32)
-
-    requests = [Request("four", 0), Request("sixsix", 0), Request("four", 1)]
-    job = SimpleNamespace(run=SimpleNamespace(world=Lengths()), sampler=ManyStep(), requests=requests)
-    texts, negative, _ = encode_texts(ConfigDict({"negative_prompt": asked}), job)
-    assert texts == {"four": [4], "sixsix": [6]} and negative == [len(asked or "bad")]
+@pytest.mark.parametrize(("sampler", "encoded"), [(ManyStep(), ["four", "bad"]), (FewStep(), ["four"])])
+def test_a_guided_sampler_gets_the_negative_prompt(sampler, encoded, monkeypatch, tmp_path):
+    """Encoded together with the prompts, in one loading of the encoder; a few-step sampler has no use for it."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr("cfjax.generate.fill", lambda load, texts, captions: asked.append(captions))
+    job: Any = SimpleNamespace(run=SimpleNamespace(world=None), sampler=sampler, negative_prompt="bad")
+    encode_texts(job, TextCache(tmp_path, "", 8), ["four"])
+    assert asked == [encoded]
 
 
 # ---- opening a run
@@ -262,13 +264,18 @@ def test_runs_trained_here_open_too(root, run, tmp_path):
         ({"run": "wan", "image": "x.png"}, "is bidirectional: it makes all frames at once"),
         ({"image": "x.png"}, "1 given latent frames end inside a block: give a multiple of 3, or independent_first"),
         ({"image": "x.png", "video": "x.mp4"}, "image and video are both given"),
-        ({"image": "x.png", "independent_first_frame": True, "frames": 13}, "image='x.png': cannot read the picture"),
+        ({"image": "x.png", "independent_first_frame": True, "frames": 13}, "x.png': cannot read the picture"),
         ({"sampler__guidance": 3.0}, "has a few-step sampler, which has no such setting"),
         ({"decoder": "taehv"}, "decoder='taehv': use vae or tiny_vae"),
         ({"tile": 64}, "only decoder=vae of a Wan world decodes in tiles"),
         ({"world": "nowhere"}, "no Wan world here"),
         ({"seed": -1}, "seed=-1: use 0 to 4294967295"),
         ({"batch": 0}, "batch=0: use 1 or more"),
+        ({"fps": 0.0}, "fps=0.0 must lie in (0, 1000]"),
+        ({"scale": 0}, "scale=0: use a whole number of at least 1"),
+        ({"scale": 2000}, "scale=2000: H.264 takes no frames of 64000 x 64000 pixels"),
+        ({"fit": "crop"}, "fit='crop': use cover or stretch"),
+        ({"run": "wan", "sampler__solver_steps": -1}, "-1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(root, tmp_path, capsys, keys, told):
@@ -278,11 +285,139 @@ def test_mistakes_are_told_in_one_line(root, tmp_path, capsys, keys, told):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def sized(tmp_path) -> Path:
+    """A folder with a video of 9 frames and latents that do not fit."""
+    write_mp4(tmp_path / "short.mp4", np.zeros((9, SIDE, SIDE, 3), np.uint8), fps=16)
+    np.savez(tmp_path / "few.npz", latents_FHWC=np.zeros((2, 4, 4, 16), np.float32))
+    np.savez(tmp_path / "wide.npz", latents_FHWC=np.zeros((3, 4, 6, 16), np.float32))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("short.mp4", "has 9 frames at 16 per second, 21 are needed"),
+        ("few.npz", "holds latents (2, 4, 4, 16); needs 6 or more of (4, 4, 16)"),
+        ("wide.npz", "holds latents (3, 4, 6, 16); needs 6 or more of (4, 4, 16)"),
+        ("nowhere.npz", "nowhere.npz"),
+        ("nowhere.mp4", "nowhere.mp4"),
+    ],
+)
+def test_what_videos_go_on_from_is_read_before_the_weights(root, sized, capsys, monkeypatch, file, told):
+    monkeypatch.delattr("cfjax.generate.load_weights")
+    assert generate(root, sized / "out", video=sized / file, given_frames=6, frames=33) == 2
+    assert told in capsys.readouterr().err and not (sized / "out").exists()
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of pictures: two whole ones, half of one, and a text that calls itself one."""
+    for n, name in enumerate(("a.png", "b.png")):
+        noise = np.random.default_rng(n).integers(0, 255, (SIDE, SIDE, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / name)
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:1500])
+    (tmp_path / "text.png").write_text("no picture")
+    return tmp_path
+
+
+def requests(folder: Path, *rows: tuple[str, str]) -> dict[str, object]:
+    """The keys that ask for prompts with their pictures of `folder`."""
+    lines = [json.dumps({"prompt": prompt, "image": str(folder / image)}) + "\n" for prompt, image in rows]
+    (folder / "requests.jsonl").write_text("".join(lines))
+    return {"prompts": folder / "requests.jsonl", "frames": 13, "independent_first_frame": True}
+
+
+def test_all_faults_of_a_file_are_told_before_the_weights_are_read(root, pictures, capsys, monkeypatch):
+    """Each by its row, in one line, the first ones of many; a picture that several rows name counts once."""
+    monkeypatch.delattr("cfjax.generate.load_weights")
+    rows = [("A cat", "a.png"), ("A cat", "half.png"), ("A dog", "nowhere.png"), ("A cow", "b.png")]
+    keys = requests(pictures, *rows, ("A cat", "text.png"), ("A bird", "half.png"), ("A fish", "away.png"))
+    assert generate(root, pictures / "out", **keys) == 2
+    error = capsys.readouterr().err
+    assert "requests.jsonl, 5 of 7 requests: row 2 and 1 more: " in error and error.count("\n") == 1
+    assert "half.png': " in error and "; row 3: " in error and "; row 5: " in error and error.endswith("; and 1 more\n")
+    assert not (pictures / "out").exists()
+    assert generate(root, pictures / "out", videos=2, **requests(pictures, *rows[:2])) == 2
+    assert "requests.jsonl, 2 of 4 requests: row 2: image=" in capsys.readouterr().err
+
+
+def test_a_mended_file_goes_on_and_a_picture_counts_by_its_content(root, pictures, capsys):
+    """Videos of rows that stay are kept under their new numbers; another picture under the old name is told."""
+    first, second, third = ("A cat", "a.png"), ("A cat", "b.png"), ("A cat", "c.png")
+    out = pictures / "out"
+    assert generate(root, out, **requests(pictures, first, second)) == 0
+    made = {file.name: file.read_bytes() for file in written(out, ".mp4") + written(out, ".safetensors")}
+    Image.open(pictures / "b.png").rotate(90).save(pictures / "c.png")
+    capsys.readouterr()
+    assert generate(root, out, resume=True, **requests(pictures, second, first, third)) == 0
+    assert "2 of 3 videos are in" in capsys.readouterr().out
+    # The prompt and the seed are the same: the names differ in their numbers alone.
+    now = {file.name: file.read_bytes() for file in written(out, ".mp4") + written(out, ".safetensors")}
+    for kind in ("mp4", "safetensors"):
+        names = [f"00{n}_a_cat_seed0.{kind}" for n in range(3)]
+        assert (now[names[0]], now[names[1]]) == (made[names[1]], made[names[0]]) != now[names[2]]
+    assert len(now) == 6 and written(out, ".jsonl")[0].read_text().count("\n") == 3
+    Image.open(pictures / "c.png").rotate(90).save(pictures / "a.png")
+    keys = requests(pictures, second, first, third)
+    assert generate(root, out, resume=True, **keys) == 2
+    error = capsys.readouterr().err
+    assert (
+        "001_a_cat_seed0.mp4 and 1 more would be replaced: " in error and "made for another prompt or picture" in error
+    )
+    assert {file.name: file.read_bytes() for file in written(out, ".mp4") + written(out, ".safetensors")} == now
+    assert generate(root, out, resume=True, overwrite=True, **keys) == 0
+    assert (out / "001_a_cat_seed0.mp4").read_bytes() != now["001_a_cat_seed0.mp4"]
+    assert (out / "000_a_cat_seed0.mp4").read_bytes() == now["000_a_cat_seed0.mp4"]
+    assert generate(root, pictures / "again", **keys) == 0
+    for file in written(out, ".mp4"):
+        assert (pictures / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_many_pictures_need_one_encoder(root, pictures, monkeypatch):
+    """Beside another decoder the Wan VAE is read once for all of them."""
+    loads = []
+    load = importlib.import_module("cfjax.generate").load_codec
+    monkeypatch.setattr("cfjax.generate.load_codec", lambda *args: loads.append(args) or load(*args))
+    assert generate(root, pictures / "out", **requests(pictures, ("A cat", "a.png"), ("A dog", "b.png"))) == 0
+    assert len(loads) == 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_requests(root, tmp_path, monkeypatch):
+    """Each with a prompt and a picture of its own. All is real but the network and H.264."""
+    verb, made, held = importlib.import_module("cfjax.generate"), itertools.count(), []
+    rng = np.random.default_rng(0)
+    for n in range(300):
+        Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(tmp_path / f"{n}.png")
+    times = Times(0.1, [0.1] * 7, [0.1] * 7, 0.2)
+
+    def clips(model: Any, codec: Any, text_BSE: np.ndarray, *_: Any, given_BFHWC: np.ndarray, **__: Any) -> Clips:
+        assert text_BSE.shape[0] == 1 and given_BFHWC.shape == (1, 1, 4, 4, 16)
+        if next(made) in (10, 110, 210):
+            gc.collect()
+            held.append((tracemalloc.get_traced_memory()[0], sum(x.nbytes for x in jax.live_arrays())))
+        return Clips(np.zeros((1, 13, SIDE, SIDE, 3), np.uint8), np.zeros((1, 4, 4, 4, 16), np.float32), times)
+
+    monkeypatch.setattr(verb, "make_clips", clips)
+    monkeypatch.setattr(verb, "write_mp4", lambda path, *args, **kwargs: path.write_bytes(b"mp4"))
+    tracemalloc.start()
+    keys = requests(tmp_path, *((f"A cat, number {n}", f"{n}.png") for n in range(300)))
+    assert generate(root, tmp_path / "out", **keys) == 0
+    tracemalloc.stop()
+    host, device = zip(*held, strict=True)
+    # A row of text is 8 kB, of pictures 24 kB, a clip 40 kB, its latents 4 kB, the given ones 1 kB.
+    growth = (host[2] - host[1]) / 100
+    print(f"held per request: {growth:.0f} bytes")
+    assert growth < 500 and device[2] == device[1]
+    assert len(list((tmp_path / "out").glob("contact_sheet_00?.png"))) == 3
+
+
 def test_what_is_there_is_not_replaced(root, whole, capsys):
     assert generate(root, whole, prompt="|".join(PROMPTS), seed=5) == 2
-    assert (
-        "and 3 more would be replaced; choose another --workdir or --config.overwrite=True" in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "and 6 more would be replaced; choose another --workdir or --config.overwrite=True" in error
+    assert "; --config.resume=True goes on with what is there" in error
 
 
 def test_a_run_belongs_to_its_world(root, tmp_path, capsys):

@@ -104,8 +104,31 @@ def make_folder(path: Path) -> None:
     Raises:
       UserError: they cannot, in that bucket; `Temporary` unless it is not there or not to be written.
     """
-    if not in_bucket(path):
-        return path.mkdir(parents=True, exist_ok=True)
+    if in_bucket(path):
+        _try_bucket(path)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Sees whether files could be written in a folder, which need not be there yet; leaves nothing behind.
+
+    Raises:
+      UserError: they could not; `Temporary` when a bucket cannot be reached.
+    """
+    if in_bucket(path):
+        return _try_bucket(path)
+    there = path.absolute()
+    while not os.path.exists(there):  # unlike Path.exists, False where it may not look
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{path}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {there} may not be written to; name another folder")
+
+
+def _try_bucket(path: Path) -> None:
+    """Writes a small file into a bucket's folder, and removes it."""
     trial = f"{path}/.{platform.node()}.{os.getpid()}"  # folders of buckets are in their files' names alone
     try:
         files, name = _files_of(path_of(trial))
@@ -113,6 +136,25 @@ def make_folder(path: Path) -> None:
         files.rm_file(name)
     except Exception as error:
         raise unusable(error)(f"{path}: files cannot be written and removed there ({one_line(error)})") from error
+
+
+def file_sizes(path: Path) -> dict[str, int]:
+    """Bytes of the files right in a folder, by name; none when there is no such folder.
+
+    Raises:
+      UserError: it cannot be listed; `Temporary` when a bucket cannot be reached.
+    """
+    try:
+        if in_bucket(path):
+            files, prefix = _files_of(path)
+            found = files.ls(prefix, detail=True)
+            return {file["name"].rsplit("/", 1)[-1]: file["size"] for file in found if file["type"] == "file"}
+        with os.scandir(path) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:
+        raise unusable(error)(f"{path}: cannot be listed ({one_line(error)})") from error
 
 
 def unusable(error: BaseException) -> type[UserError]:

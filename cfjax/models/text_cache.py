@@ -153,6 +153,15 @@ def encode_cached(load: Callable[[], Encoder], cache: TextCache, captions: Seque
       UserError: see `fill`.
     """
     fill(load, cache, captions)
+    return read_rows(cache, captions)
+
+
+def read_rows(cache: TextCache, captions: Sequence[str]) -> np.ndarray:
+    """Text rows, float32 [n, S, E], of captions that the cache was filled with.
+
+    Raises:
+      UserError: one of them is not there any more.
+    """
     rows = cache.get_many(captions)
     if any(row is None for row in rows):
         raise UserError(f"{cache.folder}: text cache entries vanish or break while they are read; is the disk full?")

@@ -1,7 +1,8 @@
 """Whole clips with every second accounted for: network, decoder and first frame apart, compiling left out."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -169,26 +170,47 @@ def cache_bytes(model: Wan, sampler: FewStep | ManyStep, blocks: Blocks | None, 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
-def timing_record(times: Sequence[Times], videos: int, pixel_frames: int, batch: int) -> dict[str, Any]:
-    """Seconds and rates of some batches as plain numbers.
+class Timings:
+    """Seconds and rates of any number of batches, in memory that does not grow with them.
 
-    Args:
-      videos, batch: in all, and at a time (a last batch that is filled up counts in full).
-      pixel_frames: generated ones of each video.
+    Sums are of all batches; percentiles and first frames are of the newest `BLOCKS` blocks and `BATCHES` batches.
     """
-    network = [sum(t.network) for t in times]
-    decode = [sum(t.decode) for t in times]
-    blocks = [second for t in times for second in t.network]
-    frames = pixel_frames * batch * len(times)
-    percentiles = {f"p{q}": float(np.percentile(blocks, q)) for q in (50, 95, 99)}
-    return {
-        "videos": videos,
-        "first_frame_seconds": [t.first_frame for t in times],
-        "seconds_per_block": times[-1].network,
-        "block_seconds": percentiles,
-        "prompt_kv_seconds": sum(t.text for t in times),
-        "network_seconds": sum(network),
-        "decode_seconds": sum(decode),
-        "frames_per_second_without_decoder": frames / sum(network),
-        "frames_per_second_with_decoder": frames / (sum(network) + sum(decode)),
-    }
+
+    BLOCKS, BATCHES = 10_000, 1_000
+
+    def __init__(self) -> None:
+        self._batches, self._text, self._network, self._decode = 0, 0.0, 0.0, 0.0
+        self._last: list[float] = []
+        self._blocks: deque[float] = deque(maxlen=self.BLOCKS)
+        self._first: deque[float] = deque(maxlen=self.BATCHES)
+
+    def add(self, times: Times) -> None:
+        """Counts one more batch."""
+        self._batches += 1
+        self._text += times.text
+        self._network += sum(times.network)
+        self._decode += sum(times.decode)
+        self._last = times.network
+        self._blocks.extend(times.network)
+        self._first.append(times.first_frame)
+
+    def record(self, videos: int, pixel_frames: int, batch: int) -> dict[str, Any]:
+        """Plain numbers, of one batch or more.
+
+        Args:
+          videos, batch: in all, and at a time (a last batch that is filled up counts in full).
+          pixel_frames: generated ones of each video.
+        """
+        frames = pixel_frames * batch * self._batches
+        percentiles = {f"p{q}": float(np.percentile(self._blocks, q)) for q in (50, 95, 99)}
+        return {
+            "videos": videos,
+            "first_frame_seconds": list(self._first),
+            "seconds_per_block": self._last,
+            "block_seconds": percentiles,
+            "prompt_kv_seconds": self._text,
+            "network_seconds": self._network,
+            "decode_seconds": self._decode,
+            "frames_per_second_without_decoder": frames / self._network,
+            "frames_per_second_with_decoder": frames / (self._network + self._decode),
+        }

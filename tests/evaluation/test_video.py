@@ -1,6 +1,7 @@
 """Clips as bytes and files: the reference's rounding, what a decoder gets back, tiling, and mistakes in one line."""
 
 import base64
+import tracemalloc
 from pathlib import Path
 
 import av
@@ -10,9 +11,12 @@ from PIL import Image
 
 from cfjax.core.errors import UserError
 from cfjax.evaluation.video import (
+    SHEET_PIXELS,
+    check_mp4,
     contact_sheet,
     data_uri,
     grid_video,
+    read_frames,
     replacing,
     to_uint8,
     write_gif,
@@ -75,6 +79,49 @@ def test_mp4_decodes_to_the_same_clip(tmp_path: Path, size: int, scale: int, dec
         assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
 
 
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_a_clip_is_the_same_file_every_time(tmp_path: Path, seed: int):
+    """Moving noise of a size at which it would be several files with x264's code for AVX-512."""
+    rng = np.random.default_rng(seed)
+    large = rng.integers(0, 255, (24, 24, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    clip = np.stack([large[p : p + 64, p : p + 64] for p in range(13)])
+    clip = np.clip(clip + rng.integers(-40, 41, clip.shape), 0, 255).astype(np.uint8)
+    files = set()
+    for n in range(12):
+        junk = [np.full(rng.integers(1, 2_000_000), n, np.uint8) for _ in range(4)]  # other bytes lie about
+        del junk
+        assert write_mp4(tmp_path / "clip.mp4", clip, fps=16) == (tmp_path / "clip.mp4").stat().st_size
+        files.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_frames_are_read_back(tmp_path: Path, scale: int):
+    clip = bouncing(size=15)[0]
+    write_mp4(tmp_path / "clip.mp4", clip, fps=8, scale=scale)
+    frames = read_frames(tmp_path / "clip.mp4", np.array([0, 3, 8]), 15, 15, scale)
+    assert frames.shape == (3, 15, 15, 3) and np.abs(frames.astype(int) - clip[[0, 3, 8]]).mean() < 3
+    with pytest.raises(UserError, match="shorter than it was"):
+        read_frames(tmp_path / "clip.mp4", np.array([0, 9]), 15, 15, scale)
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"clip\.mp4: cannot be read"):
+        read_frames(tmp_path / "clip.mp4", np.array([0]), 15, 15, scale)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((8, 8, 0, 1), "fps=0 must lie in"),
+        ((8, 8, 8, 0), "scale=0"),
+        ((8, 9000, 8, 2), "18000 x 16 pixels, 16384 a side"),
+    ],
+)
+def test_what_no_mp4_can_be_is_told_without_a_clip(asked, message: str):
+    check_mp4(16, 15, 8, 2)
+    with pytest.raises(UserError, match=message):
+        check_mp4(*asked)
+
+
 def test_gif_decodes_to_the_same_clip(tmp_path: Path):
     clip = bouncing()[0]
     write_gif(tmp_path / "clip.gif", clip, fps=10, scale=2)
@@ -105,6 +152,37 @@ def test_contact_sheet_shows_first_and_last_frame_of_every_clip():
     assert contact_sheet(videos, columns=50, gap=0).shape == (32, 9 * 16, 3)
 
 
+def test_a_contact_sheet_stays_small_and_shows_every_clip(monkeypatch):
+    """Frames shrink evenly until the sheet fits; the clips of twenty grey levels are still told apart by their rows."""
+    clips = (np.arange(20, dtype=np.uint8) * 10)[:, None, None, None, None].repeat(3, -1)
+    clips = np.broadcast_to(clips, (20, 2, 16, 32, 3))
+    whole = contact_sheet(clips, columns=2)
+    assert whole.shape == (20 * 18 - 2, 2 * 34 - 2, 3)
+    for limit in (whole[..., 0].size, 5000, 1000, 360):
+        monkeypatch.setattr("cfjax.evaluation.video.SHEET_PIXELS", limit)
+        sheet = contact_sheet(clips, columns=2)
+        assert sheet[..., 0].size <= limit
+        height = (len(sheet) + 2) // 20 - 2
+        np.testing.assert_array_equal(sheet[:: height + 2, 0, 0], np.arange(20) * 10)
+    monkeypatch.setattr("cfjax.evaluation.video.SHEET_PIXELS", 200)
+    with pytest.raises(UserError, match="20 clips do not fit into 200 pixels; draw several sheets"):
+        contact_sheet(clips, columns=2)
+
+
+@pytest.mark.slow
+def test_a_contact_sheet_of_thousands_opens_and_costs_its_pixels(tmp_path: Path):
+    """Without a copy of the clips; Pillow, which warns of pictures of 89 million pixels, opens it."""
+    clips = np.broadcast_to(bouncing(frames=8, size=64), (4730, 8, 64, 64, 3))
+    tracemalloc.start()
+    sheet = contact_sheet(clips)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.9 * SHEET_PIXELS < sheet[..., 0].size <= SHEET_PIXELS and peak < 3 * SHEET_PIXELS + 2_000_000
+    Image.fromarray(sheet).save(tmp_path / "sheet.png", compress_level=0)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == sheet.shape[1::-1]
+
+
 def test_grid_video_tiles_clips_and_leaves_background():
     videos = bouncing(count=3)
     grid = grid_video(videos, columns=2, gap=2, background=255)
@@ -125,6 +203,7 @@ def test_grid_video_tiles_clips_and_leaves_background():
         (lambda path: write_mp4(path, bouncing()[0], 8, scale=0), "scale=0"),
         (lambda path: write_png(path, bouncing()[0]), r"expected uint8 \[H, W, 3\]"),
         (lambda path: grid_video(bouncing(), columns=0), "columns >= 1"),
+        (lambda path: contact_sheet(bouncing(), columns=0), "contact sheet: use columns >= 1"),
         (lambda path: contact_sheet(bouncing()[0]), r"contact sheet: expected uint8 \[N, P, H, W, 3\]"),
     ],
 )

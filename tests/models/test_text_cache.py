@@ -12,7 +12,7 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.models.text import TextEncoder
-from cfjax.models.text_cache import TextCache, encode_cached, fill
+from cfjax.models.text_cache import TextCache, encode_cached, fill, read_rows
 
 LENGTH = 8
 CAPTIONS = ["a red circle", "a blue square moves left", "", "a red circle moves left fast"]
@@ -56,6 +56,14 @@ def test_rows_come_back_and_the_encoder_is_loaded_once(encoder, text_BSE, cache)
     np.testing.assert_array_equal(rows, text_BSE[::-1])
     assert fill(never, again, CAPTIONS) == 0
     assert fill(load, again, [*CAPTIONS, "red", "red "]) == 1
+
+
+def test_rows_are_read_a_few_at_a_time_once_they_are_there(encoder, text_BSE, cache):
+    fill(lambda: encoder, cache, CAPTIONS)
+    np.testing.assert_array_equal(read_rows(cache, [CAPTIONS[3], CAPTIONS[1]]), text_BSE[[3, 1]])
+    cache.path(CAPTIONS[1]).unlink()
+    with pytest.raises(UserError, match="text cache entries vanish or break"):
+        read_rows(cache, CAPTIONS)
 
 
 def test_only_real_rows_are_kept(text_BSE, cache):

@@ -1,0 +1,314 @@
+"""What `cfjax generate` is to make: requests and a run brought together, and everything checked that can be."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from cfjax.core.errors import UserError
+from cfjax.core.paths import file_sizes, path_of
+from cfjax.data.requests import LATENTS, Request, read_image, read_latents, read_video_end, video_frames
+from cfjax.data.video import ClipFormat
+from cfjax.evaluation.video import check_mp4
+from cfjax.experiment import MODEL_FILE
+from cfjax.models.vae import WanVAE
+from cfjax.models.vae_tiling import decode_tiled
+from cfjax.nn.visibility import Blocks
+from cfjax.rollout.blocks import given_blocks
+from cfjax.rollout.generate import FewStep, ManyStep, network_calls
+from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
+from cfjax.runs import Run
+from cfjax.training.checkpoint import FOLDER, read_meta
+from cfjax.wan_world import WanWorld
+from cfjax.world import World, asset
+
+SAMPLERS_OWN = {"steps": (), "first_steps": (), "solver": "", "solver_steps": 0, "guidance": -1.0, "shift": 0.0}
+FAULTS = 3  # that a message names
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be made, once everything that was asked for fits together.
+
+    Attributes:
+      hashes: of the content of every picture, and of the video to go on from, by path.
+      faults: numbers of requests that cannot be met, with the reason; see `check_requests`.
+    """
+
+    run: Run
+    requests: list[Request]
+    sampler: FewStep | ManyStep
+    blocks: Blocks | None
+    sizes: Sizes
+    batch: int
+    negative_prompt: str
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    faults: Sequence[tuple[int, str]] = ()
+
+    def calls(self) -> int:
+        """Network evaluations per video."""
+        return network_calls(self.sampler, self.blocks, self.sizes.generated, self.sizes.given)
+
+    def given_blocks(self) -> int:
+        """Blocks that are given."""
+        return given_blocks(self.blocks, self.sizes.given) if self.blocks else 0
+
+
+def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
+    """Settings and run brought together; what is wrong with single requests is left to `check_requests`.
+
+    Raises:
+      UserError: they do not fit.
+    """
+    if c.batch < 1:
+        raise UserError(f"batch={c.batch}: use 1 or more")
+    blocks, stride = blocks_of(c, run.blocks), run.world.codec.stride
+    frames, height, width, _ = run.latent_shape
+    asked = c.frames or pixel_frames(frames, stride[0])
+    given = count_given(c, run, requests, blocks, (asked - 1) // stride[0] + 1)
+    sizes = latent_sizes(
+        asked,
+        c.height or height * stride[1],
+        c.width or width * stride[2],
+        stride=stride,
+        patch=run.model.config.patch,
+        blocks=blocks,
+        given=given,
+    )
+    sampler, pixels = sampler_of(c, run), sizes.pixels()
+    check_mp4(*pixels[1:], c.fps, c.scale)
+    ClipFormat(*pixels, c.fps, c.fit)
+    tiled_decoder(c, run)
+    hashes, faults = hash_pictures(requests)
+    faults = [*check_prompts(run, requests, c.negative_prompt), *faults]
+    negative = c.negative_prompt or run.world.negative_prompt
+    job = Job(run, requests, sampler, blocks, sizes, min(c.batch, len(requests)), negative, hashes, faults)
+    if not c.video:
+        return job
+    read_given(c, job, c.video)
+    return replace(job, hashes={**hashes, c.video: hash_file(c.video)})
+
+
+def blocks_of(c: ConfigDict, own: Blocks | None) -> Blocks | None:
+    """The run's block layout with the window, sink and first frame that are asked for.
+
+    Raises:
+      UserError: they do not fit, or are asked of a bidirectional run.
+    """
+    changes: dict[str, Any] = {name: c[name] for name in ("window", "sink") if c[name] >= 0}
+    if c.independent_first_frame:
+        changes["independent_first_frame"] = True
+    if own is None and changes:
+        raise UserError(f"{', '.join(changes)}: this run is bidirectional, it has no blocks; leave them out")
+    return replace(own, **changes) if own else None
+
+
+def sampler_of(c: ConfigDict, run: Run) -> FewStep | ManyStep:
+    """The run's sampler with what `c.sampler` changes.
+
+    Raises:
+      UserError: a setting of the other kind of sampler, or one that it cannot have.
+    """
+    given = {name: value for name, value in c.sampler.items() if value != SAMPLERS_OWN[name]}
+    few = isinstance(run.sampler, FewStep)
+    kind, other = (
+        ("few-step", ("solver", "solver_steps", "guidance")) if few else ("many-step", ("steps", "first_steps"))
+    )
+    if wrong := [name for name in given if name in other]:
+        raise UserError(f"sampler.{wrong[0]}: run {run.name!r} has a {kind} sampler, which has no such setting")
+    values: dict[str, Any] = {"steps" if name == "solver_steps" else name: value for name, value in given.items()}
+    sampler = replace(run.sampler, **values)
+    sampler.first_sigmas() if isinstance(sampler, FewStep) else sampler.grid()
+    return sampler
+
+
+def tiled_decoder(c: ConfigDict, run: Run) -> Callable[[jax.Array], jax.Array] | None:
+    """Decodes finished latents tile by tile and frame by frame; None when the codec streams whole frames.
+
+    Raises:
+      UserError: tiles for another decoder than the Wan VAE.
+    """
+    if not c.tile:
+        return None
+    codec = run.world.codec
+    if not isinstance(codec, WanVAE):
+        raise UserError(f"tile={c.tile}: only decoder=vae of a Wan world decodes in tiles; leave it at 0")
+    step = 3 * c.tile // 4 // codec.stride[1] * codec.stride[1]
+    return partial(decode_tiled, codec, tile=(c.tile, c.tile), stride=(step, step), frames=1)
+
+
+# ---- what videos begin with
+
+
+def count_given(c: ConfigDict, run: Run, requests: Sequence[Request], blocks: Blocks | None, total: int) -> int:
+    """How many latent frames the videos go on from: 1 with a picture, what `video` and `given_frames` say, or 0.
+
+    Raises:
+      UserError: a picture and a video, pictures for some prompts only, a bidirectional run, or frames amid a block.
+    """
+    pictures = sum(bool(request.image) for request in requests)
+    if pictures and c.video:
+        raise UserError("image and video are both given; a video goes on from one of them")
+    if pictures not in (0, len(requests)):
+        raise UserError(f"{pictures} of {len(requests)} prompts have a picture; give all of them one, or none")
+    if not pictures and not c.video:
+        return 0
+    if blocks is None:
+        raise UserError(
+            f"run={run.name!r} is bidirectional: it makes all frames at once and cannot go on from given ones"
+        )
+    if pictures:
+        count = 1
+    elif Path(c.video).suffix in LATENTS:
+        count = c.given_frames or len(read_latents(c.video))
+    else:
+        available = (video_frames(c.video, c.fps) - 1) // run.world.codec.stride[0] + 1
+        count = c.given_frames or default_given(available, total, blocks)
+    given_blocks(blocks, count)
+    return count
+
+
+def read_given(c: ConfigDict, job: Job, file: str) -> np.ndarray:
+    """What a video begins with: latents_FHWC of a file of latents; of a picture or a video's end, video_PHWC.
+
+    Raises:
+      UserError: a file that cannot be read or does not fit.
+    """
+    sizes = job.sizes
+    _, height, width = sizes.pixels()
+    if Path(file).suffix in LATENTS:
+        latents, shape = read_latents(file), (sizes.height, sizes.width, job.run.model.config.in_dim)
+        if latents.shape[1:] != shape or len(latents) < sizes.given:
+            raise UserError(f"video={file!r} holds latents {latents.shape}; needs {sizes.given} or more of {shape}")
+        return latents[: sizes.given]
+    if file == c.video:
+        return read_video_end(file, pixel_frames(sizes.given, sizes.stride[0]), height, width, c.fps, c.fit)
+    return read_image(file, height, width, c.fit)
+
+
+def hash_file(file: str | Path) -> str:
+    """A hash of a file's content: 16 hex digits."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+
+
+def hash_pictures(requests: Sequence[Request]) -> tuple[dict[str, str], list[tuple[int, str]]]:
+    """Hashes of the pictures by path, and the requests whose picture cannot be read."""
+    hashes: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    for file in {request.image: None for request in requests if request.image}:
+        try:
+            hashes[file] = hash_file(file)
+        except OSError as error:
+            broken[file] = f"image={file!r}: cannot read the picture ({error.strerror or error})"
+    return hashes, [(n, broken[r.image]) for n, r in enumerate(requests) if r.image in broken]
+
+
+def weights_hash(run: Run) -> str:
+    """What tells a run's weights from others, without reading them: 16 hex digits that a copy elsewhere shares.
+
+    Of an exported model it is the file's content; of a checkpoint its files' names, which are drawn when it is written.
+    """
+    if exported := asset(run.name, MODEL_FILE):
+        return hash_file(exported)
+    return checkpoint_hash(path_of(run.name), run.step)
+
+
+def codec_hash(run: Run, decoder: str) -> str:
+    """The same of a Wan world's decoder; "" for the toy's, which the world's fingerprint holds."""
+    if not isinstance(run.world, WanWorld):
+        return ""
+    folder = run.world.path / decoder
+    return checkpoint_hash(folder, int(read_meta(folder)["step"]))
+
+
+def checkpoint_hash(folder: Path, step: int) -> str:
+    """`weights_hash` of a checkpoint of the run in `folder`."""
+    state = folder / FOLDER / str(step) / "state"
+    files = sorted({**file_sizes(state), **file_sizes(state / "d")}.items())
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
+# ---- requests, one by one
+
+
+def check_prompts(run: Run, requests: Sequence[Request], negative_prompt: str) -> list[tuple[int, str]]:
+    """The requests whose prompt the toy's text encoder cannot take; a real one takes any.
+
+    Raises:
+      UserError: it cannot take the negative prompt.
+    """
+    if not isinstance(run.world, World):
+        return []
+    s, text = run.world.shapes, run.world.text
+    known = f"write 'a COLOUR SHAPE moving DIRECTION' of {', '.join((*s.colours, *s.shapes, *s.directions))}"
+
+    def fault(prompt: str, name: str) -> str:
+        if unknown := text.tokenizer.unknown_words(prompt):
+            return f"{name} {prompt!r}: this model never saw {', '.join(map(repr, unknown))}; {known}"
+        try:
+            text.tokenizer.encode([prompt], text.length)
+        except UserError as error:
+            return f"{name}: {error}"
+        return ""
+
+    if told := fault(negative_prompt, "negative_prompt"):
+        raise UserError(told)
+    by_prompt = {prompt: fault(prompt, "prompt") for prompt in {request.prompt for request in requests}}
+    return [(n, by_prompt[r.prompt]) for n, r in enumerate(requests) if by_prompt[r.prompt]]
+
+
+def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
+    """Tells all faults of the requests in one line; pictures are read as they will be, one at a time.
+
+    Args:
+      numbers: of the requests whose pictures will be needed.
+
+    Raises:
+      UserError: there are faults; it names the first ones.
+    """
+    faults = list(job.faults)
+    users: dict[str, list[int]] = {}
+    for n in numbers:
+        if (file := job.requests[n].image) in job.hashes:
+            users.setdefault(file, []).append(n)
+    for file in tqdm(users, desc="pictures", unit="", disable=not c.progress or len(users) < 2, dynamic_ncols=True):
+        try:
+            read_given(c, job, file)
+        except UserError as error:
+            faults += [(n, str(error)) for n in users[file]]
+    if faults:
+        raise UserError(_told(c, job.requests, faults))
+
+
+def _told(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int, str]]) -> str:
+    """The faults by what they are, with the rows of the prompt file that have them."""
+    word, each = _rows(c, requests)
+    places: dict[str, set[int]] = {}
+    for n, message in sorted(faults):
+        places.setdefault(message, set()).add(n // each + 1)
+    if not c.prompts and len(places) == 1:
+        return next(iter(places))
+    told = []
+    for message, rows in list(places.items())[:FAULTS]:
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        told.append(f"{word} {min(rows)}{more}: {message}")
+    if len(places) > FAULTS:
+        told.append(f"and {len(places) - FAULTS} more")
+    broken = len({n for n, _ in faults})
+    return f"{c.prompts or 'prompt'}, {broken} of {len(requests)} requests: {'; '.join(told)}"
+
+
+def _rows(c: ConfigDict, requests: Sequence[Request]) -> tuple[str, int]:
+    """How requests are numbered, and how many have one number: by rows, unless their videos differ in number."""
+    each = len(c.seeds) or c.videos
+    rows = [requests[n : n + each] for n in range(0, len(requests), each)]
+    alike = all(len(row) == each and len({(r.prompt, r.image) for r in row}) == 1 for row in rows)
+    return ("row", each) if alike else ("request", 1)
