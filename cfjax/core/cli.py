@@ -14,11 +14,15 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import UnsupportedOperationError
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import local_path, path_of
+from cfjax.core.tuples import parse_tuple
 
+# What tuples hold that configs leave empty, by the last word of their keys.
+EMPTY = {"dmd": str, "first_steps": int, "init_stages": str, "layers": int, "seeds": int, "steps": int}
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 
 
@@ -108,19 +112,35 @@ def _load_plain(spec: str, path: Path) -> ConfigDict:
 def _load_overridden(spec: str, plain: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """The config with overrides of known keys; a value of another type is told with what stood there."""
     known = keys_of(plain)
+    given: dict[str, str] = {}  # as ml_collections reads them; of a scalar the last one holds
     for arg in overrides:
         key = _override_key(arg)
-        try:
-            value = keys_of(_load(spec, [arg]))[key]
-        except (flags.Error, TypeError, ValueError):
-            value = UserError
         old = known[key]
-        if isinstance(old, (tuple, list)) and old and value is not UserError:
-            kinds = (int, float) if isinstance(old[0], float) else type(old[0])
-            value = value if all(isinstance(item, kinds) for item in value) else UserError
-        if value is UserError:
-            raise UserError(f"{arg}: needs a value of type {type(old).__name__}, as the default {old!r}")
-    return _load(spec, overrides)
+        if isinstance(old, tuple):
+            if key in given:  # they would be joined into a longer one
+                raise UserError(f"{arg}: --config.{key} is given twice; write one --config.{key}=A,B")
+            given[key] = f"--config.{key}={_tuple_of(arg, key, old)!r}"
+        else:
+            _check_value(spec, arg, key, old)
+            given[arg.partition("=")[0].lstrip("-")] = arg
+    return _load(spec, list(given.values()))
+
+
+def _tuple_of(arg: str, key: str, old: tuple[Any, ...]) -> tuple[Any, ...]:
+    name, _, text = arg.partition("=")
+    if name.lstrip("-") != f"config.{key}":
+        raise UserError(f"{arg}: a tuple is set as a whole, as --config.{key}={','.join(map(str, old)) or 'A,B'}")
+    return parse_tuple(f"--config.{key}", text, old, EMPTY.get(key.rpartition(".")[2]))
+
+
+def _check_value(spec: str, arg: str, key: str, old: Any) -> None:
+    """Raises UserError unless the override sets a value that the key may have."""
+    try:
+        keys_of(_load(spec, [arg]))[key]
+    except UnsupportedOperationError:
+        raise UserError(f"{arg}: a value of type {type(old).__name__} can be set in the config's file only") from None
+    except (flags.Error, TypeError, ValueError, IndexError):
+        raise UserError(f"{arg}: needs a value of type {type(old).__name__}, as the default {old!r}") from None
 
 
 def _override_key(arg: str) -> str:

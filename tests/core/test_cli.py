@@ -21,7 +21,17 @@ def get_config(arg=""):
     """Expected: a loss near 0.1."""
     if arg not in ("", "big"):
         raise ValueError(f"unknown switch {arg!r}")
-    return ConfigDict({"steps": 10, "optim": {"lr": 1e-3, "nesterov": True}, "dims": (1, 2), "big": arg == "big"})
+    return ConfigDict(
+        {
+            "steps": 10,
+            "optim": {"lr": 1e-3, "nesterov": True},
+            "dims": (1, 2),
+            "big": arg == "big",
+            "colours": ("red",),
+            "seeds": (),
+            "layers": [1],
+        }
+    )
 '''
 FLAGS = (Flag("port", "where to listen", int, 8000), Flag("mode", "how", choices=("fast", "slow"), default="fast"))
 
@@ -38,9 +48,10 @@ def read(*argv: str):
 
 
 def test_config_overrides_workdir_and_flags_are_read_in_any_order(config):
-    overrides = ("--config.optim.lr=2", "--config.dims=(3,4)", "--noconfig.optim.nesterov")
+    overrides = ("--config.optim.lr=2", "--config.dims=(3,4)", "--noconfig.optim.nesterov", "--config.colours=a,b")
     values, workdir, extras = read(*overrides, f"{config}:big", "--workdir=runs/a", "--port=1", "--mode=slow")
     expected = {"steps": 10, "optim": {"lr": 2.0, "nesterov": False}, "dims": (3, 4), "big": True}
+    expected |= {"colours": ("a", "b"), "seeds": (), "layers": [1]}
     assert values.to_dict() == expected and values.is_locked
     assert workdir == Path("runs/a") and extras == {"port": 1, "mode": "slow"}
     assert read(config, "--workdir", "b")[0].optim.lr == 1e-3
@@ -60,6 +71,15 @@ def test_config_overrides_workdir_and_flags_are_read_in_any_order(config):
         (("{config}", "--config.steps=soon"), "--config.steps=soon: needs a value of type int, as the default 10"),
         (("{config}", "--config.steps=1.5"), "needs a value of type int"),
         (("{config}", "--config.dims=a"), "needs a value of type tuple"),
+        (
+            ("{config}", "--config.colours=red green"),
+            "colours=red green: .*; write --config.colours=red,green",
+        ),
+        (("{config}", "--config.colours=a", "--config.colours=b"), "--config.colours is given twice; write one"),
+        (("{config}", "--config.dims[0]=3"), r"a tuple is set as a whole, as --config.dims=1,2"),
+        (("{config}", "--noconfig.dims"), r"a tuple is set as a whole, as --config.dims=1,2"),
+        (("{config}", "--config.seeds=one,two"), r"one is not of type int; write --config.seeds=1,2, or \(\) for none"),
+        (("{config}", "--config.layers=3"), "a value of type list can be set in the config's file only"),
         (("{config}", "--config.steps"), "behind an equals sign"),
         (("{config}", "--prot=1"), "unknown flag --prot; did you mean --port"),
         (("{config}", "--port=x"), "--port=x"),
