@@ -8,7 +8,7 @@ make_environment() {
     echo "cfjax needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2
     return 2
   }
-  stamp="$requirement $(cat setup.cfg pyproject.toml | cksum)"
+  stamp="$requirement $(cat setup.cfg setup.py pyproject.toml | cksum)"
   if [ "$(cat "$dir/cfjax-stamp-${requirement//[^a-z]/}" 2>/dev/null)" != "$stamp" ]; then
     [ -x "$dir/bin/python" ] || "$python" -m venv "$dir"
     echo "installing cfjax into $dir (once; a few minutes)" >&2
