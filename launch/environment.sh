@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: makes a virtual environment once, and again when setup.cfg changes.
+# Sourced by the scripts beside it: makes virtual environments once, and again when setup.cfg changes.
 
 # make_environment DIR REQUIREMENT: DIR is the environment, REQUIREMENT what pip installs in editable mode, e.g. ".[test]".
 make_environment() {
@@ -15,4 +15,20 @@ make_environment() {
     "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$requirement"
     echo "$stamp" >"$dir/cfjax-stamp-${requirement//[^a-z]/}"
   fi
+}
+
+# make_lowest DIR: what cfjax needs, in the lowest versions that setup.cfg allows, and pytest; uv, which can tell them, is
+# in DIR/uv.
+make_lowest() {
+  local dir="$1" stamp
+  stamp="$(cat setup.cfg setup.py pyproject.toml | cksum)"
+  [ "$(cat "$dir/cfjax-stamp-lowest" 2>/dev/null)" != "$stamp" ] || return 0
+  echo "installing the lowest versions into $dir" >&2
+  rm -rf "$dir"
+  "${PYTHON:-python3}" -m venv --without-pip "$dir"
+  "${PYTHON:-python3}" -m venv "$dir/uv"
+  "$dir/uv/bin/python" -m pip install --quiet --disable-pip-version-check uv
+  "$dir/uv/bin/uv" pip install --quiet --python "$dir" --resolution lowest-direct -r setup.cfg \
+    "$(grep --only-matching --max-count=1 'pytest>=[0-9.]*' setup.cfg)"
+  echo "$stamp" >"$dir/cfjax-stamp-lowest"
 }
