@@ -32,3 +32,13 @@ make_lowest() {
     "$(grep --only-matching --max-count=1 'pytest>=[0-9.]*' setup.cfg)"
   echo "$stamp" >"$dir/cfjax-stamp-lowest"
 }
+
+# make_files DIR LIST: the packages of a requirements file, unpacked into DIR for their files alone; again when it changes.
+make_files() {
+  local dir="$1" list="$2" partial="$1.partial"
+  cmp --quiet "$list" "$dir/cfjax-list" && return 0
+  echo "fetching the files of $list into $dir" >&2
+  rm -rf "$dir" "$partial" &&
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$partial" \
+      --requirement "$list" && cp "$list" "$partial/cfjax-list" && mv "$partial" "$dir"
+}
