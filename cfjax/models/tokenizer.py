@@ -8,6 +8,7 @@ import hashlib
 import html
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +75,10 @@ class _Wrapped:
 
     def fingerprint(self) -> str:
         """A hash of the tokenizer's content: 64 hex digits."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     @property
