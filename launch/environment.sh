@@ -17,8 +17,8 @@ make_environment() {
   fi
 }
 
-# make_lowest DIR: what cfjax needs, in the lowest versions that setup.cfg allows, and pytest; uv, which can tell them, is
-# in DIR/uv.
+# make_lowest DIR: what cfjax needs, in the lowest versions that setup.cfg allows and that are there as wheels, and pytest.
+# uv, which can tell them, is in DIR/uv.
 make_lowest() {
   local dir="$1" stamp
   stamp="$(cat setup.cfg setup.py pyproject.toml | cksum)"
@@ -28,7 +28,7 @@ make_lowest() {
   "${PYTHON:-python3}" -m venv --without-pip "$dir"
   "${PYTHON:-python3}" -m venv "$dir/uv"
   "$dir/uv/bin/python" -m pip install --quiet --disable-pip-version-check uv
-  "$dir/uv/bin/uv" pip install --quiet --python "$dir" --resolution lowest-direct -r setup.cfg \
+  "$dir/uv/bin/uv" pip install --quiet --python "$dir" --only-binary :all: --resolution lowest-direct -r setup.cfg \
     "$(grep --only-matching --max-count=1 'pytest>=[0-9.]*' setup.cfg)"
   echo "$stamp" >"$dir/cfjax-stamp-lowest"
 }
