@@ -28,8 +28,16 @@ make_lowest() {
   "${PYTHON:-python3}" -m venv --without-pip "$dir"
   "${PYTHON:-python3}" -m venv "$dir/uv"
   "$dir/uv/bin/python" -m pip install --quiet --disable-pip-version-check uv
-  "$dir/uv/bin/uv" pip install --quiet --python "$dir" --only-binary :all: --resolution lowest-direct -r setup.cfg \
-    "$(grep --only-matching --max-count=1 'pytest>=[0-9.]*' setup.cfg)"
+  "$dir/bin/python" - >"$dir/requirements.txt" <<'EOF'
+from configparser import RawConfigParser
+
+setup = RawConfigParser()
+setup.read("setup.cfg")
+tests = setup["options.extras_require"]["test"].splitlines()
+print(setup["options"]["install_requires"], *(line for line in tests if line.startswith("pytest>=")), sep="\n")
+EOF
+  "$dir/uv/bin/uv" pip install --quiet --python "$dir" --only-binary :all: --resolution lowest-direct \
+    --requirements "$dir/requirements.txt"
   echo "$stamp" >"$dir/cfjax-stamp-lowest"
 }
 

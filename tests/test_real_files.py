@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfjax.__main__ import main
 from cfjax.data.sets import open_dataset
-from cfjax.data.video import ClipFormat, Unusable, read_clip, to_float
+from cfjax.data.video import ClipFormat, Unusable, read_clip
 from cfjax.models.tokenizer import clean, load_tokenizer
 from cfjax.wan_world import WanWorld
 from tests.commands import ROOT
@@ -156,7 +156,7 @@ def test_real_clips_are_precomputed(clips, world, prompts, tmp_path):
     for i in range(len(dataset)):
         name = dataset.record(i).name
         assert dataset.caption(i) == captions[name]
-        video = to_float(read_clip(clips / name, ClipFormat(17, 144, 192)))
+        video = read_clip(clips / name, ClipFormat(17, 144, 192)).astype(np.float32) / 127.5 - 1
         latents = frozen.codec.encode(jnp.asarray(video)[None])[0]
         np.testing.assert_allclose(dataset[i]["latents_FHWC"], latents, atol=2e-2)
         np.testing.assert_array_equal(dataset[i]["text_SE"], frozen.encode_prompts([captions[name]])[0])
