@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from matplotlib.figure import Figure
-from safetensors.numpy import save
 
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import path_of
+from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import named_leaves
 from cfjax.evaluate import evaluate_run
 from cfjax.experiment import META_FILE, MODEL_FILE
@@ -30,29 +29,32 @@ rounded weights and the training curves to the workdir. An older export there is
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and exports."""
     c, workdir, _ = parse("export", argv, description=DESCRIPTION, default_config="configs/export.py")
+    if workdir.exists() and not (workdir / META_FILE).exists():
+        raise UserError(f"--workdir={workdir} is not an export; choose another folder")
     run = open_run(c.run)
-    named = {name: np.asarray(leaf.astype(jnp.bfloat16)) for name, leaf in named_leaves(run.model).items()}
+    named = {name: leaf.astype(jnp.bfloat16) for name, leaf in named_leaves(run.model).items()}
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), run.model)
     run = run.__class__(**{**run.__dict__, "model": rounded})
     result = evaluate_run(run, clips=c.clips, batch=60, seed=11)
     record = {
         **read_meta(c.run),
-        "parameters": int(sum(leaf.size for leaf in named.values())),
+        "parameters": sum(leaf.size for leaf in named.values()),
         "note": c.note,
         "evaluation": {name: result[name] for name in ("summary", "network_calls", "frames_per_second")},
     }
     partial = workdir.with_name(f".{workdir.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    run.toy.save(partial)
-    (partial / MODEL_FILE).write_bytes(save(named))
-    (partial / META_FILE).write_text(json.dumps(record, indent=1))
-    curves = read_curves(path_of(c.run), every=200)
-    (partial / "curves.json").write_text(json.dumps(curves))
-    draw_curves(partial / "curves.svg", curves)
-    if workdir.exists() and not (workdir / META_FILE).exists():
-        raise UserError(f"--workdir={workdir} is not an export; choose another folder")
-    shutil.rmtree(workdir, ignore_errors=True)
-    os.rename(partial, workdir)
+    try:
+        run.toy.save(partial)
+        save_tensors(partial / MODEL_FILE, named)
+        (partial / META_FILE).write_text(json.dumps(record, indent=1))
+        curves = read_curves(path_of(c.run), every=200)
+        (partial / "curves.json").write_text(json.dumps(curves))
+        draw_curves(partial / "curves.svg", curves)
+        shutil.rmtree(workdir, ignore_errors=True)
+        os.rename(partial, workdir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     say(f"{workdir}: {record['parameters'] / 1e6:.2f} M parameters, all correct {result['summary']['all_correct']:.3f}")
     return 0
 

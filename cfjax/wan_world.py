@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,7 +185,12 @@ class WanWorld:
 
         if not self.text_cache:
             return load().encode(captions)
-        return encode_cached(load, open_cache(self.path, self.text_cache, self.text_length), captions)
+        return encode_cached(load, self._cache, captions)
+
+    @cached_property
+    def _cache(self) -> TextCache:
+        """Opened once: that reads the tokenizer, a second for umT5's."""
+        return open_cache(self.path, self.text_cache, self.text_length)
 
     def negative_text_SE(self) -> np.ndarray:
         """Text rows of the negative prompt."""

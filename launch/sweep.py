@@ -42,7 +42,7 @@ from typing import Any
 from gke import jobset
 from ml_collections import ConfigDict
 
-from cfjax.core.cli import parse
+from cfjax.core.cli import config_file, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import in_bucket, local_path, path_of, replacing
@@ -115,8 +115,8 @@ def points_of(spec: str) -> list[Point]:
     Raises:
       UserError: no such file, no sweep in it, no points, a point that is no dict, or one that comes twice.
     """
-    file, _, arg = spec.partition(":")
-    module = _module(Path(file))
+    file, arg = config_file(spec)
+    module = _module(file)
     if hasattr(module, "get_hyper"):
         given = _call(module.get_hyper, hyper, arg=arg)
     elif hasattr(module, "sweep"):
@@ -137,8 +137,6 @@ def points_of(spec: str) -> list[Point]:
 
 
 def _module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"--config: no file {path}")
     spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cfjax import experiment
 from cfjax.__main__ import main
-from cfjax.core.cli import keys_of
+from cfjax.core.cli import EMPTY, keys_of
 from cfjax.core.errors import UserError
+from cfjax.core.tuples import parse_tuple
 from cfjax.data.sets import open_dataset
 from cfjax.faithful import REFERENCE, faithful
 from cfjax.objectives.ode_regression import PairsConfig
@@ -73,6 +74,30 @@ def test_every_documented_config_builds(path, arg):
     assert experiment.sampler_of(c) and not differing_levels(c)
     if toy:
         assert experiment.shapes_of(c).frames % experiment.blocks_of(c).frames == 0
+
+
+def tuples_of(path: Path, arg: str) -> dict[str, tuple]:
+    """The tuples of a config by their keys; none of words that exclude each other."""
+    make = get_config(path)
+    try:
+        c = make(arg) if inspect.signature(make).parameters else make()
+    except UserError:
+        return {}
+    return {key: value for key, value in keys_of(c).items() if isinstance(value, tuple)}
+
+
+def test_every_tuple_can_be_given_on_the_command_line():
+    """As Python prints it, and bare; the kind of every empty one is known, and that of the same key where it is not."""
+    for path, arg in CASES:
+        for key, value in tuples_of(path, arg).items():
+            name = key.rpartition(".")[2]
+            if not value:
+                assert name in EMPTY, f"{path.stem}:{arg}: {key} is empty; tell core.cli.EMPTY what it holds"
+            elif isinstance(value[0], (str, int, float)):
+                assert type(value[0]) is EMPTY.get(name, type(value[0]))
+                assert (
+                    parse_tuple(key, str(value), value) == parse_tuple(key, ",".join(map(str, value)), value) == value
+                )
 
 
 def test_few_step_variants_change_the_objective_and_the_sampler():

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,8 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Where a user would stand: configs, miniature releases and prompts, clips with captions."""
+    """Where a user would stand, not in the checkout: miniature releases and prompts, clips with captions."""
     root = tmp_path
-    shutil.copytree(ROOT / "configs", root / "configs")
     synthetic.main(str(root))
     rng = np.random.default_rng(0)
     for name in ("clips/first", "clips/second", "new_clips/third"):

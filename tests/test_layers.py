@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "comparison": {"core", "flow", "nn", "models", "rollout", "objectives", "conversion"},
 }
 ML_COLLECTIONS_IN_LIBRARY = {"core/cli.py"}  # ConfigDict stops at the door
+# Where arrays are made contiguous for the library, which takes their memory as it lies. generate.py is to follow.
+WRITES_SAFETENSORS = {"core/tensor_files.py", "generate.py"}
 MAX_LINES = 450
 
 
@@ -83,6 +85,17 @@ def test_only_verbs_see_a_config_dict():
         f for f, tree in FILES.items() if room_of(f) and any(n.startswith("ml_collections") for n in imports(tree))
     }
     assert found <= ML_COLLECTIONS_IN_LIBRARY
+
+
+def writes_safetensors(tree: ast.Module) -> bool:
+    """Whether a file imports one of the library's writers, or all of a module that has one."""
+    names = {name for name in imports(tree) if name.split(".")[0] == "safetensors"}
+    writers = {"save", "save_file", "save_model", "serialize", "serialize_file"}
+    return any(name.split(".")[-1] in writers | {"safetensors", "numpy", "torch", "flax"} for name in names)
+
+
+def test_one_file_writes_safetensors():
+    assert {file for file, tree in FILES.items() if writes_safetensors(tree)} == WRITES_SAFETENSORS
 
 
 def test_configs_import_nothing_of_cfjax_but_presets():

@@ -1,8 +1,9 @@
 """A miniature of the folder `google/umt5-xxl` in a Wan release: the same four files and conventions, few pieces.
 
-Ids as in umT5: <pad> 0, </s> 1, <s> 2, <unk> 3, then 256 byte pieces, then text pieces, then <extra_id_*> in reverse,
-which only tokenizer.json knows. As in the release, spiece.model falls back to bytes while tokenizer.json (what
-transformers' fast tokenizer, and so the PyTorch reference, reads) has <unk> for a character it does not know.
+Ids as in umT5: <pad> 0, </s> 1, <s> 2, <unk> 3, names of parts ([eod] ...), 256 byte pieces, text pieces, then
+<extra_id_*> in reverse, which only tokenizer.json knows. As in the release, nothing is normalised but runs of spaces,
+and spiece.model falls back to bytes while tokenizer.json (what transformers' fast tokenizer, and so the PyTorch
+reference, reads) has <unk> for a character it does not know.
 """
 
 import functools
@@ -36,13 +37,14 @@ def extra_tokens() -> list[str]:
 
 
 @functools.cache
-def spiece_model() -> bytes:
+def spiece_model(normalization: str = "identity") -> bytes:
     """The trained Unigram model; deterministic."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 3), model_writer=out, model_type="unigram", vocab_size=390 - EXTRA_IDS,
         hard_vocab_limit=False, character_coverage=1.0, byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
-        normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
+        user_defined_symbols=["[eod]", "[web]"], remove_extra_whitespaces=False,
+        normalization_rule_name=normalization, num_threads=1, minloglevel=2,
     )  # fmt: skip
     return out.getvalue()
 
@@ -67,7 +69,10 @@ def write_tokenizer(folder: str | Path) -> Path:
         tokenizer = T5Converter(slow).converted()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=extra_tokens(), **SPECIAL)
     record = json.loads(fast.backend_tokenizer.to_str())
-    # As the release, which an older library wrote, has it.
+    # As the release, which an older library wrote, has them.
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    record["normalizer"] = {"type": "Sequence", "normalizers": [spaces]}
+    record["added_tokens"] = [token for token in record["added_tokens"] if token["special"]]
     record["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True}
     (folder / "tokenizer.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     added = [*SPECIAL.values(), *extra_tokens()]

@@ -8,10 +8,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from cfjax.conversion.files import INDEX, SAFETENSORS, torch_module
 from cfjax.core.lazy import LazyArray
+from cfjax.core.tensor_files import save_tensors
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -28,9 +28,7 @@ def write_safetensors(folder: Path, stem: str, arrays: Mapping[str, LazyArray], 
     where: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = f"{stem}{SAFETENSORS}" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}{SAFETENSORS}"
-        save_file(
-            {key: np.asarray(x.read(), order="C") for key, x in shard.items()}, folder / name, metadata={"format": "pt"}
-        )
+        save_tensors(folder / name, {key: x.read() for key, x in shard.items()}, {"format": "pt"})
         where |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         total = sum(x.nbytes for x in arrays.values())

@@ -14,11 +14,16 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import UnsupportedOperationError
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import local_path, path_of
+from cfjax.core.tuples import parse_tuple
 
+PACKAGE = Path(__file__).parents[1]
+# What tuples hold that configs leave empty, by the last word of their keys.
+EMPTY = {"dmd": str, "first_steps": int, "init_stages": str, "layers": int, "seeds": int, "steps": int}
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 
 
@@ -71,13 +76,30 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return value, rest
 
 
-def _config_file(spec: str) -> Path:
-    """The file of `file.py[:arg]`."""
-    path = Path(spec.partition(":")[0])
-    if not path.is_file():
-        names = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-        raise UserError(f"--config: no file {path}{_nearest(str(path), names)}")
-    return path
+def config_file(spec: str) -> tuple[Path, str]:
+    """The file and the argument of `file.py[:arg]`.
+
+    configs/NAME.py is the current folder's, or else the one that came with the package: beside it in a checkout, in it
+    where it was installed.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    name, _, arg = spec.partition(":")
+    path, places = Path(name), [Path()]
+    if path.parts[:1] == ("configs",):
+        places.append(PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent)
+    for place in places:
+        if (place / path).is_file():
+            return place / path, arg
+    near = {str(path.parent / file.name) for place in places for file in (place / path.parent).glob("*.py")}
+    raise UserError(f"--config: no file {path}{_nearest(str(path), sorted(near))}")
+
+
+def _located(spec: str) -> str:
+    """`spec` with the file that is really read."""
+    path, arg = config_file(spec)
+    return f"{path}:{arg}" if arg else str(path)
 
 
 def _load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -89,7 +111,7 @@ def _load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return values["config"].value
 
 
-def _load_plain(spec: str, path: Path) -> ConfigDict:
+def _load_plain(spec: str) -> ConfigDict:
     """The config without overrides; whatever its file raises is told with the line it came from."""
     try:
         return _load(spec)
@@ -99,6 +121,7 @@ def _load_plain(spec: str, path: Path) -> ConfigDict:
             root = root.__context__
         if isinstance(root, UserError):
             raise UserError(str(root)) from None
+        path = spec.partition(":")[0]
         line = traceback.extract_tb(root.__traceback__)[-1].lineno
         line = root.lineno if isinstance(root, SyntaxError) else line
         reason = " ".join(str(root).split())
@@ -108,19 +131,35 @@ def _load_plain(spec: str, path: Path) -> ConfigDict:
 def _load_overridden(spec: str, plain: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """The config with overrides of known keys; a value of another type is told with what stood there."""
     known = keys_of(plain)
+    given: dict[str, str] = {}  # as ml_collections reads them; of a scalar the last one holds
     for arg in overrides:
         key = _override_key(arg)
-        try:
-            value = keys_of(_load(spec, [arg]))[key]
-        except (flags.Error, TypeError, ValueError):
-            value = UserError
         old = known[key]
-        if isinstance(old, (tuple, list)) and old and value is not UserError:
-            kinds = (int, float) if isinstance(old[0], float) else type(old[0])
-            value = value if all(isinstance(item, kinds) for item in value) else UserError
-        if value is UserError:
-            raise UserError(f"{arg}: needs a value of type {type(old).__name__}, as the default {old!r}")
-    return _load(spec, overrides)
+        if isinstance(old, tuple):
+            if key in given:  # they would be joined into a longer one
+                raise UserError(f"{arg}: --config.{key} is given twice; write one --config.{key}=A,B")
+            given[key] = f"--config.{key}={_tuple_of(arg, key, old)!r}"
+        else:
+            _check_value(spec, arg, key, old)
+            given[arg.partition("=")[0].lstrip("-")] = arg
+    return _load(spec, list(given.values()))
+
+
+def _tuple_of(arg: str, key: str, old: tuple[Any, ...]) -> tuple[Any, ...]:
+    name, _, text = arg.partition("=")
+    if name.lstrip("-") != f"config.{key}":
+        raise UserError(f"{arg}: a tuple is set as a whole, as --config.{key}={','.join(map(str, old)) or 'A,B'}")
+    return parse_tuple(f"--config.{key}", text, old, EMPTY.get(key.rpartition(".")[2]))
+
+
+def _check_value(spec: str, arg: str, key: str, old: Any) -> None:
+    """Raises UserError unless the override sets a value that the key may have."""
+    try:
+        keys_of(_load(spec, [arg]))[key]
+    except UnsupportedOperationError:
+        raise UserError(f"{arg}: a value of type {type(old).__name__} can be set in the config's file only") from None
+    except (flags.Error, TypeError, ValueError, IndexError):
+        raise UserError(f"{arg}: needs a value of type {type(old).__name__}, as the default {old!r}") from None
 
 
 def _override_key(arg: str) -> str:
@@ -155,7 +194,7 @@ def _check_overrides(spec: str, config: ConfigDict, overrides: Sequence[str]) ->
 
 
 def _docstrings(path: Path) -> str:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes: list[Any] = [tree, *(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "get_config")]
     return "\n\n".join(text for text in (ast.get_docstring(node) for node in nodes) if text)
 
@@ -168,9 +207,8 @@ def _help(verb: str, description: str, own: Sequence[Flag], spec: str | None, de
         say(f"  --{flag.name}: {flag.help} ({tail})")
     if spec is None:
         return say("\nadd --config=FILE to see that config's purpose and keys")
-    path = _config_file(spec)
-    say(f"\n{spec}:\n{_docstrings(path)}\n\nkeys:")
-    for key, value in keys_of(_load_plain(spec, path)).items():
+    say(f"\n{spec}:\n{_docstrings(Path(spec.partition(':')[0]))}\n\nkeys:")
+    for key, value in keys_of(_load_plain(spec)).items():
         if not isinstance(value, ConfigDict):
             say(f"  --config.{key}={value!r}")
 
@@ -223,7 +261,7 @@ def parse(
     spec, rest = _take_config(argv)
     spec = spec or default_config
     if {"--help", "-h", "-help"} & set(rest):
-        _help(verb, description, own, spec, default_config)
+        _help(verb, description, own, spec and _located(spec), default_config)
         raise SystemExit(0)
     overrides = [arg for arg in rest if _OVERRIDE.fullmatch(arg)]
     for arg in overrides:
@@ -234,7 +272,7 @@ def parse(
     workdir = path_of(given) if bucket else local_path(given, "--workdir", f"cfjax {verb} writes to this machine")
     if spec is None:
         raise UserError("--config is missing: name an experiment, as --config=configs/NAME.py")
-    path = _config_file(spec)
-    plain = _load_plain(spec, path)
+    spec = _located(spec)
+    plain = _load_plain(spec)
     _check_overrides(spec, plain, overrides)
     return _load_overridden(spec, plain, overrides), workdir, extras

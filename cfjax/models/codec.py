@@ -7,7 +7,6 @@ projection of 8x8 patches on their principal components, 1:1 in time, fitted in 
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from cfjax.core.errors import UserError
+from cfjax.core.paths import replacing
+from cfjax.core.tensor_files import save_tensors
 
 
 class Codec(Protocol):
@@ -118,11 +118,8 @@ class PatchCodec:
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically; its header carries `describe()` as JSON."""
         tensors = {name: np.asarray(getattr(self, name), np.float32) for name in ("mean", "basis", "scale")}
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        partial.write_bytes(save(tensors, metadata={"codec": json.dumps(self.describe())}))
-        os.replace(partial, target)
+        with replacing(path) as partial:
+            save_tensors(partial, tensors, {"codec": json.dumps(self.describe())})
 
     @classmethod
     def load(cls, path: str | Path) -> "PatchCodec":

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from cfjax.core.errors import UserError
 from cfjax.core.precision import F32, Policy
+from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.tokenizer import TOKENIZER_FILE, CaptionTokenizer, TextTokenizer, load_tokenizer
 from cfjax.models.umt5 import PRESETS, UMT5, UMT5Config, encode_by_layer, make_umt5
@@ -123,7 +124,7 @@ class TextEncoder:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder / TOKENIZER_FILE)
-        save_file({k: np.asarray(v) for k, v in named_leaves(self.model).items()}, folder / WEIGHTS_FILE)
+        save_tensors(folder / WEIGHTS_FILE, named_leaves(self.model))
         about = {"format": FORMAT, "length": self.length, "config": dataclasses.asdict(self.model.config)}
         (folder / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 

@@ -6,7 +6,9 @@ every caption. A tokenizer is its `tokenizer.json`; umT5's may be given as `spie
 
 import hashlib
 import html
+import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +21,8 @@ from cfjax.core.paths import path_of
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 PAD_ID, EOS_ID = 0, 1
-TOKENIZER_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "spiece.model"
+TOKENIZER_FILE, SENTENCEPIECE_FILE, TOKENIZER_CONFIG = "tokenizer.json", "spiece.model", "tokenizer_config.json"
+SENTINELS = 300  # of umT5: <extra_id_299> ... <extra_id_0>, behind the pieces of spiece.model
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
@@ -72,6 +75,10 @@ class _Wrapped:
 
     def fingerprint(self) -> str:
         """A hash of the tokenizer's content: 64 hex digits."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     @property
@@ -190,9 +197,14 @@ def _read_json(file: Path) -> Tokenizer:
 
 
 def _read_sentencepiece(file: Path) -> Tokenizer:
-    """spiece.model as the fast tokenizer that transformers makes of it, which has no byte fallback.
+    """spiece.model as the tokenizer.json that lies beside it in umT5's release, id for id.
 
-    The sentinels (<extra_id_*>) are not in that file and so are plain text here.
+    So there is no byte fallback, whatever the file says; runs of spaces are one space, which is a piece of its own at
+    the end of a text and before a special token; those (and T5's sentinels, which the file lacks) are read in a caption
+    too. transformers 4 reads it so; its version 5 drops that space when it rebuilds the tokenizer as a T5Tokenizer.
+
+    Raises:
+      UserError: the file, or the number of sentinels beside it, cannot be read.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -206,15 +218,30 @@ def _read_sentencepiece(file: Path) -> Tokenizer:
         raise UserError(f"{file}: not a SentencePiece model ({error})") from None
     if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
         raise UserError(f"{file}: not a Unigram model, so not umT5's")
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    count = _sentinel_count(file.with_name(TOKENIZER_CONFIG))
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(count))]
+    pieces = [*((piece.piece, piece.score) for piece in proto.pieces), *((name, 0.0) for name in sentinels)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
-    for piece in proto.pieces:  # names of special tokens are recognised in the text, too
-        if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED):
-            special = piece.type != piece.USER_DEFINED
-            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=special)])
-    steps = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), SPACE)]
+    special = [piece.piece for piece in proto.pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)]
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in (*special, *sentinels)])
+    steps: list[Any] = [normalizers.Replace(Regex(" {2,}"), " ")]
     if proto.normalizer_spec.precompiled_charsmap:
         steps.insert(0, normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
     return tokenizer
+
+
+def _sentinel_count(file: Path) -> int:
+    """How many sentinels tokenizer_config.json tells of; umT5's number where that file is absent or says nothing."""
+    if not file.exists():
+        return SENTINELS
+    try:
+        count = json.loads(file.read_text(encoding="utf-8")).get("extra_ids", SENTINELS)
+    except OSError as error:
+        raise UserError(f"{file}: cannot read it ({error.strerror})") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not a tokenizer's description ({error})") from None
+    if type(count) is not int or count < 0:
+        raise UserError(f"{file}: extra_ids={count!r} is no number of sentinels")
+    return count

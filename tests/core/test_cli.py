@@ -1,9 +1,11 @@
 """The command line: what is right is read, what is wrong is one line and exit code 2."""
 
 import os
+import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from cfjax.core import distributed
 from cfjax.core.cli import Flag, parse
 from cfjax.core.errors import Temporary, UserError
 
+ROOT = Path(__file__).parents[2]
 CONFIG = '''"""A toy experiment."""
 from ml_collections import ConfigDict
 
@@ -21,7 +24,17 @@ def get_config(arg=""):
     """Expected: a loss near 0.1."""
     if arg not in ("", "big"):
         raise ValueError(f"unknown switch {arg!r}")
-    return ConfigDict({"steps": 10, "optim": {"lr": 1e-3, "nesterov": True}, "dims": (1, 2), "big": arg == "big"})
+    return ConfigDict(
+        {
+            "steps": 10,
+            "optim": {"lr": 1e-3, "nesterov": True},
+            "dims": (1, 2),
+            "big": arg == "big",
+            "colours": ("red",),
+            "seeds": (),
+            "layers": [1],
+        }
+    )
 '''
 FLAGS = (Flag("port", "where to listen", int, 8000), Flag("mode", "how", choices=("fast", "slow"), default="fast"))
 
@@ -38,9 +51,10 @@ def read(*argv: str):
 
 
 def test_config_overrides_workdir_and_flags_are_read_in_any_order(config):
-    overrides = ("--config.optim.lr=2", "--config.dims=(3,4)", "--noconfig.optim.nesterov")
+    overrides = ("--config.optim.lr=2", "--config.dims=(3,4)", "--noconfig.optim.nesterov", "--config.colours=a,b")
     values, workdir, extras = read(*overrides, f"{config}:big", "--workdir=runs/a", "--port=1", "--mode=slow")
     expected = {"steps": 10, "optim": {"lr": 2.0, "nesterov": False}, "dims": (3, 4), "big": True}
+    expected |= {"colours": ("a", "b"), "seeds": (), "layers": [1]}
     assert values.to_dict() == expected and values.is_locked
     assert workdir == Path("runs/a") and extras == {"port": 1, "mode": "slow"}
     assert read(config, "--workdir", "b")[0].optim.lr == 1e-3
@@ -60,6 +74,15 @@ def test_config_overrides_workdir_and_flags_are_read_in_any_order(config):
         (("{config}", "--config.steps=soon"), "--config.steps=soon: needs a value of type int, as the default 10"),
         (("{config}", "--config.steps=1.5"), "needs a value of type int"),
         (("{config}", "--config.dims=a"), "needs a value of type tuple"),
+        (
+            ("{config}", "--config.colours=red green"),
+            "colours=red green: .*; write --config.colours=red,green",
+        ),
+        (("{config}", "--config.colours=a", "--config.colours=b"), "--config.colours is given twice; write one"),
+        (("{config}", "--config.dims[0]=3"), r"a tuple is set as a whole, as --config.dims=1,2"),
+        (("{config}", "--noconfig.dims"), r"a tuple is set as a whole, as --config.dims=1,2"),
+        (("{config}", "--config.seeds=one,two"), r"one is not of type int; write --config.seeds=1,2, or \(\) for none"),
+        (("{config}", "--config.layers=3"), "a value of type list can be set in the config's file only"),
         (("{config}", "--config.steps"), "behind an equals sign"),
         (("{config}", "--prot=1"), "unknown flag --prot; did you mean --port"),
         (("{config}", "--port=x"), "--port=x"),
@@ -74,6 +97,67 @@ def test_what_is_wrong_is_told_in_one_line(config, tmp_path, argv, message):
     with pytest.raises(UserError, match=message) as caught:
         read(*argv)
     assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read("--config=configs/dmd.py:toy", "--workdir=x")[0].stage == "dmd"
+    assert parse("generate", ["--workdir=x"], description="", default_config="configs/generate.py")[0].fps
+    shipped = f"{ROOT / 'configs' / 'dmd.py'}:toy"
+    with pytest.raises(UserError, match=f"{shipped} has no such key"):  # which file it was
+        read("--config=configs/dmd.py:toy", "--workdir=x", "--config.stp=1")
+    with pytest.raises(UserError, match=r"no file configs/dnd.py; did you mean configs/dmd.py"):
+        read("--config=configs/dnd.py", "--workdir=x")
+    with pytest.raises(UserError, match=r"no file dmd\.py"):  # shipped are those of configs/
+        read("--config=dmd.py", "--workdir=x")
+
+
+def test_the_current_folders_config_comes_before_the_shipped_one(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "dmd.py").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    assert read("--config=configs/dmd.py:big", "--workdir=x")[0].big
+    with pytest.raises(UserError, match=r"--config.stp: configs/dmd.py has no such key"):
+        read("--config=configs/dmd.py", "--workdir=x", "--config.stp=1")
+    assert read("--config=configs/consistency.py:toy", "--workdir=x")[0].stage == "consistency"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The wheel that the project builds, unpacked."""
+    root = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    for name in ("cfjax", "configs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
+    subprocess.run([sys.executable, "-c", build], cwd=root, check=True, capture_output=True)
+    with zipfile.ZipFile(next((root / "dist").glob("*.whl"))) as wheel:
+        wheel.extractall(root / "site")
+    return root / "site"
+
+
+@pytest.mark.slow
+def test_an_installed_package_carries_its_configs(installed, tmp_path):
+    """All of the package's files and every config, and nothing of the rest, such as `configs` of everybody's name."""
+    inside = {file.relative_to(installed).as_posix() for file in installed.rglob("*") if file.is_file()}
+    code = [file for file in (ROOT / "cfjax").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    shipped = {f"cfjax/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "configs").glob("*.py")}
+    assert {name for name in inside if ".dist-info/" not in name} == shipped | {
+        file.relative_to(ROOT).as_posix() for file in code
+    }
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    for asked, told in (
+        (["train", "--config=configs/dmd.py:toy", "--help"], "cfjax/configs/dmd.py:toy:"),
+        (["generate", "--config=configs/generate.py", "--help"], "cfjax/configs/generate.py:"),
+        (["convert", "--config=configs/convert.py:dmd", "--help"], "--config.experiment.stage='dmd'"),
+    ):
+        command = [sys.executable, "-m", "cfjax", *asked]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stdout and str(ROOT) not in done.stdout
+    names = next(installed.glob("*.dist-info")) / "entry_points.txt"
+    assert "cfjax = cfjax.__main__:main" in names.read_text()
 
 
 def test_a_bucket_is_no_folder_where_a_verb_needs_one(config):
@@ -143,5 +227,5 @@ def test_a_process_that_cannot_join_may_try_again(monkeypatch, capsys, environme
 
 def test_the_module_runs_without_importing_jax():
     code = "import sys, cfjax.__main__ as m; m.main(['--help']); sys.exit('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

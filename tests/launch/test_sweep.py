@@ -68,6 +68,20 @@ def test_the_shipped_sweep_and_its_names():
     assert [point["optim.student.lr"] for point in full] == [2e-6, 2e-6, 4e-6, 4e-6]
 
 
+def test_the_shipped_sweep_is_found_from_any_folder(tmp_path, monkeypatch):
+    here = [run.name for run in sweep.runs_of(DMD, tmp_path, [])]
+    monkeypatch.chdir(tmp_path)
+    assert [run.name for run in sweep.runs_of("configs/dmd.py:toy", tmp_path, [])] == here
+    with pytest.raises(UserError, match=r"no file configs/dnd\.py; did you mean configs/dmd\.py"):
+        sweep.points_of("configs/dnd.py")
+
+
+def test_a_swept_tuple_reaches_the_config(tmp_path):
+    body = "def sweep():\n    return [{'data.shapes.colours': ('red', 'blue')}, {'data.shapes.colours': ('red',)}]\n"
+    runs = sweep.runs_of(config(tmp_path, body), tmp_path, [])
+    assert [run.config.data.shapes.colours for run in runs] == [("red", "blue"), ("red",)]
+
+
 def test_names_are_safe_and_distinct():
     keys = ["roles.student.init", "roles.critic.init", "steps"]
     assert sweep.name_of({"steps": 3}, keys) == "steps=3"

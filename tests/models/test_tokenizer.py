@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfjax.core.errors import UserError
 from cfjax.models.tokenizer import CaptionTokenizer, PieceTokenizer, clean, load_tokenizer
-from tests.tiny_tokenizer import EXTRA_IDS, vocab_size, write_tokenizer
+from tests.tiny_tokenizer import EXTRA_IDS, spiece_model, vocab_size, write_tokenizer
 
 CAPTIONS = ["A red circle moves left.", "a blue square moves up"]
 
@@ -77,6 +77,7 @@ def test_broken_files(tmp_path):
 
 
 LENGTH = 48
+SPECIAL = ("</s> <unk> <s>a<pad>b </s>", "x <extra_id_0> y", "<0x41> \u2581x \u2581\u2581")
 NASTY = (
     "A red circle moves to the right.",
     "",
@@ -89,10 +90,10 @@ NASTY = (
     "a cat \U0001f408\U0001f680\U0001f680 \U0001f9ea flies",
     "\U00010437\U00010437 \ufb01ne e\u0301 \u2460 \u00b4 \u00a8x \uff21\uff22",
     "\u0420\u0443\u0441\u0441\u043a\u0438\u0439 \u0639\u0631\u0628\u064a \ud55c\uad6d\uc5b4",
-    "</s> <unk> <s>a<pad>b </s>",
-    "<0x41> \u2581x \u2581\u2581",
+    "<0x41> x",
     "control\x00\x07\x1b[31m chars \ufffd \ufeff",
     "UPPER lower MiXeD 0123 --- !!!",
+    *SPECIAL,
     "very long " * 400,
 )
 
@@ -149,16 +150,75 @@ def test_pieces_equal_transformers(folder):
 
 def test_sentencepiece_file_alone_gives_the_same_ids(folder, folder_without_json):
     ours = load_tokenizer(folder_without_json)
-    assert ours.vocab_size == vocab_size() - EXTRA_IDS
+    assert ours.vocab_size == vocab_size()
     for given, expected in zip(ours.encode(NASTY, LENGTH), load_tokenizer(folder).encode(NASTY, LENGTH), strict=True):
         np.testing.assert_array_equal(given, expected)
-    # transformers 5 builds a T5Tokenizer from the same file, with <unk> at T5's id 2 whatever the file says.
+    # transformers 5 builds a T5Tokenizer from the same file, with <unk> at T5's id 2 whatever the file says and without
+    # the space before a special token.
     ids_BS, mask_BS = ours.encode(NASTY, LENGTH)
-    known = [i for i, row in enumerate(ids_BS) if 3 not in row]
+    known = [i for i, row in enumerate(ids_BS) if 3 not in row and NASTY[i] not in SPECIAL]
     assert len(known) > 8
     expected_ids, expected_mask = reference(AutoTokenizer.from_pretrained(folder_without_json), NASTY)
     np.testing.assert_array_equal(ids_BS[known], expected_ids[known])
     np.testing.assert_array_equal(mask_BS[known], expected_mask[known])
+
+
+def test_special_tokens_in_a_caption(folder, folder_without_json):
+    """The ids by their names: the space before a special token stays a piece, the one behind it is that word's own."""
+    names = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for one in (load_tokenizer(folder), load_tokenizer(folder_without_json)):
+        for text, expected in (
+            ("the </s>", "\u2581the \u2581 </s> </s>"),
+            ("the</s>the", "\u2581the </s> \u2581the </s>"),
+            ("the  <pad>  the", "\u2581the \u2581 <pad> \u2581the </s>"),
+            ("<extra_id_0> the <extra_id_3>", "<extra_id_0> \u2581the \u2581 <extra_id_3> </s>"),
+            ("\u2581the \u2581 the", "\u2581the \u2581 \u2581 \u2581the </s>"),
+            ("the\u00a0the\u3000\tthe ", "\u2581the \u2581the \u2581the </s>"),
+        ):
+            ids_BS, mask_BS = one.encode([text], LENGTH)
+            assert [names.id_to_token(i) for i in ids_BS[0, mask_BS[0]]] == expected.split(" "), text
+
+
+def test_any_mixture_gives_the_same_ids(folder, folder_without_json):
+    """From both files, and from transformers' fast tokenizer on the first."""
+    rng = np.random.default_rng(0)
+    parts = (
+        "the", " ", "  ", "\t", "\n", "\u00a0", "\u3000", "\u2028", "\u200b", "\u0085", "\ufeff", "\x00", "\x07",
+        "\u2581", "</s>", "<pad>", "<s>", "<unk>", "<extra_id_0>", "<extra_id_3>", "<extra_id_9>", "[eod]", "[web]",
+        "<0x41>", "</S>", "&lt;/s&gt;", "caf\u00e9", "e\u0301", "\u732b", "\uff21", "\ufb01", "\U0001f680", ".", "'",
+    )  # fmt: skip
+    texts = ["".join(rng.choice(parts, size=rng.integers(1, 9))) for _ in range(2000)]
+    expected, _ = reference(PreTrainedTokenizerFast.from_pretrained(folder), texts)
+    for place in (folder, folder_without_json):
+        np.testing.assert_array_equal(load_tokenizer(place).encode(texts, LENGTH)[0], expected)
+
+
+def test_sentinels_are_umt5s_where_nothing_tells_their_number(folder, tmp_path):
+    (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
+    alone = load_tokenizer(tmp_path)
+    assert alone.vocab_size == vocab_size() - EXTRA_IDS + 300
+    ids_BS, _ = alone.encode(["<extra_id_299> <extra_id_0>"], 4)
+    assert ids_BS[0, 0] == vocab_size() - EXTRA_IDS and ids_BS[0, 2] == alone.vocab_size - 1
+    config = tmp_path / "tokenizer_config.json"
+    for text, message in (
+        ("{", "not a tokenizer's description"),
+        ("[]", "not a tokenizer's description"),
+        ('{"extra_ids": -1}', "extra_ids=-1 is no number of sentinels"),
+        ('{"extra_ids": "4"}', "extra_ids='4' is no number of sentinels"),
+    ):
+        config.write_text(text)
+        with pytest.raises(UserError, match=rf"tokenizer_config\.json: {message}"):
+            load_tokenizer(tmp_path)
+    config.write_text("{}")
+    assert load_tokenizer(tmp_path).vocab_size == alone.vocab_size
+
+
+def test_a_model_that_normalises_does(tmp_path):
+    """umT5's does not; T5's own does."""
+    (tmp_path / "spiece.model").write_bytes(spiece_model("nmt_nfkc"))
+    tokenizer = load_tokenizer(tmp_path)
+    ids_BS, _ = tokenizer.encode(["\u2460 caf\u00e9", "1 cafe\u0301"], 16)
+    np.testing.assert_array_equal(ids_BS[0], ids_BS[1])
 
 
 def test_what_the_pieces_do_not_know(folder):
