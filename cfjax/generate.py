@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from cfjax.core.cli import parse
@@ -26,6 +25,8 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, unusable
 from cfjax.core.programs import Programs
+from cfjax.core.tensor_files import save_tensors
+from cfjax.data.captions import Columns
 from cfjax.data.requests import LATENTS, Request, read_requests
 from cfjax.evaluation.pages import SheetPages, sheet_pages
 from cfjax.evaluation.video import to_uint8, write_mp4
@@ -103,7 +104,16 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
     Raises:
       UserError: they do not fit or cannot be read, or the workdir cannot be written to or holds what would be replaced.
     """
-    requests = read_requests(c.prompt, c.prompts, image=c.image, seed=c.seed, seeds=tuple(c.seeds), videos=c.videos)
+    requests = read_requests(
+        c.prompt,
+        c.prompts,
+        image=c.image,
+        seed=c.seed,
+        seeds=tuple(c.seeds),
+        videos=c.videos,
+        columns=Columns(caption=c.prompt_column, choice=c.caption_choice),
+        encoding=c.encoding,
+    )
     check_writable(workdir)
     if not (c.resume or c.overwrite):
         check_free(workdir, asked_videos(requests, {}), latents=c.save_latents)
@@ -315,10 +325,9 @@ def write_video(c: ConfigDict, job: Job, videos: VideoSet, number: int, clips: C
         if c.save_latents:
             run = job.run
             about = {"prompt": video.prompt, "seed": str(video.seed), "run": run.name, "step": str(run.step)}
-            content = save({"latents_FHWC": clips.latents_BFHWC[row]}, metadata=about)
             with replacing(videos.folder / latents_name(video.file)) as partial_file:
-                partial_file.write_bytes(content)
-            latents = len(content)
+                save_tensors(partial_file, {"latents_FHWC": clips.latents_BFHWC[row]}, about)
+                latents = partial_file.stat().st_size
         size = write_mp4(file, clips.video_BPHWC[row], fps=c.fps, scale=c.scale)
         videos.finish(number, size, latents)
     except (OSError, av.error.FFmpegError) as error:

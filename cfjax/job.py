@@ -289,26 +289,18 @@ def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
 
 
 def _told(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int, str]]) -> str:
-    """The faults by what they are, with the rows of the prompt file that have them."""
-    word, each = _rows(c, requests)
-    places: dict[str, set[int]] = {}
+    """The faults by what they are, with where in the prompt file they are."""
+    places: dict[str, list[str]] = {}
     for n, message in sorted(faults):
-        places.setdefault(message, set()).add(n // each + 1)
+        found = places.setdefault(message, [])
+        if requests[n].place not in found:
+            found.append(requests[n].place)
     if not c.prompts and len(places) == 1:
         return next(iter(places))
     told = []
-    for message, rows in list(places.items())[:FAULTS]:
-        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-        told.append(f"{word} {min(rows)}{more}: {message}")
+    for message, (first, *rest) in list(places.items())[:FAULTS]:
+        told.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {message}")
     if len(places) > FAULTS:
         told.append(f"and {len(places) - FAULTS} more")
     broken = len({n for n, _ in faults})
     return f"{c.prompts or 'prompt'}, {broken} of {len(requests)} requests: {'; '.join(told)}"
-
-
-def _rows(c: ConfigDict, requests: Sequence[Request]) -> tuple[str, int]:
-    """How requests are numbered, and how many have one number: by rows, unless their videos differ in number."""
-    each = len(c.seeds) or c.videos
-    rows = [requests[n : n + each] for n in range(0, len(requests), each)]
-    alike = all(len(row) == each and len({(r.prompt, r.image) for r in row}) == 1 for row in rows)
-    return ("row", each) if alike else ("request", 1)

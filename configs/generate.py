@@ -37,7 +37,10 @@ def get_config(arg: str = ""):
             "expect": ConfigDict({"stage": "", "block_frames": 0}),  # what the run has to be
             # what to make
             "prompt": "A cat surfs on a wave at sunset" if wan else "a red circle moving left",  # several: a | b
-            "prompts": "",  # or a file with a row per request
+            "prompts": "",  # or a file with a row per request: .txt, .csv, .tsv, .jsonl, .json, .parquet (docs/data.md)
+            "prompt_column": "",  # of that file; "": known by its name; when it is named, other columns are passed over
+            "caption_choice": "",  # of several prompts in a row: first, longest, or the name of one
+            "encoding": "",  # of that file, if it is not UTF-8: gbk, cp1252 ...
             "negative_prompt": "",  # "": the world's own
             "videos": 1 if wan else 4,  # of each prompt
             "seed": 0,  # of a prompt's first video

@@ -335,11 +335,13 @@ def test_all_faults_of_a_file_are_told_before_the_weights_are_read(root, picture
     keys = requests(pictures, *rows, ("A cat", "text.png"), ("A bird", "half.png"), ("A fish", "away.png"))
     assert generate(root, pictures / "out", **keys) == 2
     error = capsys.readouterr().err
-    assert "requests.jsonl, 5 of 7 requests: row 2 and 1 more: " in error and error.count("\n") == 1
-    assert "half.png': " in error and "; row 3: " in error and "; row 5: " in error and error.endswith("; and 1 more\n")
+    assert "requests.jsonl, 5 of 7 requests: line 2 and 1 more: " in error and error.count("\n") == 1
+    assert (
+        "half.png': " in error and "; line 3: " in error and "; line 5: " in error and error.endswith("; and 1 more\n")
+    )
     assert not (pictures / "out").exists()
     assert generate(root, pictures / "out", videos=2, **requests(pictures, *rows[:2])) == 2
-    assert "requests.jsonl, 2 of 4 requests: row 2: image=" in capsys.readouterr().err
+    assert "requests.jsonl, 2 of 4 requests: line 2: image=" in capsys.readouterr().err
 
 
 def test_a_mended_file_goes_on_and_a_picture_counts_by_its_content(root, pictures, capsys):

@@ -182,11 +182,11 @@ def test_words_that_the_toy_never_saw_are_told_together(tmp_path, capsys, monkey
     assert generate(tmp_path / "out", prompts=tmp_path / "prompts.txt") == 2
     error = capsys.readouterr().err
     assert (
-        "prompts.txt, 16 of 24 requests: row 2 and 1 more: prompt 'a red dog moving left': this model never saw"
+        "prompts.txt, 16 of 24 requests: line 2 and 1 more: prompt 'a red dog moving left': this model never saw"
         in error
     )
-    assert "; row 4: prompt 'a red cat': this model never saw 'cat'; write" in error and error.count("\n") == 1
-    assert "; row 5: prompt: caption 'red red" in error and "has 9 tokens" in error
+    assert "; line 4: prompt 'a red cat': this model never saw 'cat'; write" in error and error.count("\n") == 1
+    assert "; line 5: prompt: caption 'red red" in error and "has 9 tokens" in error
     assert generate(tmp_path / "out", negative_prompt="blurry") == 2
     assert "negative_prompt 'blurry': this model never saw 'blurry'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

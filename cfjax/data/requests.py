@@ -5,7 +5,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ EMPTY = "prompt is empty; give --config.prompt='a red circle moving left'"
 
 @dataclass(frozen=True)
 class Request:
-    """One video: its prompt, its seed, and the picture that it begins with ("" for none)."""
+    """One video: its prompt, its seed, and the picture that it begins with ("" for none); `place` is its row."""
 
     prompt: str
     seed: int
     image: str = ""
+    place: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -76,7 +77,8 @@ def read_requests(
     Raises:
       UserError: no prompts, a broken file or line.
     """
-    plain = [_Wish(text.strip()) for text in prompt.split("|") if text.strip()]
+    texts = [text.strip() for text in prompt.split("|") if text.strip()]
+    plain = [_Wish(text, place=f"prompt {number}") for number, text in enumerate(texts, 1)]
     rows = list(_wishes(Path(file), columns, encoding)) if file else plain
     if not rows:
         raise UserError(f"{file}: no prompts in it" if file else EMPTY)
@@ -86,7 +88,7 @@ def read_requests(
     for row in rows:
         base = seed if row.seed is None else row.seed
         own = seeds if seeds and row.seed is None else tuple(range(base, base + videos))
-        out += [Request(row.prompt, s, row.image or image) for s in own]
+        out += [Request(row.prompt, s, row.image or image, row.place) for s in own]
     return out
 
 
@@ -97,6 +99,7 @@ class _Wish:
     prompt: str
     seed: int | None = None
     image: str = ""
+    place: str = ""
 
 
 def _wishes(file: Path, columns: Columns, encoding: str) -> Iterator[_Wish]:
@@ -118,7 +121,7 @@ def _wishes(file: Path, columns: Columns, encoding: str) -> Iterator[_Wish]:
             prompt = caption_of(row.values[column], columns.choice)
         except Unusable as error:
             raise UserError(f"{file}, {row.place}: {error}") from None
-        yield _Wish(prompt, _seed(file, row), _beside(file, row.values.get("image")))
+        yield _Wish(prompt, _seed(file, row), _beside(file, row.values.get("image")), row.place)
 
 
 def _seed(file: Path, row: Row) -> int | None:
