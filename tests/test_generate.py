@@ -297,7 +297,7 @@ def sized(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("file", "told"),
     [
-        ("short.mp4", "has 9 frames at 16 per second, 21 are needed"),
+        ("short.mp4", "too short: 9 of 21 frames at 16 per second"),
         ("few.npz", "holds latents (2, 4, 4, 16); needs 6 or more of (4, 4, 16)"),
         ("wide.npz", "holds latents (3, 4, 6, 16); needs 6 or more of (4, 4, 16)"),
         ("nowhere.npz", "nowhere.npz"),
