@@ -1,6 +1,8 @@
 """The house rules that code can hold: who may import whom, no print, short files, docstrings everywhere."""
 
 import ast
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +118,15 @@ def test_nobody_prints():
 def test_files_are_short():
     lengths = {file: len((PACKAGE / file).read_text().splitlines()) for file in FILES}
     assert not {file: n for file, n in lengths.items() if n > MAX_LINES}
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "findings").iterdir()))
+def test_a_finding_stands_alone(file):
+    """Pinned versions, a folder of its own, nothing of cfjax, and a note of what was seen."""
+    path = ROOT / "findings" / file
+    text = path.read_text()
+    assert path.suffix == ".sh" and os.access(path, os.X_OK) and "mktemp -d" in text and "# Output seen" in text
+    assert re.search(r"pip\" install .*==", text) and "cfjax" not in text
 
 
 def undocumented(tree: ast.Module) -> list[str]:
