@@ -84,17 +84,19 @@ def test_it_is_the_installed_package_and_its_script_runs(tmp_path):
 
 
 def test_every_lower_bound_is_what_is_installed():
-    """A bound that another package's requirement lifts is not the bound. Newer Pythons need newer ones of some."""
-    loose = {}
+    """All but those few that another package's newest release lifts. Newer Pythons need newer ones of more."""
+    loose, count = {}, 0
     for line in importlib.metadata.requires("cfjax") or []:
         wanted = Requirement(line)
         if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
             bounds = [spec.version for spec in wanted.specifier if spec.operator == ">="]
             assert len(bounds) == 1, f"{line}: needs a lower bound"
+            count += 1
             here = importlib.metadata.version(wanted.name)
             if Version(here) != Version(bounds[0]):
                 loose[wanted.name] = f"{bounds[0]} in setup.cfg, {here} installed"
-    assert not loose or sys.version_info >= (3, 12), loose
+    print(f"lifted by others: {loose or 'none'}")
+    assert count > 20 and (len(loose) <= 3 or sys.version_info >= (3, 12)), loose
 
 
 def test_every_module_is_imported():
@@ -184,12 +186,12 @@ def test_a_sentencepiece_model_is_read(tmp_path):
     assert ids_BS[0, mask_BS[0]].tolist()[-2:] == [1, 1] and 3 not in ids_BS
 
 
-def test_tables_in_parquet(tmp_path):
+def test_tables_in_parquet(world: Path, tmp_path):
     from pyarrow import Table, parquet
 
     parquet.write_table(Table.from_pylist([{"caption": CAPTION, "frames": 81}] * 5), tmp_path / "x.parquet")
-    batches = parquet.ParquetFile(tmp_path / "x.parquet").iter_batches(batch_size=2)
-    assert [row["caption"] for batch in batches for row in batch.to_pylist()] == [CAPTION] * 5
+    run("precompute", "precompute.py", source=tmp_path / "x.parquet", world=world, output=tmp_path / "set", **SIZES)
+    assert json.loads((tmp_path / "set" / "report.json").read_text())["records"] == 5
 
 
 def test_the_studys_statistics():
