@@ -1,9 +1,9 @@
 """`cfjax convert`: other people's weights into a run directory, and back out, bit for bit, one array at a time."""
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from cfjax.conversion.write import write_json
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.paths import local_path
+from cfjax.core.lock import holding
+from cfjax.core.paths import check_checkpoints, local_path, one_line, unusable
 from cfjax.core.precision import Policy
+from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.models.wan import PRESETS, WanConfig
 from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles
 from cfjax.training.streamed import write_streamed
@@ -51,31 +53,40 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--config.to={c.to!r}: use one of {', '.join(TARGETS)}")
     if not c.source:
         raise UserError("--config.source is missing: name a folder or a file")
+    if c.to == "orbax":
+        check_checkpoints(workdir)
     started = time.monotonic()
-    source = _open(c)
-    _check_free(c.to, source, workdir, c.overwrite)
-    for each in source.found:
-        _describe(each)
-    if source.ignored:
-        say(f"  left out: {', '.join(source.ignored)}")
-    total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
-    partial = workdir.with_name(f".{workdir.name}.{os.getpid()}.partial")
-    made = [folder for folder in partial.parents if not folder.exists()]
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar:
+    with holding(workdir):
+        roll_back(workdir)
+        source = _open(c)
+        _check_free(c.to, source, workdir, c.overwrite)
+        for each in source.found:
+            _describe(each)
+        if source.ignored:
+            say(f"  left out: {', '.join(source.ignored)}")
+        total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
+        with (
+            tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar,
+            _told(workdir),
+            staging(workdir) as partial,
+        ):
             tensors = _write(c, source, partial, workdir, bar.update)
-        _put(partial, workdir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+            _put(partial, workdir)
     seconds = time.monotonic() - started
     parameters = sum(x.size for each in source.found for x in each.network.arrays.values())
     size = f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.2f} MB"
     speed = f"{seconds:.1f} s, {total / 1e9 / seconds:.3f} GB/s"
     say(f"{workdir}: {tensors:,} tensors, {parameters:,} parameters, {size} in {speed}")
     return 0
+
+
+@contextmanager
+def _told(workdir: Path) -> Iterator[None]:
+    """What the disk refused, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise unusable(error)(f"{workdir}: cannot be written to ({one_line(error)}); nothing was changed") from error
 
 
 def _describe(found: Found) -> None:
@@ -244,7 +255,7 @@ def preset_of(config: WanConfig) -> str:
 def _check_free(to: str, source: Source, workdir: Path, overwrite: bool) -> None:
     """UserError if something is in the way that may not be replaced."""
     if to != "orbax":
-        there = sorted(workdir.iterdir()) if workdir.is_dir() else []
+        there = contents(workdir)
     else:
         kinds = {each.network.kind for each in source.found}
         units = [workdir / FOLDER] if "dit" in kinds else []
@@ -261,24 +272,15 @@ def _check_free(to: str, source: Source, workdir: Path, overwrite: bool) -> None
 
 def _put(partial: Path, workdir: Path) -> None:
     """Moves what was written to its place, a folder or file at a time; an existing world keeps its record and parts."""
-    if not workdir.exists():
-        workdir.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(workdir)
-        return
     units = [path for path in partial.iterdir() if path.name != WORLD]
     units += [*(partial / WORLD).iterdir()] if (partial / WORLD).is_dir() else []
-    replaced = partial / ".replaced"
-    replaced.mkdir()
-    for stale in _stale(units, workdir):
-        stale.rename(replaced / stale.name)
-    for number, path in enumerate(units):
-        target = workdir / path.relative_to(partial)
-        if target.exists() and path.name == RECORD:
-            continue
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            target.rename(replaced / str(number))
-        path.rename(target)
+    if (workdir / WORLD / RECORD).exists():
+        units = [path for path in units if path != partial / WORLD / RECORD]
+    # What tells a loader that something is there comes last.
+    units.sort(key=lambda path: (path.name == FOLDER, path.suffix == ".json", path))
+    stale = [path.name for path in _stale(units, workdir)]
+    names = [path.relative_to(partial).as_posix() for path in units]
+    place(workdir, names, stale=[name for name in stale if name not in names])
 
 
 def _stale(units: Sequence[Path], workdir: Path) -> list[Path]:

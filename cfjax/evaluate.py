@@ -2,6 +2,7 @@
 
 import json
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.paths import replacing
+from cfjax.core.paths import read_if_whole, replacing, write_atomically
 from cfjax.evaluation.guard import Collector
 from cfjax.evaluation.shapes_metrics import Factors, evaluate_shapes
 from cfjax.evaluation.tables import gather, write_table
@@ -120,15 +121,17 @@ def save_evaluation(workdir: Path, result: dict[str, Any]) -> None:
     with replacing(workdir / "samples.npz") as partial, partial.open("wb") as file:
         np.savez_compressed(file, videos=result["videos"], captions=np.array(result["captions"]))
     plain = {name: value for name, value in result.items() if name != "videos"}
-    with replacing(workdir / "evaluation.json") as partial:
-        partial.write_text(json.dumps(plain, indent=1))
+    write_atomically(workdir / "evaluation.json", json.dumps(plain, indent=1))
 
 
 def load_evaluation(workdir: Path) -> dict[str, Any] | None:
-    """What `save_evaluation` wrote, or None."""
-    if not (workdir / "evaluation.json").exists():
+    """What `save_evaluation` wrote; None where it is not there, or was cut by a power failure."""
+    result: dict[str, Any] | None = read_if_whole(workdir / "evaluation.json")
+    if result is None:
         return None
-    result = json.loads((workdir / "evaluation.json").read_text())
-    with (workdir / "samples.npz").open("rb") as file, np.load(file) as archive:
-        result["videos"] = archive["videos"]
+    try:
+        with (workdir / "samples.npz").open("rb") as file, np.load(file) as archive:
+            result["videos"] = archive["videos"]
+    except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
     return result

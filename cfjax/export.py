@@ -1,8 +1,6 @@
 """`cfjax export`: a run's averaged weights and its world as one small folder, with the record of how it was made."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.paths import path_of
+from cfjax.core.lock import holding
+from cfjax.core.paths import one_line, path_of, unusable
+from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import named_leaves
 from cfjax.evaluate import evaluate_run
@@ -23,14 +24,25 @@ from cfjax.runs import open_run
 from cfjax.training.checkpoint import read_meta
 
 DESCRIPTION = """Writes a run's averaged weights (bf16 safetensors), its codec and text encoder, an evaluation of the
-rounded weights and the training curves to the workdir. An older export there is replaced."""
+rounded weights and the training curves to the workdir. An older export there is replaced; other files stay."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and exports."""
     c, workdir, _ = parse("export", argv, description=DESCRIPTION, default_config="configs/export.py")
-    if workdir.exists() and not (workdir / META_FILE).exists():
-        raise UserError(f"--workdir={workdir} is not an export; choose another folder")
+    with holding(workdir):
+        roll_back(workdir)
+        if contents(workdir) and not (workdir / META_FILE).exists():
+            raise UserError(f"--workdir={workdir} is not an export; choose another folder")
+        try:
+            export(c, workdir)
+        except OSError as error:
+            raise unusable(error)(f"{workdir}: cannot be written to ({one_line(error)})") from error
+    return 0
+
+
+def export(c: ConfigDict, workdir: Path) -> None:
+    """Writes the run of `c`, files beside each other in `workdir`; other files there stay."""
     run = open_run(c.run)
     named = {name: leaf.astype(jnp.bfloat16) for name, leaf in named_leaves(run.model).items()}
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), run.model)
@@ -42,21 +54,16 @@ def main(argv: Sequence[str]) -> int:
         "note": c.note,
         "evaluation": {name: result[name] for name in ("summary", "network_calls", "frames_per_second")},
     }
-    partial = workdir.with_name(f".{workdir.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with staging(workdir) as partial:
         run.toy.save(partial)
         save_tensors(partial / MODEL_FILE, named)
         (partial / META_FILE).write_text(json.dumps(record, indent=1))
         curves = read_curves(path_of(c.run), every=200)
         (partial / "curves.json").write_text(json.dumps(curves))
         draw_curves(partial / "curves.svg", curves)
-        shutil.rmtree(workdir, ignore_errors=True)
-        os.rename(partial, workdir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == META_FILE, name))
+        place(workdir, names)
     say(f"{workdir}: {record['parameters'] / 1e6:.2f} M parameters, all correct {result['summary']['all_correct']:.3f}")
-    return 0
 
 
 def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
@@ -74,9 +81,12 @@ def read_curves(run: Path, *, every: int = 1) -> dict[str, list[tuple[int, float
     """name -> [(step, value)] of a run's metrics.jsonl, averaged over windows of `every` steps."""
     curves: dict[str, dict[int, list[float]]] = {}
     file = run / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
-        row: dict[str, Any] = json.loads(line)
-        step = row.pop("step")
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        try:
+            row: dict[str, Any] = json.loads(line)
+            step = row.pop("step")
+        except (ValueError, KeyError, TypeError, AttributeError):  # cut, as of a run that was killed
+            continue
         for name, value in row.items():
             curves.setdefault(name, {}).setdefault(step // every * every, []).append(value)
     return {

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.lock import holding
 from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, unusable
 from cfjax.core.programs import Programs
 from cfjax.core.tensor_files import save_tensors
@@ -79,6 +80,17 @@ def main(argv: Sequence[str]) -> int:
         default_workdir="runs/generate",
         bucket=True,
     )
+    with holding(workdir):
+        generate(c, workdir)
+    return 0
+
+
+def generate(c: ConfigDict, workdir: Path) -> None:
+    """Checks all of it, generates, writes.
+
+    Raises:
+      UserError: what was asked for cannot be met, or not be written.
+    """
     begun = time.perf_counter()
     job = open_job(c, workdir)
     videos = VideoSet(workdir, asked_videos(job.requests, job.hashes), settings(c, job))
@@ -89,13 +101,12 @@ def main(argv: Sequence[str]) -> int:
     batches = batches_of(len(job.requests), job.batch, set(todo.make))
     check_requests(c, job, [n for numbers in batches for n in numbers])
     if tell_found(found, todo, videos):
-        return 0
+        return
     seconds = {"open": time.perf_counter() - begun}
     measured = make_videos(c, job, videos, found, todo, batches, seconds)
     seconds["total"] = time.perf_counter() - begun
     kept = {name: found.settings[name] for name in MEASURED if name in found.settings}
     report(todo, workdir, videos.write(complete=True, **(measured or kept)))
-    return 0
 
 
 def open_job(c: ConfigDict, workdir: Path) -> Job:
@@ -212,7 +223,7 @@ def text_rows(c: ConfigDict, job: Job, workdir: Path) -> Iterator[TextCache]:
 
     For a workdir in a bucket they are in a temporary folder of this machine.
     """
-    world, made = job.run.world, not in_bucket(workdir) and not workdir.exists()
+    world = job.run.world
     if c.text_cache:
         folder = Path(c.text_cache)
     else:
@@ -225,8 +236,6 @@ def text_rows(c: ConfigDict, job: Job, workdir: Path) -> Iterator[TextCache]:
     finally:
         if not c.text_cache:
             shutil.rmtree(folder, ignore_errors=True)
-            if made and workdir.exists() and not any(workdir.iterdir()):
-                workdir.rmdir()
 
 
 def encode_texts(job: Job, texts: TextCache, prompts: Sequence[str]) -> float:

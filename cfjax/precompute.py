@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.paths import is_folder, local_path, path_of
+from cfjax.core.paths import is_folder, local_path, path_of, read_if_whole
 from cfjax.data.captions import Columns
 from cfjax.data.check import check_dataset
 from cfjax.data.clips import read_listing
@@ -127,22 +127,23 @@ def precompute_source(c: ConfigDict) -> Path:
     )
     shard, shards = shard_of(c)
     before = set(writer.skipped())
-    if todo := writer.todo(shard, shards):
-        if isinstance(world, WanWorld):
+    with writer.share(shard, shards) as todo:
+        if (begun := todo or writer.lacks_negative()) and isinstance(world, WanWorld):
             fill_text(world, source, (item for index in todo for item in writer.items_of(index)), c.progress)
-        writer.write_negative(world.negative_text_SE())
-    complete = ingest(
-        writer,
-        source,
-        encode_text=world.encode_prompts,
-        encode_video=encode_video,
-        shard=shard,
-        shards=shards,
-        batch_size=c.batch_size,
-        workers=c.workers,
-        progress=c.progress,
-        report=about.get("report", {}),
-    )
+        if begun:
+            writer.write_negative(world.negative_text_SE())
+        complete = ingest(
+            writer,
+            source,
+            encode_text=world.encode_prompts,
+            encode_video=encode_video,
+            shard=shard,
+            shards=shards,
+            batch_size=c.batch_size,
+            workers=c.workers,
+            progress=c.progress,
+            report=about.get("report", {}),
+        )
     _tell(writer, complete, [s for s in writer.skipped() if s not in before])
     return writer.path
 
@@ -248,7 +249,8 @@ def merge_sets(given: str, c: ConfigDict) -> Path:
     members = open_members(given.split(","), c.lmdb)
     writer = merge_writer(members, c.output, c.part_items)
     shard, shards = shard_of(c)
-    complete, twice = merge(writer, members, shard=shard, shards=shards, progress=c.progress)
+    with writer.share(shard, shards):
+        complete, twice = merge(writer, members, shard=shard, shards=shards, progress=c.progress)
     for item, earlier in twice[:SHOWN]:
         say(f"the same twice: {name_of(members, item)}, and {name_of(members, earlier)}")
     if twice:
@@ -331,7 +333,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
     """
     data = open_data(c)
     target = data_root(c) / c.output
-    if (target / MANIFEST).exists():
+    if read_if_whole(target / MANIFEST) is not None:
         _check_made(c, target)
         say(f"{target} exists already; remove it to make it anew")
         return target
@@ -345,13 +347,15 @@ def precompute_pairs(c: ConfigDict) -> Path:
     config = PairsConfig(**values)
     writer = _pairs_writer(c, data, target, config)
     shard, shards = shard_of(c)
-    todo = writer.todo(shard, shards)
-    if todo:
-        writer.write_negative(data.dataset.negative_text_SE)
-        teacher = initial_model("teacher", c.roles.teacher, data, c.seed)
-        solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
-        _solve_parts(c, data, writer, todo, partial(solve, teacher))
-    _tell(writer, writer.finish(), writer.skipped())
+    with writer.share(shard, shards) as todo:
+        if todo or writer.lacks_negative():
+            writer.write_negative(data.dataset.negative_text_SE)
+        if todo:
+            teacher = initial_model("teacher", c.roles.teacher, data, c.seed)
+            solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
+            _solve_parts(c, data, writer, todo, partial(solve, teacher))
+        complete = writer.finish()
+    _tell(writer, complete, writer.skipped())
     return target
 
 

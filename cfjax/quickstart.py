@@ -18,7 +18,8 @@ from cfjax import __version__, evaluate, precompute, train
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.paths import replacing
+from cfjax.core.lock import holding
+from cfjax.core.paths import check_checkpoints, read_if_whole, write_atomically
 from cfjax.evaluate import load_evaluation, real_clips
 from cfjax.evaluation.report import StageReport, write_report
 from cfjax.export import read_curves
@@ -92,10 +93,12 @@ def main(argv: Sequence[str]) -> int:
     )
     if c.budget not in c.budgets:
         raise UserError(f"budget={c.budget!r}: use one of {', '.join(sorted(c.budgets))}")
-    _same_settings(root, c)
-    steps = recipe(c, root)
-    seconds = run_steps(steps, root)
-    report(c, root, steps, seconds)
+    check_checkpoints(root)
+    with holding(root):
+        _same_settings(root, c)
+        steps = recipe(c, root)
+        seconds = run_steps(steps, root)
+        report(c, root, steps, seconds)
     return 0
 
 
@@ -104,10 +107,9 @@ def _same_settings(root: Path, c: ConfigDict) -> None:
     file = root / "quickstart.json"
     settings = {"budget": c.budget, "budgets": c.budgets[c.budget].to_dict()}
     record = {**settings, "teacher": c.teacher, "seed": c.seed, "layout": c.layout}
-    if file.exists() and json.loads(file.read_text()) != record:
+    if (found := read_if_whole(file)) is not None and found != record:
         raise UserError(f"{root} holds a quickstart with other settings; choose another --workdir, or remove it")
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(record, indent=1))
+    write_atomically(file, json.dumps(record, indent=1))
 
 
 def recipe(c: ConfigDict, root: Path) -> list[Step]:
@@ -144,7 +146,7 @@ def networks(c: ConfigDict) -> list[str]:
 def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
     """Runs what is not done yet; returns seconds by step, summed over interruptions."""
     file = root / "seconds.json"
-    seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    seconds: dict[str, float] = read_if_whole(file) or {}
     for step in steps:
         measured = root / "evaluation" / step.key.removeprefix(EVALUATE)
         if step.verb == "evaluate" and load_evaluation(measured) is not None:
@@ -155,8 +157,7 @@ def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
             step.run(step.argv)
         finally:
             seconds[step.key] = seconds.get(step.key, 0.0) + time.monotonic() - begun
-            with replacing(file) as partial:
-                partial.write_text(json.dumps(seconds, indent=1))
+            write_atomically(file, json.dumps(seconds, indent=1))
     return seconds
 
 

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.lock import holding
+from cfjax.core.paths import check_checkpoints, read_if_whole
 from cfjax.data.sets import open_dataset
 from cfjax.evaluate import load_evaluation
 from cfjax.evaluation.tables import gather, summarise_seeds
@@ -55,7 +57,10 @@ def main(argv: Sequence[str]) -> int:
         other = KINDS["injectivity" if kind == "ablation" else "ablation"][1]
         raise UserError(f"this config is for the other study; cfjax study {kind} takes --config={config}, not {other}")
     command = shlex.join(["cfjax", "study", *argv])
-    return {"injectivity": injectivity, "ablation": ablation}[kind](c, root, command)
+    if kind == "ablation":
+        check_checkpoints(root)
+    with holding(root):
+        return {"injectivity": injectivity, "ablation": ablation}[kind](c, root, command)
 
 
 def plan_of(c: ConfigDict) -> Plan:
@@ -113,7 +118,7 @@ def ablation(c: ConfigDict, root: Path, command: str) -> int:
     """
     record = {"budget": c.budget, "teacher": c.teacher}
     file = root / "ablation.json"
-    if file.exists() and json.loads(file.read_text()) != record:
+    if (found := read_if_whole(file)) is not None and found != record:
         raise UserError(f"{root} holds an ablation with other settings; choose another --workdir, or remove it")
     compared = _pairs_of(c)  # a misspelt recipe is told before anything is written
     write(file, json.dumps(record, indent=1))
@@ -129,7 +134,7 @@ def ablation(c: ConfigDict, root: Path, command: str) -> int:
 def _run_recipe(c: ConfigDict, name: str, folder: Path) -> None:
     """Trains and evaluates what is missing, and notes what finished it: "unknown" where it was done already."""
     steps, note = recipe(c, folder), folder / MADE
-    made: dict[str, dict[str, str]] = json.loads(note.read_text()) if note.exists() else {}
+    made: dict[str, dict[str, str]] = read_if_whole(note) or {}
     was_done = all(load_evaluation(folder / "evaluation" / network) is not None for network in networks(c))
     run_steps(steps, folder)
     if name not in made:
@@ -161,7 +166,7 @@ def report_ablation(c: ConfigDict, root: Path, command: str, compared: Mapping[s
     tables += [open_table(opened, titles)] if opened else []
     rows = [(a, b) for (a, _), (b, _) in zip(compared["Before DMD"], compared["After DMD"], strict=True)]
     found = verdicts(numbers, opened)
-    notes = {seed: json.loads((root / f"seed{seed}" / MADE).read_text()) for seed in range(c.seeds)}
+    notes = {seed: read_if_whole(root / f"seed{seed}" / MADE) or {} for seed in range(c.seeds)}
     made = {f"seed{seed} {name}": of for seed, names in notes.items() for name, of in names.items()}
     about = {"command": command, **provenance(made), "seeds": c.seeds, "budget": c.budget}
     lead = (

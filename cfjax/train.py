@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.lock import holding
+from cfjax.core.paths import check_checkpoints
 from cfjax.core.sharding import batch_rows, make_mesh, on_mesh, place, place_rows, replicated
 from cfjax.core.topology import peak_flops
 from cfjax.data.latents import LatentIterator, make_iterator
@@ -59,7 +61,9 @@ Checkpoints, TensorBoard events and metrics.jsonl go to the workdir. To resume, 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and trains."""
     c, workdir, _ = parse("train", argv, description=DESCRIPTION, bucket=True)
-    train(c, workdir, given=given_keys(argv))
+    check_checkpoints(workdir)
+    with holding(workdir):
+        train(c, workdir, given=given_keys(argv))
     return 0
 
 

@@ -5,12 +5,15 @@ nowhere else: how tensorstore names them, how a file comes to be there whole or 
 what cannot be written to a bucket as it grows (`Mirror`).
 """
 
+import errno
 import importlib.util
+import json
 import os
 import platform
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +27,7 @@ from cfjax.core.errors import Temporary, UserError
 
 BUCKET, SLASH_LOST = "gs://", "gs:/"
 PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
+_PATTERN = "*?["
 _MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError)
 
 
@@ -180,7 +184,8 @@ def kvstore(folder: Path) -> dict[str, Any]:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a local temporary path, and puts that file in the place of `path` if all went well.
 
-    A file of this machine is renamed (it lies beside `path`, whose folder is made); one for a bucket is sent.
+    A file of this machine is renamed (it lies beside `path`, whose folder is made) once its bytes are on the disk, so
+    that a power failure leaves the old one or the new one; one for a bucket is sent.
     """
     target = path_of(path)
     if in_bucket(target):
@@ -190,22 +195,91 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             _send(partial, target)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")  # other machines may write there too
     try:
         yield partial
+        to_disk(partial)
         os.replace(partial, target)
+        to_disk(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """A file whole or not at all, text in UTF-8; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_if_whole(path: Path) -> Any:
+    """What a JSON file of ours says; None where it is not there, empty or cut, as after a power failure."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def to_disk(path: Path) -> None:
+    """Returns once a file's bytes, or a folder's names, would survive a power failure (where the system can tell)."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # of folders, some file systems cannot
+            raise
+    finally:
+        os.close(opened)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a file or folder, in place of a file that is there; onto another disk, copies it and removes it here."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+        try:
+            if source.is_dir() and not source.is_symlink():
+                shutil.copytree(source, partial, symlinks=True)
+            else:
+                shutil.copy2(source, partial, follow_symlinks=False)
+            os.replace(partial, target)
+        finally:
+            remove(partial)
+        remove(source)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def move_folder(source: Path, target: Path) -> None:
-    """Renames a folder; in a bucket, file by file."""
+    """Moves a folder, whose new place is free; in a bucket, file by file."""
     if in_bucket(source):
         files, prefix = _files_of(source)
         files.mv(prefix, _files_of(target)[1], recursive=True)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
-        source.rename(target)
+        move(source, target)
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Sees whether checkpoints can be written below a folder, before anything is.
+
+    Raises:
+      UserError: not with that name. Orbax looks for the pieces of a checkpoint by a pattern that begins with its path,
+        and would find none.
+    """
+    path = str(absolute(folder))
+    if found := [mark for mark in _PATTERN if mark in path]:
+        raise UserError(
+            f"{path}: checkpoints cannot be written below a name with {' or '.join(found)}; name another folder"
+        )
 
 
 class Mirror:

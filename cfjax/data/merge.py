@@ -151,7 +151,7 @@ def merge(
       UserError: the machine does not let a record be read. A damaged one is left out, and the report says so.
     """
     todo = writer.todo(shard, shards)
-    if todo:
+    if todo or writer.lacks_negative():
         writer.write_negative(members[0].dataset.negative_text_SE)
     total = sum(len(writer.items_of(index)) for index in todo)
     ends = list(accumulate(len(member.dataset) for member in members))

@@ -23,6 +23,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from cfjax.core.errors import Temporary, UserError
+from cfjax.core.lock import holding
+from cfjax.core.paths import read_if_whole, to_disk, write_atomically
+from cfjax.core.staging import contents
 from cfjax.data.latents import read_json
 from cfjax.data.listing import ITEMS, Item, changes, hashed, unhashed
 from cfjax.data.precompute import digest
@@ -174,35 +177,49 @@ class SetWriter:
         wanted = part_items or part_size(items, at_least)
         self._job = json.loads(json.dumps({**job, "items": items, "part_items": wanted, "layout": layout.to_json()}))
         found = self._claim(listing, dict(same or {}), free={"part_items"} if not part_items else set())
-        self.part_items = int(found["part_items"])
+        self.part_items, self._made_by = int(found["part_items"]), digest(found)
 
     def _claim(
         self, listing: Sequence[Item] | None, same: Mapping[str, Callable[[Any], bool]], free: set[str]
     ) -> dict[str, Any]:
         """The record of the job that the folder was begun with, which is this one but for the keys in `free`."""
-        others = self.path.exists() and any(not _is_partial(file) for file in self.path.iterdir())
+        others = self.path.exists() and any(not _is_partial(file) for file in contents(self.path))
         if others and not (self.path / JOB).exists():  # looked for last: another process may just have begun
             raise UserError(f"output={str(self.path)!r} holds other files; choose another, or an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / JOB).exists():
-            write_atomically(self.path / JOB, json.dumps(self._job, indent=1).encode())
-        found = read_json(self.path / JOB)
+        if (found := read_if_whole(self.path / JOB)) is None:
+            self._check_parts_are_ours()
+            write_atomically(self.path / JOB, json.dumps(self._job, indent=1))
+            found = read_json(self.path / JOB)
 
         def differs(key: str) -> bool:
             one, other = found.get(key), self._job.get(key)
             return one != other and key not in free and not (key in same and same[key](one))
 
         other = sorted(filter(differs, {*found, *self._job}))
-        if listing is not None and "clips" in other and (self.path / ITEMS).exists():
-            before = unhashed(read_json(self.path / ITEMS))
-            raise UserError(f"{self.path} {changes(before, hashed(listing), self.path)}")
+        listed = read_if_whole(self.path / ITEMS) if listing is not None else None
+        if listing is not None and "clips" in other and listed is not None:
+            raise UserError(f"{self.path} {changes(unhashed(listed), hashed(listing), self.path)}")
         if other:
             raise UserError(
                 f"{self.path} was begun with another {', '.join(other)}; remove it, or choose another output"
             )
-        if listing is not None and not (self.path / ITEMS).exists():
-            write_atomically(self.path / ITEMS, json.dumps(hashed(listing), ensure_ascii=False).encode())
+        if listing is not None and listed is None:
+            write_atomically(self.path / ITEMS, json.dumps(hashed(listing), ensure_ascii=False))
         return found
+
+    def _check_parts_are_ours(self) -> None:
+        """Where job.json is not there, empty or cut, the parts say what job they are of.
+
+        Raises:
+          UserError: one is of another job, or of a version that did not note it.
+        """
+        records = map(read_if_whole, self.path.glob("part-*.json"))
+        if any(record and record.get("job") != digest(self._job) for record in records):
+            raise UserError(
+                f"{self.path / JOB}: empty or cut, and there are parts that this command did not begin; put it back, "
+                "remove the folder, or choose another output"
+            )
 
     @property
     def parts(self) -> int:
@@ -220,10 +237,8 @@ class SetWriter:
     def done(self, index: int) -> bool:
         """Whether a part is there, whole."""
         file, about = self._names(index)
-        if not about.exists():
-            return False
-        record = read_json(about)
-        return not record["records"] or not part_fault(file, record)
+        record = read_if_whole(about)
+        return record is not None and (not record["records"] or not part_fault(file, record))
 
     def todo(self, shard: int = 0, shards: int = 1) -> list[int]:
         """The parts that this process still has to make.
@@ -234,6 +249,21 @@ class SetWriter:
         if not 0 <= shard < shards:
             raise UserError(f"shard={shard} of shards={shards}: use 0 <= shard < shards")
         return [index for index in range(shard, self.parts, shards) if not self.done(index)]
+
+    @contextmanager
+    def share(self, shard: int = 0, shards: int = 1) -> Iterator[list[int]]:
+        """The parts that this process still has to make, of which no other process makes any meanwhile.
+
+        Other shares of the same cut are made side by side. Where the job is cut anew while an older cut is at work, a
+        part may be made twice: each of them is whole, and alike.
+
+        Raises:
+          UserError: a shard out of range.
+          Temporary: another process makes this share.
+        """
+        self.todo(shard, shards)
+        with holding(self.path, f".shard-{shard}-of-{shards}.lock", each=True):
+            yield self.todo(shard, shards)
 
     @contextmanager
     def part(self, index: int) -> Iterator[Part]:
@@ -247,22 +277,31 @@ class SetWriter:
                 raise ValueError(f"part {index}: items {sorted(part.missing())} were neither added nor skipped")
             part.close()
             size = partial.stat().st_size
-            record: dict[str, Any] = {"file": file.name, "records": part.records}
+            record: dict[str, Any] = {"file": file.name, "records": part.records, "job": self._made_by}
             record |= {"bytes": size if part.records else 0, **part.notes}
             if part.records:
+                to_disk(partial)
                 os.replace(partial, file)
             skipped = [asdict(s) for s in sorted(part.skipped, key=lambda s: s.item)]
-            write_atomically(about, json.dumps({**record, "skipped": skipped}, ensure_ascii=False).encode())
+            write_atomically(about, json.dumps({**record, "skipped": skipped}, ensure_ascii=False))
         finally:
             try:
                 part.close()
             finally:
                 partial.unlink(missing_ok=True)
 
+    def lacks_negative(self) -> bool:
+        """Whether the negative prompt's rows are not there, empty or cut."""
+        try:
+            np.load(self.path / NEGATIVE_TEXT, allow_pickle=False)
+        except (FileNotFoundError, EOFError, ValueError):
+            return True
+        return False
+
     def write_negative(self, text_SE: np.ndarray) -> None:
         """Stores the negative prompt's real rows, once, in float32."""
         file = self.path / NEGATIVE_TEXT
-        if not file.exists():
+        if self.lacks_negative():
             buffer = io.BytesIO()
             np.save(buffer, np.asarray(trim_text(text_SE), np.float32))
             write_atomically(file, buffer.getvalue())
@@ -274,7 +313,7 @@ class SetWriter:
     def skipped(self) -> list[Skipped]:
         """What was left out in the parts that are done, in the source's order."""
         abouts = [self._names(index)[1] for index in range(self.parts)]
-        return [Skipped(**entry) for about in abouts if about.exists() for entry in read_json(about)["skipped"]]
+        return [Skipped(**entry) for about in map(read_if_whole, abouts) if about for entry in about["skipped"]]
 
     def finish(self, **told: Any) -> bool:
         """Publishes the set if all its parts are there; every process may try, and may try again.
@@ -299,7 +338,7 @@ class SetWriter:
             **told,
             "skipped": list(map(asdict, skipped)),
         }
-        write_atomically(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+        write_atomically(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
         if not records:
             raise UserError(f"{self.path}: none of {self.items} items can be used; the first: {skipped[0].reason}")
         manifest = {
@@ -311,7 +350,7 @@ class SetWriter:
             **self._description,
             "source_sha256": digest(self._description.get("source", {})),
         }
-        write_atomically(self.path / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         for stale in filter(_is_partial, self.path.iterdir()):
             stale.unlink(missing_ok=True)
         return True
@@ -325,10 +364,3 @@ def _beside(file: Path) -> Path:
 def _is_partial(file: Path) -> bool:
     """Whether `_beside` made the name."""
     return fnmatch(file.name, ".*.partial")
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """The file whole or not at all."""
-    partial = _beside(file)
-    partial.write_bytes(data)
-    os.replace(partial, file)

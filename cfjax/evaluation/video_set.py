@@ -23,7 +23,7 @@ from cfjax.data.requests import Request
 from cfjax.evaluation.pages import PAGE_NAME, sheet_pages
 
 SETTINGS, DONE = "settings.json", "videos.jsonl"
-_HALF = re.compile(r"\.(settings\.json|videos\.jsonl|.+\.(mp4|safetensors|png))\.\d+\.partial")  # see `replacing`
+_HALF = re.compile(r"\.(settings\.json|videos\.jsonl|.+\.(mp4|safetensors|png))\.[0-9a-f]+\.partial")  # see `replacing`
 _ASIDE = ".moving."
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.core.paths import replacing
+from cfjax.core.paths import read_if_whole, write_atomically
 from cfjax.flow.path import add_noise
 from cfjax.flow.schedule import sigma_table
 from cfjax.models.wan import embed_text, teacher_forced
@@ -224,21 +224,19 @@ def run(plan: Plan, workdir: Path, told: Callable[[str], None], made: Mapping[st
     folder = workdir / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     record, asked = folder / "plan.json", json.loads(json.dumps({"format": FORMAT, **asdict(plan)}))
-    if record.exists() and {**json.loads(record.read_text()), "seeds": plan.seeds} != asked:
+    if (before := read_if_whole(record)) is not None and {**before, "seeds": plan.seeds} != asked:
         raise UserError(
             f"{folder} holds a study of other settings or of another version; choose another --workdir, or remove it"
         )
-    with replacing(record) as partial_file:
-        partial_file.write_text(json.dumps(asked, indent=1))
+    write_atomically(record, json.dumps(asked, indent=1))
 
     def part(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         file = folder / f"{name}.json"
-        if not file.exists():
+        if (found := read_if_whole(file)) is None:
             told(name)
-            found = {"made": dict(made), **make()}
-            with replacing(file) as partial_file:
-                partial_file.write_text(json.dumps(found, indent=1))
-        return json.loads(file.read_text())
+            write_atomically(file, json.dumps({"made": dict(made), **make()}, indent=1))
+            found = read_if_whole(file)
+        return found
 
     out = {
         "linear": part("linear", linear_part),
