@@ -27,7 +27,7 @@ from cfjax.core.errors import Temporary, UserError
 
 BUCKET, SLASH_LOST = "gs://", "gs:/"
 PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
-_PATTERN = "*?["
+_PATTERN = "*?[\\"
 _MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError)
 
 
