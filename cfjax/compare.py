@@ -4,7 +4,6 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from cfjax.comparison.report import Check, exit_code, pick, run_checks, table, t
 from cfjax.core.cli import Flag, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.paths import is_folder, path_of
+from cfjax.core.paths import is_folder, path_of, write_atomically
 from cfjax.core.precision import F32
 from cfjax.experiment import META_FILE, load_shipped
 from cfjax.models.wan import Wan, WanConfig
@@ -69,7 +68,6 @@ def main(argv: Sequence[str]) -> int:
     chosen = pick(checks_of(flags["against"], flags["reference_dir"]), flags["only"])
     case = open_case(c, flags["seed"], flags["tolerance"])
     file = Path(flags["json"] or workdir / "compare.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     say(f"cfjax on {device.device_kind} against {flags['against']}, weights: {_whose(c)}")
     # Accelerators multiply float32 matrices in fewer bits unless they are told not to.
@@ -85,9 +83,7 @@ def main(argv: Sequence[str]) -> int:
         "versions": versions(),
         "seconds": seconds,
     }
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(to_json(rows, meta), encoding="utf-8")
-    os.replace(unfinished, file)
+    write_atomically(file, to_json(rows, meta))
     say(table(rows))
     say(f"{verdict(rows)}; {file}")
     return exit_code(rows)

@@ -1,7 +1,6 @@
 """`cfjax plan`: compiles an experiment's real updates for a machine that need not be there, and says what they cost."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.paths import write_atomically
 from cfjax.core.sharding import abstract_mesh, batch_places, batch_sharding, make_mesh, on_mesh, replicated
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
 from cfjax.experiment import blocks_of, branch_config, dmd_config, optimizers_of, stage_of
@@ -349,8 +349,5 @@ def record(file: Path, argv: Sequence[str], c: ConfigDict, plans: Sequence[Plan]
         "config": json.loads(c.to_json()),
         "plans": entries,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    os.replace(unfinished, file)
+    write_atomically(file, json.dumps(made, indent=1))
     say(f"{file}")

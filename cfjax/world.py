@@ -7,7 +7,6 @@ the world's fingerprint.
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 
 from cfjax.core.errors import UserError
 from cfjax.core.once import make_once
+from cfjax.core.paths import to_disk, write_atomically
 from cfjax.data.shapes import ShapesConfig, ShapesSource, all_captions, caption, draw_factors, render
 from cfjax.models.codec import PatchCodec, fit_patch_codec
 from cfjax.models.text import TextEncoder
@@ -42,9 +42,9 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         self.codec.save(folder / "codec.safetensors")
         self.text.save(folder)
-        partial = folder / f".world.json.{os.getpid()}"
-        partial.write_text(json.dumps({"shapes": self.shapes.to_json()}, indent=1))
-        os.replace(partial, folder / "world.json")
+        for file in folder.iterdir():
+            to_disk(file)
+        write_atomically(folder / "world.json", json.dumps({"shapes": self.shapes.to_json()}, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "World":

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cfjax.core.errors import Temporary, UserError
+from cfjax.core.paths import to_disk
 
 MANIFEST_VERSION = 1
 EncodeCaptions = Callable[[list[str]], np.ndarray]
@@ -172,6 +173,8 @@ class LatentWriter:
             "source_sha256": digest(self._description.get("source", {})),
         }
         (self._partial / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        for file in self._partial.iterdir():
+            to_disk(file)
         self._check_free()
         aside = self._partial.with_name(self._partial.name + ".old")
         if self.path.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfjax.core.errors import UserError
-from cfjax.core.paths import path_of, replacing
+from cfjax.core.paths import path_of, write_atomically
 from cfjax.evaluation.results import plain
 
 EVALUATION = "evaluation.json"
@@ -91,6 +91,5 @@ def write_table(
     rows = {key: {"seeds": len(found), "numbers": summarise_seeds(found)} for key, found in evaluations.items()}
     text, folder = markdown(rows, titles or {}), path_of(folder)
     for name, content in (("table.json", json.dumps(plain(rows), indent=1)), ("table.md", text)):
-        with replacing(folder / name) as partial:
-            partial.write_text(content + "\n")
+        write_atomically(folder / name, content + "\n")
     return text

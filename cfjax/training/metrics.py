@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from cfjax.core.errors import UserError
-from cfjax.core.paths import Mirror, path_of
+from cfjax.core.paths import Mirror, path_of, write_atomically
 
 JSONL = "metrics.jsonl"
 PERFORMANCE = "performance.jsonl"  # what differs from machine to machine and from run to run
@@ -50,9 +49,7 @@ def _drop_from(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept))
 
 
 class EventWriter:
