@@ -224,6 +224,18 @@ def test_a_failure_in_the_middle_leaves_nothing(release, tmp_path, capsys, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_there_is_written_into(release, tmp_path):
+    """A mount point, or a link to another disk: it stays one, with what lies there, and nothing is put beside it."""
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    for to in ("orbax", "safetensors"):
+        source = release if to == "orbax" else tmp_path / "run"
+        workdir = tmp_path / "run" if to == "orbax" else tmp_path / "run" / "world" / "out"
+        assert convert(source, workdir, to=to, parts="dit,vae,text_encoder") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "run"] and (tmp_path / "run").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoints", "lost+found", "world"]
+
+
 def test_overwriting(root, run, tmp_path):
     path = synthetic.write_causal_forcing_pt(tmp_path / "x.pt", ("generator",), seed=20)
     assert convert(path, tmp_path / "out", "dmd", world=run / "world") == 0

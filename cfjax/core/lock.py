@@ -20,7 +20,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 from jax.experimental import multihost_utils
 
 from cfjax.core.errors import Temporary
-from cfjax.core.paths import in_bucket, make_folder, one_line, unusable
+from cfjax.core.paths import check_writable, in_bucket, make_folder, one_line, unusable
 
 LOCK = ".lock"
 LEASE_SECONDS = 60.0  # NFS may keep what it knows of a file for as long
@@ -71,6 +71,7 @@ def holding(folder: Path, name: str = LOCK, *, each: bool = False) -> Iterator[N
 
 
 def _acquire(lock: SoftFileLease, folder: Path) -> None:
+    check_writable(folder)
     try:
         make_folder(folder)
         watch = _Watch(lock)

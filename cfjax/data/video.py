@@ -166,7 +166,8 @@ def _packet_extent(container: InputContainer, stream: VideoStream) -> _Extent | 
 def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """A file and its stream of pictures; whatever goes wrong in reading it is Unusable."""
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        # Of a relative path FFmpeg would take what stands before a colon for a protocol.
+        with av.open(str(Path(path).absolute()), metadata_errors="replace") as container:
             yield container, _stream(container)
     except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())

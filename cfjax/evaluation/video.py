@@ -123,7 +123,8 @@ def write_mp4(path: str | Path, video_PHWC: np.ndarray, fps: float, scale: int =
 
 def _encode(path: Path, frames: np.ndarray, rate: Fraction) -> None:
     options = {"movflags": "faststart"}
-    with av.open(str(path), "w", format="mp4", options=options) as container:
+    # Of a relative path FFmpeg would take what stands before a colon for a protocol.
+    with av.open(str(path.absolute()), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "medium", **_X264})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

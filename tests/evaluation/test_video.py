@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cfjax.core.errors import UserError
+from cfjax.data.requests import read_video_end
 from cfjax.evaluation.video import (
     SHEET_PIXELS,
     check_mp4,
@@ -39,6 +40,16 @@ def bouncing(count: int = 1, frames: int = 9, size: int = 16) -> np.ndarray:
 def decode(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("folder", ["a:b", "pipe:1", "-a", "a%03d"])
+def test_a_folder_may_be_called_anything(tmp_path, monkeypatch, folder):
+    """FFmpeg has other uses for such names, in paths from here."""
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir()
+    write_mp4(Path(folder) / "clip.mp4", bouncing()[0], 8)
+    assert read_frames(Path(folder) / "clip.mp4", [0, 8], 16, 16, 1).shape == (2, 16, 16, 3)
+    assert read_video_end(f"{folder}/clip.mp4", 5, 16, 16, 8, "cover").shape == (5, 16, 16, 3)
 
 
 def test_to_uint8_clamps_and_truncates_as_the_reference_does():
