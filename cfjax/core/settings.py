@@ -6,13 +6,13 @@ Words (`objective.weighting`), and what numbers must be beside data or weights, 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cfjax.core.errors import UserError
 
 INT32 = 2**31 - 1  # JAX counts in these
-FLOAT32 = 3.4028234e38  # and computes in these
+FLOAT32, TINY = 3.4028234e38, 1.1754944e-38  # and computes in these
 SIDE = 16384  # pixels; H.264 takes no more
 FRAMES = 1_000_000  # of a video: hours
 LEVELS = 1000  # noise levels that the networks know
@@ -23,33 +23,35 @@ class Range:
     """The numbers from `low` to `high`; of a tuple each.
 
     Attributes:
-      low, high: ends, themselves allowed unless `above` and `below`.
+      low, high: ends, themselves allowed unless `below`.
       whole: no fractions.
-      above, below: more than `low`, less than `high`.
+      below: less than `high`.
       length: of a tuple; 0: any.
+      zero: 0 too, which turns off.
     """
 
     low: float
     high: float
     whole: bool = False
-    above: bool = False
     below: bool = False
     length: int = 0
+    zero: bool = False
 
     def holds(self, number: float) -> bool:
         """Whether `number` is one of them; NaN never is."""
         if self.whole and not isinstance(number, int):
             return False
-        low = self.low < number if self.above else self.low <= number
-        return low and (number < self.high if self.below else number <= self.high)
+        if self.zero and number == 0:
+            return True
+        return self.low <= number and (number < self.high if self.below else number <= self.high)
 
     def __str__(self) -> str:
         if self.low == -FLOAT32:
             return "a finite number"
         bounded = self.high not in (INT32, FLOAT32)
-        if bounded and not self.above and not self.below:
-            return f"{self.low:g} to {_plain(self.high)}"
-        low = f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
+        if bounded and self.low != TINY and not self.below:
+            return f"{'0, or ' if self.zero else ''}{self.low:g} to {_plain(self.high)}"
+        low = "more than 0" if self.low == TINY else f"{self.low:g} or more"
         return low + (f", {'less than' if self.below else 'at most'} {_plain(self.high)}" if bounded else "")
 
 
@@ -68,13 +70,14 @@ def real(low: float = -FLOAT32, high: float = FLOAT32, *, below: bool = False) -
 
 
 def positive(high: float = FLOAT32, *, below: bool = False, length: int = 0) -> Range:
-    """Numbers above 0."""
-    return Range(0.0, high, above=True, below=below, length=length)
+    """Numbers above 0, in float32 too."""
+    return Range(TINY, high, below=below, length=length)
 
 
 Rules = list[tuple[str, Range]]
 SHARE, SEED, STEPS = real(0.0, 1.0), whole(0, 2**32 - 1), whole(1, LEVELS)  # keys beyond 2**32 would be others' again
-GUIDANCE = real(-1000.0, 1000.0)
+SHIFT, GUIDANCE = real(0.001, 1000.0), real(-1000.0, 1000.0)  # a smaller shift leaves no noise levels
+SHIFT_OR_OWN = replace(SHIFT, zero=True)
 FPS = real(0.001, 1000.0)  # the rates that a video file can state
 PARTS: Rules = [("part_items", whole(0)), ("shard", whole(-1)), ("shards", whole(0))]
 
@@ -101,8 +104,8 @@ EXPERIMENT: Rules = [
     (r"roles\..*\.branch\.num_class", whole(1)),
     # the losses
     (r"objective\.(steps|first_steps|solver_steps|history_steps|bagger_steps)", STEPS),
-    (r"objective\.(shift|score_shift|history_shift)", positive(1000.0)),
-    (r"objective\.score_table_shift", real(0.0, 1000.0)),
+    (r"objective\.(shift|score_shift|history_shift)", SHIFT),
+    (r"objective\.score_table_shift", SHIFT_OR_OWN),
     (r"objective\.((real|fake|bagger)_)?guidance|objective\.sid_alpha", GUIDANCE),
     (r"objective\.(text_dropout|context_noise)", real(0.0, 1.0, below=True)),
     (r"objective\.bagger", SHARE),
@@ -123,7 +126,7 @@ EXPERIMENT: Rules = [
     (r"ema\..*\.start", whole(0)),
     # the samples
     (r"sampler\.(steps|first_steps)", STEPS),
-    (r"sampler\.shift", positive(1000.0)),
+    (r"sampler\.shift", SHIFT),
     (r"sampler\.guidance", GUIDANCE),
 ]
 
@@ -156,7 +159,7 @@ RULES: dict[str, Rules] = {
         (r"expect\.block_frames", whole(0)),
         (r"sampler\.(steps|first_steps)", STEPS),
         (r"sampler\.solver_steps", whole(0, LEVELS)),
-        (r"sampler\.shift", real(0.0, 1000.0)),
+        (r"sampler\.shift", SHIFT_OR_OWN),
         (r"sampler\.guidance", GUIDANCE),
         ("fps", FPS),
         ("scale", whole(1, SIDE)),
@@ -220,6 +223,8 @@ def _fault(value: Any, numbers: Sequence[float], allowed: Range) -> str:
         return f"use a whole number, {allowed}"
     if all(map(allowed.holds, numbers)):
         return ""
+    if allowed.low == TINY and 0 < min(numbers) < TINY:
+        return "use more; that is 0 in float32"
     most = f", at most {_plain(allowed.high)}" if allowed.high == INT32 and max(numbers) > INT32 else ""
     return f"use {allowed}{most}"
 
