@@ -17,7 +17,8 @@ fail() {
   echo "launch/slurm.sh: $*" >&2
   exit 2
 }
-whole() { [[ "$2" =~ ^[0-9]+$ ]] || fail "--$1=$2: must be a whole number"; }
+source launch/options.sh
+plain "$@"
 
 name=cfjax nodes=1 gpus=8 cpus=8 time=24:00:00 grace=300 restarts=100 log=logs array="" parallel=0 dry="" extra=()
 while [ $# -gt 0 ]; do
@@ -34,18 +35,24 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-for key in nodes gpus cpus grace restarts parallel; do whole "$key" "${!key}"; done
-[ "$nodes" -gt 0 ] || fail "--nodes=$nodes: at least 1"
+for key in nodes cpus grace; do whole "$key" 1; done
+for key in gpus restarts parallel; do whole "$key" 0; done
+for key in name time log; do
+  [ -n "${!key}" ] || fail "--$key is empty"
+  word "$key" '[^[:space:]"'"'"'\\#]+' "no spaces, quotes, \\ and #, which an #SBATCH line would cut"
+done
 if [ -n "$array" ]; then
   [ $# -eq 0 ] || fail "--array=$array holds the commands; none may stand behind --"
-  [ -s "$array" ] || fail "--array=$array: no such file, or an empty one"
+  [ -f "$array" ] && [ -s "$array" ] || fail "--array=$array: no such file, or an empty one"
 else
   [ $# -gt 0 ] || fail "no command behind --, as in -- cfjax train --config=configs/dmd.py --workdir=/shared/runs/dmd"
 fi
 
 tasks=$((gpus > 0 ? gpus : 1))
+commands="$*"
+[ -z "$array" ] || commands="$(cat -- "$array")"
 # Processes join for train and precompute only (SHARED in cfjax/__main__.py); of the rest there would be copies.
-single="$(awk '$1 == "cfjax" && $2 !~ /^(train|precompute)$/ { print $2; exit }' "${array:-/dev/stdin}" <<<"$*")"
+single="$(awk '$1 == "cfjax" && $2 !~ /^(train|precompute)$/ { print $2; exit }' <<<"$commands")"
 [ -z "$single" ] || [ $((nodes * tasks)) -eq 1 ] || fail "cfjax $single is one process's work; add --nodes=1 --gpus=1"
 
 # shellcheck disable=SC2016  # what stands in single quotes is for the batch script to expand
@@ -63,7 +70,7 @@ script() {
   echo "#SBATCH --requeue"
   echo "#SBATCH --open-mode=append"
   if [ -n "$array" ]; then
-    local last=$(($(grep -c '' "$array") - 1)) most=""
+    local last=$(($(grep -c '' <"$array") - 1)) most=""
     [ "$parallel" -eq 0 ] || most="%$parallel"
     echo "#SBATCH --array=0-$last$most"
     echo "#SBATCH --output=$log/%x-%A_%a.log"
@@ -76,7 +83,7 @@ script() {
   # An error where there is no GPU, instead of a run on CPUs.
   [ "$gpus" -eq 0 ] || echo 'export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"'
   if [ -n "$array" ]; then
-    printf 'eval "set -- $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" %q)"\n' "$(realpath "$array")"
+    printf 'eval "set -- $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" %q)"\n' "$(realpath -- "$array")"
     echo 'job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'
   else
     echo "set --$(printf ' %q' "$@")"

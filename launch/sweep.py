@@ -195,6 +195,8 @@ def runs_of(spec: str, workdir: str | Path, overrides: Sequence[str], verb: str 
         train += [f"--config.{key}={value}" for key, value in point.items()]
         config, _, _ = parse("train", train, description="", bucket=True)
         command = ["cfjax", "train", *train]
+        for word in command:  # each is a line of a file, a log, a script
+            jobset.check_plain(f"--config={spec}", word)
         if verb == "evaluate":
             command = ["cfjax", "evaluate", f"--config.run={folder}", f"--workdir={folder / 'evaluation'}"]
         runs.append(Run(name, point, folder, command, config))

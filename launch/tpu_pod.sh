@@ -22,6 +22,8 @@ fail() {
   echo "launch/tpu_pod.sh: $*" >&2
   exit 2
 }
+source launch/options.sh
+plain "$@"
 
 action="" tpu="" zone="" project="" hosts="" xpk="" cluster="" tpu_type="" image="" dry=""
 directory=cfjax device=tpu python=python3 port=8476 name=cfjax slices=1 restarts=100 grace=300 env=()
@@ -49,7 +51,13 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -n "$action" ] || fail "say what to do: setup, run, logs or stop"
-for key in port slices restarts grace; do [[ "${!key}" =~ ^[0-9]+$ ]] || fail "--$key=${!key}: must be a whole number"; done
+whole port 1 65535
+whole slices 1
+whole grace 1
+whole restarts 0
+word device 'tpu|gpu|cpu' "tpu, gpu or cpu"
+for key in directory python; do word "$key" '[^-].*' "must not begin with a dash"; done
+[ -n "$directory" ] || fail "--directory is empty: name a folder on the workers, from their home folder"
 if [ "$action" = run ]; then
   [ $# -gt 0 ] || fail "no command behind --, as in -- cfjax train --config=configs/dmd.py --workdir=/shared/runs/dmd"
 else
@@ -60,7 +68,19 @@ case "$tpu:$hosts:$xpk" in
   *) fail "name the machines by one of --tpu=NAME, --hosts=A,B or --xpk" ;;
 esac
 [ -z "$tpu" ] || [ -n "$zone" ] || fail "--tpu=$tpu needs --zone"
+machine='[A-Za-z0-9_.][A-Za-z0-9_.@:%-]*'
+word hosts "$machine(,$machine)*" "name machines with commas between them, as 10.0.0.2,me@10.0.0.3"
 IFS=, read -ra workers <<<"$hosts"
+# A path as the workers' shells are to read it: quoted, but for the home folder in front.
+quoted() {
+  # shellcheck disable=SC2088  # theirs, not this machine's
+  case "$1" in
+    "~/"?*) printf '~/%q' "${1#"~/"}" ;;
+    "~" | "~/") printf '~' ;;
+    *) printf '%q' "$1" ;;
+  esac
+}
+folder="$(quoted "$directory")"
 
 # Runs a command of this machine, or shows it.
 do_() {
@@ -116,17 +136,17 @@ fi
 case "$action" in
   setup)
     send
-    everywhere "mkdir -p $directory && tar xzf cfjax.tar.gz -C $directory && cd $directory && PYTHON=$python bash launch/setup.sh $device"
+    everywhere "mkdir -p $folder && tar xzf cfjax.tar.gz -C $folder && cd $folder && PYTHON=$(quoted "$python") bash launch/setup.sh $device"
     ;;
   run)
     # Cloud TPU machines ask their metadata server who the others are, and whether they are to be maintained; without a
     # TPU a run there is an error. The run outlives the connection.
     about=http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event
-    [ -z "$tpu" ] || env=(CFJAX_DISTRIBUTED=auto JAX_PLATFORMS=tpu,cpu "CFJAX_MAINTENANCE_URL=$about" ${env[@]+"${env[@]}"})
+    [ -z "$tpu" ] || env=(CFJAX_DISTRIBUTED=auto "JAX_PLATFORMS=tpu,cpu" "CFJAX_MAINTENANCE_URL=$about" ${env[@]+"${env[@]}"})
     variables="$([ ${#env[@]} -eq 0 ] || printf ' %q' "${env[@]}")"
     alone="{ ! kill -0 \$(cat logs/run.pid 2>/dev/null) 2>/dev/null || { echo 'a run is there already: stop it first' >&2; false; }; }"
-    everywhere "cd $directory && mkdir -p logs && $alone && { nohup env$variables bash launch/worker.sh$(printf ' %q' "$@") >logs/run.log 2>&1 </dev/null & echo \$! >logs/run.pid; }"
+    everywhere "cd $folder && mkdir -p logs && $alone && { nohup env$variables bash launch/worker.sh$(printf ' %q' "$@") >logs/run.log 2>&1 </dev/null & echo \$! >logs/run.pid; }"
     ;;
-  logs) everywhere "tail -n 20 $directory/logs/run.log" ;;
-  stop) everywhere "kill -TERM \$(cat $directory/logs/run.pid)" ;;
+  logs) everywhere "tail -n 20 $folder/logs/run.log" ;;
+  stop) everywhere "kill -TERM \$(cat $folder/logs/run.pid)" ;;
 esac

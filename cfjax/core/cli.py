@@ -5,6 +5,7 @@ Every mistake becomes a `UserError` of one line that names what is wrong and wha
 
 import ast
 import difflib
+import os
 import re
 import traceback
 from collections.abc import Iterable, Sequence
@@ -18,12 +19,14 @@ from ml_collections.config_flags.config_flags import UnsupportedOperationError
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.paths import local_path, path_of
+from cfjax.core.paths import in_bucket, local_path, path_of
+from cfjax.core.settings import check_settings
 from cfjax.core.tuples import parse_tuple
 
 PACKAGE = Path(__file__).parents[1]
 # What tuples hold that configs leave empty, by the last word of their keys.
 EMPTY = {"dmd": str, "first_steps": int, "init_stages": str, "layers": int, "seeds": int, "steps": int}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # would break lines of messages and of scripts
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 
 
@@ -234,6 +237,26 @@ def _own_values(verb: str, argv: list[str], own: Sequence[Flag]) -> dict[str, An
     return out
 
 
+def _workdir(given: str, verb: str, bucket: bool) -> Path:
+    """The folder of `--workdir`, which need not be there yet; `.` and `..` by their own names.
+
+    Raises:
+      UserError: it is no place for a run.
+    """
+    if not given.strip() or _CONTROL.search(given):
+        raise UserError(f"--workdir={given!r}: name a folder, as --workdir=runs/NAME")
+    path = path_of(given) if bucket else local_path(given, "--workdir", f"cfjax {verb} writes to this machine")
+    if in_bucket(path):
+        return path
+    whole = path.resolve() if path.name in ("", "..") else path
+    if whole == Path(whole.anchor):
+        raise UserError(f"--workdir={given}: a run has a folder of its own, as --workdir=runs/NAME")
+    there = next((part for part in (whole, *whole.parents) if os.path.lexists(part)), Path())
+    if not there.is_dir():
+        raise UserError(f"--workdir={given}: {there} is a file, or leads nowhere; name a folder")
+    return whole
+
+
 def parse(
     verb: str,
     argv: Sequence[str],
@@ -253,7 +276,8 @@ def parse(
       bucket: whether the workdir may be in a bucket (`core.paths`).
 
     Raises:
-      UserError: a missing file, an unknown key or flag, a value of the wrong type, a required flag that is absent.
+      UserError: a missing file, an unknown key or flag, a value of the wrong type or out of its range
+        (`core.settings`), a required flag that is absent, a workdir that cannot be one.
       SystemExit: after `--help`.
     """
     about = "folder of this run" + (", here or in a bucket (gs://BUCKET/FOLDER)" if bucket else "")
@@ -268,11 +292,12 @@ def parse(
         if "=" not in arg and not arg.lstrip("-").startswith("noconfig."):
             raise UserError(f"{arg}: write the value behind an equals sign, as {arg}=value")
     extras = _own_values(verb, [arg for arg in rest if arg not in overrides], own)
-    given = extras.pop("workdir")
-    workdir = path_of(given) if bucket else local_path(given, "--workdir", f"cfjax {verb} writes to this machine")
+    workdir = _workdir(extras.pop("workdir"), verb, bucket)
     if spec is None:
         raise UserError("--config is missing: name an experiment, as --config=configs/NAME.py")
     spec = _located(spec)
     plain = _load_plain(spec)
     _check_overrides(spec, plain, overrides)
-    return _load_overridden(spec, plain, overrides), workdir, extras
+    config = _load_overridden(spec, plain, overrides)
+    check_settings(verb, keys_of(config) | {f"--{name}": value for name, value in extras.items()})
+    return config, workdir, extras

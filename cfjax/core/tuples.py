@@ -4,6 +4,7 @@ Left to `ml_collections`, unquoted words with a comma between them would become 
 """
 
 import ast
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -87,6 +88,8 @@ def _value(item: str, kind: type | None) -> Any:
         value = item
     if kind is float and type(value) is int:
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):  # the reader of configs would take it for a word
+        raise NoTuple(f"{item} is no finite number")
     if value is None or (kind is not None and type(value) is not kind):
         raise NoTuple(f"{item} is not of type {kind.__name__}" if kind else f"{item} is no entry")
     return value

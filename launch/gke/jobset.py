@@ -18,6 +18,7 @@ import re
 import string
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from cfjax.core.errors import UserError
 
 HERE = Path(__file__).parent
 PORT = 8476
+LEAST = {"slices": 1, "nodes": 1, "grace": 1}  # of the other numbers 0
 TPUS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
 
 
@@ -59,9 +61,10 @@ def manifest(name: str, command: Sequence[str], machines: Machines) -> dict[str,
     """The JobSet that runs `command` on every host of `machines`.
 
     Raises:
-      UserError: a name that Kubernetes refuses; a slice that is not one; neither or both of tpu and gpu; a variable
-        without a value; a verb that is one process's, on several hosts.
+      UserError: a name that Kubernetes refuses; a number too small, a line break in an option; a slice that is not
+        one; neither or both of tpu and gpu; a variable without a value; a verb that is one process's, on several hosts.
     """
+    _check_options(command, machines)
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise UserError(
             f"--name={name}: small letters, digits and dashes, from a letter, at most 40: pods are named by it"
@@ -90,6 +93,27 @@ def manifest(name: str, command: Sequence[str], machines: Machines) -> dict[str,
     return _fill("tpu.yaml" if machines.tpu else "gpu.yaml", values)
 
 
+def _check_options(command: Sequence[str], machines: Machines) -> None:
+    """Refuses numbers that are no counts, and line breaks, which logs and other launchers would not survive."""
+    for field, value in vars(machines).items():
+        name, least = f"--{field.replace('_', '-')}", LEAST.get(field, 0)
+        if isinstance(value, int) and value < least:
+            raise UserError(f"{name}={value}: must be {least} or more")
+        check_plain(name, *([value] if isinstance(value, str) else value if field == "env" else []))
+    check_plain("the command", *command)
+
+
+def check_plain(what: str, *words: str) -> None:
+    """Refuses words with a line break, or another control character, in them.
+
+    Raises:
+      UserError: there is one; `what` names the option.
+    """
+    for word in words:
+        if any(unicodedata.category(letter) == "Cc" for letter in word):
+            raise UserError(f"{what}: {word!r} holds a line break or another control character")
+
+
 def _fill(file: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON is YAML, so every value stands in the template as it is."""
     text = string.Template((HERE / file).read_text())
@@ -98,7 +122,7 @@ def _fill(file: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tpu(machines: Machines) -> dict[str, Any]:
     kind, _, topology = machines.tpu.partition(":")
-    if kind not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
+    if kind not in TPUS or not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}", topology):
         raise UserError(f"--tpu={machines.tpu}: write KIND:TOPOLOGY, as v5p:4x4x4; kinds: {', '.join(TPUS)}")
     total = math.prod(map(int, topology.split("x")))
     chips = machines.chips or min(total, 4)
@@ -134,7 +158,7 @@ def _gpu(name: str, machines: Machines) -> dict[str, Any]:
 
 def _environment(machines: Machines, *ours: dict[str, Any]) -> list[dict[str, Any]]:
     for word in machines.env:
-        if not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", word):
             raise UserError(f"--env={word}: write NAME=VALUE")
     given = (dict(zip(("name", "value"), word.split("=", 1), strict=True)) for word in machines.env)
     return list({one["name"]: one for one in (*ours, *given)}.values())

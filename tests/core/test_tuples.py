@@ -72,6 +72,8 @@ def test_spellings(default, text, expected):
         (INTS, "True", "1,2"),
         (INTS, "a", "1,2"),
         (FLOATS, "nan", "1.0,0.5"),
+        (FLOATS, "1e999,1", "1.0,0.5"),
+        ((), "-1e999", r"A,B, or \(\) for none"),
         (((1, 2),), "3,4", r"\(\(1,2\),\)"),
         ((), "", r"A,B, or \(\) for none"),
         ((), "1,a", r"A,B, or \(\) for none"),

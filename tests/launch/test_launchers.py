@@ -195,6 +195,16 @@ def test_slurm_array_task_runs_its_line(tmp_path):
     [
         ("slurm.sh", ["--nodes=4"], "no command behind --"),
         ("slurm.sh", ["--nodes=four", "--", "x"], "--nodes=four: must be a whole number"),
+        ("slurm.sh", ["--nodes=0", "--", "x"], "--nodes=0: must be a whole number, 1 to"),
+        ("slurm.sh", ["--nodes=-4", "--", "x"], "--nodes=-4: must be a whole number, 1 to"),
+        ("slurm.sh", ["--gpus=-1", "--", "x"], "--gpus=-1: must be a whole number, 0 to"),
+        ("slurm.sh", ["--cpus=00", "--", "x"], "--cpus=00: must be a whole number, 1 to"),
+        ("slurm.sh", ["--grace=99999999999999999999", "--", "x"], "must be a whole number"),
+        ("slurm.sh", ["--name=a b", "--", "x"], "--name=a b: no spaces"),
+        ("slurm.sh", ["--log=a#b", "--", "x"], "--log=a#b: no spaces"),
+        ("slurm.sh", ["--time=", "--", "x"], "--time is empty"),
+        ("slurm.sh", ["--sbatch=--a\n#SBATCH --b", "--", "x"], "holds a line break or another control character"),
+        ("slurm.sh", ["--", "cfjax", "train", "--config.data.path=a\nb"], "holds a line break"),
         ("slurm.sh", ["--node=4", "--", "x"], "unknown option --node=4"),
         ("slurm.sh", ["--array=absent.txt"], "no such file"),
         ("slurm.sh", ["--", "x"], "no sbatch here"),
@@ -204,12 +214,48 @@ def test_slurm_array_task_runs_its_line(tmp_path):
         ("tpu_pod.sh", ["run", "--xpk", "--cluster=c", "--image=i", "--", "x"], "--xpk needs --tpu-type"),
         ("tpu_pod.sh", ["stop", "--hosts=b", "--", "x"], "takes no command"),
         ("tpu_pod.sh", ["run", "--hosts=b", "--env=A", "--", "x"], "--env=A: write --env=NAME=VALUE"),
+        ("tpu_pod.sh", ["run", "--hosts=b", "--env=A=b\nc", "--", "x"], "holds a line break"),
+        ("tpu_pod.sh", ["run", "--hosts=b", "--port=0", "--", "x"], "--port=0: must be a whole number, 1 to 65535"),
+        ("tpu_pod.sh", ["run", "--hosts=b", "--slices=00", "--", "x"], "--slices=00: must be a whole number, 1 to"),
+        ("tpu_pod.sh", ["run", "--hosts=a,", "--", "x"], "--hosts=a,: name machines"),
+        ("tpu_pod.sh", ["run", "--hosts=-oPort=1", "--", "x"], "--hosts=-oPort=1: name machines"),
+        ("tpu_pod.sh", ["setup", "--hosts=b", "--device=x; y"], "--device=x; y: tpu, gpu or cpu"),
+        ("tpu_pod.sh", ["logs", "--hosts=b", "--directory="], "--directory is empty"),
+        ("tpu_pod.sh", ["logs", "--hosts=b", "--directory=-p"], "--directory=-p: must not begin with a dash"),
         ("setup.sh", ["cuda"], "tpu, gpu or cpu"),
     ],
 )
 def test_mistakes_are_told_in_one_line(script, argv, told):
     refused = bash(f"launch/{script}", *argv)
     assert refused.returncode == 2 and told in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_numbers_are_read_as_people_write_them():
+    """08 and 010 are no octal numbers."""
+    told = options(bash("launch/slurm.sh", "--dry-run", "--nodes=08", "--gpus=010", "--grace=0090", "--", "x").stdout)
+    assert (told["nodes"], told["gres"], told["ntasks-per-node"], told["signal"]) == ("8", "gpu:10", "10", "TERM@90")
+    place = ["--xpk", "--cluster=c", "--tpu-type=v5p-128", "--image=i"]
+    shown = bash("launch/tpu_pod.sh", "--dry-run", "run", *place, "--slices=08", "--restarts=010", "--", "x").stdout
+    assert {"--num-slices=8", "--max-restarts=10"} <= set(shlex.split(shown))
+
+
+@pytest.mark.parametrize("folder", ["a b", "a'b", 'a"b', "$HOME", "$(date)", "a;b", "*"])
+def test_a_folder_on_the_workers_keeps_its_name(tmp_path, folder):
+    """One worker, whose ssh is this machine's shell: what it reads is in that very folder."""
+    path = stand_in(tmp_path, ssh=f'mkdir -p {tmp_path}/home && cd {tmp_path}/home && exec bash -c "$4"')
+    logs = tmp_path / "home" / folder / "logs"
+    logs.mkdir(parents=True)
+    (logs / "run.log").write_text("told\n")
+    asked = ["--hosts=h", f"--directory={folder}"]
+    assert bash("launch/tpu_pod.sh", "logs", *asked, path=path).stdout == "[h] told\n"
+    install = bash("launch/tpu_pod.sh", "--dry-run", "setup", *asked).stdout.splitlines()[-1]
+    assert shlex.split(shlex.split(install)[-1]).count(folder) == 3  # made, filled, entered
+
+
+def test_the_home_folder_is_the_workers():
+    for given, read in (("~/my runs", r"cd ~/my\ runs && "), ("~", "cd ~ && ")):
+        shown = bash("launch/tpu_pod.sh", "--dry-run", "setup", "--hosts=h", f"--directory={given}").stdout
+        assert read in shlex.split(shown.splitlines()[-1])[-1]
 
 
 def test_tpu_pod_dry_runs():
@@ -318,6 +364,13 @@ def test_jobset_on_gpus_names_its_coordinator():
         ("a", {}, "one of --tpu"),
         ("a", {"tpu": "v5p:2x2x2", "image": ""}, "--image is missing"),
         ("a", {"tpu": "v5p:2x2x2", "env": ("1A=b",)}, "--env=1A=b: write NAME=VALUE"),
+        ("a", {"tpu": "v5p:2x2x2", "env": ("A=b\nc",)}, r"--env: 'A=b\nc' holds a line break"),
+        ("a", {"tpu": "v5p:2x2x2", "image": "i\t"}, r"--image: 'i\t' holds a line break"),
+        ("a", {"tpu": "v5p:2x2x2", "slices": 0}, "--slices=0: must be 1 or more"),
+        ("a", {"tpu": "v5p:2x2x2", "chips": -4}, "--chips=-4: must be 0 or more"),
+        ("a", {"gpu": "nvidia-h100-80gb", "nodes": -1}, "--nodes=-1: must be 1 or more"),
+        ("a", {"gpu": "nvidia-h100-80gb", "grace": 0}, "--grace=0: must be 1 or more"),
+        ("a", {"gpu": "nvidia-h100-80gb", "restarts": -1}, "--restarts=-1: must be 0 or more"),
     ],
 )
 def test_jobset_mistakes(name, machines, told):

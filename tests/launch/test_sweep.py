@@ -108,6 +108,9 @@ def test_sweep_yields_dicts(tmp_path):
         ("def sweep(): return [{'steps': 2}, {'config.steps': 2}]", [], "holds steps=2 twice"),
         ("def sweep(): return [3]", [], "a point is a dict"),
         ("def sweep(): return [{'steps': 2}]", ["--config.steps=4"], "sweeps over this key"),
+        ("def sweep(): return [{'data.name': 'a\\nb'}]", [], r"'--config.data.name=a\\nb' holds a line break"),
+        ("def sweep(): return [{'steps': 2}]", ["--config.data.name=a\tb"], "holds a line break or another control"),
+        ("def sweep(): return [{'steps': 0}]", [], "--config.steps=0: use 1 or more"),
     ],
 )
 def test_mistakes_are_told_by_key(tmp_path, body, overrides, told):

@@ -283,7 +283,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["history"], "cfjax study injectivity or cfjax study ablation"),
         (["ablation", f"--config={ROOT}/configs/study.py", f"--workdir={tmp_path}"], "for the other study"),
         (["injectivity", f"--config={ROOT}/configs/study.py", "--config.inits=('ode',)"], "unknown initialisations"),
-        (["ablation", f"--config={ROOT}/configs/study.py:ablation", "--config.seeds=0"], "one seed or more"),
+        (["ablation", f"--config={ROOT}/configs/study.py:ablation", "--config.seeds=0"], "seeds=0: use 1 or more"),
         (["ablation", f"--config={ROOT}/configs/study.py:ablation", "--config.recipes=()"], "at least one recipe"),
         (
             ["ablation", f"--config={ROOT}/configs/study.py:ablation", "--config.recipes=('bidirectional',)"],
