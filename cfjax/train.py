@@ -109,6 +109,7 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
             log_every=c.log_every,
             save_every=c.save_every,
             keep=c.keep,
+            checksums=c.checksums,
             accumulate={name: c.optim[name].accumulate for name in stage.losses},
             writer=writer,
             meta=run_meta(c, data, models),

@@ -298,6 +298,7 @@ def fit(
     log_every: int = 50,
     save_every: int = 1000,
     keep: int = 2,
+    checksums: bool = True,
     accumulate: int | Mapping[str, int] = 1,
     writer: EventWriter | None = None,
     meta: Mapping[str, Any] | None = None,
@@ -322,7 +323,7 @@ def fit(
         so that a run may go on on another mesh or number of processes.
       frozen: further models that the losses see; never saved.
       data: iterator of numpy batches, or a function that makes it.  txs: role -> optimiser, as given to `init_state`.
-      steps: total iterations of the run.  keep: number of checkpoints kept.
+      steps: total iterations of the run.  keep: number of checkpoints kept.  checksums: written with each.
       save_every: iterations between them (the last one is always saved).
       accumulate: microbatches per update, one number or by role.
       writer: where curves go (default: one of its own in `workdir`).
@@ -339,7 +340,7 @@ def fit(
       UserError: `workdir` holds another stage or other shapes; the data ended.
     """
     with failing_fast():
-        store, own_writer = CheckpointStore(workdir, keep=keep), writer is None
+        store, own_writer = CheckpointStore(workdir, keep, checksums=checksums), writer is None
     writer = EventWriter(workdir, enabled=jax.process_index() == 0) if writer is None else writer
     try:
         named = {**(meta or {}), "stage": stage.name}
