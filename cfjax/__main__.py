@@ -19,6 +19,7 @@ VERBS = {
     "compare": "the same weights through cfjax and through PyTorch, one table of errors",
     "study": "the paper's claim on laws with exact scores, and on the toy world, over seeds",
     "plan": "compile an experiment for a pod that need not be there: memory, FLOPs, collectives, a verdict",
+    "check": "whether a run, a set of records, an export or videos are still what was written, file by file",
     "export": "write a run's weights and world as one small folder",
 }
 SHARED = ("train", "precompute")  # verbs that several processes may work on together; the others are one process's

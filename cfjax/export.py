@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
+from cfjax.core.checksums import write_sums
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         curves = read_curves(path_of(c.run), every=200)
         (partial / "curves.json").write_text(json.dumps(curves))
         draw_curves(partial / "curves.svg", curves)
+        write_sums(partial)
         shutil.rmtree(workdir, ignore_errors=True)
         os.rename(partial, workdir)
     finally:

@@ -110,6 +110,7 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
             save_every=c.save_every,
             keep=c.keep,
             checksums=c.checksums,
+            loss_growth=c.loss_growth,
             accumulate={name: c.optim[name].accumulate for name in stage.losses},
             writer=writer,
             meta=run_meta(c, data, models),

@@ -11,9 +11,10 @@ import errno
 import hashlib
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cfjax.core.errors import UserError
@@ -34,7 +35,8 @@ class FileSum:
     md5: str = ""
 
 
-def _crc32(file: Path) -> str:
+def crc32(file: Path) -> str:
+    """The CRC-32 of a file, as eight digits of hex."""
     crc = 0
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):
@@ -48,17 +50,22 @@ def _md5(file: Path) -> str:
     return base64.b64encode(digest.digest()).decode()
 
 
-def measure(folder: Path, leave_out: Collection[str] = ()) -> dict[str, FileSum]:
-    """The sums of all files below a folder, here or in a bucket, but for those of these names and `SUMS`."""
-    names = {name: found for name, found in files_below(folder).items() if _last(name) not in {*leave_out, SUMS}}
+def measure(
+    folder: Path,
+    wanted: Callable[[str], bool] = lambda name: True,
+    known: Mapping[str, FileSum] = MappingProxyType({}),
+) -> dict[str, FileSum]:
+    """The sums of the files below a folder, here or in a bucket, by "a/b" from there.
+
+    Args:
+      wanted: whether a file of this name gets one; `SUMS` does not.
+      known: sums of files that need not be read again.
+    """
+    names = {name: found for name, found in files_below(folder).items() if name != SUMS and wanted(name)}
     return {
-        name: FileSum(size, md5=md5) if md5 else FileSum(size, crc32=_crc32(folder / name))
+        name: known.get(name) or (FileSum(size, md5=md5) if md5 else FileSum(size, crc32=crc32(folder / name)))
         for name, (size, md5) in sorted(names.items())
     }
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def write_sums(folder: Path, sums: Mapping[str, FileSum] | None = None) -> None:
@@ -117,7 +124,7 @@ def differing(folder: Path, sums: Mapping[str, FileSum]) -> Iterator[str]:
 def _wrong(file: Path, about: FileSum, told: str) -> str:
     """What is wrong with a file of the right length; "" if nothing. `told`: the MD5 that its bucket tells."""
     try:
-        same = (told or _md5(file)) == about.md5 if about.md5 else _crc32(file) == about.crc32
+        same = (told or _md5(file)) == about.md5 if about.md5 else crc32(file) == about.crc32
     except OSError as error:
         if error.errno == errno.EIO:
             return "cannot be read (input/output error)"

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from cfjax.core.checksums import write_sums
 from cfjax.core.errors import Temporary, UserError
 
 MANIFEST_VERSION = 1
@@ -172,6 +173,7 @@ class LatentWriter:
             "source_sha256": digest(self._description.get("source", {})),
         }
         (self._partial / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        write_sums(self._partial)
         self._check_free()
         aside = self._partial.with_name(self._partial.name + ".old")
         if self.path.exists():

@@ -33,6 +33,7 @@ from cfjax.training.sums import RECORD, STATE, RecordHandler, RecordRestore, Rec
 FOLDER = "checkpoints"
 PARTS = ("params", "ema")
 BROKEN = "checkpoints_broken"
+ASIDE = "checkpoints_aside"  # of a loss that left all bounds
 RACES = 5  # with a run that removes old checkpoints, lost by who opens its folder
 
 T = TypeVar("T")
@@ -209,11 +210,12 @@ class CheckpointStore:
       workdir: the run's folder, created when absent; here or in a bucket (`core.paths`).
       keep: how many of the newest checkpoints stay.
       checksums: whether each is written with the checksums of its files (`training.sums`).
+      folder: another one in `workdir`.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 2, *, checksums: bool = True) -> None:
+    def __init__(self, workdir: str | Path, keep: int = 2, *, checksums: bool = True, folder: str = FOLDER) -> None:
         self._workdir = absolute(workdir)
-        self._directory = self._workdir / FOLDER
+        self._directory = self._workdir / folder
         make_folder(self._directory)
         self._manager = _manager(self._directory, keep=keep, checksums=checksums)
 
@@ -293,6 +295,11 @@ class CheckpointStore:
         if jax.process_count() > 1:
             ocp.multihost.sync_global_processes("cfjax_set_aside")
         self._manager.reload()
+
+    def remove_all(self) -> None:
+        """Removes every checkpoint; all processes call this."""
+        for step in self.steps():
+            self._manager.delete(step)
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.

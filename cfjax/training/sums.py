@@ -40,7 +40,7 @@ class RecordHandler(ocp.JsonCheckpointHandler):
         """Writes `SUMS` beside the items, before Orbax lets the checkpoint count; on the first process only."""
         if self._checksums:
             step = path_of(str(directory.parent))
-            found = measure(step, leave_out=_NOTES)
+            found = measure(step, lambda name: not name.endswith(_NOTES))
             write_sums(step, {name.replace(_UNFINISHED, "", 1): about for name, about in found.items()})
 
 

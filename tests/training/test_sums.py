@@ -120,10 +120,10 @@ def test_a_bad_place_on_a_disk_is_a_fault_of_its_file_and_a_lost_mount_is_not(ru
 
     folder = run / "checkpoints/1"
     monkeypatch.setattr(sums, "_checked", set())
-    monkeypatch.setattr("cfjax.core.checksums._crc32", failing(5))
+    monkeypatch.setattr("cfjax.core.checksums.crc32", failing(5))
     with pytest.raises(Damaged, match=r"record/metadata: cannot be read \(input/output error\) \(and \d+ more\)"):
         verify(folder)
-    monkeypatch.setattr("cfjax.core.checksums._crc32", failing(107))
+    monkeypatch.setattr("cfjax.core.checksums.crc32", failing(107))
     with pytest.raises(Temporary, match="cannot be reached"):
         verify(folder)
 
