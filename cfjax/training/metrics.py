@@ -30,6 +30,8 @@ PERFORMANCE = "performance.jsonl"  # what differs from machine to machine and fr
 FLUSH_SECONDS = 60.0  # after which what was told is on disk, or in the bucket
 LONGEST = 32e6  # bytes of an event file that goes to a bucket; it is sent whole, again and again, until the next begins
 
+_files = itertools.count()  # of this process, whose names may else be equal
+
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     with io.BytesIO() as buffer:
@@ -70,13 +72,12 @@ class EventWriter:
             self._mirror = Mirror(path_of(workdir))
             self._mirror.pull(JSONL, PERFORMANCE)
             self._lines = {name: Appender(self._mirror.folder / name) for name in (JSONL, PERFORMANCE)}
-            self._numbers_of_files = itertools.count()
             self._begin_events()
 
     def _begin_events(self) -> None:
         """A new event file; TensorBoard reads all that are there."""
         name = f"events.out.tfevents.{time.time():010.0f}.{platform.node()}.{os.getpid()}"
-        file = self._mirror.folder / "events" / f"{name}.{next(self._numbers_of_files)}"
+        file = self._mirror.folder / "events" / f"{name}.{next(_files)}"
         self._events = Appender(file)
         self._add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
