@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.machine import storage_failure
 from cfjax.objectives.stage import Batch, Models, Stage
 from cfjax.training.checkpoint import ASIDE, CheckpointStore
 from cfjax.training.growth import LossWatch
@@ -276,6 +278,18 @@ class _Desk:
         raise SystemExit(0)
 
 
+@contextmanager
+def _last_step_told(store: CheckpointStore) -> Iterator[None]:
+    """What a disk, a quota or a mount provokes anywhere within names the step that the run goes on from."""
+    try:
+        yield
+    except Exception as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        raise type(failure)(f"{failure}; last checkpoint: step {max(store.steps(), default='none')}") from error
+
+
 def _updates(
     stage: Stage,
     txs: Mapping[str, optax.GradientTransformation],
@@ -394,7 +408,7 @@ def fit(
         )
         updates = _updates(stage, txs, accumulate, placement_of(state))
         sampling = _Sampling(sample_fn, sample_every, sample_first)
-        with failing_fast(), Watchdog(stall_seconds) as watchdog:
+        with failing_fast(), _last_step_told(store), Watchdog(stall_seconds) as watchdog:
             with watchdog.restoring():
                 state, start = desk.resume(state, going_on=going_on)
             if start >= steps:

@@ -8,6 +8,7 @@ import pytest
 from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cfjax.core.errors import Temporary
 from cfjax.training import appender
 from cfjax.training.appender import Appender
 from cfjax.training.metrics import EventWriter
@@ -75,3 +76,11 @@ def test_a_run_goes_on_while_its_curves_have_no_room(tmp_path, lines):
     assert told == list(range(40))
     points = EventAccumulator(str(tmp_path / "run/events")).Reload().Scalars("critic/loss")
     assert [point.step for point in points] == list(range(40))
+
+
+def test_a_disk_that_fills_elsewhere_in_a_run_names_the_step_to_go_on_from(tmp_path):
+    def sample(state, step, writer):
+        raise OSError(28, "No space left on device", "some/picture")
+
+    with pytest.raises(Temporary, match=r"some/picture: no space left on device; .*; last checkpoint: step 20$"):
+        run(tmp_path, 40, sample_every=25, sample_fn=sample)
