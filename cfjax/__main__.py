@@ -1,13 +1,12 @@
 """`cfjax VERB ...`: finds the verb's module, runs its `main`, and turns a user's mistake into one line."""
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
-from cfjax.core.console import say
+from cfjax.core.console import complain, say, unfailing_output
 from cfjax.core.errors import UserError
-from cfjax.core.machine import ensure_open_files
+from cfjax.core.machine import ensure_open_files, storage_failure
 
 VERBS = {
     "quickstart": "train and watch a tiny streaming video generator on this machine",
@@ -19,6 +18,7 @@ VERBS = {
     "compare": "the same weights through cfjax and through PyTorch, one table of errors",
     "study": "the paper's claim on laws with exact scores, and on the toy world, over seeds",
     "plan": "compile an experiment for a pod that need not be there: memory, FLOPs, collectives, a verdict",
+    "check": "whether a run, a set of records, an export or videos are still what was written, file by file",
     "export": "write a run's weights and world as one small folder",
 }
 SHARED = ("train", "precompute")  # verbs that several processes may work on together; the others are one process's
@@ -34,22 +34,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0, 2 after a user's mistake, 75 after what may pass by itself."""
     verb, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if verb in ("--help", "-h", "help"):
-        say(_usage())
+        with unfailing_output():
+            say(_usage())
         return 0
     if verb not in VERBS:
-        sys.stderr.write(f"cfjax: unknown verb {verb!r}; use one of {', '.join(VERBS)}\n")
+        complain(f"cfjax: unknown verb {verb!r}; use one of {', '.join(VERBS)}")
         return 2
+    with unfailing_output():
+        return _run(verb, rest)
+
+
+def _run(verb: str, argv: Sequence[str]) -> int:
+    """The exit code of a verb; what ends it is told in a line."""
     try:
         ensure_open_files()
         if verb in SHARED:
             importlib.import_module("cfjax.core.distributed").initialize()
-        return importlib.import_module(f"cfjax.{verb}").main(rest) or 0
-    except UserError as error:
-        sys.stderr.write(f"cfjax {verb}: {' '.join(str(error).split())}\n")
-        return error.exit_code
-    except BrokenPipeError:  # the reader (`| head`) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return importlib.import_module(f"cfjax.{verb}").main(argv) or 0
+    except Exception as error:
+        failure = error if isinstance(error, UserError) else storage_failure(error)
+        if failure is None:
+            raise
+        complain(f"cfjax {verb}: {' '.join(str(failure).split())}")
+        return failure.exit_code
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from cfjax.core.checksums import write_sums
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
@@ -61,6 +62,7 @@ def export(c: ConfigDict, workdir: Path) -> None:
         curves = read_curves(path_of(c.run), every=200)
         (partial / "curves.json").write_text(json.dumps(curves))
         draw_curves(partial / "curves.svg", curves)
+        write_sums(partial)
         names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == META_FILE, name))
         place(workdir, names)
     say(f"{workdir}: {record['parameters'] / 1e6:.2f} M parameters, all correct {result['summary']['all_correct']:.3f}")

@@ -194,6 +194,8 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "log_every": 50,
             "save_every": 1000,
             "keep": 2,
+            "checksums": True,  # of each checkpoint's files, beside them; compared whenever it is read
+            "loss_growth": 1000.0,  # a loss beyond so many times its running median: saves go aside; 0 is never
             "sample_every": min(1000, max(1, steps // 6)) if few else 1000,
             "sample_clips": 12,
             "guard": guard(),

@@ -43,7 +43,7 @@ CHANGES = (
     (r"optim\.\w+(\.name)?", Kind.FIXED),
     (r"ema\.\w+", Kind.FIXED),
     (r"trained\.init(_role|_ema|_stages)?", Kind.INERT),
-    (r"steps|log_every|save_every|keep", Kind.FREE),
+    (r"steps|log_every|save_every|keep|checksums|loss_growth", Kind.FREE),
     (r"sample_every|sample_clips|progress|profile|stall_seconds", Kind.FREE),
     (r"(mesh|guard|sampler)(\..+)?", Kind.FREE),
     (r"optim\.\w+\.(lr|adam_lr|schedule|warmup|decay_fraction)", Kind.FREE),

@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
 # Verbs whose commands other tests run, made smaller than a page can say: those of the same names, and tests/studies.
 ELSEWHERE = {"quickstart", "plan", "study"}
 PAGES = {
-    "README.md": {"convert", "generate", "compare"},
+    "README.md": {"convert", "generate", "check", "compare"},
     "docs/wan.md docs/data.md docs/compare.md": {"convert", "generate", "precompute", "compare"},
 }
 

@@ -47,7 +47,7 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if file.suffix not in (".mp4", ".safetensors"))
 
 
-COMPLETE = ["contact_sheet.png", "settings.json", "videos.jsonl"]
+COMPLETE = ["checksums.json", "contact_sheet.png", "settings.json", "videos.jsonl"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_an_interrupted_set_ends_in_the_same_bits(whole, videos, monkeypatch, tm
     assert (
         "timings" not in settings and complete.items() >= {k: v for k, v in settings.items() if k != "complete"}.items()
     )
-    assert names(tmp_path) == COMPLETE[1:]
+    assert names(tmp_path) == COMPLETE[2:]
     assert len((tmp_path / "videos.jsonl").read_text().splitlines()) == videos
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.mp4")}
     written = stopping(monkeypatch, VIDEOS)

@@ -9,6 +9,7 @@ from cfjax.conversion.files import PREFIX
 from cfjax.conversion.kinds import KINDS
 from cfjax.conversion.sources import AVERAGE, CRITIC, GENERATOR, PIPELINE, TOKENIZERS, Found, Source
 from cfjax.conversion.write import write_json, write_pickle, write_safetensors
+from cfjax.core.checksums import write_sums
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 
@@ -54,6 +55,7 @@ def write_target(
         shutil.copytree(source.tokenizer, target)
     if kind == "diffusers":
         _write_index(source, folder, shift)
+    write_sums(folder)
     return sum(len(arrays) for _, arrays in plans)
 
 

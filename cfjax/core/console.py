@@ -1,9 +1,79 @@
 """The one door to standard output; library code logs, verbs speak."""
 
+import errno
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 
 def say(message: str = "") -> None:
     """Writes one line to standard output at once (progress bars live on standard error)."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()
+
+
+def complain(message: str) -> None:
+    """Writes one line to standard error at once, if anyone is left to read it."""
+    with suppress(OSError):
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+
+
+class _Unfailing:
+    """A text stream that raises nothing: what cannot be written is lost, or comes when there is room again."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As a stream's."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """As a stream's."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def end(self) -> None:
+        """Writes what is left, or lets it go: the interpreter would end with an error of its own."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._let_go()
+
+    def _lost(self, error: OSError) -> None:
+        if error.errno == errno.EPIPE:  # nobody will read from it again
+            self._let_go()
+
+    def _let_go(self) -> None:
+        with suppress(OSError, ValueError):  # no file of the system
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def unfailing_output() -> Iterator[None]:
+    """Within, a reader that has gone (`| head`) or a log on a full disk ends no work: what can be written is.
+
+    Afterwards the streams are as before.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = streams = [_Unfailing(stream) for stream in before]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in streams:
+            stream.end()

@@ -54,6 +54,8 @@ def error_code(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno:
         return error.errno
     text = str(error)
+    if found := re.search(r"\(os error (\d+)\)", text):  # as Rust says it
+        return int(found[1])
     told = (_CODES[part] for part in re.split(r": |; ", text) if part in _CODES)
     return next(told, 0 if re.search(r"\w\(\) failed", text) else None)
 
@@ -77,3 +79,35 @@ def machine_failure(place: object, error: BaseException) -> UserError | None:
     return Temporary(
         f"{place}: cannot be reached ({reason}); see to its disk or mount, and give the same command again"
     )
+
+
+# Rooms, mounts and networks that may be there again when the same command is given.
+_PASSING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+)
+
+
+def storage_failure(error: BaseException) -> UserError | None:
+    """What to raise for an error that any file may meet; None when it is none of the storage's.
+
+    A full or failing disk, a quota, a place that became read-only may pass (Temporary); a right that is missing stays.
+    """
+    code = error_code(error)
+    if isinstance(error, UserError) or code is None:
+        return None
+    place = getattr(error, "filename", None)
+    what = f"{place}: {os.strerror(code).lower()}" if place else " ".join(str(error).split())[:200]
+    if code in _PASSING:
+        return Temporary(f"{what}; see to the room, the quota and the mount there, and give the same command again")
+    if code in (errno.EACCES, errno.EPERM) and place:
+        return UserError(f"{what}; change its rights, or name another place")
+    return None

@@ -342,3 +342,20 @@ def _send(source: Path, target: Path) -> None:
 def _files_of(path: Path) -> tuple[Any, str]:
     """The file system of a bucket's path, and the name there."""
     return fsspec.core.url_to_fs(str(path))
+
+
+def files_below(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and MD5 (base64, as a bucket tells it of an object; else "") of all files below a folder, by "a/b" there.
+
+    Raises:
+      UserError: they cannot be listed; `Temporary` when a bucket cannot be reached.
+    """
+    try:
+        if not in_bucket(folder):
+            files = (path for path in folder.rglob("*") if path.is_file())
+            return {path.relative_to(folder).as_posix(): (path.stat().st_size, "") for path in files}
+        system, prefix = _files_of(folder)
+        found = system.find(prefix, detail=True).items()
+        return {name[len(prefix) :].strip("/"): (about["size"], about.get("md5Hash", "")) for name, about in found}
+    except Exception as error:
+        raise unusable(error)(f"{folder}: cannot be listed ({one_line(error)})") from error

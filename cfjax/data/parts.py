@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from cfjax.core.checksums import FileSum, crc32, measure, write_sums
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import read_if_whole, to_disk, write_atomically
@@ -281,6 +282,7 @@ class SetWriter:
             record |= {"bytes": size if part.records else 0, **part.notes}
             if part.records:
                 to_disk(partial)
+                record["crc32"] = crc32(partial)
                 os.replace(partial, file)
             skipped = [asdict(s) for s in sorted(part.skipped, key=lambda s: s.item)]
             write_atomically(about, json.dumps({**record, "skipped": skipped}, ensure_ascii=False))
@@ -353,6 +355,8 @@ class SetWriter:
         write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         for stale in filter(_is_partial, self.path.iterdir()):
             stale.unlink(missing_ok=True)
+        known = {about["file"]: FileSum(about["bytes"], about["crc32"]) for about in abouts if "crc32" in about}
+        write_sums(self.path, measure(self.path, known=known))
         return True
 
 

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from cfjax.core.checksums import write_sums
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.paths import to_disk
 
@@ -173,6 +174,7 @@ class LatentWriter:
             "source_sha256": digest(self._description.get("source", {})),
         }
         (self._partial / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        write_sums(self._partial)
         for file in self._partial.iterdir():
             to_disk(file)
         self._check_free()

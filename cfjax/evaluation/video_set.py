@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cfjax.core.checksums import SUMS, measure, write_sums
 from cfjax.core.errors import UserError
 from cfjax.core.paths import Mirror, file_sizes, make_folder, one_line, replacing, unusable
 from cfjax.data.requests import Request
@@ -362,6 +363,11 @@ class VideoSet:
         record = {**self.settings, **more, "complete": complete, "videos": [asdict(video) for video in self.asked]}
         with replacing(self.folder / SETTINGS) as partial:
             partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        if complete:
+            own = {*_files(self.asked, latents=True), *sheet_pages(len(self.asked)), SETTINGS}
+            write_sums(self.folder, measure(self.folder, own.__contains__))
+        else:
+            (self.folder / SUMS).unlink(missing_ok=True)  # of videos that may be made again
         return record
 
 

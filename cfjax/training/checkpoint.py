@@ -27,10 +27,13 @@ from cfjax.core.paths import absolute, is_folder, kvstore, make_folder, move_fol
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.training.optim import current_names
 from cfjax.training.plain import from_json, to_json
+from cfjax.training.stored import read_back, stored_array
+from cfjax.training.sums import RECORD, STATE, RecordHandler, RecordRestore, RecordSave, verify
 
 FOLDER = "checkpoints"
 PARTS = ("params", "ema")
 BROKEN = "checkpoints_broken"
+ASIDE = "checkpoints_aside"  # of a loss that left all bounds
 RACES = 5  # with a run that removes old checkpoints, lost by who opens its folder
 
 T = TypeVar("T")
@@ -76,7 +79,9 @@ def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, A
             raise UserError(f"{folder}: {name} has shape {tuple(saved[name])}, this config needs {tuple(leaf.shape)}")
 
 
-def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -> ocp.CheckpointManager:
+def _manager(
+    directory: Path, *, keep: int | None = None, writes: bool = True, checksums: bool = True
+) -> ocp.CheckpointManager:
     """Orbax's manager: processes write together, and each reads alone, so that none waits for one that cannot read."""
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     options = ocp.CheckpointManagerOptions(
@@ -88,7 +93,7 @@ def _manager(directory: Path, *, keep: int | None = None, writes: bool = True) -
         save_root_metadata=False,
         multiprocessing_options=ocp.options.MultiprocessingOptions() if writes else alone,
     )
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+    handlers = {STATE: ocp.PyTreeCheckpointHandler(), RECORD: RecordHandler(checksums=checksums)}
     try:
         for _ in range(RACES):
             # There when the folder is listed, gone when it is looked at: an old one that a run beside this one removed.
@@ -105,7 +110,8 @@ def _told_by_all(value: int) -> list[int]:
 
 
 def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    verify(path_of(manager.directory) / str(step), items=(RECORD,))
+    record = manager.restore(step, args=ocp.args.Composite(record=RecordRestore()))["record"]
     return {key: from_json(record[key]) for key in ("meta", "data_state", "leaves")}
 
 
@@ -114,10 +120,10 @@ def _probe(folder: Path) -> None:
 
     Orbax reads all arrays at once, and after a first failure the others spill their errors on the terminal.
     """
-    store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore(folder / "state")}).result()
+    store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore(folder / STATE)}).result()
     keys = store.list().result()
     if not keys:
-        raise FileNotFoundError(f"no arrays in {folder}/state")
+        raise FileNotFoundError(f"no arrays in {folder}/{STATE}")
     for key in keys:
         store.read(key, byte_range=slice(-1, None)).result()
 
@@ -146,6 +152,7 @@ def _read(
     manager: ocp.CheckpointManager,
     wanted: Mapping[str, jax.Array],
     check: Callable[[Path, Mapping[str, Any]], None],
+    together: bool,
     step: int,
 ) -> Found | None:
     """The wanted arrays of a checkpoint and its record, which `check` may refuse; None, with a warning, if broken."""
@@ -158,6 +165,7 @@ def _read(
             names = current_names(saved)
             record["leaves"] = {names[name]: shape for name, shape in record["leaves"].items()}
         check(folder, record)
+        verify(folder, together=together)
         stored = dict(zip(record["leaves"], saved, strict=True))
         arrays = _read_arrays(manager, step, {stored[name]: leaf for name, leaf in wanted.items()})
         return jax.block_until_ready({name: arrays[stored[name]] for name in wanted}), record
@@ -201,13 +209,15 @@ class CheckpointStore:
     Args:
       workdir: the run's folder, created when absent; here or in a bucket (`core.paths`).
       keep: how many of the newest checkpoints stay.
+      checksums: whether each is written with the checksums of its files (`training.sums`).
+      folder: another one in `workdir`.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 2) -> None:
+    def __init__(self, workdir: str | Path, keep: int = 2, *, checksums: bool = True, folder: str = FOLDER) -> None:
         self._workdir = absolute(workdir)
-        self._directory = self._workdir / FOLDER
+        self._directory = self._workdir / folder
         make_folder(self._directory)
-        self._manager = _manager(self._directory, keep=keep)
+        self._manager = _manager(self._directory, keep=keep, checksums=checksums)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -216,18 +226,33 @@ class CheckpointStore:
     def save(self, step: int, state: Any, data_state: Any, meta: Mapping[str, Any]) -> None:
         """Starts an asynchronous, atomic save; returns once `state` may be donated. A saved step stays as it is.
 
+        The first one of a workdir is waited for and read back: a storage that loses writes is told now, not days later.
+
         Raises:
           Temporary: this save, or the one before it, could not be written (a full disk); older ones stay as they are.
+          UserError: what was saved first is not what can be read.
         """
-        if step in self._manager.all_steps():
+        saved = self._manager.all_steps()
+        if step in saved:
             return
         arrays = {name: _detached(leaf) for name, leaf in _flatten(state).items()}
-        record = ocp.args.JsonSave(record_of(arrays, data_state, meta, step))
+        record = RecordSave(record_of(arrays, data_state, meta, step))
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=record)
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:  # whatever a full or unreachable disk provokes
             raise self._not_saved(error) from error
+        if not saved:
+            self.wait()
+            self._read_back(step, arrays)
+
+    def _read_back(self, step: int, arrays: Mapping[str, Any]) -> None:
+        """All processes come here, and go on if the first checkpoint is good for each of them."""
+        problem = read_back(self._directory / str(step), arrays)
+        if any(_told_by_all(problem is not None)):
+            with suppress(Exception):  # whatever the storage does not do now either
+                self._set_aside([step])
+            raise problem or UserError(f"{self._directory}: another process cannot read the first checkpoint back")
 
     def restore_latest(self, template: Any, *, stage: str | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
         """(state, data_state, meta) of the newest checkpoint that can be read, or None when there is none.
@@ -246,7 +271,7 @@ class CheckpointStore:
             _check_leaves(folder, wanted, record["leaves"], whole=True)
 
         with closing(_manager(self._directory, writes=False)) as reader:
-            found, broken = _newest(self.steps(), partial(_read, reader, wanted, check), together=True)
+            found, broken = _newest(self.steps(), partial(_read, reader, wanted, check, True), together=True)
         if found is not None:
             self._set_aside(broken)
             arrays, record = found
@@ -270,6 +295,11 @@ class CheckpointStore:
         if jax.process_count() > 1:
             ocp.multihost.sync_global_processes("cfjax_set_aside")
         self._manager.reload()
+
+    def remove_all(self) -> None:
+        """Removes every checkpoint; all processes call this."""
+        for step in self.steps():
+            self._manager.delete(step)
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.
@@ -363,7 +393,7 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
 
     together = not all(leaf.sharding.is_fully_addressable for leaf in wanted.values())
     with closing(_open(run_dir)) as manager:
-        found, _ = _newest(manager.all_steps(), partial(_read, manager, wanted, check), together=together)
+        found, _ = _newest(manager.all_steps(), partial(_read, manager, wanted, check, together), together=together)
     if found is None:
         raise UserError(f"{run_dir}: no readable checkpoint")
     return _unflatten(template, {name.removeprefix(prefix): array for name, array in found[0].items()})
@@ -403,8 +433,9 @@ def open_role(
         names = [name for name in record["leaves"] if name.startswith(prefix)]
         if not names:
             raise UserError(f"{folder} holds no {prefix[:-1]!r}")
+        verify(folder, together=together)
         _probe(folder)
-        return {name.removeprefix(prefix): _stored(folder / "state", name) for name in names}
+        return {name.removeprefix(prefix): stored_array(folder, name) for name in names}
 
     def attempt(step: int) -> dict[str, LazyArray] | None:
         folder = run_dir / FOLDER / str(step)
@@ -415,17 +446,3 @@ def open_role(
     if found is None:
         raise UserError(f"{run_dir}: no readable checkpoint")
     return found
-
-
-def _stored(state: Path, name: str) -> LazyArray:
-    """A saved array, read layer by layer where it was written so."""
-    arrays = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
-    store = ts.open({"driver": "zarr", "kvstore": arrays}, open=True).result()
-    shape, chunk = tuple(store.shape), store.chunk_layout.read_chunk.shape
-    stacked = len(shape) > 1 and chunk is not None and chunk[0] == 1 < shape[0]
-    parts = [store[i] for i in range(shape[0])] if stacked else [store]
-    return LazyArray(shape, store.dtype.numpy_dtype, tuple(_reader(part) for part in parts), stacked)
-
-
-def _reader(part: Any) -> Callable[[], np.ndarray]:
-    return lambda: part.read().result()

@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,8 +18,10 @@ from tqdm import tqdm
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.machine import storage_failure
 from cfjax.objectives.stage import Batch, Models, Stage
-from cfjax.training.checkpoint import CheckpointStore
+from cfjax.training.checkpoint import ASIDE, CheckpointStore
+from cfjax.training.growth import LossWatch
 from cfjax.training.metrics import EventWriter
 from cfjax.training.observe import StepClock, Tracer, Work
 from cfjax.training.placement import placement_of
@@ -40,6 +43,10 @@ SampleFn = Callable[[TrainState, int, EventWriter], None]
 
 class NonFiniteLoss(UserError):
     """A loss or gradient was NaN or infinite; the update was not applied and the last good checkpoint is kept."""
+
+
+class GrownLoss(UserError):
+    """The run ended while a loss was far beyond its running median; the last checkpoints are kept aside."""
 
 
 ECHO_SECONDS = 5.0
@@ -86,7 +93,8 @@ class StopSignal:
 class _Meter:
     """Fetches metrics one update late, so that steps overlap; checks them; averages them between two log lines."""
 
-    def __init__(self, checkpoint_note: Callable[[], str]) -> None:
+    def __init__(self, checkpoint_note: Callable[[], str], watch: LossWatch) -> None:
+        self._watch = watch
         self._pending: list[tuple[int, str, Metrics, Any]] = []
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -112,6 +120,7 @@ class _Meter:
                     f"batch records {shown}; the update was not applied; {self._note()}"
                 )
             self.latest[role] = values["loss"]
+            self._watch.add(step, role, values["loss"])
             for name, value in values.items():
                 tag = f"{role}/{name}"
                 self._sums[tag] = self._sums.get(tag, 0.0) + value
@@ -171,12 +180,14 @@ class _Desk:
         save_every: int,
         progress: bool,
         work: Work,
+        loss_growth: float,
     ) -> None:
         self.workdir, self.store, self.writer, self.steps = workdir, store, writer, steps
         self._data, self._meta, self._log_every, self._save_every = data, meta, log_every, save_every
         self._progress = progress
         self.clock, self._tracer = StepClock(work), Tracer(workdir, work.trace)
-        self._meter = _Meter(lambda: f"last checkpoint: step {max(store.steps(), default='none')}")
+        self._watch, self._aside = LossWatch(loss_growth), False
+        self._meter = _Meter(lambda: f"last checkpoint: step {max(store.steps(), default='none')}", self._watch)
 
     def resume(self, state: TrainState, *, going_on: bool) -> tuple[TrainState, int]:
         """The state of the newest good checkpoint, or this one; data and curves go on from there too. Its step."""
@@ -192,6 +203,7 @@ class _Desk:
             return state, start
         self._data.set_state(place["data"])
         self._meter.set_state(place["curves"])
+        self._watch.set_state(place.get("losses", {}))  # older versions did not keep them
         say(f"{self.workdir}: going on from step {start}")
         return state, start
 
@@ -228,14 +240,54 @@ class _Desk:
             place = {"data": self._data.get_state(), "curves": self._meter.get_state()}
             with self.clock.outside():
                 self.writer.flush()  # a run that goes on from this checkpoint finds the curves up to it
-                self.store.save(done, state, place, self._meta)
+                self._save(done, state, {**place, "losses": self._watch.get_state()})
+
+    def _save(self, done: int, state: TrainState, place: Mapping[str, Any]) -> None:
+        """Saves step `done`; aside, where no run goes on from, if a loss has left all bounds."""
+        if not self._watch.grown():
+            self._aside = False
+            return self.store.save(done, state, place, self._meta)
+        if not self._aside and jax.process_index() == 0:
+            say(f"{self.workdir}: {self.advice()}")
+        self._aside = True
+        self.store.wait()
+        aside = CheckpointStore(self.workdir, 1, folder=ASIDE)
+        try:
+            aside.remove_all()
+            aside.save(done, state, place, self._meta)
+        finally:
+            aside.close()
+
+    def advice(self) -> str:
+        """What is said of a loss that has left all bounds; "" if none has."""
+        if not (grown := self._watch.grown()):
+            return ""
+        good = max(self.store.steps(), default=None)
+        start = "none is good yet" if good is None else f"the same command goes on from that of step {good}"
+        return (
+            f"{grown}: checkpoints are kept aside in {ASIDE}; {start}, with a lower --config.optim.ROLE.lr if the loss "
+            "grows again; --config.loss_growth=0 saves whatever comes"
+        )
 
     def leave(self, signal_name: str, done: int, bar: tqdm) -> NoReturn:
         """Ends the process as a signal asked, once the checkpoint is on disk."""
         self.store.wait()
         bar.close()
-        say(f"{signal_name}: saved step {done} of {self.steps} in {self.workdir}; the same command goes on from here")
+        where = f"{self.workdir}/{ASIDE}" if self._aside else f"{self.workdir}; the same command goes on from here"
+        say(f"{signal_name}: saved step {done} of {self.steps} in {where}")
         raise SystemExit(0)
+
+
+@contextmanager
+def _last_step_told(store: CheckpointStore) -> Iterator[None]:
+    """What a disk, a quota or a mount provokes anywhere within names the step that the run goes on from."""
+    try:
+        yield
+    except Exception as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        raise type(failure)(f"{failure}; last checkpoint: step {max(store.steps(), default='none')}") from error
 
 
 def _updates(
@@ -283,6 +335,8 @@ def _iterate(
                     sampling.fn(state, done, desk.writer)
         with watchdog.paused():
             desk.store.wait()
+    if told := desk.advice():
+        raise GrownLoss(f"{desk.workdir}: {told}")
     return state
 
 
@@ -298,6 +352,8 @@ def fit(
     log_every: int = 50,
     save_every: int = 1000,
     keep: int = 2,
+    checksums: bool = True,
+    loss_growth: float = 1000.0,
     accumulate: int | Mapping[str, int] = 1,
     writer: EventWriter | None = None,
     meta: Mapping[str, Any] | None = None,
@@ -322,8 +378,9 @@ def fit(
         so that a run may go on on another mesh or number of processes.
       frozen: further models that the losses see; never saved.
       data: iterator of numpy batches, or a function that makes it.  txs: role -> optimiser, as given to `init_state`.
-      steps: total iterations of the run.  keep: number of checkpoints kept.
+      steps: total iterations of the run.  keep: number of checkpoints kept.  checksums: written with each.
       save_every: iterations between them (the last one is always saved).
+      loss_growth: a loss beyond so many times its running median keeps checkpoints aside (`training.growth`).
       accumulate: microbatches per update, one number or by role.
       writer: where curves go (default: one of its own in `workdir`).
       meta: JSON record for later verbs (model configs, codec, blocks ...); "stage" and "step" are added.
@@ -335,20 +392,23 @@ def fit(
       going_on: `workdir` holds a checkpoint, and `state` is nothing but its template.
 
     Raises:
-      NonFiniteLoss: a loss or gradient is not finite.  Temporary: a checkpoint could not be written.
+      NonFiniteLoss: a loss or gradient is not finite.  GrownLoss: the run ended with a loss beyond all bounds.
+      Temporary: a checkpoint could not be written.
       UserError: `workdir` holds another stage or other shapes; the data ended.
     """
     with failing_fast():
-        store, own_writer = CheckpointStore(workdir, keep=keep), writer is None
+        store, own_writer = CheckpointStore(workdir, keep, checksums=checksums), writer is None
     writer = EventWriter(workdir, enabled=jax.process_index() == 0) if writer is None else writer
     try:
         named = {**(meta or {}), "stage": stage.name}
         pace = {"steps": steps, "log_every": log_every, "save_every": save_every}
         iterator = data() if callable(data) else data
-        desk = _Desk(workdir, store, writer, iterator, named, **pace, progress=progress, work=work)
+        desk = _Desk(
+            workdir, store, writer, iterator, named, **pace, progress=progress, work=work, loss_growth=loss_growth
+        )
         updates = _updates(stage, txs, accumulate, placement_of(state))
         sampling = _Sampling(sample_fn, sample_every, sample_first)
-        with failing_fast(), Watchdog(stall_seconds) as watchdog:
+        with failing_fast(), _last_step_told(store), Watchdog(stall_seconds) as watchdog:
             with watchdog.restoring():
                 state, start = desk.resume(state, going_on=going_on)
             if start >= steps:

@@ -1,9 +1,13 @@
 """What a run tells: TensorBoard event files written without TensorFlow, and the same scalars as JSON lines."""
 
 import io
+import itertools
 import json
+import os
+import platform
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,15 +19,18 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cfjax.core.errors import UserError
-from cfjax.core.paths import Mirror, path_of, write_atomically
+from cfjax.core.paths import Mirror, path_of
+from cfjax.training.appender import Appender
 
 JSONL = "metrics.jsonl"
 PERFORMANCE = "performance.jsonl"  # what differs from machine to machine and from run to run
 FLUSH_SECONDS = 60.0  # after which what was told is on disk, or in the bucket
 LONGEST = 32e6  # bytes of an event file that goes to a bucket; it is sent whole, again and again, until the next begins
+
+_files = itertools.count()  # of this process, whose names may else be equal
 
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -40,20 +47,18 @@ def _pixels(frames: np.ndarray, what: str, ndim: int, scale: int) -> np.ndarray:
     return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 
-def _drop_from(path: Path, step: int) -> None:
-    """Rewrites a JSON-lines file, atomically, without the lines at or after `step` (and without a torn last line)."""
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, "".join(kept))
+def _is_before(step: int, line: bytes) -> bool:
+    """Whether a JSON line is whole and of an earlier step."""
+    try:
+        return json.loads(line)["step"] < step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class EventWriter:
     """Writes scalars, text, images and videos of one run into `workdir`; a context manager.
+
+    A disk that is full, read-only or gone is told once; what is told meanwhile is written when that works again.
 
     Args:
       workdir: the run's folder, here or in a bucket; event files go to `workdir/events`, scalars also to
@@ -65,10 +70,21 @@ class EventWriter:
         self._enabled, self._flushed = enabled, time.monotonic()
         if enabled:
             self._mirror = Mirror(path_of(workdir))
-            folder = self._mirror.folder
-            folder.mkdir(parents=True, exist_ok=True)
             self._mirror.pull(JSONL, PERFORMANCE)
-            self._events = EventFileWriter(str(folder / "events"))
+            self._lines = {name: Appender(self._mirror.folder / name) for name in (JSONL, PERFORMANCE)}
+            self._begin_events()
+
+    def _begin_events(self) -> None:
+        """A new event file; TensorBoard reads all that are there."""
+        name = f"events.out.tfevents.{time.time():010.0f}.{platform.node()}.{os.getpid()}"
+        file = self._mirror.folder / "events" / f"{name}.{next(_files)}"
+        self._events = Appender(file)
+        self._add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def _add_event(self, event: Event) -> None:
+        with io.BytesIO() as buffer:
+            RecordWriter(buffer).write(event.SerializeToString())
+            self._events.add(buffer.getvalue())
 
     def __enter__(self) -> "EventWriter":
         return self
@@ -80,10 +96,9 @@ class EventWriter:
         """The run goes on at `step`: what was told at or after it is withdrawn, so that no curve has a point twice."""
         if not self._enabled:
             return
-        for name in (JSONL, PERFORMANCE):
-            if (self._mirror.folder / name).exists():
-                _drop_from(self._mirror.folder / name, step)
-        self._events.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        for lines in self._lines.values():
+            lines.rewrite(partial(_is_before, step))
+        self._add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point to each named curve, and one line {"step": step, name: value, ...}."""
@@ -98,8 +113,7 @@ class EventWriter:
         numbers = {tag: float(value) for tag, value in values.items()}
         self._add(step, [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()])
         if self._enabled:
-            with (self._mirror.folder / name).open("a") as lines:
-                lines.write(json.dumps({"step": int(step), **numbers}) + "\n")
+            self._lines[name].add((json.dumps({"step": int(step), **numbers}) + "\n").encode())
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self.flush()
 
@@ -131,17 +145,16 @@ class EventWriter:
         if not self._enabled:
             return
         self._flushed = time.monotonic()
-        self._events.flush()
+        for grown in (self._events, *self._lines.values()):
+            grown.flush(sync=True)
         if self._mirror.push() > LONGEST:
-            self._events.close()
-            self._events = EventFileWriter(str(self._mirror.folder / "events"))
+            self._begin_events()
 
     def close(self) -> None:
         """Brings the files up to date and closes them; nothing when that was done already."""
         if self._enabled:
+            self.flush()
             self._enabled = False
-            self._events.close()
-            self._mirror.push()
             self._mirror.close()
 
     def _picture(self, step: int, name: str, shape: tuple[int, ...], encoded: bytes) -> None:
@@ -150,4 +163,4 @@ class EventWriter:
 
     def _add(self, step: int, values: list[Summary.Value]) -> None:
         if self._enabled:
-            self._events.add_event(Event(step=int(step), wall_time=time.time(), summary=Summary(value=values)))
+            self._add_event(Event(step=int(step), wall_time=time.time(), summary=Summary(value=values)))

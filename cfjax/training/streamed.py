@@ -14,6 +14,7 @@ import tensorstore as ts
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.training.checkpoint import FOLDER, record_of
+from cfjax.training.sums import RECORD, STATE, RecordHandler, RecordSave
 
 IN_FLIGHT = 32e6
 
@@ -80,12 +81,12 @@ def write_streamed(workdir: str | Path, arrays: Mapping[str, LazyArray], meta: M
         (LazyArray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handlers = {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
-        "record": ocp.JsonCheckpointHandler(),
+        STATE: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
+        RECORD: RecordHandler(checksums=True),
     }
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False, save_root_metadata=False)
     args = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(record_of(arrays, {}, meta, 0))
+        state=ocp.args.PyTreeSave(dict(arrays)), record=RecordSave(record_of(arrays, {}, meta, 0))
     )
     try:
         manager = ocp.CheckpointManager(partial, options=options, item_handlers=handlers)

@@ -1,7 +1,6 @@
 """A run that no longer moves ends with a line that says so, instead of holding its machines in silence."""
 
 import os
-import sys
 import threading
 import time
 import traceback
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 
 import jax
 
+from cfjax.core.console import complain
 from cfjax.core.errors import Temporary, UserError
 
 STALLED = Temporary.exit_code
@@ -62,12 +62,11 @@ class Watchdog:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             last = self._last
             if last and time.monotonic() - last[1] > self._seconds:
-                sys.stderr.write(
+                complain(
                     f"cfjax: process {jax.process_index()} of {jax.process_count()}: {last[0]}; another process died, "
                     "or this one hangs. The run ends; the same command goes on from its last checkpoint "
-                    "(stall_seconds is the time, 0 is for ever)\n"
+                    "(stall_seconds is the time, 0 is for ever)"
                 )
-                sys.stderr.flush()
                 os._exit(STALLED)
 
 
@@ -84,11 +83,8 @@ def failing_fast() -> Iterator[None]:
             raise
         who = f"cfjax: process {jax.process_index()} of {jax.process_count()} ends"
         if isinstance(error, UserError):
-            sys.stderr.write(f"{who}: {' '.join(str(error).split())}\n")
+            complain(f"{who}: {' '.join(str(error).split())}")
         else:
-            traceback.print_exc()
-            sys.stderr.write(
-                f"{who}: another one died, or see above; the same command goes on from the last checkpoint\n"
-            )
-        sys.stderr.flush()
+            complain(traceback.format_exc())
+            complain(f"{who}: another one died, or see above; the same command goes on from the last checkpoint")
         os._exit(error.exit_code if isinstance(error, UserError) else STALLED)
