@@ -34,6 +34,7 @@ SIDE = 2**16
 PICTURE_PIXELS = 2**26  # 8192 x 8192
 VIDEO_PIXELS = 2**25  # 7680 x 4320; a decoder keeps up to 16 such frames
 LATENT_NUMBERS = 2**28  # of one record: ten minutes of 480 x 832
+STATES = 1000  # of an ODE trajectory; few-step students have 4
 TEXT_NUMBERS = 2**26  # of one caption's rows
 ARRAY_BYTES = 256 * MIB  # of an array in an archive that is smaller than this
 RECORDS = 2**32

@@ -23,6 +23,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from cfjax.core.errors import Temporary, UserError
+from cfjax.core.limits import LIST_BYTES
 from cfjax.data.latents import read_json
 from cfjax.data.listing import ITEMS, Item, changes, hashed, unhashed
 from cfjax.data.precompute import digest
@@ -194,7 +195,7 @@ class SetWriter:
 
         other = sorted(filter(differs, {*found, *self._job}))
         if listing is not None and "clips" in other and (self.path / ITEMS).exists():
-            before = unhashed(read_json(self.path / ITEMS))
+            before = unhashed(read_json(self.path / ITEMS, LIST_BYTES))
             raise UserError(f"{self.path} {changes(before, hashed(listing), self.path)}")
         if other:
             raise UserError(

@@ -22,7 +22,7 @@ import numpy as np
 
 from cfjax.core.errors import UserError
 from cfjax.core.inside import inside
-from cfjax.core.limits import FRAMES, LATENT_NUMBERS, RANK, RECORDS, SIDE, TEXT_NUMBERS, TEXT_ROWS
+from cfjax.core.limits import FRAMES, LATENT_NUMBERS, RANK, RECORDS, SIDE, STATES, TEXT_NUMBERS, TEXT_ROWS
 from cfjax.core.machine import machine_failure
 from cfjax.core.schema import SIZE, checked, flag, one_of, parse_json, row, several, table, text, whole
 from cfjax.data.latents import Batch, read_json
@@ -57,7 +57,7 @@ LAYOUT_RULE = table(
     },
     {
         "kept_in": one_of(*KEPT_IN),
-        "trajectory_points": whole(0, 1000),
+        "trajectory_points": whole(0, STATES),
         "dtype": _DTYPE,
         "text_dtype": _DTYPE,
     },
