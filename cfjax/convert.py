@@ -1,6 +1,5 @@
 """`cfjax convert`: other people's weights into a run directory, and back out, bit for bit, one array at a time."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from cfjax.conversion.files import SAFETENSORS
 from cfjax.conversion.kinds import KINDS, Network
 from cfjax.conversion.rules import fingerprint
-from cfjax.conversion.sources import Found, Source, open_source
+from cfjax.conversion.sources import Found, Source, copy_tokenizer, open_source
 from cfjax.conversion.targets import entry_of, write_target
 from cfjax.conversion.wan import TEXT_LENGTH, config_json_wan
 from cfjax.conversion.write import write_json
@@ -191,7 +190,7 @@ def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: C
             }
             write_streamed(partial / WORLD / network.kind, arrays, meta)
     if source.tokenizer:
-        shutil.copytree(source.tokenizer, partial / WORLD / TOKENIZER)
+        copy_tokenizer(source.tokenizer, partial / WORLD / TOKENIZER)
     if (partial / WORLD).exists():
         record = {"kind": KIND, "format": FORMAT, "text_length": TEXT_LENGTH, "fps": FPS}
         write_json(partial / WORLD / RECORD, {**record, "negative_prompt": NEGATIVE_PROMPT})

@@ -204,15 +204,15 @@ def difference(made: Mapping[str, Any], c: ConfigDict, keys: Sequence[str]) -> s
     return ""
 
 
-def toy_world(c: ConfigDict) -> World:
-    """The world of `c.data`, made on first use.
+def toy_world(c: ConfigDict, *, keep: bool = True) -> World:
+    """The world of `c.data`, made on first use; `keep`: and written to `data.path`.
 
     Raises:
       UserError: the one that is there, or the one of `data.assets`, is not what the config describes.
     """
     path, shapes = data_root(c) / "world", shapes_of(c)
     asked = {"channels": c.data.channels, "text_length": c.data.text_length}
-    world = open_world(path, assets=c.data.assets, shapes=shapes, **asked)
+    world = open_world(path, assets=c.data.assets, shapes=shapes, keep=keep, **asked)
     if (world.shapes, world.codec.latent_channels, world.text.length) != (shapes, *asked.values()):
         raise UserError(
             f"{path} has other data.shapes, data.channels or data.text_length than the config; choose another data.path"

@@ -1,6 +1,5 @@
 """`cfjax precompute`: clips, LMDBs and prompts to latents and text rows, or an AR teacher's ODE pairs; once."""
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, local_path, path_of, read_if_whole
+from cfjax.core.schema import load_json
 from cfjax.data.captions import Columns
 from cfjax.data.check import check_dataset
 from cfjax.data.clips import read_listing
@@ -273,7 +273,7 @@ def open_any_world(path: str | Path, text_cache: str = "") -> World | WanWorld:
     """
     file = Path(path) / "world.json"
     try:
-        kind = json.loads(file.read_text()).get("kind", "toy")
+        kind = load_json(file).get("kind", "toy")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"world={str(path)!r}: no world there ({error}); make one with cfjax convert") from None
     if kind == "toy":

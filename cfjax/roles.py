@@ -1,6 +1,5 @@
 """A stage's networks, from config to weights: their sizes, how they rest, what they start from, what they cost."""
 
-import json
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,7 +24,8 @@ from cfjax.models.vae import PRESETS as VAES
 from cfjax.models.vae import abstract_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan
 from cfjax.objectives.stage import Stage
-from cfjax.training.checkpoint import load_role, open_role, read_meta
+from cfjax.run_record import START, read_run
+from cfjax.training.checkpoint import load_role, open_role
 from cfjax.training.memory import RoleMemory, role_memory
 from cfjax.world import asset
 
@@ -70,8 +70,9 @@ def check_blocks(c: ConfigDict, roles: Iterable[str] | None = None) -> None:
         role = c.roles[name]
         exported = asset(role.init, META_FILE) if role.init else None
         if exported or (role.init and is_folder(path_of(role.init))):
-            meta = json.loads(exported.read_text()) if exported else read_meta(role.init)
-            same_blocks(c, meta, f"roles.{name}.init={role.init!r}", "name a run of the same layout")
+            same_blocks(
+                c, read_run(role.init, START), f"roles.{name}.init={role.init!r}", "name a run of the same layout"
+            )
 
 
 def same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, mend: str) -> None:

@@ -1,6 +1,5 @@
 """Opening what was trained or converted: (weights, config, world) of a run directory or an exported model."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,8 @@ from cfjax.models.resting import resting
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
-from cfjax.training.checkpoint import load_role, read_meta
+from cfjax.run_record import read_run
+from cfjax.training.checkpoint import load_role
 from cfjax.wan_world import (
     WanWorld,
     config_from_record,
@@ -128,13 +128,13 @@ def open_run(
     exported = asset(name, META_FILE)
     if exported is None and not is_folder(path_of(name)):
         raise UserError(f"run={name!r}: no such run directory, and no shipped teacher of that name")
-    meta = json.loads(exported.read_text()) if exported else read_meta(name)
+    meta = read_run(name)
     c = config_from_meta(meta)
     blocks = _blocks_of(name, meta, c, stage, block_frames)
     if exported:
         home: World | WanWorld = shipped_world(name)
     elif c.data.source:
-        home = toy_world(c)
+        home = toy_world(c, keep=False)
     else:
         folder = _find_world(path_of(name), meta, world)
         reading: dict[str, Any] = {
@@ -150,7 +150,7 @@ def open_run(
         name=name,
         stage=meta["stage"],
         step=int(meta["step"]),
-        model=_template(_network(meta, precision, attention)),
+        model=_template(_network(name, meta, precision, attention)),
         world=home,
         sampler=sampler_of(c),
         blocks=blocks,
@@ -185,9 +185,11 @@ def _blocks_of(name: str, meta: Mapping[str, Any], c: ConfigDict, stage: str, bl
     return blocks
 
 
-def _network(meta: Mapping[str, Any], precision: str, attention: str) -> WanConfig:
+def _network(name: str, meta: Mapping[str, Any], precision: str, attention: str) -> WanConfig:
     """The sizes that the checkpoint records, for inference."""
-    config = config_from_record(WanConfig, meta["models"]["student"])
+    if "student" not in meta["models"]:
+        raise UserError(f"run={name!r}: its record tells of no student")
+    config = config_from_record(WanConfig, meta["models"]["student"], name)
     policy = Policy(precision, config.precision.island) if precision else config.precision
     return replace(config, remat="none", precision=policy, attention=attention or config.attention)
 
@@ -204,7 +206,10 @@ def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:
         read_record(given)
         return path_of(given)
     recorded = str(meta.get("world_path", ""))
-    if found := find_world(run, recorded):
+    found = find_world(run, recorded)
+    if found and not meta["world"] and not found.resolve().is_relative_to(run.resolve()):
+        raise UserError(f"run={str(run)!r} does not say what world {found} should be; if it is, --config.world={found}")
+    if found:
         return found
     looked = ", ".join(map(str, world_places(run, recorded)))
     raise UserError(f"run={str(run)!r} has no Wan world ({looked}); name one with --config.world=FOLDER")

@@ -22,26 +22,95 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import CAPTION, LAYERS, TEXT_ROWS
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
+from cfjax.core.schema import (
+    EPS,
+    SIZE,
+    Rule,
+    checked,
+    each_of,
+    flag,
+    load_json,
+    number,
+    one_of,
+    row,
+    several,
+    table,
+    text,
+    whole,
+)
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder, text_fingerprint
 from cfjax.models.text_cache import TextCache, encode_cached
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.models.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE, load_tokenizer
-from cfjax.models.umt5 import UMT5, UMT5Config
+from cfjax.models.umt5 import UMT5, UMT5_RULE, UMT5Config
 from cfjax.models.vae import VAEConfig, WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
+from cfjax.models.wan import WanConfig
 from cfjax.training.checkpoint import FOLDER, load_role, read_meta
 
 RECORD, KIND, FORMAT = "world.json", "wan", 1
 DECODERS = ("vae", "tiny_vae")
+WORLD_RULE = table(
+    {
+        "kind": one_of(KIND),
+        "format": one_of(FORMAT),
+        "text_length": whole(1, TEXT_ROWS),
+        "negative_prompt": text(CAPTION),
+        "fps": number(0, 1000, above=True),
+    }
+)
+# The record of a part of a world, a run directory of one role.
+PART = table(
+    {"model": table({}), "fingerprint": text(64)},
+    {"source": table({}, {"dtype": each_of(text(64)), "layout": text(64)})},
+)
+_DTYPE = one_of("float32", "bfloat16")
+_PRECISION = {"precision": table({"compute": _DTYPE, "island": _DTYPE}, closed=True)}
+# What a run's record says of each network: its config's fields, and no others.
+SIZES: dict[type, Rule] = {
+    WanConfig: table(
+        dict.fromkeys(("dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "text_dim", "freq_dim"), SIZE)
+        | {"num_layers": whole(1, LAYERS), "patch": row(SIZE, SIZE), "eps": EPS},
+        {"remat": one_of("none", "full", "dots"), "attention": text(), **_PRECISION},
+        closed=True,
+    ),
+    VAEConfig: table(
+        {"base_dim": SIZE, "z_dim": SIZE},
+        {
+            "multipliers": several(SIZE, 2, 8),
+            "res_blocks": whole(1, LAYERS),
+            "temporal_downsample": several(flag, 1, 7),
+            "latents_mean": several(number(-1000, 1000), 1),
+            "latents_std": several(number(0, 1000, above=True), 1),
+            **_PRECISION,
+        },
+        closed=True,
+    ),
+    TinyVAEConfig: table(
+        {"latent_channels": SIZE, "encoder_width": SIZE, "decoder_widths": row(SIZE, SIZE, SIZE, SIZE)},
+        {"time_pool": row(SIZE, SIZE, SIZE), "time_grow": row(SIZE, SIZE, SIZE), **_PRECISION},
+        closed=True,
+    ),
+    UMT5Config: UMT5_RULE,
+}
 C = TypeVar("C")
 M = TypeVar("M")
 
 
-def config_from_record(cls: type[C], values: dict[str, Any]) -> C:
-    """A frozen config from `dataclasses.asdict` as JSON left it: lists are tuples, `precision` is a policy."""
+def config_from_record(cls: type[C], values: dict[str, Any], where: object = "the run's record") -> C:
+    """A frozen config from `dataclasses.asdict` as JSON left it: lists are tuples, `precision` is a policy.
+
+    Args:
+      where: whose record it is, for the message.
+
+    Raises:
+      UserError: a key is missing, unknown or has a value that it cannot have (`SIZES`).
+    """
+    checked(SIZES[cls], values, f"{where}: {cls.__name__}")
 
     def tuples(value: Any) -> Any:
         return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
@@ -77,13 +146,13 @@ def load_codec(path: str | Path, decoder: str, precision: str = "") -> Codec:
     folder = path_of(path) / decoder
     if not is_folder(folder / FOLDER):
         raise UserError(f"{path} has no {decoder}; add one with cfjax convert, or choose another decoder")
-    values = read_meta(folder, stages=(decoder,))["model"]
+    values = _part_record(folder, decoder)["model"]
     key = jax.random.key(0)
     if decoder == "vae":
-        config = config_from_record(VAEConfig, values)
+        config = config_from_record(VAEConfig, values, folder)
         config = replace(config, precision=_policy(config.precision, precision))
         return load_role(folder, decoder, placed_template(lambda: WanVAE(config, key)))
-    tiny_config = config_from_record(TinyVAEConfig, values)
+    tiny_config = config_from_record(TinyVAEConfig, values, folder)
     tiny_config = replace(tiny_config, precision=_policy(tiny_config.precision, precision))
     return load_role(folder, decoder, placed_template(lambda: TinyVAE(tiny_config, key)))
 
@@ -99,7 +168,7 @@ def load_text(path: str | Path, length: int) -> TextEncoder:
       UserError: the world has none, or its tokenizer is missing.
     """
     meta = _text_record(path)
-    config = config_from_record(UMT5Config, meta["model"])
+    config = config_from_record(UMT5Config, meta["model"], path)
     dtypes = set(meta.get("source", {}).get("dtype", {}).values())
     template = placed_template(lambda: UMT5(config, jax.random.key(0)), "bfloat16" if dtypes == {"bfloat16"} else "")
     model = load_role(path_of(path) / "text_encoder", "text_encoder", template)
@@ -113,7 +182,7 @@ def open_cache(path: str | Path, folder: str | Path, length: int) -> TextCache:
       UserError: the world has no text encoder, or its tokenizer is missing.
     """
     meta = _text_record(path)
-    config = config_from_record(UMT5Config, meta["model"])
+    config = config_from_record(UMT5Config, meta["model"], path)
     tokenizer = load_tokenizer(path_of(path) / "tokenizer")
     return TextCache(folder, text_fingerprint(meta["fingerprint"], config, tokenizer), length)
 
@@ -122,7 +191,11 @@ def _text_record(path: str | Path) -> dict[str, Any]:
     folder = path_of(path) / "text_encoder"
     if not is_folder(folder / FOLDER):
         raise UserError(f"{path} has no text_encoder; add one with cfjax convert")
-    return read_meta(folder, stages=("text_encoder",))
+    return _part_record(folder, "text_encoder")
+
+
+def _part_record(folder: Path, kind: str) -> dict[str, Any]:
+    return checked(PART, read_meta(folder, stages=(kind,)), folder)
 
 
 @dataclass(frozen=True)
@@ -214,13 +287,13 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     file = path_of(path) / RECORD
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = load_json(file)
         kind, version = record["kind"], record["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: no Wan world here ({error}); make one with cfjax convert") from None
     if (kind, version) != (KIND, FORMAT):
         raise UserError(f"{file}: kind {kind!r} format {version}, this version reads {KIND!r} format {FORMAT}")
-    return record
+    return checked(WORLD_RULE, record, file)
 
 
 def world_places(run: str | Path, recorded: str) -> list[Path]:
@@ -235,8 +308,12 @@ def find_world(run: str | Path, recorded: str) -> Path | None:
 
 
 def is_wan_world(path: str | Path) -> bool:
-    """Whether the world there is Wan's; the toy's record names no kind."""
-    return "kind" in json.loads((path_of(path) / RECORD).read_text(encoding="utf-8"))
+    """Whether the world there is Wan's; the toy's record names no kind. Raises UserError when it cannot be read."""
+    file = path_of(path) / RECORD
+    try:
+        return "kind" in checked(table({}), load_json(file), file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: no world here ({error})") from None
 
 
 def fingerprint(path: str | Path) -> str:
@@ -244,7 +321,7 @@ def fingerprint(path: str | Path) -> str:
     parts: dict[str, Any] = {"text_length": read_record(path)["text_length"]}
     for part in ("vae", "text_encoder"):
         if is_folder(path_of(path) / part / FOLDER):
-            meta = read_meta(path_of(path) / part)
+            meta = _part_record(path_of(path) / part, part)
             sizes = {name: value for name, value in meta["model"].items() if name != "precision"}
             parts[part] = [sizes, meta["fingerprint"]]
     files = (path_of(path) / "tokenizer" / name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE))

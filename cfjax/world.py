@@ -19,12 +19,14 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.core.once import make_once
 from cfjax.core.paths import to_disk, write_atomically
-from cfjax.data.shapes import ShapesConfig, ShapesSource, all_captions, caption, draw_factors, render
+from cfjax.core.schema import checked, load_json, table
+from cfjax.data.shapes import SHAPES_RULE, ShapesConfig, ShapesSource, all_captions, caption, draw_factors, render
 from cfjax.models.codec import PatchCodec, fit_patch_codec
 from cfjax.models.text import TextEncoder
 
 ASSETS = Path(__file__).parent / "assets"
 HELD_OUT_ONE_IN = 6
+WORLD_RULE = table({"shapes": SHAPES_RULE})
 EVALUATION_SEED = 7_000_000  # clips of this seed are never trained on
 
 
@@ -51,8 +53,9 @@ class World:
         """Reads what `save` wrote. Raises UserError when it is missing or broken."""
         folder = Path(path)
         try:
-            shapes = ShapesConfig.from_json(json.loads((folder / "world.json").read_text())["shapes"])
-        except (OSError, ValueError, KeyError) as error:
+            record = checked(WORLD_RULE, load_json(folder / "world.json"), "world.json")
+            shapes = ShapesConfig.from_json(record["shapes"])
+        except (OSError, ValueError) as error:
             raise UserError(f"{folder}: not a world ({error}); make one with cfjax precompute") from None
         return cls(shapes, PatchCodec.load(folder / "codec.safetensors"), TextEncoder.load(folder))
 
@@ -95,11 +98,19 @@ def make_world(shapes: ShapesConfig, *, channels: int, text_length: int) -> Worl
     return World(shapes, codec, TextEncoder.build(all_captions(shapes), text_length))
 
 
-def open_world(path: str | Path, *, assets: str, shapes: ShapesConfig, channels: int, text_length: int) -> World:
-    """The world at `path`, made there first if need be: a copy of the shipped `assets`, or a fresh one."""
+def open_world(
+    path: str | Path, *, assets: str, shapes: ShapesConfig, channels: int, text_length: int, keep: bool = True
+) -> World:
+    """The world at `path`, made there first if need be: a copy of the shipped `assets`, or a fresh one.
+
+    Args:
+      keep: write one that was not there; without, where somebody else's record says `path`, nothing is written.
+    """
     folder = Path(path)
     if not (folder / "world.json").exists():
         world = shipped_world(assets) if assets else make_world(shapes, channels=channels, text_length=text_length)
+        if not keep:
+            return world
         make_once(folder / "world.json", partial(world.save, folder))
     return World.load(folder)
 

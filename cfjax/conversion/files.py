@@ -4,7 +4,6 @@ Files are mapped into memory, so an array takes room only while it is used. What
 at once: shards, the index, truncation, prefixes of wrappers. PyTorch is needed for .pt and .pth alone.
 """
 
-import json
 import pickle
 import re
 import warnings
@@ -21,7 +20,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cfjax.core.errors import UserError
+from cfjax.core.inside import inside
 from cfjax.core.lazy import LazyArray
+from cfjax.core.limits import NESTED, PICKLE_BYTES
+from cfjax.core.schema import checked, each_of, load_json, table, text, whole
 
 Arrays = dict[str, LazyArray]
 
@@ -31,6 +33,8 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # in front.
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 PREFIX = "model."
+# An index of shards: array -> its file, and how many bytes all of them have.
+SHARDS = table({"weight_map": each_of(text())}, {"metadata": table({}, {"total_size": whole()})})
 POINTER = b"version https://git-lfs"
 ST_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64, "I64": np.int64}
 ST_DTYPES |= {"I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
@@ -59,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: it cannot be read or is something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
@@ -121,16 +125,23 @@ def _read_safetensors(path: Path) -> Arrays:
     return out
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """An index of shards. Raises UserError when it is none."""
+    index = checked(SHARDS, read_json(path), path)
+    if not index["weight_map"]:
+        raise UserError(f"{path}: its weight_map is empty")
+    return index
+
+
 def _read_shards(path: Path) -> Arrays:
-    index = read_json(path)
-    where = index.get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise UserError(f"{path}: the index has no weight_map")
+    index = read_index(path)
+    where = index["weight_map"]
     shards: dict[str, Arrays] = {}
     for shard in sorted(set(where.values())):
-        if not (path.parent / shard).is_file():
-            raise UserError(f"{path.parent / shard} is missing, but {path.name} names it; copy all shards")
-        shards[shard] = _read_safetensors(path.parent / shard)
+        file = inside(path.parent, shard, path)
+        if not file.is_file():
+            raise UserError(f"{file} is missing, but {path.name} names it; copy all shards")
+        shards[shard] = _read_safetensors(file)
     for name, shard in where.items():
         if name not in shards[shard]:
             raise UserError(f"{path}: {name} should be in {shard}, which does not hold it")
@@ -164,6 +175,7 @@ def torch_module(path: Path) -> ModuleType:
 
 def _read_pickle(path: Path) -> WeightFile:
     torch = torch_module(path)
+    _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on protocol versions
@@ -175,7 +187,7 @@ def _read_pickle(path: Path) -> WeightFile:
             f"{path}: refused: it {what}, and what is not tensors and plain containers alone can run any code;"
             " save its state dict alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # its reader meets damage with whatever error comes first
         raise UserError(f"{path}: broken or cut short ({_one_line(error)}); copy it again") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
@@ -184,8 +196,10 @@ def _read_pickle(path: Path) -> WeightFile:
         return WeightFile(path, {"": stripped(_tensors(torch, content, path), path)})
     entries, ignored = {}, []
     for key, value in content.items():
-        while isinstance(value, Mapping) and not is_state(value) and (value.get("model") or value.get("state_dict")):
-            value = value.get("model") or value["state_dict"]
+        for _ in range(NESTED):
+            if not isinstance(value, Mapping) or is_state(value):
+                break
+            value = value.get("model") or value.get("state_dict")
         if is_state(value):
             entries[str(key)] = value
         else:
@@ -193,6 +207,29 @@ def _read_pickle(path: Path) -> WeightFile:
     if not entries:
         raise UserError(f"{path}: holds no tensors, only {', '.join(ignored) or 'nothing'}")
     return WeightFile(path, {key: stripped(_tensors(torch, x, path), path) for key, x in entries.items()}, ignored)
+
+
+def _check_archive(path: Path) -> None:
+    """Sizes in a .pt, before anything of it is unpacked: torch.save compresses nothing, so each is at most the file's.
+
+    Raises:
+      UserError: a compressed entry, more bytes than the file has, or too many for names and numbers.
+    """
+    if not zipfile.is_zipfile(path):  # from before PyTorch 1.6
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: broken or cut short ({_one_line(error)}); copy it again") from None
+    packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), "")
+    if packed:
+        raise UserError(f"{path}: its entry {packed} is compressed, which torch.save never does; save it again")
+    if (total := sum(entry.file_size for entry in entries)) > (size := path.stat().st_size):
+        raise UserError(f"{path}: its entries have {total} bytes, the file {size}: it is broken; copy it again")
+    for entry in entries:
+        if entry.filename.endswith(".pkl") and entry.file_size > PICKLE_BYTES:
+            raise UserError(f"{path}: {entry.file_size} bytes besides its tensors; save its state dict alone")
 
 
 def _tensors(torch: ModuleType, state: Mapping[str, Any], path: Path) -> Arrays:
@@ -204,6 +241,11 @@ def _tensors(torch: ModuleType, state: Mapping[str, Any], path: Path) -> Arrays:
                 f"a tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
             )
             raise UserError(f"{path}: {name} is {kind}, not a plain tensor")
+        if value.nbytes > (stored := value.untyped_storage().nbytes()):
+            raise UserError(
+                f"{path}: {name} {tuple(value.shape)} would have {value.nbytes} bytes, of which {stored} are stored: an"
+                " expanded tensor; save its contiguous() copy"
+            )
         out[str(name)] = LazyArray(tuple(value.shape), _numpy_dtype(value.dtype), (_torch_reader(torch, value),))
     return out
 

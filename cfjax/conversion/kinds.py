@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cfjax.conversion import tiny_vae, umt5, vae, wan
 from cfjax.conversion.rules import Rule, export_plan, import_plan, their_names
 from cfjax.core.errors import UserError
-from cfjax.core.lazy import LazyArray
+from cfjax.core.lazy import LazyArray, all_finite
+from cfjax.core.limits import AXIS, RANK
 from cfjax.core.tree import named_leaves
 from cfjax.models.tiny_vae import TinyVAEConfig
 from cfjax.models.umt5 import UMT5Config
@@ -138,6 +141,28 @@ def recognised(names: Iterable[str]) -> tuple[str, str]:
     return best
 
 
+def _check_shapes(arrays: Arrays) -> None:
+    """Every size is at least 1, so that none divides by zero, and none is beyond use."""
+    for name, array in arrays.items():
+        if len(array.shape) > RANK or not all(0 < size <= AXIS for size in array.shape):
+            raise UserError(f"{name} has shape {array.shape}; sizes must be 1 to {AXIS}, and at most {RANK} of them")
+
+
+def _finite(name: str, file: Path, array: LazyArray) -> LazyArray:
+    """The array, which tells when it is read that it holds NaN or infinite numbers."""
+
+    def telling(read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+        def checked() -> np.ndarray:
+            found = read()
+            if not all_finite(found):
+                raise UserError(f"{file}: {name} holds numbers that are NaN or infinite; the file is of no use")
+            return found
+
+        return checked
+
+    return replace(array, parts=tuple(map(telling, array.parts)))
+
+
 def imported(arrays: Arrays, file: Path, about: Callable[[str, str, Arrays], Mapping[str, Any] | None]) -> Network:
     """A file's network, every name, shape and dtype checked, nothing read.
 
@@ -150,7 +175,8 @@ def imported(arrays: Arrays, file: Path, about: Callable[[str, str, Arrays], Map
     try:
         kind, layout = recognised(arrays)
         row = KINDS[kind]
-        theirs = row.prepare(arrays)
+        _check_shapes(arrays)
+        theirs = row.prepare({name: _finite(name, file, x) for name, x in arrays.items()})
         shapes = {name: x.shape for name, x in theirs.items()}
         config = row.infer(shapes, layout, about(kind, layout, theirs))
         ours = import_plan(row.layouts[layout], theirs, row.template(config), config)

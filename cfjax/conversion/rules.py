@@ -18,6 +18,7 @@ from einops import EinopsError
 
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
+from cfjax.core.limits import LAYERS
 from cfjax.core.tree import match
 
 Move = Callable[[np.ndarray, Any], np.ndarray]
@@ -73,6 +74,21 @@ def _listed(names: set[str]) -> str:
     """The first three, and how many more."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{sorted(names)[:3]}{more}"
+
+
+def layer_count(names: Iterable[str], before: str) -> int:
+    """How many layers names such as `before` + "3.norm.weight" tell of: one more than the highest number.
+
+    Raises:
+      UserError: a number is none, or higher than there are names; nothing would be allocated for so many.
+    """
+    numbers = {name.removeprefix(before).partition(".")[0] for name in names if name.startswith(before)}
+    if wrong := [text for text in numbers if not (text.isascii() and text.isdigit() and len(text) < 6)]:
+        raise UserError(f"{before}{wrong[0]}: no number of a layer")
+    count = 1 + max(map(int, numbers), default=-1)
+    if count > LAYERS or count == 0:
+        raise UserError(f"{count} layers, by the names that begin with {before}; there must be 1 to {LAYERS}")
+    return count
 
 
 def their_names(table: Sequence[Rule], template: Mapping[str, Any]) -> list[str]:

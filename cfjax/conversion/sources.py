@@ -1,13 +1,16 @@
 """Whole systems of weights to read: a Wan release, a diffusers pipeline, a training checkpoint, or a single file."""
 
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfjax.conversion.files import INDEX, PICKLES, SAFETENSORS, WeightFile, read_json, read_weights
+from cfjax.conversion.files import INDEX, PICKLES, SAFETENSORS, WeightFile, read_index, read_json, read_weights
 from cfjax.conversion.kinds import KINDS, Arrays, Network, imported, recognised
 from cfjax.core.errors import UserError
+from cfjax.core.inside import kept_inside
+from cfjax.core.schema import checked, either, one_of, several, table, text
 
 PIPELINE = "model_index.json"
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -16,6 +19,9 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 # Entries of a training checkpoint, in the order in which one is taken for the generator (PyTorch reference).
 GENERATOR, AVERAGE, CRITIC = "generator", "generator_ema", "critic"
 GENERATORS = (GENERATOR, "model", AVERAGE, "state_dict", "")
+# model_index.json: [library, class] of every component, [null, null] of one that is not there.
+COMPONENT = several(either(text(), one_of(None)), 2, 2)
+INDEX_RULE = table({}, {name: COMPONENT for name in (*COMPONENTS, "transformer_2")})
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ def open_source(
         files = _weight_files(path) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no weight files here; give a Wan release, a diffusers folder or a file")
+    if path.is_dir():
+        files = [kept_inside(file, path) for file in files]
     found: dict[tuple[str, bool], Found] = {}
     ignored: list[str] = []
     for file in files:
@@ -84,15 +92,15 @@ def open_source(
 
 def _weight_files(folder: Path) -> list[Path]:
     """Indices, what no index covers, and pickles, directly in a folder."""
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    names = [file.name for file in _files(folder)]
     indices = [name for name in names if name.endswith(INDEX)]
-    covered = {shard for name in indices for shard in read_json(folder / name).get("weight_map", {}).values()}
+    covered = {shard for name in indices for shard in read_index(folder / name)["weight_map"].values()}
     single = [name for name in names if name.endswith(SAFETENSORS) and name not in covered]
     return [folder / name for name in [*indices, *single, *(name for name in names if name.endswith(PICKLES))]]
 
 
 def _pipeline_files(folder: Path, parts: Collection[str]) -> Iterator[Path]:
-    index = read_json(folder / PIPELINE)
+    index = checked(INDEX_RULE, read_json(folder / PIPELINE), folder / PIPELINE)
     if (index.get("transformer_2") or [None])[0]:
         raise UserError(f"{folder}: a pipeline of two transformers (Wan2.2) is not supported; give one of its folders")
     for component in COMPONENTS:
@@ -152,5 +160,28 @@ def _wanted(arrays: Arrays, parts: Collection[str]) -> bool:
 def _tokenizer(folder: Path) -> Path:
     for name in TOKENIZERS:
         if any((folder / name / file).is_file() for file in TOKENIZER_FILES):
-            return folder / name
+            return _own_tokenizer(kept_inside(folder / name, folder))
     raise UserError(f"{folder}: no tokenizer ({' or '.join(TOKENIZERS)}) beside the text encoder; copy it there")
+
+
+def _own_tokenizer(folder: Path) -> Path:
+    """The folder, none of whose files is a link out of it."""
+    for file in _files(folder):
+        kept_inside(file, folder)
+    return folder
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.is_file())
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copies a tokenizer's files, which lie side by side, into the new folder `target`; of links what they lead to.
+
+    Raises:
+      UserError: a link leads out of the folder.
+    """
+    own = _own_tokenizer(kept_inside(folder, folder.parent))
+    target.mkdir(parents=True)
+    for file in _files(own):
+        shutil.copyfile(file, target / file.name)

@@ -1,13 +1,21 @@
 """Whole systems of weights to write: the reference's .pt, a Wan release in safetensors, a diffusers pipeline."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cfjax.conversion.files import PREFIX
 from cfjax.conversion.kinds import KINDS
-from cfjax.conversion.sources import AVERAGE, CRITIC, GENERATOR, PIPELINE, TOKENIZERS, Found, Source
+from cfjax.conversion.sources import (
+    AVERAGE,
+    CRITIC,
+    GENERATOR,
+    PIPELINE,
+    TOKENIZERS,
+    Found,
+    Source,
+    copy_tokenizer,
+)
 from cfjax.conversion.write import write_json, write_pickle, write_safetensors
 from cfjax.core.checksums import write_sums
 from cfjax.core.errors import UserError
@@ -52,7 +60,7 @@ def write_target(
         _write_pipeline(_single(plans, kind), folder, max_bytes)
     if source.tokenizer:
         target = folder / (TOKENIZERS[0] if kind == "diffusers" else TOKENIZERS[1])
-        shutil.copytree(source.tokenizer, target)
+        copy_tokenizer(source.tokenizer, target)
     if kind == "diffusers":
         _write_index(source, folder, shift)
     write_sums(folder)

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
+from cfjax.conversion.rules import SAME, Layout, Rule, layer_count, load_named, save_named
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import as_lazy
+from cfjax.core.limits import VOCABULARY
+from cfjax.core.schema import EPS, SIZE, checked, table, whole
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.umt5 import UMT5, UMT5Config, make_umt5
 
@@ -58,6 +60,15 @@ SIZES = {
 }
 CONSTANTS = {"relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "eps"}
 FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu"}
+ABOUT = table(
+    {},
+    {
+        **dict.fromkeys(SIZES, SIZE),
+        "vocab_size": whole(1, VOCABULARY),
+        "relative_attention_max_distance": SIZE,
+        "layer_norm_epsilon": EPS,
+    },
+)
 
 
 def untied_umt5(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,20 +120,20 @@ def infer_config_umt5(
 
     (vocab_size, dim), (buckets, heads) = matrix("token_embedding"), matrix("layers/position_bias")
     start = names["layers/position_bias"].split("0")[0]
-    numbers = {name.removeprefix(start).split(".")[0] for name in shapes if name.startswith(start)}
     sizes = {
         "vocab_size": vocab_size,
         "dim": dim,
         "heads": heads,
         "head_dim": matrix("layers/([qkvo])/kernel")[0] // heads,
         "ffn_dim": matrix("layers/gate/kernel")[0],
-        "layers": len(numbers),
+        "layers": layer_count(shapes, start),
         "buckets": buckets,
     }
     if layout == "original":
         return UMT5Config(**sizes)
     if about is None:
         raise UserError("the text encoder's config.json is missing; put it beside the weights")
+    checked(ABOUT, about, "text encoder's config.json")
     for key, value in {**FIXED, **{key: sizes[name] for key, name in SIZES.items()}}.items():
         if key not in about or about[key] != value:
             raise UserError(f"text encoder's config.json: {key} is {about.get(key)!r}, these weights need {value!r}")

@@ -12,6 +12,8 @@ import numpy as np
 
 from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
 from cfjax.core.errors import UserError
+from cfjax.core.schema import Rule as Allowed
+from cfjax.core.schema import checked, number, several, shown, table
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.vae import VAEConfig, WanVAE, abstract_vae
 
@@ -151,6 +153,7 @@ def infer_config_vae(
         return VAEConfig(base_dim=base_dim, z_dim=z_dim)
     if about.get("_class_name") != CLASS_NAME:
         raise UserError(f"VAE's config.json: _class_name is {about.get('_class_name')!r}, not {CLASS_NAME!r}")
+    checked(table({}, latents_rules(z_dim)), about, "VAE's config.json")
     config = VAEConfig(
         base_dim=base_dim,
         z_dim=z_dim,
@@ -159,9 +162,20 @@ def infer_config_vae(
     )
     for key, needed in _config_json(config).items():
         allowed = (None, base_dim) if key == "decoder_base_dim" else (needed,)
-        if key != "dropout" and about.get(key, needed) not in allowed:
-            raise UserError(f"VAE's config.json: {key} is {about[key]}; Wan2.1's, with these weights, has {needed}")
+        # by their printed forms, as 1 == 1.0 == True
+        if key != "dropout" and repr(about.get(key, needed)) not in map(repr, allowed):
+            raise UserError(
+                f"VAE's config.json: {key} is {shown(about[key])}; Wan2.1's, with these weights, has {needed}"
+            )
     return config
+
+
+def latents_rules(z_dim: int) -> dict[str, Allowed]:
+    """What the mean and standard deviation of each latent channel may be."""
+    return {
+        "latents_mean": several(number(-1000, 1000), z_dim, z_dim),
+        "latents_std": several(number(0, 1000, above=True), z_dim, z_dim),
+    }
 
 
 def config_json_vae(config: VAEConfig, layout: str) -> dict[str, Any] | None:

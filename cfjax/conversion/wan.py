@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
+from cfjax.conversion.rules import SAME, Layout, Rule, layer_count, load_named, save_named
 from cfjax.core.errors import UserError
+from cfjax.core.schema import EPS, SIZE, checked, one_of, table
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.wan import Wan, WanConfig
 
@@ -123,12 +124,19 @@ SIZES = {
 }
 # What config.json may say of switches that our network has thrown for good.
 FIXED = {
-    "model_type": ("t2v",),
-    "qk_norm": (True, "rms_norm_across_heads"),
-    "cross_attn_norm": (True,),
-    "image_dim": (None,),
-    "added_kv_proj_dim": (None,),
-    "pos_embed_seq_len": (None,),
+    "model_type": one_of("t2v"),
+    "qk_norm": one_of(True, "rms_norm_across_heads"),
+    "cross_attn_norm": one_of(True),
+    "image_dim": one_of(None),
+    "added_kv_proj_dim": one_of(None),
+    "pos_embed_seq_len": one_of(None),
+    "text_len": one_of(TEXT_LENGTH),
+}
+# Both ways of saying how many heads there are.
+HEADS = {"original": ("num_heads",), "diffusers": ("num_attention_heads", "attention_head_dim")}
+ABOUT = {
+    layout: table({}, {**dict.fromkeys((*SIZES[layout], *HEADS[layout]), SIZE), "eps": EPS, **FIXED})
+    for layout in SIZES
 }
 IMAGE_KEYS = ("img_emb.", "k_img.", "image_embedder.", "add_k_proj.")
 
@@ -153,13 +161,14 @@ def infer_config_wan(
             f"an image-to-video model ({image or 'config.json: model_type i2v'}) needs CLIP image features in its"
             " cross-attention, which this network has not; convert a text-to-video (T2V) one"
         )
-    for key, allowed in FIXED.items():
-        if key in about and about[key] not in allowed:
-            raise UserError(f"config.json: {key} is {about[key]!r}, this network needs {allowed[-1]!r}")
+    checked(ABOUT[layout], about, "config.json")
     sizes = _sizes(shapes, LAYOUTS[layout] is ORIGINAL)
     for key, name in SIZES[layout].items():
         if key in about and about[key] != sizes[name]:
             raise UserError(f"config.json: {key} is {about[key]}, but the weights have {sizes[name]}")
+    if "patch_size" in about and repr(about["patch_size"]) != repr([1, *sizes["patch"]]):
+        patch = [1, *sizes["patch"]]
+        raise UserError(f"config.json: patch_size is {about['patch_size']}, but the weights have {patch}")
     heads = about.get("num_heads" if layout == "original" else "num_attention_heads")
     if heads is None:
         if sizes["dim"] % HEAD_DIM:
@@ -187,7 +196,7 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], original: bool) -> dict[str, A
     return {
         "dim": dim,
         "ffn_dim": shape(f"blocks.0.ffn.{'0' if original else 'net.0.proj'}.weight", 2)[0],
-        "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+        "num_layers": layer_count(shapes, "blocks."),
         "in_dim": in_dim,
         "out_dim": rows // (patch[0] * patch[1]),
         "text_dim": shape(f"{room.format('text')}.weight", 2)[1],

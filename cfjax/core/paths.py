@@ -7,7 +7,6 @@ what cannot be written to a bucket as it grows (`Mirror`).
 
 import errno
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -24,6 +23,8 @@ from absl import logging
 from etils import epath
 
 from cfjax.core.errors import Temporary, UserError
+from cfjax.core.limits import LIST_BYTES
+from cfjax.core.schema import load_json
 
 BUCKET, SLASH_LOST = "gs://", "gs:/"
 PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
@@ -214,7 +215,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 def read_if_whole(path: Path) -> Any:
     """What a JSON file of ours says; None where it is not there, empty or cut, as after a power failure."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path, LIST_BYTES)
     except (FileNotFoundError, ValueError):
         return None
 

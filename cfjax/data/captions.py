@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import CAPTION, LINE
 from cfjax.data.pictures import Unusable
 from cfjax.data.tables import CAPTIONS, Row
 
@@ -97,7 +98,7 @@ def caption_of(value: Any, choice: str = "") -> str:
     Raises:
       Unusable: there is none, or several and no rule; its message begins with "no caption" or "several captions".
     """
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) <= LINE:
         value = printed(value)
     if isinstance(value, Mapping):
         value = _named(value, choice)
@@ -107,13 +108,20 @@ def caption_of(value: Any, choice: str = "") -> str:
         raise Unusable("no caption: it is empty")
     if not isinstance(value, str):
         raise Unusable(f"no caption: {value!r} is no text")
+    check_characters(value)
+    if not value.strip():
+        raise Unusable("no caption: it is empty")
+    if len(value) > CAPTION:
+        raise Unusable(f"no caption: {len(value)} characters, more than {CAPTION}")
+    return value.strip()
+
+
+def check_characters(value: str) -> None:
+    """Raises Unusable for half a surrogate pair, which no text can be written with."""
     try:
         value.encode()
     except UnicodeEncodeError:
         raise Unusable("no caption: it holds half of a surrogate pair, which is no character") from None
-    if not value.strip():
-        raise Unusable("no caption: it is empty")
-    return value.strip()
 
 
 def _chosen(values: Sequence[Any], choice: str) -> Any:

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import CAPTION
+from cfjax.core.schema import load_bytes
 from cfjax.data.captions import Columns, caption_of, field_of, parts_of, printed
 from cfjax.data.pictures import Unusable
 from cfjax.data.tables import decode, read_table
@@ -155,9 +157,22 @@ def read_listing(
     for name in scanned.clips:
         if name not in named:
             listing.clips.append(_beside(scanned, name, encoding, used, hint))
+    listing.clips = list(map(_nameable, listing.clips))
     listing.clips.sort(key=lambda clip: (clip.name, clip.start, bool(clip.fault)))
     listing.passed_over = _passed_over(scanned, used | named, table)
     return listing
+
+
+def escaped(name: str) -> str:
+    """A name, or what was said of one, in characters that can be written: bytes that are no UTF-8 as \\udc80 or so."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _nameable(clip: ClipFile) -> ClipFile:
+    """The clip; one whose name is no UTF-8 cannot be used, and its name stands escaped."""
+    if (name := escaped(clip.name)) == clip.name:
+        return replace(clip, fault=escaped(clip.fault))
+    return replace(clip, name=name, fault=escaped(clip.fault) or "unreadable name: it is no UTF-8; rename the file")
 
 
 def _own_table(folder: Folder) -> Path | None:
@@ -177,7 +192,7 @@ def _passed_over(folder: Folder, used: set[str], table: Path | None) -> Counter[
     own = {os.path.normpath(table)} if table is not None else set()
     left = (name for name in folder.others - used if os.path.normpath(folder.root / name) not in own)
     counts = Counter(
-        f"{APPLE_DOUBLE}*" if _leftover(name) else PurePosixPath(name).suffix or "no suffix" for name in left
+        f"{APPLE_DOUBLE}*" if _leftover(name) else escaped(PurePosixPath(name).suffix) or "no suffix" for name in left
     )
     return Counter(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))))
 
@@ -191,7 +206,7 @@ def _beside(folder: Folder, name: str, encoding: str, used: set[str], hint: str)
     for other in found:
         used.add(other)
         try:
-            texts[other] = decode((folder.root / other).read_bytes(), encoding).strip()
+            texts[other] = decode(load_bytes(folder.root / other, 4 * CAPTION), encoding).strip()
         except (OSError, ValueError) as error:
             return ClipFile(name, "", f"unreadable caption: {other}: {error}")
         except LookupError:

@@ -13,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cfjax.core.errors import UserError
-from cfjax.data.captions import Columns, caption_of, field_of
-from cfjax.data.clips import ClipFile
+from cfjax.core.limits import CAPTION
+from cfjax.data.captions import Columns, caption_of, check_characters, field_of
+from cfjax.data.clips import ClipFile, escaped
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.parts import Part, SetWriter
 from cfjax.data.pictures import ClipFormat, Unusable
@@ -138,9 +139,16 @@ class PromptSource:
             places.append(row.place)
             try:
                 value = field_of(path, row, column)
-                prompts.append(value.rstrip() if path.suffix.lower() == ".txt" else caption_of(value, columns.choice))
+                if path.suffix.lower() == ".txt":
+                    check_characters(value)
+                    value = value.rstrip()
+                    if len(value) > CAPTION:
+                        raise Unusable(f"no caption: {len(value)} characters, more than {CAPTION}")
+                else:
+                    value = caption_of(value, columns.choice)
+                prompts.append(value)
             except Unusable as error:
-                faults[len(prompts)] = str(error)
+                faults[len(prompts)] = escaped(str(error))
                 prompts.append("")
         if not prompts:
             raise UserError(f"{file}: no prompts in it")

@@ -6,7 +6,6 @@ records, batches them and deals each batch's rows out to processes; its state is
 a checkpoint.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +15,26 @@ import numpy as np
 from absl import logging
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import CAPTION, JSON_BYTES, RECORDS, VOCABULARY
 from cfjax.core.machine import machine_failure
+from cfjax.core.schema import checked, load_json, one_of, several, table, text, whole
+from cfjax.data.archives import read_archive
 from cfjax.data.precompute import MANIFEST_VERSION
 
 Batch = dict[str, np.ndarray]
 
 _MEND = "precompute it again"
+ARRAY_RULE = table({"shape": several(whole(1), 1, 8), "dtype": one_of("float16", "float32", "int32")})
+MANIFEST_RULE = table(
+    {
+        "version": one_of(MANIFEST_VERSION),
+        "records": whole(1, RECORDS),
+        "arrays": table(
+            dict.fromkeys(("latents", "caption_id", "text", "negative_text"), ARRAY_RULE), {"trajectory": ARRAY_RULE}
+        ),
+    },
+    {"text_encoder": table({}, {"world": text(64)}), "source": table({}), "codec": table({}), "world_path": text(4096)},
+)
 
 
 class ClipDataset(Protocol):
@@ -109,10 +122,10 @@ class WrappedDataset:
         return self._dataset.caption(index)
 
 
-def read_json(file: Path) -> Any:
-    """A JSON file of a dataset. Raises UserError when it is missing or broken."""
+def read_json(file: Path, most: int = JSON_BYTES) -> Any:
+    """A JSON file of a dataset, of at most so many bytes. Raises UserError when it is missing or broken."""
     try:
-        return json.loads(file.read_text())
+        return load_json(file, most)
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing; is {file.parent} a latent dataset? {_MEND}") from error
     except (OSError, ValueError) as error:
@@ -138,25 +151,24 @@ class LatentDataset:
         self.manifest = read_json(self.path / "manifest.json")
         if not isinstance(self.manifest, dict) or self.manifest.get("version") != MANIFEST_VERSION:
             raise UserError(f"{self.path}/manifest.json: not a version {MANIFEST_VERSION} latent dataset; {_MEND}")
-        arrays = self.manifest.get("arrays", {})
-        required = {"latents", "caption_id", "text", "negative_text"}
-        if not isinstance(arrays, dict) or not required <= arrays.keys():
-            raise UserError(f"{self.path}/manifest.json: arrays must list {sorted(required)}; {_MEND}")
+        checked(MANIFEST_RULE, self.manifest, self.path / "manifest.json")
+        arrays = self.manifest["arrays"]
         self._latents = self._open("latents")
         self.caption_ids = self._open("caption_id")
         self.text_table = self._open("text")
         self.negative_text_SE = np.array(self._open("negative_text"))
         self._trajectory = self._open("trajectory") if "trajectory" in arrays else None
-        self.captions: list[str] = read_json(self.path / "captions.json")
+        captions = self.path / "captions.json"
+        self.captions: list[str] = checked(several(text(CAPTION), 1, VOCABULARY), read_json(captions), captions)
         self._check()
 
     def _open(self, name: str) -> np.ndarray:
         file, spec = self.path / f"{name}.npy", self.manifest["arrays"][name]
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(file, mode="r")  # np.load would take an archive, or a pickle, too
         except FileNotFoundError as error:
             raise UserError(f"{file}: missing though the manifest lists it; {_MEND}") from error
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, OverflowError, TypeError) as error:
             raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
         if list(array.shape) != spec.get("shape") or str(array.dtype) != spec.get("dtype"):
             raise UserError(f"{file}: holds {array.dtype} {list(array.shape)}, the manifest says {spec}; {_MEND}")
@@ -164,8 +176,13 @@ class LatentDataset:
 
     def _check(self) -> None:
         records, captions = len(self._latents), len(self.captions)
-        if self._latents.ndim != 5 or self.text_table.ndim != 3:
-            raise UserError(f"{self.path}: latents must be [N,F,H,W,C] and text [captions,S,E]; {_MEND}")
+        whole_numbers = self.caption_ids.ndim == 1 and self.caption_ids.dtype.kind in "iu"
+        if self._latents.ndim != 5 or self.text_table.ndim != 3 or not whole_numbers:
+            raise UserError(
+                f"{self.path}: latents must be [N,F,H,W,C], text [captions,S,E], caption_id whole numbers [N]; {_MEND}"
+            )
+        if self._trajectory is not None and self._trajectory[:, 0].shape != self._latents.shape:
+            raise UserError(f"{self.path}: trajectory must be [N,J,F,H,W,C] of the latents' shape; {_MEND}")
         if records != self.manifest.get("records") or len(self.caption_ids) != records:
             raise UserError(f"{self.path}: records, latents and caption_id disagree in number; {_MEND}")
         if captions != len(self.text_table) or self.negative_text_SE.shape != self.text_table.shape[1:]:
@@ -222,8 +239,7 @@ class LatentDataset:
         if not file.exists():
             return {}
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                return dict(archive)
+            return read_archive(file)
         except Exception as error:
             raise UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
 

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import RECORDS
+from cfjax.core.schema import row, several, text
 from cfjax.data.pictures import Unusable
 
 ITEMS = "items.json"
 SHOWN = 3
+_KEPT = several(row(text(), text(64)), 0, RECORDS)
 Item = tuple[str, str]  # name, and what tells it from another clip of that name: its caption, or what is wrong with it
 Hashed = list[Item]
 
@@ -47,10 +50,9 @@ def hashed(listing: Iterable[Item]) -> Hashed:
 
 def unhashed(kept: object) -> Hashed:
     """A kept listing. Raises UserError when it is none."""
-    try:
-        return [(str(name), str(told)) for name, told in kept]  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise UserError(f"{ITEMS}: not a list of items; remove the folder and precompute it again") from None
+    if wrong := _KEPT("", kept):
+        raise UserError(f"{ITEMS}: no list of items ({wrong}); remove the folder and precompute it again")
+    return [(name, told) for name, told in kept]  # type: ignore[attr-defined]
 
 
 def changes(before: Hashed, now: Hashed, path: Path) -> str:

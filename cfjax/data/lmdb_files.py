@@ -8,8 +8,9 @@ import os
 import struct
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lmdb
 
@@ -25,6 +26,7 @@ DATA = "data.mdb"
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _META = struct.Struct("=16x II QQ I44x 48x QQ")
 _PAGE_SIZES = {1 << n for n in range(8, 17)}
+T = TypeVar("T")
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError)
 
 
@@ -132,10 +134,22 @@ class LmdbFiles:
         Raises:
           UserError: the file cannot be read; a BrokenRecord when its pages are damaged there.
         """
-        try:
-            with self._pool.borrow(path, lambda: _Open.of(path)) as opened, opened.env.begin(buffers=True) as found:
+
+        def read(opened: _Open) -> bytes | None:
+            with opened.env.begin(buffers=True) as found:
                 value = found.get(key.encode())
                 return None if value is None else bytes(value[:at_most])
+
+        return self._told(path, read)
+
+    def count(self, path: Path) -> int:
+        """How many keys an LMDB has. Raises what `get` does."""
+        return self._told(path, lambda opened: int(opened.env.stat()["entries"]))
+
+    def _told(self, path: Path, read: Callable[[_Open], T]) -> T:
+        try:
+            with self._pool.borrow(path, lambda: _Open.of(path)) as opened:
+                return read(opened)
         except _DAMAGE as error:
             raise BrokenRecord(f"{path}: cannot read this LMDB ({error})") from None
         except lmdb.Error as error:

@@ -55,12 +55,18 @@ def is_job_of(found: Any, rows: LmdbRows) -> bool:
 
 
 def places(folder: Path, about: Mapping[str, Any], given: str | Path = "") -> list[Path]:
-    """Where the LMDB of the set in `folder` may be: the recorded place, beside the set, and as it lay from there."""
+    """Where the LMDB of the set in `folder` may be: the recorded place, beside the set, and as it lay from there.
+
+    Places that are not beside the set are looked at only where its record also tells what the LMDB holds, as sets of
+    cfjax 0.1.0 do not: nobody else's record leads to an LMDB whose content it does not know.
+    """
     if given:
         return [Path(given)]
     beside = [folder.with_name(folder.name.removesuffix(TEXT_SUFFIX))] if folder.name.endswith(TEXT_SUFFIX) else []
     moved = [Path(os.path.normpath(folder / about["relative"]))] if "relative" in about else []
-    return list(dict.fromkeys([Path(about["path"]), *beside, *moved]))
+    found = dict.fromkeys([Path(about["path"]), *beside, *moved])
+    home = folder.resolve().parent
+    return [place for place in found if about.get("fingerprint") or place.resolve().is_relative_to(home)]
 
 
 def open_lmdb_of(
@@ -96,7 +102,7 @@ def open_lmdb_of(
         if not wrong:
             return rows
         looked.append(f"{place} ({wrong})")
+    where = " nor at ".join(looked) or "its place"
     raise UserError(
-        f"{folder}: the LMDB with its latents is not at {' nor at '.join(looked)}; name its place with {KEY}, or "
-        "precompute the set again"
+        f"{folder}: the LMDB with its latents is not at {where}; name its place with {KEY}, or precompute the set again"
     )

@@ -6,12 +6,14 @@ the ODE's end, and in Causal Forcing's own sets the clean clip. A set may be cut
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
 from einops import rearrange
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import LATENT_NUMBERS, STATES
 from cfjax.data.lmdb_files import DATA, LmdbFiles, lmdb_files
 from cfjax.data.readers import BrokenRecord
 
@@ -44,6 +46,8 @@ class LmdbRows:
             raise UserError(f"{path}: no LMDB here (no {DATA} in it or in a folder under it)")
         self._values = LmdbFiles()
         shapes = {file: self._shape(file, "latents") for file in files}
+        for file, shape in shapes.items():
+            self._check_shape(file, shape)
         self._shards = [(file, shape[0] if shape else 0) for file, shape in shapes.items()]
         self._ends = np.cumsum([rows for _, rows in self._shards])
         entries = {self._entry_shape(file, shape, fallback_shape) for file, shape in shapes.items()}
@@ -63,6 +67,14 @@ class LmdbRows:
         except (AssertionError, ValueError):
             raise UserError(f"{file}: no key {name}_shape; is this a latent LMDB?") from None
 
+    def _check_shape(self, file: Path, shape: tuple[int, ...]) -> None:
+        """Raises UserError for a shape of more rows than the file has keys, or of sizes that no row has."""
+        rows = shape[0] if shape else 0
+        if not 0 <= rows <= (keys := self._values.count(file)):
+            raise UserError(f"{file}: latents_shape tells of {rows} rows, and there are {keys} keys; copy it again")
+        if any(size < 1 for size in shape[1:]) or math.prod(shape[1:]) > STATES * LATENT_NUMBERS:
+            raise UserError(f"{file}: latents_shape is {shape}; sizes must be 1 or more, and fit into memory")
+
     def _entry_shape(
         self, file: Path, shape: tuple[int, ...], wanted: tuple[int, int, int, int] | None
     ) -> tuple[int, int, int, int, int]:
@@ -74,7 +86,9 @@ class LmdbRows:
         row = self._values.get(file, "latents_0_data") or b""
         if wanted is None:
             raise UserError(f"{file}: latents_shape is {shape}, without a row's shape; give latent_shape")
-        entries, rest = divmod(len(row), 2 * int(np.prod(wanted)))
+        if len(wanted) != 4 or min(wanted) < 1:
+            raise UserError(f"latent_shape={wanted}: give (F, H, W, C), each 1 or more")
+        entries, rest = divmod(len(row), 2 * math.prod(wanted))
         if rest or not entries:
             raise UserError(f"{file}: a row of {len(row)} bytes is no fp16 latent of latent_shape={wanted}")
         frames, height, width, channels = wanted

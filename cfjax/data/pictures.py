@@ -1,6 +1,9 @@
 """Pictures of any kind to uint8 RGB of one size: by their range of values, on white where transparent, upright."""
 
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import PICTURE_PIXELS
 
 FITS = ("cover", "stretch")
 MOVING = (
@@ -16,6 +20,8 @@ MOVING = (
     "WEBP",
     "AVIF",
 )  # formats of animations; a JPEG or TIFF of several pictures begins with the main one
+
+ROWS = 256  # of a picture that are blended together
 
 # What Pillow's readers raise, one or the other, for files that are damaged or too large to be meant.
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
@@ -100,9 +106,12 @@ def to_float(video: np.ndarray) -> np.ndarray:
 
 def over_white(rgba_HW4: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3]: what shows of a picture with an alpha channel on a white page."""
-    alpha = rgba_HW4[..., 3:].astype(np.uint16)
-    blended = rgba_HW4[..., :3] * alpha + 255 * (255 - alpha)
-    return ((blended + 127) // 255).astype(np.uint8)
+    out = np.empty((*rgba_HW4.shape[:2], 3), np.uint8)
+    for rows in (slice(start, start + ROWS) for start in range(0, len(out), ROWS)):  # large pictures in strips
+        alpha = rgba_HW4[rows, :, 3:].astype(np.uint16)
+        blended = rgba_HW4[rows, :, :3] * alpha + 255 * (255 - alpha)
+        out[rows] = (blended + 127) // 255
+    return out
 
 
 def read_picture(path: str | Path) -> np.ndarray:
@@ -114,7 +123,9 @@ def read_picture(path: str | Path) -> np.ndarray:
       Unusable: it cannot be read whole, is an animation, or has values of an unknown range.
     """
     try:
-        with Image.open(path) as opened:
+        with _quiet(), Image.open(path) as opened:
+            if opened.width * opened.height > PICTURE_PIXELS:
+                raise Unusable(f"too large: {opened.width} x {opened.height}, more than {PICTURE_PIXELS} pixels")
             frames = getattr(opened, "n_frames", 1)
             if frames > 1 and opened.format in MOVING:
                 raise Unusable(
@@ -134,6 +145,14 @@ def read_picture(path: str | Path) -> np.ndarray:
     ) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise Unusable(f"unreadable: {reason}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warning of large pictures, of which PICTURE_PIXELS says how large they may be."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def _eight_bit(image: Image.Image) -> np.ndarray:

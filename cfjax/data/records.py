@@ -10,6 +10,7 @@ random is one read and every chunk is checked by its hash), negative_text.npy, r
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,10 @@ import ml_dtypes
 import numpy as np
 
 from cfjax.core.errors import UserError
+from cfjax.core.inside import inside
+from cfjax.core.limits import FRAMES, LATENT_NUMBERS, RANK, RECORDS, SIDE, STATES, TEXT_NUMBERS, TEXT_ROWS
 from cfjax.core.machine import machine_failure
+from cfjax.core.schema import SIZE, checked, flag, one_of, parse_json, row, several, table, text, whole
 from cfjax.data.latents import Batch, read_json
 from cfjax.data.lmdb_places import open_lmdb_of
 from cfjax.data.lmdb_rows import LmdbRows
@@ -42,6 +46,42 @@ def storage_dtype(name: str) -> np.dtype:
     if name not in _DTYPES:
         raise UserError(f"dtype={name!r}: use one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+_DTYPE = one_of(*_DTYPES)
+LAYOUT_RULE = table(
+    {
+        "latent_shape": row(whole(1, FRAMES), whole(1, SIDE), whole(1, SIDE), SIZE),
+        "text_rows": whole(1, TEXT_ROWS),
+        "text_width": SIZE,
+    },
+    {
+        "kept_in": one_of(*KEPT_IN),
+        "trajectory_points": whole(0, STATES),
+        "dtype": _DTYPE,
+        "text_dtype": _DTYPE,
+    },
+    closed=True,
+)
+_NUMBERS = {"records": whole(1, RECORDS), "bytes": whole()}
+MANIFEST_RULE = table(
+    {
+        "version": one_of(RECORDS_VERSION),
+        "records": whole(1, RECORDS),
+        "items": whole(1, RECORDS),
+        "layout": LAYOUT_RULE,
+        "parts": several(table({"file": text(255), **_NUMBERS}), 1),
+    },
+    {
+        "lmdb": table(
+            {"path": text(4096), "ground_truth": flag}, {"relative": text(4096), "fingerprint": text(64)}, closed=True
+        ),
+        "text_encoder": table({}, {"world": text(64)}),
+        "world_path": text(4096),
+        "source": table({}, {"ground_truth": flag, "pairs": table({})}),
+        "codec": table({}),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +108,8 @@ class Layout:
             storage_dtype(name)
         if self.kept_in not in KEPT_IN or len(self.latent_shape) != 4:
             raise ValueError(f"not a layout: {self}")
+        if math.prod(self.latent_shape) > LATENT_NUMBERS or self.text_rows * self.text_width > TEXT_NUMBERS:
+            raise ValueError(f"too many numbers for one record: {self}")
 
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the latents and trajectory that a record holds."""
@@ -82,8 +124,19 @@ class Layout:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Layout":
-        """Inverse of `to_json`. Raises TypeError, KeyError or ValueError for anything else."""
-        return cls(**{**values, "latent_shape": tuple(map(int, values["latent_shape"]))})
+        """Inverse of `to_json`. Raises ValueError for anything else."""
+        checked(LAYOUT_RULE, values, "layout")
+        return cls(**{**values, "latent_shape": tuple(values["latent_shape"])})
+
+
+RECORD_RULE = table(
+    {
+        "name": text(),
+        "item": whole(0, RECORDS),
+        "caption": text(),
+        "arrays": several(row(text(64), _DTYPE, several(whole(), 0, RANK)), 0, 8),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +177,9 @@ def unpack(data: bytes) -> Record:
         raise ValueError("not a record of this format")
     start = 8 + struct.unpack("<I", data[4:8])[0]
     try:
-        header = json.loads(data[8:start].decode())
+        header = parse_json(data[8:start])
+        if wrong := RECORD_RULE("", header):
+            raise ValueError(wrong)
         name, item, caption, specs = (header[key] for key in ("name", "item", "caption", "arrays"))
         arrays = {}
         for key, dtype, shape in specs:
@@ -140,6 +195,16 @@ def unpack(data: bytes) -> Record:
 
 def misfit(record: Record, layout: Layout) -> str:
     """What keeps a record out of a set of this layout, "" if nothing: shapes, dtypes, numbers that are not finite."""
+    if wrong := misshapen(record, layout):
+        return wrong
+    for name, array in record.arrays.items():
+        if not np.isfinite(array).all():
+            return f"not finite: {name}"
+    return ""
+
+
+def misshapen(record: Record, layout: Layout) -> str:
+    """Which of a record's arrays has not the shape and dtype of its set, "" if none."""
     wanted = layout.arrays()
     if record.arrays.keys() != {*wanted, "text"}:
         return f"wrong contents: {sorted(record.arrays)}, expected {sorted([*wanted, 'text'])}"
@@ -152,9 +217,6 @@ def misfit(record: Record, layout: Layout) -> str:
         return f"wrong shape: text {text.dtype} {text.shape}, expected {layout.text_dtype} [rows, {layout.text_width}]"
     if not 0 < len(text) <= layout.text_rows:
         return f"wrong shape: {len(text)} text rows, expected 1 to {layout.text_rows}"
-    for name, array in record.arrays.items():
-        if not np.isfinite(array).all():
-            return f"not finite: {name}"
     return ""
 
 
@@ -188,7 +250,12 @@ class RecordDataset:
             self._lmdb = open_lmdb_of(self.path, about, self.latent_shape, self._lmdb_misfit, given=lmdb)
         elif lmdb:
             raise UserError(f"lmdb={str(lmdb)!r}: {self.path} keeps its latents in no LMDB; leave the key empty")
-        self.negative_text_SE = pad_text(read_negative(self.path), self.layout.text_rows)
+        negative = read_negative(self.path)
+        if not 0 < len(negative) <= self.layout.text_rows or negative.shape[1] != self.layout.text_width:
+            raise UserError(
+                f"{self.path / NEGATIVE_TEXT}: {negative.shape} are no text rows of this set; precompute it again"
+            )
+        self.negative_text_SE = pad_text(negative, self.layout.text_rows)
 
     def _lmdb_misfit(self, rows: LmdbRows) -> str:
         """Why these are not the rows that the set was made of, "" if they are."""
@@ -221,7 +288,10 @@ class RecordDataset:
           UserError: the machine does not let it be read.
         """
         try:
-            return unpack(self.files.read(int(index)))
+            record = unpack(self.files.read(int(index)))
+            if wrong := misshapen(record, self.layout):
+                raise ValueError(wrong)
+            return record
         except (ValueError, RuntimeError, MemoryError) as error:
             file, place = self.files.locate(int(index))
             mend = f"; see cfjax precompute --check={self.path}"
@@ -280,6 +350,7 @@ def manifest_layout(path: Path, manifest: Any) -> Layout:
     try:
         if manifest["version"] != RECORDS_VERSION:
             raise ValueError(f"version {manifest['version']}")
+        checked(MANIFEST_RULE, manifest, "what it says")
         return Layout.from_json(manifest["layout"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -295,7 +366,7 @@ def manifest_parts(path: Path, manifest: Mapping[str, Any]) -> list[tuple[Path, 
     """
     out = []
     for part in manifest["parts"]:
-        file = path / part["file"]
+        file = inside(path, part["file"], path / MANIFEST)
         if fault := part_fault(file, part):
             raise UserError(f"{file}: {fault}; remove {path / MANIFEST} and run the same cfjax precompute again")
         out.append((file, part["records"]))
@@ -322,10 +393,13 @@ def read_negative(path: Path) -> np.ndarray:
     """
     file = path / NEGATIVE_TEXT
     try:
-        return np.load(file, allow_pickle=False)
+        rows = np.lib.format.open_memmap(file, mode="r")  # a header that says more than the file has is an error then
+        if rows.ndim != 2 or rows.dtype.kind != "f":
+            raise ValueError(f"{rows.dtype} {rows.shape} are no text rows")
+        return np.array(rows)
     except FileNotFoundError:
         raise BrokenRecord(f"{file}: missing; precompute it again") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, TypeError) as error:
         told = BrokenRecord(f"{file}: cannot be read ({error}); precompute it again")
         raise machine_failure(file, error) or told from None
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cfjax.core.errors import UserError
+from cfjax.data.archives import read_archive
 from cfjax.data.captions import Columns, caption_of
 from cfjax.data.pictures import ClipFormat, Unusable, fit_picture, read_picture, to_float
 from cfjax.data.tables import TEXT, Row, read_table
@@ -202,8 +203,7 @@ def read_latents(path: str | Path) -> np.ndarray:
     """
     try:
         if Path(path).suffix == ".npz":
-            with open(path, "rb") as file:  # NumPy leaves one that it opened itself open when it is no archive
-                arrays = dict(np.lib.npyio.NpzFile(file, allow_pickle=False))
+            arrays = read_archive(path)
         else:
             arrays = load_file(path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:

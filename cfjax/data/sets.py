@@ -12,7 +12,7 @@ from cfjax.data.lmdb_files import is_lmdb
 from cfjax.data.lmdb_places import text_beside
 from cfjax.data.parts import JOB
 from cfjax.data.precompute import MANIFEST_VERSION, digest
-from cfjax.data.records import MANIFEST, RECORDS_VERSION, RecordDataset
+from cfjax.data.records import MANIFEST, RECORDS_VERSION, RecordDataset, manifest_layout
 
 _PLACES = ("path", "relative", "world_path", "source_sha256")  # keys of a manifest that say where things lay
 
@@ -42,7 +42,7 @@ def open_dataset(path: str | Path, *, lmdb: str | Path = "") -> ClipDataset:
     if is_lmdb(path):
         text = text_beside(path)
         if (text / MANIFEST).is_file():
-            kept_there = read_json(text / MANIFEST).get("layout", {}).get("kept_in") == "lmdb"
+            kept_there = manifest_layout(text, read_json(text / MANIFEST)).kept_in == "lmdb"
             return RecordDataset(text, lmdb=lmdb or (path if kept_there else ""))
         raise UserError(
             f"{path} is an LMDB, which holds prompts and no text rows; encode them once with "

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cfjax.core.errors import UserError
+from cfjax.core.schema import checked, flag, number, row, several, table, text, whole
 
 Factors = dict[str, np.ndarray]
 
@@ -88,6 +89,32 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+_LENGTH = number(0, 1e6, above=True)
+_WORDS = several(text(64), 0, 64)
+# What a world's record may say of a `ShapesConfig`.
+SHAPES_RULE = table(
+    {},
+    {
+        "size": whole(1, 4096),
+        "frames": whole(2, 2**16),
+        "shapes": _WORDS,
+        "colours": _WORDS,
+        "directions": _WORDS,
+        "speed": row(_LENGTH, _LENGTH),
+        "speed_words": several(row(text(64), _LENGTH, _LENGTH), 0, 64),
+        "start_words": flag,
+        "radius": row(_LENGTH, _LENGTH),
+        "softness": _LENGTH,
+        "bounces": flag,
+        "branching": number(0, 1),
+        "num_objects": whole(1, 2),
+        "background": row(*[number(-1, 1)] * 3),
+    },
+    closed=True,
+)
+CLIP_PIXELS = 2**22  # of all frames together
+
+
 @dataclass(frozen=True)
 class ShapesConfig:
     """What the toy world contains. Lengths are pixels, speeds pixels per frame, colours RGB in [-1, 1].
@@ -126,6 +153,10 @@ class ShapesConfig:
                 raise UserError(f"shapes.{field}={(low, high)}: use 0 < low <= high")
         if self.frames < 2 or self.softness <= 0 or not 0 <= self.branching <= 1:
             raise UserError("shapes: frames must be >= 2, softness > 0 and branching a probability")
+        if self.size**2 * self.frames > CLIP_PIXELS:
+            raise UserError(
+                f"shapes: {self.frames} frames of {self.size} px are too many; a clip has {CLIP_PIXELS} pixels"
+            )
         if self._straight_frames < (2 if self.bounces else self.frames):
             raise UserError(
                 f"shapes: straight paths of {self.frames} frames leave a {self.size} px frame; lower shapes.speed, "
@@ -154,14 +185,12 @@ class ShapesConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ShapesConfig":
-        """Raises UserError on unknown keys."""
+        """Raises UserError on unknown keys and values that they cannot have."""
 
         def freeze(value: Any) -> Any:
             return tuple(map(freeze, value)) if isinstance(value, list | tuple) else value
 
-        unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
-        if unknown:
-            raise UserError(f"shapes config: unknown keys {unknown}")
+        checked(SHAPES_RULE, values, "shapes config")
         return cls(**{key: freeze(value) for key, value in values.items()})
 
 

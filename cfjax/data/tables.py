@@ -9,16 +9,19 @@ import csv
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import COLUMNS, LINE, LIST_BYTES
+from cfjax.core.schema import load_bytes
 
 TEXT = "prompt"  # the column that the lines of a .txt file, and bare strings of a JSON list, are in
 CAPTIONS = ("caption", "captions", "cap", "text", "prompt")  # columns that hold what a clip or a video shows
+HALVES = "surrogatepass"  # half a surrogate pair is read, so that it costs its own row alone
 MARKS = {  # longest first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -71,7 +74,7 @@ def decode(data: bytes, encoding: str = "") -> str:
     """The text of a small file. Raises ValueError, saying what it may be instead, when it is not in that encoding."""
     name = _encoding_of(data, encoding)
     try:
-        text = data.decode(name)
+        text = data.decode(name, HALVES)
     except UnicodeDecodeError as error:
         raise ValueError(_not_in(name, error)) from None
     _check_text(text, sure=name != "utf-8" or bool(encoding))
@@ -106,10 +109,12 @@ def _lines(path: Path, encoding: str) -> Iterator[Iterator[str]]:
     """The lines of a text file with their ends, and whatever goes wrong with them in one line."""
     number = 0
 
-    def checked(lines: Iterable[str]) -> Iterator[str]:
+    def checked(lines: TextIO) -> Iterator[str]:
         nonlocal number
-        for line in lines:
+        while line := lines.readline(LINE + 1):
             number += 1
+            if len(line) > LINE:
+                raise ValueError(f"a line of more than {LINE} characters, which no table has")
             _check_text(line, sure=name != "utf-8" or bool(encoding))
             yield line
 
@@ -117,7 +122,7 @@ def _lines(path: Path, encoding: str) -> Iterator[Iterator[str]]:
         with path.open("rb") as file:
             begin = file.read(4)
         name = _encoding_of(begin, encoding)
-        with path.open(encoding=name, newline="\n") as lines:
+        with path.open(encoding=name, newline="\n", errors=HALVES) as lines:
             yield checked(lines)
     except UnicodeError as error:
         raise UserError(f"{path}, after line {number}: {_not_in(name, error)}") from None
@@ -173,6 +178,8 @@ def _separated(path: Path, encoding: str, delimiter: str) -> Iterator[Row]:
 
 def _header(path: Path, place: str, fields: Sequence[str]) -> list[str]:
     names = [field.strip() for field in fields]
+    if len(names) > COLUMNS:
+        raise UserError(f"{path}, {place}: {len(names)} columns; a table has {COLUMNS} at most")
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise UserError(f"{path}, {place}: two columns are called {twice[0]!r}; rename one")
     return names
@@ -190,7 +197,7 @@ def _jsonl(path: Path, encoding: str) -> Iterator[Row]:
 
 def _json(path: Path, encoding: str) -> Iterator[Row]:
     try:
-        data = path.read_bytes()
+        data = load_bytes(path, LIST_BYTES)
         content = _parsed(path, "", decode(data, encoding))
     except LookupError:
         raise UserError(f"encoding={encoding!r}: Python knows no such encoding; use utf-8, gbk, cp1252 ...") from None
@@ -256,6 +263,7 @@ def _parquet(path: Path, encoding: str) -> Iterator[Row]:
         with ParquetFile(path) as table:
             schema = table.schema_arrow
             names = [name for name in schema.names if not _holds_bytes(arrow, schema.field(name).type)]
+            _check_pages(path, table.metadata, set(names))
             number = 0
             for batch in table.iter_batches(columns=names, batch_size=1024):
                 for values in batch.to_pylist():
@@ -263,6 +271,16 @@ def _parquet(path: Path, encoding: str) -> Iterator[Row]:
                     yield Row(f"row {number}", values)
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise UserError(f"{path}: cannot read it ({' '.join(str(error).split())})") from None
+
+
+def _check_pages(path: Path, metadata: Any, names: set[str]) -> None:
+    """Raises UserError where these columns of a group of rows unpack to more than a table's whole text may have."""
+    for group in range(metadata.num_row_groups):
+        columns = (metadata.row_group(group).column(i) for i in range(metadata.num_columns))
+        read = (column for column in columns if column.path_in_schema.partition(".")[0] in names)
+        sizes = [column.total_uncompressed_size for column in read]
+        if sum(sizes) > 4 * LIST_BYTES:
+            raise UserError(f"{path}: texts of {sum(sizes)} bytes in one group of rows; write it in smaller groups")
 
 
 def _holds_bytes(arrow: Any, kind: Any) -> bool:

@@ -19,6 +19,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from cfjax.core.limits import VIDEO_PIXELS
 from cfjax.data.pictures import ClipFormat, Unusable, fit_picture, over_white
 
 UNTIL_THE_END = float("inf")
@@ -179,6 +180,10 @@ def _stream(container: InputContainer) -> VideoStream:
     if not moving:
         raise Unusable("no pictures: sound alone" if container.streams.audio else "unreadable: no video stream")
     stream = next((stream for stream in moving if stream.disposition & Disposition.default), moving[0])
+    context = stream.codec_context
+    if context.width * context.height > VIDEO_PIXELS:
+        raise Unusable(f"too large: {context.width} x {context.height}, more than {VIDEO_PIXELS} pixels")
+    context.options = {**context.options, "max_pixels": str(VIDEO_PIXELS)}  # a later frame may be of another size
     stream.thread_type = "SLICE"  # frame threads may hand out VP8 frames that are still being written (FFmpeg 8.1)
     return stream
 

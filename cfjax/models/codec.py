@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from cfjax.core.errors import UserError
 from cfjax.core.paths import replacing
+from cfjax.core.schema import parse_json
 from cfjax.core.tensor_files import save_tensors
 
 
@@ -126,12 +127,20 @@ class PatchCodec:
         """Reads what `save` wrote. Raises UserError if the file is missing, broken or of another codec."""
         try:
             with safe_open(str(path), framework="numpy") as file:
-                described = json.loads((file.metadata() or {}).get("codec", "{}"))
-                if described.get("name") != "patch":
+                described = parse_json((file.metadata() or {}).get("codec", "{}"))
+                if not isinstance(described, dict) or described.get("name") != "patch":
                     raise UserError(f"{path}: not a patch codec; fit one with fit_patch_codec(...).save(path)")
-                codec = cls(**{name: jnp.asarray(file.get_tensor(name)) for name in ("mean", "basis", "scale")})
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+                arrays = {name: file.get_tensor(name) for name in ("mean", "basis", "scale")}
+        except UserError:
+            raise
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot read the codec ({error}); write it anew") from error
+        mean, basis, scale = arrays.values()
+        if basis.ndim != 2 or mean.shape != basis.shape[:1] or scale.shape != basis.shape[1:] or not basis.size:
+            raise UserError(
+                f"{path}: mean {mean.shape}, basis {basis.shape} and scale {scale.shape} do not go together"
+            )
+        codec = cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
         if codec.describe() != described:
             raise UserError(f"{path}: header says {described}, tensors say {codec.describe()}; write it anew")
         return codec

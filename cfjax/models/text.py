@@ -15,14 +15,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import TEXT_ROWS
 from cfjax.core.precision import F32, Policy
+from cfjax.core.schema import checked, load_json, one_of, table, whole
 from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.tokenizer import TOKENIZER_FILE, CaptionTokenizer, TextTokenizer, load_tokenizer
-from cfjax.models.umt5 import PRESETS, UMT5, UMT5Config, encode_by_layer, make_umt5
+from cfjax.models.umt5 import PRESETS, UMT5, UMT5_RULE, UMT5Config, encode_by_layer, make_umt5
 
 CONFIG_FILE, WEIGHTS_FILE = "text_encoder.json", "text_encoder.safetensors"
 FORMAT = 1
+ABOUT = table({"format": one_of(FORMAT), "length": whole(1, TEXT_ROWS), "config": UMT5_RULE})
 SHORTEST = 64  # rows are computed in a power of two of at least this many: a caption of 80 tokens costs 128, not 512
 # Enough to tell two trainings apart, and small: what a fingerprint reads.
 FINGERPRINT_LEAVES = (
@@ -137,18 +140,20 @@ class TextEncoder:
         """
         folder = Path(folder)
         try:
-            about = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            if about["format"] != FORMAT:
-                raise UserError(f"{folder / CONFIG_FILE}: format {about['format']}, this version reads {FORMAT}")
-            config, length = UMT5Config(**about["config"]), int(about["length"])
+            about = load_json(folder / CONFIG_FILE)
         except OSError as error:
             raise UserError(f"{folder / CONFIG_FILE}: cannot read the text encoder ({error.strerror})") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / CONFIG_FILE}: not a text encoder description ({error!r})") from None
+        except ValueError as error:
+            raise UserError(f"{folder / CONFIG_FILE}: not a text encoder description ({error})") from None
+        checked(ABOUT, about, folder / CONFIG_FILE)
+        config, length = UMT5Config(**about["config"]), about["length"]
         try:
             weights = load_file(folder / WEIGHTS_FILE)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / WEIGHTS_FILE}: cannot read the text encoder's weights ({error})") from None
         template = jax.eval_shape(lambda: make_umt5(config, jax.random.key(0)))
-        model = from_named(template, {name: jnp.asarray(value) for name, value in weights.items()})
+        try:
+            model = from_named(template, {name: jnp.asarray(value) for name, value in weights.items()})
+        except UserError as error:
+            raise UserError(f"{folder / WEIGHTS_FILE}: {error}") from None
         return cls(load_tokenizer(folder), model, length)

@@ -56,6 +56,9 @@ class TinyVAEConfig:
     precision: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
+        sizes = (self.latent_channels, self.encoder_width, *self.decoder_widths, *self.time_pool, *self.time_grow)
+        if min(sizes) < 1:
+            raise UserError(f"tiny VAE: sizes must be 1 or more, got {self}")
         if math.prod(self.time_pool) != math.prod(self.time_grow):
             raise UserError(f"tiny VAE: time_pool={self.time_pool}, time_grow={self.time_grow}: products must be equal")
 

@@ -6,7 +6,6 @@ every caption. A tokenizer is its `tokenizer.json`; umT5's may be given as `spie
 
 import hashlib
 import html
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +16,16 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import SENTINELS as MOST_SENTINELS
+from cfjax.core.limits import TOKENIZER_BYTES
 from cfjax.core.paths import path_of
+from cfjax.core.schema import checked, load_bytes, load_json, table, whole
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 PAD_ID, EOS_ID = 0, 1
 TOKENIZER_FILE, SENTENCEPIECE_FILE, TOKENIZER_CONFIG = "tokenizer.json", "spiece.model", "tokenizer_config.json"
 SENTINELS = 300  # of umT5: <extra_id_299> ... <extra_id_0>, behind the pieces of spiece.model
+DESCRIPTION = table({}, {"extra_ids": whole(0, MOST_SENTINELS)})
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
@@ -189,11 +192,13 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
 
 def _read_json(file: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(load_bytes(file, TOKENIZER_BYTES).decode())
     except OSError as error:
         raise UserError(f"{file}: cannot read the tokenizer ({error.strerror})") from None
-    except Exception as error:  # the library raises bare Exception on malformed files
-        raise UserError(f"{file}: not a tokenizer.json ({error})") from None
+    except BaseException as error:  # the library raises bare Exception on malformed files, or its own "panic"
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        raise UserError(f"{file}: not a tokenizer.json ({' '.join(str(error).split())})") from None
 
 
 def _read_sentencepiece(file: Path) -> Tokenizer:
@@ -211,10 +216,10 @@ def _read_sentencepiece(file: Path) -> Tokenizer:
 
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     try:
-        proto.ParseFromString(file.read_bytes())
+        proto.ParseFromString(load_bytes(file, TOKENIZER_BYTES))
     except OSError as error:
         raise UserError(f"{file}: cannot read the tokenizer ({error.strerror})") from None
-    except DecodeError as error:
+    except (DecodeError, ValueError) as error:
         raise UserError(f"{file}: not a SentencePiece model ({error})") from None
     if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
         raise UserError(f"{file}: not a Unigram model, so not umT5's")
@@ -237,11 +242,9 @@ def _sentinel_count(file: Path) -> int:
     if not file.exists():
         return SENTINELS
     try:
-        count = json.loads(file.read_text(encoding="utf-8")).get("extra_ids", SENTINELS)
+        about = load_json(file)
     except OSError as error:
         raise UserError(f"{file}: cannot read it ({error.strerror})") from None
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{file}: not a tokenizer's description ({error})") from None
-    if type(count) is not int or count < 0:
-        raise UserError(f"{file}: extra_ids={count!r} is no number of sentinels")
-    return count
+    return int(checked(DESCRIPTION, about, file).get("extra_ids", SENTINELS))

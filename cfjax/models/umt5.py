@@ -14,8 +14,18 @@ import numpy as np
 from flax import nnx
 
 from cfjax.core.errors import UserError
+from cfjax.core.limits import LAYERS, VOCABULARY
 from cfjax.core.precision import F32, Policy
+from cfjax.core.schema import EPS, SIZE, table, whole
 from cfjax.nn.layers import RMSNorm, gelu_tanh
+
+# What a record may say of a `UMT5Config`.
+UMT5_RULE = table(
+    dict.fromkeys(("dim", "heads", "head_dim", "ffn_dim"), SIZE)
+    | {"vocab_size": whole(1, VOCABULARY), "layers": whole(1, LAYERS)},
+    {"buckets": SIZE, "max_distance": SIZE, "eps": EPS},
+    closed=True,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class UMT5Config:
         sizes = (self.vocab_size, self.dim, self.heads, self.head_dim, self.ffn_dim, self.layers, self.max_distance)
         if min(sizes) < 1 or self.buckets < 4 or self.buckets % 4:
             raise UserError(f"text encoder sizes must be positive and buckets a multiple of 4, got {self}")
+        if self.max_distance <= self.buckets // 4:  # distances below that have buckets of their own
+            raise UserError(
+                f"text encoder max_distance={self.max_distance} must be above buckets / 4, {self.buckets // 4}"
+            )
 
 
 PRESETS = {

@@ -23,7 +23,18 @@ from jax.experimental import multihost_utils
 
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.lazy import LazyArray
-from cfjax.core.paths import absolute, is_folder, kvstore, make_folder, move_folder, one_line, path_of, unusable
+from cfjax.core.limits import JSON_BYTES
+from cfjax.core.paths import (
+    absolute,
+    file_sizes,
+    is_folder,
+    kvstore,
+    make_folder,
+    move_folder,
+    one_line,
+    path_of,
+    unusable,
+)
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.training.optim import current_names
 from cfjax.training.plain import from_json, to_json
@@ -110,7 +121,11 @@ def _told_by_all(value: int) -> list[int]:
 
 
 def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    verify(path_of(manager.directory) / str(step), items=(RECORD,))
+    folder = path_of(manager.directory) / str(step)
+    size = sum(file_sizes(folder / RECORD).values())
+    if size > JSON_BYTES:
+        raise ValueError(f"its record has {size:,} bytes")
+    verify(folder, items=(RECORD,))
     record = manager.restore(step, args=ocp.args.Composite(record=RecordRestore()))["record"]
     return {key: from_json(record[key]) for key in ("meta", "data_state", "leaves")}
 

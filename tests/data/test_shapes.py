@@ -152,7 +152,7 @@ def test_soft_masks_of_different_shapes_are_centred_and_distinguishable():
 
 def test_config_round_trips_through_json_values():
     assert ShapesConfig.from_json(FULL.to_json()) == FULL
-    with pytest.raises(UserError, match="unknown keys"):
+    with pytest.raises(UserError, match="is unknown; known are"):
         ShapesConfig.from_json({"sise": 3})
 
 

@@ -202,9 +202,9 @@ def test_sentinels_are_umt5s_where_nothing_tells_their_number(folder, tmp_path):
     config = tmp_path / "tokenizer_config.json"
     for text, message in (
         ("{", "not a tokenizer's description"),
-        ("[]", "not a tokenizer's description"),
-        ('{"extra_ids": -1}', "extra_ids=-1 is no number of sentinels"),
-        ('{"extra_ids": "4"}', "extra_ids='4' is no number of sentinels"),
+        ("[]", ".*must be an object"),
+        ('{"extra_ids": -1}', "extra_ids is -1; it must be a whole number from 0"),
+        ('{"extra_ids": "4"}', "extra_ids is '4'; it must be a whole number"),
     ):
         config.write_text(text)
         with pytest.raises(UserError, match=rf"tokenizer_config\.json: {message}"):

@@ -1,0 +1,50 @@
+"""Names that a file gives of other files: they lead into the file's own folder, and so do links that lie there.
+
+A folder that somebody else made must not decide what is read elsewhere on this machine. What a user names on the
+command line may lie anywhere.
+"""
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from cfjax.core.errors import UserError
+
+BLOBS, CACHES = "blobs", ("models--", "datasets--", "spaces--")
+
+
+def inside(folder: Path, name: Any, told_by: object) -> Path:
+    """The file in `folder`, or below it, that the file `told_by` calls `name`; it need not be there.
+
+    Raises:
+      UserError: the name, or a link that it is, leads out of the folder.
+    """
+    if not isinstance(name, str) or not _plain(name):
+        raise UserError(f"{told_by}: {name!r} is no name of a file in {folder}; nothing else is read on its word")
+    return kept_inside(folder / name, folder)
+
+
+def _plain(name: str) -> bool:
+    path = PurePosixPath(name.replace("\\", "/"))
+    outward = path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive
+    return bool(path.parts) and not outward and "\0" not in name
+
+
+def kept_inside(path: Path, folder: Path) -> Path:
+    """`path`, which may be a link within `folder`, or into a cache of Hugging Face, where snapshots are links.
+
+    Raises:
+      UserError: it is a link to another place.
+    """
+    try:
+        place, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        raise UserError(f"{path}: a link that leads nowhere; copy the file there") from None
+    if place.is_relative_to(home) or _is_blob(place):
+        return path
+    raise UserError(f"{path} leads to {place}, outside of {folder}; copy the file there, or name that one yourself")
+
+
+def _is_blob(place: Path) -> bool:
+    """Whether it is a file of a cached repository: models--OWNER--NAME/blobs/HASH."""
+    blobs = place.parent
+    return blobs.name == BLOBS and blobs.parent.name.startswith(CACHES)

@@ -1,0 +1,103 @@
+"""The record of a run or an exported model: read, and held against what it may say before anything is made of it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from cfjax.core.errors import UserError
+from cfjax.core.limits import FRAMES, LATENT_NUMBERS, SIDE, STEPS, TEXT_ROWS
+from cfjax.core.paths import path_of
+from cfjax.core.schema import (
+    SIZE,
+    Rule,
+    checked,
+    each_of,
+    either,
+    flag,
+    load_json,
+    number,
+    one_of,
+    row,
+    several,
+    table,
+    text,
+    whole,
+)
+from cfjax.data.shapes import SHAPES_RULE
+from cfjax.experiment import META_FILE
+from cfjax.training.checkpoint import read_meta
+from cfjax.world import asset
+
+_BLOCKS = table(
+    {"frames": whole(1, FRAMES), "independent_first_frame": flag},
+    {"window": whole(0, FRAMES), "sink": whole(0, FRAMES)},
+    closed=True,
+)
+_SHIFT = number(0, 1000, above=True)
+_LEVELS = several(whole(0, 1000), 0, 1000)
+_FEW = table({"kind": one_of("few_step"), "steps": _LEVELS, "shift": _SHIFT}, {"first_steps": _LEVELS}, closed=True)
+_MANY = table(
+    {"kind": one_of("many_step", "bidirectional"), "steps": whole(1, STEPS), "shift": _SHIFT},
+    {"guidance": number(-1000, 1000), "solver": text(64)},
+    closed=True,
+)
+_PLACE = text(4096)
+_TOY = table(
+    {
+        "source": one_of("shapes"),
+        "path": _PLACE,
+        "assets": _PLACE,
+        "channels": SIZE,
+        "text_length": whole(1, TEXT_ROWS),
+        "shapes": SHAPES_RULE,
+    }
+)
+
+
+def _latents(name: str, value: Any) -> str:
+    """(F, H, W, C) of a clip."""
+    wrong = row(whole(1, FRAMES), whole(1, SIDE), whole(1, SIDE), SIZE)(name, value)
+    many = not wrong and math.prod(value) > LATENT_NUMBERS
+    return f"{name} is {value}, more than {LATENT_NUMBERS} numbers" if many else wrong
+
+
+START = table({"stage": text(64), "blocks": _BLOCKS})  # what a role that starts from these weights asks for
+RUN = table(
+    {
+        "stage": text(64),
+        "step": whole(),
+        "config": table(
+            {
+                "blocks": _BLOCKS,
+                "sampler": either(_MANY, _FEW),
+                "ema": each_of(table({})),
+                "data": either(_TOY, table({"source": one_of("")})),
+            }
+        ),
+        "models": each_of(table({})),
+        "blocks": _BLOCKS,
+        "latent_shape": _latents,
+        "world": text(64),
+    },
+    {"world_path": _PLACE, "records": whole()},
+)
+
+
+def read_run(name: str | Path, rule: Rule = RUN) -> dict[str, Any]:
+    """The record of a run directory, or of an exported model by its path or shipped name.
+
+    Args:
+      rule: what it is held against.
+
+    Raises:
+      UserError: there is none, it is broken, or a key is missing or has a value that it cannot have.
+    """
+    exported = asset(str(name), META_FILE)
+    if exported is None:
+        meta = read_meta(path_of(name))
+    else:
+        try:
+            meta = load_json(exported)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{exported}: cannot be read as JSON ({error}); copy it again") from None
+    return checked(rule, meta, exported or name)
