@@ -87,6 +87,7 @@ EXPERIMENT: Rules = [
     ("steps|sample_(every|clips)", whole(0)),
     ("(log|save)_every|keep|pairs", whole(1)),
     ("stall_seconds", real(0.0)),
+    ("loss_growth", replace(real(1.0), zero=True)),
     (r"mesh\..*|cadence\..*|guard\.(prompts|seeds)", whole(1)),
     # the data
     (r"data\.batch_size", whole(1)),
