@@ -1,8 +1,7 @@
 """`cfjax convert`: other people's weights into a run directory, and back out, bit for bit, one array at a time."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
-from cfjax.core.paths import check_checkpoints, local_path, one_line, unusable
+from cfjax.core.paths import check_checkpoints, local_path, told_when_refused
 from cfjax.core.precision import Policy
 from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.models.wan import PRESETS, WanConfig
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
         with (
             tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar,
-            _told(workdir),
+            told_when_refused(workdir, "nothing was changed there"),
             staging(workdir) as partial,
         ):
             tensors = _write(c, source, partial, workdir, bar.update)
@@ -77,15 +76,6 @@ def main(argv: Sequence[str]) -> int:
     speed = f"{seconds:.1f} s, {total / 1e9 / seconds:.3f} GB/s"
     say(f"{workdir}: {tensors:,} tensors, {parameters:,} parameters, {size} in {speed}")
     return 0
-
-
-@contextmanager
-def _told(workdir: Path) -> Iterator[None]:
-    """What the disk refused, in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise unusable(error)(f"{workdir}: cannot be written to ({one_line(error)}); nothing was changed") from error
 
 
 def _describe(found: Found) -> None:

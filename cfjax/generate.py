@@ -24,7 +24,7 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
-from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, unusable
+from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, told_when_refused, unusable
 from cfjax.core.programs import Programs
 from cfjax.core.tensor_files import save_tensors
 from cfjax.data.captions import Columns
@@ -67,6 +67,7 @@ DECIDING = (
     *("video_sha256", "fit", "fps", "scale"),
 )
 MEASURED = ("seconds", "timings", "peak_device_bytes", "peak_host_bytes", "largest_program_temporary_bytes")
+RESUME = "what is finished stays, and --config.resume=True goes on"
 PACKAGES = ("cfjax", "jax", "jaxlib", "flax", "numpy")
 
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         default_workdir="runs/generate",
         bucket=True,
     )
-    with holding(workdir):
+    with holding(workdir), told_when_refused(workdir, RESUME):
         generate(c, workdir)
     return 0
 
@@ -340,8 +341,7 @@ def write_video(c: ConfigDict, job: Job, videos: VideoSet, number: int, clips: C
         size = write_mp4(file, clips.video_BPHWC[row], fps=c.fps, scale=c.scale)
         videos.finish(number, size, latents)
     except (OSError, av.error.FFmpegError) as error:
-        mend = "what is finished stays, and --config.resume=True goes on"
-        raise unusable(error)(f"{file}: cannot be written ({one_line(error)}); {mend}") from error
+        raise unusable(error)(f"{file}: cannot be written ({one_line(error)}); {RESUME}") from error
 
 
 def settings(c: ConfigDict, job: Job) -> dict[str, Any]:

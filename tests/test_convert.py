@@ -236,6 +236,20 @@ def test_a_folder_that_is_there_is_written_into(release, tmp_path):
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoints", "lost+found", "world"]
 
 
+def test_a_full_disk_is_told_and_changes_nothing(run, tmp_path, capsys, monkeypatch):
+    """In whose words ever; the scheduler may start it again."""
+    from safetensors import SafetensorError
+
+    def refusing(*args: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("cfjax.conversion.write.save_tensors", refusing)
+    assert convert(run, tmp_path / "out", to="safetensors") == 75
+    error = capsys.readouterr().err
+    assert "out: cannot be written to (SafetensorError: " in error and "; nothing was changed there" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_overwriting(root, run, tmp_path):
     path = synthetic.write_causal_forcing_pt(tmp_path / "x.pt", ("generator",), seed=20)
     assert convert(path, tmp_path / "out", "dmd", world=run / "world") == 0

@@ -29,6 +29,11 @@ from cfjax.core.schema import load_json
 BUCKET, SLASH_LOST = "gs://", "gs:/"
 PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
 _PATTERN = "*?[\\"
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# The same in the words of tensorstore, safetensors and torch.
+_REFUSED = re.compile(
+    r"(?i)no space left|disk quota|read-only file system|EXHAUSTED: Error writing|mapping size|StreamWriter failed"
+)
 _MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError)
 
 
@@ -165,6 +170,23 @@ def file_sizes(path: Path) -> dict[str, int]:
 def unusable(error: BaseException) -> type[UserError]:
     """What to raise when storage failed with `error`: a mistake in the name or the rights stays, all else may pass."""
     return UserError if isinstance(error, _MISTAKES) else Temporary
+
+
+@contextmanager
+def told_when_refused(folder: Path, mend: str) -> Iterator[None]:
+    """A disk that is full, broken or not to be written to ends what writes into `folder` in a line, whoever met it.
+
+    Raises:
+      UserError: that line, with `mend`; `Temporary` where the same command may do later.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise their own kinds
+        if getattr(error, "errno", None) in _REFUSALS or _REFUSED.search(str(error)):
+            raise unusable(error)(f"{folder}: cannot be written to ({one_line(error)}); {mend}") from error
+        raise
 
 
 def one_line(error: BaseException) -> str:
