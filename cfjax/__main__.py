@@ -48,8 +48,9 @@ def _run(verb: str, argv: Sequence[str]) -> int:
     """The exit code of a verb; what ends it is told in a line."""
     try:
         ensure_open_files()
-        if verb in SHARED:
-            importlib.import_module("cfjax.core.distributed").initialize()
+        if verb in SHARED and importlib.import_module("cfjax.core.distributed").initialize():
+            with importlib.import_module("cfjax.training.watchdog").failing_fast():
+                return importlib.import_module(f"cfjax.{verb}").main(argv) or 0
         return importlib.import_module(f"cfjax.{verb}").main(argv) or 0
     except Exception as error:
         failure = error if isinstance(error, UserError) else storage_failure(error)

@@ -15,16 +15,21 @@ process that no cluster names as one of several is left alone.
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import jax
 from absl import logging
 
+from cfjax.core.console import complain
 from cfjax.core.errors import Temporary, UserError
+from cfjax.core.peers import listen_to_the_others
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SWITCH = "CFJAX_DISTRIBUTED"
+_LATER = 60  # seconds by which XLA's own deadline, which aborts, comes after ours
 
 # What a step's tasks are told by `srun`; a batch script or a login shell inside an allocation lacks some of them.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
@@ -35,8 +40,8 @@ def initialize(environment: Mapping[str, str] | None = None, *, timeout_seconds:
 
     Args:
       environment: variables (default: the process's own).  JAX's detection reads the process's own in any case.
-      timeout_seconds: how long the others are waited for. If the coordinator is there and others are not, XLA ends the
-        process (DEADLINE_EXCEEDED, exit code 134): it has no way back from there.
+      timeout_seconds: how long the coordinator is waited for, and then the others. XLA has no way back from waiting for
+        these, so that the process ends in a line then, with exit code 75.
 
     Returns:
       Whether the process is now joined to others.
@@ -62,12 +67,14 @@ def initialize(environment: Mapping[str, str] | None = None, *, timeout_seconds:
         if given:
             _initialize_given(*given, _device_ids(environment), timeout_seconds)
         else:
-            jax.distributed.initialize(initialization_timeout=timeout_seconds)
+            with _bounded(timeout_seconds, where):
+                jax.distributed.initialize(initialization_timeout=timeout_seconds + _LATER)
     except Exception as error:  # JAX, gRPC and the metadata client each raise their own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = UserError if isinstance(error, ValueError) else Temporary  # what the cluster says makes no sense
         raise kind(f"this process can't join its run, coordinator {where}: {reason}") from error
     logging.info("joined: coordinator %s", where)
+    listen_to_the_others()
     return True
 
 
@@ -132,11 +139,32 @@ def _initialize_given(address: str, count: int, index: int, device_ids: list[int
     """Without "deactivate", JAX would look for a cluster all the same and give a SLURM task one device only."""
     if index > 0:
         _wait_for(address, timeout_seconds)
-    jax.distributed.initialize(
-        address,
-        count,
-        index,
-        local_device_ids=device_ids,
-        cluster_detection_method="deactivate",
-        initialization_timeout=timeout_seconds,
-    )
+    with _bounded(timeout_seconds, f"{address} ({ADDRESS}), process {index} of {count}"):
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            local_device_ids=device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=timeout_seconds + _LATER,
+        )
+
+
+@contextmanager
+def _bounded(seconds: int, where: str) -> Iterator[None]:
+    """Ends the process in a line when what is within takes longer: no exception reaches XLA's waiting."""
+
+    def end() -> None:
+        complain(
+            f"cfjax: this process waited {seconds} s for the others of its run, coordinator {where}: one did not start "
+            "or died before it joined; see what it said, and give the same command again"
+        )
+        os._exit(Temporary.exit_code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -11,6 +11,7 @@ import jax
 
 from cfjax.core.console import complain
 from cfjax.core.errors import Temporary, UserError
+from cfjax.core.peers import tell_the_others
 
 STALLED = Temporary.exit_code
 
@@ -83,8 +84,11 @@ def failing_fast() -> Iterator[None]:
             raise
         who = f"cfjax: process {jax.process_index()} of {jax.process_count()} ends"
         if isinstance(error, UserError):
-            complain(f"{who}: {' '.join(str(error).split())}")
+            line, code = " ".join(str(error).split()), error.exit_code
         else:
             complain(traceback.format_exc())
-            complain(f"{who}: another one died, or see above; the same command goes on from the last checkpoint")
-        os._exit(error.exit_code if isinstance(error, UserError) else STALLED)
+            line = "another one died, or see above; the same command goes on from the last checkpoint"
+            code = STALLED
+        complain(f"{who}: {line}")
+        tell_the_others(line, code)
+        os._exit(code)

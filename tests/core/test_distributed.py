@@ -111,3 +111,45 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+DIES = """
+import os, sys, types
+import jax
+import cfjax.__main__ as entry
+from cfjax.core.errors import UserError
+from jax.experimental import multihost_utils
+def train(argv):
+    if jax.process_index() == int(argv[0]):
+        raise UserError("the data is not on this machine")
+    multihost_utils.process_allgather(jax.numpy.asarray(1))
+sys.modules["cfjax.train"] = types.ModuleType("cfjax.train")
+sys.modules["cfjax.train"].main = train
+sys.exit(entry.main(["train", sys.argv[1]]))
+"""
+
+
+def start(script: str, index: int, port: int, *argv: str) -> subprocess.Popen:
+    place = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+    environment = {**os.environ, **place, "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen([sys.executable, "-c", script, *argv], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_process_that_ends_while_it_starts_is_told_by_the_other_in_a_line(free_port, dying):
+    """Within seconds, with its exit code, and not by XLA after its heartbeats are missed."""
+    started = [start(DIES, index, free_port, str(dying)) for index in range(2)]
+    told = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], told
+    assert told[dying].splitlines()[-1] == f"cfjax: process {dying} of 2 ends: the data is not on this machine"
+    other = f"cfjax: process {dying} of 2 has ended, and so does this one, {1 - dying}: the data is not on this machine"
+    assert told[1 - dying].splitlines()[-1] == other
+
+
+def test_a_process_whose_peer_does_not_start_says_so(free_port):
+    alone = start("from cfjax.core.distributed import initialize\ninitialize(timeout_seconds=2)", 0, free_port)
+    told = alone.communicate(timeout=300)[1]
+    assert alone.returncode == 75, told
+    assert told.splitlines()[-1].startswith(
+        "cfjax: this process waited 2 s for the others of its run, coordinator 127."
+    )

@@ -1,0 +1,60 @@
+"""A process of several that ends because something is wrong tells the others, who else wait for it until XLA aborts.
+
+Notes lie in the store of JAX's coordination service, which is there as soon as a process has joined; each process looks
+once a second. Of a process that is killed nobody tells: its heartbeats end, and XLA aborts the others within minutes.
+"""
+
+import atexit
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import jax
+
+from cfjax.core.console import complain
+
+_NOTES = "cfjax/ended"
+EVERY = 1.0  # seconds
+PATIENCE = 3.0  # for which the first process, whose end is that of the service, waits until all have read
+
+
+def _service() -> Any:
+    """The client of the coordination service; JAX has no public name for it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def tell_the_others(line: str, code: int) -> None:
+    """Leaves a note of why this process of several is about to end, with its exit code."""
+    with suppress(Exception):  # the service may be what is wrong
+        _service().key_value_set(f"{_NOTES}/{jax.process_index()}", f"{code} {' '.join(line.split())}")
+        if jax.process_index() == 0:
+            time.sleep(PATIENCE)
+
+
+def listen_to_the_others() -> None:
+    """From now on, ends this process in a line as soon as another one has left a note."""
+    over = threading.Event()
+    thread = threading.Thread(target=_listen, args=(over,), name="peers", daemon=True)
+
+    def end() -> None:  # before JAX leaves the service
+        over.set()
+        thread.join()
+
+    atexit.register(end)
+    thread.start()
+
+
+def _listen(over: threading.Event) -> None:
+    own = f"{_NOTES}/{jax.process_index()}"
+    with suppress(Exception):  # an older or newer JAX: as without
+        while not over.wait(EVERY):
+            for name, note in _service().key_value_dir_get(f"{_NOTES}/"):
+                if name != own:
+                    code, _, line = note.partition(" ")
+                    who = f"process {name.rpartition('/')[2]} of {jax.process_count()}"
+                    complain(f"cfjax: {who} has ended, and so does this one, {jax.process_index()}: {line}")
+                    os._exit(int(code))
