@@ -37,5 +37,5 @@ LATENT_NUMBERS = 2**28  # of one record: ten minutes of 480 x 832
 STATES = 1000  # of an ODE trajectory; few-step students have 4
 TEXT_NUMBERS = 2**26  # of one caption's rows
 ARRAY_BYTES = 256 * MIB  # of an array in an archive that is smaller than this
-RECORDS = 2**32
+RECORDS = 2**27  # Panda-70M has 70 million
 STEPS = 10_000  # of a sampler

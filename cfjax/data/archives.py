@@ -18,24 +18,47 @@ def read_archive(path: str | Path) -> dict[str, np.ndarray]:
     A few bytes can be packed so that they become many: an array may have ARRAY_BYTES, or as many as the file.
 
     Raises:
-      OSError, zipfile.BadZipFile: it cannot be read.
-      ValueError: an entry is no array of plain numbers or letters, has other bytes than its header says, or too many.
+      OSError: it cannot be read.
+      ValueError: it is no archive or damaged, or an entry is no array of plain numbers or letters, has other bytes than
+        its header says, or too many.
     """
-    out = {}
-    with zipfile.ZipFile(path) as archive:
-        most = max(ARRAY_BYTES, Path(path).stat().st_size)
-        for entry in archive.infolist():
-            name = entry.filename.removesuffix(".npy")
-            try:
-                with archive.open(entry) as file:
-                    _check_header(file, entry.file_size, most)
-                with archive.open(entry) as file:
-                    out[name] = np.lib.format.read_array(file, allow_pickle=False)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            except (NotImplementedError, RuntimeError, EOFError, SyntaxError, TypeError, OverflowError) as error:
-                raise ValueError(f"{name}: {type(error).__name__}: {error}") from None
-    return out
+    most = max(ARRAY_BYTES, Path(path).stat().st_size)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {entry.filename.removesuffix(".npy"): _read(archive, entry, most) for entry in archive.infolist()}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Python's unpackers meet damage with whatever error comes first
+        raise ValueError(_one_line(error)) from None
+
+
+def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> np.ndarray:
+    try:
+        with archive.open(entry) as file:
+            _check_header(file, entry.file_size, most)
+        with archive.open(entry) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{entry.filename}: {error}") from None
+
+
+def open_array(file: Path) -> np.ndarray:
+    """A .npy file's array, not yet read; `np.load` would take an archive, or a pickle, too.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no array of plain numbers, or shorter than its header says.
+    """
+    try:
+        return np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # its header is parsed as Python
+        raise ValueError(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _check_header(file: IO[bytes], size: int, most: int) -> None:

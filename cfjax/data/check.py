@@ -14,7 +14,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
 from cfjax.core.errors import Temporary, UserError
+from cfjax.core.inside import inside
 from cfjax.core.machine import machine_failure
+from cfjax.data.archives import open_array
 from cfjax.data.latents import read_json
 from cfjax.data.lmdb_files import is_lmdb
 from cfjax.data.lmdb_places import open_lmdb_of
@@ -110,7 +112,7 @@ class _Set:
 
     def __init__(self, layout: Layout, parts: list[dict[str, Any]], items: int, rows: LmdbRows | None) -> None:
         self.layout, self.rows = layout, rows
-        self.holder = np.full(items, -1, np.int64)  # records counted through all parts
+        self.holder = np.zeros(items, np.int64)  # 1 + the record, counted through all parts; 0 for none
         self.before = 0  # records of the parts that were looked at already
         self._parts = [(part["file"], part["records"]) for part in parts]
         self._ends = list(accumulate(records for _, records in self._parts))
@@ -119,9 +121,9 @@ class _Set:
         """What is wrong with record `index` of this part, "" if nothing."""
         if not 0 <= record.item < len(self.holder):
             return f"its item {record.item} is none of the source's {len(self.holder)}"
-        if (found := int(self.holder[record.item])) >= 0:
-            return f"item {record.item} ({record.name}) is in {self._place(found)} already"
-        self.holder[record.item] = self.before + index
+        if found := int(self.holder[record.item]):
+            return f"item {record.item} ({record.name}) is in {self._place(found - 1)} already"
+        self.holder[record.item] = 1 + self.before + index
         if fault := misfit(record, self.layout):
             return fault
         if self.rows is not None and not _same_prompt(self.rows, record):
@@ -163,10 +165,15 @@ def _check_records(path: Path, manifest: dict[str, Any], lmdb: str | Path, progr
     known = _Set(layout, parts, items, rows)
     with tqdm(total=records, desc=f"check {path.name}", unit="record", disable=not progress, dynamic_ncols=True) as bar:
         for about in parts:
-            yield from _check_part(path / about["file"], about, known, bar)
+            try:
+                file = inside(path, about["file"], path / MANIFEST)
+            except UserError as error:
+                yield Fault(path / MANIFEST, None, str(error).removeprefix(f"{path / MANIFEST}: "))
+                continue
+            yield from _check_part(file, about, known, bar)
             known.before += about["records"]
     if rows is not None:
-        yield from _check_rows(rows, progress, known.holder >= 0)
+        yield from _check_rows(rows, progress, known.holder > 0)
 
 
 def _check_negative(path: Path, layout: Layout) -> Iterator[Fault]:
@@ -228,8 +235,8 @@ def _check_arrays(path: Path, manifest: dict[str, Any], progress: bool) -> Itera
     for name, spec in manifest.get("arrays", {}).items():
         file = path / f"{name}.npy"
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            array = open_array(file)
+        except (OSError, ValueError) as error:
             failure = machine_failure(file, error)
             if failure and not isinstance(error, FileNotFoundError):
                 raise failure from None

@@ -18,7 +18,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.limits import CAPTION, JSON_BYTES, RECORDS, VOCABULARY
 from cfjax.core.machine import machine_failure
 from cfjax.core.schema import checked, load_json, one_of, several, table, text, whole
-from cfjax.data.archives import read_archive
+from cfjax.data.archives import open_array, read_archive
 from cfjax.data.precompute import MANIFEST_VERSION
 
 Batch = dict[str, np.ndarray]
@@ -165,10 +165,10 @@ class LatentDataset:
     def _open(self, name: str) -> np.ndarray:
         file, spec = self.path / f"{name}.npy", self.manifest["arrays"][name]
         try:
-            array = np.lib.format.open_memmap(file, mode="r")  # np.load would take an archive, or a pickle, too
+            array = open_array(file)
         except FileNotFoundError as error:
             raise UserError(f"{file}: missing though the manifest lists it; {_MEND}") from error
-        except (OSError, ValueError, EOFError, OverflowError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
         if list(array.shape) != spec.get("shape") or str(array.dtype) != spec.get("dtype"):
             raise UserError(f"{file}: holds {array.dtype} {list(array.shape)}, the manifest says {spec}; {_MEND}")

@@ -25,6 +25,7 @@ from cfjax.core.inside import inside
 from cfjax.core.limits import FRAMES, LATENT_NUMBERS, RANK, RECORDS, SIDE, STATES, TEXT_NUMBERS, TEXT_ROWS
 from cfjax.core.machine import machine_failure
 from cfjax.core.schema import SIZE, checked, flag, one_of, parse_json, row, several, table, text, whole
+from cfjax.data.archives import open_array
 from cfjax.data.latents import Batch, read_json
 from cfjax.data.lmdb_places import open_lmdb_of
 from cfjax.data.lmdb_rows import LmdbRows
@@ -108,6 +109,8 @@ class Layout:
             storage_dtype(name)
         if self.kept_in not in KEPT_IN or len(self.latent_shape) != 4:
             raise ValueError(f"not a layout: {self}")
+        if self.kept_in == "none" and self.trajectory_points:
+            raise ValueError(f"trajectories without latents: {self}")
         if math.prod(self.latent_shape) > LATENT_NUMBERS or self.text_rows * self.text_width > TEXT_NUMBERS:
             raise ValueError(f"too many numbers for one record: {self}")
 
@@ -393,13 +396,13 @@ def read_negative(path: Path) -> np.ndarray:
     """
     file = path / NEGATIVE_TEXT
     try:
-        rows = np.lib.format.open_memmap(file, mode="r")  # a header that says more than the file has is an error then
+        rows = open_array(file)  # a header that says more than the file has is an error then
         if rows.ndim != 2 or rows.dtype.kind != "f":
             raise ValueError(f"{rows.dtype} {rows.shape} are no text rows")
         return np.array(rows)
     except FileNotFoundError:
         raise BrokenRecord(f"{file}: missing; precompute it again") from None
-    except (OSError, ValueError, EOFError, OverflowError, TypeError) as error:
+    except (OSError, ValueError) as error:
         told = BrokenRecord(f"{file}: cannot be read ({error}); precompute it again")
         raise machine_failure(file, error) or told from None
 

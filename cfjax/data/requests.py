@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -206,7 +205,7 @@ def read_latents(path: str | Path) -> np.ndarray:
             arrays = read_archive(path)
         else:
             arrays = load_file(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(f"video={str(path)!r}: cannot read the latents ({error})") from None
     if len(arrays) != 1 or next(iter(arrays.values())).ndim != 4:
         found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())

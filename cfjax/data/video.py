@@ -181,6 +181,8 @@ def _stream(container: InputContainer) -> VideoStream:
         raise Unusable("no pictures: sound alone" if container.streams.audio else "unreadable: no video stream")
     stream = next((stream for stream in moving if stream.disposition & Disposition.default), moving[0])
     context = stream.codec_context
+    if context is None:
+        raise Unusable("unreadable: nothing here decodes it")
     if context.width * context.height > VIDEO_PIXELS:
         raise Unusable(f"too large: {context.width} x {context.height}, more than {VIDEO_PIXELS} pixels")
     context.options = {**context.options, "max_pixels": str(VIDEO_PIXELS)}  # a later frame may be of another size

@@ -224,7 +224,14 @@ def _read_sentencepiece(file: Path) -> Tokenizer:
     if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
         raise UserError(f"{file}: not a Unigram model, so not umT5's")
     count = _sentinel_count(file.with_name(TOKENIZER_CONFIG))
-    sentinels = [f"<extra_id_{i}>" for i in reversed(range(count))]
+    try:
+        return _unigram(proto, [f"<extra_id_{i}>" for i in reversed(range(count))])
+    except Exception as error:  # of a damaged piece: no UTF-8, no such id, a map that is none
+        raise UserError(f"{file}: not a SentencePiece model ({' '.join(str(error).split())})") from None
+
+
+def _unigram(proto: Any, sentinels: Sequence[str]) -> Tokenizer:
+    """A SentencePiece model's pieces and rules, and the sentinels behind them."""
     pieces = [*((piece.piece, piece.score) for piece in proto.pieces), *((name, 0.0) for name in sentinels)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
     special = [piece.piece for piece in proto.pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)]

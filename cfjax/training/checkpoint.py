@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.lazy import LazyArray
-from cfjax.core.limits import JSON_BYTES
+from cfjax.core.limits import AXIS, JSON_BYTES, RANK
 from cfjax.core.paths import (
     absolute,
     file_sizes,
@@ -35,6 +35,7 @@ from cfjax.core.paths import (
     path_of,
     unusable,
 )
+from cfjax.core.schema import anything, each_of, several, table, whole
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.training.optim import current_names
 from cfjax.training.plain import from_json, to_json
@@ -45,6 +46,7 @@ FOLDER = "checkpoints"
 PARTS = ("params", "ema")
 BROKEN = "checkpoints_broken"
 ASIDE = "checkpoints_aside"  # of a loss that left all bounds
+RECORD_RULE = table({"meta": table({}), "data_state": anything, "leaves": each_of(several(whole(0, AXIS), 0, RANK))})
 RACES = 5  # with a run that removes old checkpoints, lost by who opens its folder
 
 T = TypeVar("T")
@@ -127,6 +129,8 @@ def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         raise ValueError(f"its record has {size:,} bytes")
     verify(folder, items=(RECORD,))
     record = manager.restore(step, args=ocp.args.Composite(record=RecordRestore()))["record"]
+    if wrong := RECORD_RULE("", record):
+        raise ValueError(wrong)
     return {key: from_json(record[key]) for key in ("meta", "data_state", "leaves")}
 
 
