@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -36,7 +35,8 @@ from cfjax.core.paths import (
     unusable,
 )
 from cfjax.core.schema import anything, each_of, several, table, whole
-from cfjax.core.tree import from_named, named_leaves
+from cfjax.core.tree import named_leaves
+from cfjax.training.leaves import check_leaves, detached, flatten, unflatten
 from cfjax.training.optim import current_names
 from cfjax.training.plain import from_json, to_json
 from cfjax.training.stored import read_back, stored_array
@@ -51,45 +51,6 @@ RACES = 5  # with a run that removes old checkpoints, lost by who opens its fold
 
 T = TypeVar("T")
 Found = tuple[dict[str, jax.Array], dict[str, Any]]  # arrays by name, record
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """Named leaves with PRNG keys as their uint32 data."""
-    return {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named_leaves(tree).items()}
-
-
-def _unflatten(template: Any, named: Mapping[str, jax.Array]) -> Any:
-    """`template` filled with restored arrays, keys rewrapped, and left uncommitted where the template's leaves are."""
-    filled = dict(named)
-    for name, leaf in named_leaves(template).items():
-        if not getattr(leaf, "committed", True):
-            filled[name] = jnp.asarray(np.array(filled[name]))
-        if _is_key(leaf):
-            filled[name] = jax.random.wrap_key_data(filled[name], impl=jax.random.key_impl(leaf))
-    return from_named(template, filled)
-
-
-def _detached(leaf: jax.Array) -> jax.Array:
-    """On CPU "host copies" alias the device buffer, which the next step donates; an asynchronous save needs its own."""
-    on_cpu = all(device.platform == "cpu" for device in leaf.devices())
-    return jnp.copy(leaf) if on_cpu else leaf
-
-
-def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, Any], *, whole: bool) -> None:
-    """UserError unless every wanted leaf was saved with its shape (and, for `whole`, nothing else was)."""
-    missing = sorted(wanted.keys() - saved.keys())
-    extra = sorted(saved.keys() - wanted.keys()) if whole else []
-    if missing or extra:
-        raise UserError(
-            f"{folder}: the checkpoint does not fit this config: missing {missing[:3]}, left over {extra[:3]}"
-        )
-    for name, leaf in wanted.items():
-        if list(leaf.shape) != list(saved[name]):
-            raise UserError(f"{folder}: {name} has shape {tuple(saved[name])}, this config needs {tuple(leaf.shape)}")
 
 
 def _manager(
@@ -254,7 +215,7 @@ class CheckpointStore:
         saved = self._manager.all_steps()
         if step in saved:
             return
-        arrays = {name: _detached(leaf) for name, leaf in _flatten(state).items()}
+        arrays = {name: detached(leaf) for name, leaf in flatten(state).items()}
         record = RecordSave(record_of(arrays, data_state, meta, step))
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=record)
         try:
@@ -283,18 +244,18 @@ class CheckpointStore:
         Raises:
           UserError: all are broken; the stage is not `stage`; the leaves or shapes are not the template's.
         """
-        wanted = _flatten(template)
+        wanted = flatten(template)
 
         def check(folder: Path, record: Mapping[str, Any]) -> None:
             _check_stage(self._workdir, record["meta"], (stage,) if stage else ())
-            _check_leaves(folder, wanted, record["leaves"], whole=True)
+            check_leaves(folder, wanted, record["leaves"], whole=True)
 
         with closing(_manager(self._directory, writes=False)) as reader:
             found, broken = _newest(self.steps(), partial(_read, reader, wanted, check, True), together=True)
         if found is not None:
             self._set_aside(broken)
             arrays, record = found
-            return _unflatten(template, arrays), record["data_state"], record["meta"]
+            return unflatten(template, arrays), record["data_state"], record["meta"]
         if broken:
             raise UserError(
                 f"{self._directory}: all checkpoints are broken ({broken}); remove the folder to start anew"
@@ -408,14 +369,14 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
         if not saved:
             has = sorted({"/".join(n.split("/")[:2]) for n in record["leaves"] if n.startswith(("params/", "ema/"))})
             raise UserError(f"{folder} holds no {prefix[:-1]!r}; it holds {', '.join(has)}")
-        _check_leaves(folder, wanted, saved, whole=True)
+        check_leaves(folder, wanted, saved, whole=True)
 
     together = not all(leaf.sharding.is_fully_addressable for leaf in wanted.values())
     with closing(_open(run_dir)) as manager:
         found, _ = _newest(manager.all_steps(), partial(_read, manager, wanted, check, together), together=together)
     if found is None:
         raise UserError(f"{run_dir}: no readable checkpoint")
-    return _unflatten(template, {name.removeprefix(prefix): array for name, array in found[0].items()})
+    return unflatten(template, {name.removeprefix(prefix): array for name, array in found[0].items()})
 
 
 def stored_roles(run_dir: str | Path) -> list[tuple[str, bool]]:

@@ -168,10 +168,10 @@ def test_another_stage_or_shape_is_refused(tmp_path):
 
 def test_a_state_of_an_older_version_comes_back_exactly(tmp_path, monkeypatch):
     """cfjax 0.1.0 numbered the parts of an optimiser that has no decay without it."""
-    flatten = checkpoint._flatten
+    flatten = checkpoint.flatten
     older = {"opt/student/3/count": "opt/student/2/count", "opt/critic/3/count": "opt/critic/2/count"}
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_flatten", lambda tree: {older.get(k, k): x for k, x in flatten(tree).items()})
+        patch.setattr(checkpoint, "flatten", lambda tree: {older.get(k, k): x for k, x in flatten(tree).items()})
         saved = fill(tmp_path, steps=1)[1]
     leaves = next(checkpoint._good_records(tmp_path))[1]["leaves"]
     assert {"opt/student/2/count", "opt/critic/2/count"} <= leaves.keys() and "opt/student/3/count" not in leaves
