@@ -36,16 +36,22 @@ Command = Callable[[Path], list[str]]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A converted release with its world, a few-step student, a toy run, six prompts."""
+    """A converted release with its world, a few-step student, six prompts."""
     root, quiet = tmp_path_factory.mktemp("killed"), {"progress": False, "latents": "(6,4,4)"}
     release, taehv = write_wan_folder(root / "release", shards=1), write_taehv(root / "taew2_1.pth")
     assert cfjax("convert", "convert.py", root / "wan", source=release, **quiet) == 0
     assert cfjax("convert", "convert.py", root / "wan", source=taehv, **quiet) == 0
     student, world = write_causal_forcing_pt(root / "dmd.pt"), root / "wan" / "world"
     assert cfjax("convert", "convert.py:dmd", root / "dmd", source=student, world=world, **quiet) == 0
-    assert cfjax("train", "bidirectional.py:toy", root / "toy", **tiny(root)) == 0
     (root / "prompts.txt").write_text("\n".join(f"A cat, number {n}" for n in range(6)))
     return root
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("toy")
+    assert cfjax("train", "bidirectional.py:toy", root / "run", **tiny(root)) == 0
+    return root / "run"
 
 
 def argv(verb: str, config: str, workdir: Path, **keys: object) -> list[str]:
@@ -129,13 +135,13 @@ def test_precompute(root, tmp_path):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
 
-def test_export(root, tmp_path, monkeypatch):
+def test_export(toy, tmp_path, monkeypatch):
     """A first one, and one in place of an older."""
     summary = {"summary": {"all_correct": 1.0}, "network_calls": 1, "frames_per_second": 1.0}
     monkeypatch.setattr(export, "evaluate_run", lambda run, **_: summary)
 
     def command(workdir: Path) -> list[str]:
-        return argv("export", "export.py", workdir, run=root / "toy")
+        return argv("export", "export.py", workdir, run=toy)
 
     assert main(command(tmp_path / "whole")) == 0
     for moments in ((2,), (6,)):

@@ -78,7 +78,7 @@ def test_a_file_that_a_power_failure_emptied_or_cut_is_none(tmp_path):
 def commands(root: Path) -> dict[str, list[str]]:
     """A command of each verb, by the folder that it may write to."""
     release, quiet = root / "in" / "release", {"progress": False}
-    toy = {**tiny(root / "out"), "data__path": root / "out" / "train" / "data"}
+    toy = {**tiny(root / "out"), "data__path": root / "out" / "train" / "data", "sampler__steps": 2}
     world = root / "in" / "world"
     asked = {
         "train": ("train", "bidirectional.py:toy", toy),
@@ -91,7 +91,7 @@ def commands(root: Path) -> dict[str, list[str]]:
         ),
         "convert": ("convert", "convert.py", {"source": release, "parts": "dit", **quiet}),
         "pipeline": ("convert", "convert.py", {"source": root / "out/convert", "to": "diffusers", **quiet}),
-        "plan": ("plan", "bidirectional.py:toy", {}),
+        "plan": ("plan", "bidirectional.py:toy", {"optim__student__name": "adamw", "roles__student__remat": "none"}),
         "precompute": (
             "precompute",
             "precompute.py",
@@ -102,7 +102,7 @@ def commands(root: Path) -> dict[str, list[str]]:
     for name, (verb, config, keys) in asked.items():
         out[name] = [verb, f"--config={ROOT}/configs/{config}", f"--workdir={root / 'out' / name}"]
         out[name] += [f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items()]
-    out["plan"].append("--topology=cpu:1")
+    out["plan"] += ["--topology=cpu:8", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
     return out
 
 
