@@ -24,7 +24,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.paths import local_path
 from cfjax.core.precision import Policy
 from cfjax.models.wan import PRESETS, WanConfig
-from cfjax.run_record import read_run
+from cfjax.run_record import SIZES, read_run
 from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles
 from cfjax.training.streamed import write_streamed
 from cfjax.wan_world import FORMAT, KIND, RECORD, config_from_record, find_world, read_record
@@ -105,7 +105,7 @@ def _open(c: ConfigDict) -> Source:
     if c.world:
         read_record(c.world)
         if (Path(c.world).parent / FOLDER).is_dir():
-            models = read_run(Path(c.world).parent)["models"]
+            models = read_run(Path(c.world).parent, SIZES)["models"]
             assumed = config_json_wan(config_from_record(WanConfig, models.get("student", {}), c.world), "original")
     return open_source(path, parts=parts, key=c.key, assumed=assumed)
 
@@ -135,7 +135,7 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
     found = []
     meta: dict[str, Any] = {}
     if (path / FOLDER).is_dir() and (not parts or "dit" in parts):
-        meta = read_run(path)
+        meta = read_run(path, SIZES)
         for role, ema in stored_roles(path):
             if role in ("student", "critic"):
                 if role not in meta["models"]:
