@@ -24,7 +24,8 @@ from cfjax.core.precision import F32
 from cfjax.experiment import META_FILE, load_shipped
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
-from cfjax.training.checkpoint import FOLDER, load_role, read_meta
+from cfjax.run_record import read_run
+from cfjax.training.checkpoint import FOLDER, load_role
 from cfjax.wan_world import (
     config_from_record,
     find_world,
@@ -162,7 +163,7 @@ def _run_parts(c: ConfigDict) -> dict[str, Any]:
     record = asset(c.run, META_FILE)
     if record is None and not is_folder(path_of(c.run)):
         raise UserError(f"--config.run={c.run}: no such run directory, and no shipped teacher of that name")
-    meta = json.loads(record.read_text()) if record else read_meta(c.run)
+    meta = read_run(c.run)
     if c.role not in meta["models"]:
         raise UserError(f"--config.role={c.role}: {c.run} holds {', '.join(meta['models'])}")
     averaged = c.ema and c.role in meta["config"]["ema"]

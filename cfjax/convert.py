@@ -24,6 +24,7 @@ from cfjax.core.paths import check_checkpoints, local_path, told_when_refused
 from cfjax.core.precision import Policy
 from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.models.wan import PRESETS, WanConfig
+from cfjax.run_record import SIZES, read_run
 from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles
 from cfjax.training.streamed import write_streamed
 from cfjax.wan_world import FORMAT, KIND, RECORD, config_from_record, find_world, read_record
@@ -104,8 +105,8 @@ def _open(c: ConfigDict) -> Source:
     if c.world:
         read_record(c.world)
         if (Path(c.world).parent / FOLDER).is_dir():
-            models = read_meta(Path(c.world).parent)["models"]
-            assumed = config_json_wan(config_from_record(WanConfig, models["student"]), "original")
+            models = read_run(Path(c.world).parent, SIZES)["models"]
+            assumed = config_json_wan(config_from_record(WanConfig, models.get("student", {}), c.world), "original")
     return open_source(path, parts=parts, key=c.key, assumed=assumed)
 
 
@@ -134,9 +135,11 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
     found = []
     meta: dict[str, Any] = {}
     if (path / FOLDER).is_dir() and (not parts or "dit" in parts):
-        meta = read_meta(path)
+        meta = read_run(path, SIZES)
         for role, ema in stored_roles(path):
             if role in ("student", "critic"):
+                if role not in meta["models"]:
+                    raise UserError(f"{path}: its record tells no sizes of its {role}")
                 found.append(Found(_stored("dit", path, role, ema, meta["models"][role], meta), role, ema))
         if key:
             found = [replace(each, role="student", ema=False) for each in found if entry_of(each) == key]
@@ -156,7 +159,7 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
 
 
 def _stored(kind: str, folder: Path, role: str, ema: bool, config: dict[str, Any], meta: dict[str, Any]) -> Network:
-    record = config_from_record(type(KINDS[kind].example), config)
+    record = config_from_record(type(KINDS[kind].example), config, folder)
     return Network(
         kind, record, open_role(folder, role, ema=ema), meta.get("source", {}).get("layout", ""), str(folder)
     )

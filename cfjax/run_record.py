@@ -62,6 +62,7 @@ def _latents(name: str, value: Any) -> str:
 
 
 START = table({"stage": text(64), "blocks": _BLOCKS})  # what a role that starts from these weights asks for
+SIZES = table({"models": each_of(table({}))}, {"world_path": _PLACE})  # what moving its weights asks for
 RUN = table(
     {
         "stage": text(64),

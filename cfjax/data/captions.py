@@ -16,6 +16,7 @@ from typing import Any
 
 from cfjax.core.errors import UserError
 from cfjax.core.limits import CAPTION, LINE
+from cfjax.core.schema import SHOWN, shown
 from cfjax.data.pictures import Unusable
 from cfjax.data.tables import CAPTIONS, Row
 
@@ -107,7 +108,7 @@ def caption_of(value: Any, choice: str = "") -> str:
     if value is None or value == "":
         raise Unusable("no caption: it is empty")
     if not isinstance(value, str):
-        raise Unusable(f"no caption: {value!r} is no text")
+        raise Unusable(f"no caption: {shown(value)} is no text")
     check_characters(value)
     if not value.strip():
         raise Unusable("no caption: it is empty")
@@ -139,7 +140,9 @@ def _named(values: Mapping[str, Any], choice: str) -> Any:
         return values[choice]
     if len(values) == 1 and not choice:
         return next(iter(values.values()))
-    raise Unusable(f"several captions: {', '.join(map(str, values))}; choose with --config.caption_choice=NAME")
+    raise Unusable(
+        f"several captions: {', '.join(map(str, [*values][:SHOWN]))}; choose with --config.caption_choice=NAME"
+    )
 
 
 def printed(text: str) -> Any:

@@ -132,7 +132,8 @@ def read_picture(path: str | Path) -> np.ndarray:
                     f"not one picture: an animation of {frames} frames; save one of them, or give it as a video"
                 )
             opened.load()
-            return _eight_bit(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _eight_bit(opened)
     # Pillow's readers raise these, one or the other, for files that are damaged or too large to be meant.
     except (
         OSError,
@@ -170,8 +171,13 @@ def _eight_bit(image: Image.Image) -> np.ndarray:
             )
         return _grey(np.rint(values * 255).astype(np.uint8))
     if image.has_transparency_data:
-        return over_white(np.asarray(image.convert("RGBA")))
-    return np.asarray(image.convert("RGB"))
+        return over_white(np.asarray(_in_mode(image, "RGBA")))
+    return np.asarray(_in_mode(image, "RGB"))
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image in a mode; `convert` would copy one that is in it already."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _grey(values_HW: np.ndarray) -> np.ndarray:

@@ -269,6 +269,8 @@ def _parquet(path: Path, encoding: str) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"row {number}", values)
+    except UserError:
+        raise
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise UserError(f"{path}: cannot read it ({' '.join(str(error).split())})") from None
 
