@@ -223,6 +223,28 @@ def _go_on(folder: Path) -> Any:
     return {"todo": out.todo(), "skipped": plain(out.skipped())}
 
 
+def _listed(folder: Path) -> None:
+    _other_clips(folder, [("a.mp4", "a cat"), ("b.mp4", "a dog"), ("c.mp4", "größer")], "one")
+
+
+def _other_clips(folder: Path, listing: list[tuple[str, str]], digest: str) -> None:
+    from cfjax.data.parts import SetWriter
+    from tests.data.test_records import LAYOUT
+
+    SetWriter(folder, items=3, part_items=1, layout=LAYOUT, job={"clips": digest}, description={}, listing=listing)
+
+
+def _read_listing(folder: Path) -> Any:
+    """What another listing of clips is refused with."""
+    from cfjax.core.errors import UserError
+
+    try:
+        _other_clips(folder, [("a.mp4", "a cat"), ("b.mp4", "a cow"), ("d.mp4", "größer")], "another")
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _sane_job(one: Any, whole: Any) -> bool:
     """A part that counts as not there is made again."""
     return set(one["todo"]) <= {0, 1, 2} and all(alike(skip, whole["skipped"][0]) for skip in one["skipped"])
@@ -463,6 +485,7 @@ KINDS: dict[str, Kind] = {
     "negative_text.npy": Kind(_records, "negative_text.npy", _read_records, bits, alike),
     "part's json": Kind(_records, "part-00001.json", _go_on, json_file, _sane_job),
     "job.json": Kind(_records, "job.json", _go_on, json_file, _sane_job),
+    "items.json": Kind(_listed, "items.json", _read_listing, json_file, alike),
     "arrays' manifest.json": Kind(_clips, "set/manifest.json", _read_records, json_file, alike),
     "arrays' captions.json": Kind(_clips, "set/captions.json", _read_records, json_file, alike),
     "arrays": Kind(_clips, "set/latents.npy", _read_records, bits, alike),
