@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+STATM = Path("/proc/self/statm")  # Linux tells a process its size; elsewhere memory is not bounded
 GOOD, BAD = ("told", "right"), ("traceback", "silent", "over memory", "over time", "crash")
 # More memory than the reader of the whole file takes, its processor's seconds, and waiting's: of a case, of a start.
 MEMORY, SECONDS, PATIENCE, START = 2**30, 10.0, 120.0, 600.0
@@ -97,9 +98,10 @@ class _TookLong(BaseException):
 @contextmanager
 def _bounded(seconds: float) -> Iterator[None]:
     """At most `MEMORY` more than now, and `seconds` of work: other work on the machine does not count."""
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
+    if STATM.exists():
+        size = int(STATM.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield

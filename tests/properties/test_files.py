@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from tests.properties.child import GOOD, Child, Outcome
+from tests.properties.child import GOOD, STATM, Child, Outcome
 from tests.properties.kinds import KINDS, OUTCOMES, alike, same
 from tests.properties.mutations import VALUES, mutated, retyped, safetensors
 
@@ -54,8 +54,8 @@ def test_a_damaged_file_is_told_or_right(child, kind):
 def test_what_a_reader_does_is_told_apart(child, monkeypatch):
     """A reader of each fault, in the process that judges them; then it works again."""
     monkeypatch.setattr(child, "seconds", 0.5)
-    found = {name: child.outcome(f"reader: {name}", 0).name for name in OUTCOMES}
-    assert found == {name: name for name in OUTCOMES}
+    known = [name for name in OUTCOMES if name != "over memory" or STATM.exists()]
+    assert [child.outcome(f"reader: {name}", 0).name for name in known] == known
     assert child.outcome("reader: right", 1) == Outcome("right")
 
 
