@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -66,7 +66,7 @@ def holding(folder: Path, name: str = LOCK, *, each: bool = False) -> Iterator[N
     finally:
         _release(lock)
         for place in made:
-            if place.is_dir() and not any(place.iterdir()):
+            with suppress(OSError):  # it is in use
                 place.rmdir()
 
 
