@@ -8,7 +8,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from cfjax.core.errors import UserError
+from cfjax.core.schema import shown
 
+NAME, NAMES = 255, 4096  # characters of a name and of all on the way to it, as Linux has them
 BLOBS, CACHES = "blobs", ("models--", "datasets--", "spaces--")
 
 
@@ -19,14 +21,15 @@ def inside(folder: Path, name: Any, told_by: object) -> Path:
       UserError: the name, or a link that it is, leads out of the folder.
     """
     if not isinstance(name, str) or not _plain(name):
-        raise UserError(f"{told_by}: {name!r} is no name of a file in {folder}; nothing else is read on its word")
+        raise UserError(f"{told_by}: {shown(name)} is no name of a file in {folder}; nothing else is read on its word")
     return kept_inside(folder / name, folder)
 
 
 def _plain(name: str) -> bool:
     path = PurePosixPath(name.replace("\\", "/"))
     outward = path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive
-    return bool(path.parts) and not outward and "\0" not in name
+    short = len(name) <= NAMES and all(len(part) <= NAME for part in path.parts)
+    return bool(path.parts) and short and not outward and "\0" not in name
 
 
 def kept_inside(path: Path, folder: Path) -> Path:

@@ -53,7 +53,7 @@ def parse_json(data: bytes | str) -> Any:
 
     Raises:
       ValueError: it is none; one key stands twice in an object; NaN, Infinity or a number too large for a float; a text
-        with half a surrogate pair; nested too deeply.
+        with NUL or half a surrogate pair; nested too deeply.
     """
     try:
         value = json.loads(
@@ -114,6 +114,8 @@ def _walk(value: Any) -> None:
 
 
 def _whole_text(value: str) -> None:
+    if "\0" in value:
+        raise ValueError(f"{shown(value)} holds NUL, which is no character of a text")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -118,7 +118,9 @@ def caption_of(value: Any, choice: str = "") -> str:
 
 
 def check_characters(value: str) -> None:
-    """Raises Unusable for half a surrogate pair, which no text can be written with."""
+    """Raises Unusable for NUL and for half a surrogate pair, which no text can be written with."""
+    if "\0" in value:
+        raise Unusable("no caption: it holds NUL characters")
     try:
         value.encode()
     except UnicodeEncodeError:

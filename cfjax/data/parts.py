@@ -24,13 +24,16 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from cfjax.core.checksums import FileSum, crc32, measure, write_sums
 from cfjax.core.errors import Temporary, UserError
+from cfjax.core.limits import RECORDS
 from cfjax.core.lock import holding
 from cfjax.core.paths import read_if_whole, to_disk, write_atomically
+from cfjax.core.schema import checked, several, table, text, whole
 from cfjax.core.staging import contents
 from cfjax.data.latents import read_json
 from cfjax.data.listing import ITEMS, Item, changes, hashed, unhashed
 from cfjax.data.precompute import digest
 from cfjax.data.records import (
+    LAYOUT_RULE,
     MANIFEST,
     NEGATIVE_TEXT,
     RECORDS_VERSION,
@@ -45,6 +48,12 @@ from cfjax.data.records import (
 )
 
 JOB = "job.json"
+_JOB = table({"items": whole(1, RECORDS), "part_items": whole(1, RECORDS), "layout": LAYOUT_RULE})
+_SKIPPED = table({"name": text(), "item": whole(0, RECORDS), "reason": text()}, closed=True)
+_PART = table(
+    {"file": text(255), "records": whole(0, RECORDS), "bytes": whole(), "skipped": several(_SKIPPED)},
+    {"job": text(64), "crc32": text(8)},
+)
 PARTS_AT_MOST = 1024
 ITEMS_AT_LEAST = 64
 
@@ -192,6 +201,10 @@ class SetWriter:
             self._check_parts_are_ours()
             write_atomically(self.path / JOB, json.dumps(self._job, indent=1))
             found = read_json(self.path / JOB)
+        try:
+            checked(_JOB, found, self.path / JOB)
+        except UserError as error:
+            raise UserError(f"{error}; remove the folder, or choose another output") from None
 
         def differs(key: str) -> bool:
             one, other = found.get(key), self._job.get(key)
@@ -215,7 +228,7 @@ class SetWriter:
         Raises:
           UserError: one is of another job, or of a version that did not note it.
         """
-        records = map(read_if_whole, self.path.glob("part-*.json"))
+        records = map(_about, self.path.glob("part-*.json"))
         if any(record and record.get("job") != digest(self._job) for record in records):
             raise UserError(
                 f"{self.path / JOB}: empty or cut, and there are parts that this command did not begin; put it back, "
@@ -238,8 +251,13 @@ class SetWriter:
     def done(self, index: int) -> bool:
         """Whether a part is there, whole."""
         file, about = self._names(index)
-        record = read_if_whole(about)
-        return record is not None and (not record["records"] or not part_fault(file, record))
+        record = _about(about)
+        if record is None or record["file"] != file.name:
+            return False
+        items = self.items_of(index)
+        skipped = {entry["item"] for entry in record["skipped"]}
+        counted = skipped <= set(items) and record["records"] + len(record["skipped"]) == len(items)
+        return counted and (not record["records"] or not part_fault(file, record))
 
     def todo(self, shard: int = 0, shards: int = 1) -> list[int]:
         """The parts that this process still has to make.
@@ -315,7 +333,7 @@ class SetWriter:
     def skipped(self) -> list[Skipped]:
         """What was left out in the parts that are done, in the source's order."""
         abouts = [self._names(index)[1] for index in range(self.parts)]
-        return [Skipped(**entry) for about in map(read_if_whole, abouts) if about for entry in about["skipped"]]
+        return [Skipped(**entry) for about in map(_about, abouts) if about for entry in about["skipped"]]
 
     def finish(self, **told: Any) -> bool:
         """Publishes the set if all its parts are there; every process may try, and may try again.
@@ -368,3 +386,9 @@ def _beside(file: Path) -> Path:
 def _is_partial(file: Path) -> bool:
     """Whether `_beside` made the name."""
     return fnmatch(file.name, ".*.partial")
+
+
+def _about(file: Path) -> dict[str, Any] | None:
+    """What is recorded of a part; None where that is absent, cut or no such record: the part is made again."""
+    record = read_if_whole(file)
+    return None if record is None or _PART("", record) else record

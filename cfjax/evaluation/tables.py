@@ -10,9 +10,13 @@ from typing import Any
 
 from cfjax.core.errors import UserError
 from cfjax.core.paths import path_of, write_atomically
+from cfjax.core.schema import checked, each_of, either, load_json, number, one_of, table
 from cfjax.evaluation.results import plain
 
 EVALUATION = "evaluation.json"
+
+_NUMBER = either(number(-1e30, 1e30), one_of(None))
+_EVALUATION = table({"summary": each_of(_NUMBER), "network_calls": _NUMBER})
 
 # what is shown: key, title, factor, digits
 COLUMNS = (
@@ -40,9 +44,8 @@ def gather(pattern: str) -> dict[str, list[dict[str, Any]]]:
         if not file.exists():
             continue
         try:
-            result = json.loads(file.read_text())
-            _numbers(result)
-        except (ValueError, KeyError, TypeError) as error:
+            result = checked(_EVALUATION, load_json(file), "what it says")
+        except ValueError as error:
             raise UserError(f"{file} is no evaluation ({error}); run cfjax evaluate again") from None
         out.setdefault(file.parent.name, []).append(result)
     if not out:
@@ -55,11 +58,13 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def summarise_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Number -> {"mean", "sd" (of the sample, None for one seed), "values"} over the evaluations of one row."""
+    """Number -> {"mean", "sd" (of the sample, None for one seed), "values"} over those evaluations that have it."""
     every = [_numbers(result) for result in results]
     out = {}
     for name in every[0]:
-        values = [float(numbers[name]) for numbers in every if name in numbers]
+        values = [float(numbers[name]) for numbers in every if numbers.get(name) is not None]
+        if not values:
+            continue
         sd = statistics.stdev(values) if len(values) > 1 else None
         out[name] = {"mean": statistics.fmean(values), "sd": sd, "values": values}
     return out

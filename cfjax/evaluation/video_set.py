@@ -19,8 +19,10 @@ from typing import Any
 
 from cfjax.core.checksums import SUMS, measure, write_sums
 from cfjax.core.errors import UserError
+from cfjax.core.limits import CAPTION, LIST_BYTES
 from cfjax.core.paths import Mirror, file_sizes, make_folder, one_line, replacing, unusable
-from cfjax.data.requests import Request
+from cfjax.core.schema import checked, either, load_json, one_of, parse_json, several, shown, table, text, whole
+from cfjax.data.requests import MAX_SEED, Request
 from cfjax.evaluation.pages import PAGE_NAME, sheet_pages
 
 SETTINGS, DONE = "settings.json", "videos.jsonl"
@@ -49,6 +51,17 @@ class Finished:
     image_sha256: str
     bytes: int
     latents: int | None
+
+
+def _file(name: str, value: Any) -> str:
+    """A video's name in the folder itself."""
+    fits = isinstance(value, str) and value.endswith(".mp4") and len(value) <= 255 and Path(value).name == value
+    return "" if fits else f"{name} is {shown(value)}; it must be the name of an mp4"
+
+
+_TEXTS = {"file": _file, "prompt": text(CAPTION), "seed": whole(0, MAX_SEED), "image_sha256": text(64)}
+_SET = table({"videos": several(table({**_TEXTS, "image": text(4096)}, closed=True), 1)})
+_FINISHED = table({**_TEXTS, "bytes": whole(1), "latents": either(whole(1), one_of(None))}, closed=True)
 
 
 def _identity(video: Asked | Finished) -> tuple[str, int, str]:
@@ -137,9 +150,9 @@ def look(folder: Path, *, resume: bool) -> Found:
     there, settings, asked = file_sizes(folder), {}, []
     if SETTINGS in there:
         try:
-            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            settings = checked(_SET, load_json(folder / SETTINGS, LIST_BYTES), SETTINGS)
             asked = [Asked(**video) for video in settings["videos"]]
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
             if resume:
                 raise UserError(
                     f"{folder / SETTINGS}: is not what this version of cfjax generate writes, so it cannot go on with "
@@ -154,8 +167,8 @@ def _read_done(file: Path) -> dict[str, Finished]:
     lines, out = file.read_bytes().decode(errors="replace").split("\n"), {}
     for number, line in enumerate(lines, 1):
         try:
-            entry = Finished(**json.loads(line)) if line else None
-        except (ValueError, TypeError):
+            entry = Finished(**checked(_FINISHED, parse_json(line), DONE)) if line else None
+        except ValueError:
             if number == len(lines):
                 break
             raise UserError(

@@ -206,9 +206,11 @@ def _records(folder: Path) -> None:
 
 
 def _read_records(folder: Path) -> Any:
+    """As training does."""
     from cfjax.data.sets import open_dataset
+    from cfjax.data.tolerant import TolerantDataset
 
-    dataset = open_dataset(folder / "set" if (folder / "set").exists() else folder)
+    dataset = TolerantDataset(open_dataset(folder / "set" if (folder / "set").exists() else folder), 0.0)
     rows = [dataset[i] for i in range(len(dataset))]
     return [(row["latents_FHWC"], row["text_SE"], dataset.caption(i)) for i, row in enumerate(rows)], np.asarray(
         dataset.negative_text_SE

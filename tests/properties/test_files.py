@@ -14,20 +14,6 @@ from tests.properties.child import GOOD, STATM, Child, Outcome
 from tests.properties.kinds import KINDS, OUTCOMES, alike, same
 from tests.properties.mutations import VALUES, mutated, retyped, safetensors
 
-# Kinds whose readers do not hold yet. A kind that does is an error here until it is taken out.
-OPEN = (
-    *("weights, index", "toy world.json", "toy text_encoder.json", "model.json", "run's record", "prompts.jsonl"),
-    *(
-        "manifest.json",
-        "negative_text.npy",
-        "part's json",
-        "job.json",
-        "arrays' manifest.json",
-        "arrays' captions.json",
-    ),
-    *("arrays", "settings.json", "videos.jsonl", "evaluation.json"),
-)
-
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
@@ -36,11 +22,7 @@ def child() -> Iterator[Child]:
     out.close()
 
 
-def marked(kind: str) -> object:
-    return pytest.param(kind, marks=pytest.mark.xfail(raises=AssertionError, strict=True) if kind in OPEN else ())
-
-
-@pytest.mark.parametrize("kind", [*map(marked, KINDS)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_is_told_or_right(child, kind):
     """The first seeds of the benchmark's: the same files whatever else changes."""
     for seed in range(3 if KINDS[kind].slow else 12):
