@@ -27,7 +27,7 @@ from cfjax.core.paths import absolute, is_folder, kvstore, make_folder, move_fol
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.training.optim import current_names
 from cfjax.training.plain import from_json, to_json
-from cfjax.training.stored import read_back, stored_array
+from cfjax.training.stored import check_leaves, read_back, stored_array
 from cfjax.training.sums import RECORD, STATE, RecordHandler, RecordRestore, RecordSave, verify
 
 FOLDER = "checkpoints"
@@ -64,19 +64,6 @@ def _detached(leaf: jax.Array) -> jax.Array:
     """On CPU "host copies" alias the device buffer, which the next step donates; an asynchronous save needs its own."""
     on_cpu = all(device.platform == "cpu" for device in leaf.devices())
     return jnp.copy(leaf) if on_cpu else leaf
-
-
-def _check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, Any], *, whole: bool) -> None:
-    """UserError unless every wanted leaf was saved with its shape (and, for `whole`, nothing else was)."""
-    missing = sorted(wanted.keys() - saved.keys())
-    extra = sorted(saved.keys() - wanted.keys()) if whole else []
-    if missing or extra:
-        raise UserError(
-            f"{folder}: the checkpoint does not fit this config: missing {missing[:3]}, left over {extra[:3]}"
-        )
-    for name, leaf in wanted.items():
-        if list(leaf.shape) != list(saved[name]):
-            raise UserError(f"{folder}: {name} has shape {tuple(saved[name])}, this config needs {tuple(leaf.shape)}")
 
 
 def _manager(
@@ -268,7 +255,7 @@ class CheckpointStore:
 
         def check(folder: Path, record: Mapping[str, Any]) -> None:
             _check_stage(self._workdir, record["meta"], (stage,) if stage else ())
-            _check_leaves(folder, wanted, record["leaves"], whole=True)
+            check_leaves(folder, wanted, record["leaves"], whole=True)
 
         with closing(_manager(self._directory, writes=False)) as reader:
             found, broken = _newest(self.steps(), partial(_read, reader, wanted, check, True), together=True)
@@ -389,7 +376,7 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
         if not saved:
             has = sorted({"/".join(n.split("/")[:2]) for n in record["leaves"] if n.startswith(("params/", "ema/"))})
             raise UserError(f"{folder} holds no {prefix[:-1]!r}; it holds {', '.join(has)}")
-        _check_leaves(folder, wanted, saved, whole=True)
+        check_leaves(folder, wanted, saved, whole=True)
 
     together = not all(leaf.sharding.is_fully_addressable for leaf in wanted.values())
     with closing(_open(run_dir)) as manager:

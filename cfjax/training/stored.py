@@ -86,3 +86,16 @@ def _equal(folder: Path, name: str, leaf: Any) -> bool:
 
 def _bits(array: Any) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def check_leaves(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, Any], *, whole: bool) -> None:
+    """UserError unless every wanted leaf was saved with its shape (and, for `whole`, nothing else was)."""
+    missing = sorted(wanted.keys() - saved.keys())
+    extra = sorted(saved.keys() - wanted.keys()) if whole else []
+    if missing or extra:
+        raise UserError(
+            f"{folder}: the checkpoint does not fit this config: missing {missing[:3]}, left over {extra[:3]}"
+        )
+    for name, leaf in wanted.items():
+        if list(leaf.shape) != list(saved[name]):
+            raise UserError(f"{folder}: {name} has shape {tuple(saved[name])}, this config needs {tuple(leaf.shape)}")
