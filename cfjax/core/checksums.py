@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import Any
 
 from cfjax.core.errors import UserError
-from cfjax.core.lock import LOCK
 from cfjax.core.machine import machine_failure
 from cfjax.core.paths import files_below, replacing
 
@@ -59,11 +58,10 @@ def measure(
     """The sums of the files below a folder, here or in a bucket, by "a/b" from there.
 
     Args:
-      wanted: whether a file of this name gets one; `SUMS` and locks (`core.lock`) do not.
+      wanted: whether a file of this name gets one; `SUMS` does not.
       known: sums of files that need not be read again.
     """
-    there = files_below(folder).items()
-    names = {name: found for name, found in there if name != SUMS and not name.endswith(LOCK) and wanted(name)}
+    names = {name: found for name, found in files_below(folder).items() if name != SUMS and wanted(name)}
     return {
         name: known.get(name) or (FileSum(size, md5=md5) if md5 else FileSum(size, crc32=crc32(folder / name)))
         for name, (size, md5) in sorted(names.items())

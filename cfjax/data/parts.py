@@ -374,7 +374,7 @@ class SetWriter:
         for stale in filter(_is_partial, self.path.iterdir()):
             stale.unlink(missing_ok=True)
         known = {about["file"]: FileSum(about["bytes"], about["crc32"]) for about in abouts if "crc32" in about}
-        write_sums(self.path, measure(self.path, known=known))
+        write_sums(self.path, measure(self.path, lambda name: not name.startswith("."), known))
         return True
 
 
