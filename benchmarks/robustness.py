@@ -10,12 +10,15 @@ file's value, or one that could have been meant. The others are faults: a traceb
 memory or time, the end of the process. Prints a table and writes it as JSON; exit code 1 if there is a fault.
 """
 
+import os
 import sys
 import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from measure import parser, write
 

@@ -247,6 +247,11 @@ def _read_listing(folder: Path) -> Any:
     return None
 
 
+def _is_message(one: Any, whole: Any) -> bool:
+    """Names in it may be any."""
+    return isinstance(one, str)
+
+
 def _sane_job(one: Any, whole: Any) -> bool:
     """A part that counts as not there is made again."""
     return set(one["todo"]) <= {0, 1, 2} and all(alike(skip, whole["skipped"][0]) for skip in one["skipped"])
@@ -487,7 +492,7 @@ KINDS: dict[str, Kind] = {
     "negative_text.npy": Kind(_records, "negative_text.npy", _read_records, bits, alike),
     "part's json": Kind(_records, "part-00001.json", _go_on, json_file, _sane_job),
     "job.json": Kind(_records, "job.json", _go_on, json_file, _sane_job),
-    "items.json": Kind(_listed, "items.json", _read_listing, json_file, alike),
+    "items.json": Kind(_listed, "items.json", _read_listing, json_file, _is_message),
     "arrays' manifest.json": Kind(_clips, "set/manifest.json", _read_records, json_file, alike),
     "arrays' captions.json": Kind(_clips, "set/captions.json", _read_records, json_file, alike),
     "arrays": Kind(_clips, "set/latents.npy", _read_records, bits, alike),
