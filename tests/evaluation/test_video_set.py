@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cfjax.core.checksums import SUMS
 from cfjax.core.errors import Temporary, UserError
 from cfjax.data.requests import Request
 from cfjax.evaluation.video_set import (
@@ -148,7 +149,7 @@ def test_videos_change_places(order, tmp_path):
     rows = [PICTURES[n] for n in order]
     assert not go_on(tmp_path, rows).make
     assert_whole(tmp_path, rows)
-    assert names(tmp_path) == [f"00{n}_a_cat_seed0.mp4" for n in range(3)] + [SETTINGS, DONE]
+    assert names(tmp_path) == [f"00{n}_a_cat_seed0.mp4" for n in range(3)] + [SUMS, SETTINGS, DONE]
 
 
 @contextmanager
@@ -282,7 +283,7 @@ def test_contact_sheets_that_show_something_else_go(tmp_path):
     assert go_on(tmp_path, many[:249]).pages == {"contact_sheet_001.png"}
     assert not go_on(tmp_path, many[:99]).pages
     left = [name for name in names(tmp_path) if not name.endswith(".mp4")]
-    assert left == [".mine.77.partial", "contact_sheets.png", SETTINGS, DONE]
+    assert left == [".mine.77.partial", SUMS, "contact_sheets.png", SETTINGS, DONE]
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
