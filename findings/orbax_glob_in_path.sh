@@ -11,8 +11,8 @@ set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check \
-  orbax-checkpoint==0.12.8 "etils[epath]==1.15.0" jax==0.10.2 jaxlib==0.10.2 tensorstore==0.1.86 numpy==2.4.6
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check orbax-checkpoint==0.12.8 \
+  "etils[epath]==1.15.0" jax==0.10.2 jaxlib==0.10.2 tensorstore==0.1.86 numpy==2.4.6
 JAX_PLATFORMS=cpu "$folder/venv/bin/python" - "$folder" <<'PY'
 import logging
 import pathlib
