@@ -441,10 +441,11 @@ def _look(folder: Path) -> Any:
 
 
 def _sane_set(one: Any, whole: Any) -> bool:
-    """Fewer are taken for finished: they are made again. Other sizes are no file's; a seed is any of 32 bits."""
+    """Fewer are taken for finished: they are made again. A seed is any of 32 bits; files are asked for their bytes."""
 
     def of_a_video(video: dict[str, Any], sample: dict[str, Any]) -> bool:
-        return 0 <= video["seed"] < 2**32 and alike({**video, "seed": 0}, sample)
+        known = {"seed": 0, **({"bytes": 1} if video.get("bytes", 0) > 0 else {})}
+        return 0 <= video["seed"] < 2**32 and alike({**video, **known}, sample)
 
     sample = next(iter(whole["done"].values()))
     asked = all(of_a_video(video, whole["asked"][0]) for video in one["asked"])
