@@ -444,8 +444,9 @@ def _sane_set(one: Any, whole: Any) -> bool:
     """Fewer are taken for finished: they are made again. A seed is any of 32 bits; files are asked for their bytes."""
 
     def of_a_video(video: dict[str, Any], sample: dict[str, Any]) -> bool:
-        known = {"seed": 0, **({"bytes": 1} if video.get("bytes", 0) > 0 else {})}
-        return 0 <= video["seed"] < 2**32 and alike({**video, **known}, sample)
+        sizes = {key: video[key] for key in ("bytes", "latents") if key in video}
+        sound = all(size is None or size > 0 for size in sizes.values()) and 0 <= video["seed"] < 2**32
+        return sound and alike({**video, "seed": 0, **{key: sample[key] for key in sizes}}, sample)
 
     sample = next(iter(whole["done"].values()))
     asked = all(of_a_video(video, whole["asked"][0]) for video in one["asked"])
