@@ -68,8 +68,12 @@ def check_place(place: Path) -> int:
     for line in found.unsure:
         say(f"note: {line}")
     what = ", ".join(found.kinds)
-    say(f"{place}: {what}: " + (f"{found.bad} faults" if found.bad else "all that has checksums is as it was written"))
+    say(f"{place}: {what}: " + (_counted(found.bad) if found.bad else "all that has checksums is as it was written"))
     return DIFFERENT if found.bad else 0
+
+
+def _counted(faults: int) -> str:
+    return "1 fault" if faults == 1 else f"{faults} faults"
 
 
 def _faults(place: Path, found: Findings) -> Iterator[str]:
