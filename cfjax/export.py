@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -74,7 +75,8 @@ def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
         axes = figure.add_subplot(1, len(shown), index + 1, xlabel="step", title=name)
         axes.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 12 else "")
         axes.grid(alpha=0.3)
-    figure.savefig(path)
+    with rc_context({"svg.hashsalt": "cfjax"}):  # the same curves are the same bytes
+        figure.savefig(path, metadata={"Date": None})
 
 
 def read_curves(run: Path, *, every: int = 1) -> dict[str, list[tuple[int, float]]]:
