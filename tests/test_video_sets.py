@@ -196,7 +196,7 @@ def test_a_workdir_that_cannot_be_is_told_before_the_run_is_opened(tmp_path, cap
     monkeypatch.delattr(verb, "open_run")
     (tmp_path / "file").touch()
     assert generate(tmp_path / "file" / "videos") == 2
-    assert f"{tmp_path}/file is a file; name a folder" in capsys.readouterr().err
+    assert f"{tmp_path}/file is a file, or leads nowhere; name a folder" in capsys.readouterr().err
 
 
 def test_a_failure_before_the_first_video_leaves_nothing(tmp_path, monkeypatch):

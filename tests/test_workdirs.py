@@ -50,9 +50,9 @@ def test_names_below_which_no_checkpoint_can_be_written(tmp_path, capsys, verb, 
 
 
 def test_other_names_do(tmp_path):
-    """What FFmpeg, tensorstore and shells have a meaning for: a new line, a percent sign, a colon, a dash in front."""
+    """What FFmpeg, tensorstore and shells have a meaning for: a bracket, a percent sign, a colon, a dash in front."""
     release = write_wan_folder(tmp_path / "release", shards=1)
-    workdir = tmp_path / "-a]b\n%20:{x}$HOME' ~"
+    workdir = tmp_path / "-a]b %20:{x}$HOME' ~"
     assert cfjax("convert", "convert.py", workdir, source=release, progress=False) == 0
     back = cfjax(
         "convert", "convert.py", tmp_path / "back", source=workdir, to="safetensors", parts="dit", progress=False

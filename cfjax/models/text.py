@@ -140,12 +140,11 @@ class TextEncoder:
         """
         folder = Path(folder)
         try:
-            about = load_json(folder / CONFIG_FILE)
+            about = checked(ABOUT, load_json(folder / CONFIG_FILE), "what it says")
         except OSError as error:
             raise UserError(f"{folder / CONFIG_FILE}: cannot read the text encoder ({error.strerror})") from None
         except ValueError as error:
             raise UserError(f"{folder / CONFIG_FILE}: not a text encoder description ({error})") from None
-        checked(ABOUT, about, folder / CONFIG_FILE)
         config, length = UMT5Config(**about["config"]), about["length"]
         try:
             weights = load_file(folder / WEIGHTS_FILE)
