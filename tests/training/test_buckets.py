@@ -269,7 +269,8 @@ def test_evaluations_and_other_files(bucket, monkeypatch):
 
 
 def test_a_world_beside_a_run_is_found_and_read(bucket):
-    record = {"kind": KIND, "format": FORMAT, "text_length": 8}
+    about = {"negative_prompt": "blurry", "fps": 16}
+    record = {"kind": KIND, "format": FORMAT, "text_length": 8, **about}
     bucket.put("wan/world/world.json", json.dumps(record).encode())
     bucket.put("wan/world/tokenizer/spiece.model", spiece_model())
     for recorded in ("world", "", "gs://bucket/wan/world"):
