@@ -20,6 +20,7 @@ from typing import Any
 from cfjax.core.errors import UserError
 from cfjax.core.machine import machine_failure
 from cfjax.core.paths import files_below, replacing
+from cfjax.core.schema import load_json
 
 SUMS = "checksums.json"
 VERSION = 1
@@ -84,7 +85,7 @@ def read_sums(folder: Path) -> dict[str, FileSum] | None:
     """
     file = folder / SUMS
     try:
-        content: Any = json.loads(file.read_bytes())
+        content: Any = load_json(file)
         if content["version"] != VERSION:
             raise UserError(f"{file}: version {content['version']!r} is not known; use a newer cfjax")
         sums = {name: FileSum(**about) for name, about in content["files"].items()}
@@ -95,7 +96,7 @@ def read_sums(folder: Path) -> dict[str, FileSum] | None:
         return None
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file}: is damaged, or no list of checksums") from None
 
 

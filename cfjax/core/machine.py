@@ -82,7 +82,7 @@ def machine_failure(place: object, error: BaseException) -> UserError | None:
 
 
 # Rooms, mounts and networks that may be there again when the same command is given.
-_PASSING = (
+PASSING = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -106,7 +106,7 @@ def storage_failure(error: BaseException) -> UserError | None:
         return None
     place = getattr(error, "filename", None)
     what = f"{place}: {os.strerror(code).lower()}" if place else " ".join(str(error).split())[:200]
-    if code in _PASSING:
+    if code in PASSING:
         return Temporary(f"{what}; see to the room, the quota and the mount there, and give the same command again")
     if code in (errno.EACCES, errno.EPERM) and place:
         return UserError(f"{what}; change its rights, or name another place")

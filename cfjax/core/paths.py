@@ -24,13 +24,13 @@ from etils import epath
 
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.limits import LIST_BYTES
+from cfjax.core.machine import PASSING
 from cfjax.core.schema import load_json
 
 BUCKET, SLASH_LOST = "gs://", "gs:/"
 PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
 _PATTERN = "*?[\\"
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-# The same in the words of tensorstore, safetensors and torch.
+# PASSING in the words of tensorstore, safetensors and torch.
 _REFUSED = re.compile(
     r"(?i)no space left|disk quota|read-only file system|EXHAUSTED: Error writing|mapping size|StreamWriter failed"
 )
@@ -184,7 +184,7 @@ def told_when_refused(folder: Path, mend: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # libraries raise their own kinds
-        if getattr(error, "errno", None) in _REFUSALS or _REFUSED.search(str(error)):
+        if getattr(error, "errno", None) in PASSING or _REFUSED.search(str(error)):
             raise unusable(error)(f"{folder}: cannot be written to ({one_line(error)}); {mend}") from error
         raise
 
