@@ -67,7 +67,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        pair = lambda key, digits, row=row: f"{row['wan'][key]:.{digits}f} -> {row['tiny'][key]:.{digits}f}"  # noqa: E731
+        pair = lambda key, digits, row=row: f"{row['wan'][key]:.{digits}f} -> {row['tiny'][key]:.{digits}f}"
         cells = [
             f"{row['latent_frames']}",
             row["step"],
@@ -95,7 +95,7 @@ def main() -> None:
         "wan": make_vae(VAEConfig(precision=precision), key),
         "tiny": make_tiny_vae(TinyVAEConfig(precision=precision), key),
     }
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     parameters = {name: {"all": count(codec), "decoder": count(codec.decoder)} for name, codec in codecs.items()}
     size = (options.size[0], options.size[1])
     rows = [compare(codecs, frames, later, size, options.rounds) for frames in FRAMES for later in (False, True)]

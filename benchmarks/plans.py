@@ -96,7 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        gib = lambda key, row=row: f"{row[key] / GIB:.1f}"  # noqa: E731
+        gib = lambda key, row=row: f"{row[key] / GIB:.1f}"
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
         seconds = f"{row['executed'] / row['peak_flops']:.1f}" if row["peak_flops"] else ""
         limit = gib("memory_per_device") if row["memory_per_device"] else ""

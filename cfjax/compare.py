@@ -21,12 +21,13 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of, write_atomically
 from cfjax.core.precision import F32
-from cfjax.experiment import META_FILE, load_shipped
+from cfjax.experiment.config import META_FILE, load_shipped
+from cfjax.experiment.record import read_run
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
-from cfjax.run_record import read_run
 from cfjax.training.checkpoint import FOLDER, load_role
-from cfjax.wan_world import (
+from cfjax.worlds.toy import asset
+from cfjax.worlds.wan import (
     config_from_record,
     find_world,
     is_wan_world,
@@ -35,7 +36,6 @@ from cfjax.wan_world import (
     placed_template,
     read_record,
 )
-from cfjax.world import asset
 
 DESCRIPTION = """Compares cfjax with an independent PyTorch implementation: the same weights, inputs, noise and times
 in float32. Prints one table (what, shape, largest absolute and relative error, cosine, the first layer that diverges)
@@ -185,7 +185,7 @@ def _world_parts(world: Path) -> dict[str, Any]:
       UserError: there is no Wan world.
     """
     length = int(read_record(world)["text_length"])
-    have = lambda part: (world / part / FOLDER).is_dir()  # noqa: E731
+    have = lambda part: (world / part / FOLDER).is_dir()
     return {
         "vae": partial(load_codec, world, "vae") if have("vae") else None,
         "text_encoder": (lambda: load_text(world, length).model) if have("text_encoder") else None,

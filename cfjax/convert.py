@@ -23,12 +23,12 @@ from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints, local_path, told_when_refused
 from cfjax.core.precision import Policy
 from cfjax.core.staging import contents, place, roll_back, staging
+from cfjax.experiment.record import SIZES, read_run
 from cfjax.models.wan import PRESETS, WanConfig
-from cfjax.run_record import SIZES, read_run
 from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles
 from cfjax.training.streamed import write_streamed
-from cfjax.wan_world import FORMAT, KIND, RECORD, config_from_record, find_world, read_record
-from cfjax.wan_world import fingerprint as world_fingerprint
+from cfjax.worlds.wan import FORMAT, KIND, RECORD, config_from_record, find_world, read_record
+from cfjax.worlds.wan import fingerprint as world_fingerprint
 
 DESCRIPTION = """Reads a Wan release, a diffusers folder, a .pt of Causal Forcing, Self Forcing or CausVid, a tiny
 decoder, or a run directory, and writes it as a run directory (to=orbax), the reference's .pt (pt), a release in
@@ -240,7 +240,7 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
 def preset_of(config: WanConfig) -> str:
     """The preset of these sizes; "" where there is none, and the recorded sizes are all there is."""
     sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch", "eps")
-    same = lambda other: all(getattr(config, name) == getattr(other, name) for name in sizes)  # noqa: E731
+    same = lambda other: all(getattr(config, name) == getattr(other, name) for name in sizes)
     return next((name for name, other in PRESETS.items() if same(other)), "")
 
 

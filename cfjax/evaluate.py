@@ -19,8 +19,8 @@ from cfjax.evaluation.guard import Collector
 from cfjax.evaluation.shapes_metrics import Factors, evaluate_shapes
 from cfjax.evaluation.tables import gather, write_table
 from cfjax.evaluation.video import to_uint8
-from cfjax.runs import Run, open_run
-from cfjax.world import World, evaluation_clips, stack_videos
+from cfjax.experiment.runs import Run, open_run
+from cfjax.worlds.toy import World, evaluation_clips, stack_videos
 
 DESCRIPTION = """Generates videos for held-out captions with a run's own sampler and measures them from decoded pixels.
 Writes evaluation.json and samples.npz to the workdir. With --config=configs/evaluate.py:table it puts evaluations side

@@ -21,8 +21,8 @@ from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import named_leaves
 from cfjax.evaluate import evaluate_run
-from cfjax.experiment import META_FILE, MODEL_FILE
-from cfjax.runs import open_run
+from cfjax.experiment.config import META_FILE, MODEL_FILE
+from cfjax.experiment.runs import open_run
 from cfjax.training.checkpoint import read_meta
 
 DESCRIPTION = """Writes a run's averaged weights (bf16 safetensors), its codec and text encoder, an evaluation of the

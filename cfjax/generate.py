@@ -42,7 +42,17 @@ from cfjax.evaluation.video_set import (
     look,
     survey,
 )
-from cfjax.job import Job, check_requests, codec_hash, hash_file, plan, read_given, tiled_decoder, weights_hash
+from cfjax.experiment.job import (
+    Job,
+    check_requests,
+    codec_hash,
+    hash_file,
+    plan,
+    read_given,
+    tiled_decoder,
+    weights_hash,
+)
+from cfjax.experiment.runs import load_weights, open_run
 from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import TextCache, fill, read_rows
 from cfjax.models.tiny_vae import TinyVAE
@@ -51,9 +61,8 @@ from cfjax.rollout.clips import Clips, Timings, cache_bytes, make_clips
 from cfjax.rollout.generate import ManyStep
 from cfjax.rollout.sizes import pixel_frames
 from cfjax.rollout.stream import seeded_noise
-from cfjax.runs import load_weights, open_run
-from cfjax.wan_world import WanWorld, load_codec, load_text, open_cache
-from cfjax.world import World
+from cfjax.worlds.toy import World
+from cfjax.worlds.wan import WanWorld, load_codec, load_text, open_cache
 
 DESCRIPTION = """Generates videos with a run that was trained here or converted: text to video, image to video, and the
 continuation of a video. Writes mp4 files, contact sheets, settings.json with every setting and timing, and videos.jsonl

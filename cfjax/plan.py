@@ -18,8 +18,9 @@ from cfjax.core.errors import UserError
 from cfjax.core.paths import write_atomically
 from cfjax.core.sharding import abstract_mesh, batch_places, batch_sharding, make_mesh, on_mesh, replicated
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
-from cfjax.experiment import blocks_of, branch_config, dmd_config, optimizers_of, stage_of
-from cfjax.faithful import faithful
+from cfjax.experiment.config import blocks_of, branch_config, dmd_config, optimizers_of, stage_of
+from cfjax.experiment.networks import codec_template, role_template, stage_memory, with_codec
+from cfjax.experiment.reference import faithful
 from cfjax.models.codec import Codec
 from cfjax.models.discriminator import TAP, tapped_layers
 from cfjax.models.wan import preset
@@ -29,7 +30,6 @@ from cfjax.objectives.stage import Stage
 from cfjax.planning.flops import count_flops
 from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.search import Candidate, candidates, overrides
-from cfjax.roles import codec_template, role_template, stage_memory, with_codec
 from cfjax.rollout.blocks import COUNTED_BLOCKS
 from cfjax.rollout.long_video import FIRST_ANEW, LAST_PICTURE
 from cfjax.rollout.self_forcing import BEFORE_EXIT, COMMIT

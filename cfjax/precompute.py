@@ -33,18 +33,18 @@ from cfjax.data.pictures import ClipFormat, Unusable
 from cfjax.data.precompute import digest
 from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import identity
-from cfjax.experiment import Data, blocks_of, data_root, difference, open_data, pairs_layout
-from cfjax.faithful import faithful
+from cfjax.experiment.config import Data, blocks_of, data_root, difference, open_data, pairs_layout
+from cfjax.experiment.networks import check_blocks, initial_model
+from cfjax.experiment.reference import faithful
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import FILL_AT_ONCE, fill
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
 from cfjax.objectives.ode_regression import METHODS, PairsConfig, ode_pairs
-from cfjax.roles import check_blocks, initial_model
 from cfjax.training.checkpoint import FOLDER, read_meta
-from cfjax.wan_world import WanWorld, load_text, open_cache
-from cfjax.world import World
+from cfjax.worlds.toy import World
+from cfjax.worlds.wan import WanWorld, load_text, open_cache
 
 DESCRIPTION = """Encodes a folder of clips, an LMDB or a file of prompts (configs/precompute.py), solves the AR
 teacher's ODE trajectories (configs/ode_pairs.py), or makes the toy's clips (a toy config). What is there is kept."""

@@ -22,8 +22,8 @@ from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints, read_if_whole, write_atomically
 from cfjax.evaluate import load_evaluation, real_clips
 from cfjax.evaluation.report import StageReport, write_report
+from cfjax.experiment.runs import open_run
 from cfjax.export import read_curves
-from cfjax.runs import open_run
 
 DESCRIPTION = """Trains every stage of a recipe (Causal Forcing's, unless the config names another) on the toy world,
 evaluates each over captions that none of them saw, and writes report/index.html. Interrupted? The same command goes

@@ -16,9 +16,9 @@ from cfjax.core.paths import check_checkpoints, read_if_whole
 from cfjax.data.sets import open_dataset
 from cfjax.evaluate import load_evaluation
 from cfjax.evaluation.tables import gather, summarise_seeds
-from cfjax.experiment import blocks_of
+from cfjax.experiment.config import blocks_of
+from cfjax.experiment.runs import open_run
 from cfjax.quickstart import TITLES, environment, networks, recipe, run_steps
-from cfjax.runs import open_run
 from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, verdicts
 from cfjax.studies.injectivity import Plan, run
 from cfjax.studies.page import commit, page, provenance, table_html, verdict_list, write, write_study

@@ -20,7 +20,7 @@ from cfjax.core.sharding import batch_rows, make_mesh, on_mesh, place, place_row
 from cfjax.core.topology import peak_flops
 from cfjax.data.latents import LatentIterator, make_iterator
 from cfjax.data.tolerant import TolerantDataset
-from cfjax.experiment import (
+from cfjax.experiment.config import (
     Data,
     codec_of,
     open_data,
@@ -28,14 +28,7 @@ from cfjax.experiment import (
     run_meta,
     stage_of,
 )
-from cfjax.faithful import faithful
-from cfjax.models.codec import Codec
-from cfjax.models.wan import Wan, preset
-from cfjax.monitor import make_monitor
-from cfjax.objectives.stage import Stage
-from cfjax.plan import Shapes, whole_flops
-from cfjax.resume import changes, checkpoint_of, tell_changes, tell_dataset
-from cfjax.roles import (
+from cfjax.experiment.networks import (
     as_shapes,
     check_blocks,
     check_roles,
@@ -44,6 +37,13 @@ from cfjax.roles import (
     same_blocks,
     stage_memory,
 )
+from cfjax.experiment.preview import make_monitor
+from cfjax.experiment.reference import faithful
+from cfjax.experiment.resume import changes, checkpoint_of, tell_changes, tell_dataset
+from cfjax.models.codec import Codec
+from cfjax.models.wan import Wan, preset
+from cfjax.objectives.stage import Stage
+from cfjax.plan import Shapes, whole_flops
 from cfjax.training.loop import fit
 from cfjax.training.memory import check_memory, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter

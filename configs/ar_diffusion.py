@@ -29,7 +29,7 @@ clip in the clips' order ("a reversed video of ..." in the paper); the toy turns
 weight, and no average (one that is there stays a copy of the weights).
 """
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):

@@ -14,7 +14,7 @@ the bell-shaped weight of stage 1 all but ignores them), 10 % of captions droppe
 The PyTorch reference has no such stage: `--config.reference=True` sets objective.bf16_timesteps (Q1) and nothing else.
 """
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):

@@ -13,7 +13,7 @@ trains the last interval, which it skips (Q23).
 `--config.reference=True` sets both as the reference has them, guidance 3 and EMA 0.99 from the start, in the toy too.
 """
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):

@@ -44,7 +44,7 @@ Toy recipe: faster rates, and guidance 1, because the toy's captions are followe
 
 from ml_collections import ConfigDict
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 FULL = (1000, 750, 500, 250)
 FEW = {"2step": (1000, 500), "1step": (1000,)}

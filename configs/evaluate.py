@@ -11,7 +11,7 @@ The table takes every folder of `evaluations` (a glob pattern) that holds an eva
 
 from ml_collections import ConfigDict
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):

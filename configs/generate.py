@@ -18,7 +18,7 @@ the rest; with overwrite=True beside it, what is in the way of the rest is repla
 
 from ml_collections import ConfigDict
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):

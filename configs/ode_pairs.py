@@ -9,7 +9,7 @@
 guidance is 3; `--config.reference=True` sets 6 (Q8).
 """
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):

@@ -13,7 +13,7 @@ Numbers of the PyTorch reference: lr 2e-6, betas (0.9, 0.999), 1K steps or more,
 the last (the toy's average then stays a copy of the weights).
 """
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):

@@ -20,7 +20,7 @@ thing in them: `bidirectional_pairs` is Causal Forcing with the other teacher in
 
 from ml_collections import ConfigDict
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 TEACHER = "teacher"  # the shipped bidirectional network, where an earlier stage could stand
 

@@ -15,7 +15,7 @@ hours on a CPU. Its parts are quickstarts: `cfjax quickstart --config=configs/qu
 
 from ml_collections import ConfigDict
 
-from cfjax import presets
+from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):

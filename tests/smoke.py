@@ -58,7 +58,7 @@ def root(tmp_path_factory) -> Path:
 def world(root: Path) -> Path:
     """A toy world: a fitted patch codec and a text encoder of words."""
     from cfjax.data.shapes import ShapesConfig
-    from cfjax.world import make_world
+    from cfjax.worlds.toy import make_world
 
     make_world(ShapesConfig(), channels=16, text_length=8).save(root / "world")
     return root / "world"

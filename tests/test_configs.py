@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cfjax import experiment
 from cfjax.__main__ import main
 from cfjax.core.cli import EMPTY, keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.tuples import parse_tuple
 from cfjax.data.sets import open_dataset
-from cfjax.faithful import REFERENCE, faithful
+from cfjax.experiment import config as experiment
+from cfjax.experiment.reference import REFERENCE, faithful
+from cfjax.experiment.runs import open_run
 from cfjax.objectives.ode_regression import PairsConfig
-from cfjax.runs import open_run
 from cfjax.train import differing_levels, idle_devices, idle_windows, mesh_of
 from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data

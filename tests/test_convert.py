@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from cfjax import experiment
 from cfjax.conversion.files import read_weights
 from cfjax.conversion.kinds import KINDS
 from cfjax.conversion.rules import save_named
 from cfjax.conversion.wan import ORIGINAL, export_wan
+from cfjax.experiment import config as experiment
 from cfjax.models.wan import WanConfig
 from cfjax.training.checkpoint import CheckpointStore, open_role, read_meta, stored_roles
-from cfjax.wan_world import config_from_record, fingerprint, read_record
+from cfjax.worlds.wan import config_from_record, fingerprint, read_record
 from tests import synthetic
 from tests.commands import ROOT, cfjax
 from tests.tiny import CONFIG, tiny

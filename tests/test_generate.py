@@ -21,8 +21,9 @@ from PIL import Image
 from cfjax.core.errors import UserError
 from cfjax.data.requests import read_image, read_latents
 from cfjax.evaluation.video import to_uint8, write_mp4
+from cfjax.experiment.job import tiled_decoder
+from cfjax.experiment.runs import Run, open_run
 from cfjax.generate import encode_texts
-from cfjax.job import tiled_decoder
 from cfjax.models.resting import RESTING
 from cfjax.models.text_cache import TextCache
 from cfjax.models.vae_tiling import decode_tiled
@@ -30,9 +31,8 @@ from cfjax.models.wan import Wan, embed_text
 from cfjax.rollout.clips import Clips, Times
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
 from cfjax.rollout.stream import decode_step, seeded_noise
-from cfjax.runs import Run, open_run
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
-from cfjax.wan_world import WanWorld, placed_template
+from cfjax.worlds.wan import WanWorld, placed_template
 from tests.commands import cfjax
 from tests.synthetic import write_causal_forcing_pt, write_taehv, write_wan_folder
 from tests.tiny import relative

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfjax import presets
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import map_named, named_leaves
-from cfjax.experiment import codec_of
+from cfjax.experiment import presets
+from cfjax.experiment.config import codec_of
 from cfjax.models.vae import VAEConfig, WanVAE, abstract_vae
 from cfjax.training.streamed import write_streamed
 from tests.commands import cfjax, tiny, train_stopped_and_whole

@@ -14,9 +14,9 @@ from cfjax import plan
 from cfjax.__main__ import main
 from cfjax.core.cli import parse
 from cfjax.core.topology import GIB, parse_topology
-from cfjax.experiment import STAGES
+from cfjax.experiment.config import STAGES
+from cfjax.experiment.networks import codec_template
 from cfjax.planning.programs import Cost
-from cfjax.roles import codec_template
 from tests.commands import ROOT
 
 SMALL = ["--config.data.shapes.frames=6", "--config.data.batch_size=8"]

@@ -25,14 +25,14 @@ from cfjax.data.records import Record, pack
 from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.video import read_clip
-from cfjax.experiment import open_data
+from cfjax.experiment.config import open_data
 from cfjax.models.text_cache import TextCache
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.rollout.self_forcing import SelfForcing
-from cfjax.wan_world import WanWorld
-from cfjax.world import World, make_world
+from cfjax.worlds.toy import World, make_world
+from cfjax.worlds.wan import WanWorld
 from tests.commands import ROOT
 from tests.data.lmdbs import damage, rows_of, write_lmdb
 from tests.data.videos import truncate, write_video

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cfjax import experiment
 from cfjax.core.errors import UserError
+from cfjax.experiment import config as experiment
 from cfjax.quickstart import TITLES, main, recipe
 from tests.commands import ROOT, cfjax, tiny
 

@@ -19,7 +19,7 @@ from cfjax.__main__ import main
 from cfjax.data.sets import open_dataset
 from cfjax.data.video import ClipFormat, Unusable, read_clip
 from cfjax.models.tokenizer import clean, load_tokenizer
-from cfjax.wan_world import WanWorld
+from cfjax.worlds.wan import WanWorld
 from tests.commands import ROOT
 from tests.synthetic import write_wan_folder
 

@@ -9,9 +9,9 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
-from cfjax.experiment import count_parameters, load_shipped
-from cfjax.runs import open_run
-from cfjax.world import ASSETS, evaluation_clips, held_out_captions
+from cfjax.experiment.config import count_parameters, load_shipped
+from cfjax.experiment.runs import open_run
+from cfjax.worlds.toy import ASSETS, evaluation_clips, held_out_captions
 
 FOLDER = ASSETS / "toy_teacher"
 

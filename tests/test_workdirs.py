@@ -110,7 +110,7 @@ def commands(root: Path) -> dict[str, list[str]]:
 def test_a_verb_writes_below_its_workdir_alone(tmp_path):
     """About 40 s. The current folder, home, temporary files, inputs and the other verbs' folders stay as they are."""
     from cfjax.data.shapes import ShapesConfig
-    from cfjax.world import make_world
+    from cfjax.worlds.toy import make_world
 
     for name in ("in", "here", "home", "tmp"):
         (tmp_path / name).mkdir()

@@ -49,7 +49,7 @@ def _streamed(step: Callable[..., Any], model: WanVAE, x: np.ndarray, ends: tupl
 
 def _layers(half: Encoder | Decoder) -> dict[str, Any]:
     """The layers of half an autoencoder by name, in order."""
-    row = lambda name, stages: {f"{name}.{i}": stage for i, stage in enumerate(stages)}  # noqa: E731
+    row = lambda name, stages: {f"{name}.{i}": stage for i, stage in enumerate(stages)}
     if isinstance(half, Encoder):
         between = row("encoder.down", half.down) | row("encoder.middle", half.middle)
         return {"encoder.conv_in": half.conv_in, **between, "encoder.head": half.head}
@@ -123,8 +123,8 @@ def check_vae(case: Case) -> list[Row]:
     names = ("latents_mean", "latents_std")
     mean, std = (torch.tensor(twin.config[name]).view(1, -1, 1, 1, 1) for name in names)
     with torch.no_grad():
-        encode = lambda x: (twin.encode(x).latent_dist.mode() - mean) / std  # noqa: E731
-        decode = lambda x: twin.decode(x * std + mean).sample  # noqa: E731
+        encode = lambda x: (twin.encode(x).latent_dist.mode() - mean) / std
+        decode = lambda x: twin.decode(x * std + mean).sample
         return [
             *_compare_pass(case, model, twin, "encode", video, encode),
             *_compare_pass(case, model, twin, "decode", latents, decode),

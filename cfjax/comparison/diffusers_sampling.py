@@ -89,7 +89,7 @@ def few_step_scheduler(levels: np.ndarray) -> FlowMatchEulerDiscreteScheduler:
 def injected(draws: Sequence[torch.Tensor]) -> Iterator[None]:
     """Inside, PyTorch's normal draws are these in order; versions of diffusers draw by different functions."""
     left = iter(draws)
-    draw = lambda *_, **__: next(left)  # noqa: E731
+    draw = lambda *_, **__: next(left)
     with mock.patch.object(torch, "randn", draw), mock.patch.object(torch, "randn_like", draw):
         yield
     if next(left, None) is not None:

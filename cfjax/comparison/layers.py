@@ -28,7 +28,7 @@ def _streams(
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
         return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
 
-    leaving = lambda stream, _: stream  # noqa: E731
+    leaving = lambda stream, _: stream
     return backbone(model, latents_BFHWC, sigma_BF, text_kv, position_F, self_attend, tap=leaving)[1]
 
 

@@ -44,7 +44,7 @@ class Subject:
         """Another network of the same sizes (ema, teacher, critic, real_score): the student's weights, shaken."""
         if name == "student":
             return self.student
-        shaken = lambda leaf, x: x * (1.0 + SHAKE * self.case.normal(f"{name} {leaf}", *x.shape))  # noqa: E731
+        shaken = lambda leaf, x: x * (1.0 + SHAKE * self.case.normal(f"{name} {leaf}", *x.shape))
         return map_named(shaken, self.student)
 
     @cached_property

@@ -243,8 +243,8 @@ def _sizes(args: Sequence[Any]) -> tuple[int, ...]:
 def zero_caches(sizes: Sizes, batch: int) -> tuple[list[dict], list[dict]]:
     """The reference's empty self- and cross-attention caches, of these sizes."""
     heads = (sizes.config.num_heads, sizes.config.head_dim)
-    zeros = lambda n: torch.zeros(batch, n, *heads)  # noqa: E731
-    index = lambda: torch.zeros(1, dtype=torch.long)  # noqa: E731
+    zeros = lambda n: torch.zeros(batch, n, *heads)
+    index = lambda: torch.zeros(1, dtype=torch.long)
     layers, n = range(sizes.config.num_layers), sizes.cache_tokens
     own = [{"k": zeros(n), "v": zeros(n), "global_end_index": index(), "local_end_index": index()} for _ in layers]
     text = [{"k": zeros(sizes.text_rows), "v": zeros(sizes.text_rows), "is_init": False} for _ in layers]
@@ -348,7 +348,7 @@ def open_reference(reference_dir: str | Path) -> Iterator[Reference]:
     """
     root = check_clone(reference_dir)
     name = "Causal-Forcing" if (root / "model/naive_consistency.py").is_file() else "Self-Forcing"
-    same: Callable[..., Any] = lambda value, *_, **__: value  # noqa: E731
+    same: Callable[..., Any] = lambda value, *_, **__: value
     patches = (
         mock.patch.object(sys, "path", [str(root), *sys.path]),
         mock.patch.object(sys, "dont_write_bytecode", True),

@@ -136,7 +136,7 @@ def _theirs_flow(reference: Reference, subject: Subject, visibility: Visibility,
     wrapper = reference.wrapper(subject.weights(), sizes, causal=causal)
     if causal:
         wrapper.model.independent_first_frame = blocks.independent_first_frame
-    t = lambda name: torch.tensor(  # noqa: E731
+    t = lambda name: torch.tensor(
         1000.0 * sigma_table(1000, 5.0)[level_index(subject, blocks if causal else None, frames, name)]
     )
     past: dict[str, Any] = {}
@@ -184,7 +184,7 @@ def schedule_probes(subject: Subject) -> list[Probe]:
 def forward_probes(subject: Subject) -> list[Probe]:
     """Every way through the network that is not cached."""
     frames = subject.case.frames
-    side: Callable[..., Any] = lambda function, *args: lambda *given: function(*given, *args)  # noqa: E731
+    side: Callable[..., Any] = lambda function, *args: lambda *given: function(*given, *args)
     return [
         Probe("forward", name, side(_ours_flow, *args), side(_theirs_flow, *args))
         for name, *args in _passes(frames, subject.blocks(frames))

@@ -56,7 +56,7 @@ class Exits:
 def _dmd_draws(subject: Subject, exits: Exits) -> dict[str, np.ndarray]:
     count = len(exits.blocks.spans(exits.max_frames))
     steps = max(len(exits.steps), len(exits.first_steps))
-    latents = lambda name, frames=exits.max_frames: subject.latents(name, frames)[:DMD_BATCH]  # noqa: E731
+    latents = lambda name, frames=exits.max_frames: subject.latents(name, frames)[:DMD_BATCH]
     score_u = np.full((DMD_BATCH,), exits.score_k / 1000.0, np.float32)
     return {
         "noise_BFHWC": latents("noise"),
@@ -88,7 +88,7 @@ def _recorded(draws: dict[str, np.ndarray], exits: Exits) -> Iterator[torch.Tens
 
 
 def _ours_dmd(subject: Subject, exits: Exits, which: str) -> Arrays:
-    levels = lambda steps: tuple(map(float, warp_steps(steps, 5.0))) if steps else ()  # noqa: E731
+    levels = lambda steps: tuple(map(float, warp_steps(steps, 5.0))) if steps else ()
     rolled = SelfForcing(levels(exits.steps), levels(exits.first_steps))
     config = DMDConfig(rolled)
     if exits.quirks:

@@ -98,7 +98,7 @@ def compare_arrays(
       note: kept; what forbids a comparison (another shape, NaN, Inf) is put in front of it.
     """
     ours, theirs = _wide(ours), _wide(theirs)
-    within = lambda error: error <= tolerance  # noqa: E731  (nan is not)
+    within = lambda error: error <= tolerance  # nan is not
     divergent = next((name for name, pair in (layers or {}).items() if not within(relative_error(*pair))), "")
     defect = _defect(ours, theirs)
     rel = relative_error(ours, theirs)
@@ -185,7 +185,7 @@ def run_checks(
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    number = lambda x: "-" if math.isnan(x) else f"{x:.1e}"  # noqa: E731
+    number = lambda x: "-" if math.isnan(x) else f"{x:.1e}"
     return (
         ("-" if math.isnan(row.max_rel) else "ok") if row.ok else "FAIL",
         row.part,

@@ -191,7 +191,7 @@ def _read_pickle(path: Path) -> WeightFile:
         raise UserError(f"{path}: broken or cut short ({_one_line(error)}); copy it again") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    is_state = lambda x: isinstance(x, Mapping) and any(isinstance(v, torch.Tensor) for v in x.values())  # noqa: E731
+    is_state = lambda x: isinstance(x, Mapping) and any(isinstance(v, torch.Tensor) for v in x.values())
     if is_state(content):
         return WeightFile(path, {"": stripped(_tensors(torch, content, path), path)})
     entries, ignored = {}, []

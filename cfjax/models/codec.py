@@ -148,7 +148,7 @@ class PatchCodec:
 
 def abstract_patch_codec(*, px: int = 8, channels: int = 16) -> PatchCodec:
     """A patch codec's shapes."""
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     return PatchCodec(mean=shape(px * px * 3), basis=shape(px * px * 3, channels), scale=shape(channels))  # type: ignore[arg-type]
 
 

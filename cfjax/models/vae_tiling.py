@@ -65,7 +65,7 @@ def decode_tiled(
     sides = vae.stride[1:]
     _check_tiles(tile, stride, sides)
     frames = frames or latents_BFHWC.shape[1]
-    in_latents = lambda pixels: (pixels[0] // sides[0], pixels[1] // sides[1])  # noqa: E731
+    in_latents = lambda pixels: (pixels[0] // sides[0], pixels[1] // sides[1])
     raw = _mosaic(
         lambda piece: _decode_raw_jit(vae, piece, frames),
         latents_BFHWC,
@@ -94,7 +94,7 @@ def encode_tiled(
     if any(size % side for size, side in zip(video_BPHWC.shape[2:4], sides, strict=True)):
         raise UserError(f"vae: video {video_BPHWC.shape} needs H a multiple of {sides[0]} and W of {sides[1]}")
     frames = frames or video_BPHWC.shape[1]
-    in_latents = lambda pixels: (pixels[0] // sides[0], pixels[1] // sides[1])  # noqa: E731
+    in_latents = lambda pixels: (pixels[0] // sides[0], pixels[1] // sides[1])
     return _mosaic(
         lambda piece: _encode_jit(vae, piece, frames), video_BPHWC, (tile, stride), in_latents(tile), in_latents(stride)
     )

@@ -137,7 +137,7 @@ class Attention(nnx.Module):
     def key_value(self, x: jax.Array, config: WanConfig) -> tuple[jax.Array, jax.Array]:
         k = self.norm_k(self.k(x, config.precision.compute), config.eps)
         v = self.v(x, config.precision.compute)
-        split = lambda y: rearrange(y, "... (n k) -> ... n k", n=config.num_heads)  # noqa: E731
+        split = lambda y: rearrange(y, "... (n k) -> ... n k", n=config.num_heads)
         return split(k), split(v)
 
     def output(self, attended_BFTNK: jax.Array, config: WanConfig) -> jax.Array:

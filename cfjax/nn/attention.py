@@ -103,7 +103,7 @@ def attend(
     q_frames = num_frames * (2 if visibility.kind == "teacher_forced" else 1)
     k_frames = num_frames * (2 if visibility.kind in ("teacher_forced", "replay") else 1)
     q_tokens, k_tokens = q_BTNK.shape[1] // q_frames, k_BTNK.shape[1] // k_frames
-    cut = lambda x, span, tokens: x[:, span[0] * tokens : span[1] * tokens]  # noqa: E731
+    cut = lambda x, span, tokens: x[:, span[0] * tokens : span[1] * tokens]
 
     def gather(x: jax.Array, spans: tuple[Span, ...]) -> jax.Array:
         pieces = [cut(x, span, k_tokens) for span in spans]

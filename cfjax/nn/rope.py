@@ -23,7 +23,7 @@ def _angles(position: jax.Array, pairs: int) -> jax.Array:
     high, low = position // _DIGIT, position % _DIGIT
     per_high = jnp.asarray(np.mod(_DIGIT * omega, 2 * np.pi), jnp.float32)
     per_low = jnp.asarray(omega, jnp.float32)
-    outer = lambda digit, per: digit.astype(jnp.float32)[..., None] * per.reshape((1,) * digit.ndim + (-1,))  # noqa: E731
+    outer = lambda digit, per: digit.astype(jnp.float32)[..., None] * per.reshape((1,) * digit.ndim + (-1,))
     return outer(high, per_high) + outer(low, per_low)
 
 

@@ -92,7 +92,7 @@ def _teacher_step(
     """x_sigma' = x_sigma - (sigma - sigma') v with the guided flow; each branch has both halves on its own prompt."""
     negative = jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape)
     text_kv = both_prompts(embed_text(teacher, batch["text_BSE"]), embed_text(teacher, negative))
-    twice = lambda a: jnp.concatenate([a, a], axis=0)  # noqa: E731
+    twice = lambda a: jnp.concatenate([a, a], axis=0)
     if config.teacher == "bidirectional":
         v = teacher(twice(x), twice(told_BF), text_kv)
     else:
@@ -113,7 +113,7 @@ def consistency(config: ConsistencyConfig, blocks: Blocks, role: str = "student"
         clean = batch["latents_BFHWC"].astype(jnp.float32)
         draws = draw(key, clean.shape, config) if draws is None else draws
         levels = jnp.asarray(config.levels())
-        to_frames = lambda s_B: jnp.broadcast_to(s_B[:, None], clean.shape[:2])  # noqa: E731
+        to_frames = lambda s_B: jnp.broadcast_to(s_B[:, None], clean.shape[:2])
         sigma_BF, next_BF = to_frames(levels[draws["level_B"]]), to_frames(levels[draws["level_B"] + 1])
         gap_BF = gap_bf16(sigma_BF, next_BF) if config.bf16_timesteps else sigma_BF - next_BF
         x = add_noise(clean, draws["eps_BFHWC"], sigma_BF)

@@ -170,7 +170,7 @@ def guided_x0(
     if scale == 0.0:
         return score_x0(model, x, sigma_BF, positive, config)
     negative = embed_text(model, jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape))
-    double = lambda a: jnp.concatenate([a, a], axis=0)  # noqa: E731
+    double = lambda a: jnp.concatenate([a, a], axis=0)
     x0 = score_x0(model, double(x), double(sigma_BF), both_prompts(positive, negative), config)
     positive_x0, negative_x0 = jnp.split(x0, 2)
     return guide(positive_x0, negative_x0, scale, "dmd")

@@ -109,7 +109,7 @@ def scan_blocks(
         outputs.append(out)
     count = len(spans) - peel
     if count:
-        split = lambda x: rearrange(x[:, peel:], "b (n f) ... -> n b f ...", n=count)  # noqa: E731
+        split = lambda x: rearrange(x[:, peel:], "b (n f) ... -> n b f ...", n=count)
         starts = start + jnp.asarray([a for a, _ in spans[peel:]], jnp.int32)
         xs = (starts, jax.tree.map(split, per_frame), jax.tree.map(lambda x: x[peel:], per_block))
         cache, rest = jax.lax.scan(lambda c, x: step(c, x[0], x[1:]), cache, xs)
@@ -130,13 +130,13 @@ def loop_blocks(
     peel = 1 if blocks.independent_first_frame else 0
 
     def inputs_at(number: Any, start: Any, frames: int) -> Any:
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, frames, axis=1)  # noqa: E731
-        pick = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, frames, axis=1)
+        pick = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
         return jax.tree.map(cut, per_frame), jax.tree.map(pick, per_block)
 
     def one(number: Any, start: Any, frames: int, carry: tuple[KVCache, Any]) -> tuple[KVCache, Any]:
         cache, made = step(carry[0], start, inputs_at(number, start, frames))
-        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)  # noqa: E731
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
         return cache, jax.tree.map(put, carry[1], made)
 
     _, shapes = jax.eval_shape(lambda c: step(c, jnp.int32(0), inputs_at(0, 0, blocks.frames)), cache)

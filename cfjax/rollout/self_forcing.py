@@ -88,7 +88,7 @@ def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, bl
     _, lengths = config.tables(num_blocks)
     keys = jax.random.split(key, 5)
     steps = int(lengths.max())
-    normal = lambda k, s: jax.random.normal(k, s, jnp.float32)  # noqa: E731
+    normal = lambda k, s: jax.random.normal(k, s, jnp.float32)
     rest = jax.random.randint(keys[3], (num_blocks,), 0, len(config.sigmas))
     if config.same_exit:
         rest = jnp.broadcast_to(rest[-1:], rest.shape)
@@ -144,7 +144,7 @@ def rollout(
             x_exit = jax.lax.fori_loop(0, exit_step, step, x)
         x0 = predict(x_exit, levels[exit_step])
         seen = add_noise(x0, context_eps, config.context_noise)
-        commit = lambda cache: commit_block(model, seen, text_kv, cache, start, blocks)  # noqa: E731
+        commit = lambda cache: commit_block(model, seen, text_kv, cache, start, blocks)
         if len(spans) > 1:  # nothing reads the keys and values of the last block: it is not committed
             with jax.named_scope(COMMIT):
                 cache = jax.lax.cond(start < last, commit, lambda cache: cache, cache)

@@ -150,7 +150,7 @@ def _settling_tables(results: Results) -> list[Table]:
     groups = [*pooled, *((f"frame {f}", [f]) for f in every(results))]
     points = [(f"{label}, s = {s:g}", s, frames) for label, frames in groups for s in plan["levels"]]
     own = [(f"{label}, {init}", init, s, frames) for label, s, frames in points for init in students]
-    of = lambda init, s, frames: [settled(results, init, s, k, frames) for k in ("dist_map", "dist_mean")]  # noqa: E731
+    of = lambda init, s, frames: [settled(results, init, s, k, frames) for k in ("dist_map", "dist_mean")]
     p = holm({name: paired(*of(*where)) for name, *where in own})
     rows = []
     for name, init, s, frames in own:

@@ -98,7 +98,7 @@ def velocity(law: Law, start: int, x_BC: jax.Array, sigma_B: jax.Array, past_BP:
     (s I - (1-s) S) S_s^{-1} d - mu; components are weighed by their posterior given x_s and the past.
     """
     part = conditional(law, start, start + x_BC.shape[1])
-    cast = lambda a: jnp.asarray(a, x_BC.dtype)  # noqa: E731
+    cast = lambda a: jnp.asarray(a, x_BC.dtype)
     off_BKP = past_BP[:, None] - cast(part.past_means_KP)[None]
     log_weights = cast(part.log_weights_K)[None]
     log_weights -= 0.5 * jnp.einsum("bkp,pq,bkq->bk", off_BKP, cast(part.precision_PP), off_BKP)

@@ -194,7 +194,7 @@ class Layers(nnx.Module):
 
     def __init__(self, inputs: int, width: int, outputs: int, key: jax.Array):
         keys = jax.random.split(key, 4)
-        layer: Any = lambda i, o, k, init: Linear(i, o, k, kernel_init=init)  # noqa: E731
+        layer: Any = lambda i, o, k, init: Linear(i, o, k, kernel_init=init)
         init: Init = xavier_uniform
         self.first, self.second = layer(inputs, width, keys[0], init), layer(width, width, keys[1], init)
         self.third, self.last = layer(width, width, keys[2], init), layer(width, outputs, keys[3], zeros)

@@ -42,7 +42,7 @@ def _backwards(flow: Flow) -> Flow:
 @lru_cache(maxsize=8)
 def noising(law: Law, steps: int = STEPS) -> Any:
     """Compiled: videos [N, F] to the bidirectional PF-ODE's states at s = k / steps, [steps + 1, N, F]."""
-    flow: Flow = lambda x, s: joint_velocity(law, x, jnp.broadcast_to(s, x.shape[:1]))  # noqa: E731
+    flow: Flow = lambda x, s: joint_velocity(law, x, jnp.broadcast_to(s, x.shape[:1]))
     return jax.jit(lambda x: rk4(_backwards(flow), x, _forward_grid(steps), trajectory=True)[1])
 
 
@@ -51,7 +51,7 @@ def frame_noising(law: Law, frame: int, steps: int = STEPS) -> Any:
     """Compiled: (past [N, i], x_0^i [N]) to the AR PF-ODE's states of that frame, [steps + 1, N]."""
 
     def solve(past: jax.Array, end: jax.Array) -> jax.Array:
-        flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past)  # noqa: E731
+        flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past)
         return rk4(_backwards(flow), end[:, None], _forward_grid(steps), trajectory=True)[1][:, :, 0]
 
     return jax.jit(solve)
@@ -60,7 +60,7 @@ def frame_noising(law: Law, frame: int, steps: int = STEPS) -> Any:
 @lru_cache(maxsize=8)
 def denoising(law: Law, steps: int = STEPS) -> Any:
     """Compiled: noise [N, F] to the bidirectional PF-ODE's end."""
-    flow: Flow = lambda x, s: joint_velocity(law, x, jnp.broadcast_to(s, x.shape[:1]))  # noqa: E731
+    flow: Flow = lambda x, s: joint_velocity(law, x, jnp.broadcast_to(s, x.shape[:1]))
     return jax.jit(lambda x: rk4(flow, x, _forward_grid(steps)))
 
 
@@ -69,7 +69,7 @@ def frame_denoising(law: Law, frame: int, steps: int = STEPS) -> Any:
     """Compiled: (past [N, i], noise of frame i [N]) to the AR PF-ODE's end [N]."""
 
     def solve(past: jax.Array, noise: jax.Array) -> jax.Array:
-        flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past)  # noqa: E731
+        flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past)
         end: Any = rk4(flow, noise[:, None], _forward_grid(steps))
         return end[:, 0]
 
@@ -196,7 +196,7 @@ def facts(probe: Probe, ar: Probe) -> dict[str, Any]:
 
 @jax.jit
 def _predict(student: Any, noisy: jax.Array, sigma: jax.Array, clean: jax.Array) -> jax.Array:
-    video = lambda x: x[:, :, None, None, None]  # noqa: E731
+    video = lambda x: x[:, :, None, None, None]
     text_kv = embed_text(student, jnp.zeros((noisy.shape[0], 1, 1)))
     sigma_BF = jnp.broadcast_to(sigma, noisy.shape)
     flow = teacher_forced(student, video(noisy), sigma_BF, video(clean), text_kv, FRAMEWISE)
@@ -215,7 +215,7 @@ def settling(student: Student, probe: Probe) -> dict[str, float]:
     noisy = jnp.zeros_like(clean).at[:, probe.frame].set(probe.noisy.ravel().astype(np.float32))
     got = np.asarray(_predict(student, noisy, jnp.float32(probe.sigma), clean))[:, probe.frame]
     got = got.reshape(probe.noisy.shape)
-    within = lambda x: float(x[probe.inside].mean())  # noqa: E731
+    within = lambda x: float(x[probe.inside].mean())
     return {
         "dist_map": within((got - probe.end) ** 2),
         "dist_mean": within((got - probe.guess) ** 2),

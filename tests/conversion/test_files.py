@@ -48,7 +48,7 @@ def rewrite(folder: Path, index: dict) -> None:
 
 def test_the_miniatures_are_releases_in_small():
     """The shapes in tests/synthetic.py, at the published sizes, have the published counts."""
-    count = lambda shapes: (len(shapes), sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()))  # noqa: E731
+    count = lambda shapes: (len(shapes), sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()))
     assert count(synthetic.dit_shapes(1536, 8960, 12, 30, 256, 16, 16, 4096)) == (825, 1_418_996_800)
     assert count(synthetic.dit_shapes(5120, 13824, 40, 40, 256, 16, 16, 4096)) == (1095, 14_288_491_584)
     assert count(synthetic.t5_shapes(256384, 4096, 4096, 10240, 64, 24)) == (242, 5_680_910_336)

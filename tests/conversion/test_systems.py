@@ -133,7 +133,7 @@ def loaded(cls, folder, **options):
 
 def outputs(folder):
     """What the three networks of a pipeline's folder make of fixed inputs, by diffusers and transformers."""
-    random = lambda *shape: torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32))  # noqa: E731
+    random = lambda *shape: torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32))
     text_encoder = loaded(UMT5EncoderModel, folder / "text_encoder")
     tokens = AutoTokenizer.from_pretrained(folder / "tokenizer")("a red circle", return_tensors="pt")
     transformer = loaded(WanTransformer3DModel, folder / "transformer")

@@ -13,7 +13,7 @@ from cfjax.core.cli import keys_of, parse
 from cfjax.core.errors import UserError
 from cfjax.core.settings import EVALUATED, RULES, TOGETHER, check_settings, rule_of
 from cfjax.core.tree import match
-from cfjax.presets import NEVER
+from cfjax.experiment.presets import NEVER
 from cfjax.quickstart import recipe
 from tests.commands import ROOT
 from tests.test_configs import CASES, get_config

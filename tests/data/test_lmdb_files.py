@@ -101,7 +101,7 @@ def test_a_folder_of_many_lmdbs_holds_few_open(tmp_path, monkeypatch):
     for number in range(12):
         write_lmdb(tmp_path / f"set_{number:02d}", rows_of(2, 1, number), [f"{number}a", f"{number}b"])
     rows = LmdbRows(tmp_path)
-    opened = lambda: sum(  # noqa: E731
+    opened = lambda: sum(
         os.readlink(f"/proc/self/fd/{name}").endswith("data.mdb")
         for name in os.listdir("/proc/self/fd")
         if os.path.islink(f"/proc/self/fd/{name}")

@@ -135,7 +135,7 @@ def test_a_stopped_merge_goes_on_and_is_shared_whatever_its_sets_are_called_now(
 
 def test_records_that_two_sets_share_are_told_and_kept(tmp_path):
     """What is the same by content, whatever it is called; a set's own repetitions are its own affair."""
-    alike = lambda name: latents_of("x")  # noqa: E731
+    alike = lambda name: latents_of("x")
     make(tmp_path / "one", ["a", "b", "c"])
     make(tmp_path / "two", ["c", "d", "b"])
     make(tmp_path / "own", ["p", "p"], latents=alike)

@@ -68,7 +68,7 @@ def test_readers_and_files_are_bounded_and_every_record_is_read(path, few):
 
 def test_no_reader_has_threads_of_its_own(path):
     """The library starts one pool at the first reader of a process; a hundred more add nothing."""
-    count = lambda: len(os.listdir("/proc/self/task"))  # noqa: E731
+    count = lambda: len(os.listdir("/proc/self/task"))
     dataset = RecordDataset(path)
     value(dataset, 0)
     before = count()

@@ -33,7 +33,7 @@ def path(tmp_path):
     folder = tmp_path / "set"
     layout = Layout(SHAPE, 1, 4, dtype="float32")
     writer = SetWriter(folder, items=20, part_items=5, layout=layout, job={}, description={"source": {}})
-    text = lambda captions: np.ones((len(captions), 1, 4), np.float32)  # noqa: E731
+    text = lambda captions: np.ones((len(captions), 1, 4), np.float32)
     writer.write_negative(text(["no"])[0])
     ingest(writer, Numbers(), encode_text=text, batch_size=5, progress=False)
     part = sorted(folder.glob("*.array_record"))[1]
@@ -89,7 +89,7 @@ def test_numbers_that_are_not_finite_count_as_broken(name):
 def test_prompts_alone_are_whole_though_their_latents_are_nan(tmp_path):
     layout = Layout(SHAPE, 1, 4, kept_in="none")
     writer = SetWriter(tmp_path, items=2, part_items=2, layout=layout, job={}, description={"source": {}})
-    text = lambda captions: np.ones((len(captions), 1, 4), np.float32)  # noqa: E731
+    text = lambda captions: np.ones((len(captions), 1, 4), np.float32)
     writer.write_negative(text(["no"])[0])
     prompts = tmp_path.parent / "prompts.txt"
     prompts.write_text("a\nb\n")

@@ -23,7 +23,7 @@ from cfjax.evaluation.guard import (
     thumbnail,
     warnings,
 )
-from cfjax.world import evaluation_clips, shipped_world, stack_videos
+from cfjax.worlds.toy import evaluation_clips, shipped_world, stack_videos
 
 RED = np.array([204, 51, 51], np.uint8)
 

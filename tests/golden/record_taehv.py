@@ -65,8 +65,8 @@ def main() -> None:
     original = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(original)
     torch.set_num_threads(1)
-    to_torch = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 2)))  # noqa: E731  NTCHW
-    to_numpy = lambda x: np.moveaxis(x.numpy(), 2, -1)  # noqa: E731
+    to_torch = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 2)))  # NTCHW
+    to_numpy = lambda x: np.moveaxis(x.numpy(), 2, -1)
 
     def network(weights: Mapping[str, np.ndarray]) -> Any:
         model = original.TAEHV(checkpoint_path=None).eval()

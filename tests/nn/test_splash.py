@@ -57,7 +57,7 @@ def test_the_kernel_is_dense_attention_under_every_visibility(name):
     visibility, frames, tokens = CASES[name]
     q_frames = frames * (2 if visibility.kind == "teacher_forced" else 1)
     k_frames = frames * (2 if visibility.kind in ("teacher_forced", "replay") else 1)
-    call = lambda q, k, v, b: attend(q, k, v, visibility, num_frames=frames, backend=b)  # noqa: E731
+    call = lambda q, k, v, b: attend(q, k, v, visibility, num_frames=frames, backend=b)
     given = arrays(q_frames * tokens, k_frames * tokens)
     found = errors(*(run(*given) for run in backends(call, "splash_interpreted", "xla")))
     print(name, {k: f"{v:.1e}" for k, v in found.items()})
@@ -141,6 +141,6 @@ def test_the_platform_picks_the_kernel():
 
 def test_a_few_queries_at_a_time_is_the_same_attention():
     given = arrays(150, 140)
-    call = lambda q, k, v, b: dense(q, k, v, key_mask_T=jnp.arange(140) < 90, backend=b)  # noqa: E731
+    call = lambda q, k, v, b: dense(q, k, v, key_mask_T=jnp.arange(140) < 90, backend=b)
     found = errors(*(run(*given) for run in backends(call, "chunked", "xla")))
     assert max(found.values()) < 2e-6, found

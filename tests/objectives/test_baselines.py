@@ -46,7 +46,7 @@ def test_sid_is_the_formula_and_differentiates_through_the_scores(monkeypatch, a
     models = {"critic": Score(0.7), "real_score": Score(-0.4)}
     batch = {"latents_BFHWC": jnp.zeros(SHAPE), "text_BSE": text(), "negative_text_SE": text()[0]}
     loss = sid.generator_loss(DMD, Blocks(3), alpha=alpha)
-    value = lambda video: loss({**models, "student": video}, batch, KEY, draws)[0]  # noqa: E731
+    value = lambda video: loss({**models, "student": video}, batch, KEY, draws)[0]
     got, gradient = jax.value_and_grad(value)(normal(4))
 
     expected, slope = 0.0, np.zeros(SHAPE)

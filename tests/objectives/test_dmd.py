@@ -144,7 +144,7 @@ def test_generator_gradient_is_g_over_numel(scores, monkeypatch):
     monkeypatch.setattr(module, "rollout", lambda *_: rolled_out(video))
     monkeypatch.setattr(module, "replay_exit", lambda student, text_kv, rolled, *_: rolled.x0_BFHWC + student)
     loss = generator_loss(DMD, BLOCKS)
-    value = lambda student: loss({**scores, "student": student}, tiny_batch(), KEY, fixed_draws())[0]  # noqa: E731
+    value = lambda student: loss({**scores, "student": student}, tiny_batch(), KEY, fixed_draws())[0]
     got, gradient = jax.value_and_grad(value)(jnp.zeros(SHAPE))
     expected = reference_gradient(video, fixed_draws(), tiny_batch(), DMD)
     np.testing.assert_allclose(gradient, expected / expected.size, rtol=2e-4, atol=1e-7)

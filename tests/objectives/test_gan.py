@@ -56,7 +56,7 @@ def test_losses_are_the_formulas():
 def test_the_slope_is_the_squared_gradient():
     """D(x) = sum sin(w x): the mean over many directions against |grad D|^2 in closed form."""
     w, x = np.linspace(0.5, 1.5, 6), np.linspace(-1.0, 1.0, 6)
-    judge = lambda clips: jnp.sum(jnp.sin(jnp.asarray(w)[None] * clips), axis=1, keepdims=True)  # noqa: E731
+    judge = lambda clips: jnp.sum(jnp.sin(jnp.asarray(w)[None] * clips), axis=1, keepdims=True)
     clips = jnp.broadcast_to(jnp.asarray(x)[None], (40000, 6))
     eps = jax.random.normal(jax.random.key(0), clips.shape)
     measured = float(slope(judge(clips), judge(clips + 0.01 * eps), 0.01))
@@ -234,7 +234,7 @@ def test_a_branch_leaves_the_network_as_it_is():
     leaves, own = named_leaves(judge), named_leaves(network)
     assert all(leaves[name] is x for name, x in own.items())
     assert {name.partition("/")[0] for name in leaves.keys() - own.keys()} == {"branch"}
-    flow = lambda model: model(normal(1), jnp.full(SHAPE[:2], 0.5), embed_text(model, text()))  # noqa: E731
+    flow = lambda model: model(normal(1), jnp.full(SHAPE[:2], 0.5), embed_text(model, text()))
     used, traced = (jax.make_jaxpr(lambda model: flow(model))(model) for model in (network, judge))
     assert [str(eqn) for eqn in used.eqns] == [str(eqn) for eqn in traced.eqns]
 
@@ -245,12 +245,12 @@ FAKE_MEAN = 0.5
 @pytest.mark.slow
 def test_a_critic_learns_to_tell_as_much_as_can_be_told(monkeypatch):
     """Clips N(1, STD^2) against N(0.5, STD^2), noised: the best logit is log p(real) - log p(fake), linear in x."""
-    fakes = lambda model, batch, draws, *_, gradient, codec: FAKE_MEAN + STD * draws["noise_BFHWC"]  # noqa: E731
+    fakes = lambda model, batch, draws, *_, gradient, codec: FAKE_MEAN + STD * draws["noise_BFHWC"]
     monkeypatch.setattr(module, "student_video", fakes)
     config = DMDConfig(SelfForcing((1.0,)), score_shift=1.0)
     loss = critic_loss(config, GanConfig(critic_weight=1.0), FRAMEWISE)
     critic = with_branch(make_wan(learning.CONFIG, KEY), BranchConfig(), KEY)
-    more = lambda key: batch_of(fresh(key, 128, REAL_MEAN))  # noqa: E731
+    more = lambda key: batch_of(fresh(key, 128, REAL_MEAN))
     state = learn(Stage("gan", {"critic": loss}), {"critic": critic}, more, 300, frozen={"student": KEY})
     batch = batch_of(fresh(jax.random.key(8), 4000, REAL_MEAN))
     draws = draw(jax.random.key(9), batch["latents_BFHWC"].shape, config, FRAMEWISE)
@@ -266,8 +266,8 @@ def best_critic_loss(clips, draws) -> float:
     level = np.asarray(draws["score_sigma_B"], np.float64)[:, None, None, None, None]
     real, fake = (1 - level) * REAL_MEAN, (1 - level) * FAKE_MEAN
     variance = ((1 - level) * STD) ** 2 + level**2
-    logit = lambda x: np.sum((real - fake) * (2 * x - real - fake) / (2 * variance), axis=(1, 2, 3, 4))  # noqa: E731
-    noised = lambda x: (1 - level) * np.asarray(x) + level * np.asarray(draws["score_eps_BFHWC"])  # noqa: E731
+    logit = lambda x: np.sum((real - fake) * (2 * x - real - fake) / (2 * variance), axis=(1, 2, 3, 4))
+    noised = lambda x: (1 - level) * np.asarray(x) + level * np.asarray(draws["score_eps_BFHWC"])
     return softplus(-logit(noised(clips))) + softplus(logit(noised(FAKE_MEAN + STD * draws["noise_BFHWC"])))
 
 

@@ -19,7 +19,7 @@ def test_flops_of_a_scan_its_gradient_and_its_recomputation():
     product = 2 * 4 * 16 * 16
     assert count_flops(loop, x, w) == 5 * product
     assert count_flops(jax.grad(lambda w: loop(x, w).sum()), w) == pytest.approx((5 * 3) * product, rel=0.07)
-    remat = lambda x, w: jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w) @ w, None)), x, w)[0]  # noqa: E731
+    remat = lambda x, w: jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w) @ w, None)), x, w)[0]
     plain, again = (count_flops(jax.grad(lambda w, f=f: f(x, w).sum()), w) for f in (loop, remat))
     assert again == pytest.approx(5 * product * (2 * 3 + 1), rel=0.07) and plain < again
 
@@ -59,14 +59,14 @@ def test_a_conditional_takes_its_dearer_branch_as_often_as_told():
 
 def test_a_convolution():
     x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
-    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     assert count_flops(conv, x, kernel) == 2 * (2 * 8 * 8 * 5) * 9 * 3
 
 
 def test_collectives_of_a_sharded_loop():
     """Weights cut over fsdp: the loop gathers every layer's [16, 16] float32; the loss is reduced once."""
     mesh = make_mesh(fsdp=8)
-    place = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))  # noqa: E731
+    place = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))
 
     def step(x, w):
         return jnp.sum(jax.lax.scan(lambda x, w: (x @ jax.lax.with_sharding_constraint(w, place()), None), x, w)[0])

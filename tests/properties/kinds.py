@@ -139,13 +139,13 @@ def _read_tiny(folder: Path) -> Any:
 
 
 def _toy(folder: Path) -> None:
-    from cfjax.world import ASSETS
+    from cfjax.worlds.toy import ASSETS
 
     shutil.copytree(ASSETS / "toy_teacher", folder, dirs_exist_ok=True)
 
 
 def _read_world(folder: Path) -> Any:
-    from cfjax.world import World
+    from cfjax.worlds.toy import World
 
     world = World.load(folder)
     arrays = (np.asarray(world.codec.mean), np.asarray(world.codec.basis))
@@ -176,7 +176,7 @@ def _run(folder: Path) -> None:
 
 
 def _open_run(folder: Path) -> Any:
-    from cfjax.runs import open_run
+    from cfjax.experiment.runs import open_run
 
     run = open_run(str(folder), with_model=False, with_text=False)
     return {
@@ -190,7 +190,7 @@ def _open_run(folder: Path) -> Any:
 
 
 def _read_wan(folder: Path) -> Any:
-    from cfjax.wan_world import WanWorld
+    from cfjax.worlds.wan import WanWorld
 
     world = WanWorld.load(folder / "world", with_text=False)
     return {"length": world.text_length, "width": world.width, "negative": world.negative_prompt}

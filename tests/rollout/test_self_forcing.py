@@ -188,9 +188,9 @@ def test_a_video_of_one_block_costs_its_steps_alone():
     config, blocks = SelfForcing(SIGMAS), Blocks(FRAMES)
     draws = draw_rollout(jax.random.key(3), SHAPE, config, blocks)
     cache = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)
-    step = lambda x: denoise_block(tiny(), x, jnp.float32(1.0), text_kv(), cache, jnp.int32(0), blocks)  # noqa: E731
+    step = lambda x: denoise_block(tiny(), x, jnp.float32(1.0), text_kv(), cache, jnp.int32(0), blocks)
     call = count_flops(step, normal(0))
-    roll = lambda draws: rollout(tiny(), text_kv(), draws, config, blocks)  # noqa: E731
+    roll = lambda draws: rollout(tiny(), text_kv(), draws, config, blocks)
     assert [count_flops(roll, draws, trips={self_forcing.BEFORE_EXIT: steps}) for steps in (0, 3)] == [call, 4 * call]
 
 

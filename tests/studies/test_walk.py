@@ -176,7 +176,7 @@ SMALL = Plan(
 def test_students_end_where_their_teachers_pairs_put_them(tmp_path):
     """The whole study in small: signs and rough sizes of its effects; nothing is computed twice."""
     results = run(SMALL, tmp_path, print, {"commit": "first"})
-    mean = lambda init, m: float(np.mean(quality(results, init, m)))  # noqa: E731
+    mean = lambda init, m: float(np.mean(quality(results, init, m)))
     print({i: {m: round(mean(i, m), 3) for m in ("energy", "spread", "motion")} for i in SMALL.inits})
     assert mean("bi_ode", "energy") > 0.03 > 0.02 > mean("causal_ode", "energy")
     assert mean("causal_ode", "spread") - mean("bi_ode", "spread") > 0.2

@@ -3,12 +3,13 @@
 import jax
 import pytest
 from jax.sharding import AbstractMesh
+from tests.test_roles import Sizes
 
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import AXES, make_mesh
 from cfjax.core.tree import named_leaves
-from cfjax.experiment import optimizers_of, stage_of
-from cfjax.roles import check_roles, initial_model, stage_memory
+from cfjax.experiment.config import optimizers_of, stage_of
+from cfjax.experiment.networks import check_roles, initial_model, stage_memory
 from cfjax.training.memory import (
     GIB,
     abstract_state,
@@ -20,7 +21,6 @@ from cfjax.training.memory import (
 from cfjax.training.placement import place_state
 from cfjax.training.state import init_state
 from configs import dmd
-from tests.test_roles import Sizes
 
 CHANNELS, TEXT = 16, 4096
 # Parameters of the released checkpoints, counted from their shapes: 1,418,996,800 and 14,288,491,584.

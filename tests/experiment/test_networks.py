@@ -7,16 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from cfjax import presets
 from cfjax.core import offload
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.quantize import packed
 from cfjax.core.sharding import make_mesh
 from cfjax.core.tree import named_leaves
-from cfjax.experiment import META_FILE, stage_of
+from cfjax.experiment import presets
+from cfjax.experiment.config import META_FILE, stage_of
+from cfjax.experiment.networks import check_blocks, check_roles, empty_model, initial_model, role_template
 from cfjax.models.resting import fill
-from cfjax.roles import check_blocks, check_roles, empty_model, initial_model, role_template
 from cfjax.training.streamed import write_streamed
 from configs import dmd
 

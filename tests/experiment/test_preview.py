@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfjax import presets
 from cfjax.conversion.tiny_vae import import_tiny_vae
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.sharding import make_mesh, on_mesh, shard_model
 from cfjax.core.tree import map_named, named_leaves
+from cfjax.experiment import presets
+from cfjax.experiment.preview import decode_clip, make_monitor, open_codec, spread_captions
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from cfjax.monitor import decode_clip, make_monitor, open_codec, spread_captions
 from cfjax.training.metrics import EventWriter
 from cfjax.training.streamed import write_streamed
 from tests.golden.record_taehv import random_weights

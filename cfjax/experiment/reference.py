@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import keys_of
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.experiment.presets import NEVER
 from cfjax.flow.schedule import sigma_table
-from cfjax.presets import NEVER
 
 # Per stage, what the switch sets: the quirks that change numbers and the reference's own numbers of the loss and of the
 # averaged weights. Networks, data, blocks, step lists, optimisers, cadence and sampler stay the config's. The reference

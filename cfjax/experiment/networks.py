@@ -15,7 +15,8 @@ from cfjax.core.offload import has_host_memory
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.sharding import replicated, shard_model
 from cfjax.core.tree import named_leaves
-from cfjax.experiment import META_FILE, MODEL_FILE, Data, branch_config, codec_key, load_shipped, wan_config
+from cfjax.experiment.config import META_FILE, MODEL_FILE, Data, branch_config, codec_key, load_shipped, wan_config
+from cfjax.experiment.record import START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import Discriminator, with_branch
 from cfjax.models.resting import STORAGES, fill, placed, resting
@@ -24,10 +25,9 @@ from cfjax.models.vae import PRESETS as VAES
 from cfjax.models.vae import abstract_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan
 from cfjax.objectives.stage import Stage
-from cfjax.run_record import START, read_run
 from cfjax.training.checkpoint import load_role, open_role
 from cfjax.training.memory import RoleMemory, role_memory
-from cfjax.world import asset
+from cfjax.worlds.toy import asset
 
 
 def check_roles(c: ConfigDict, stage: Stage) -> None:
@@ -187,7 +187,7 @@ def _initial_network(name: str, role: ConfigDict, config: WanConfig, seed: int, 
     template = _network_template(role, config, mesh)
     plain, stages = role.storage == "float32" and not role.offload, tuple(role.init_stages)
     if not role.init or asset(role.init, MODEL_FILE):
-        made = lambda: make_wan(config, _role_key(name, seed))  # noqa: E731
+        made = lambda: make_wan(config, _role_key(name, seed))
         model = load_shipped(role.init, _shapes(config), stages=stages) if role.init else made()
         if plain:
             return shard_model(model, mesh) if mesh else model

@@ -37,8 +37,8 @@ from cfjax.data.latents import ClipDataset
 from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
 from cfjax.evaluation.video import grid_video, pick_frames, shrink, to_uint8
-from cfjax.experiment import Data, blocks_of, sampler_of
-from cfjax.faithful import unread
+from cfjax.experiment.config import Data, blocks_of, sampler_of
+from cfjax.experiment.reference import unread
 from cfjax.models.codec import Codec
 from cfjax.models.wan import Wan
 from cfjax.rollout.generate import generate, network_calls
@@ -46,8 +46,8 @@ from cfjax.rollout.stream import decode_step
 from cfjax.training.checkpoint import FOLDER
 from cfjax.training.metrics import EventWriter
 from cfjax.training.state import TrainState
-from cfjax.wan_world import KIND, load_codec
-from cfjax.world import World, evaluation_clips, held_out_captions
+from cfjax.worlds.toy import World, evaluation_clips, held_out_captions
+from cfjax.worlds.wan import KIND, load_codec
 
 BASELINE = "guard.json"
 REAL_PER_CAPTION = 3  # the toy's real clips of each prompt
@@ -292,7 +292,7 @@ class Monitor:
     def _generate(self, model: Wan, text_BSE: jax.Array, negative_SE: jax.Array, row_B: jax.Array) -> jax.Array:
         """Every row's noise follows its own number; fresh noise that of the first."""
         start, fresh = jax.random.key(self._c.seed + 1), jax.random.key(self._c.seed + 2)
-        draw = lambda row: jax.random.normal(jax.random.fold_in(start, row), self._latent_shape)  # noqa: E731
+        draw = lambda row: jax.random.normal(jax.random.fold_in(start, row), self._latent_shape)
         noise = jax.vmap(draw)(row_B)
         if self._mesh and self._scene.chunk:
             noise = jax.lax.with_sharding_constraint(noise, batch_sharding(self._mesh))

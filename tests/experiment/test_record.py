@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from cfjax.core.errors import UserError
+from cfjax.experiment.record import read_run
+from cfjax.experiment.runs import open_run
 from cfjax.models.umt5 import UMT5Config
 from cfjax.models.vae import VAEConfig
 from cfjax.models.wan import WanConfig
-from cfjax.run_record import read_run
-from cfjax.runs import open_run
-from cfjax.wan_world import config_from_record, read_record
-from cfjax.world import ASSETS, World
+from cfjax.worlds.toy import ASSETS, World
+from cfjax.worlds.wan import config_from_record, read_record
 
 SHIPPED = ASSETS / "toy_teacher"
 
@@ -34,8 +34,8 @@ def test_a_run_is_opened_without_writing_where_its_record_points(model, monkeypa
     monkeypatch.chdir(folder.parent)
     record["config"]["data"] |= {"path": str(folder.parent / "elsewhere"), "assets": str(folder)}
     run_folder = folder.parent / "run"
-    monkeypatch.setattr("cfjax.runs.asset", lambda *_: None)  # as if it were a run directory
-    monkeypatch.setattr("cfjax.runs.read_run", lambda _: record)
+    monkeypatch.setattr("cfjax.experiment.runs.asset", lambda *_: None)  # as if it were a run directory
+    monkeypatch.setattr("cfjax.experiment.runs.read_run", lambda _: record)
     run_folder.mkdir()
     run = open_run(str(run_folder), with_model=False)
     assert run.toy.fingerprint() == record["world"]

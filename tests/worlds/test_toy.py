@@ -7,7 +7,7 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.data.shapes import ShapesConfig, all_captions
-from cfjax.world import SplitSource, World, evaluation_clips, held_out_captions, make_world
+from cfjax.worlds.toy import SplitSource, World, evaluation_clips, held_out_captions, make_world
 
 SHAPES = ShapesConfig(frames=4)
 

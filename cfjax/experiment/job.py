@@ -17,17 +17,17 @@ from cfjax.core.paths import file_sizes, path_of
 from cfjax.data.requests import LATENTS, Request, read_image, read_latents, read_video_end, video_frames
 from cfjax.data.video import ClipFormat
 from cfjax.evaluation.video import check_mp4
-from cfjax.experiment import MODEL_FILE
+from cfjax.experiment.config import MODEL_FILE
+from cfjax.experiment.runs import Run
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import given_blocks
 from cfjax.rollout.generate import FewStep, ManyStep, network_calls
 from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
-from cfjax.runs import Run
 from cfjax.training.checkpoint import FOLDER, read_meta
-from cfjax.wan_world import WanWorld
-from cfjax.world import World, asset
+from cfjax.worlds.toy import World, asset
+from cfjax.worlds.wan import WanWorld
 
 SAMPLERS_OWN = {"steps": (), "first_steps": (), "solver": "", "solver_steps": 0, "guidance": -1.0, "shift": 0.0}
 FAULTS = 3  # that a message names

@@ -14,9 +14,9 @@ from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import match
-from cfjax.experiment import STAGES, stage_of
+from cfjax.experiment.config import STAGES, stage_of
+from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, ruled, tell_changes
 from cfjax.models import wan
-from cfjax.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, ruled, tell_changes
 from cfjax.training.checkpoint import read_meta
 from cfjax.training.streamed import write_streamed
 from tests.commands import cfjax, tiny

@@ -41,8 +41,8 @@ from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.optim import make_optimizer
-from cfjax.wan_world import load_codec
-from cfjax.world import SplitSource, World, asset, open_world
+from cfjax.worlds.toy import SplitSource, World, asset, open_world
+from cfjax.worlds.wan import load_codec
 
 MODEL_FILE = "model.safetensors"
 META_FILE = "model.json"

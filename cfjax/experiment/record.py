@@ -24,9 +24,9 @@ from cfjax.core.schema import (
     whole,
 )
 from cfjax.data.shapes import SHAPES_RULE
-from cfjax.experiment import META_FILE
+from cfjax.experiment.config import META_FILE
 from cfjax.training.checkpoint import read_meta
-from cfjax.world import asset
+from cfjax.worlds.toy import asset
 
 _BLOCKS = table(
     {"frames": whole(1, FRAMES), "independent_first_frame": flag},

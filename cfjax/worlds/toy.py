@@ -24,7 +24,7 @@ from cfjax.data.shapes import SHAPES_RULE, ShapesConfig, ShapesSource, all_capti
 from cfjax.models.codec import PatchCodec, fit_patch_codec
 from cfjax.models.text import TextEncoder
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 HELD_OUT_ONE_IN = 6
 WORLD_RULE = table({"shapes": SHAPES_RULE})
 EVALUATION_SEED = 7_000_000  # clips of this seed are never trained on

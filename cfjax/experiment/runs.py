@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
-from cfjax.experiment import (
+from cfjax.experiment.config import (
     META_FILE,
     blocks_of,
     config_from_meta,
@@ -22,13 +22,14 @@ from cfjax.experiment import (
     sampler_of,
     toy_world,
 )
+from cfjax.experiment.record import read_run
 from cfjax.models.resting import resting
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
-from cfjax.run_record import read_run
 from cfjax.training.checkpoint import load_role
-from cfjax.wan_world import (
+from cfjax.worlds.toy import World, asset, shipped_world
+from cfjax.worlds.wan import (
     WanWorld,
     config_from_record,
     find_world,
@@ -37,7 +38,6 @@ from cfjax.wan_world import (
     read_record,
     world_places,
 )
-from cfjax.world import World, asset, shipped_world
 
 
 @dataclass(frozen=True)

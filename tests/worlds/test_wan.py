@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from cfjax import wan_world
 from cfjax.models.text_cache import TextCache
-from cfjax.wan_world import WanWorld
+from cfjax.worlds import wan as wan_world
+from cfjax.worlds.wan import WanWorld
 
 
 def test_the_cache_is_opened_once_however_often_a_caption_is_asked_for(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from cfjax.core.cli import keys_of
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder
-from cfjax.experiment import Data, thawed
+from cfjax.experiment.config import Data, thawed
 from cfjax.training.checkpoint import FOLDER, read_meta
 from cfjax.training.plain import from_json, to_json
 
