@@ -121,11 +121,7 @@ def precompute_source(c: ConfigDict) -> Path:
         part_items=c.part_items,
         layout=layout,
         job=job,
-        description={
-            "world_path": c.world,
-            "text_encoder": {"name": world.text_name, "world": world.fingerprint()},
-            **about["manifest"],
-        },
+        description={"world_path": c.world, "text_encoder": text_encoder, **about["manifest"]},
         listing=listed(source) if isinstance(source, ClipSource) else None,
         same={"lmdb": partial(is_job_of, rows=source.rows)} if isinstance(source, LmdbSource) else None,
     )

@@ -32,7 +32,9 @@ from cfjax.rollout.clips import Clips, Times
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
 from cfjax.rollout.stream import decode_step, seeded_noise
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
-from cfjax.worlds.wan import WanWorld, placed_template
+from cfjax.worlds.records import placed_template
+from cfjax.worlds.wan import WanWorld
+from cfjax.worlds.world import WorldParts
 from tests.commands import cfjax
 from tests.synthetic import write_causal_forcing_pt, write_taehv, write_wan_folder
 from tests.tiny import relative
@@ -158,7 +160,7 @@ def test_image_to_video_begins_with_the_encoded_picture(root, run, tmp_path):
     keys = {"image": tmp_path / "picture.png", "frames": 13, "independent_first_frame": True}
     assert generate(root, tmp_path / "out", **keys) == 0
     latents = read_latents(written(tmp_path / "out", ".safetensors")[0])
-    world = WanWorld.load(root / "wan" / "world", with_text=False)
+    world = WanWorld.load(root / "wan" / "world", WorldParts(with_text=False))
     assert latents.shape == (4, 4, 4, 16)
     encoded = world.encode(jnp.asarray(read_image(tmp_path / "picture.png", SIDE, SIDE)[None]))
     np.testing.assert_array_equal(latents[:1], encoded[0])
@@ -180,7 +182,7 @@ def test_the_bidirectional_release_generates_with_its_own_decoder(root, tmp_path
     record = json.loads((tmp_path / "settings.json").read_text())
     assert (record["network_calls"], record["kv_cache_bytes"], record["blocks"]) == (4, 0, None)
     assert frames_of(written(tmp_path, ".mp4")[0]).shape == (1, SIDE, SIDE, 3)
-    world = WanWorld.load(root / "wan" / "world", with_text=False)
+    world = WanWorld.load(root / "wan" / "world", WorldParts(with_text=False))
     latents = jnp.asarray(read_latents(written(tmp_path, ".safetensors")[0]))[None]
     pixels = to_uint8(np.asarray(decode_step(world.codec, latents, world.codec.init_state(1))[0]))[0]
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
@@ -379,8 +381,8 @@ def test_a_mended_file_goes_on_and_a_picture_counts_by_its_content(root, picture
 def test_many_pictures_need_one_encoder(root, pictures, monkeypatch):
     """Beside another decoder the Wan VAE is read once for all of them."""
     loads = []
-    load = importlib.import_module("cfjax.generate").load_codec
-    monkeypatch.setattr("cfjax.generate.load_codec", lambda *args: loads.append(args) or load(*args))
+    load = importlib.import_module("cfjax.worlds.wan").load_codec
+    monkeypatch.setattr("cfjax.worlds.wan.load_codec", lambda *args: loads.append(args) or load(*args))
     assert generate(root, pictures / "out", **requests(pictures, ("A cat", "a.png"), ("A dog", "b.png"))) == 0
     assert len(loads) == 1
 
