@@ -56,7 +56,7 @@ from cfjax.models.text_cache import TextCache, fill, read_rows
 from cfjax.rollout.clips import Clips, Timings, cache_bytes, make_clips
 from cfjax.rollout.generate import ManyStep
 from cfjax.rollout.sizes import pixel_frames
-from cfjax.rollout.stream import seeded_noise
+from cfjax.rollout.stream import Pipeline, seeded_noise
 from cfjax.worlds.world import WorldParts
 
 DESCRIPTION = """Generates videos with a run that was trained here or converted: text to video, image to video, and the
@@ -293,12 +293,9 @@ def generate_batches(
             first = [latents for request in rows if (latents := given(request)) is not None]
             guided = isinstance(job.sampler, ManyStep)
             clips = make_clips(
-                job.run.model,
-                job.run.world.codec,
+                Pipeline(job.run.model, job.run.world.codec, job.sampler, job.blocks),
                 read_rows(texts, [request.prompt for request in rows]),
                 read_rows(texts, [job.negative_prompt if guided else rows[0].prompt])[0],
-                job.sampler,
-                job.blocks,
                 seeded_noise(np.array([request.seed for request in rows], np.uint32), programs),
                 job.sizes,
                 given_BFHWC=np.stack(first) if first else None,

@@ -74,7 +74,7 @@ def frames_of(file: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def run(root) -> Run:
-    return open_run(str(root / "dmd"), decoder="tiny_vae", precision="float32")
+    return open_run(str(root / "dmd"), parts=WorldParts("tiny_vae"), precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_the_bidirectional_release_generates_with_its_own_decoder(root, tmp_path
 
 
 def test_tiles_overlap_by_a_quarter(root):
-    run = open_run(str(root / "wan"), with_text=False)
+    run = open_run(str(root / "wan"), parts=WorldParts(with_text=False))
     decode = tiled_decoder(ConfigDict({"tile": 256}), run)
     assert decode.func is decode_tiled and decode.args == (run.world.codec,)
     assert decode.keywords == {"tile": (256, 256), "stride": (192, 192), "frames": 1}
@@ -202,7 +202,9 @@ def test_a_guided_sampler_gets_the_negative_prompt(sampler, encoded, monkeypatch
     """Encoded together with the prompts, in one loading of the encoder; a few-step sampler has no use for it."""
     asked: list[list[str]] = []
     monkeypatch.setattr("cfjax.generate.fill", lambda load, texts, captions: asked.append(captions))
-    job: Any = SimpleNamespace(run=SimpleNamespace(world=None), sampler=sampler, negative_prompt="bad")
+    job: Any = SimpleNamespace(
+        run=SimpleNamespace(world=SimpleNamespace(load_text=None)), sampler=sampler, negative_prompt="bad"
+    )
     encode_texts(job, TextCache(tmp_path, "", 8), ["four"])
     assert asked == [encoded]
 
@@ -212,7 +214,8 @@ def test_a_guided_sampler_gets_the_negative_prompt(sampler, encoded, monkeypatch
 
 def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
     """What enters a product in bfloat16 anyway is kept in it: not a bit of the flow changes."""
-    loaded = open_run(str(root / "dmd"), precision="bfloat16", with_text=False, decoder="tiny_vae").model
+    parts = WorldParts("tiny_vae", with_text=False)
+    loaded = open_run(str(root / "dmd"), precision="bfloat16", parts=parts).model
     wide = load_role(root / "dmd", "student", placed_template(lambda: Wan(loaded.config, jax.random.key(0))))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded)} == {"bfloat16", "float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(wide)} == {"float32"}
@@ -230,7 +233,7 @@ def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
 def test_a_run_tells_its_sizes_itself(run):
     assert (run.stage, run.step, run.latent_shape, run.averaged) == ("dmd", 0, (6, 4, 4, 16), False)
     assert (run.model.config.dim, run.model.config.text_dim, run.model.config.remat) == (48, 32, "none")
-    assert run.world.width == 32 and run.world.fps == 16 and "过曝" in run.world.negative_prompt
+    assert run.world.text_width == 32 and run.world.fps == 16 and "过曝" in run.world.negative_prompt
 
 
 def test_runs_trained_here_open_too(root, run, tmp_path):
@@ -384,7 +387,7 @@ def test_many_pictures_need_one_encoder(root, pictures, monkeypatch):
     load = importlib.import_module("cfjax.worlds.wan").load_codec
     monkeypatch.setattr("cfjax.worlds.wan.load_codec", lambda *args: loads.append(args) or load(*args))
     assert generate(root, pictures / "out", **requests(pictures, ("A cat", "a.png"), ("A dog", "b.png"))) == 0
-    assert len(loads) == 1
+    assert [args[1] for args in loads] == ["tiny_vae", "vae"]
 
 
 @pytest.mark.slow

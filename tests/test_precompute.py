@@ -177,7 +177,7 @@ def test_one_shard_of_three_leaves_the_rest_to_the_others(clips, world, tmp_path
         ({"source": ""}, "source=''"),
         ({"output": ""}, "output=''"),
         ({"source": "/nowhere"}, "no such folder"),
-        ({"world": "/nowhere"}, "no world there"),
+        ({"world": "/nowhere"}, "no world here"),
         ({"height": 20}, "multiples of 8 and 8"),
         ({"fit": "letterbox"}, "fit='letterbox'"),
         ({"dtype": "int8"}, "dtype='int8'"),

@@ -1,6 +1,6 @@
 """Opening what was trained or converted: (weights, config, world) of a run directory or an exported model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from cfjax.models.resting import resting
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
+from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
 from cfjax.training.checkpoint import load_role
 from cfjax.worlds.assets import META_FILE, asset
 from cfjax.worlds.open import find_world, open_world, world_places
@@ -75,6 +76,29 @@ class Run:
         key = jax.random.key(seed + 1)
         sample = partial(_generate, sampler=self.sampler, blocks=self.blocks)
         return np.asarray(self.world.codec.decode(sample(self.model, noise, text, negative, key)))
+
+    def stream(self, captions: Sequence[str], *, seed: int = 0, latent_frames: int = 0) -> Iterator[np.ndarray]:
+        """Videos of some captions, block after block: the pixels that `cfjax generate` makes of the same seed.
+
+        Args:
+          seed: of every caption's noise.
+          latent_frames: to generate; 0 is what the run was trained on.
+
+        Yields:
+          video_BPHWC of each block, float32 (not clipped), as soon as it is decoded; all frames of a bidirectional run.
+        """
+        frames, height, width, channels = self.latent_shape
+        text, negative = self.world.encode_prompts(captions), self.world.negative_text_SE()
+        text_kv = prompt_kv(self.model, jnp.asarray(text), jnp.asarray(negative), self.sampler)
+        blocks = stream(
+            Pipeline(self.model, self.world.codec, self.sampler, self.blocks),
+            text_kv,
+            seeded_noise(np.full(len(captions), seed, np.uint32)),
+            num_frames=latent_frames or frames,
+            latent_shape=(height, width, channels),
+            batch=len(captions),
+        )
+        yield from (video_BPHWC for video_BPHWC, _ in blocks)
 
 
 def open_run(

@@ -177,8 +177,9 @@ def _run(folder: Path) -> None:
 
 def _open_run(folder: Path) -> Any:
     from cfjax.experiment.runs import open_run
+    from cfjax.worlds.world import WorldParts
 
-    run = open_run(str(folder), with_model=False, with_text=False)
+    run = open_run(str(folder), with_model=False, parts=WorldParts(with_text=False))
     return {
         "stage": run.stage,
         "step": run.step,
