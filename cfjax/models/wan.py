@@ -170,7 +170,8 @@ class Wan(nnx.Module):
         self.time_projection = layers.Linear(dim, 6 * dim, keys[3])
         self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[4], config.num_layers))
         self.head_modulation = nnx.Param(layers.normal(dim**-0.5)(keys[5], (2, dim)))
-        self.head = layers.Linear(dim, config.out_dim * patch, keys[5], kernel_init=layers.zeros)
+        # Folded in, not split off: the keys of the other parameters, and so their values, do not depend on it.
+        self.head = layers.Linear(dim, config.out_dim * patch, jax.random.fold_in(key, 6), kernel_init=layers.zeros)
 
     def __call__(
         self, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, visibility: Visibility = FULL
