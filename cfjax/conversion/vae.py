@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
+from cfjax.conversion.rules import SAME, TRANSPOSED, Layout, Rule, export_module, import_module
 from cfjax.core.errors import UserError
 from cfjax.core.schema import Rule as Allowed
 from cfjax.core.schema import checked, number, several, shown, table
-from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.vae import VAEConfig, WanVAE, abstract_vae
 
 PUBLISHED = VAEConfig()
@@ -38,7 +37,6 @@ def _padded(axes: int, layout: Layout) -> Layout:
     return Layout(load, save)
 
 
-TRANSPOSED = Layout(load=lambda x, _: x.T, save=lambda x, _: x.T)
 LINEAR_3D, LINEAR_2D = _padded(3, TRANSPOSED), _padded(2, TRANSPOSED)
 SCALE_3D, SCALE_2D = _padded(3, SAME), _padded(2, SAME)
 
@@ -206,20 +204,10 @@ def _config_json(config: VAEConfig) -> dict[str, Any]:
 
 
 def import_vae(weights: Mapping[str, Any], config: VAEConfig, table: tuple[Rule, ...] = ORIGINAL) -> WanVAE:
-    """An autoencoder from a state dict of arrays, in host memory, in the dtypes of the source.
-
-    Args:
-      weights: name -> array (NumPy's, or anything `np.asarray` takes).
-      config: sizes; the state dict must fit exactly.
-      table: `ORIGINAL` or `DIFFUSERS`.
-
-    Raises:
-      UserError: the state dict does not fit.
-    """
-    template = abstract_vae(config)
-    return from_named(template, load_named(table, weights, named_leaves(template), config))
+    """`rules.import_module` of a state dict in the layout `ORIGINAL` or `DIFFUSERS`."""
+    return import_module(abstract_vae(config), table, weights, config)
 
 
 def export_vae(vae: WanVAE, table: tuple[Rule, ...] = ORIGINAL) -> dict[str, np.ndarray]:
-    """The state dict that `import_vae` reads back."""
-    return save_named(table, named_leaves(vae), vae.config)
+    """`rules.export_module`: the state dict that `import_vae` reads back."""
+    return export_module(table, vae)
