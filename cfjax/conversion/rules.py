@@ -52,6 +52,11 @@ SAME = Layout(load=lambda x, _: x, save=lambda x, _: x)
 TRANSPOSED = Layout(load=lambda x, _: x.T, save=lambda x, _: x.T)  # linear weights: PyTorch's [out, in], ours [in, out]
 
 
+def kernel_bias(ours: str, theirs: str, kernel: Layout = TRANSPOSED, bias: Layout = SAME) -> tuple[Rule, Rule]:
+    """A layer's kernel and bias, which PyTorch calls weight and bias."""
+    return Rule(f"{ours}/kernel", f"{theirs}.weight", kernel), Rule(f"{ours}/bias", f"{theirs}.bias", bias)
+
+
 @dataclass(frozen=True)
 class _Row:
     """A rule applied to one of our names: the other side's names, one or one per layer."""

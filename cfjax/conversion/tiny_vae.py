@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cfjax.conversion.rules import SAME, Layout, Rule, export_module, import_module
+from cfjax.conversion.rules import Layout, Rule, export_module, import_module, kernel_bias
 from cfjax.core.errors import UserError
 from cfjax.models.tiny_vae import BLOCKS, TinyVAE, TinyVAEConfig, abstract_tiny_vae
 
@@ -32,7 +32,7 @@ def _grow(stage: int) -> Layout:
 
 
 def _conv(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    return Rule(f"{ours}/kernel", f"{theirs}.weight", KERNEL), Rule(f"{ours}/bias", f"{theirs}.bias", SAME)
+    return kernel_bias(ours, theirs, KERNEL)
 
 
 def _blocks(ours: str, theirs: str, first: int) -> list[Rule]:
