@@ -179,23 +179,24 @@ def test_functions_are_short_and_take_few_parameters():
 
 
 def opaque_keywords(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
-    """Lines of calls with `**values` where the function made `values` as a dict display: no type checker sees them."""
+    """Lines of calls with `**values` where the function made `values` as {"name": ...}: no type checker sees them."""
     made = {
         target.id
         for node in ast.walk(function)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict | ast.DictComp)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        if isinstance(node.value, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.value.keys)
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(target, ast.Name)
     }
     calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
     splats = [(call.lineno, keyword.value) for call in calls for keyword in call.keywords if keyword.arg is None]
-    return [
-        line for line, value in splats if isinstance(value, ast.Dict | ast.DictComp) or getattr(value, "id", "") in made
-    ]
+    return [line for line, value in splats if getattr(value, "id", "") in made]
 
 
 def test_keyword_arguments_are_written_where_they_are_passed():
-    wrong = [f"{file}:{line}" for file, tree in FILES.items() for f in functions(tree) for line in opaque_keywords(f)]
+    """But for calls of the PyTorch reference, whose classes take any."""
+    ours = {file: tree for file, tree in FILES.items() if not file.startswith("comparison/reference")}
+    wrong = [f"{file}:{line}" for file, tree in ours.items() for f in functions(tree) for line in opaque_keywords(f)]
     assert not wrong
 
 
