@@ -37,6 +37,12 @@ NOT_VERBS = {"__init__.py", "__main__.py", "presets.py"}
 MADE_OF_VERBS = {"quickstart.py", "study.py"}
 # Training, plans and preview samples take an `Experiment`; only what makes one, or opens a run, reads a ConfigDict.
 WITHOUT_CONFIG = {"train.py", "plan.py", "experiment/preview.py", "experiment/programs.py", "experiment/notes.py"}
+# The files of experiment/ in the order in which they may import each other, from the first to the last.
+EXPERIMENT = (
+    *("presets", "record", "reference", "stage", "data", "networks", "build"),  # a config becomes an Experiment
+    *("programs", "notes", "resume", "preview"),  # what is done with one
+    *("runs", "job", "measure"),  # what was trained, opened
+)
 ML_COLLECTIONS_IN_LIBRARY = {"core/cli.py"}  # besides experiment/: ConfigDict stops there
 # Where arrays are made contiguous for the library, which takes their memory as it lies. generate.py is to follow.
 WRITES_SAFETENSORS = {"core/tensor_files.py"}
@@ -99,6 +105,15 @@ def test_only_verbs_see_a_config_dict():
         if room_of(f) not in (None, "experiment") and any(n.startswith("ml_collections") for n in imports(tree))
     }
     assert found <= ML_COLLECTIONS_IN_LIBRARY
+
+
+def test_the_files_of_experiment_import_in_order():
+    assert set(EXPERIMENT) == {Path(file).stem for file in FILES if room_of(file) == "experiment"} - {"__init__"}
+    for place, name in enumerate(EXPERIMENT):
+        used = {
+            module.split(".")[2] for module in imports(FILES[f"experiment/{name}.py"]) if "cfjax.experiment." in module
+        }
+        assert used <= set(EXPERIMENT[:place]), name
 
 
 def test_training_plans_and_previews_take_an_experiment():
