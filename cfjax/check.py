@@ -12,7 +12,7 @@ from cfjax.data.check import check_dataset
 from cfjax.data.lmdb_files import is_lmdb
 from cfjax.data.parts import JOB
 from cfjax.data.records import MANIFEST
-from cfjax.evaluation.video_set import SETTINGS, latents_name, look
+from cfjax.evaluation.video_set import SETTINGS, latents_name, read_set
 from cfjax.training.checkpoint import FOLDER
 from cfjax.training.sums import faults
 
@@ -126,12 +126,12 @@ def _listed(place: Path) -> Iterator[str]:
 
 def _videos(place: Path, found: Findings, *, summed: bool) -> Iterator[str]:
     """Sizes of the videos that are recorded as finished; their bits are in the sums, which a set gets at its end."""
-    videos = look(place, resume=True)
+    videos = read_set(place, resume=True)
     found.kinds.append(f"{len(videos.done)} finished videos of {len(videos.asked)}")
     if not summed:
         found.unsure.append(f"{place} has no checksums, which come when all videos are made: sizes were compared")
     for line in videos.done.values():
-        if not videos.mp4_stands(line):
+        if not videos.mp4_unchanged(line):
             yield f"{place}/{line.file}: missing, or not of {line.bytes} bytes"
-        if line.latents is not None and not videos.latents_stand(line):
+        if line.latents is not None and not videos.latents_unchanged(line):
             yield f"{place}/{latents_name(line.file)}: missing, or not of {line.latents} bytes"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
-from cfjax.core.paths import check_checkpoints, local_path, told_when_refused
-from cfjax.core.precision import Policy
+from cfjax.core.paths import check_checkpoints, local_path, reporting_storage_errors
+from cfjax.core.precision import Policy, to_record
 from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.experiment.record import SIZES, read_run
 from cfjax.models.wan import PRESETS, WanConfig
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
         with (
             tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar,
-            told_when_refused(workdir, "nothing was changed there"),
+            reporting_storage_errors(workdir, "nothing was changed there"),
             staging(workdir) as partial,
         ):
             tensors = _write(c, source, partial, workdir, bar.update)
@@ -177,7 +177,7 @@ def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: C
             arrays = {f"params/{each.role}/{name}": x.watched(watch) for name, x in network.arrays.items()}
             meta = {
                 "stage": network.kind,
-                "model": asdict(network.config),
+                "model": to_record(network.config),
                 "fingerprint": fingerprint(network.arrays),
                 "source": _source_record(network),
             }
@@ -217,7 +217,7 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
             precision=Policy(compute=role.precision),
         )
         role.preset = preset_of(config)
-        models[each.role] = asdict(config)
+        models[each.role] = to_record(config)
     if not any(each.ema for each in transformers):
         experiment.ema = ConfigDict()
     elif "student" not in experiment.ema:

@@ -24,7 +24,8 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
-from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, told_when_refused, unusable
+from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, reporting_storage_errors, unusable
+from cfjax.core.precision import to_record
 from cfjax.core.programs import Programs
 from cfjax.core.tensor_files import save_tensors
 from cfjax.data.captions import Columns
@@ -33,14 +34,14 @@ from cfjax.evaluation.pages import SheetPages, sheet_pages
 from cfjax.evaluation.video import to_uint8, write_mp4
 from cfjax.evaluation.video_set import (
     Found,
-    Survey,
+    SetPlan,
     VideoSet,
-    asked_videos,
     check_free,
     check_same,
     latents_name,
-    look,
-    survey,
+    plan_set,
+    read_set,
+    requested_videos,
 )
 from cfjax.experiment.job import (
     Job,
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         default_workdir="runs/generate",
         bucket=True,
     )
-    with holding(workdir), told_when_refused(workdir, RESUME):
+    with holding(workdir), reporting_storage_errors(workdir, RESUME):
         generate(c, workdir)
     return 0
 
@@ -103,14 +104,14 @@ def generate(c: ConfigDict, workdir: Path) -> None:
     """
     begun = time.perf_counter()
     job = open_job(c, workdir)
-    videos = VideoSet(workdir, asked_videos(job.requests, job.hashes), settings(c, job))
-    found = look(workdir, resume=c.resume)
+    videos = VideoSet(workdir, requested_videos(job.requests, job.hashes), settings(c, job))
+    found = read_set(workdir, resume=c.resume)
     if c.resume and found.asked:
         check_same(found, videos.settings, DECIDING)
-    todo = survey(found, videos.asked, latents=c.save_latents, overwrite=c.overwrite)
+    todo = plan_set(found, videos.asked, latents=c.save_latents, overwrite=c.overwrite)
     batches = batches_of(len(job.requests), job.batch, set(todo.make))
     check_requests(c, job, [n for numbers in batches for n in numbers])
-    if tell_found(found, todo, videos):
+    if report_found(found, todo, videos):
         return
     seconds = {"open": time.perf_counter() - begun}
     measured = make_videos(c, job, videos, found, todo, batches, seconds)
@@ -137,7 +138,7 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
     )
     check_writable(workdir)
     if not (c.resume or c.overwrite):
-        check_free(workdir, asked_videos(requests, {}), latents=c.save_latents)
+        check_free(workdir, requested_videos(requests, {}), latents=c.save_latents)
     run = open_run(
         c.run,
         ema=c.ema,
@@ -161,7 +162,7 @@ def batches_of(count: int, batch: int, make: set[int]) -> list[range]:
     return [numbers for numbers in starts if make.intersection(numbers)]
 
 
-def tell_found(found: Found, todo: Survey, videos: VideoSet) -> bool:
+def report_found(found: Found, todo: SetPlan, videos: VideoSet) -> bool:
     """Says what is there already; whether that is everything."""
     if todo.unasked:
         first = ", ".join(todo.unasked[:3]) + (", ..." if todo.unasked[3:] else "")
@@ -187,7 +188,7 @@ def make_videos(
     job: Job,
     videos: VideoSet,
     found: Found,
-    todo: Survey,
+    todo: SetPlan,
     batches: Sequence[range],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
@@ -358,7 +359,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
     device, run, sizes = jax.devices()[0], job.run, job.sizes
     frames, height, width = sizes.pixels()
     codec, decoder = run.world.codec, c.decoder if isinstance(run.world, WanWorld) else "patch"
-    precision = asdict(codec.config.precision) if isinstance(codec, WanVAE | TinyVAE) else None
+    precision = codec.config.precision.to_record() if isinstance(codec, WanVAE | TinyVAE) else None
     return {
         "config": c.to_dict(),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
@@ -370,7 +371,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
             "averaged": run.averaged,
             "weights": weights_hash(run),
         },
-        "network": asdict(run.model.config),
+        "network": to_record(run.model.config),
         "world": run.world.fingerprint(),
         "decoder": {"name": decoder, "tile": c.tile, "precision": precision, "weights": codec_hash(run, c.decoder)},
         "frames": frames,
@@ -414,7 +415,7 @@ def peak_host_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def report(todo: Survey, workdir: Path, record: dict[str, Any]) -> None:
+def report(todo: SetPlan, workdir: Path, record: dict[str, Any]) -> None:
     """Three lines on the terminal, or one when only what describes the videos was written."""
     if not todo.make:
         return say(f"all {len(record['videos'])} videos are in {workdir}; contact sheets and settings tell so now")

@@ -16,7 +16,7 @@ from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import write_atomically
-from cfjax.core.sharding import abstract_mesh, batch_places, batch_sharding, make_mesh, on_mesh, replicated
+from cfjax.core.sharding import abstract_mesh, batch_sharding, batch_shards, make_mesh, on_mesh, replicated
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
 from cfjax.experiment.config import blocks_of, branch_config, dmd_config, optimizers_of, stage_of
 from cfjax.experiment.networks import codec_template, role_template, stage_memory, with_codec
@@ -31,7 +31,7 @@ from cfjax.planning.flops import count_flops
 from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.search import Candidate, candidates, overrides
 from cfjax.rollout.blocks import COUNTED_BLOCKS
-from cfjax.rollout.long_video import FIRST_ANEW, LAST_PICTURE
+from cfjax.rollout.long_video import FIRST_REENCODED, LAST_PICTURE
 from cfjax.rollout.self_forcing import BEFORE_EXIT, COMMIT
 from cfjax.training.memory import abstract_state, device_bytes, memory_table, needed_bytes
 from cfjax.training.placement import state_shardings
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     simulate_devices(topology)
     only = [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
-    plans = [plan(c, shapes, topology, devices, only=only, tell=True, keep=workdir if flags["hlo"] else None)]
+    plans = [plan(c, shapes, topology, devices, only=only, verbose=True, keep=workdir if flags["hlo"] else None)]
     report(c, plans[0])
     if flags["fit"] > 0:
         plans += smallest(c, shapes, plans[0], flags["fit"], only)
@@ -140,8 +140,8 @@ def batch_of(c: ConfigDict, shapes: Shapes, mesh: Mesh | None) -> dict[str, jax.
     return {name: jax.ShapeDtypeStruct(*of, sharding=where(name)) for name, of in arrays.items()}
 
 
-def expected_runs(c: ConfigDict, frames: int) -> dict[str, float]:
-    """How often that runs on average whose course is drawn, by scope (`planning.trips`), for clips of so many frames.
+def expected_trip_counts(c: ConfigDict, frames: int) -> dict[str, float]:
+    """Mean trip counts of loops and branches that are drawn, by scope (`planning.trip_counts`), for `frames` latents.
 
     Loops: steps before the exit; a long rollout's blocks, and the latents before its window. Conditionals: all blocks
     but the last are committed; windows after the start, of all; a branch's layers, of all; corrective clips, of all.
@@ -160,7 +160,7 @@ def expected_runs(c: ConfigDict, frames: int) -> dict[str, float]:
     if long:
         least, most = long.counts(blocks)
         runs[COUNTED_BLOCKS] = (least + most) / 2 - blocks.independent_first_frame
-        runs[FIRST_ANEW] = (most - least) / (most - least + 1)
+        runs[FIRST_REENCODED] = (most - least) / (most - least + 1)
         runs[LAST_PICTURE] = (most - least + 1) / 2 * blocks.frames  # of windows after the start
     number = (least + most) / 2 if long else len(blocks.spans(frames))
     runs[COMMIT] = (number - 1) / number
@@ -198,7 +198,9 @@ def whole_flops(c: ConfigDict, shapes: Shapes, role: str, *, remat: bool, codec:
     state = abstract_state(stage, models, txs)
     frozen = {name: model for name, model in models.items() if name not in stage.losses} | with_codec(codec)
     update = make_update(stage, role, txs[role], accumulate=c.optim[role].accumulate)
-    return count_flops(update, state, frozen, batch_of(c, shapes, None), trips=expected_runs(c, shapes.latents[0]))
+    return count_flops(
+        update, state, frozen, batch_of(c, shapes, None), trip_counts=expected_trip_counts(c, shapes.latents[0])
+    )
 
 
 def lower_update(
@@ -223,7 +225,7 @@ def plan(
     devices: Sequence[Any],
     *,
     only: Sequence[str],
-    tell: bool = False,
+    verbose: bool = False,
     keep: Path | None = None,
 ) -> Plan:
     """Compiles the updates of `c` (those of `only`, or all) for `devices`.
@@ -241,7 +243,7 @@ def plan(
     txs = optimizers_of(c, stage)
     mesh = make_mesh(**c.mesh.to_dict(), devices=devices)
     for role in stage.losses:
-        parts = batch_places(mesh) * c.optim[role].accumulate
+        parts = batch_shards(mesh) * c.optim[role].accumulate
         if c.data.batch_size % parts:
             raise UserError(
                 f"data.batch_size={c.data.batch_size} does not divide over mesh data x fsdp x optim.{role}.accumulate"
@@ -250,16 +252,16 @@ def plan(
     used, attention = with_attention(c, topology.chip.platform)
     codec = codec_template(c, shapes.latents[-1])
     memory = stage_memory(used, stage, txs, shapes.latents[-1], shapes.text[-1], mesh, codec=codec)
-    if tell:
+    if verbose:
         say(f"{c.stage} on {topology.name}, {len(devices)} devices; before activations, GiB per device:")
         say("\n".join(memory_table(memory)))
-    costs, trips = [], expected_runs(c, shapes.latents[0])
+    costs, trip_counts = [], expected_trip_counts(c, shapes.latents[0])
     for role in only or stage.losses:
         needed, executed = (
             whole_flops(c, shapes, role, remat=remat, codec=codec) / len(devices) for remat in (False, True)
         )
         lowered, arguments = lower_update(used, stage, txs, shapes, mesh, role)
-        cost = compile_update(role, lowered, topology, arguments=arguments, trips=trips, keep=keep)
+        cost = compile_update(role, lowered, topology, arguments=arguments, trip_counts=trip_counts, keep=keep)
         costs.append(replace(cost, flops=needed, executed=executed))
     accumulate = {role: c.optim[role].accumulate for role in stage.losses}
     return Plan(topology, c.mesh.to_dict(), c.data.batch_size, accumulate, attention, needed_bytes(memory), costs)

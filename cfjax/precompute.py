@@ -25,7 +25,7 @@ from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource,
 from cfjax.data.latents import read_json
 from cfjax.data.listing import listed
 from cfjax.data.lmdb_files import is_lmdb
-from cfjax.data.lmdb_places import describe_lmdb, is_job_of, lmdb_job, text_beside
+from cfjax.data.lmdb_paths import default_text_path, describe_lmdb, is_same_job, lmdb_job
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.merge import merge, merge_writer, name_of, open_members
 from cfjax.data.parts import SetWriter
@@ -123,7 +123,7 @@ def precompute_source(c: ConfigDict) -> Path:
         job=job,
         description={"world_path": c.world, "text_encoder": _text_record(world), **about["manifest"]},
         listing=listed(source) if isinstance(source, ClipSource) else None,
-        same={"lmdb": partial(is_job_of, rows=source.rows)} if isinstance(source, LmdbSource) else None,
+        same={"lmdb": partial(is_same_job, rows=source.rows)} if isinstance(source, LmdbSource) else None,
     )
     shard, shards = shard_of(c)
     before = set(writer.skipped())
@@ -144,16 +144,16 @@ def precompute_source(c: ConfigDict) -> Path:
             progress=c.progress,
             report=about.get("report", {}),
         )
-    _tell(writer, complete, [s for s in writer.skipped() if s not in before])
+    _report(writer, complete, [s for s in writer.skipped() if s not in before])
     return writer.path
 
 
 def output_of(c: ConfigDict) -> Path:
     """The new set's folder: `c.output`, or beside an LMDB."""
-    return Path(c.output) if c.output else text_beside(c.source)
+    return Path(c.output) if c.output else default_text_path(c.source)
 
 
-def _tell(writer: SetWriter, complete: bool, skipped: Sequence[Any]) -> None:
+def _report(writer: SetWriter, complete: bool, skipped: Sequence[Any]) -> None:
     for one in skipped[:SHOWN]:
         say(f"left out {one.name}: {one.reason}")
     if len(skipped) > SHOWN:
@@ -189,7 +189,7 @@ def _open_clips(c: ConfigDict, world: World | WanWorld) -> Opened:
         "job": {"clips": listing, "format": asdict(wanted), "codec": codec},
         "manifest": {"codec": codec, "source": {"name": "clips", "path": c.source, **asdict(wanted)}},
         "report": {"passed_over": dict(found.passed_over)},
-        "say": found.told(),
+        "say": found.notes(),
     }
     encode = video_encoder(world.codec, c.encode_frames)
     return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode
@@ -255,7 +255,7 @@ def merge_sets(given: str, c: ConfigDict) -> Path:
         say(f"the same twice: {name_of(members, item)}, and {name_of(members, earlier)}")
     if twice:
         say(f"{len(twice)} records hold the same as one of another set (report.json says which); all are kept")
-    _tell(writer, complete, writer.skipped())
+    _report(writer, complete, writer.skipped())
     return writer.path
 
 
@@ -355,7 +355,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
             solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
             _solve_parts(c, data, writer, todo, partial(solve, teacher))
         complete = writer.finish()
-    _tell(writer, complete, writer.skipped())
+    _report(writer, complete, writer.skipped())
     return target
 
 
@@ -369,8 +369,10 @@ def _check_made(c: ConfigDict, target: Path) -> None:
     teacher = [f"roles.teacher.{name}" for name in ("init", "init_role", "init_ema")]
     objective = [f"objective.{name}" for name in c.objective]
     keys = [*objective, *pairs_layout(c, c.objective.method), *teacher, "data.name", "pairs", "seed", "text_dtype"]
-    if told := difference(made, c, keys):
-        raise UserError(f"{target} was made with {told}; choose another --config.output, or remove it to make it anew")
+    if mismatch := difference(made, c, keys):
+        raise UserError(
+            f"{target} was made with {mismatch}; choose another --config.output, or remove it to make it anew"
+        )
 
 
 def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) -> SetWriter:

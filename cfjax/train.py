@@ -39,7 +39,7 @@ from cfjax.experiment.networks import (
 )
 from cfjax.experiment.preview import make_monitor
 from cfjax.experiment.reference import faithful
-from cfjax.experiment.resume import changes, checkpoint_of, tell_changes, tell_dataset
+from cfjax.experiment.resume import changes, checkpoint_of, report_changes, report_dataset
 from cfjax.models.codec import Codec
 from cfjax.models.wan import Wan, preset
 from cfjax.objectives.stage import Stage
@@ -81,7 +81,7 @@ def train(c: ConfigDict, workdir: Path, *, given: Collection[str] = ()) -> Train
     earlier = _earlier(c, stage, workdir, given)
     data = _in_turn(lambda: open_data(c))
     if earlier:
-        tell_dataset(earlier, data, workdir, accept=c.accept_changes)
+        report_dataset(earlier, data, workdir, accept=c.accept_changes)
     codec = codec_of(c, data)
     check_mesh(c, data.dataset.latent_shape)
     txs, mesh = optimizers_of(c, stage), mesh_of(c)
@@ -142,7 +142,7 @@ def _earlier(c: ConfigDict, stage: Stage, workdir: Path, given: Collection[str])
     same_blocks(c, earlier, f"--workdir={workdir}: the run in it", "name another workdir")
     check_blocks(c, set(c.roles) - set(stage.losses))  # those that train go on with their own weights
     found = changes(earlier["config"], c, stage.losses, given)
-    tell_changes(found, earlier, workdir, accept=c.accept_changes)
+    report_changes(found, earlier, workdir, accept=c.accept_changes)
     return earlier
 
 
@@ -158,8 +158,8 @@ def _models(c: ConfigDict, stage: Stage, data: Data, mesh: Mesh | None, *, going
 
 def _batches(c: ConfigDict, data: Data, rows: Sequence[int]) -> LatentIterator:
     """The stream of batches, of which this process reads `rows`."""
-    tell = say if jax.process_index() == 0 else lambda _: None
-    return make_iterator(data.dataset, c.data.batch_size, c.seed, rows=rows, accept_changes=c.accept_changes, tell=tell)
+    log = say if jax.process_index() == 0 else lambda _: None
+    return make_iterator(data.dataset, c.data.batch_size, c.seed, rows=rows, accept_changes=c.accept_changes, log=log)
 
 
 def work_of(c: ConfigDict, stage: Stage, data: Data, codec: Codec | None = None) -> Work:

@@ -200,10 +200,10 @@ def test_the_reference_switch_sets_quirks_and_numbers(capsys):
         toy, full = (faithful(shipped(name + arg, reference=True)) for arg in (":toy", ""))
         known = keys_of(full)
         assert {key: keys_of(toy)[key] for key in stage if key in known} == {k: known[k] for k in stage if k in known}
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 * len(REFERENCE) and all(line.startswith("reference: ") for line in told)
-    assert "reference: objective.guidance 3.0 -> 6" in told  # Q8, the toy's pairs
-    assert "reference: ema.student.start 0 -> 2000000000" in told
+    message = capsys.readouterr().out.splitlines()
+    assert len(message) == 2 * len(REFERENCE) and all(line.startswith("reference: ") for line in message)
+    assert "reference: objective.guidance 3.0 -> 6" in message  # Q8, the toy's pairs
+    assert "reference: ema.student.start 0 -> 2000000000" in message
     assert (
         shipped("dmd:toy").ema.student.to_dict() != faithful(shipped("dmd:toy", reference=True)).ema.student.to_dict()
     )
@@ -237,7 +237,7 @@ def test_a_number_written_short_is_the_references(capsys):
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "value", "told"),
+    ("config", "key", "value", "message"),
     [
         ("dmd", "cadence__student", 0, "use 1"),
         ("dmd", "cadence__student", -5, "use 1"),
@@ -259,9 +259,9 @@ def test_a_number_written_short_is_the_references(capsys):
         ("dmd", "blocks__window", -21, "or more"),
     ],
 )
-def test_a_value_that_cannot_be_is_told_by_its_key(config, key, value, told):
+def test_a_value_that_cannot_be_is_told_by_its_key(config, key, value, message):
     c = shipped(config, **{key: value})
-    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{told}"):
+    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{message}"):
         experiment.optimizers_of(c, experiment.stage_of(c))
         experiment.sampler_of(c)
 
@@ -404,7 +404,7 @@ def test_existing_pairs_are_left_alone(chain, capsys):
     for cut in ({}, {"part_items": 2, "shard": 1, "shards": 2, "data__batch_size": 2}):
         assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **{**pairs_keys(chain), **cut}) == 0
         assert "exists already" in capsys.readouterr().out
-    for words, keys, told in [
+    for words, keys, message in [
         ("toy,framewise", {}, "blocks.frames=3, not 1"),
         ("toy,bidirectional", {"output": "pairs"}, "objective.method='full', not 'bidirectional'"),
         ("toy", {"roles__teacher__init": chain / "ode"}, f"roles.teacher.init='{chain / 'ar'}', not "),
@@ -412,14 +412,14 @@ def test_existing_pairs_are_left_alone(chain, capsys):
     ]:
         assert cfjax("precompute", f"ode_pairs.py:{words}", chain / "none", **{**pairs_keys(chain), **keys}) == 2
         error = one_line(capsys)
-        assert f"pairs was made with {told}" in error and "another --config.output, or remove it" in error
+        assert f"pairs was made with {message}" in error and "another --config.output, or remove it" in error
     assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **pairs_keys(chain), output="clips") == 2
     assert "clips holds a dataset that configs/ode_pairs.py did not make" in one_line(capsys)
     assert manifest.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("words", "keys", "told"),
+    ("words", "keys", "message"),
     [
         ("toy", {"objective__steps": "(1000,800,500,250)"}, "objective.steps=(1000, 750, 500, 250), not (1000, 800, "),
         ("toy", {"objective__shift": 3.0}, "objective.shift=5.0, not 3.0"),
@@ -428,10 +428,10 @@ def test_existing_pairs_are_left_alone(chain, capsys):
         ("toy,bidirectional_pairs", {"data__name": "pairs"}, "objective.method='full', but objective.past='endpoint' "),
     ],
 )
-def test_pairs_of_other_settings_are_refused(chain, tmp_path, capsys, words, keys, told):
+def test_pairs_of_other_settings_are_refused(chain, tmp_path, capsys, words, keys, message):
     keys = {**tiny(chain), "roles__student__init": "", **keys}
     assert cfjax("train", f"ode_regression.py:{words}", tmp_path, **keys) == 2
-    assert f"pairs was made with {told}" in one_line(capsys)
+    assert f"pairs was made with {message}" in one_line(capsys)
 
 
 # ---- mistakes: exit code 2 and one line
@@ -500,16 +500,16 @@ def test_blocks_must_divide_the_clip(chain, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("data__channels", 8, "has other data.shapes, data.channels or data.text_length than the config"),
         ("data__shapes__frames", 9, "has other data.shapes, data.channels or data.text_length than the config"),
         ("data__clips", 32, "holds 64 clips, not data.clips=32"),
     ],
 )
-def test_data_that_stands_there_must_be_what_the_config_describes(chain, tmp_path, capsys, key, value, told):
+def test_data_that_stands_there_must_be_what_the_config_describes(chain, tmp_path, capsys, key, value, message):
     assert cfjax("train", "bidirectional.py:toy", tmp_path, **{**tiny(chain), key: value}) == 2
-    assert told in one_line(capsys)
+    assert message in one_line(capsys)
 
 
 # ---- an exported model

@@ -24,10 +24,10 @@ from cfjax.evaluation.video import to_uint8, write_mp4
 from cfjax.experiment.job import tiled_decoder
 from cfjax.experiment.runs import Run, open_run
 from cfjax.generate import encode_texts
-from cfjax.models.resting import RESTING
 from cfjax.models.text_cache import TextCache
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.models.wan import Wan, embed_text
+from cfjax.models.weight_storage import STORAGE_DTYPES
 from cfjax.rollout.clips import Clips, Times
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
 from cfjax.rollout.stream import decode_step, seeded_noise
@@ -221,7 +221,7 @@ def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
         return model(latents, jnp.full((1, 2), 0.7), embed_text(model, text))
 
     np.testing.assert_array_equal(flow(loaded, latents, text), flow(wide, latents, text))
-    moved = [pattern for pattern, rest in RESTING if rest == "compute"]
+    moved = [pattern for pattern, rest in STORAGE_DTYPES if rest == "compute"]
     assert len(moved) == 3
 
 
@@ -252,7 +252,7 @@ def test_runs_trained_here_open_too(root, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"height": 40}, "height=40: needs a multiple of 16 pixels; use 32 or 48"),
         ({"frames": 20}, "frames=20: blocks of 3 latent frames at 4 pixel frames each do not make it; use 9 or 21"),
@@ -278,10 +278,10 @@ def test_runs_trained_here_open_too(root, run, tmp_path):
         ({"run": "wan", "sampler__solver_steps": -1}, "-1"),
     ],
 )
-def test_mistakes_are_told_in_one_line(root, tmp_path, capsys, keys, told):
+def test_mistakes_are_told_in_one_line(root, tmp_path, capsys, keys, message):
     assert generate(root, tmp_path / "out", **keys) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -295,7 +295,7 @@ def sized(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "message"),
     [
         ("short.mp4", "too short: 9 of 21 frames at 16 per second"),
         ("few.npz", "holds latents (2, 4, 4, 16); needs 6 or more of (4, 4, 16)"),
@@ -304,10 +304,10 @@ def sized(tmp_path) -> Path:
         ("nowhere.mp4", "nowhere.mp4"),
     ],
 )
-def test_what_videos_go_on_from_is_read_before_the_weights(root, sized, capsys, monkeypatch, file, told):
+def test_what_videos_go_on_from_is_read_before_the_weights(root, sized, capsys, monkeypatch, file, message):
     monkeypatch.delattr("cfjax.generate.load_weights")
     assert generate(root, sized / "out", video=sized / file, given_frames=6, frames=33) == 2
-    assert told in capsys.readouterr().err and not (sized / "out").exists()
+    assert message in capsys.readouterr().err and not (sized / "out").exists()
 
 
 @pytest.fixture

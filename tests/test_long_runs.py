@@ -64,7 +64,7 @@ def test_the_toys_codec_is_its_worlds_and_short_rollouts_need_none():
 
 
 @pytest.mark.parametrize(
-    ("objective", "dataset", "told"),
+    ("objective", "dataset", "message"),
     [
         ({}, {}, "does not say which world it was made in, .*name it with --config.objective.codec_world"),
         ({"codec_world": "nowhere"}, {}, "nowhere has no vae"),
@@ -73,10 +73,10 @@ def test_the_toys_codec_is_its_worlds_and_short_rollouts_need_none():
         ({}, {"world_path": True, "channels": 48}, "has latents of 16 channels, data/prompts of 48"),
     ],
 )
-def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, dataset, told):
+def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, dataset, message):
     if dataset.get("world_path") is True:
         dataset = {**dataset, "world_path": str(world)}
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         codec_of(config(**objective), data(**dataset))
 
 

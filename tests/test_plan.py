@@ -91,8 +91,8 @@ def test_a_simulated_plan_counts_the_real_arguments(tmp_path, capsys):
     argv += ["--config.optim.student.name=adamw"]  # compiles faster than the toy's Muon
     argv += ["--topology=cpu:8", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", f"--workdir={tmp_path}"]
     assert main(argv) == 0
-    told = capsys.readouterr().out
-    assert "verdict: simulated, no verdict" in told and "chunked (stands in for a flash kernel)" in told
+    output = capsys.readouterr().out
+    assert "verdict: simulated, no verdict" in output and "chunked (stands in for a flash kernel)" in output
     (made,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
     (cost,) = made["costs"]
     assert made["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2} and made["fits"] is None
@@ -125,8 +125,8 @@ def test_a_simulated_plan_counts_the_real_arguments(tmp_path, capsys):
 def test_a_mistake_is_one_line(argv, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     assert main(["plan", *argv, f"--workdir={tmp_path}/w"]) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1 and not (tmp_path / "w").exists()
+    output = capsys.readouterr().err
+    assert message in output and output.count("\n") == 1 and not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize(("machine", "extra"), [("h100:1x8", "cfjax[gpu]"), ("v5e:2x4", "cfjax[tpu]")])
@@ -135,7 +135,7 @@ def test_a_compiler_that_is_not_installed_is_named(machine, extra, monkeypatch, 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     argv = ["--config=configs/dmd.py", f"--topology={machine}", "--config.mesh.fsdp=8", f"--workdir={tmp_path}"]
     assert main(["plan", *argv]) == 2
-    assert f"--topology={machine} needs" in (told := capsys.readouterr().err) and f"pip install '{extra}'" in told
+    assert f"--topology={machine} needs" in (output := capsys.readouterr().err) and f"pip install '{extra}'" in output
 
 
 def test_a_search_ends_at_the_first_machine_that_fits(monkeypatch, capsys):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from cfjax.comparison.report import Absent
+from cfjax.comparison.report import MissingPart
 from cfjax.core.errors import UserError
 from cfjax.core.precision import F32
 from cfjax.core.tree import map_named
@@ -70,7 +70,7 @@ def have(part: str, make: Callable[[], Any] | None) -> Any:
       Absent: the case has none.
     """
     if make is None:
-        raise Absent(f"there is no {part} to compare")
+        raise MissingPart(f"there is no {part} to compare")
     return make()
 
 

@@ -89,7 +89,7 @@ class Subject:
         return (low + (high - low) * self.case.uniform(name, *shape)).astype(np.int64)
 
 
-class NotThere(Exception):
+class NotInReference(Exception):
     """The reference has nothing to compare with; the message says why."""
 
 
@@ -122,7 +122,7 @@ class Probe:
         """The reference's results.
 
         Raises:
-          NotThere: this clone cannot give them.
+          NotInReference: this clone cannot give them.
         """
         return {name: np.asarray(x) for name, x in self.theirs(reference, subject).items()}
 
@@ -151,7 +151,7 @@ class Probe:
         """Runs both sides. What the clone does not have is one row that says so and does not fail."""
         try:
             theirs = self.run_theirs(reference, subject)
-        except NotThere as absent:
+        except NotInReference as absent:
             yield Row(self.part, self.what, (), math.nan, math.nan, math.nan, self.tolerance, "", str(absent), True)
             return
         yield from self.rows(subject, self.run_ours(subject), theirs)

@@ -152,12 +152,12 @@ def pick(checks: Mapping[str, Check[Subject]], only: str) -> dict[str, Check[Sub
     return {name: check for name, check in checks.items() if not names or name in names}
 
 
-class Absent(UserError):
+class MissingPart(UserError):
     """What a check needs is not there: a part that the run does not have."""
 
 
 def run_checks(
-    checks: Mapping[str, Check[Subject]], subject: Subject, tell: Callable[[str], None], *, strict: bool
+    checks: Mapping[str, Check[Subject]], subject: Subject, log: Callable[[str], None], *, strict: bool
 ) -> tuple[list[Row], dict[str, float]]:
     """All rows, and the seconds of every check.
 
@@ -171,14 +171,14 @@ def run_checks(
     rows: list[Row] = []
     seconds = {}
     for name, check in checks.items():
-        tell(f"  {name} ...")
+        log(f"  {name} ...")
         start = time.perf_counter()
         try:
             rows += check(subject)
-        except Absent as absent:
+        except MissingPart as absent:
             if strict:
                 raise UserError(f"--only={name}: {absent}") from None
-            tell(f"  {name} is left out: {absent}")
+            log(f"  {name} is left out: {absent}")
             continue
         seconds[name] = round(time.perf_counter() - start, 2)
     return rows, seconds

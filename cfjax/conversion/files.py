@@ -150,10 +150,10 @@ def _read_shards(path: Path) -> Arrays:
             if where.get(name) != shard:
                 raise UserError(f"{path.parent / shard}: {name} is not in the index {path.name}, or in another shard")
     out = {name: shards[shard][name] for name, shard in where.items()}
-    total, told = sum(x.nbytes for x in out.values()), index.get("metadata", {}).get("total_size")
-    if told is not None and told != total:
+    total, stated = sum(x.nbytes for x in out.values()), index.get("metadata", {}).get("total_size")
+    if stated is not None and stated != total:
         raise UserError(
-            f"{path}: the index tells of {told} bytes, the shards hold {total}; they belong to different files"
+            f"{path}: the index tells of {stated} bytes, the shards hold {total}; they belong to different files"
         )
     return out
 

@@ -100,7 +100,7 @@ def config_file(spec: str) -> tuple[Path, str]:
 
 
 def _located(spec: str) -> str:
-    """`spec` with the file that is really read."""
+    """`spec` with the path of the file that is read."""
     path, arg = config_file(spec)
     return f"{path}:{arg}" if arg else str(path)
 
@@ -115,7 +115,7 @@ def _load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def _load_plain(spec: str) -> ConfigDict:
-    """The config without overrides; whatever its file raises is told with the line it came from."""
+    """The config without overrides; an error that its file raises is reported with its line number."""
     try:
         return _load(spec)
     except Exception as error:
@@ -132,7 +132,7 @@ def _load_plain(spec: str) -> ConfigDict:
 
 
 def _load_overridden(spec: str, plain: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """The config with overrides of known keys; a value of another type is told with what stood there."""
+    """The config with overrides of known keys; an error for a value of another type names the default."""
     known = keys_of(plain)
     given: dict[str, str] = {}  # as ml_collections reads them; of a scalar the last one holds
     for arg in overrides:
@@ -238,10 +238,10 @@ def _own_values(verb: str, argv: list[str], own: Sequence[Flag]) -> dict[str, An
 
 
 def _workdir(given: str, verb: str, bucket: bool) -> Path:
-    """The folder of `--workdir`, which need not be there yet; `.` and `..` by their own names.
+    """The folder of `--workdir`, which need not exist yet; `.` and `..` are resolved.
 
     Raises:
-      UserError: it is no place for a run.
+      UserError: a run cannot be there.
     """
     if not given.strip() or _CONTROL.search(given):
         raise UserError(f"--workdir={given!r}: name a folder, as --workdir=runs/NAME")

@@ -66,10 +66,10 @@ def _check_header(file: IO[bytes], size: int, most: int) -> None:
     if version not in _HEADERS:
         raise ValueError(f"an array of version {version}")
     shape, _, dtype = _HEADERS[version](file)
-    told = math.prod(shape) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     if dtype.hasobject or len(shape) > RANK or any(length < 0 for length in shape):
         raise ValueError(f"{dtype} {shape} is no array of numbers")
-    if told != (stored := size - file.tell()):
-        raise ValueError(f"its header says {dtype} {shape}, {told} bytes; {stored} are stored")
-    if told > most:
-        raise ValueError(f"{told} bytes, more than the {most} that an array of this file may have")
+    if expected != (stored := size - file.tell()):
+        raise ValueError(f"its header says {dtype} {shape}, {expected} bytes; {stored} are stored")
+    if expected > most:
+        raise ValueError(f"{expected} bytes, more than the {most} that an array of this file may have")

@@ -19,7 +19,7 @@ from cfjax.core.machine import machine_failure
 from cfjax.data.archives import open_array
 from cfjax.data.latents import read_json
 from cfjax.data.lmdb_files import is_lmdb
-from cfjax.data.lmdb_places import open_lmdb_of
+from cfjax.data.lmdb_paths import open_lmdb_of
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.parts import JOB
 from cfjax.data.precompute import MANIFEST_VERSION

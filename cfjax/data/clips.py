@@ -108,7 +108,7 @@ class Listing:
     columns: dict[str, str] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
 
-    def told(self) -> dict[str, str]:
+    def notes(self) -> dict[str, str]:
         """A line each on what was read and what was not, where there is anything to say."""
         out = {}
         if self.columns:

@@ -273,10 +273,10 @@ class LatentIterator:
         order: Mapping[str, Any],
         *,
         accept_changes: bool,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._start, self._batch_size, self._order = start, batch_size, dict(order)
-        self._accept_changes, self._tell = accept_changes, tell
+        self._accept_changes, self._log = accept_changes, log
         self._go_to(0)
 
     def _go_to(self, read: int) -> None:
@@ -312,7 +312,7 @@ class LatentIterator:
                 "begin the new order at its first record with --config.accept_changes=True"
             )
         if changes:
-            self._tell(f"the data begins a new order at its first record: {', '.join(changes)}")
+            self._log(f"the data begins a new order at its first record: {', '.join(changes)}")
         self._go_to(0 if changes else read)
 
 
@@ -328,7 +328,7 @@ def make_iterator(
     num_threads: int = 1,
     prefetch: int = 4,
     accept_changes: bool = False,
-    tell: Callable[[str], None] = logging.warning,
+    log: Callable[[str], None] = logging.warning,
 ) -> LatentIterator:
     """Batches of stacked records: latents_BFHWC, text_BSE, index_B (, trajectory_BJFHWC) and negative_text_SE.
 
@@ -369,4 +369,4 @@ def make_iterator(
         return iter(batches.to_iter_dataset(options))
 
     order = {"records": len(dataset), "seed": seed, "shuffle": shuffle}
-    return LatentIterator(start, batch_size, order, accept_changes=accept_changes, tell=tell)
+    return LatentIterator(start, batch_size, order, accept_changes=accept_changes, log=log)

@@ -34,25 +34,25 @@ class Named(Protocol):
 def listed(source: Named) -> list[Item]:
     """(name, caption or what is wrong with it) of every item."""
 
-    def told(index: int) -> str:
+    def caption(index: int) -> str:
         try:
             return source.caption(index)
         except Unusable as error:
             return str(error)
 
-    return [(source.name(index), told(index)) for index in range(len(source))]
+    return [(source.name(index), caption(index)) for index in range(len(source))]
 
 
 def hashed(listing: Iterable[Item]) -> Hashed:
     """The listing as it is kept: a hash of 8 hex digits instead of the caption."""
-    return [(name, hashlib.sha256(told.encode()).hexdigest()[:8]) for name, told in listing]
+    return [(name, hashlib.sha256(caption.encode()).hexdigest()[:8]) for name, caption in listing]
 
 
 def unhashed(kept: object) -> Hashed:
     """A kept listing. Raises UserError when it is none."""
     if wrong := _KEPT("", kept):
         raise UserError(f"{ITEMS}: no list of items ({wrong}); remove the folder and precompute it again")
-    return [(name, told) for name, told in kept]  # type: ignore[attr-defined]
+    return [(name, caption) for name, caption in kept]  # type: ignore[attr-defined]
 
 
 def changes(before: Hashed, now: Hashed, path: Path) -> str:
@@ -60,19 +60,19 @@ def changes(before: Hashed, now: Hashed, path: Path) -> str:
     old, new = dict(before), dict(now)
     added = [name for name in new if name not in old]
     gone = [name for name in old if name not in new]
-    other = [name for name, told in new.items() if name in old and old[name] != told]
-    counts = (_told(added, "new"), _told(gone, "gone"), _told(other, "with another caption"))
+    other = [name for name, caption in new.items() if name in old and old[name] != caption]
+    counts = (_named(added, "new"), _named(gone, "gone"), _named(other, "with another caption"))
     what = ", ".join(filter(None, counts)) or "the same names, differently often"
-    mend = "choose another --config.output for all of them"
+    fix = "choose another --config.output for all of them"
     if added and not gone and not other:
-        mend += (
+        fix += (
             ", or precompute a folder of the new ones alone to another output, and join both by "
             f"cfjax precompute --merge={path},NEW --config.output=ALL"
         )
-    return f"was made of other clips ({len(before)} then, {len(now)} now): {what}; {mend}"
+    return f"was made of other clips ({len(before)} then, {len(now)} now): {what}; {fix}"
 
 
-def _told(names: Sequence[str], what: str) -> str:
+def _named(names: Sequence[str], what: str) -> str:
     """As `2 new (a.mp4, b.mp4)`; nothing for none."""
     more = ", ..." if len(names) > SHOWN else ""
     return f"{len(names)} {what} ({', '.join(names[:SHOWN])}{more})" if names else ""

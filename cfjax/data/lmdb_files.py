@@ -140,13 +140,13 @@ class LmdbFiles:
                 value = found.get(key.encode())
                 return None if value is None else bytes(value[:at_most])
 
-        return self._told(path, read)
+        return self._read_or_raise(path, read)
 
     def count(self, path: Path) -> int:
         """How many keys an LMDB has. Raises what `get` does."""
-        return self._told(path, lambda opened: int(opened.env.stat()["entries"]))
+        return self._read_or_raise(path, lambda opened: int(opened.env.stat()["entries"]))
 
-    def _told(self, path: Path, read: Callable[[_Open], T]) -> T:
+    def _read_or_raise(self, path: Path, read: Callable[[_Open], T]) -> T:
         try:
             with self._pool.borrow(path, lambda: _Open.of(path)) as opened:
                 return read(opened)

@@ -59,7 +59,7 @@ class Member:
         arrays = {name: values[key] for name, key in kept.items() if key in values}
         return Record(f"{dataset.path.name}/{index}", index, dataset.caption(index), arrays)
 
-    def told(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What has to be alike in all members, in words."""
         manifest = self.dataset.manifest
         pairs = manifest.get("source", {}).get("pairs", {})
@@ -95,7 +95,7 @@ def open_members(paths: Sequence[str | Path], lmdb: str | Path = "") -> list[Mem
 
 
 def _check_alike(first: Member, other: Member) -> None:
-    one, two = first.told(), other.told()
+    one, two = first.description(), other.description()
     what = next((name for name in one if name in two and one[name] != two[name]), "")
     if not what and not np.array_equal(first.dataset.negative_text_SE, other.dataset.negative_text_SE):
         what, one, two = "negative text", {"negative text": "its rows"}, {"negative text": "other rows"}

@@ -103,7 +103,7 @@ class Part:
             self.skip(name, item, fault)
             return None
         self._count(item)
-        with self._told():
+        with self._error():
             self._writer.write(pack(record))
         self.records += 1
         return record
@@ -122,7 +122,7 @@ class Part:
         """Ends the file. Raises Temporary when it could not be written whole."""
         if not self._writer.is_open():
             return
-        with self._told():
+        with self._error():
             self._writer.close()
         reader = ArrayRecordReader(str(self._file))  # the writer does not tell whether its last bytes arrived
         found = reader.num_records()
@@ -132,7 +132,7 @@ class Part:
             raise Temporary(f"{self._file}: {found} of {self.records} records arrived; is the disk full?")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _error(self) -> Iterator[None]:
         """What the writer could not do, in one line."""
         try:
             yield
@@ -335,7 +335,7 @@ class SetWriter:
         abouts = [self._names(index)[1] for index in range(self.parts)]
         return [Skipped(**entry) for about in map(_about, abouts) if about for entry in about["skipped"]]
 
-    def finish(self, **told: Any) -> bool:
+    def finish(self, **extra: Any) -> bool:
         """Publishes the set if all its parts are there; every process may try, and may try again.
 
         Args:
@@ -355,7 +355,7 @@ class SetWriter:
             "items": self.items,
             "records": records,
             "left_out": dict(kinds),
-            **told,
+            **extra,
             "skipped": list(map(asdict, skipped)),
         }
         write_atomically(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False))

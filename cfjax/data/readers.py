@@ -29,12 +29,12 @@ class BrokenRecord(UserError):
     """A record that is damaged, absent or not what its set says: that one, and not the machine, is at fault."""
 
 
-def reading_failure(place: object, error: BaseException, mend: str = "") -> UserError:
+def reading_failure(place: object, error: BaseException, fix: str = "") -> UserError:
     """What to raise when reading `place` failed: the machine's failure, or else a BrokenRecord with that mend."""
-    return machine_failure(place, error) or BrokenRecord(f"{place}: {' '.join(str(error).split())}{mend}")
+    return machine_failure(place, error) or BrokenRecord(f"{place}: {' '.join(str(error).split())}{fix}")
 
 
-def most_open() -> int:
+def max_open_readers() -> int:
     """How many readers a set may hold open: an eighth of the process's limit of open files, 4 to 128."""
     return max(4, min(open_file_limit() // 8, 128))
 
@@ -45,7 +45,7 @@ class _Entry(Generic[V]):
 
 
 class Pool(Generic[V]):
-    """At most `most_open()` open things; the one that was not used for longest is closed for the next.
+    """At most `max_open_readers()` open things; the one that was not used for longest is closed for the next.
 
     Thread-safe. What is in use is never closed: while more threads than that read at once, there is one for each. A
     forked process begins with none of its parent's, and so does a copy by pickle.
@@ -89,7 +89,7 @@ class Pool(Generic[V]):
                 entry.users -= 1
 
     def _make_room(self) -> None:
-        too_many = len(self._entries) + 1 - most_open()
+        too_many = len(self._entries) + 1 - max_open_readers()
         idle = [key for key, entry in self._entries.items() if not entry.users]
         for key in idle[: max(too_many, 0)]:
             self._close(self._entries.pop(key).value)

@@ -27,7 +27,7 @@ from cfjax.core.machine import machine_failure
 from cfjax.core.schema import SIZE, checked, flag, one_of, parse_json, row, several, table, text, whole
 from cfjax.data.archives import open_array
 from cfjax.data.latents import Batch, read_json
-from cfjax.data.lmdb_places import open_lmdb_of
+from cfjax.data.lmdb_paths import open_lmdb_of
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.readers import BrokenRecord, RecordFiles, reading_failure
 
@@ -297,8 +297,8 @@ class RecordDataset:
             return record
         except (ValueError, RuntimeError, MemoryError) as error:
             file, place = self.files.locate(int(index))
-            mend = f"; see cfjax precompute --check={self.path}"
-            raise reading_failure(f"{file}, record {place}", error, mend) from None
+            fix = f"; see cfjax precompute --check={self.path}"
+            raise reading_failure(f"{file}, record {place}", error, fix) from None
 
     def whole(self, index: int) -> Record:
         """Record `index` with its latents, wherever they are kept. Raises what `record` does."""
@@ -403,8 +403,8 @@ def read_negative(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise BrokenRecord(f"{file}: missing; precompute it again") from None
     except (OSError, ValueError) as error:
-        told = BrokenRecord(f"{file}: cannot be read ({error}); precompute it again")
-        raise machine_failure(file, error) or told from None
+        broken = BrokenRecord(f"{file}: cannot be read ({error}); precompute it again")
+        raise machine_failure(file, error) or broken from None
 
 
 def manifest_lmdb(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:

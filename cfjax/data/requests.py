@@ -78,8 +78,8 @@ def read_requests(
       UserError: no prompts, a broken file or line.
     """
     texts = [text.strip() for text in prompt.split("|") if text.strip()]
-    plain = [_Wish(text, place=f"prompt {number}") for number, text in enumerate(texts, 1)]
-    rows = list(_wishes(Path(file), columns, encoding)) if file else plain
+    plain = [_PromptRow(text, place=f"prompt {number}") for number, text in enumerate(texts, 1)]
+    rows = list(_prompt_rows(Path(file), columns, encoding)) if file else plain
     if not rows:
         raise UserError(f"{file}: no prompts in it" if file else EMPTY)
     if videos < 1:
@@ -93,7 +93,7 @@ def read_requests(
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _PromptRow:
     """A row of a prompt file."""
 
     prompt: str
@@ -102,7 +102,7 @@ class _Wish:
     place: str = ""
 
 
-def _wishes(file: Path, columns: Columns, encoding: str) -> Iterator[_Wish]:
+def _prompt_rows(file: Path, columns: Columns, encoding: str) -> Iterator[_PromptRow]:
     """The rows of a prompt file, without the blank lines of a .txt.
 
     Other columns are refused, as they may be misspelt ones, unless the prompts' column is named.
@@ -121,7 +121,7 @@ def _wishes(file: Path, columns: Columns, encoding: str) -> Iterator[_Wish]:
             prompt = caption_of(row.values[column], columns.choice)
         except Unusable as error:
             raise UserError(f"{file}, {row.place}: {error}") from None
-        yield _Wish(prompt, _seed(file, row), _beside(file, row.values.get("image")), row.place)
+        yield _PromptRow(prompt, _seed(file, row), _beside(file, row.values.get("image")), row.place)
 
 
 def _seed(file: Path, row: Row) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.data.latents import Batch, ClipDataset, LatentDataset, WrappedDataset, read_json
 from cfjax.data.lmdb_files import is_lmdb
-from cfjax.data.lmdb_places import text_beside
+from cfjax.data.lmdb_paths import default_text_path
 from cfjax.data.parts import JOB
 from cfjax.data.precompute import MANIFEST_VERSION, digest
 from cfjax.data.records import MANIFEST, RECORDS_VERSION, RecordDataset, manifest_layout
@@ -40,7 +40,7 @@ def open_dataset(path: str | Path, *, lmdb: str | Path = "") -> ClipDataset:
     if (path / JOB).is_file():
         raise UserError(f"{path} is unfinished; run its cfjax precompute again until all parts are there")
     if is_lmdb(path):
-        text = text_beside(path)
+        text = default_text_path(path)
         if (text / MANIFEST).is_file():
             kept_there = manifest_layout(text, read_json(text / MANIFEST)).kept_in == "lmdb"
             return RecordDataset(text, lmdb=lmdb or (path if kept_there else ""))
@@ -69,7 +69,7 @@ def has_ground_truth(manifest: Mapping[str, Any]) -> bool:
     return bool(kept.get("ground_truth", source.get("ground_truth", True)))
 
 
-class WithoutTruth(WrappedDataset):
+class WithoutGroundTruth(WrappedDataset):
     """An ODE set whose last stored state, read as the clean clip, is the ODE's end: that, and it stands for the clip.
 
     So are Self Forcing's and CausVid's pairs, which are made from noise alone.
@@ -86,6 +86,6 @@ class WithoutTruth(WrappedDataset):
         return super().trajectory_points + 1
 
 
-def without_truth(dataset: ClipDataset) -> ClipDataset:
+def without_ground_truth(dataset: ClipDataset) -> ClipDataset:
     """The set read as pairs without clean clips; unchanged if it holds no pairs, or was made so already."""
-    return WithoutTruth(dataset) if dataset.trajectory_points and has_ground_truth(dataset.manifest) else dataset
+    return WithoutGroundTruth(dataset) if dataset.trajectory_points and has_ground_truth(dataset.manifest) else dataset

@@ -10,7 +10,7 @@ from cfjax.core.errors import UserError
 from cfjax.data.latents import Batch, ClipDataset, WrappedDataset
 from cfjax.data.readers import BrokenRecord
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 FLOATS = {"trajectory_JFHWC", "text_SE"}  # of a record, besides its latents
 
@@ -30,11 +30,11 @@ class TolerantDataset(WrappedDataset):
       corrupt: the broken records found so far, record -> what is wrong with it.
     """
 
-    def __init__(self, dataset: ClipDataset, fraction: float, tell: Tell = logging.warning) -> None:
+    def __init__(self, dataset: ClipDataset, fraction: float, log: Log = logging.warning) -> None:
         if not 0.0 <= fraction < 1.0:
             raise UserError(f"data.max_corrupt={fraction}: a fraction of the records, 0 or more and less than 1")
         super().__init__(dataset)
-        self._tell = tell
+        self._log = log
         # prompts alone have latents of NaN, of which only the shape is used
         self._finite = FLOATS | ({"latents_FHWC"} if dataset.has_latents else set())
         self._allowed = int(fraction * len(dataset))
@@ -67,4 +67,4 @@ class TolerantDataset(WrappedDataset):
                 f"{wrong}; with it {count} of {len(self)} records are broken, more than data.max_corrupt allows: "
                 f"repair the set, or raise data.max_corrupt"
             )
-        self._tell(f"{wrong}; left out ({count} of at most {self._allowed})")
+        self._log(f"{wrong}; left out ({count} of at most {self._allowed})")

@@ -220,12 +220,12 @@ def _sampled(path: str | Path, times: np.ndarray, wanted: ClipFormat, *, from_fi
     if not from_first:
         try:
             return _pictures(path, times, wanted, seek=True)
-        except _Astray:
+        except _SeekFailed:
             pass  # no index, no key frames, or time stamps that mislead: the whole way then
     return _pictures(path, times, wanted, from_first=from_first)
 
 
-class _Astray(Exception):
+class _SeekFailed(Exception):
     """What follows on a jump into a file is not what stands there."""
 
 
@@ -250,20 +250,20 @@ def _after_jump(
 ) -> Iterator[tuple[float, VideoFrame]]:
     """The frames from the last key frame before `time` on. Raises _Astray when they turn out not to be these."""
     if not INDEXED & set(container.format.name.split(",")):
-        raise _Astray
+        raise _SeekFailed
     try:
         container.seek(floor(time / float(stream.time_base or 1)), stream=stream)
         begun = False
         for shown_from, frame in _timed(container, stream):
             if frame.time is None or (not begun and shown_from > time + late):
-                raise _Astray
+                raise _SeekFailed
             begun = begun or frame.key_frame  # those before it may need frames that were jumped over
             if begun:
                 yield shown_from, frame
         if not begun:
-            raise _Astray
+            raise _SeekFailed
     except (Unusable, av.error.FFmpegError) as error:
-        raise _Astray from error
+        raise _SeekFailed from error
 
 
 def _at(

@@ -72,7 +72,7 @@ def _drift(series_P: np.ndarray) -> float:
     return float(np.polyfit(np.arange(count) / (count - 1), series_P, 1)[0])
 
 
-def measure_clip(video_PHWC: np.ndarray, seams_K: np.ndarray | None = None) -> dict[str, float]:
+def measure_clip(video_PHWC: np.ndarray, seams_G: np.ndarray | None = None) -> dict[str, float]:
     """Numbers of one clip [P, H, W, 3], uint8 or float in [-1, 1] (turned into bytes as videos are written).
 
     motion              mean absolute difference of successive frames, grey levels of 255
@@ -87,7 +87,7 @@ def measure_clip(video_PHWC: np.ndarray, seams_K: np.ndarray | None = None) -> d
     sharpness           standard deviation of luma's 4-neighbour Laplacian (the root of Pech-Pacheco's focus measure)
     {luma, saturation, contrast, sharpness}_drift
                         change of that from the first to the last frame, by a least-squares line, in its unit
-    seam                mean difference of the steps in `seams_K` over that of the others (rolling-cache flicker; 1 is
+    seam                mean difference of the steps in `seams_G` over that of the others (rolling-cache flicker; 1 is
                         seamless)
 
     A number that the clip has not (a drift of one frame, a seam without blocks or without motion) is NaN.
@@ -110,7 +110,7 @@ def measure_clip(video_PHWC: np.ndarray, seams_K: np.ndarray | None = None) -> d
     for name in ("luma", "saturation", "contrast", "sharpness"):
         out[f"{name}_drift"] = _drift(series[name])
     out["seam"] = math.nan
-    at_seam = np.isin(np.arange(len(step)), [] if seams_K is None else seams_K)
+    at_seam = np.isin(np.arange(len(step)), [] if seams_G is None else seams_G)
     if at_seam.any() and not at_seam.all() and (inside := float(step[~at_seam].mean())) > 0:
         out["seam"] = float(step[at_seam].mean()) / inside
     return out
@@ -126,7 +126,7 @@ def thumbnail(video_PHWC: np.ndarray) -> np.ndarray:
     return cut.mean((2, 4), dtype=np.float32)
 
 
-def diversity(thumbnails_NSPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+def diversity(thumbnails_BRPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
     """How much the seed decides: distances of N prompts' S clips each, as `thumbnail`s of one size.
 
     seed_distance  mean absolute difference, grey levels of 255, over pairs of one prompt's clips
@@ -137,7 +137,7 @@ def diversity(thumbnails_NSPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, fl
     """
     same: list[float] = []
     other: list[float] = []
-    flat = [(n, clip) for n, clips in enumerate(thumbnails_NSPHWC) for clip in clips]
+    flat = [(n, clip) for n, clips in enumerate(thumbnails_BRPHWC) for clip in clips]
     for i, (n, a) in enumerate(flat):
         for m, b in flat[i + 1 :]:
             (same if n == m else other).append(float(np.abs(a - b).mean()))
@@ -150,8 +150,8 @@ def diversity(thumbnails_NSPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, fl
 class Collector:
     """Clips in, one at a time; their mean numbers out. Keeps thumbnails only."""
 
-    def __init__(self, seams_K: np.ndarray | None = None) -> None:
-        self._seams = seams_K
+    def __init__(self, seams_G: np.ndarray | None = None) -> None:
+        self._seams = seams_G
         self._clips: list[dict[str, float]] = []
         self._thumbnails: dict[str, list[np.ndarray]] = {}
 
@@ -243,7 +243,7 @@ class _Rule:
     name: str
     side: str  # "below", "above" or "away"
     limit: str
-    told: str
+    message: str
     kind: str  # which advice
     real_only: bool = False
 
@@ -333,7 +333,7 @@ def warnings(
             continue
         if _broken(rule, value, base, thresholds):
             where = f"{rule.name} {value:.3g}, {base:.3g} in {baseline.origin}"
-            out.append(_line(now.step, where, rule.told, advice[rule.kind], keys))
+            out.append(_line(now.step, where, rule.message, advice[rule.kind], keys))
     value = now.values.get("diversity")
     if value is not None and "diversity" not in baseline.values and value < thresholds.diversity_low:
         where = f"diversity {value:.3g}, expected {thresholds.diversity_low:g} or more"
@@ -341,7 +341,7 @@ def warnings(
     return out
 
 
-def _line(step: int, where: str, told: str, mends: Sequence[str], keys: Collection[str] | None) -> str:
-    mends = [mend for mend in mends if keys is None or set(_KEY.findall(mend)) <= set(keys)]
-    advice = f"try: {', or '.join(mends)}; or " if mends else ""
-    return f"step {step}: {told} ({where}); {advice}go on from an earlier checkpoint"
+def _line(step: int, where: str, message: str, fixes: Sequence[str], keys: Collection[str] | None) -> str:
+    fixes = [fix for fix in fixes if keys is None or set(_KEY.findall(fix)) <= set(keys)]
+    advice = f"try: {', or '.join(fixes)}; or " if fixes else ""
+    return f"step {step}: {message} ({where}); {advice}go on from an earlier checkpoint"

@@ -85,9 +85,9 @@ def _resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return small.reshape(*frames.shape[:-3], *small.shape[-3:])
 
 
-def pick_frames(videos_NPHWC: np.ndarray, count: int) -> np.ndarray:
+def pick_frames(videos_BPHWC: np.ndarray, count: int) -> np.ndarray:
     """`count` frames of each clip (all, when there are fewer), spread evenly from the first to the last."""
-    return videos_NPHWC[:, spread(videos_NPHWC.shape[1], count)]
+    return videos_BPHWC[:, spread(videos_BPHWC.shape[1], count)]
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -272,23 +272,23 @@ class ContactSheet:
             self.picture[y : y + height, x : x + width] = frame
 
 
-def contact_sheet(videos_NPHWC: np.ndarray, columns: int = 8, gap: int = 2, background: int = 255) -> np.ndarray:
+def contact_sheet(videos_BPHWC: np.ndarray, columns: int = 8, gap: int = 2, background: int = 255) -> np.ndarray:
     """All clips on one `ContactSheet`, [H', W', 3]: a row per clip, frames shrunk where it would grow too large.
 
     Raises:
       UserError: the clips are not uint8 [N, P, H, W, 3], or columns, gap or background is out of range.
     """
-    videos = check_uint8(videos_NPHWC, "NPHWC", "contact sheet")
+    videos = check_uint8(videos_BPHWC, "NPHWC", "contact sheet")
     sheet = ContactSheet(len(videos), videos.shape[1:4], columns, gap, background)
     for row, clip_PHWC in enumerate(videos):
         sheet.draw(row, clip_PHWC)
     return sheet.picture
 
 
-def grid_video(videos_NPHWC: np.ndarray, columns: int, gap: int = 2, background: int = 255) -> np.ndarray:
+def grid_video(videos_BPHWC: np.ndarray, columns: int, gap: int = 2, background: int = 255) -> np.ndarray:
     """Clips side by side, `columns` to a row, as one video [P, H', W', 3]; places left over show the background.
 
     Raises:
       UserError: the clips are not uint8 [N, P, H, W, 3], or columns, gap or background is out of range.
     """
-    return _tile(check_uint8(videos_NPHWC, "NPHWC", "grid video"), columns, gap, background, "grid video")
+    return _tile(check_uint8(videos_BPHWC, "NPHWC", "grid video"), columns, gap, background, "grid video")

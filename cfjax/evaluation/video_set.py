@@ -31,7 +31,7 @@ _ASIDE = ".moving."
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedVideo:
     """One video of the set: its file, its request, and a hash of its picture's content ("" for none)."""
 
     file: str
@@ -64,19 +64,19 @@ _SET = table({"videos": several(table({**_TEXTS, "image": text(4096)}, closed=Tr
 _FINISHED = table({**_TEXTS, "bytes": whole(1), "latents": either(whole(1), one_of(None))}, closed=True)
 
 
-def _identity(video: Asked | Finished) -> tuple[str, int, str]:
+def _identity(video: RequestedVideo | Finished) -> tuple[str, int, str]:
     """Equal for two requests of the same video."""
     return video.prompt, video.seed, video.image_sha256
 
 
-def asked_videos(requests: Sequence[Request], hashes: Mapping[str, str]) -> list[Asked]:
+def requested_videos(requests: Sequence[Request], hashes: Mapping[str, str]) -> list[RequestedVideo]:
     """Every request with its file: its number, its prompt as far as a file's name may say it, its seed.
 
     Args:
       hashes: of every picture's content, by path.
     """
     return [
-        Asked(f"{n:03d}_{r.slug()}.mp4", r.prompt, r.seed, r.image, hashes.get(r.image, ""))
+        RequestedVideo(f"{n:03d}_{r.slug()}.mp4", r.prompt, r.seed, r.image, hashes.get(r.image, ""))
         for n, r in enumerate(requests)
     ]
 
@@ -86,7 +86,7 @@ def latents_name(file: str) -> str:
     return file.removesuffix(".mp4") + ".safetensors"
 
 
-def check_free(folder: Path, asked: Sequence[Asked], *, latents: bool) -> None:
+def check_free(folder: Path, asked: Sequence[RequestedVideo], *, latents: bool) -> None:
     """For a set that is made from the start.
 
     Raises:
@@ -95,13 +95,13 @@ def check_free(folder: Path, asked: Sequence[Asked], *, latents: bool) -> None:
     there = file_sizes(folder)
     wanted = [*_files(asked, latents), SETTINGS, DONE, *sorted(filter(PAGE_NAME.fullmatch, there))]
     if taken := [name for name in wanted if name in there]:
-        mend = "choose another --workdir or --config.overwrite=True"
+        fix = "choose another --workdir or --config.overwrite=True"
         if SETTINGS in there:
-            mend += "; --config.resume=True goes on with what is there"
-        raise UserError(f"{_some(folder, taken)} would be replaced; {mend}")
+            fix += "; --config.resume=True goes on with what is there"
+        raise UserError(f"{_some(folder, taken)} would be replaced; {fix}")
 
 
-def _files(asked: Sequence[Asked], latents: bool) -> list[str]:
+def _files(asked: Sequence[RequestedVideo], latents: bool) -> list[str]:
     return [name for v in asked for name in ((v.file, latents_name(v.file)) if latents else (v.file,))]
 
 
@@ -126,19 +126,19 @@ class Found:
     folder: Path
     there: dict[str, int]
     settings: dict[str, Any]
-    asked: list[Asked]
+    asked: list[RequestedVideo]
     done: dict[str, Finished]
 
-    def mp4_stands(self, line: Finished) -> bool:
+    def mp4_unchanged(self, line: Finished) -> bool:
         """Whether the video is as it was written."""
         return self.there.get(line.file) == line.bytes
 
-    def latents_stand(self, line: Finished) -> bool:
+    def latents_unchanged(self, line: Finished) -> bool:
         """Whether the video's latents are."""
         return line.latents is not None and self.there.get(latents_name(line.file)) == line.latents
 
 
-def look(folder: Path, *, resume: bool) -> Found:
+def read_set(folder: Path, *, resume: bool) -> Found:
     """Reads the record in a folder.
 
     Args:
@@ -151,7 +151,7 @@ def look(folder: Path, *, resume: bool) -> Found:
     if SETTINGS in there:
         try:
             settings = checked(_SET, load_json(folder / SETTINGS, LIST_BYTES), SETTINGS)
-            asked = [Asked(**video) for video in settings["videos"]]
+            asked = [RequestedVideo(**video) for video in settings["videos"]]
         except ValueError:
             if resume:
                 raise UserError(
@@ -210,7 +210,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Survey:
+class SetPlan:
     """What becomes of a folder.
 
     Attributes:
@@ -230,7 +230,7 @@ class Survey:
     pages: frozenset[str]
 
 
-def survey(found: Found, asked: Sequence[Asked], *, latents: bool, overwrite: bool) -> Survey:
+def plan_set(found: Found, asked: Sequence[RequestedVideo], *, latents: bool, overwrite: bool) -> SetPlan:
     """Holds what is asked for against what is finished.
 
     Args:
@@ -243,7 +243,7 @@ def survey(found: Found, asked: Sequence[Asked], *, latents: bool, overwrite: bo
     whole = {
         name: line
         for name, line in found.done.items()
-        if found.mp4_stands(line) and (not latents or found.latents_stand(line))
+        if found.mp4_unchanged(line) and (not latents or found.latents_unchanged(line))
     }
     keep = {n for n, v in enumerate(asked) if v.file in whole and _identity(whole[v.file]) == _identity(v)}
     spare: dict[tuple[str, int, str], deque[Finished]] = {}
@@ -256,22 +256,22 @@ def survey(found: Found, asked: Sequence[Asked], *, latents: bool, overwrite: bo
         _check_in_the_way(found, [asked[n] for n in left if asked[n].file not in sources], latents=latents)
     known = {video.file for video in found.asked} | found.done.keys()
     unasked = known - {video.file for video in asked} - sources
-    return Survey(
+    return SetPlan(
         keep=frozenset(keep),
         moves=moves,
         make=tuple(n for n in left if n not in moves),
         lines=tuple(line for name, line in whole.items() if name not in targets),
         unasked=tuple(sorted(unasked & found.there.keys())),
-        pages=_standing_pages(found, asked, set(left)),
+        pages=_unchanged_pages(found, asked, set(left)),
     )
 
 
-def _check_in_the_way(found: Found, videos: Sequence[Asked], *, latents: bool) -> None:
+def _check_in_the_way(found: Found, videos: Sequence[RequestedVideo], *, latents: bool) -> None:
     """Half-made videos of this set are replaced, and such as lack their latents only; nothing else is."""
     ours = {video.file for video in found.asked} - found.done.keys()
     for video in videos:
         line = found.done.get(video.file)
-        if line and found.mp4_stands(line) and _identity(line) == _identity(video):
+        if line and found.mp4_unchanged(line) and _identity(line) == _identity(video):
             ours.add(video.file)
     taken = [name for name in _files([v for v in videos if v.file not in ours], latents) if name in found.there]
     if taken:
@@ -281,7 +281,7 @@ def _check_in_the_way(found: Found, videos: Sequence[Asked], *, latents: bool) -
         )
 
 
-def _standing_pages(found: Found, asked: Sequence[Asked], new: set[int]) -> frozenset[str]:
+def _unchanged_pages(found: Found, asked: Sequence[RequestedVideo], new: set[int]) -> frozenset[str]:
     """Contact sheets that are there and show the files that they are to show, none of which is new."""
     before, out = sheet_pages(len(found.asked)), set()
     for name, numbers in sheet_pages(len(asked)).items():
@@ -301,12 +301,12 @@ class VideoSet:
       settings: what settings.json says from the beginning, besides the videos.
     """
 
-    def __init__(self, folder: Path, asked: Sequence[Asked], settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, asked: Sequence[RequestedVideo], settings: Mapping[str, Any]) -> None:
         self.folder, self.asked, self.settings = folder, asked, settings
         self._mirror: Mirror | None = None
 
     @contextmanager
-    def begin(self, found: Found, plan: Survey) -> Iterator[None]:
+    def begin(self, found: Found, plan: SetPlan) -> Iterator[None]:
         """Writes the settings, clears away what was left half written, and gives finished videos their new numbers.
 
         Killed at any moment, it can be begun again: a file's line is gone before the file becomes another one.
@@ -332,13 +332,13 @@ class VideoSet:
             self._mirror.close()
             self._mirror = None
 
-    def _clear(self, found: Found, plan: Survey) -> None:
+    def _clear(self, found: Found, plan: SetPlan) -> None:
         for name in found.there:
             stale = PAGE_NAME.fullmatch(name) and name not in plan.pages
             if stale or _HALF.fullmatch(name) or name.startswith(_ASIDE):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def _move(self, found: Found, plan: Survey) -> None:
+    def _move(self, found: Found, plan: SetPlan) -> None:
         """Renames finished videos; the ones that lie where another one goes step aside first."""
         targets = {self.asked[n].file for n in plan.moves}
         aside = {line.file for line in plan.moves.values()} & targets

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.once import make_once
 from cfjax.core.paths import local_path
-from cfjax.core.precision import Policy
+from cfjax.core.precision import Policy, to_record
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.data.latents import ClipDataset
 from cfjax.data.precompute import precompute
 from cfjax.data.reversed import encoded, joined
-from cfjax.data.sets import open_dataset, without_truth
+from cfjax.data.sets import open_dataset, without_ground_truth
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.flow.schedule import warp_steps
@@ -139,7 +139,7 @@ def _suitable(c: ConfigDict, dataset: ClipDataset) -> ClipDataset:
     if not dataset.has_latents and not prompts_do:
         raise UserError(f"{dataset.path} holds prompts alone; stage {c.stage} needs clips: choose another data.name")
     if c.stage == "ode_regression" and not c.data.ground_truth:
-        dataset = without_truth(dataset)
+        dataset = without_ground_truth(dataset)
     if c.stage == "ode_regression" and (wrong := _wrong_points(c, dataset)):
         raise UserError(wrong)
     if c.stage == "ode_regression":
@@ -152,17 +152,17 @@ def _wrong_points(c: ConfigDict, dataset: ClipDataset) -> str:
     points, wanted = dataset.trajectory_points, len(c.objective.steps) + 1
     if points == wanted:
         return ""
-    mend = "make pairs with configs/ode_pairs.py"
+    fix = "make pairs with configs/ode_pairs.py"
     if points and points + 1 == wanted and c.data.ground_truth:
-        mend = (
+        fix = (
             "if these are pairs without clean clips (Self Forcing's, CausVid's), --config.data.ground_truth=False takes"
-            f" what stands for the clip as the ODE's end; otherwise {mend}"
+            f" what stands for the clip as the ODE's end; otherwise {fix}"
         )
     if points == wanted + 1 and not c.data.ground_truth:
-        mend = "they hold clean clips: leave out --config.data.ground_truth=False"
+        fix = "they hold clean clips: leave out --config.data.ground_truth=False"
     return (
         f"{dataset.path} has {points} states per clip; ODE regression needs the {wanted - 1} levels of objective.steps "
-        f"and the end: {mend}"
+        f"and the end: {fix}"
     )
 
 
@@ -172,9 +172,9 @@ def _check_pairs(c: ConfigDict, dataset: ClipDataset) -> None:
         return
     method, past = made["objective"]["method"], c.objective.past
     keys = ["objective.steps", "objective.shift", *pairs_layout(c, method)]
-    if told := difference(made, c, keys):
+    if mismatch := difference(made, c, keys):
         raise UserError(
-            f"{dataset.path} was made with {told}; choose another data.name, or make pairs anew with "
+            f"{dataset.path} was made with {mismatch}; choose another data.name, or make pairs anew with "
             "configs/ode_pairs.py"
         )
     wanted = METHODS_FOR.get(past, METHODS)
@@ -401,7 +401,7 @@ def run_meta(c: ConfigDict, data: Data, models: Mapping[str, Wan]) -> dict[str, 
     return {
         "stage": c.stage,
         "config": c.to_dict(),
-        "models": {role: asdict(model.config) for role, model in models.items()},
+        "models": {role: to_record(model.config) for role, model in models.items()},
         "blocks": c.blocks.to_dict(),
         "latent_shape": list(data.dataset.latent_shape),
         "records": len(data.dataset),

@@ -259,8 +259,8 @@ def check_prompts(run: Run, requests: Sequence[Request], negative_prompt: str) -
             return f"{name}: {error}"
         return ""
 
-    if told := fault(negative_prompt, "negative_prompt"):
-        raise UserError(told)
+    if summary := fault(negative_prompt, "negative_prompt"):
+        raise UserError(summary)
     by_prompt = {prompt: fault(prompt, "prompt") for prompt in {request.prompt for request in requests}}
     return [(n, by_prompt[r.prompt]) for n, r in enumerate(requests) if by_prompt[r.prompt]]
 
@@ -285,10 +285,10 @@ def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
         except UserError as error:
             faults += [(n, str(error)) for n in users[file]]
     if faults:
-        raise UserError(_told(c, job.requests, faults))
+        raise UserError(_summary(c, job.requests, faults))
 
 
-def _told(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int, str]]) -> str:
+def _summary(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int, str]]) -> str:
     """The faults by what they are, with where in the prompt file they are."""
     places: dict[str, list[str]] = {}
     for n, message in sorted(faults):
@@ -297,10 +297,10 @@ def _told(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int
             found.append(requests[n].place)
     if not c.prompts and len(places) == 1:
         return next(iter(places))
-    told = []
+    summary = []
     for message, (first, *rest) in list(places.items())[:FAULTS]:
-        told.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {message}")
+        summary.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {message}")
     if len(places) > FAULTS:
-        told.append(f"and {len(places) - FAULTS} more")
+        summary.append(f"and {len(places) - FAULTS} more")
     broken = len({n for n, _ in faults})
-    return f"{c.prompts or 'prompt'}, {broken} of {len(requests)} requests: {'; '.join(told)}"
+    return f"{c.prompts or 'prompt'}, {broken} of {len(requests)} requests: {'; '.join(summary)}"

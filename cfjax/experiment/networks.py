@@ -19,11 +19,11 @@ from cfjax.experiment.config import META_FILE, MODEL_FILE, Data, branch_config, 
 from cfjax.experiment.record import START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import Discriminator, with_branch
-from cfjax.models.resting import STORAGES, fill, placed, resting
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.models.vae import PRESETS as VAES
 from cfjax.models.vae import abstract_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan
+from cfjax.models.weight_storage import STORAGES, fill, with_shardings, with_storage_dtypes
 from cfjax.objectives.stage import Stage
 from cfjax.training.checkpoint import load_role, open_role
 from cfjax.training.memory import RoleMemory, role_memory
@@ -75,7 +75,7 @@ def check_blocks(c: ConfigDict, roles: Iterable[str] | None = None) -> None:
             )
 
 
-def same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, mend: str) -> None:
+def same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, fix: str) -> None:
     """Refuses the weights of another layout than `c`'s.
 
     Args:
@@ -89,7 +89,7 @@ def same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, mend: str) ->
     if meta["stage"] != "bidirectional" and theirs != own:
         raise UserError(
             f"{what} was trained with blocks.frames={theirs[0]}, blocks.independent_first_frame={theirs[1]}, "
-            f"not {own[0]}, {own[1]}; {mend}, or set these keys to its own"
+            f"not {own[0]}, {own[1]}; {fix}, or set these keys to its own"
         )
 
 
@@ -98,12 +98,14 @@ def role_template(role: ConfigDict, channels: int, text_width: int, mesh: Mesh |
     config, branch = wan_config(role, channels, text_width), branch_config(role)
     if branch is not None:
         judge = jax.eval_shape(lambda key: Discriminator(config, branch, key), jax.random.key(0))
-        return placed(judge, mesh, offload=False)
+        return with_shardings(judge, mesh, offload=False)
     return _network_template(role, config, mesh)
 
 
 def _network_template(role: ConfigDict, config: WanConfig, mesh: Mesh | None) -> Wan:
-    return placed(resting(_shapes(config), role.storage, role.precision), mesh, offload=role.offload)
+    return with_shardings(
+        with_storage_dtypes(_shapes(config), role.storage, role.precision), mesh, offload=role.offload
+    )
 
 
 def _shapes(config: WanConfig) -> Wan:

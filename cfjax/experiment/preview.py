@@ -32,7 +32,7 @@ from cfjax.core.cli import keys_of
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of, replacing
-from cfjax.core.sharding import batch_places, batch_sharding, replicated
+from cfjax.core.sharding import batch_sharding, batch_shards, replicated
 from cfjax.data.latents import ClipDataset
 from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
@@ -146,7 +146,7 @@ def wan_scene(c: ConfigDict, dataset: ClipDataset, mesh: Mesh | None) -> Scene |
         for caption, index in chosen.items():
             yield caption, next(decode(dataset[index]["latents_FHWC"][None]))
 
-    places = batch_places(mesh) if mesh else 1
+    places = batch_shards(mesh) if mesh else 1
     return Scene(rows, open_decoder, stride, real if dataset.has_latents else None, places, None)
 
 
@@ -211,7 +211,7 @@ class Monitor:
         self._keys = keys_of(c).keys() - unread(c)  # that advice may name
         self._blocks = None if c.sampler.kind == "bidirectional" else blocks_of(c)
         spans = self._blocks.spans(self._latent_shape[0]) if self._blocks else []
-        self._seams_K = seams(spans, scene.time_stride)
+        self._seams_G = seams(spans, scene.time_stride)
         self._sample = jax.jit(self._generate, out_shardings=replicated(mesh) if mesh else None)
         self._alive = True
         if c.guard.enabled:
@@ -245,7 +245,7 @@ class Monitor:
             _warn([f"step {step}: samples hold NaN or infinities; go on from an earlier checkpoint"])
             return
         rows, decode = self._scene.rows, self._scene.open_decoder()
-        collector, shown = Collector(self._seams_K), []
+        collector, shown = Collector(self._seams_G), []
         for i, (caption, video) in enumerate(zip(rows.captions, decode(latents), strict=True)):
             if i < rows.shown:
                 shown.append(shrink(pick_frames(video[None], SHOWN_FRAMES)[0], SHOWN_WIDTH))
@@ -256,10 +256,10 @@ class Monitor:
             self._follows(self._scene.toy, latents, step, writer)
         if rows.watched():
             now = Sample(step, collector.values())
-            told = warnings(now, self._baseline(decode, now), stage=self._c.stage, keys=self._keys)
-            curves = {**now.values, "warnings": len(told), "seconds": time.perf_counter() - begun}
+            raised = warnings(now, self._baseline(decode, now), stage=self._c.stage, keys=self._keys)
+            curves = {**now.values, "warnings": len(raised), "seconds": time.perf_counter() - begun}
             writer.scalars(step, {f"guard/{name}": value for name, value in curves.items()})
-            _warn(told)
+            _warn(raised)
 
     def _baseline(self, decode: Decode, now: Sample) -> Baseline:
         """The one in the workdir; else real clips', or `now`, and it is kept."""
@@ -273,7 +273,7 @@ class Monitor:
         if self._scene.real is None:
             baseline = Baseline(f"step {now.step}", False, now.values)
         else:
-            collector = Collector(self._seams_K)
+            collector = Collector(self._seams_G)
             for caption, video in self._scene.real(decode):
                 collector.add(caption, video)
             baseline = Baseline("real clips", True, collector.values())

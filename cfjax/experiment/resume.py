@@ -141,7 +141,7 @@ def _keys(values: Mapping[str, Any], trained: Collection[str]) -> dict[str, Any]
     return keys | {key: 1 for role in trained if (key := f"cadence.{role}") not in keys}
 
 
-def tell_changes(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path, *, accept: bool) -> None:
+def report_changes(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path, *, accept: bool) -> None:
     """Says what changed, once for all processes.
 
     Args:
@@ -165,7 +165,7 @@ def tell_changes(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path
     _say(found, step)
 
 
-def tell_dataset(meta: Mapping[str, Any], data: Data, workdir: Path, *, accept: bool) -> None:
+def report_dataset(meta: Mapping[str, Any], data: Data, workdir: Path, *, accept: bool) -> None:
     """Says where the dataset is not the one that the checkpoint was trained on; what a record lacks is no difference.
 
     Raises:

@@ -23,8 +23,8 @@ from cfjax.experiment.config import (
     toy_world,
 )
 from cfjax.experiment.record import read_run
-from cfjax.models.resting import resting
 from cfjax.models.wan import Wan, WanConfig
+from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.training.checkpoint import load_role
@@ -190,14 +190,14 @@ def _network(name: str, meta: Mapping[str, Any], precision: str, attention: str)
     if "student" not in meta["models"]:
         raise UserError(f"run={name!r}: its record tells of no student")
     config = config_from_record(WanConfig, meta["models"]["student"], name)
-    policy = Policy(precision, config.precision.island) if precision else config.precision
+    policy = Policy(precision, config.precision.norm) if precision else config.precision
     return replace(config, remat="none", precision=policy, attention=attention or config.attention)
 
 
 def _template(config: WanConfig) -> Wan:
     """The network's shapes, each in the dtype that its weights are used in."""
     template = placed_template(lambda: Wan(config, jax.random.key(0)))
-    return resting(template, config.precision.compute, config.precision.compute)
+    return with_storage_dtypes(template, config.precision.compute, config.precision.compute)
 
 
 def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:

@@ -36,14 +36,14 @@ def _grids(sigmas: Grid, model_sigmas: Grid | None) -> tuple[np.ndarray, np.ndar
     """Both grids on the host: sigmas as float64 [N + 1], what the network is told as float32 [N]."""
     try:
         grid = np.asarray(sigmas, np.float64)
-        told = grid[:-1] if model_sigmas is None else np.asarray(model_sigmas, np.float64)
+        model_sigmas = grid[:-1] if model_sigmas is None else np.asarray(model_sigmas, np.float64)
     except jax.errors.TracerArrayConversionError:
         raise UserError("solver grids must be host constants: build sigmas with numpy outside jit") from None
     if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
         raise UserError(f"solver sigmas must descend strictly within [0, 1] and hold at least two levels, got {grid}")
-    if told.shape != (len(grid) - 1,):
-        raise UserError(f"model_sigmas has shape {told.shape}: give one per step, ({len(grid) - 1},)")
-    return grid, told.astype(np.float32)
+    if model_sigmas.shape != (len(grid) - 1,):
+        raise UserError(f"model_sigmas has shape {model_sigmas.shape}: give one per step, ({len(grid) - 1},)")
+    return grid, model_sigmas.astype(np.float32)
 
 
 def _columns(**columns: np.ndarray) -> dict[str, jax.Array]:
@@ -58,13 +58,15 @@ def euler(
     velocity: Velocity, x: jax.Array, sigmas: Grid, *, model_sigmas: Grid | None = None, trajectory: bool = False
 ) -> Solution:
     """x <- x + (sigma_{i+1} - sigma_i) v(x, sigma_i): first order, N network calls."""
-    grid, told = _grids(sigmas, model_sigmas)
+    grid, model_sigmas = _grids(sigmas, model_sigmas)
 
     def step(x, at):
         v = velocity(x, at["told"]).astype(jnp.float32)
         return x + at["h"] * v, (x if trajectory else None)
 
-    return _solution(*jax.lax.scan(step, jnp.asarray(x, jnp.float32), _columns(told=told, h=np.diff(grid))))
+    return _solution(
+        *jax.lax.scan(step, jnp.asarray(x, jnp.float32), _columns(model_sigmas=model_sigmas, h=np.diff(grid)))
+    )
 
 
 def heun(
@@ -76,14 +78,14 @@ def heun(
     Euler guess (no call at 0, where networks are not trained): 2N - 1 calls, 2N if the grid ends above 0. In the
     latter case the network is told the last sigma itself, model_sigmas having no entry for it.
     """
-    grid, told = _grids(sigmas, model_sigmas)
+    grid, model_sigmas = _grids(sigmas, model_sigmas)
     calls = 2 * (len(grid) - 1) - (1 if grid[-1] == 0 else 0)
     step_of_call = np.arange(calls) // 2
     guess = np.arange(calls) % 2 == 0
-    told_at_call = np.append(told, grid[-1])[(np.arange(calls) + 1) // 2]
+    sigma_at_call = np.append(model_sigmas, grid[-1])[(np.arange(calls) + 1) // 2]
     # A guess moves to base + h v; a correction to base + h/2 (v_guess + v), which becomes the next base.
     h = np.diff(grid)[step_of_call]
-    columns = _columns(told=told_at_call, new=np.where(guess, h, h / 2), old=np.where(guess, 0.0, h / 2))
+    columns = _columns(model_sigmas=sigma_at_call, new=np.where(guess, h, h / 2), old=np.where(guess, 0.0, h / 2))
 
     def call(carry, at):
         base, point, v_guess = carry
@@ -167,7 +169,7 @@ def unipc(
     `schedule.unipc_grid`. A grid that starts at sigma = 1 (infinite log-SNR) is started at 1 - 1e-6 for the arithmetic.
     The last step is first order. The trajectory holds the corrected states.
     """
-    grid, told = _grids(sigmas, model_sigmas)
+    grid, model_sigmas = _grids(sigmas, model_sigmas)
     solver_sigma = np.minimum(grid, 1.0 - UNIPC_MARGIN)[:-1]
 
     def step(carry, at):
@@ -180,7 +182,7 @@ def unipc(
 
     x = jnp.asarray(x, jnp.float32)
     zeros = jnp.zeros_like(x)
-    columns = _columns(told=told, sigma=solver_sigma, **_unipc_coefficients(grid))
+    columns = _columns(model_sigmas=model_sigmas, sigma=solver_sigma, **_unipc_coefficients(grid))
     (end, *_), states = jax.lax.scan(step, (x, zeros, zeros, zeros), columns)
     return _solution(end, states)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cfjax.nn.frames import cut_kv
+from cfjax.nn.frames import constrain_kv
 from cfjax.nn.visibility import Blocks
 
 
@@ -35,7 +35,7 @@ def init_cache(config: Any, batch: int, num_frames: int, tokens_per_frame: int, 
     slots = min(blocks.window, num_frames) if blocks.window else num_frames
     shape = (config.num_layers, batch, slots, tokens_per_frame, config.num_heads, config.head_dim)
     # Two buffers: a cache is donated, and one buffer cannot be donated twice.
-    k, v = (cut_kv(jnp.zeros(shape, config.precision.compute)) for _ in range(2))
+    k, v = (constrain_kv(jnp.zeros(shape, config.precision.compute)) for _ in range(2))
     return KVCache(k, v, jnp.full((slots,), -1, jnp.int32))
 
 
@@ -61,7 +61,7 @@ def write(cache: KVCache, kv: Any, start: jax.Array, num_frames: int, blocks: Bl
     k, v, frame_F = cache.k_LBFTNK, cache.v_LBFTNK, cache.frame_F
 
     def put(whole: jax.Array, part: jax.Array, slot: jax.Array) -> jax.Array:
-        return cut_kv(jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), slot, axis=2))
+        return constrain_kv(jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), slot, axis=2))
 
     if not blocks.window:
         slot = start

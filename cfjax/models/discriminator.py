@@ -83,9 +83,9 @@ class TokenBlock(nnx.Module):
         q_B1NK = jnp.broadcast_to(q_NK[None, None], (batch, 1, *q_NK.shape))
         # One query has few scores: no flash kernel, whose query tiles would be empty.
         attended = self.cross_attn.output(dense(q_B1NK, k, v, backend="xla"), config)[:, 0]
-        token = policy.to_island(token_D)[None] + policy.to_island(attended)
+        token = policy.to_norm_dtype(token_D)[None] + policy.to_norm_dtype(attended)
         h = layers.layer_norm(token, config.eps, policy).astype(compute)
-        return token + policy.to_island(self.ffn(h, compute))
+        return token + policy.to_norm_dtype(self.ffn(h, compute))
 
 
 class Branch(nnx.Module):
@@ -118,7 +118,7 @@ class Discriminator(Wan):
         """
         config, branch, frames = self.config, self.branch, latents_BFHWC.shape[1]
         tapped = tapped_layers(self.branch_config, config.num_layers)
-        tokens_KD = branch.norm_registers(branch.registers[...], config.eps)
+        tokens_LD = branch.norm_registers(branch.registers[...], config.eps)
         place = [tapped.index(layer) if layer in tapped else -1 for layer in range(config.num_layers)]
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> jax.Array:
@@ -126,11 +126,11 @@ class Discriminator(Wan):
 
         def look(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
             block = jax.tree.map(lambda x: x[index], branch.blocks)
-            return block(stream_BFTD, tokens_KD[index], config)
+            return block(stream_BFTD, tokens_LD[index], config)
 
         def tap(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
             """A token [B, D] in place of the stream: no layer's features outlive it; zeros after the other layers."""
-            nothing = jnp.zeros((stream_BFTD.shape[0], config.dim), tokens_KD.dtype)
+            nothing = jnp.zeros((stream_BFTD.shape[0], config.dim), tokens_LD.dtype)
             with jax.named_scope(TAP):
                 return jax.lax.cond(index < 0, lambda _: nothing, lambda x: look(x, index), stream_BFTD)
 
@@ -149,7 +149,7 @@ class Discriminator(Wan):
             seen.append(TIME_SCALE * embed_time(self, sigma_BF[:, :1])[0][:, 0])
         policy = config.precision
         h = branch.norm(jnp.concatenate(seen, axis=-1), CLASSIFIER_EPS, policy)
-        return branch.classifier(h, policy.island).astype(jnp.float32)
+        return branch.classifier(h, policy.norm).astype(jnp.float32)
 
 
 def with_branch(network: Wan, branch: BranchConfig, key: jax.Array) -> Discriminator:

@@ -56,7 +56,7 @@ def text_fingerprint(weights: str, config: UMT5Config, tokenizer: TextTokenizer,
     Args:
       weights: what tells these weights from others; a converted encoder's record has it, so they need not be read.
     """
-    about = [weights, dataclasses.asdict(config), tokenizer.fingerprint(), dataclasses.asdict(policy)]
+    about = [weights, dataclasses.asdict(config), tokenizer.fingerprint(), policy.to_record()]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -120,10 +120,10 @@ class Layer(nnx.Module):
         self, x_BSE: jax.Array, bucket_SS: jax.Array, mask_BS: jax.Array, config: UMT5Config, policy: Policy
     ) -> jax.Array:
         normed = self.attention_norm(x_BSE, config.eps)
-        x_BSE = x_BSE + policy.to_island(self.attend(normed, bucket_SS, mask_BS, config, policy))
+        x_BSE = x_BSE + policy.to_norm_dtype(self.attend(normed, bucket_SS, mask_BS, config, policy))
         normed = self.ffn_norm(x_BSE, config.eps)
         hidden = gelu_tanh(self.gate(normed, policy)) * self.up(normed, policy)
-        return x_BSE + policy.to_island(self.down(hidden, policy))
+        return x_BSE + policy.to_norm_dtype(self.down(hidden, policy))
 
 
 class UMT5(nnx.Module):
@@ -140,7 +140,7 @@ class UMT5(nnx.Module):
 
     def embed(self, ids_BS: jax.Array, policy: Policy) -> jax.Array:
         """The first residual stream x_BSE, in the island dtype."""
-        return policy.to_island(self.token_embedding[...][ids_BS])
+        return policy.to_norm_dtype(self.token_embedding[...][ids_BS])
 
     def buckets_SS(self, length: int) -> jax.Array:
         """Bias buckets for `length` rows; the same for every layer, which has its own bias for each."""

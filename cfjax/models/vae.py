@@ -117,10 +117,10 @@ class ChannelNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: jax.Array, policy: Policy) -> jax.Array:
-        wide = policy.to_island(x)
+        wide = policy.to_norm_dtype(x)
         square = jnp.sum(jnp.square(wide.astype(jnp.float32)), axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.maximum(square, 1e-24)).astype(wide.dtype)
-        scale = policy.to_island(self.scale[...]) * x.shape[-1] ** 0.5
+        scale = policy.to_norm_dtype(self.scale[...]) * x.shape[-1] ** 0.5
         return (wide * inverse * align(scale, x)).astype(x.dtype)
 
 

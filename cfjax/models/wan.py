@@ -24,10 +24,10 @@ from flax import nnx
 
 from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
-from cfjax.core.sharding import cut
+from cfjax.core.sharding import constrain
 from cfjax.models.cache import KVCache, visible_frames
 from cfjax.nn import layers
-from cfjax.nn.frames import attend_cached, attend_frames, attend_text, cut_kv
+from cfjax.nn.frames import attend_cached, attend_frames, attend_text, constrain_kv
 from cfjax.nn.rope import rope_table, rotate, sinusoid
 from cfjax.nn.visibility import FULL, Blocks, Visibility
 
@@ -111,8 +111,8 @@ def preset(name: str, **overrides: Any) -> WanConfig:
 class KV(NamedTuple):
     """The text's keys and values of every layer."""
 
-    k_LBTNK: jax.Array
-    v_LBTNK: jax.Array
+    k_LBSNK: jax.Array
+    v_LBSNK: jax.Array
 
 
 class FrameKV(NamedTuple):
@@ -352,10 +352,10 @@ def _attend_stretch(
 def embed_time(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """e [B, F, D] (head) and e0 [B, F, 6, D] (blocks); the only place where sigma becomes t = 1000 sigma."""
     config = model.config
-    island = config.precision.island
+    norm_dtype = config.precision.norm
     embedding = sinusoid(1000.0 * sigma_BF, config.freq_dim)
-    e = model.time_embedding(embedding, island)
-    e0 = model.time_projection(jax.nn.silu(e), island)
+    e = model.time_embedding(embedding, norm_dtype)
+    e0 = model.time_projection(jax.nn.silu(e), norm_dtype)
     return e, rearrange(e0, "b f (m d) -> b f m d", m=6)
 
 
@@ -371,24 +371,24 @@ def _block(
 ) -> tuple[jax.Array, FrameKV]:
     """One transformer block on a stream of frames (PyTorch reference); returns its roped keys and values too."""
     policy, compute = config.precision, config.precision.compute
-    modulation = policy.to_island(block.modulation[...])[None, None] + e0_BF6D
+    modulation = policy.to_norm_dtype(block.modulation[...])[None, None] + e0_BF6D
     shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(modulation, 6, axis=2)  # each [B, F, 1, D]
 
     with jax.named_scope("self_attention"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_a) + shift_a).astype(compute)
         q, (k, v) = block.self_attn.query(h, config), block.self_attn.key_value(h, config)
-        q, k, v = (cut(x, "batch", None, "tokens", "channels", None) for x in (q, k, v))
+        q, k, v = (constrain(x, "batch", None, "tokens", "channels", None) for x in (q, k, v))
         q, k = rotate(q, table), rotate(k, table)
         attended = block.self_attn.output(self_attend(q, k, v, past), config)
-        stream_BFTD = stream_BFTD + gate_a * policy.to_island(attended)
+        stream_BFTD = stream_BFTD + gate_a * policy.to_norm_dtype(attended)
     with jax.named_scope("cross_attention"):
         q_text = block.cross_attn.query(block.norm3(stream_BFTD, config.eps, policy).astype(compute), config)
         attended = block.cross_attn.output(attend_text(q_text, *text, backend=config.attention), config)
-        stream_BFTD = stream_BFTD + policy.to_island(attended)
+        stream_BFTD = stream_BFTD + policy.to_norm_dtype(attended)
     with jax.named_scope("feed_forward"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_f) + shift_f).astype(compute)
-        stream_BFTD = stream_BFTD + gate_f * policy.to_island(block.ffn(h, compute))
-    return cut(stream_BFTD, "batch", None, "tokens", None), FrameKV(cut_kv(k), cut_kv(v))
+        stream_BFTD = stream_BFTD + gate_f * policy.to_norm_dtype(block.ffn(h, compute))
+    return constrain(stream_BFTD, "batch", None, "tokens", None), FrameKV(constrain_kv(k), constrain_kv(v))
 
 
 def _remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -425,8 +425,8 @@ def backbone(
     height, width = latents_BFHWC.shape[2] // ph, latents_BFHWC.shape[3] // pw
     config.tokens_per_frame(*latents_BFHWC.shape[2:4])
     patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
-    patches = cut(patches, "batch", None, "tokens", None)
-    stream = config.precision.to_island(model.patch_embedding(patches, config.precision.compute))
+    patches = constrain(patches, "batch", None, "tokens", None)
+    stream = config.precision.to_norm_dtype(model.patch_embedding(patches, config.precision.compute))
     e_BFD, e0_BF6D = embed_time(model, sigma_BF)
     flat_table = rope_table(position_F, height, width, config.head_dim)
     table = tuple(rearrange(x, "(f t) k -> f t k", f=position_F.shape[0]) for x in flat_table)
@@ -441,10 +441,10 @@ def backbone(
     with jax.named_scope("head"):
         if head_frames is not None:
             stream, e_BFD = stream[:, -head_frames:], e_BFD[:, -head_frames:]
-        head_modulation = config.precision.to_island(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
+        head_modulation = config.precision.to_norm_dtype(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
         shift, scale = jnp.split(head_modulation, 2, axis=2)
         h = layers.layer_norm(stream, config.eps, config.precision) * (1 + scale) + shift
         out = model.head(h, config.precision.compute).astype(jnp.float32)
-    out = cut(out, "batch", None, None, None)
+    out = constrain(out, "batch", None, None, None)
     flow = rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height, p=ph, q=pw)
     return flow, emitted

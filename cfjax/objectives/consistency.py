@@ -72,18 +72,18 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: ConsistencyConfig) -> d
     }
 
 
-def _told(config: ConsistencyConfig, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _conditioning_sigma(config: ConsistencyConfig, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(what the networks are told, the level that converts their flow to x0)."""
     if not config.bf16_timesteps:
         return sigma_BF, sigma_BF
-    told = round_timestep_bf16(sigma_BF)
-    return told, lookup(sigma_table(1000, config.shift), told)
+    conditioning_sigma = round_timestep_bf16(sigma_BF)
+    return conditioning_sigma, lookup(sigma_table(1000, config.shift), conditioning_sigma)
 
 
 def _teacher_step(
     teacher: Wan,
     x: jax.Array,
-    told_BF: jax.Array,
+    conditioning_sigma_BF: jax.Array,
     gap_BF: jax.Array,
     batch: Batch,
     config: ConsistencyConfig,
@@ -94,10 +94,10 @@ def _teacher_step(
     text_kv = both_prompts(embed_text(teacher, batch["text_BSE"]), embed_text(teacher, negative))
     twice = lambda a: jnp.concatenate([a, a], axis=0)
     if config.teacher == "bidirectional":
-        v = teacher(twice(x), twice(told_BF), text_kv)
+        v = teacher(twice(x), twice(conditioning_sigma_BF), text_kv)
     else:
         clean = batch["latents_BFHWC"].astype(jnp.float32)
-        v = teacher_forced(teacher, twice(x), twice(told_BF), twice(clean), text_kv, blocks)
+        v = teacher_forced(teacher, twice(x), twice(conditioning_sigma_BF), twice(clean), text_kv, blocks)
     v_pos, v_neg = jnp.split(v, 2)
     return x - expand(gap_BF, x) * guide(v_pos, v_neg, config.guidance, "sampling")
 
@@ -119,12 +119,14 @@ def consistency(config: ConsistencyConfig, blocks: Blocks, role: str = "student"
         x = add_noise(clean, draws["eps_BFHWC"], sigma_BF)
 
         def predict(model: Wan, x: jax.Array, sigma_BF: jax.Array) -> jax.Array:
-            told_BF, convert_BF = _told(config, sigma_BF)
-            v = teacher_forced(model, x, told_BF, clean, embed_text(model, batch["text_BSE"]), blocks)
+            conditioning_sigma_BF, convert_BF = _conditioning_sigma(config, sigma_BF)
+            v = teacher_forced(model, x, conditioning_sigma_BF, clean, embed_text(model, batch["text_BSE"]), blocks)
             return x0_from_flow(v, x, convert_BF)
 
-        told_BF, _ = _told(config, sigma_BF)
-        x_next = stop_gradient(_teacher_step(models["teacher"], x, told_BF, gap_BF, batch, config, blocks))
+        conditioning_sigma_BF, _ = _conditioning_sigma(config, sigma_BF)
+        x_next = stop_gradient(
+            _teacher_step(models["teacher"], x, conditioning_sigma_BF, gap_BF, batch, config, blocks)
+        )
         target = stop_gradient(predict(models[f"{role}_ema"], x_next, next_BF))
         if config.boundary:  # at sigma' = 0 the teacher's step is the answer, and no network is asked
             target = jnp.where(expand(next_BF, x) > 0.0, target, x_next)

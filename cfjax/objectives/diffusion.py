@@ -134,13 +134,13 @@ def _noised(config: DiffusionConfig, x0: jax.Array, draws: Draws, index_BF: jax.
     table = jnp.asarray(levels)
     sigma_BF = table[index_BF]
     if config.bf16_timesteps:  # Q1: the level is re-looked-up from the rounded timestep
-        told_BF = round_timestep_bf16(sigma_BF)
-        index_BF = nearest(table, told_BF)
+        conditioning_sigma_BF = round_timestep_bf16(sigma_BF)
+        index_BF = nearest(table, conditioning_sigma_BF)
         sigma_BF = table[index_BF]
     else:
-        told_BF = sigma_BF
+        conditioning_sigma_BF = sigma_BF
     weights = jnp.asarray(_weights(config, levels))[index_BF]
-    return add_noise(x0, draws["eps_BFHWC"], sigma_BF), told_BF, weights
+    return add_noise(x0, draws["eps_BFHWC"], sigma_BF), conditioning_sigma_BF, weights
 
 
 def _weighted_error(
@@ -162,9 +162,9 @@ def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
         x0 = batch["latents_BFHWC"].astype(jnp.float32)
         draws = draw(key, x0.shape, config) if draws is None else draws
         index_BF = jnp.broadcast_to(draws["index_BF"][:, :1], x0.shape[:2])
-        x, told_BF, weight_BF = _noised(config, x0, draws, index_BF)
+        x, conditioning_sigma_BF, weight_BF = _noised(config, x0, draws, index_BF)
         model = models[role]
-        v = model(x, told_BF, embed_text(model, drop_text(batch, draws["drop_B"])), FULL)
+        v = model(x, conditioning_sigma_BF, embed_text(model, drop_text(batch, draws["drop_B"])), FULL)
         return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF)
 
     return loss
@@ -184,8 +184,8 @@ def _past(
     `noisy` is the noisy half and the level it is told.
     """
     if config.noise_augmentation:
-        noised, told_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
-        return noised, told_BF
+        noised, conditioning_sigma_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
+        return noised, conditioning_sigma_BF
     zero_BF = jnp.zeros(x0.shape[:2], jnp.float32)
     if config.history == "direct":
         return direct(model, *noisy, text_kv, blocks), zero_BF
@@ -204,13 +204,13 @@ def _aggregated(
     whose rollouts follow it. Real or corrective is drawn once per update, so that only corrective ones pay a rollout.
     """
     real = batch["latents_BFHWC"].astype(jnp.float32)
-    author = models.get(f"{role}_ema", models[role])
+    rollout_model = models.get(f"{role}_ema", models[role])
     sampler = ManyStep(steps=config.bagger_steps, shift=config.shift, guidance=config.bagger_guidance)
 
     def backwards() -> jax.Array:
         words = batch["text_BSE"], batch["negative_text_SE"]
         noise, codec = draws["rollout_eps_BFHWC"], models.get("codec")
-        return corrective_clip(author, real, noise, *words, sampler, blocks, codec)
+        return corrective_clip(rollout_model, real, noise, *words, sampler, blocks, codec)
 
     with jax.named_scope(CORRECTIVE):
         x0 = jax.lax.cond(draws["corrective"], backwards, lambda: real)
@@ -238,17 +238,20 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
         learned_F = None
         if config.bagger:
             x0, text_BSE, given_F = _aggregated(config, models, role, batch, draws, blocks)
-        x, told_BF, weight_BF = _noised(config, x0, draws, per_block(draws["index_BF"], blocks))
+        x, conditioning_sigma_BF, weight_BF = _noised(config, x0, draws, per_block(draws["index_BF"], blocks))
         if config.bagger:
-            x, told_BF = jnp.where(given_F[None, :, None, None, None], x0, x), jnp.where(given_F[None], 0.0, told_BF)
+            x, conditioning_sigma_BF = (
+                jnp.where(given_F[None, :, None, None, None], x0, x),
+                jnp.where(given_F[None], 0.0, conditioning_sigma_BF),
+            )
             learned_F = ~given_F
         model = models[role]
         text_kv = embed_text(model, drop_text({**batch, "text_BSE": text_BSE}, draws["drop_B"]))
         if config.forcing == "diffusion":
-            v = model(x, told_BF, text_kv, Visibility("block_causal", blocks))
+            v = model(x, conditioning_sigma_BF, text_kv, Visibility("block_causal", blocks))
         else:
-            past, past_BF = _past(config, model, x0, (x, told_BF), text_kv, draws, blocks)
-            v = teacher_forced(model, x, told_BF, past, text_kv, blocks, clean_sigma_BF=past_BF)
+            past, past_BF = _past(config, model, x0, (x, conditioning_sigma_BF), text_kv, draws, blocks)
+            v = teacher_forced(model, x, conditioning_sigma_BF, past, text_kv, blocks, clean_sigma_BF=past_BF)
         return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF, learned_F)
 
     return loss

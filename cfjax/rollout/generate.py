@@ -148,7 +148,7 @@ def _started(
     _, num_frames, height, width, _ = noise_BFHWC.shape
     start = 0 if given_BFHWC is None else given_BFHWC.shape[1]
     tokens = model.config.tokens_per_frame(height, width)
-    cache = init_cache(model.config, text_kv.k_LBTNK.shape[1], start + num_frames, tokens, blocks)
+    cache = init_cache(model.config, text_kv.k_LBSNK.shape[1], start + num_frames, tokens, blocks)
     return cache if given_BFHWC is None else commit_given(model, given_BFHWC, text_kv, cache, blocks), start
 
 
@@ -177,14 +177,14 @@ def many_step_block(
     blocks: Blocks,
 ) -> jax.Array:
     """One block by a fresh ODE solve; text and cache hold both prompts (`both_prompts`)."""
-    sigmas, told = sampler.grid()
+    sigmas, model_sigmas = sampler.grid()
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         v = denoise_block(model, _twice(x), sigma, text_kv, cache, start, blocks)
         positive, negative = jnp.split(v, 2)
         return guide(positive, negative, sampler.guidance, "sampling")
 
-    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=told)
+    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=model_sigmas)
 
 
 def generate_many_step(
@@ -218,14 +218,14 @@ def generate_bidirectional(
 ) -> jax.Array:
     """A whole video by the bidirectional teacher: one ODE solve over all frames."""
     text_kv = both_prompts(positive, negative)
-    sigmas, told = sampler.grid()
+    sigmas, model_sigmas = sampler.grid()
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         v = model(_twice(x), jnp.broadcast_to(sigma, (2 * x.shape[0], x.shape[1])), text_kv)
         positive, negative = jnp.split(v, 2)
         return guide(positive, negative, sampler.guidance, "sampling")
 
-    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=told)
+    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=model_sigmas)
 
 
 def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames: int, given: int = 0) -> int:

@@ -22,7 +22,7 @@ from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.self_forcing import Rollout, SelfForcing, draw_rollout, replay_exit, rollout
 
-FIRST_ANEW = "first_latent_anew"  # scope of the conditional that spares a window from the start
+FIRST_REENCODED = "first_latent_anew"  # scope of the conditional that spares a window from the start
 LAST_PICTURE = "last_picture"  # scope of the loop over the latents before the window
 
 
@@ -110,11 +110,11 @@ def roll_window(
     else:
         x0 = end(rolled.x0_BFHWC)
 
-    def anew(video: jax.Array) -> jax.Array:
+    def reencoded(video: jax.Array) -> jax.Array:
         return codec.encode(last_picture(codec, video, start + 1)).astype(video.dtype)
 
-    with jax.named_scope(FIRST_ANEW):
-        first = jax.lax.cond(start > 0, anew, lambda video: video[:, :1], rolled.x0_BFHWC)
+    with jax.named_scope(FIRST_REENCODED):
+        first = jax.lax.cond(start > 0, reencoded, lambda video: video[:, :1], rolled.x0_BFHWC)
     first = stop_gradient(first)
     counted = long.counted_F(draws["count"], blocks)[None, :, None, None, None]
     made_anew = ((jnp.arange(frames) == 0) & (start > 0))[None, :, None, None, None]

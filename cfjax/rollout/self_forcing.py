@@ -82,7 +82,7 @@ class Rollout:
 def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, blocks: Blocks) -> dict[str, jax.Array]:
     """Random numbers of one rollout of shape [B, F, H, W, C].
 
-    noise_BFHWC; renoise_BFJHWC, the fresh noise between steps; context_BFHWC; exit_N, an exit step per block.
+    noise_BFHWC; renoise_BFJHWC, the fresh noise between steps; context_BFHWC; exit_G, an exit step per block.
     """
     num_blocks = len(blocks.spans(shape[1]))
     _, lengths = config.tables(num_blocks)
@@ -98,7 +98,7 @@ def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, bl
         "noise_BFHWC": normal(keys[0], shape),
         "renoise_BFJHWC": normal(keys[1], (*shape[:2], max(steps - 1, 1), *shape[2:])),
         "context_BFHWC": normal(keys[2], shape),
-        "exit_N": exits.astype(jnp.int32),
+        "exit_G": exits.astype(jnp.int32),
     }
 
 
@@ -120,9 +120,9 @@ def rollout(
     noise = draws["noise_BFHWC"]
     batch, num_frames, height, width, _ = noise.shape
     spans = blocks.spans(num_frames)
-    levels_NJ, _ = config.tables(len(spans))
-    if draws["exit_N"].shape != (len(spans),):
-        raise UserError(f"exit_N has shape {draws['exit_N'].shape}; {len(spans)} blocks need ({len(spans)},)")
+    levels_GJ, _ = config.tables(len(spans))
+    if draws["exit_G"].shape != (len(spans),):
+        raise UserError(f"exit_G has shape {draws['exit_G'].shape}; {len(spans)} blocks need ({len(spans)},)")
     cache = init_cache(
         model.config, batch, num_frames, model.config.tokens_per_frame(height, width), Blocks(frames=blocks.frames)
     )
@@ -151,7 +151,7 @@ def rollout(
         return cache, (x_exit, jnp.broadcast_to(levels[exit_step], x.shape[:2]), x0)
 
     frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])
-    work = (block, cache, frames, (levels_NJ, draws["exit_N"]), num_frames, blocks)
+    work = (block, cache, frames, (levels_GJ, draws["exit_G"]), num_frames, blocks)
     cache, (x_exit, sigma_exit, x0) = scan_blocks(*work) if count is None else loop_blocks(*work, count)
     return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)))
 

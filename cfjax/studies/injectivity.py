@@ -170,7 +170,7 @@ def flow_error(student: Any, law: Walk, seed: int, count: int, sigma: float = 0.
     return float(error(student))
 
 
-def seed_part(plan: Plan, seed: int, told: Callable[[str], None]) -> dict[str, Any]:
+def seed_part(plan: Plan, seed: int, log: Callable[[str], None]) -> dict[str, Any]:
     """One seed: every initialisation's rollout, where the ODE students settled, the dose-response, both forcings."""
     law, budget = Walk(plan.frames), plan.budget
     pool = data_pool(law, seed, budget.pool)
@@ -179,20 +179,20 @@ def seed_part(plan: Plan, seed: int, told: Callable[[str], None]) -> dict[str, A
     out: dict[str, Any] = {"quality": {"real": measure(other, real, law)}, "settling": [], "dmd": {}}
     students: dict[str, Any] = {}
     for init in (*plan.inits, *(f"ahead_{k}" for k in plan.ahead)):
-        told(f"seed {seed}: {init}")
+        log(f"seed {seed}: {init}")
         students[init] = train_init(law, init, budget, seed, pool, ar)
         out["quality"][init] = measure(self_rollout(students[init], seed, plan.videos), real, law)
         for probe in _probes(plan, TEACHER_OF[init]) if init in TEACHER_OF else ():
             row = {"init": init, "frame": probe.frame + 1, "sigma": probe.sigma, **settling(students[init], probe)}
             out["settling"].append(row)
     if plan.forcing:
-        told(f"seed {seed}: diffusion forcing")
+        log(f"seed {seed}: diffusion forcing")
         df = train_ar(law, budget, seed, pool, "df")
         out["flow_error"] = {"teacher": flow_error(ar, law, seed, 4096), "diffusion": flow_error(df, law, seed, 4096)}
     if plan.dmd:
         critic = train_critic(law, budget, seed, pool)
         for init in plan.dmd:
-            told(f"seed {seed}: DMD from {init}")
+            log(f"seed {seed}: DMD from {init}")
             out["dmd"][init] = distilled(plan, seed, students[init], critic, pool, real)
     return out
 
@@ -212,7 +212,7 @@ def distilled(
     return out
 
 
-def run(plan: Plan, workdir: Path, told: Callable[[str], None], made: Mapping[str, str]) -> dict[str, Any]:
+def run(plan: Plan, workdir: Path, log: Callable[[str], None], made: Mapping[str, str]) -> dict[str, Any]:
     """All parts, each written to `workdir`/parts when it is done and not computed again.
 
     Args:
@@ -233,7 +233,7 @@ def run(plan: Plan, workdir: Path, told: Callable[[str], None], made: Mapping[st
     def part(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         file = folder / f"{name}.json"
         if (found := read_if_whole(file)) is None:
-            told(name)
+            log(name)
             write_atomically(file, json.dumps({"made": dict(made), **make()}, indent=1))
             found = read_if_whole(file)
         return found
@@ -243,5 +243,5 @@ def run(plan: Plan, workdir: Path, told: Callable[[str], None], made: Mapping[st
         "collisions": part("collisions", lambda: collision_part(plan)),
         "truth": part("truth", lambda: truth_part(plan)),
     }
-    seeds = [part(f"seed{seed}", partial(seed_part, plan, seed, told)) for seed in range(plan.seeds)]
+    seeds = [part(f"seed{seed}", partial(seed_part, plan, seed, log)) for seed in range(plan.seeds)]
     return {"plan": asked, **out, "seeds": seeds}

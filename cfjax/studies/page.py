@@ -43,8 +43,8 @@ def provenance(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         names: dict[str, list[str]] = {}
         for part, made in parts.items():
             names.setdefault(made.get(key, "unknown"), []).append(part)
-        told = "; ".join(f"{value} ({', '.join(of)})" for value, of in names.items())
-        out[key] = next(iter(names)) if len(names) == 1 else told
+        listed = "; ".join(f"{value} ({', '.join(of)})" for value, of in names.items())
+        out[key] = next(iter(names)) if len(names) == 1 else listed
     return out
 
 

@@ -126,15 +126,15 @@ class Probe:
         return float(self.end.var(axis=1).mean())
 
 
-def local_linear(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def local_linear(x_B: np.ndarray, y_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Leave-one-out local-linear fit of y on x at every x (Gaussian kernel), and the sum of its squared weights."""
-    gap = x_N[None] - x_N[:, None]
-    kernel = np.exp(-0.5 * (gap / (BANDWIDTH * x_N.std())) ** 2)
+    gap = x_B[None] - x_B[:, None]
+    kernel = np.exp(-0.5 * (gap / (BANDWIDTH * x_B.std())) ** 2)
     np.fill_diagonal(kernel, 0.0)
     s0, s1, s2 = kernel.sum(1), (kernel * gap).sum(1), (kernel * gap**2).sum(1)
     weights = kernel * (s2[:, None] - s1[:, None] * gap)
     weights /= np.maximum(s0 * s2 - s1**2, 1e-12)[:, None]
-    return weights @ y_N, (weights**2).sum(1)
+    return weights @ y_B, (weights**2).sum(1)
 
 
 def _probe(frame: int, sigma: float, clean: np.ndarray, noisy: np.ndarray, solver_error: float) -> Probe:

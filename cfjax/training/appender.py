@@ -23,7 +23,7 @@ class Appender:
     """
 
     def __init__(self, file: Path) -> None:
-        self.file, self._told = file, False
+        self.file, self._warned = file, False
         self._size: int | None = None  # up to where the file is whole; None: as it is found
         self._waiting: deque[bytes] = deque()
 
@@ -49,16 +49,16 @@ class Appender:
                 if sync:
                     os.fsync(stream.fileno())
         except OSError as error:
-            self._tell(error)
+            self._warn(error)
             while sum(map(len, self._waiting)) > MOST:
                 self._waiting.popleft()
             return
         self._size += len(data)
         self._waiting.clear()
 
-    def _tell(self, error: OSError) -> None:
-        if not self._told:
-            self._told = True
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
             logging.warning("%s: cannot be written (%s); the run goes on and tries again", self.file, one_line(error))
 
     def rewrite(self, keep: Callable[[bytes], bool]) -> None:
@@ -72,4 +72,4 @@ class Appender:
         except FileNotFoundError:
             return
         except OSError as error:
-            self._tell(error)
+            self._warn(error)

@@ -78,7 +78,7 @@ def _manager(
         raise unusable(error)(f"{directory} cannot be opened ({one_line(error)})") from error
 
 
-def _told_by_all(value: int) -> list[int]:
+def _all_gather(value: int) -> list[int]:
     """The values of all processes, each of which has to ask."""
     return multihost_utils.process_allgather(np.asarray(value, np.int32)).ravel().tolist()
 
@@ -161,7 +161,7 @@ def _newest(steps: Iterable[int], read: Callable[[int], T | None], *, together: 
     """
     untried = set(steps)
     broken: list[int] = []
-    ask = _told_by_all if together else lambda value: [value]
+    ask = _all_gather if together else lambda value: [value]
     while (step := max(ask(max(untried, default=-1)))) >= 0:  # a process may not see all of them
         found = read(step)
         if all(ask(found is not None)):
@@ -229,7 +229,7 @@ class CheckpointStore:
     def _read_back(self, step: int, arrays: Mapping[str, Any]) -> None:
         """All processes come here, and go on if the first checkpoint is good for each of them."""
         problem = read_back(self._directory / str(step), arrays)
-        if any(_told_by_all(problem is not None)):
+        if any(_all_gather(problem is not None)):
             with suppress(Exception):  # whatever the storage does not do now either
                 self._set_aside([step])
             raise problem or UserError(f"{self._directory}: another process cannot read the first checkpoint back")

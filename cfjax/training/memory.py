@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from cfjax.core.errors import UserError
-from cfjax.core.offload import rests_on_host
+from cfjax.core.offload import is_on_host
 from cfjax.core.quantize import Quantized, is_quantized
 from cfjax.core.tree import named_leaves
 from cfjax.objectives.stage import Stage
@@ -43,14 +43,14 @@ class RoleMemory:
     ema: int = 0
 
     @property
-    def resting(self) -> int:
+    def persistent(self) -> int:
         """On the device between updates."""
         return self.weights + self.optimizer + self.ema
 
     @property
     def device(self) -> int:
         """On the device while this role is updated."""
-        return self.resting + self.gradients
+        return self.persistent + self.gradients
 
 
 def abstract_state(
@@ -85,7 +85,7 @@ def device_bytes(tree: Any, *, on_host: bool = False) -> int:
         shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
         return math.prod(shape) * x.dtype.itemsize
 
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree) if rests_on_host(leaf) == on_host)
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree) if is_on_host(leaf) == on_host)
 
 
 def _stored(model: Any) -> str:
@@ -139,7 +139,7 @@ def role_memory(
 
 def needed_bytes(rows: Sequence[RoleMemory]) -> int:
     """What all roles together hold on a device at least: everything that rests, and the largest role's gradients."""
-    return sum(row.resting for row in rows) + max((row.gradients for row in rows), default=0)
+    return sum(row.persistent for row in rows) + max((row.gradients for row in rows), default=0)
 
 
 def memory_table(rows: Sequence[RoleMemory]) -> list[str]:

@@ -18,7 +18,7 @@ STATE, RECORD = "state", "record"
 _NOTES = ("commit_success.txt", "_CHECKPOINT_METADATA")
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _checked: set[tuple[Any, ...]] = set()  # folders and their files, as they were when all was well
-_told: set[str] = set()  # folders of checkpoints without sums
+_warned: set[str] = set()  # folders of checkpoints without sums
 
 
 class Damaged(Exception):
@@ -103,7 +103,7 @@ def verify(step_folder: Path, *, together: bool = False, items: tuple[str, ...] 
     except ValueError as error:
         raise Damaged(f"{SUMS} is damaged") from error
     if sums is None:
-        _tell_unchecked(step_folder)
+        _warn_unchecked(step_folder)
         return
     share = (jax.process_index(), jax.process_count()) if together else (0, 1)
     key = (str(step_folder), share, items, _stand(step_folder))
@@ -118,13 +118,13 @@ def verify(step_folder: Path, *, together: bool = False, items: tuple[str, ...] 
 def _stand(folder: Path) -> tuple[Any, ...]:
     """Changes when a file of the folder does."""
     out = []
-    for name, (size, told) in sorted(files_below(folder).items()):
-        out.append((name, size, told or (folder / name).stat().st_mtime_ns))
+    for name, (size, md5) in sorted(files_below(folder).items()):
+        out.append((name, size, md5 or (folder / name).stat().st_mtime_ns))
     return tuple(out)
 
 
-def _tell_unchecked(step_folder: Path) -> None:
+def _warn_unchecked(step_folder: Path) -> None:
     place = str(step_folder.parent)
-    if place not in _told:
-        _told.add(place)
+    if place not in _warned:
+        _warned.add(place)
         logging.warning("%s has no checksums (an older version's, or checksums=False): taken as it is", step_folder)

@@ -11,7 +11,7 @@ import jax
 
 from cfjax.core.console import complain
 from cfjax.core.errors import Temporary, UserError
-from cfjax.core.peers import tell_the_others
+from cfjax.core.peers import notify_peers
 
 STALLED = Temporary.exit_code
 
@@ -90,5 +90,5 @@ def failing_fast() -> Iterator[None]:
             line = "another one died, or see above; the same command goes on from the last checkpoint"
             code = STALLED
         complain(f"{who}: {line}")
-        tell_the_others(line, code)
+        notify_peers(line, code)
         os._exit(code)

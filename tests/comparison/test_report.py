@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cfjax.comparison.report import (
-    Absent,
+    MissingPart,
     compare_arrays,
     compare_named,
     exit_code,
@@ -129,7 +129,7 @@ def test_checks_are_picked_by_name_in_their_own_order():
 
 def test_a_check_without_its_part_is_left_out_unless_it_was_asked_for():
     def no_vae(_):
-        raise Absent("there is no VAE to compare")
+        raise MissingPart("there is no VAE to compare")
 
     checks, said = {"vae": no_vae, "dit": lambda factor: [row(X * factor)]}, []
     rows, seconds = run_checks(checks, 2.0, said.append, strict=False)

@@ -1,4 +1,4 @@
-"""Weight files: every layout is read as it is, every mistake is one line that names the file and the mend."""
+"""Weight files: every layout is read as it is, every mistake is one line that names the file and a fix."""
 
 import json
 import os

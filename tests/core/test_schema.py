@@ -57,7 +57,7 @@ def test_a_missing_key_is_told_with_its_place():
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("document", "words"),
     [
         ("NaN", "NaN is no number of JSON"),
         ("[-Infinity]", "-Infinity is no number"),
@@ -72,9 +72,9 @@ def test_a_missing_key_is_told_with_its_place():
         ("", "Expecting value"),
     ],
 )
-def test_what_json_must_not_hold(told, words):
+def test_what_json_must_not_hold(document, words):
     with pytest.raises(ValueError, match=words):
-        parse_json(told)
+        parse_json(document)
 
 
 def test_numbers_that_others_write_pass():

@@ -185,7 +185,7 @@ def test_every_file_that_is_passed_over_is_counted(folder):
     assert [clip.name for clip in listing.clips] == ["a.webm", "b.mp4", "deep/c.GIF"]
     assert listing.passed_over == Counter({".jpg": 2, "no suffix": 2, ".md": 1, ".txt": 1, "._*": 1})
     assert listing.columns == {"file": "file", "caption": "caption"}
-    assert listing.told() == {
+    assert listing.notes() == {
         "table": f"{folder / 'captions.csv'}: columns: caption by 'caption', file by 'file'",
         "passed over": "passed over, as neither clips nor their captions: 2 .jpg, 2 no suffix, 1 ._*, 1 .md, 1 .txt",
     }

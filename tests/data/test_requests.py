@@ -76,7 +76,7 @@ def test_a_published_table_is_read_by_the_column_of_its_prompts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.txt", "\n\n", "no prompts"),
         ("a.yaml", "- a", r"no table of a known kind; use \.txt, \.csv"),
@@ -94,9 +94,9 @@ def test_a_published_table_is_read_by_the_column_of_its_prompts(tmp_path):
         ("a.jsonl", '{"prompt": "a", "seed": -1}', "line 1: seed=-1: use 0 to 4294967295"),
     ],
 )
-def test_broken_prompt_files_are_told(tmp_path, name, content, told):
+def test_broken_prompt_files_are_told(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_requests("", str(tmp_path / name))
 
 
@@ -159,7 +159,7 @@ def test_latents_are_one_array_of_any_float(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "told"),
+    ("arrays", "message"),
     [
         ({"a": LATENTS, "b": LATENTS}, r"needs one array \[F, H, W, C\], found a \(3, 2, 2, 4\), b"),
         ({"a": LATENTS[0]}, r"needs one array \[F, H, W, C\], found a \(2, 2, 4\)"),
@@ -169,9 +169,9 @@ def test_latents_are_one_array_of_any_float(tmp_path, dtype):
         ({"a": np.array([[[[None]]]], object)}, "cannot read the latents"),
     ],
 )
-def test_other_latents_are_told(tmp_path, arrays, told):
+def test_other_latents_are_told(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_latents(tmp_path / "a.npz")
 
 

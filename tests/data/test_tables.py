@@ -98,7 +98,7 @@ def test_text_of_another_encoding_that_happens_to_be_utf8_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.yaml", "- a", r"no table of a known kind; use \.txt, \.csv"),
         ("a.txt", "a\rb\rc", "line 1: a carriage return alone ends no line"),
@@ -120,9 +120,9 @@ def test_text_of_another_encoding_that_happens_to_be_utf8_is_told(tmp_path):
         ("a.parquet", "no parquet", "cannot read it"),
     ],
 )
-def test_what_cannot_be_taken_whole_is_refused_with_its_line(tmp_path, name, content, told):
+def test_what_cannot_be_taken_whole_is_refused_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content.encode())
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         values(tmp_path / name)
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 

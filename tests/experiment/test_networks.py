@@ -16,7 +16,7 @@ from cfjax.core.tree import named_leaves
 from cfjax.experiment import presets
 from cfjax.experiment.config import META_FILE, stage_of
 from cfjax.experiment.networks import check_blocks, check_roles, empty_model, initial_model, role_template
-from cfjax.models.resting import fill
+from cfjax.models.weight_storage import fill
 from cfjax.training.streamed import write_streamed
 from configs import dmd
 

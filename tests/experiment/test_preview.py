@@ -168,16 +168,16 @@ def test_training_goes_on_without_a_look(prompts_run, world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "message"),
     [
         ("nowhere", "guard: off from start on (guard: nowhere is no world"),
         ("", "does not say which world it was made in; name it with --config.guard.world"),
     ],
 )
-def test_without_a_world_the_guard_is_off(tmp_path, capsys, place, told):
+def test_without_a_world_the_guard_is_off(tmp_path, capsys, place, message):
     monitor = make_monitor(config(), data(place, False), tmp_path)
     out = capsys.readouterr().out
-    assert monitor is None and told in out and out.count("\n") == 1 and out.endswith("; training goes on\n")
+    assert monitor is None and message in out and out.count("\n") == 1 and out.endswith("; training goes on\n")
 
 
 def test_a_guard_without_prompts_is_a_mistake(world, tmp_path):

@@ -52,7 +52,7 @@ class Score:
         self.slope = slope
 
     def __call__(self, x, sigma_BF, text_kv):
-        shift = sigma_BF + jnp.mean(text_kv.k_LBTNK, axis=(0, 2, 3, 4))[:, None]
+        shift = sigma_BF + jnp.mean(text_kv.k_LBSNK, axis=(0, 2, 3, 4))[:, None]
         return self.slope * x + shift[:, :, None, None, None]
 
 
@@ -212,7 +212,7 @@ def trained() -> Trained:
     state = init_state(stage, {"student": causal(), "critic": bidirectional()}, txs, 0)
     updates = {role: make_update(stage, role, txs[role]) for role in losses}
     frozen, batch = {"real_score": bidirectional()}, batch_of(jnp.zeros((64, 2, 2, 2, 1)))
-    exit_step = jax.jit(lambda key: draw(key, (1, 2, 1, 1, 1), config, FRAMEWISE)["exit_N"][0])
+    exit_step = jax.jit(lambda key: draw(key, (1, 2, 1, 1, 1), config, FRAMEWISE)["exit_G"][0])
     counts, exits, early = dict.fromkeys(losses, 0), set(), []
     for iteration in range(ITERATIONS):
         for role in stage.roles_at(iteration):

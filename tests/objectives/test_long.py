@@ -109,7 +109,7 @@ def test_what_is_drawn_fits_the_longest_rollout_and_the_window():
     """Whatever the batch's own clips are long."""
     draws = jax.eval_shape(lambda key: draw(key, batch()["latents_BFHWC"].shape, LONG, BLOCKS), KEY)
     assert draws["noise_BFHWC"].shape[1] == draws["context_BFHWC"].shape[1] == FRAMES + 4
-    assert draws["exit_N"].shape == (5,) and draws["count"].shape == () and 3 <= int(any_count()["count"]) <= 5
+    assert draws["exit_G"].shape == (5,) and draws["count"].shape == () and 3 <= int(any_count()["count"]) <= 5
     assert draws["score_eps_BFHWC"].shape == SHAPE
 
 

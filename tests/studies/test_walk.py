@@ -207,7 +207,7 @@ def test_students_end_where_their_teachers_pairs_put_them(tmp_path):
     assert washed_out(found, "static") in ("no", "in part", "washed out", "over-corrected", "not told apart")
     titles = [table.title for table in tables(results, found)]
     assert len(set(titles)) == len(titles) and "What DMD leaves of the bidirectional start's harm" in titles
-    again = run(SMALL, tmp_path, lambda told: pytest.fail(f"{told} is computed again"), {"commit": "second"})
+    again = run(SMALL, tmp_path, lambda message: pytest.fail(f"{message} is computed again"), {"commit": "second"})
     assert again == results and results["seeds"][1]["made"] == {"commit": "first"}
 
 
@@ -273,13 +273,13 @@ def test_a_page_names_the_commit_of_every_part():
     ],
 )
 def test_a_plan_that_cannot_be_is_told_in_one_line(key, value):
-    with pytest.raises(UserError, match=key) as told:
+    with pytest.raises(UserError, match=key) as message:
         Plan(**{"dmd": ("bi_ode",), key: value})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(message.value)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    for argv, told in (
+    for argv, message in (
         (["history"], "cfjax study injectivity or cfjax study ablation"),
         (["ablation", f"--config={ROOT}/configs/study.py", f"--workdir={tmp_path}"], "for the other study"),
         (["injectivity", f"--config={ROOT}/configs/study.py", "--config.inits=('ode',)"], "unknown initialisations"),
@@ -291,4 +291,4 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ),
     ):
         assert main(["study", *argv]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err

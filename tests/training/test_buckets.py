@@ -323,8 +323,8 @@ def test_only_buckets_of_one_kind(monkeypatch):
 def test_what_stays_on_this_machine_is_told_in_one_line(bucket, capsys, tmp_path, verb, config, workdir, keys, message):
     place = workdir if "://" in workdir else tmp_path / workdir
     assert cfjax(verb, config, place, **keys) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert message in output and output.count("\n") == 1
     assert not [name for name in bucket.objects if name.startswith(verb)] and not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cfjax.core.sharding import (
     batch_sharding,
-    cut_parameters,
+    constrain_parameters,
     make_mesh,
     on_mesh,
     place,
@@ -101,7 +101,7 @@ def value_and_grad(stage, models, batch, key):
     def of(role):
         loss = STAGES[stage][role]
         value, grads = jax.value_and_grad(lambda own: loss({**models, role: own}, batch, key)[0])(models[role])
-        return value, cut_parameters(grads)
+        return value, constrain_parameters(grads)
 
     return {role: of(role) for role in STAGES[stage]}
 
@@ -117,8 +117,8 @@ def compare(stage: str, name: str, capfd) -> None:
     mesh = make_mesh(**sizes)
     with on_mesh(mesh):
         got = value_and_grad(stage, *on(mesh, models(heads), batch(), jax.random.key(7)))
-    told = [line for line in capfd.readouterr().err.splitlines() if "Involuntary full rematerialization" in line]
-    assert not [line for line in told if "while/body" in line], "XLA replicates an activation of the layers"
+    printed = [line for line in capfd.readouterr().err.splitlines() if "Involuntary full rematerialization" in line]
+    assert not [line for line in printed if "while/body" in line], "XLA replicates an activation of the layers"
     for role, (expected_loss, expected) in alone(stage, heads).items():
         loss, grads = got[role]
         errors, where = {}, shardings(models(heads)[role], mesh)

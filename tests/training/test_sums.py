@@ -29,9 +29,9 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def lines(monkeypatch) -> list[str]:
-    told: list[str] = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: told.append(message % args))
-    return told
+    warned: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda message, *args: warned.append(message % args))
+    return warned
 
 
 def flip(file: Path, count: int = 64) -> None:

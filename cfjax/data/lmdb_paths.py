@@ -14,7 +14,7 @@ KEY = "--config.data.lmdb=PATH (cfjax train) or --config.lmdb=PATH (cfjax precom
 Misfit = Callable[[LmdbRows], str]
 
 
-def text_beside(path: str | Path) -> Path:
+def default_text_path(path: str | Path) -> Path:
     """Where the text rows of an LMDB are kept when no other place is named."""
     path = Path(path)
     return path.with_name(path.name + TEXT_SUFFIX)
@@ -36,7 +36,7 @@ def lmdb_job(rows: LmdbRows) -> dict[str, Any]:
     return {"fingerprint": rows.fingerprint(), "ground_truth": rows.ground_truth}
 
 
-def is_job_of(found: Any, rows: LmdbRows) -> bool:
+def is_same_job(found: Any, rows: LmdbRows) -> bool:
     """Whether a folder was begun with this LMDB: by what it is, or as older versions noted it, by where it lay.
 
     Of an older job whose LMDB is no longer there, whole, rows and shapes decide, which the rest of its record holds.
@@ -54,7 +54,7 @@ def is_job_of(found: Any, rows: LmdbRows) -> bool:
         return True
 
 
-def places(folder: Path, about: Mapping[str, Any], given: str | Path = "") -> list[Path]:
+def candidate_paths(folder: Path, about: Mapping[str, Any], given: str | Path = "") -> list[Path]:
     """Where the LMDB of the set in `folder` may be: the recorded place, beside the set, and as it lay from there.
 
     Places that are not beside the set are looked at only where its record also tells what the LMDB holds, as sets of
@@ -88,7 +88,7 @@ def open_lmdb_of(
       UserError: it is nowhere, or what is there is another; the line names the places and the key.
     """
     looked: list[str] = []
-    for place in places(folder, about, given):
+    for place in candidate_paths(folder, about, given):
         if not is_lmdb(place):
             looked.append(f"{place} (no LMDB there)")
             continue
