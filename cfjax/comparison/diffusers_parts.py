@@ -91,7 +91,7 @@ def _compare_pass(
 ) -> list[Row]:
     """One way through the autoencoder: a whole clip; decoding, the same clip as a stream too.
 
-    Only where a whole clip differs are the layers looked at: they take memory. Theirs runs a latent frame at a time.
+    Layers are compared only if a whole clip differs, as they take memory. Theirs runs a latent frame at a time.
     """
     step = _encode_step if way == "encode" else _decode_step
     ours, theirs = _streamed(step, model, x), from_torch(run(to_torch(x)))

@@ -43,7 +43,7 @@ def wan_scheduler(shift: float) -> UniPCMultistepScheduler:
 
 
 def check_unipc(case: Case) -> list[Row]:
-    """The sampler's grid bit for bit, and a whole solve of a nonlinear ODE that stands in for the network."""
+    """The sampler's grid bit for bit, and a whole solve of a nonlinear ODE in place of the network."""
     sampler = ManyStep(steps=case.steps)
     sigmas, model_sigmas = sampler.grid()
     scheduler = wan_scheduler(sampler.shift)

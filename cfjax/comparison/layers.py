@@ -1,4 +1,4 @@
-"""What every layer of the video network puts out, layer by layer: to find where two implementations part."""
+"""Outputs of every layer of the video network, to find the first at which two implementations differ."""
 
 from functools import partial
 

@@ -41,7 +41,7 @@ class Subject:
         return have("dit", self.case.dit)
 
     def role(self, name: str) -> Wan:
-        """Another network of the same sizes (ema, teacher, critic, real_score): the student's weights, shaken."""
+        """Another network of the same sizes (ema, teacher, critic, real_score): the student's weights, perturbed."""
         if name == "student":
             return self.student
         shaken = lambda leaf, x: x * (1.0 + SHAKE * self.case.normal(f"{name} {leaf}", *x.shape))
@@ -90,7 +90,7 @@ class Subject:
 
 
 class NotInReference(Exception):
-    """The reference has nothing to compare with; the message says why."""
+    """The reference has no counterpart; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Probe:
             )
 
     def compare(self, reference: "Reference", subject: Subject) -> Iterator[Row]:
-        """Runs both sides. What the clone does not have is one row that says so and does not fail."""
+        """Runs both sides. What the clone does not have is one row that says so and passes."""
         try:
             theirs = self.run_theirs(reference, subject)
         except NotInReference as absent:

@@ -38,7 +38,7 @@ DMD_FRAMES, DMD_BATCH = 21, 1
 class RolloutSetup:
     """One self-rollout: layout, step lists, the exit step of the first block and of the others, score draws k.
 
-    Without `quirks` the reference's Q3, Q4 and Q6 are mended in it, and ours are off. `frames` are rolled out, of
+    Without `quirks` the reference is patched without Q3, Q4 and Q6, and ours are off. `frames` are rolled out, of
     `max_frames` at most.
     """
 
@@ -221,7 +221,7 @@ def dmd_probes(subject: Subject) -> list[Probe]:
     frames = RolloutSetup(Blocks(frames=1), steps=(1000, 500), first_steps=STEPS, first=3, rest=1)
     upper = RolloutSetup(chunks.blocks, first=0, rest=0, score_k=970)
     lower = RolloutSetup(chunks.blocks, first=0, rest=0, score_k=2)
-    mended = replace(chunks, quirks=False)
+    without = replace(chunks, quirks=False)
     size = chunks.blocks.frames
     long = replace(chunks, frames=DMD_FRAMES + size, max_frames=DMD_FRAMES + 2 * size)
     for which, name in (("dmd", "DMD generator"), ("critic", "critic")):
@@ -230,7 +230,7 @@ def dmd_probes(subject: Subject) -> list[Probe]:
             (upper, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.98"),
             (lower, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.02"),
             (frames, "blocks of 1, 2 steps, first block 4"),
-            (mended, f"blocks of {chunks.blocks.frames}, without the quirks"),
+            (without, f"blocks of {chunks.blocks.frames}, without the quirks"),
             (long, f"blocks of {size}, the end of {long.frames} frames"),
         ):
             probes.append(probe_of("dmd", f"{name}, {what}", _ours_dmd, _theirs_dmd, exits, which))

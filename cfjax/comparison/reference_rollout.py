@@ -141,7 +141,7 @@ def _ours_many(subject: Subject, roll: SamplingSetup) -> Arrays:
 
 
 def _theirs_seen(reference: Reference, subject: Subject, roll: SamplingSetup) -> Arrays:
-    """Which frames the last call of every block attends to, told by their keys in the first layer."""
+    """Frames that the last call of every block attends to, recognised by their keys in the first layer."""
     seen: list[np.ndarray] = []
 
     def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> torch.Tensor:

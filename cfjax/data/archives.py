@@ -1,4 +1,4 @@
-"""Arrays of NumPy's .npz archives, each held against its own header before it is unpacked."""
+"""Arrays of NumPy's .npz archives, each checked against its own header before it is unpacked."""
 
 import math
 import zipfile
@@ -15,7 +15,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 def read_archive(path: str | Path) -> dict[str, np.ndarray]:
     """Every array of an archive by its name.
 
-    A few bytes can be packed so that they become many: an array may have ARRAY_BYTES, or as many as the file.
+    A few compressed bytes can become many: an array may have ARRAY_BYTES, or as many as the file.
 
     Raises:
       OSError: it cannot be read.
@@ -28,7 +28,7 @@ def read_archive(path: str | Path) -> dict[str, np.ndarray]:
             return {entry.filename.removesuffix(".npy"): _read(archive, entry, most) for entry in archive.infolist()}
     except (OSError, ValueError):
         raise
-    except Exception as error:  # Python's unpackers meet damage with whatever error comes first
+    except Exception as error:  # Python's unpackers raise all kinds of errors for damaged data
         raise ValueError(_one_line(error)) from None
 
 

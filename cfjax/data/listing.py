@@ -1,4 +1,4 @@
-"""Which clips a set was made of: kept beside it, so that a folder that has changed since is told clip by clip."""
+"""The list of clips that a set was made of, stored with it, so that changes of the folder are reported clip by clip."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from cfjax.data.pictures import Unusable
 ITEMS = "items.json"
 SHOWN = 3
 _KEPT = several(row(text(), text(64)), 0, RECORDS)
-Item = tuple[str, str]  # name, and what tells it from another clip of that name: its caption, or what is wrong with it
+Item = tuple[str, str]  # name, and caption or what is wrong with the clip
 Hashed = list[Item]
 
 
@@ -23,7 +23,7 @@ class Named(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a report calls the item."""
+        """Its name in reports."""
         ...
 
     def caption(self, index: int) -> str:
@@ -44,19 +44,19 @@ def listed(source: Named) -> list[Item]:
 
 
 def hashed(listing: Iterable[Item]) -> Hashed:
-    """The listing as it is kept: a hash of 8 hex digits instead of the caption."""
+    """The listing as it is stored: a hash of 8 hex digits instead of the caption."""
     return [(name, hashlib.sha256(caption.encode()).hexdigest()[:8]) for name, caption in listing]
 
 
 def unhashed(kept: object) -> Hashed:
-    """A kept listing. Raises UserError when it is none."""
+    """A stored listing. Raises UserError when it is not one."""
     if wrong := _KEPT("", kept):
         raise UserError(f"{ITEMS}: no list of items ({wrong}); remove the folder and precompute it again")
     return [(name, caption) for name, caption in kept]  # type: ignore[attr-defined]
 
 
 def changes(before: Hashed, now: Hashed, path: Path) -> str:
-    """What changed in the clips since the set at `path` was begun, and the mend."""
+    """What changed in the clips since the set at `path` was begun, and how to fix it."""
     old, new = dict(before), dict(now)
     added = [name for name in new if name not in old]
     gone = [name for name in old if name not in new]

@@ -1,4 +1,4 @@
-"""Opening a dataset by what is there: records, the toy's arrays, or an LMDB with its text beside it."""
+"""Opening a dataset of any format: records, the toy's arrays, or an LMDB with its text rows beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ def open_dataset(path: str | Path, *, lmdb: str | Path = "") -> ClipDataset:
     """The dataset at `path`.
 
     Args:
-      lmdb: the new place of the LMDB that holds the set's latents; "" looks where it was, and beside the set.
+      lmdb: where the LMDB with the set's latents was moved to; "": the recorded path, or beside the set.
 
     Raises:
       UserError: nothing there, it is unfinished or broken, or an LMDB whose prompts were not encoded yet.
@@ -52,7 +52,7 @@ def open_dataset(path: str | Path, *, lmdb: str | Path = "") -> ClipDataset:
 
 
 def identity(dataset: ClipDataset) -> str:
-    """The digest of what a set is and of the job that made it, without the places where things lay: a move keeps it."""
+    """A digest of a set's content and of the job that made it, without paths, so that moving it keeps the digest."""
 
     def stripped(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -64,15 +64,15 @@ def identity(dataset: ClipDataset) -> str:
 
 
 def has_ground_truth(manifest: Mapping[str, Any]) -> bool:
-    """Whether the latents of an ODE set are clean clips, as its manifest says; sets that do not say have them."""
+    """Whether the latents of an ODE set are clean clips, by its manifest (default: yes)."""
     kept, source = (manifest.get(key, {}) for key in ("lmdb", "source"))
     return bool(kept.get("ground_truth", source.get("ground_truth", True)))
 
 
 class WithoutGroundTruth(WrappedDataset):
-    """An ODE set whose last stored state, read as the clean clip, is the ODE's end: that, and it stands for the clip.
+    """An ODE set without clean clips: its last stored state is the ODE's end point, which takes the clip's place.
 
-    So are Self Forcing's and CausVid's pairs, which are made from noise alone.
+    Self Forcing's and CausVid's pairs are of this kind, as they are made from noise alone.
     """
 
     def __getitem__(self, index: int) -> Batch:
@@ -82,10 +82,10 @@ class WithoutGroundTruth(WrappedDataset):
 
     @property
     def trajectory_points(self) -> int:
-        """J, the clip's state included."""
+        """J, the end point included."""
         return super().trajectory_points + 1
 
 
 def without_ground_truth(dataset: ClipDataset) -> ClipDataset:
-    """The set read as pairs without clean clips; unchanged if it holds no pairs, or was made so already."""
+    """The set read as pairs without clean clips; unchanged if it holds no pairs, or is of that kind already."""
     return WithoutGroundTruth(dataset) if dataset.trajectory_points and has_ground_truth(dataset.manifest) else dataset

@@ -1,8 +1,8 @@
-"""Guard rails: a few numbers of sampled clips that tell when a run freezes, over-saturates, drifts, blurs or repeats.
+"""Guard rails: a few metrics of sampled clips that detect freezing, over-saturation, drift, blur and low diversity.
 
 No weights are needed: every number is a classical statistic of decoded pixels, so the same function judges the toy,
-real Wan samples and real clips. What is normal differs from domain to domain; a run is therefore held against a
-`Baseline`: real clips of its data where there are any, else its own first samples.
+real Wan samples and real clips. Normal values depend on the data; a run is therefore compared with a `Baseline`: real
+clips of its data if there are any, else its own first samples.
 """
 
 import math
@@ -87,8 +87,8 @@ def measure_clip(video_PHWC: np.ndarray, seams_G: np.ndarray | None = None) -> d
     sharpness           standard deviation of luma's 4-neighbour Laplacian (the root of Pech-Pacheco's focus measure)
     {luma, saturation, contrast, sharpness}_drift
                         change of that from the first to the last frame, by a least-squares line, in its unit
-    seam                mean difference of the steps in `seams_G` over that of the others (rolling-cache flicker; 1 is
-                        seamless)
+    seam                mean difference of the steps `seams_G` between blocks over that of the others (flicker of a
+                        rolling cache; 1 is none)
 
     A number that the clip has not (a drift of one frame, a seam without blocks or without motion) is NaN.
 
@@ -127,7 +127,7 @@ def thumbnail(video_PHWC: np.ndarray) -> np.ndarray:
 
 
 def diversity(thumbnails_BRPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
-    """How much the seed decides: distances of N prompts' S clips each, as `thumbnail`s of one size.
+    """Diversity over seeds: distances between B prompts' R clips each, given as `thumbnail`s of one size.
 
     seed_distance  mean absolute difference, grey levels of 255, over pairs of one prompt's clips
     diversity      that over the mean over pairs of clips of different prompts: 0 when every seed gives one clip, about
@@ -148,7 +148,7 @@ def diversity(thumbnails_BRPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, fl
 
 
 class Collector:
-    """Clips in, one at a time; their mean numbers out. Keeps thumbnails only."""
+    """Accumulates metrics over clips, one at a time. Keeps thumbnails only."""
 
     def __init__(self, seams_G: np.ndarray | None = None) -> None:
         self._seams = seams_G
@@ -163,7 +163,7 @@ class Collector:
         self._thumbnails.setdefault(prompt, []).append(thumbnail(video))
 
     def values(self) -> dict[str, float]:
-        """The means over clips, and `diversity`; what cannot be told is left out.
+        """The means over clips, and `diversity`; metrics that are undefined are left out.
 
         Raises:
           UserError: no clip was added.
@@ -182,7 +182,7 @@ def _mean(numbers: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was measured at one step of a run."""
+    """The metrics at one step of a run."""
 
     step: int
     values: Values
@@ -190,10 +190,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a run is held against.
+    """Reference metrics of a run.
 
     Attributes:
-      origin: where it is from, for messages: "real clips", "step 0".
+      origin: for messages, "real clips" or "step 0".
       real: whether these are real clips; a student may well be sharper or livelier than its own first samples.
     """
 
@@ -204,12 +204,12 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on a number is told as a collapse. `*_ratio` is of the baseline's value, the others are differences.
+    """Limits beyond which a metric is reported as a collapse: `*_ratio` of the baseline's value, others as differences.
 
-    Chosen by measurement on the toy, 4 prompts with 3 seeds against real clips. Within them lie the bidirectional
+    Chosen by measurement on the toy, 4 prompts with 3 seeds against real clips. Within them are the bidirectional
     teacher, an AR teacher, its CD student and DMD on top of that over 150 steps: motion 1.08 to 1.47 times the real
     clips', travel 0.74 to 0.84, saturation 0.96 to 1.07, contrast 0.85 to 1.04, sharpness 0.88 to 1.20, diversity 0.88
-    to 1.22, luma and the drifts of luma and saturation within 0.007. Beyond them lies DMD of the teacher itself, batch
+    to 1.22, luma and the drifts of luma and saturation within 0.007. Beyond them is DMD of the teacher itself, batch
     8, guidance 12: it over-saturates (1.55 times after 50 student updates, 1.82 after 60; guidance 1: 1.19, 1.25) and
     flickers (motion 2.8, 3.5 times; guidance 1: 2.1, 2.3). So do the seams of that AR teacher and its students (1.66 to
     1.84), whose 150 steps were too few: the directions of a quarter of its captions are followed. The collapses of
@@ -238,7 +238,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class _Rule:
-    """`name` fires when it lies beyond `limit` (a field of Thresholds) from the baseline, on this side."""
+    """Metric `name` is reported when it differs from the baseline by more than `limit` (a field of Thresholds)."""
 
     name: str
     side: str  # "below", "above" or "away"

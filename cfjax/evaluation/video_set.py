@@ -1,11 +1,11 @@
-"""A folder of generated videos that a killed or mended command goes on with: what is asked for, done, or in the way.
+"""A resumable folder of generated videos: which are requested, finished, or in the way.
 
     settings.json   the settings and the list of all videos; written before the first video, and again at the end
     videos.jsonl    a line per finished video, added once its files are whole
 
-A video is the same one when its prompt, its seed and its picture's content are; its number may be another. What the
-record does not call finished is half made, and is made again. A file that is something else than what it would have to
-be is never replaced unasked.
+A video is identified by its prompt, its seed and its picture's content; its number may change. A video that is not
+recorded as finished is incomplete, and is generated again. A file that is not the expected one is never replaced
+without `overwrite`.
 """
 
 import json
@@ -54,7 +54,7 @@ class Finished:
 
 
 def _file(name: str, value: Any) -> str:
-    """A video's name in the folder itself."""
+    """A file name directly in the folder."""
     fits = isinstance(value, str) and value.endswith(".mp4") and len(value) <= 255 and Path(value).name == value
     return "" if fits else f"{name} is {shown(value)}; it must be the name of an mp4"
 
@@ -65,7 +65,7 @@ _FINISHED = table({**_TEXTS, "bytes": whole(1), "latents": either(whole(1), one_
 
 
 def _identity(video: RequestedVideo | Finished) -> tuple[str, int, str]:
-    """Equal for two requests of the same video."""
+    """The identity of a video: equal for two requests of the same one."""
     return video.prompt, video.seed, video.image_sha256
 
 
@@ -87,7 +87,7 @@ def latents_name(file: str) -> str:
 
 
 def check_free(folder: Path, asked: Sequence[RequestedVideo], *, latents: bool) -> None:
-    """For a set that is made from the start.
+    """For a set that is generated from the start.
 
     Raises:
       UserError: it would replace something.
@@ -114,11 +114,11 @@ def _some(folder: Path, names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder says of itself.
+    """The record of a folder, and its files.
 
     Attributes:
-      there: bytes of its files, by name.
-      settings: what settings.json says; {} when there is none.
+      there: sizes of its files in bytes, by name.
+      settings: content of settings.json; {} when there is none.
       asked: the videos that it lists.
       done: the lines of videos.jsonl, by file.
     """
@@ -130,11 +130,11 @@ class Found:
     done: dict[str, Finished]
 
     def mp4_unchanged(self, line: Finished) -> bool:
-        """Whether the video is as it was written."""
+        """Whether the mp4 file has the size that was recorded."""
         return self.there.get(line.file) == line.bytes
 
     def latents_unchanged(self, line: Finished) -> bool:
-        """Whether the video's latents are."""
+        """Whether the file of latents has the size that was recorded."""
         return line.latents is not None and self.there.get(latents_name(line.file)) == line.latents
 
 
@@ -142,7 +142,7 @@ def read_set(folder: Path, *, resume: bool) -> Found:
     """Reads the record in a folder.
 
     Args:
-      resume: whether one goes on with it; else a record that says nothing is no mistake, and nothing counts as done.
+      resume: whether it will be resumed; else an unreadable record is no error, and nothing counts as done.
 
     Raises:
       UserError: it is not what `VideoSet` writes.
@@ -211,7 +211,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SetPlan:
-    """What becomes of a folder.
+    """What to do with the files of a folder.
 
     Attributes:
       keep: numbers of the videos that are finished under their names.
@@ -231,11 +231,11 @@ class SetPlan:
 
 
 def plan_set(found: Found, asked: Sequence[RequestedVideo], *, latents: bool, overwrite: bool) -> SetPlan:
-    """Holds what is asked for against what is finished.
+    """Compares the requested videos with the finished ones.
 
     Args:
-      latents: whether a video without its latents is to be made again.
-      overwrite: whether what is in the way may be replaced.
+      latents: whether a video without its latents is generated again.
+      overwrite: whether files that are in the way may be replaced.
 
     Raises:
       UserError: a file that may not be replaced is in the way.
@@ -267,7 +267,7 @@ def plan_set(found: Found, asked: Sequence[RequestedVideo], *, latents: bool, ov
 
 
 def _check_in_the_way(found: Found, videos: Sequence[RequestedVideo], *, latents: bool) -> None:
-    """Half-made videos of this set are replaced, and such as lack their latents only; nothing else is."""
+    """Incomplete videos of this set are replaced, and those that lack only their latents; nothing else is."""
     ours = {video.file for video in found.asked} - found.done.keys()
     for video in videos:
         line = found.done.get(video.file)
@@ -282,7 +282,7 @@ def _check_in_the_way(found: Found, videos: Sequence[RequestedVideo], *, latents
 
 
 def _unchanged_pages(found: Found, asked: Sequence[RequestedVideo], new: set[int]) -> frozenset[str]:
-    """Contact sheets that are there and show the files that they are to show, none of which is new."""
+    """Existing contact sheets whose files are the right ones, none of them new."""
     before, out = sheet_pages(len(found.asked)), set()
     for name, numbers in sheet_pages(len(asked)).items():
         shown = [found.asked[n].file for n in before.get(name, ())]
@@ -307,9 +307,9 @@ class VideoSet:
 
     @contextmanager
     def begin(self, found: Found, plan: SetPlan) -> Iterator[None]:
-        """Writes the settings, clears away what was left half written, and gives finished videos their new numbers.
+        """Writes the settings, removes partial files, and renames finished videos to their new numbers.
 
-        Killed at any moment, it can be begun again: a file's line is gone before the file becomes another one.
+        It may be killed at any moment and repeated: a file's line is removed before the file is replaced.
 
         Raises:
           UserError: the folder cannot be written to.
@@ -339,7 +339,7 @@ class VideoSet:
                 (self.folder / name).unlink(missing_ok=True)
 
     def _move(self, found: Found, plan: SetPlan) -> None:
-        """Renames finished videos; the ones that lie where another one goes step aside first."""
+        """Renames finished videos; those whose name another one takes are first moved to temporary names."""
         targets = {self.asked[n].file for n in plan.moves}
         aside = {line.file for line in plan.moves.values()} & targets
         for name in sorted(aside):
@@ -363,12 +363,12 @@ class VideoSet:
             file.write(_line(line))
 
     def push(self) -> None:
-        """Sends the record to a bucket, whose files cannot grow."""
+        """Uploads the record to a bucket, where files cannot be appended to."""
         assert self._mirror is not None, "push: outside of begin"
         self._mirror.push()
 
     def write(self, *, complete: bool, **more: Any) -> dict[str, Any]:
-        """Writes settings.json, and returns what it says.
+        """Writes settings.json, and returns its content.
 
         Args:
           complete: whether all videos are there.

@@ -1,4 +1,4 @@
-"""The KV cache: a value with a frame index per slot. Denoising reads it, `write` makes the next one; nothing else.
+"""The KV cache: an immutable pytree with a frame index per slot. Denoising reads it; only `write` makes a new one.
 
 A slot holds one latent frame's tokens of every layer. Without a window, slot = frame. With a window of w frames (s of
 them sink) the first s slots keep the sink and the rest are a ring, so memory stays constant on endless videos. Which
@@ -50,7 +50,7 @@ def visible_frames(cache: KVCache, start: jax.Array, stop: jax.Array, blocks: Bl
 
 
 def slot_of(frame: jax.Array, slots: int, blocks: Blocks) -> jax.Array:
-    """Where a frame lives: the sink in the first slots, the rest in a ring behind it."""
+    """The slot of a frame: the sink in the first slots, the others in a ring buffer behind it."""
     ring = slots - blocks.sink
     return jnp.where(frame < blocks.sink, frame, blocks.sink + (frame - blocks.sink) % ring)
 

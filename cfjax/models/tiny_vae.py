@@ -69,7 +69,7 @@ class TinyVAEConfig:
 
 
 class EncodeState(NamedTuple):
-    """What `encode_step` remembers: frames that do not fill a latent yet, [B, 0 to 3, H, W, 3], and the memory."""
+    """State of `encode_step`: frames that do not complete a latent yet, [B, 0 to 3, H, W, 3], and the memory."""
 
     pending_BPHWC: jax.Array | None
     memory: Memory
@@ -331,7 +331,7 @@ class TinyVAE(nnx.Module):
         return _per_frame(encoder.conv_out, x, dtype).astype(jnp.float32), kept
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says about this codec; the fingerprint sees every bit of the weights."""
+        """The codec's description in a manifest; its fingerprint covers all weights."""
         return {
             "name": "tiny_vae",
             "channels": self.latent_channels,

@@ -122,7 +122,10 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x rsqrt(mean(x^2) + eps) in float32, cast back to the input's dtype, then times the scale (PyTorch reference)."""
+    """x rsqrt(mean(x^2) + eps) in float32, cast back to the input's dtype, then times the scale.
+
+    Reference: `wan/modules/model.py`, `WanRMSNorm`.
+    """
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))

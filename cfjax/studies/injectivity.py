@@ -1,4 +1,4 @@
-"""The exact part of the study: parts that are computed once each, kept as JSON, and resumed by being there."""
+"""The exact part of the study: parts that are computed once each, stored as JSON, and skipped when they exist."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ FORMAT = 2  # of the parts: those of another are not read
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done.
+    """The size of the study.
 
     Attributes:
       seeds: how many; a seed is own data, networks, minibatches and sampling noise. 0 leaves what needs no training.
@@ -93,7 +93,7 @@ class Plan:
 
 
 def linear_part() -> dict[str, Any]:
-    """Everything that is exact: ambiguity by frame and level, and rollouts by correlation, length, look-ahead, CD."""
+    """The closed-form results: ambiguity by frame and level, and rollouts by correlation, length, look-ahead, CD."""
     law = LinearGaussian()
 
     def rollout(law: LinearGaussian, rows_at: Callable[[float], linear.Rows]) -> dict[str, float]:
@@ -213,7 +213,7 @@ def distilled(
 
 
 def run(plan: Plan, workdir: Path, log: Callable[[str], None], made: Mapping[str, str]) -> dict[str, Any]:
-    """All parts, each written to `workdir`/parts when it is done and not computed again.
+    """All parts, each written to `workdir`/parts when done and not computed again.
 
     Args:
       made: commit and versions, kept with each part that is computed now.

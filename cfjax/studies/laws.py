@@ -40,7 +40,7 @@ class LinearGaussian:
 class Walk:
     """A branching walk: x^1 ~ N(0, first^2), x^i = x^{i-1} +- step + noise w, each sign a fair coin.
 
-    The sign is the video's motion; a still or half-way step is what no sample of this law does.
+    The sign is the video's motion; samples of this law never have a still or half-way step.
     """
 
     frames: int = 5
@@ -62,10 +62,10 @@ Law = LinearGaussian | Walk
 
 
 class Conditional(NamedTuple):
-    """The law of frames [i, i + C) given the frames before i: a mixture whose means depend linearly on that past.
+    """The law of frames [i, i + F) given the I = i frames before: a mixture whose means depend linearly on that past.
 
-    past_means_MI, gain_FI, precision_II: what weighs the components and moves their means; P = i.
-    values_F, vectors_FF: eigenvalues and eigenvectors of the covariance that is left.
+    past_means_MI, gain_FI, precision_II: determine the components' weights and means given the past.
+    values_F, vectors_FF: eigenvalues and eigenvectors of the conditional covariance.
     """
 
     means_MF: np.ndarray
@@ -79,7 +79,7 @@ class Conditional(NamedTuple):
 
 @lru_cache(maxsize=256)
 def conditional(law: Law, start: int, stop: int) -> Conditional:
-    """Frames [start, stop) given the clean frames before `start`; components that look alike there are merged."""
+    """Frames [start, stop) given the clean frames before `start`; components with equal means there are merged."""
     means, log_weights, covariance = law.mixture()
     seen, inverse = np.unique(means[:, :stop].round(12), axis=0, return_inverse=True)
     weights = np.bincount(inverse.ravel(), np.exp(log_weights), minlength=len(seen))
@@ -92,7 +92,7 @@ def conditional(law: Law, start: int, stop: int) -> Conditional:
 
 
 def velocity(law: Law, start: int, x_BF: jax.Array, sigma_B: jax.Array, past_BI: jax.Array) -> jax.Array:
-    """E[eps - x0 | x_s, clean past] of frames [start, start + C), [B, C], in the dtype of `x`.
+    """E[eps - x0 | x_s, clean past] of frames [start, start + F), [B, F], in the dtype of `x`.
 
     Within a component, with d = x - (1-s) mu, S the covariance and S_s = (1-s)^2 S + s^2 I, it is
     (s I - (1-s) S) S_s^{-1} d - mu; components are weighed by their posterior given x_s and the past.
@@ -107,7 +107,7 @@ def velocity(law: Law, start: int, x_BF: jax.Array, sigma_B: jax.Array, past_BI:
     means += jnp.einsum("bkp,cp,cd->bkd", off_BMI, cast(part.gain_FI), vectors)
     s_B1 = sigma_B.astype(x_BF.dtype)[:, None]
     keep = 1.0 - s_B1
-    inverse = 1.0 / (keep**2 * values + s_B1**2)  # [B, C], of S_s in its eigenbasis
+    inverse = 1.0 / (keep**2 * values + s_B1**2)  # [B, F], of S_s in its eigenbasis
     y = x_BF @ vectors
     distance = y[:, None] - keep[:, :, None] * means
     posterior = jax.nn.softmax(log_weights - 0.5 * jnp.sum(inverse[:, None] * distance**2, axis=-1), axis=-1)

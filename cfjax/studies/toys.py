@@ -1,7 +1,7 @@
-"""Toy networks that speak the protocol of `models.wan`, so that every objective and rollout takes them as they are.
+"""Toy networks with the interface of `models.wan`, so that every objective and rollout accepts them.
 
-A video is [B, F, 1, 1, C], a block is one frame. What a Wan network calls keys and values of the past are here the
-clean frames themselves and the level that they were told: the same caches carry them. Text is ignored.
+A video is [B, F, 1, 1, C], a block is one frame. In place of the keys and values of the past there
+are the clean frames themselves and their noise levels, in the same caches. Text is ignored.
 """
 
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ class ToyConfig:
 
 
 class Toy:
-    """A network that is asked for frames given their clean past, or called on a whole video."""
+    """A network that predicts frames given their clean past, or is called on a whole video."""
 
     config: ToyConfig
 
@@ -51,9 +51,9 @@ class Toy:
         past_sigma_BI: jax.Array,
         position_F: jax.Array,
     ) -> jax.Array:
-        """Flow [B, F, C] of the frames at `position`, each given those of the P past frames that precede it.
+        """Flow [B, F, C] of the frames at `position`, each given those of the I past frames that precede it.
 
-        `told` is the level that the past is said to have: 0 when it is clean.
+        `past_sigma` is the noise level of the past: 0 when it is clean.
 
         Raises:
           UserError: a network that sees all frames at once.
@@ -157,7 +157,7 @@ class Student(nnx.Module, Toy):
     ) -> jax.Array:
         """See `Toy.given`."""
         index = jnp.arange(past_BIC.shape[1])
-        before = (index[None] < position_F[:, None]).astype(jnp.float32)[None]  # [1, F, P]
+        before = (index[None] < position_F[:, None]).astype(jnp.float32)[None]  # [1, F, I]
         here = (index[None] == position_F[:, None]).astype(jnp.float32)[None]
         shape = (*x_BFC.shape[:2], index.shape[0])
         inputs = [

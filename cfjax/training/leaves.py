@@ -33,7 +33,7 @@ def unflatten(template: Any, named: Mapping[str, jax.Array]) -> Any:
 
 
 def detached(leaf: jax.Array) -> jax.Array:
-    """On CPU "host copies" alias the device buffer, which the next step donates; an asynchronous save needs its own."""
+    """A copy on the host: on CPU, `np.asarray` aliases the device buffer, which the next step donates."""
     on_cpu = all(device.platform == "cpu" for device in leaf.devices())
     return jnp.copy(leaf) if on_cpu else leaf
 

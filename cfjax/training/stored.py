@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint as they lie on disk or in a bucket: opened one by one, compared with those in memory."""
+"""The arrays of a checkpoint in storage: opened one by one, compared with those in memory."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +44,8 @@ def read_back(folder: Path, arrays: Mapping[str, Any]) -> UserError | None:
     Memory holds one shard of one array beside those of the state.
 
     Returns:
-      what to raise when something is not as it was saved: `Temporary` when the machine or the network is in the way.
+      the error to raise when something differs from what was saved: `Temporary` when the machine or the network is in
+        the way.
     """
     started = time.monotonic()
     try:

@@ -86,14 +86,14 @@ def test_a_claim_holds_by_its_direction_and_p():
     numbers["bi_pairs_ode"]["diversity"], numbers["ode"]["diversity"] = worse, better
     found = verdicts(numbers, {})
     # lower and sure; higher and sure; less diverse; lower, but not sure
-    assert [v.outcome for v in found] == ["holds", "reversed", "holds", "not told apart"]
+    assert [v.outcome for v in found] == ["holds", "reversed", "holds", "not significant"]
     assert found[0].numbers.startswith("caption all right, %: 41.0 against 91.0, p ")
     bi, ar = (
         [[0.3, 0.1, 0.1], [0.31, 0.1, 0.12], [0.3, 0.1, 0.1]],
         [[0.1, 0.1, 0.1], [0.11, 0.1, 0.12], [0.1, 0.1, 0.1]],
     )
     both = verdicts(numbers, {"bi_pairs_ode": {"left": bi}, "ode": {"left": ar}})
-    assert [v.outcome for v in both[4:]] == ["holds", "not told apart"] and both[0].p > found[0].p  # one family
+    assert [v.outcome for v in both[4:]] == ["holds", "not significant"] and both[0].p > found[0].p  # one family
     assert len(verdicts(numbers, {"ode": {"left": ar}})) == 4
 
 
