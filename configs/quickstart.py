@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from cfjax.experiment import presets
 
-TEACHER = "teacher"  # the shipped bidirectional network, where an earlier stage could stand
+TEACHER = "teacher"  # the shipped bidirectional network, in place of an earlier stage
 
 SCORES = {"critic": TEACHER, "real_score": TEACHER}
 # key: verb, config and its switches, which budget, {role: what it starts from}
