@@ -94,7 +94,7 @@ def test_all_places_are_looked_at_and_what_has_no_sums_is_said(tmp_path, capsys)
         (["nowhere"], "nowhere: no run, export, set of records or videos there"),
     ],
 )
-def test_what_cannot_be_checked_is_told_in_one_line(tmp_path, monkeypatch, capsys, argv, line):
+def test_what_cannot_be_checked_is_reported_in_one_line(tmp_path, monkeypatch, capsys, argv, line):
     monkeypatch.chdir(tmp_path)
     assert main(["check", *argv]) == 2
     message = capsys.readouterr().err

@@ -138,19 +138,19 @@ def test_what_stage_three_starts_from(words, start):
 
 def test_blocks_may_draw_exit_steps_of_their_own():
     c = get_config(ROOT / "configs" / "dmd.py")("")
-    assert experiment.dmd_config(c).self_forcing.same_exit  # PyTorch reference
+    assert experiment.dmd_config(c).self_forcing.same_exit  # as in `SelfForcingTrainingPipeline`
     c.objective.same_exit = False
     assert not experiment.dmd_config(c).self_forcing.same_exit
 
 
-def test_a_student_that_would_sample_at_other_levels_is_told():
+def test_a_student_that_would_sample_at_other_levels_is_reported():
     c = get_config(ROOT / "configs" / "dmd.py")("")
     c.objective.steps = (1000, 500)
     assert "trains at {'steps': (1000, 500)" in differing_levels(c)
     assert "has {'steps': (1000, 750, 500, 250)" in differing_levels(c)
 
 
-def test_accelerators_without_work_are_told():
+def test_accelerators_without_work_are_reported():
     """One place of a mesh, as a config has it; and none are told on CPUs, whose devices are simulated ones."""
     c = get_config(ROOT / "configs" / "dmd.py")("toy")
     alone = mesh_of(c)
@@ -259,14 +259,14 @@ def test_a_number_written_short_is_the_references(capsys):
         ("dmd", "blocks__window", -21, "or more"),
     ],
 )
-def test_a_value_that_cannot_be_is_told_by_its_key(config, key, value, message):
+def test_a_value_that_cannot_be_is_reported_by_its_key(config, key, value, message):
     c = shipped(config, **{key: value})
     with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{message}"):
         experiment.optimizers_of(c, experiment.stage_of(c))
         experiment.sampler_of(c)
 
 
-def test_a_window_longer_than_its_videos_is_told():
+def test_a_window_longer_than_its_videos_is_reported():
     assert idle_windows(shipped("dmd:long"), 21) == idle_windows(shipped("dmd", blocks__window=21), 21) == []
     (line,) = idle_windows(shipped("ar_diffusion", blocks__window=24), 21)
     assert "blocks.window=24 hides nothing: training videos have 21 latent frames" in line
@@ -507,7 +507,7 @@ def test_blocks_must_divide_the_clip(chain, tmp_path, capsys):
         ("data__clips", 32, "holds 64 clips, not data.clips=32"),
     ],
 )
-def test_data_that_stands_there_must_be_what_the_config_describes(chain, tmp_path, capsys, key, value, message):
+def test_existing_data_must_be_what_the_config_describes(chain, tmp_path, capsys, key, value, message):
     assert cfjax("train", "bidirectional.py:toy", tmp_path, **{**tiny(chain), key: value}) == 2
     assert message in one_line(capsys)
 

@@ -236,7 +236,7 @@ def test_a_folder_that_is_there_is_written_into(release, tmp_path):
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoints", "lost+found", "world"]
 
 
-def test_a_full_disk_is_told_and_changes_nothing(run, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_reported_and_changes_nothing(run, tmp_path, capsys, monkeypatch):
     """In whose words ever; the scheduler may start it again."""
     from safetensors import SafetensorError
 

@@ -111,7 +111,7 @@ def test_text_to_video_is_the_samplers_latents_decoded(whole, run):
         assert np.abs(grey[0] - grey[1]).mean() < 6 < np.abs(grey[0] - grey[1][::-1]).mean()
 
 
-def test_settings_tell_everything_that_a_rate_depends_on(whole):
+def test_settings_show_everything_that_a_rate_depends_on(whole):
     names = [file.name for file in written(whole, ".mp4")]
     assert [name[:3] for name in names] == ["000", "001", "002"] and all(n.endswith("_seed5.mp4") for n in names)
     record = json.loads((whole / "settings.json").read_text())
@@ -225,7 +225,7 @@ def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
     assert len(moved) == 3
 
 
-def test_a_run_tells_its_sizes_itself(run):
+def test_a_run_shows_its_sizes_itself(run):
     assert (run.stage, run.step, run.latent_shape, run.averaged) == ("dmd", 0, (6, 4, 4, 16), False)
     assert (run.model.config.dim, run.model.config.text_dim, run.model.config.remat) == (48, 32, "none")
     assert run.world.width == 32 and run.world.fps == 16 and "过曝" in run.world.negative_prompt
@@ -278,7 +278,7 @@ def test_runs_trained_here_open_too(root, run, tmp_path):
         ({"run": "wan", "sampler__solver_steps": -1}, "-1"),
     ],
 )
-def test_mistakes_are_told_in_one_line(root, tmp_path, capsys, keys, message):
+def test_mistakes_are_reported_in_one_line(root, tmp_path, capsys, keys, message):
     assert generate(root, tmp_path / "out", **keys) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -328,7 +328,7 @@ def requests(folder: Path, *rows: tuple[str, str]) -> dict[str, object]:
     return {"prompts": folder / "requests.jsonl", "frames": 13, "independent_first_frame": True}
 
 
-def test_all_faults_of_a_file_are_told_before_the_weights_are_read(root, pictures, capsys, monkeypatch):
+def test_all_faults_of_a_file_are_reported_before_the_weights_are_read(root, pictures, capsys, monkeypatch):
     """Each by its row, in one line, the first ones of many; a picture that several rows name counts once."""
     monkeypatch.delattr("cfjax.generate.load_weights")
     rows = [("A cat", "a.png"), ("A cat", "half.png"), ("A dog", "nowhere.png"), ("A cow", "b.png")]
@@ -344,7 +344,7 @@ def test_all_faults_of_a_file_are_told_before_the_weights_are_read(root, picture
     assert "requests.jsonl, 2 of 4 requests: line 2: image=" in capsys.readouterr().err
 
 
-def test_a_mended_file_goes_on_and_a_picture_counts_by_its_content(root, pictures, capsys):
+def test_a_corrected_file_goes_on_and_a_picture_counts_by_its_content(root, pictures, capsys):
     """Videos of rows that stay are kept under their new numbers; another picture under the old name is told."""
     first, second, third = ("A cat", "a.png"), ("A cat", "b.png"), ("A cat", "c.png")
     out = pictures / "out"

@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(clips, world, encoded, tmp_path, capsys, keys, me
 # ---- LMDBs and prompts
 
 
-def test_an_lmdb_trains_where_it_lies(world, tmp_path, capsys):
+def test_an_lmdb_is_trained_on_in_place(world, tmp_path, capsys):
     rows = rows_of(5, 6)
     source = write_lmdb(tmp_path / "ode", rows, [CAPTION, "a blue square moving up"] * 2 + [CAPTION])
     damage(source, "prompts_3_data", None)
@@ -350,7 +350,7 @@ def test_the_flag_is_refused_for_pairs_with_clean_clips(world, tmp_path):
 # ---- sets that grew, and joining sets
 
 
-def test_a_clip_more_in_the_folder_is_told_by_name_and_joined_in(world, tmp_path, capsys):
+def test_a_clip_more_in_the_folder_is_reported_by_name_and_joined_in(world, tmp_path, capsys):
     for name, colour in {"a": "red", "b": "green", "c": "blue"}.items():
         folder = tmp_path / ("new" if name == "c" else "old")
         write_video(folder / f"{name}.mp4", 12).with_suffix(".txt").write_text(f"a {colour} circle moving left")

@@ -1,4 +1,4 @@
-"""`cfjax generate` over many requests: killed and mended commands go on exactly; mistakes are told before the work."""
+"""`cfjax generate` over many requests: killed and corrected commands resume exactly; mistakes are errors before any work."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def test_other_settings_are_not_mixed_in(whole, keys, message, capsys):
     assert {file.name: file.stat().st_mtime_ns for file in whole.iterdir()} == before
 
 
-def test_another_run_is_told_by_its_weights(whole, tmp_path, capsys):
+def test_another_run_is_reported_by_its_weights(whole, tmp_path, capsys):
     """By what they are: a copy elsewhere is the same run, other weights under the same name are not."""
     toy = ROOT / "cfjax" / "assets" / "toy_teacher"
     shutil.copytree(toy, tmp_path / "copy")
@@ -177,7 +177,7 @@ def test_more_and_fewer_requests(whole, tmp_path, capsys, monkeypatch):
     assert len(json.loads((workdir / "settings.json").read_text())["videos"]) == 8
 
 
-def test_words_that_the_toy_never_saw_are_told_together(tmp_path, capsys, monkeypatch):
+def test_words_that_the_toy_never_saw_are_reported_together(tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(verb, "load_weights")
     rows = ["a red circle moving left", "a red dog moving left", "a red circle moving left", "a red cat", "red " * 8]
     (tmp_path / "prompts.txt").write_text("\n".join((*rows, "a red dog moving left")))
@@ -194,7 +194,7 @@ def test_words_that_the_toy_never_saw_are_told_together(tmp_path, capsys, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_a_workdir_that_cannot_be_is_told_before_the_run_is_opened(tmp_path, capsys, monkeypatch):
+def test_a_workdir_that_cannot_be_is_reported_before_the_run_is_opened(tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(verb, "open_run")
     (tmp_path / "file").touch()
     assert generate(tmp_path / "file" / "videos") == 2

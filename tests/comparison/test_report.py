@@ -99,7 +99,7 @@ def test_rows_have_a_table_a_worst_and_an_exit_code():
     assert [exit_code(rows), exit_code(rows[:2]), exit_code([])] == [1, 0, 1]
 
 
-def test_what_the_other_side_lacks_is_told_and_neither_passes_nor_fails():
+def test_what_the_other_side_lacks_is_reported_and_neither_passes_nor_fails():
     lacking = replace(row(X * np.nan, note="no such loss in this clone"), ok=True)
     rows = [lacking, row(X + 1e-4)]
     assert exit_code(rows) == 0 and worst(rows) is rows[1] and table(rows).splitlines()[1].startswith("-  ")

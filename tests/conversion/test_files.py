@@ -127,7 +127,7 @@ def test_other_files_by_the_name_of_weights(tmp_path):
         assert "broken or cut short" in complaint(tmp_path / name)
 
 
-def test_what_is_no_tensor_is_told(tmp_path):
+def test_what_is_no_tensor_is_reported(tmp_path):
     state = {"a.weight": torch.zeros(2), "a.note": "trained on Tuesday"}
     assert "a.note is a str, not a plain tensor" in complaint(synthetic.save_pt(tmp_path / "x.pt", state))
     assert "holds a list, not a state dict" in complaint(synthetic.save_pt(tmp_path / "y.pt", [torch.zeros(2)]))
@@ -170,7 +170,7 @@ def broken(folder: Path, change) -> str:
     return complaint(folder)
 
 
-def test_misfits_are_told_before_anything_is_written(tmp_path):
+def test_misfits_are_reported_before_anything_is_written(tmp_path):
     synthetic.write_config(tmp_path)
     assert "missing ['blocks.1.norm3.bias']" in broken(tmp_path, lambda w: w.pop("blocks.1.norm3.bias"))
     assert "left over ['blocks.1.extra']" in broken(tmp_path, lambda w: w.update({"blocks.1.extra": np.zeros(3)}))

@@ -90,7 +90,7 @@ def test_config_overrides_workdir_and_flags_are_read_in_any_order(config):
         (("{config}", "extra"), "unexpected argument 'extra'"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(config, tmp_path, argv, message):
+def test_what_is_wrong_is_reported_in_one_line(config, tmp_path, argv, message):
     argv = [arg.replace("{config}", config).replace("{dir}", str(tmp_path)) for arg in argv]
     if message != "--workdir is missing":
         argv.append("--workdir=x")

@@ -79,7 +79,7 @@ def test_a_log_on_a_full_disk_ends_nothing(monkeypatch, capfd):
         (errno.EACCES, 2, "permission denied; change its rights"),
     ],
 )
-def test_what_any_file_may_meet_is_told_in_one_line(monkeypatch, capsys, code, exit_code, fix):
+def test_what_any_file_may_meet_is_reported_in_one_line(monkeypatch, capsys, code, exit_code, fix):
     def fail(_):
         raise OSError(code, os.strerror(code), "some/file")
 

@@ -1,4 +1,4 @@
-"""What a file calls another file lies in its own folder, and links lead nowhere else but into Hugging Face's cache."""
+"""File names read from a file stay inside its folder, and links lead only into the Hugging Face cache."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Limits of the machine are looked at once, and its failures are told apart from a file's own."""
+"""Limits of the machine are checked, and its failures are distinguished from faults of a file."""
 
 import errno
 import os
@@ -75,7 +75,7 @@ def test_a_system_that_does_not_raise_it_is_no_error(limits, monkeypatch):
         (PermissionError(errno.EACCES, "x"), UserError, "its rights"),
     ],
 )
-def test_the_machines_failures_come_with_their_own_mend(error, kind, message):
+def test_the_machines_failures_come_with_their_own_fix(error, kind, message):
     failure = machine_failure("a/part", error)
     assert type(failure) is kind and str(failure).startswith("a/part: ") and message in str(failure)
 

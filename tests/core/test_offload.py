@@ -1,4 +1,4 @@
-"""Frozen weights in the host's memory: the same numbers, from arrays that stay where they were."""
+"""Frozen weights in host memory: the same numbers, from arrays that stay there."""
 
 from dataclasses import replace
 from functools import cache

@@ -1,4 +1,4 @@
-"""The table of settings: every number of every shipped config has its range, and what lies outside is told at once."""
+"""The table of settings: every number of every shipped config has its range, and values outside are errors."""
 
 import importlib
 import math
@@ -122,7 +122,7 @@ def test_every_shipped_config_is_within():
         ("quickstart", {"budget": "a", "budgets.a.evaluation": 61}, "evaluation=61: use up to 60"),
     ],
 )
-def test_what_is_outside_is_told(verb, settings, message):
+def test_what_is_outside_is_reported(verb, settings, message):
     with pytest.raises(UserError, match=message) as caught:
         check_settings(verb, {"stage": "dmd", **settings})
     assert "\n" not in str(caught.value)

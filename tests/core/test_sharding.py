@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh, and a clear word about meshes and rules that do not fit."""
+"""Shardings of arrays on a mesh, and clear errors for meshes and rules that do not fit."""
 
 import jax
 import jax.numpy as jnp

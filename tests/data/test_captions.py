@@ -115,7 +115,7 @@ def test_one_of_several_captions_is_taken_by_a_named_rule(value, choice, caption
         ("a \ud83d cat", "", "no caption: it holds half of a surrogate pair"),
     ],
 )
-def test_what_is_no_caption_is_told(value, choice, message):
+def test_what_is_no_caption_is_reported(value, choice, message):
     with pytest.raises(Unusable, match=message):
         caption_of(value, choice)
 
@@ -143,7 +143,7 @@ def test_time_stamps_of_parts(value, spans):
 
 
 @pytest.mark.parametrize("value", ["", "soon", "[1]", "[2, 1]", "[-1, 3]", "[1, 2, 3]", "['1:2:3:4', 2]", None, "{}"])
-def test_other_time_stamps_are_told(value):
+def test_other_time_stamps_are_reported(value):
     with pytest.raises(Unusable, match=r"no part: .* is no \[start, stop\]"):
         spans_of(value)
 

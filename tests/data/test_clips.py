@@ -159,7 +159,7 @@ def test_a_caption_with_a_byte_order_mark_is_read(folder, encoding, text):
 
 
 @pytest.mark.parametrize(("encoding", "text"), [("gbk", "一只猫在冲浪"), ("cp1252", "Café"), ("utf-16-le", "a cat")])
-def test_a_caption_of_another_encoding_is_told_or_read_by_name(folder, encoding, text):
+def test_a_caption_of_another_encoding_is_reported_or_read_by_name(folder, encoding, text):
     (folder / "b.txt").write_bytes(text.encode(encoding))
     assert listed(folder)["b.mp4"].startswith("unreadable caption: b.txt: it ")
     assert {c.name: c.caption for c in read_listing(folder, encoding=encoding).clips}["b.mp4"] == text.replace(

@@ -1,4 +1,4 @@
-"""Sets are joined, or cut anew, bit for bit; what does not go together is refused in a line that names both."""
+"""Sets are merged, or written in other parts, bit for bit; incompatible sets give an error that names both."""
 
 import json
 from dataclasses import replace
@@ -133,7 +133,7 @@ def test_a_stopped_merge_goes_on_and_is_shared_whatever_its_sets_are_called_now(
         join([two, one], tmp_path / "all")
 
 
-def test_records_that_two_sets_share_are_told_and_kept(tmp_path):
+def test_records_that_two_sets_share_are_reported_and_kept(tmp_path):
     """What is the same by content, whatever it is called; a set's own repetitions are its own affair."""
     alike = lambda name: latents_of("x")
     make(tmp_path / "one", ["a", "b", "c"])
@@ -214,7 +214,7 @@ def test_pairs_of_other_objectives_are_refused(tmp_path):
     assert open_dataset(tmp_path / "all").manifest["source"]["pairs"] == pairs
 
 
-def test_mistakes_of_naming_are_told(tmp_path):
+def test_mistakes_of_naming_are_reported(tmp_path):
     one, two = make(tmp_path / "one", ["a"]), make(tmp_path / "two", ["b"])
     cases = [
         ([one, one], tmp_path / "all", "named twice"),

@@ -76,7 +76,7 @@ def test_unicode_is_known_by_its_mark(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(("encoding", "text"), [("gbk", "一只猫在冲浪"), ("cp1252", "Café"), ("shift_jis", "猫の波")])
-def test_other_encodings_are_read_by_their_names_and_told_without(tmp_path, encoding, text):
+def test_other_encodings_are_read_by_their_names_and_reported_without(tmp_path, encoding, text):
     for name, content in (("a.txt", f"first\n{text}\n"), ("a.json", json.dumps(["first", text], ensure_ascii=False))):
         (tmp_path / name).write_bytes(content.encode(encoding))
         assert values(tmp_path / name, encoding)[1] == {"prompt": text}
@@ -86,7 +86,7 @@ def test_other_encodings_are_read_by_their_names_and_told_without(tmp_path, enco
             values(tmp_path / name, "klingon")
 
 
-def test_text_of_another_encoding_that_happens_to_be_utf8_is_told(tmp_path):
+def test_text_of_another_encoding_that_happens_to_be_utf8_is_reported(tmp_path):
     """Three Chinese characters in GBK are a Cyrillic letter, a Hebrew point and a Latin letter in UTF-8."""
     (tmp_path / "a.txt").write_bytes("一只猫".encode("gbk"))
     with pytest.raises(UserError, match=r"line 1: as UTF-8 it reads .*--config.encoding=utf-8, else its own"):
@@ -127,7 +127,7 @@ def test_what_cannot_be_taken_whole_is_refused_with_its_line(tmp_path, name, con
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
-def test_a_missing_table_is_told(tmp_path):
+def test_a_missing_table_is_reported(tmp_path):
     for suffix in ("txt", "csv", "json", "jsonl", "parquet"):
         with pytest.raises(UserError, match="No such file"):
             values(tmp_path / f"none.{suffix}")

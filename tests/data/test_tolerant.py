@@ -1,4 +1,4 @@
-"""A few broken records do not end a run: told once with file and index, counted, stood in for, up to a fraction."""
+"""A few broken records do not end a run: reported once with file and index, counted, replaced, up to a fraction."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def path(tmp_path):
     return folder
 
 
-def test_broken_records_are_told_once_with_file_and_index_and_stood_in_for(path):
+def test_broken_records_are_reported_once_and_replaced(path):
     lines = []
     dataset = TolerantDataset(RecordDataset(path), 0.1, lines.append)
     for _ in range(2):

@@ -1,7 +1,7 @@
 """The guard rails: every number on clips where it is known, and every warning on the collapse that it is for.
 
 Bounds of the warnings are measured on real toy clips through their codec: what is done to them is mild (20 % more
-chroma, a blur of 0.4 px, a third of the seeds alike) and silent, or a collapse and told.
+chroma, a blur of 0.4 px, a third of the seeds alike) and silent, or a collapse and reported.
 """
 
 import math
@@ -122,7 +122,7 @@ def test_diversity_is_the_seeds_share_of_the_distance():
     assert math.isnan(diversity(thumbs[:1])["diversity"])
 
 
-def test_what_cannot_be_told_is_left_out():
+def test_undefined_metrics_are_left_out():
     collector = Collector()
     with pytest.raises(UserError, match="no clips"):
         collector.values()
@@ -216,7 +216,7 @@ def metrics_in(lines):
 
 
 @pytest.mark.parametrize("collapse", COLLAPSES)
-def test_a_collapse_is_told(real, baseline, collapse):
+def test_a_collapse_is_reported(real, baseline, collapse):
     captions, videos = real
     spoil, metrics = COLLAPSES[collapse]
     lines = warnings(Sample(7, values(captions, spoil(videos))), baseline, stage="dmd")

@@ -1,4 +1,4 @@
-"""The record of a set of videos: what is kept, moved, made again, refused or told, whenever a command was killed."""
+"""The record of a set of videos: what is kept, moved, made again, refused or reported, whenever a command was killed."""
 
 import itertools
 import json
@@ -125,7 +125,7 @@ MENDED = [
 
 @pytest.mark.parametrize(("rows", "made", "left"), MENDED)
 @pytest.mark.parametrize("latents", [False, True])
-def test_a_mended_file_keeps_what_it_still_asks_for(rows, made, left, latents, tmp_path):
+def test_a_corrected_file_keeps_what_it_still_asks_for(rows, made, left, latents, tmp_path):
     """Under the new numbers; what no request asks for any more stays, is told, and is found again once asked for."""
     go_on(tmp_path, [A, B, C], latents=latents)
     plan = go_on(tmp_path, rows, latents=latents)
@@ -286,7 +286,7 @@ def test_contact_sheets_that_show_something_else_go(tmp_path):
     assert left == [".mine.77.partial", SUMS, "contact_sheets.png", SETTINGS, DONE]
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/videos: cannot be"):
         go_on(tmp_path / "file" / "videos", [A])

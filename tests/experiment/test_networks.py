@@ -1,4 +1,4 @@
-"""A role's weights from wherever they come, resting as they are asked to, and read without room for float32."""
+"""A role's weights from any source, in the requested storage, and read without memory for float32."""
 
 import json
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def test_a_run_is_loaded_as_it_is_to_rest(run, storage, away, mesh):
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
 @pytest.mark.parametrize("branch", [False, True])
-def test_an_empty_network_lies_where_the_weights_that_will_fill_it_do(mesh, branch):
+def test_an_empty_network_has_the_weights_shardings(mesh, branch):
     on, role = make_mesh(**mesh) if mesh else None, presets.role("toy")
     if branch:
         role.branch = presets.branch()
@@ -105,7 +105,7 @@ def test_an_exported_model_has_the_blocks_that_it_was_trained_with(tmp_path, sta
     check_blocks(c)
 
 
-def test_a_device_without_host_memory_is_told(monkeypatch):
+def test_a_device_without_host_memory_is_reported(monkeypatch):
     c = dmd.get_config("toy")
     c.roles.real_score.offload = True
     check_roles(c, stage_of(c))

@@ -1,4 +1,4 @@
-"""What a run shows of itself: looks at a Wan world, their baselines, and that training never dies of one."""
+"""Previews while training: samples of a Wan world, their baselines, and that a failing preview never ends training."""
 
 import json
 from dataclasses import asdict
@@ -113,7 +113,7 @@ def loud():
     return map_named(lambda name, x: 30 * x if name.startswith("head/") else x, tiny())
 
 
-def test_a_collapse_is_told_and_a_resumed_run_remembers_its_baseline(prompts_run, world, capsys, caplog):
+def test_a_collapse_is_reported_and_a_resumed_run_remembers_its_baseline(prompts_run, world, capsys, caplog):
     _, workdir = prompts_run
     again = make_monitor(config(), data(world, False), workdir)
     before = (workdir / "guard.json").read_bytes()

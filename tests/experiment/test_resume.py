@@ -1,4 +1,4 @@
-"""A run that goes on tells what its command changes, and refuses what its checkpoint or its meaning does not allow."""
+"""A resumed run reports what its command changes, and refuses what its checkpoint or its meaning does not allow."""
 
 import inspect
 import json
@@ -88,7 +88,7 @@ def test_what_json_made_of_a_config_is_no_change(path, arg):
         assert changes(recorded(c), c, stage_of(c).losses) == []
 
 
-def test_changes_are_told_with_both_values():
+def test_changes_are_reported_with_both_values():
     record = recorded(shipped("dmd:toy")) | {"steps": 600.0}  # which is 600
     c = shipped("dmd:toy", optim__student__lr=1e-5, objective__steps=(1000, 500), data__batch_size=8)
     assert changed_kinds(c, record) == {
@@ -110,7 +110,7 @@ def test_a_key_that_an_older_record_lacks_differs_where_the_command_line_sets_it
     }
 
 
-def test_a_key_that_only_the_record_has_is_told():
+def test_a_key_that_only_the_record_has_is_reported():
     """By its rule where there is one; what no rule knows belonged to an older version."""
     c = shipped("dmd:toy")
     record = recorded(c)
@@ -143,7 +143,7 @@ def test_roles_averages_and_cadences_that_come_or_go_are_changes():
     }
 
 
-def test_a_refusal_names_the_first_keys_their_number_and_both_mends(capsys):
+def test_a_refusal_names_the_first_keys_their_number_and_both_fixes(capsys):
     meta = {"step": 7, "stage": "dmd"}
     four = {"objective__shift": 3.0, "objective__steps": (1000, 500), "blocks__sink": 3, "blocks__window": 6}
     found = changes(recorded(shipped("dmd:toy")), shipped("dmd:toy", **four), TRAINED)
@@ -283,7 +283,7 @@ def test_a_dataset_that_is_another_one_needs_a_word(run, copy, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_what_cannot_be_changed_is_refused_and_its_mend_works(run, copy, tmp_path, capsys):
+def test_what_cannot_be_changed_is_refused_and_its_fix_works(run, copy, tmp_path, capsys):
     changed = {"optim__student__name": "muon", "steps": 3, "accept_changes": True}
     assert cfjax("train", "bidirectional.py:toy", copy, **keys(run.parent, **changed)) == 2
     error = one_line(capsys)

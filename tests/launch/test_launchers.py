@@ -57,7 +57,7 @@ def worker(*command: str, signalled: bool, **environment: str) -> subprocess.Com
     return subprocess.CompletedProcess(command, process.returncode, out)
 
 
-def test_a_stopped_run_is_told_from_a_finished_one():
+def test_a_stopped_run_differs_from_a_finished_one():
     stopped = worker(*STOPS, signalled=True)
     assert stopped.returncode == 75 and "saved" in stopped.stdout
     assert (
@@ -229,7 +229,7 @@ def test_slurm_array_task_runs_its_line(tmp_path):
         ("setup.sh", ["cuda"], "tpu, gpu or cpu"),
     ],
 )
-def test_mistakes_are_told_in_one_line(script, argv, message):
+def test_mistakes_are_reported_in_one_line(script, argv, message):
     refused = bash(f"launch/{script}", *argv)
     assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
 
@@ -390,7 +390,7 @@ def test_jobset_mistakes(name, machines, message):
 
 
 @pytest.mark.parametrize("code, message", [(0, ""), (1, "kubectl delete jobset NAME")])
-def test_jobsets_are_created_anew(tmp_path, monkeypatch, code, message):
+def test_jobsets_are_created_again(tmp_path, monkeypatch, code, message):
     """To apply an ended JobSet once more would start nothing."""
     path = stand_in(tmp_path, kubectl=f'echo "$*" >{tmp_path}/asked; exit {code}')
     monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")

@@ -113,7 +113,7 @@ def test_sweep_yields_dicts(tmp_path):
         ("def sweep(): return [{'steps': 0}]", [], "--config.steps=0: use 1 or more"),
     ],
 )
-def test_mistakes_are_told_by_key(tmp_path, body, overrides, message):
+def test_mistakes_are_reported_by_key(tmp_path, body, overrides, message):
     with pytest.raises(UserError, match=message) as error:
         sweep.runs_of(config(tmp_path, body), tmp_path, overrides)
     assert "\n" not in str(error.value)

@@ -168,7 +168,7 @@ def test_one_different_word_changes_its_row_most_and_the_others_a_little(encoder
     assert not empty[1:].any()
 
 
-def test_all_words_are_told_apart(encoder):
+def test_all_words_differ(encoder):
     rows = encoder.encode(["red blue circle square left up a"])[0, :7]
     distance = rms(rows[:, None] - rows[None])
     assert distance[~np.eye(7, dtype=bool)].min() > 0.7

@@ -193,7 +193,7 @@ def test_a_fresh_one_keeps_the_scale():
     assert 0.01 < float(jnp.std(whole(made, latents(1)))) < 2.0
 
 
-def test_mistakes_are_told(vae):
+def test_mistakes_are_reported(vae):
     raises = partial(pytest.raises, UserError)
     for frames in (0, 2, 4, 6):
         with raises(match=rf"{frames} frames do not encode; use 1 \+ 4 k"):

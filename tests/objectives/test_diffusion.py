@@ -30,7 +30,7 @@ KEY = jax.random.key(0)
 
 
 def reference_timesteps() -> np.ndarray:
-    """The PyTorch reference's T5: float32, descending from 1000."""
+    """The reference's T5 (`utils/scheduler.py`, `FlowMatchScheduler`): float32, descending from 1000."""
     u = np.linspace(1.0, 0.0, 1001, dtype=np.float64)[:-1].astype(np.float32)
     return (1000.0 * (5.0 * u / (1.0 + 4.0 * u))).astype(np.float32)
 
@@ -135,7 +135,7 @@ def test_diffusion_forcing_shows_the_noisy_past(monkeypatch):
 
 
 def test_noise_augmentation_noises_the_clean_half_with_the_same_noise(monkeypatch):
-    """Indices from a on, per block, the noisy half's eps, told as the clean half's time (PyTorch reference)."""
+    """Indices from a on, per block, the noisy half's eps, and their level as the clean half's time (reference: `CausalDiffusion.generator_loss`)."""
     seen = {}
 
     def network(model, x, conditioning_sigma_BF, past, text, blocks, *, clean_sigma_BF):
@@ -186,7 +186,7 @@ def test_draws_have_their_distributions():
 
 
 def test_weights_average_to_one():
-    """So that the learning rate means the same whatever the weighting (bsmntw: PyTorch reference, sum 1000)."""
+    """So that the learning rate means the same whatever the weighting (bsmntw sums to 1000)."""
     for weighting in ("bsmntw", "uniform", "x0"):
         weights = diffusion._weights(DiffusionConfig(weighting=weighting), sigma_table(1000, 5.0))
         assert np.mean(weights) == pytest.approx(1.0, rel=1e-5)

@@ -243,7 +243,7 @@ FAKE_MEAN = 0.5
 
 
 @pytest.mark.slow
-def test_a_critic_learns_to_tell_as_much_as_can_be_told(monkeypatch):
+def test_a_critic_learns_the_optimal_discriminator(monkeypatch):
     """Clips N(1, STD^2) against N(0.5, STD^2), noised: the best logit is log p(real) - log p(fake), linear in x."""
     fakes = lambda model, batch, draws, *_, gradient, codec: FAKE_MEAN + STD * draws["noise_BFHWC"]
     monkeypatch.setattr(module, "student_video", fakes)

@@ -124,6 +124,6 @@ def test_noised_clips_are_no_rollout():
         replace(LONG, student_input="noised_data")
 
 
-def test_frames_that_are_no_whole_blocks_are_told_before_anything_runs():
+def test_frames_that_are_no_whole_blocks_are_reported_before_anything_runs():
     with pytest.raises(UserError, match="7 latent frames do not divide into blocks"):
         critic_loss(replace(LONG, long=LongVideo(6, 7)), BLOCKS)

@@ -24,7 +24,7 @@ def test_flops_of_a_scan_its_gradient_and_its_recomputation():
     assert again == pytest.approx(5 * product * (2 * 3 + 1), rel=0.07) and plain < again
 
 
-def test_a_loop_of_unknown_length_runs_as_often_as_told():
+def test_a_loop_of_unknown_length_has_the_given_trip_count():
     """By the scope around it, also inside another; one without a known scope runs once."""
 
     def fn(n, x):
@@ -41,7 +41,7 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
     assert count_flops(fn, jnp.int32(3), jnp.zeros((8, 8)), trip_counts=trip_counts) == (1 + 3 * (1 + 1.5)) * 2 * 8**3
 
 
-def test_a_conditional_takes_its_dearer_branch_as_often_as_told():
+def test_a_costlier_branch_counts_by_its_frequency():
     """By the last scope around it, in gradients too; always, where nothing is known."""
 
     def fn(x, w):
@@ -125,7 +125,7 @@ def test_trips_starts_and_scattered_parts():
     assert "all-reduce" not in found
 
 
-def test_a_conditional_moves_as_often_as_told():
+def test_collectives_of_a_branch_count_by_its_frequency():
     branches = "branch_computations={%none, %body}"
     line = f'  %c = f32[2] conditional(%p), {branches}, metadata={{op_name="jit(f)/some/cond"}}'
     text = TPU_TEXT.replace("  %known =", f"{line}\n  %known =")

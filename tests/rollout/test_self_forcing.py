@@ -22,7 +22,7 @@ SIGMAS = (1.0, 0.9375, 0.8333333, 0.625)
 
 
 def sequential(model, text_BSE, draws, config, exits, blocks):
-    """The reference's loop written out with Python control flow and differentiated directly (PyTorch reference)."""
+    """The loop of `SelfForcingTrainingPipeline.inference_with_trajectory` in Python, differentiated directly."""
     kv_text = embed_text(model, text_BSE)
     frozen, frozen_kv = jax.lax.stop_gradient((model, kv_text))
     clean = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)

@@ -97,7 +97,7 @@ def test_a_claim_holds_by_its_direction_and_p():
     assert len(verdicts(numbers, {"ode": {"left": ar}})) == 4
 
 
-def test_what_the_past_leaves_to_decide_stands_beside_what_is_left_open():
+def test_the_variance_given_the_past_is_shown_too():
     opened = {"ode": {"left": [[0.1, 0.02], [0.1, 0.04]], "shuffled": [[1.0, 0.04], [1.0, 0.04]]}}
     rows = open_table(opened, NAMES).rows
     assert [row[1] for row in rows] == ["left open", "the same with another pair's noise", "ratio of the two"]

@@ -272,7 +272,7 @@ def test_a_page_names_the_commit_of_every_part():
         ("dmd_at", (7,)),
     ],
 )
-def test_a_plan_that_cannot_be_is_told_in_one_line(key, value):
+def test_a_plan_that_cannot_be_is_reported_in_one_line(key, value):
     with pytest.raises(UserError, match=key) as message:
         Plan(**{"dmd": ("bi_ode",), key: value})
     assert "\n" not in str(message.value)

@@ -1,4 +1,4 @@
-"""Curves on a disk that is full: the run goes on, and what was told meanwhile is written once there is room."""
+"""Curves on a disk that is full: the run goes on, and buffered points are written once there is room."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""A loss that leaves all bounds: no good checkpoint is lost to it, and a resumed run takes the good one."""
+"""A diverging loss: no good checkpoint is lost to it, and a run resumes from the good one."""
 
 import re
 
@@ -18,7 +18,7 @@ def watched(losses, factor: float = 1000.0) -> LossWatch:
     return watch
 
 
-def test_a_thousandfold_loss_is_told_with_its_median_and_forgotten_when_it_is_calm():
+def test_a_thousandfold_loss_is_reported_with_its_median_and_forgotten_when_it_is_calm():
     calm = [0.5] * ENOUGH
     assert watched(calm).grown() == "" and watched([*calm, 499.0]).grown() == ""
     message = "the loss of role 'student' was 501 at step 20, its running median 0.5"
@@ -79,6 +79,6 @@ def test_a_run_whose_loss_explodes_keeps_its_good_checkpoints_and_goes_on_from_t
         np.testing.assert_array_equal(value, arrays(resumed)[name], err_msg=name)
 
 
-def test_a_run_may_be_told_to_save_whatever_comes(tmp_path):
+def test_a_run_may_save_whatever_the_loss(tmp_path):
     run(tmp_path, 50, data=Exploding(40), save_every=10, loss_growth=0.0)
     assert not (tmp_path / ASIDE).exists()

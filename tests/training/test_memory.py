@@ -1,4 +1,4 @@
-"""Memory per role, told from shapes: the shipped sizes without an allocation, and small ones against real arrays."""
+"""Memory per role, from shapes: the shipped sizes without an allocation, and small ones against real arrays."""
 
 import jax
 import pytest
@@ -98,7 +98,7 @@ def held(tree) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves if leaf.sharding.memory_kind == "device")
 
 
-def test_what_is_told_is_what_is_held():
+def test_the_reported_memory_is_the_real_one():
     """Bytes and shardings of the abstract state are the real one's, optimiser and shadow with their weights."""
     stage, txs, models, state, rows, mesh = toy({"data": 1, "fsdp": 4, "context": 1, "tensor": 2})
     for role in stage.losses:

@@ -1,4 +1,4 @@
-"""Every stage on every mesh: loss and gradients are the single device's, and what lies on a mesh is really cut."""
+"""Every stage on every mesh: loss and gradients are the single device's, and arrays on a mesh are really sharded."""
 
 import math
 from functools import cache, partial

@@ -1,4 +1,4 @@
-"""Tables, clips and sets of strangers: one bad text or file costs its own record, and no size is believed."""
+"""Untrusted tables, clips and sets: a bad text or file costs only its own record, and sizes are bounded."""
 
 import json
 import os
