@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from cfjax.conversion.files import read_weights
 from cfjax.conversion.kinds import KINDS
 from cfjax.conversion.rules import save_named
 from cfjax.conversion.wan import ORIGINAL, export_wan
+from cfjax.core.precision import to_record
 from cfjax.experiment import config as experiment
 from cfjax.models.wan import WanConfig
 from cfjax.training.checkpoint import CheckpointStore, open_role, read_meta, stored_roles
@@ -271,7 +271,7 @@ def test_overwriting(root, run, tmp_path):
 def test_a_trained_run_comes_out_too(run, tmp_path):
     """Its checkpoint has whole arrays where a converted one has layers; the world is another folder's."""
     store = CheckpointStore(tmp_path / "trained")
-    meta = {"stage": "dmd", "models": {"student": asdict(CONFIG)}}
+    meta = {"stage": "dmd", "models": {"student": to_record(CONFIG)}}
     store.save(7, {"params": {"student": tiny()}}, {}, meta)
     store.close()
     assert convert(tmp_path / "trained", tmp_path / "out", to="safetensors", world=run / "world") == 0

@@ -1,7 +1,6 @@
 """Runs on long rollouts: which codec they take, what they refuse; the toy's trains and makes long videos."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
+from cfjax.core.precision import to_record
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.experiment import presets
 from cfjax.experiment.config import codec_of
@@ -30,7 +30,7 @@ def world(vae, tmp_path_factory):
     """A Wan world of an autoencoder and nothing else."""
     path = tmp_path_factory.mktemp("wan") / "world"
     arrays = {f"params/vae/{name}": LazyArray.of(leaf) for name, leaf in named_leaves(vae).items()}
-    write_streamed(path / "vae", arrays, {"stage": "vae", "model": asdict(VAE), "fingerprint": "0"})
+    write_streamed(path / "vae", arrays, {"stage": "vae", "model": to_record(VAE), "fingerprint": "0"})
     (path / "world.json").write_text(json.dumps({"kind": "wan", "format": 1, "text_length": 3}))
     return path
 

@@ -1,4 +1,4 @@
-"""`cfjax generate` over many requests: killed and corrected commands resume exactly; mistakes are errors before any work."""
+"""`cfjax generate` over many requests: killed and corrected commands resume exactly."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The record of a set of videos: what is kept, moved, made again, refused or reported, whenever a command was killed."""
+"""The record of a set of videos: what is kept, renamed, made again or refused, whenever a command was killed."""
 
 import itertools
 import json

@@ -1,7 +1,6 @@
 """Previews while training: samples of a Wan world, their baselines, and that a failing preview never ends training."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 from cfjax.conversion.tiny_vae import import_tiny_vae
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
+from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh, on_mesh, shard_model
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.experiment import presets
@@ -53,7 +53,7 @@ def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("wan") / "world"
     codec = import_tiny_vae(random_weights(taehv_shapes(8, (16, 8, 8, 8), z_dim=CONFIG.in_dim)), CODEC)
     arrays = {f"params/tiny_vae/{name}": LazyArray.of(leaf) for name, leaf in named_leaves(codec).items()}
-    write_streamed(path / "tiny_vae", arrays, {"stage": "tiny_vae", "model": asdict(CODEC), "fingerprint": "0"})
+    write_streamed(path / "tiny_vae", arrays, {"stage": "tiny_vae", "model": to_record(CODEC), "fingerprint": "0"})
     (path / "world.json").write_text(json.dumps({"kind": "wan", "format": 1, "text_length": 3}))
     return path
 

@@ -135,7 +135,7 @@ def test_diffusion_forcing_shows_the_noisy_past(monkeypatch):
 
 
 def test_noise_augmentation_noises_the_clean_half_with_the_same_noise(monkeypatch):
-    """Indices from a on, per block, the noisy half's eps, and their level as the clean half's time (reference: `CausalDiffusion.generator_loss`)."""
+    """Levels U{a..999} per block, the noisy half's eps (reference: `CausalDiffusion.generator_loss`)."""
     seen = {}
 
     def network(model, x, conditioning_sigma_BF, past, text, blocks, *, clean_sigma_BF):

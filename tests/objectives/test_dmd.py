@@ -131,7 +131,7 @@ def test_shift_8_table_changes_scores_by_the_q3_ratio(scores):
 
 
 def test_score_levels_are_the_references():
-    """Reference (`DMD.compute_distribution_matching_loss`): shift 5 of k / 1000, clamped; 9.2 % land on 0.98 and 0.5 % on 0.02."""
+    """Reference (`model/dmd.py`): shift 5 of k / 1000, clamped; 9.2 % land on 0.98 and 0.5 % on 0.02."""
     sigma = np.asarray(draw(KEY, (20000, 3, 1, 1, 1), DMD, BLOCKS)["score_sigma_B"])
     assert sigma.min() == pytest.approx(0.02) and sigma.max() == pytest.approx(0.98)
     assert np.mean(sigma >= 0.98) == pytest.approx(0.092, abs=0.008)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit; what is broken, foreign or does not fit is an error of one line."""
+"""Checkpoints: what is saved comes back bit for bit; what is broken, foreign or unfit is an error of one line."""
 
 import os
 import resource
