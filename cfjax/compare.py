@@ -21,21 +21,15 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of, write_atomically
 from cfjax.core.precision import F32
-from cfjax.experiment.config import META_FILE, load_shipped
+from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import read_run
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.training.checkpoint import FOLDER, load_role
-from cfjax.worlds.toy import asset
-from cfjax.worlds.wan import (
-    config_from_record,
-    find_world,
-    is_wan_world,
-    load_codec,
-    load_text,
-    placed_template,
-    read_record,
-)
+from cfjax.worlds.assets import META_FILE, asset
+from cfjax.worlds.open import find_world, is_wan_world
+from cfjax.worlds.records import config_from_record, placed_template
+from cfjax.worlds.wan import load_codec, load_text, read_record
 
 DESCRIPTION = """Compares cfjax with an independent PyTorch implementation: the same weights, inputs, noise and times
 in float32. Prints one table (what, shape, largest absolute and relative error, cosine, the first layer that diverges)

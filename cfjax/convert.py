@@ -27,8 +27,11 @@ from cfjax.experiment.record import SIZES, read_run
 from cfjax.models.wan import PRESETS, WanConfig
 from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles
 from cfjax.training.streamed import write_streamed
-from cfjax.worlds.wan import FORMAT, KIND, RECORD, config_from_record, find_world, read_record
+from cfjax.worlds.open import find_world
+from cfjax.worlds.records import config_from_record
+from cfjax.worlds.wan import FORMAT, KIND, read_record
 from cfjax.worlds.wan import fingerprint as world_fingerprint
+from cfjax.worlds.world import RECORD
 
 DESCRIPTION = """Reads a Wan release, a diffusers folder, a .pt of Causal Forcing, Self Forcing or CausVid, a tiny
 decoder, or a run directory, and writes it as a run directory (to=orbax), the reference's .pt (pt), a release in

@@ -20,7 +20,7 @@ from cfjax.evaluation.shapes_metrics import Factors, evaluate_shapes
 from cfjax.evaluation.tables import gather, write_table
 from cfjax.evaluation.video import to_uint8
 from cfjax.experiment.runs import Run, open_run
-from cfjax.worlds.toy import World, evaluation_clips, stack_videos
+from cfjax.worlds.toy import ToyWorld, evaluation_clips, stack_videos
 
 DESCRIPTION = """Generates videos for held-out captions with a run's own sampler and measures them from decoded pixels.
 Writes evaluation.json and samples.npz to the workdir. With --config=configs/evaluate.py:table it puts evaluations side
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def real_clips(world: World, clips: int) -> dict[str, Any]:
+def real_clips(world: ToyWorld, clips: int) -> dict[str, Any]:
     """The same measurement on real clips, and after the codec's round trip: what a perfect model would score."""
     real = evaluation_clips(world.shapes, clips)
     video = stack_videos(real)
@@ -73,7 +73,7 @@ def real_clips(world: World, clips: int) -> dict[str, Any]:
 
 
 def judge(
-    video_BPHWC: np.ndarray, factors: Sequence[Factors], captions: Sequence[str], world: World
+    video_BPHWC: np.ndarray, factors: Sequence[Factors], captions: Sequence[str], world: ToyWorld
 ) -> dict[str, float]:
     """`evaluate_shapes`' summary, and what needs no caption: see `guard.measure_clip` and `guard.diversity`."""
     summary = evaluate_shapes(video_BPHWC, factors, world.shapes)["summary"]

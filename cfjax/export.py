@@ -21,9 +21,9 @@ from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import named_leaves
 from cfjax.evaluate import evaluate_run
-from cfjax.experiment.config import META_FILE, MODEL_FILE
 from cfjax.experiment.runs import open_run
 from cfjax.training.checkpoint import read_meta
+from cfjax.worlds.assets import META_FILE, MODEL_FILE
 
 DESCRIPTION = """Writes a run's averaged weights (bf16 safetensors), its codec and text encoder, an evaluation of the
 rounded weights and the training curves to the workdir. An older export there is replaced; other files stay."""

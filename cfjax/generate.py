@@ -46,7 +46,6 @@ from cfjax.evaluation.video_set import (
 from cfjax.experiment.job import (
     Job,
     check_requests,
-    codec_hash,
     hash_file,
     plan,
     read_given,
@@ -54,16 +53,12 @@ from cfjax.experiment.job import (
     weights_hash,
 )
 from cfjax.experiment.runs import load_weights, open_run
-from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import TextCache, fill, read_rows
-from cfjax.models.tiny_vae import TinyVAE
-from cfjax.models.vae import WanVAE
 from cfjax.rollout.clips import Clips, Timings, cache_bytes, make_clips
 from cfjax.rollout.generate import ManyStep
 from cfjax.rollout.sizes import pixel_frames
-from cfjax.rollout.stream import seeded_noise
-from cfjax.worlds.toy import World
-from cfjax.worlds.wan import WanWorld, load_codec, load_text, open_cache
+from cfjax.rollout.stream import Pipeline, seeded_noise
+from cfjax.worlds.world import WorldParts
 
 DESCRIPTION = """Generates videos with a run that was trained here or converted: text to video, image to video, and the
 continuation of a video. Writes mp4 files, contact sheets, settings.json with every setting and timing, and videos.jsonl
@@ -143,11 +138,8 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
         c.run,
         ema=c.ema,
         world=c.world,
-        decoder=c.decoder,
-        decoder_precision=c.decoder_precision,
+        parts=WorldParts(c.decoder, c.decoder_precision, with_text=False, text_cache=c.text_cache),
         with_model=False,
-        with_text=False,
-        text_cache=c.text_cache,
         stage=c.expect.stage,
         block_frames=c.expect.block_frames,
         precision=c.precision,
@@ -240,10 +232,7 @@ def text_rows(c: ConfigDict, job: Job, workdir: Path) -> Iterator[TextCache]:
     else:
         folder = Path(tempfile.mkdtemp(prefix="cfjax-")) if in_bucket(workdir) else workdir / TEXT_ROWS
     try:
-        if isinstance(world, WanWorld):
-            yield open_cache(world.path, folder, world.text_length)
-        else:
-            yield TextCache(folder, world.text.fingerprint(), world.text_length)
+        yield world.open_text_cache(folder)
     finally:
         if not c.text_cache:
             shutil.rmtree(folder, ignore_errors=True)
@@ -251,12 +240,12 @@ def text_rows(c: ConfigDict, job: Job, workdir: Path) -> Iterator[TextCache]:
 
 def encode_texts(job: Job, texts: TextCache, prompts: Sequence[str]) -> float:
     """Encodes the prompts, and the negative one for a guided sampler; the seconds, reading the encoder included."""
-    begun, world = time.perf_counter(), job.run.world
-
-    def load() -> TextEncoder:
-        return world.text if isinstance(world, World) else load_text(world.path, world.text_length)
-
-    fill(load, texts, [*prompts, job.negative_prompt] if isinstance(job.sampler, ManyStep) else prompts)
+    begun = time.perf_counter()
+    fill(
+        job.run.world.load_text,
+        texts,
+        [*prompts, job.negative_prompt] if isinstance(job.sampler, ManyStep) else prompts,
+    )
     return time.perf_counter() - begun
 
 
@@ -272,7 +261,7 @@ def given_latents(c: ConfigDict, job: Job, batches: Sequence[range]) -> Callable
 
     def encode(video_PHWC: np.ndarray) -> np.ndarray:
         if not encoders:
-            encoders.append(encoder_of(world))
+            encoders.append(world.open_encoder())
         return np.asarray(encoders[0](jnp.asarray(video_PHWC[None])))[0]
 
     @lru_cache(maxsize=GIVEN_KEPT)
@@ -293,14 +282,6 @@ def given_latents(c: ConfigDict, job: Job, batches: Sequence[range]) -> Callable
     return of
 
 
-def encoder_of(world: World | WanWorld) -> Callable[[jax.Array], jax.Array]:
-    """Pixels to latents; a Wan world's VAE is read for it where another decoder is in use."""
-    if isinstance(world, World):
-        return jax.jit(world.codec.encode)
-    with_vae = world if isinstance(world.codec, WanVAE) else replace(world, codec=load_codec(world.path, "vae"))
-    return with_vae.encode
-
-
 def generate_batches(
     c: ConfigDict, job: Job, texts: TextCache, batches: Sequence[range], programs: Programs
 ) -> Iterator[tuple[range, Clips]]:
@@ -313,12 +294,9 @@ def generate_batches(
             first = [latents for request in rows if (latents := given(request)) is not None]
             guided = isinstance(job.sampler, ManyStep)
             clips = make_clips(
-                job.run.model,
-                job.run.world.codec,
+                Pipeline(job.run.model, job.run.world.codec, job.sampler, job.blocks),
                 read_rows(texts, [request.prompt for request in rows]),
                 read_rows(texts, [job.negative_prompt if guided else rows[0].prompt])[0],
-                job.sampler,
-                job.blocks,
                 seeded_noise(np.array([request.seed for request in rows], np.uint32), programs),
                 job.sizes,
                 given_BFHWC=np.stack(first) if first else None,
@@ -358,8 +336,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
     """What settings.json says before the first video: everything that decides what the videos are, and where."""
     device, run, sizes = jax.devices()[0], job.run, job.sizes
     frames, height, width = sizes.pixels()
-    codec, decoder = run.world.codec, c.decoder if isinstance(run.world, WanWorld) else "patch"
-    precision = codec.config.precision.to_record() if isinstance(codec, WanVAE | TinyVAE) else None
+    decoder = run.world.decoder_record()
     return {
         "config": c.to_dict(),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
@@ -373,7 +350,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
         },
         "network": to_record(run.model.config),
         "world": run.world.fingerprint(),
-        "decoder": {"name": decoder, "tile": c.tile, "precision": precision, "weights": codec_hash(run, c.decoder)},
+        "decoder": {"name": decoder["name"], "tile": c.tile, **decoder},
         "frames": frames,
         "given_frames": pixel_frames(sizes.given, sizes.stride[0]) if sizes.given else 0,
         "height": height,

@@ -1,6 +1,6 @@
 """`cfjax precompute`: clips, LMDBs and prompts to latents and text rows, or an AR teacher's ODE pairs; once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +17,6 @@ from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, local_path, path_of, read_if_whole
-from cfjax.core.schema import load_json
 from cfjax.data.captions import Columns
 from cfjax.data.check import check_dataset
 from cfjax.data.clips import read_listing
@@ -33,18 +32,17 @@ from cfjax.data.pictures import ClipFormat, Unusable
 from cfjax.data.precompute import digest
 from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import identity
-from cfjax.experiment.config import Data, blocks_of, data_root, difference, open_data, pairs_layout
-from cfjax.experiment.networks import check_blocks, initial_model
+from cfjax.experiment.data import Data, data_of, data_root, difference, pairs_layout
+from cfjax.experiment.networks import check_blocks, roles_of
 from cfjax.experiment.reference import faithful
+from cfjax.experiment.stage import blocks_of
 from cfjax.models.codec import Codec
-from cfjax.models.text import TextEncoder
-from cfjax.models.text_cache import FILL_AT_ONCE, fill
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
 from cfjax.objectives.ode_regression import METHODS, PairsConfig, ode_pairs
 from cfjax.training.checkpoint import FOLDER, read_meta
-from cfjax.worlds.toy import World
-from cfjax.worlds.wan import WanWorld, load_text, open_cache
+from cfjax.worlds.open import open_world
+from cfjax.worlds.world import World, WorldParts
 
 DESCRIPTION = """Encodes a folder of clips, an LMDB or a file of prompts (configs/precompute.py), solves the AR
 teacher's ODE trajectories (configs/ode_pairs.py), or makes the toy's clips (a toy config). What is there is kept."""
@@ -75,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     elif c.stage == "ode_pairs":
         precompute_pairs(faithful(c, given_keys(argv)))
     else:
-        data = open_data(c)
+        data = data_of(c).open()
         say(f"{data.dataset.path}: {len(data.dataset)} clips of latents {data.dataset.latent_shape}")
     return 0
 
@@ -109,28 +107,30 @@ def precompute_source(c: ConfigDict) -> Path:
     lmdb = is_lmdb(c.source)
     if not c.output and not lmdb:
         raise UserError("output='': give the folder of the new dataset, --config.output=data/wan/clips")
-    world = open_any_world(c.world, c.text_cache)
+    cache = c.text_cache or str(Path(c.world).with_name("text_cache"))
+    world = open_world(c.world, WorldParts(with_text=False, text_cache=cache))
     open_source = _open_lmdb if lmdb else _open_prompts if Path(c.source).is_file() else _open_clips
     source, layout, about, encode_video = open_source(c, world)
     for line in about.get("say", {}).values():
         say(line)
     job = {"world": world.fingerprint(), **about["job"]}
+    text_encoder = {"name": world.text_name, "world": world.fingerprint()}
     writer = SetWriter(
         output_of(c),
         items=len(source),
         part_items=c.part_items,
         layout=layout,
         job=job,
-        description={"world_path": c.world, "text_encoder": _text_record(world), **about["manifest"]},
+        description={"world_path": c.world, "text_encoder": text_encoder, **about["manifest"]},
         listing=listed(source) if isinstance(source, ClipSource) else None,
         same={"lmdb": partial(is_same_job, rows=source.rows)} if isinstance(source, LmdbSource) else None,
     )
     shard, shards = shard_of(c)
     before = set(writer.skipped())
     with writer.share(shard, shards) as todo:
-        if (begun := todo or writer.lacks_negative()) and isinstance(world, WanWorld):
-            fill_text(world, source, (item for index in todo for item in writer.items_of(index)), c.progress)
-        if begun:
+        if todo or writer.lacks_negative():
+            items = (item for index in todo for item in writer.items_of(index))
+            world.cache_text(captions_of(source, items), progress=c.progress)
             writer.write_negative(world.negative_text_SE())
         complete = ingest(
             writer,
@@ -176,7 +176,7 @@ About = dict[str, dict[str, Any]]
 Opened = tuple[Source, Layout, About, EncodeVideo | None]
 
 
-def _open_clips(c: ConfigDict, world: World | WanWorld) -> Opened:
+def _open_clips(c: ConfigDict, world: World) -> Opened:
     wanted = ClipFormat(c.frames, c.height, c.width, c.fps, c.fit, c.max_crop, c.upscale)
     wanted.check_stride(world.codec.stride)
     found = read_listing(c.source, c.captions, columns=columns_of(c), encoding=c.encoding, parts=c.parts)
@@ -200,7 +200,7 @@ def columns_of(c: ConfigDict) -> Columns:
     return Columns(c.file_column, c.caption_column, c.caption_choice)
 
 
-def _open_lmdb(c: ConfigDict, world: World | WanWorld) -> Opened:
+def _open_lmdb(c: ConfigDict, world: World) -> Opened:
     rows = LmdbRows(c.source, ground_truth=c.ground_truth, fallback_shape=tuple(c.latent_shape))
     source = {"name": "lmdb", "path": c.source, "ground_truth": c.ground_truth}
     about: About = {
@@ -217,7 +217,7 @@ def _open_lmdb(c: ConfigDict, world: World | WanWorld) -> Opened:
     return LmdbSource(rows, copy=c.copy_latents), layout, about, None
 
 
-def _open_prompts(c: ConfigDict, world: World | WanWorld) -> Opened:
+def _open_prompts(c: ConfigDict, world: World) -> Opened:
     source = PromptSource.read(c.source, columns_of(c), c.encoding)
     if len(c.latent_shape) != 4 or c.latent_shape[-1] != world.codec.latent_channels:
         raise UserError(f"latent_shape={c.latent_shape}: give (F, H, W, {world.codec.latent_channels})")
@@ -228,10 +228,10 @@ def _open_prompts(c: ConfigDict, world: World | WanWorld) -> Opened:
     return source, _layout(c, world, tuple(c.latent_shape), kept_in="none"), about, None
 
 
-def _layout(c: ConfigDict, world: World | WanWorld, latent_shape: tuple[int, ...], **values: Any) -> Layout:
+def _layout(c: ConfigDict, world: World, latent_shape: tuple[int, ...], **values: Any) -> Layout:
     frames, height, width, channels = latent_shape
     shape = (frames, height, width, channels)
-    return Layout(shape, world.text_length, world.width, dtype=c.dtype, text_dtype=c.text_dtype, **values)
+    return Layout(shape, world.text_length, world.text_width, dtype=c.dtype, text_dtype=c.text_dtype, **values)
 
 
 # ---- joining sets
@@ -259,54 +259,14 @@ def merge_sets(given: str, c: ConfigDict) -> Path:
     return writer.path
 
 
-# ---- worlds
+# ---- encoding
 
 
-def open_any_world(path: str | Path, text_cache: str = "") -> World | WanWorld:
-    """The toy's world, or a Wan system's without its text encoder, by its world.json.
-
-    Args:
-      text_cache: where embeddings are kept; "" is beside the world.
-
-    Raises:
-      UserError: there is none, or it is broken.
-    """
-    file = Path(path) / "world.json"
-    try:
-        kind = load_json(file).get("kind", "toy")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"world={str(path)!r}: no world there ({error}); make one with cfjax convert") from None
-    if kind == "toy":
-        return World.load(path)
-    cache = text_cache or Path(path).with_name("text_cache")
-    return WanWorld.load(path, with_text=False, text_cache=cache)
-
-
-def fill_text(world: WanWorld, source: Source, items: Iterable[int], progress: bool) -> None:
-    """Encodes every caption of these items into the world's cache; then the encoder's memory is free for the VAE."""
-    cache = open_cache(world.path, world.text_cache, world.text_length)
-    captions = [world.negative_prompt]
+def captions_of(source: Source, items: Iterable[int]) -> Iterator[str]:
+    """The captions of these items; those that cannot be used have none."""
     for item in items:
         with suppress(Unusable):
-            captions.append(source.caption(item))
-    captions = list(dict.fromkeys(captions))
-    loaded: list[TextEncoder] = []
-
-    def load() -> TextEncoder:
-        if not loaded:
-            loaded.append(load_text(world.path, world.text_length))
-        return loaded[0]
-
-    with tqdm(total=len(captions), desc="captions", disable=not progress, dynamic_ncols=True) as bar:
-        for start in range(0, len(captions), FILL_AT_ONCE):
-            some = captions[start : start + FILL_AT_ONCE]
-            fill(load, cache, some)
-            bar.update(len(some))
-
-
-def _text_record(world: World | WanWorld) -> dict[str, Any]:
-    name = "umt5" if isinstance(world, WanWorld) else "umt5-toy"
-    return {"name": name, "world": world.fingerprint()}
+            yield source.caption(item)
 
 
 def video_encoder(codec: Codec, frames: int) -> EncodeVideo:
@@ -331,8 +291,8 @@ def precompute_pairs(c: ConfigDict) -> Path:
     Raises:
       UserError: more pairs than clips, a teacher of another stage or layout, or pairs there of other settings.
     """
-    data = open_data(c)
-    target = data_root(c) / c.output
+    data = data_of(c).open()
+    target = data_root(c.data.path) / c.output
     if read_if_whole(target / MANIFEST) is not None:
         _check_made(c, target)
         say(f"{target} exists already; remove it to make it anew")
@@ -343,7 +303,8 @@ def precompute_pairs(c: ConfigDict) -> Path:
     method = values.pop("method")
     if method not in METHODS:  # before any file is touched
         raise UserError(f"objective.method={method!r}: use one of {', '.join(METHODS)}")
-    check_blocks(c)
+    roles = roles_of(c)
+    check_blocks(blocks_of(c), roles.values())
     config = PairsConfig(**values)
     writer = _pairs_writer(c, data, target, config)
     shard, shards = shard_of(c)
@@ -351,7 +312,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
         if todo or writer.lacks_negative():
             writer.write_negative(data.dataset.negative_text_SE)
         if todo:
-            teacher = initial_model("teacher", c.roles.teacher, data, c.seed)
+            teacher = roles["teacher"].initial(data.shapes, c.seed)
             solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
             _solve_parts(c, data, writer, todo, partial(solve, teacher))
         complete = writer.finish()
@@ -368,11 +329,17 @@ def _check_made(c: ConfigDict, target: Path) -> None:
         )
     teacher = [f"roles.teacher.{name}" for name in ("init", "init_role", "init_ema")]
     objective = [f"objective.{name}" for name in c.objective]
-    keys = [*objective, *pairs_layout(c, c.objective.method), *teacher, "data.name", "pairs", "seed", "text_dtype"]
-    if mismatch := difference(made, c, keys):
-        raise UserError(
-            f"{target} was made with {mismatch}; choose another --config.output, or remove it to make it anew"
-        )
+    keys = [
+        *objective,
+        *pairs_layout(c.to_dict(), c.objective.method),
+        *teacher,
+        "data.name",
+        "pairs",
+        "seed",
+        "text_dtype",
+    ]
+    if told := difference(made, c.to_dict(), keys):
+        raise UserError(f"{target} was made with {told}; choose another --config.output, or remove it to make it anew")
 
 
 def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) -> SetWriter:

@@ -16,8 +16,8 @@ from cfjax.core.paths import check_checkpoints, read_if_whole
 from cfjax.data.sets import open_dataset
 from cfjax.evaluate import load_evaluation
 from cfjax.evaluation.tables import gather, summarise_seeds
-from cfjax.experiment.config import blocks_of
 from cfjax.experiment.runs import open_run
+from cfjax.experiment.stage import blocks_of
 from cfjax.quickstart import TITLES, environment, networks, recipe, run_steps
 from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, verdicts
 from cfjax.studies.injectivity import Plan, run

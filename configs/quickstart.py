@@ -6,6 +6,7 @@
     cfjax quickstart --config=configs/quickstart.py:self_forcing --workdir=runs/quickstart
     cfjax quickstart --config=configs/quickstart.py:causvid --workdir=runs/quickstart
     cfjax evaluate --config=configs/evaluate.py:table --config.evaluations="runs/quickstart/evaluation/*"
+        --workdir=runs/quickstart/table
 
 Every stage is an ordinary `cfjax` command, printed before it runs. Starts from the toy teacher that ships with the
 package. Recipes in one workdir share the stages that they have in common. Budgets are numbers of steps; "default"

@@ -17,11 +17,14 @@ from cfjax.core.cli import EMPTY, keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.tuples import parse_tuple
 from cfjax.data.sets import open_dataset
-from cfjax.experiment import config as experiment
+from cfjax.experiment.build import build
+from cfjax.experiment.data import Shapes, toy_shapes
+from cfjax.experiment.networks import networks_in, roles_of
+from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows
 from cfjax.experiment.reference import REFERENCE, faithful
 from cfjax.experiment.runs import open_run
+from cfjax.experiment.stage import blocks_of, dmd_config, optimizers_of, sampler_of, stage_of
 from cfjax.objectives.ode_regression import PairsConfig
-from cfjax.train import differing_levels, idle_devices, idle_windows, mesh_of
 from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data
 
@@ -60,20 +63,20 @@ def test_every_documented_config_builds(path, arg):
         return
     toy, framewise = "toy" in arg.split(","), "framewise" in arg.split(",")
     whole = (12 if toy else 21) if c.stage == "dmd" and "bidirectional" in arg.split(",") else 0
-    assert experiment.blocks_of(c).frames == (whole or (1 if framewise else 3))
-    for role in c.roles.values():
-        size = experiment.wan_config(role, 16, 64 if toy else 4096)
+    assert blocks_of(c).frames == (whole or (1 if framewise else 3))
+    for role in networks_in(roles_of(c)).values():
+        size = role.network(Shapes((21, 60, 104, 16), (512, 64 if toy else 4096)))
         assert size.num_layers == (4 if toy else 40 if role.preset == "wan_14b" else 30)
     if c.stage == "ode_pairs":
         values = c.objective.to_dict()
         assert values.pop("method") == ("bidirectional" if "bidirectional" in arg.split(",") else "full")
         assert PairsConfig(**values).kept() == (0, 12, 24, 36)
         return
-    stage = experiment.stage_of(c)
-    assert stage.name == path.stem and set(experiment.optimizers_of(c, stage)) == set(stage.losses) <= set(c.roles)
-    assert experiment.sampler_of(c) and not differing_levels(c)
+    stage = stage_of(c)
+    assert stage.name == path.stem and set(optimizers_of(c, stage)) == set(stage.losses) <= set(c.roles)
+    assert sampler_of(c) and not differing_levels(build(c))
     if toy:
-        assert experiment.shapes_of(c).frames % experiment.blocks_of(c).frames == 0
+        assert toy_shapes(c).frames % blocks_of(c).frames == 0
 
 
 def tuples_of(path: Path, arg: str) -> dict[str, tuple]:
@@ -138,34 +141,34 @@ def test_what_stage_three_starts_from(words, start):
 
 def test_blocks_may_draw_exit_steps_of_their_own():
     c = get_config(ROOT / "configs" / "dmd.py")("")
-    assert experiment.dmd_config(c).self_forcing.same_exit  # as in `SelfForcingTrainingPipeline`
+    assert dmd_config(c).self_forcing.same_exit  # PyTorch reference
     c.objective.same_exit = False
-    assert not experiment.dmd_config(c).self_forcing.same_exit
+    assert not dmd_config(c).self_forcing.same_exit
 
 
 def test_a_student_that_would_sample_at_other_levels_is_reported():
     c = get_config(ROOT / "configs" / "dmd.py")("")
     c.objective.steps = (1000, 500)
-    assert "trains at {'steps': (1000, 500)" in differing_levels(c)
-    assert "has {'steps': (1000, 750, 500, 250)" in differing_levels(c)
+    assert "trains at {'steps': (1000, 500)" in differing_levels(build(c))
+    assert "has {'steps': (1000, 750, 500, 250)" in differing_levels(build(c))
 
 
 def test_accelerators_without_work_are_reported():
     """One place of a mesh, as a config has it; and none are told on CPUs, whose devices are simulated ones."""
     c = get_config(ROOT / "configs" / "dmd.py")("toy")
-    alone = mesh_of(c)
+    alone = build(c).make_mesh()
     gpus, cpus = ([SimpleNamespace(platform=platform)] * 8 for platform in ("gpu", "cpu"))
     assert "8 devices are here; --config.mesh.fsdp=8" in idle_devices(alone, gpus)
     assert idle_devices(alone, gpus[:1]) == idle_devices(alone, cpus) == ""
     c.mesh.fsdp = 8
-    assert idle_devices(mesh_of(c), gpus) == ""
+    assert idle_devices(build(c).make_mesh(), gpus) == ""
 
 
 def test_two_scores_are_needed_to_compare_them():
     c = get_config(ROOT / "configs" / "dmd.py")("toy,gan")
     c.objective.matching = "dmd"
     with pytest.raises(UserError, match=r"roles\.real_score is missing"):
-        experiment.stage_of(c)
+        stage_of(c)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_the_reference_switch_sets_quirks_and_numbers(capsys):
     for name in ("bidirectional", "ar_diffusion", "consistency"):
         off, on = shipped(name), faithful(shipped(name, reference=True))
         assert (off.objective.bf16_timesteps, on.objective.bf16_timesteps) == (False, True)  # Q1, Q2
-    off, on = (experiment.dmd_config(faithful(shipped("dmd", reference=value))) for value in (False, True))
+    off, on = (dmd_config(faithful(shipped("dmd", reference=value))) for value in (False, True))
     quirks = [(o.score_table_shift, o.self_forcing.context_noise, o.self_forcing.kv_gradient) for o in (off, on)]
     assert quirks[0] == (None, 0.0, "detached")
     assert quirks[1] == (8.0, pytest.approx(0.00498008, abs=1e-8), "straight_through")  # Q3, Q4, Q6
@@ -261,17 +264,19 @@ def test_a_number_written_short_is_the_references(capsys):
 )
 def test_a_value_that_cannot_be_is_reported_by_its_key(config, key, value, message):
     c = shipped(config, **{key: value})
-    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{message}"):
-        experiment.optimizers_of(c, experiment.stage_of(c))
-        experiment.sampler_of(c)
+    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{told}"):
+        optimizers_of(c, stage_of(c))
+        sampler_of(c)
 
 
-def test_a_window_longer_than_its_videos_is_reported():
-    assert idle_windows(shipped("dmd:long"), 21) == idle_windows(shipped("dmd", blocks__window=21), 21) == []
-    (line,) = idle_windows(shipped("ar_diffusion", blocks__window=24), 21)
+def test_a_window_longer_than_its_videos_is_told():
+    assert (
+        idle_windows(build(shipped("dmd:long")), 21) == idle_windows(build(shipped("dmd", blocks__window=21)), 21) == []
+    )
+    (line,) = idle_windows(build(shipped("ar_diffusion", blocks__window=24)), 21)
     assert "blocks.window=24 hides nothing: training videos have 21 latent frames" in line
-    assert idle_windows(shipped("dmd:long", blocks__window=24), 21) == []  # of rollouts of 27
-    (line,) = idle_windows(shipped("dmd:long", objective__window_frames=24), 21)
+    assert idle_windows(build(shipped("dmd:long", blocks__window=24)), 21) == []  # of rollouts of 27
+    (line,) = idle_windows(build(shipped("dmd:long", objective__window_frames=24)), 21)
     assert "objective.window_frames=24 shows the scores more than the dataset's clips of 21" in line
 
 

@@ -15,11 +15,12 @@ from cfjax.conversion.files import read_weights
 from cfjax.conversion.kinds import KINDS
 from cfjax.conversion.rules import save_named
 from cfjax.conversion.wan import ORIGINAL, export_wan
-from cfjax.core.precision import to_record
-from cfjax.experiment import config as experiment
+from cfjax.experiment.record import config_from_meta
+from cfjax.experiment.stage import blocks_of, sampler_of
 from cfjax.models.wan import WanConfig
 from cfjax.training.checkpoint import CheckpointStore, open_role, read_meta, stored_roles
-from cfjax.worlds.wan import config_from_record, fingerprint, read_record
+from cfjax.worlds.records import config_from_record
+from cfjax.worlds.wan import fingerprint, read_record
 from tests import synthetic
 from tests.commands import ROOT, cfjax
 from tests.tiny import CONFIG, tiny
@@ -77,9 +78,9 @@ def test_a_release_becomes_a_run(run):
     config = config_from_record(WanConfig, meta["models"]["student"])
     assert (config.dim, config.num_heads, config.num_layers, config.text_dim) == (48, 4, 2, 32)
     assert (config.remat, config.precision.compute) == ("full", "bfloat16")
-    c = experiment.config_from_meta(meta)
+    c = config_from_meta(meta)
     assert c.sampler.kind == "bidirectional" and c.roles.student.preset == "" and not c.ema
-    experiment.sampler_of(c), experiment.blocks_of(c)
+    sampler_of(c), blocks_of(c)
     assert (meta["world_path"], meta["world"]) == ("world", fingerprint(run / "world"))
     assert read_record(run / "world")["fps"] == 16
     for kind in ("vae", "text_encoder", "tiny_vae"):
@@ -113,7 +114,7 @@ def test_what_was_stored_is_the_release(run, kind, role, layout, weights):
 def test_a_checkpoint_remembers_what_it_was_trained_for(student, run):
     meta = read_meta(student, stages=("dmd",))
     assert meta["blocks"]["frames"] == 1
-    c = experiment.config_from_meta(meta)
+    c = config_from_meta(meta)
     assert (c.sampler.steps, c.sampler.first_steps) == ((1000, 500), (1000, 750, 500, 250))
     assert stored_roles(student) == [("critic", False), ("student", False), ("student", True)]
     assert set(meta["models"]) == {"student", "critic"} and "student" in c.ema

@@ -32,7 +32,9 @@ from cfjax.rollout.clips import Clips, Times
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
 from cfjax.rollout.stream import decode_step, seeded_noise
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
-from cfjax.worlds.wan import WanWorld, placed_template
+from cfjax.worlds.records import placed_template
+from cfjax.worlds.wan import WanWorld
+from cfjax.worlds.world import WorldParts
 from tests.commands import cfjax
 from tests.synthetic import write_causal_forcing_pt, write_taehv, write_wan_folder
 from tests.tiny import relative
@@ -72,7 +74,7 @@ def frames_of(file: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def run(root) -> Run:
-    return open_run(str(root / "dmd"), decoder="tiny_vae", precision="float32")
+    return open_run(str(root / "dmd"), parts=WorldParts("tiny_vae"), precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def test_image_to_video_begins_with_the_encoded_picture(root, run, tmp_path):
     keys = {"image": tmp_path / "picture.png", "frames": 13, "independent_first_frame": True}
     assert generate(root, tmp_path / "out", **keys) == 0
     latents = read_latents(written(tmp_path / "out", ".safetensors")[0])
-    world = WanWorld.load(root / "wan" / "world", with_text=False)
+    world = WanWorld.load(root / "wan" / "world", WorldParts(with_text=False))
     assert latents.shape == (4, 4, 4, 16)
     encoded = world.encode(jnp.asarray(read_image(tmp_path / "picture.png", SIDE, SIDE)[None]))
     np.testing.assert_array_equal(latents[:1], encoded[0])
@@ -180,7 +182,7 @@ def test_the_bidirectional_release_generates_with_its_own_decoder(root, tmp_path
     record = json.loads((tmp_path / "settings.json").read_text())
     assert (record["network_calls"], record["kv_cache_bytes"], record["blocks"]) == (4, 0, None)
     assert frames_of(written(tmp_path, ".mp4")[0]).shape == (1, SIDE, SIDE, 3)
-    world = WanWorld.load(root / "wan" / "world", with_text=False)
+    world = WanWorld.load(root / "wan" / "world", WorldParts(with_text=False))
     latents = jnp.asarray(read_latents(written(tmp_path, ".safetensors")[0]))[None]
     pixels = to_uint8(np.asarray(decode_step(world.codec, latents, world.codec.init_state(1))[0]))[0]
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
@@ -188,7 +190,7 @@ def test_the_bidirectional_release_generates_with_its_own_decoder(root, tmp_path
 
 
 def test_tiles_overlap_by_a_quarter(root):
-    run = open_run(str(root / "wan"), with_text=False)
+    run = open_run(str(root / "wan"), parts=WorldParts(with_text=False))
     decode = tiled_decoder(ConfigDict({"tile": 256}), run)
     assert decode.func is decode_tiled and decode.args == (run.world.codec,)
     assert decode.keywords == {"tile": (256, 256), "stride": (192, 192), "frames": 1}
@@ -200,7 +202,9 @@ def test_a_guided_sampler_gets_the_negative_prompt(sampler, encoded, monkeypatch
     """Encoded together with the prompts, in one loading of the encoder; a few-step sampler has no use for it."""
     asked: list[list[str]] = []
     monkeypatch.setattr("cfjax.generate.fill", lambda load, texts, captions: asked.append(captions))
-    job: Any = SimpleNamespace(run=SimpleNamespace(world=None), sampler=sampler, negative_prompt="bad")
+    job: Any = SimpleNamespace(
+        run=SimpleNamespace(world=SimpleNamespace(load_text=None)), sampler=sampler, negative_prompt="bad"
+    )
     encode_texts(job, TextCache(tmp_path, "", 8), ["four"])
     assert asked == [encoded]
 
@@ -210,7 +214,8 @@ def test_a_guided_sampler_gets_the_negative_prompt(sampler, encoded, monkeypatch
 
 def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
     """What enters a product in bfloat16 anyway is kept in it: not a bit of the flow changes."""
-    loaded = open_run(str(root / "dmd"), precision="bfloat16", with_text=False, decoder="tiny_vae").model
+    parts = WorldParts("tiny_vae", with_text=False)
+    loaded = open_run(str(root / "dmd"), precision="bfloat16", parts=parts).model
     wide = load_role(root / "dmd", "student", placed_template(lambda: Wan(loaded.config, jax.random.key(0))))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded)} == {"bfloat16", "float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(wide)} == {"float32"}
@@ -228,7 +233,7 @@ def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
 def test_a_run_shows_its_sizes_itself(run):
     assert (run.stage, run.step, run.latent_shape, run.averaged) == ("dmd", 0, (6, 4, 4, 16), False)
     assert (run.model.config.dim, run.model.config.text_dim, run.model.config.remat) == (48, 32, "none")
-    assert run.world.width == 32 and run.world.fps == 16 and "过曝" in run.world.negative_prompt
+    assert run.world.text_width == 32 and run.world.fps == 16 and "过曝" in run.world.negative_prompt
 
 
 def test_runs_trained_here_open_too(root, run, tmp_path):
@@ -379,10 +384,10 @@ def test_a_corrected_file_goes_on_and_a_picture_counts_by_its_content(root, pict
 def test_many_pictures_need_one_encoder(root, pictures, monkeypatch):
     """Beside another decoder the Wan VAE is read once for all of them."""
     loads = []
-    load = importlib.import_module("cfjax.generate").load_codec
-    monkeypatch.setattr("cfjax.generate.load_codec", lambda *args: loads.append(args) or load(*args))
+    load = importlib.import_module("cfjax.worlds.wan").load_codec
+    monkeypatch.setattr("cfjax.worlds.wan.load_codec", lambda *args: loads.append(args) or load(*args))
     assert generate(root, pictures / "out", **requests(pictures, ("A cat", "a.png"), ("A dog", "b.png"))) == 0
-    assert len(loads) == 1
+    assert [args[1] for args in loads] == ["tiny_vae", "vae"]
 
 
 @pytest.mark.slow

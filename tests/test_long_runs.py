@@ -12,7 +12,8 @@ from cfjax.core.lazy import LazyArray
 from cfjax.core.precision import to_record
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.experiment import presets
-from cfjax.experiment.config import codec_of
+from cfjax.experiment.data import Shapes
+from cfjax.experiment.networks import codec_role
 from cfjax.models.vae import VAEConfig, WanVAE, abstract_vae
 from cfjax.training.streamed import write_streamed
 from tests.commands import cfjax, tiny, train_stopped_and_whole
@@ -37,14 +38,14 @@ def world(vae, tmp_path_factory):
 
 def config(**objective):
     c = presets.experiment("dmd", steps=600)
+    c.data = presets.wan_data("data")
     c.objective = {"window_frames": 21, "max_frames": 27, "codec_world": "", "codec_decoder": "vae", **objective}
     return c
 
 
 def data(channels: int = 16, **manifest):
-    return SimpleNamespace(
-        dataset=SimpleNamespace(path="data/prompts", manifest=manifest), world=None, channels=channels
-    )
+    dataset = SimpleNamespace(path="data/prompts", manifest=manifest)
+    return SimpleNamespace(dataset=dataset, world=None, shapes=Shapes((21, 60, 104, channels), (512, 4096)))
 
 
 def test_the_codec_is_that_of_the_datasets_world(vae, world):
@@ -53,14 +54,13 @@ def test_the_codec_is_that_of_the_datasets_world(vae, world):
         (config(), data(world_path=str(world), codec=made_with)),
         (config(codec_world=str(world)), data()),
     ):
-        codec = codec_of(c, data_)
-        assert codec is not None and codec.describe()["fingerprint"] == made_with["fingerprint"]
+        assert codec_role(c).opened(data_).codec.describe()["fingerprint"] == made_with["fingerprint"]
 
 
 def test_the_toys_codec_is_its_worlds_and_short_rollouts_need_none():
-    toy = SimpleNamespace(dataset=None, world=SimpleNamespace(codec="patches"), channels=16)
-    assert codec_of(config(), toy) == "patches"
-    assert codec_of(config(max_frames=0, window_frames=0), data()) is None
+    toy = SimpleNamespace(dataset=None, world=SimpleNamespace(codec="patches"))
+    assert codec_role(config()).opened(toy).codec == "patches"
+    assert codec_role(config(max_frames=0, window_frames=0)) is None
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_the_toys_codec_is_its_worlds_and_short_rollouts_need_none():
 def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, dataset, message):
     if dataset.get("world_path") is True:
         dataset = {**dataset, "world_path": str(world)}
-    with pytest.raises(UserError, match=message):
-        codec_of(config(**objective), data(**dataset))
+    with pytest.raises(UserError, match=told):
+        codec_role(config(**objective)).opened(data(**dataset))
 
 
 WINDOW = {"objective__window_frames": 6, "objective__max_frames": 12, "blocks__window": 6}

@@ -14,8 +14,9 @@ from cfjax import plan
 from cfjax.__main__ import main
 from cfjax.core.cli import parse
 from cfjax.core.topology import GIB, parse_topology
-from cfjax.experiment.config import STAGES
-from cfjax.experiment.networks import codec_template
+from cfjax.experiment.build import build
+from cfjax.experiment.data import Shapes
+from cfjax.experiment.stage import STAGES
 from cfjax.planning.programs import Cost
 from tests.commands import ROOT
 
@@ -24,12 +25,12 @@ SMALL = ["--config.data.shapes.frames=6", "--config.data.batch_size=8"]
 
 def config(name: str, *overrides: str):
     argv = [f"--config={ROOT}/configs/{name}", *overrides]
-    return parse("plan", argv, description="", extra_flags=plan.FLAGS[1:], default_workdir="w")[0]
+    return build(parse("plan", argv, description="", extra_flags=plan.FLAGS[1:], default_workdir="w")[0])
 
 
-def shapes(c, **sizes: int) -> plan.Shapes:
+def shapes(e, **sizes: int) -> Shapes:
     given = {"frames": 81, "height": 480, "width": 832, "text": 512, **sizes}
-    return plan.shapes_of(c, given)
+    return plan.shapes_of(e, given)
 
 
 def forward_flops(dim: int, ffn: int, layers: int, tokens: int, pairs: int, rows: int, text_dim: int, frames: int):
@@ -43,33 +44,32 @@ def forward_flops(dim: int, ffn: int, layers: int, tokens: int, pairs: int, rows
 
 def test_flops_of_a_full_network_are_the_closed_form():
     """Wan 1.3B at 480 x 832, 81 frames: forward and twice that backward; the first products need no input gradient."""
-    c = config("bidirectional.py", "--config.data.batch_size=2")
+    e = config("bidirectional.py", "--config.data.batch_size=2")
     tokens = 21 * 30 * 52
     once = forward_flops(1536, 8960, 30, tokens, tokens**2, 512, 4096, 21)
-    needed = plan.whole_flops(c, shapes(c), "student", remat=False)
+    needed = plan.whole_flops(e, shapes(e), "student", remat=False)
     print(f"{needed:.4e} against {2 * 3 * once:.4e}")
     assert needed == pytest.approx(2 * 3 * once, rel=1e-3)
-    executed = plan.whole_flops(c, shapes(c), "student", remat=True)
+    executed = plan.whole_flops(e, shapes(e), "student", remat=True)
     assert executed == pytest.approx(2 * 4 * once, rel=1e-2)
 
 
 def test_teacher_forcing_pays_for_its_rectangles_only():
-    c = config("ar_diffusion.py", "--config.data.batch_size=1")
+    e = config("ar_diffusion.py", "--config.data.batch_size=1")
     frame, blocks = 30 * 52, 7
     seen = sum((b + 1) * 3 * 3 for b in range(blocks)) * frame**2  # of the clean half, and of the noisy one
     tokens = 2 * 21 * frame
     once = forward_flops(1536, 8960, 30, tokens, 2 * seen, 512, 4096, 42) - 2 * 64 * 1536 * tokens / 2  # head: one half
-    assert plan.whole_flops(c, shapes(c), "student", remat=False) == pytest.approx(3 * once, rel=2e-3)
+    assert plan.whole_flops(e, shapes(e), "student", remat=False) == pytest.approx(3 * once, rel=2e-3)
 
 
 def test_long_rollouts_are_counted_with_their_blocks_and_their_codec():
     """Rollouts as long as the window need no codec; of longer ones count their mean number of blocks and pictures."""
     flops, tokens, batch = {}, 3 * 4, 32
     for most in (0, 12, 18):
-        c = config("dmd.py:toy,long", f"--config.objective.max_frames={most}") if most else config("dmd.py:toy")
-        codec = codec_template(c, shapes(c).latents[-1])
-        assert (codec is None) == (most == 0) and c.data.batch_size == batch
-        flops[most] = plan.whole_flops(c, shapes(c), "critic", remat=False, codec=codec)
+        e = config("dmd.py:toy,long", f"--config.objective.max_frames={most}") if most else config("dmd.py:toy")
+        assert ("codec" in e.roles) == (most > 0) and e.data.batch_size == batch
+        flops[most] = plan.whole_flops(e, shapes(e), "critic", remat=False)
     assert flops[12] == flops[0]
     picture = 2 * batch * 16 * 192 * 16  # a frame of 4 x 4 patches, encoded or decoded
     pictures = 3 + 2 / 3 * 2  # before the window, 3 on average; two of three windows make their first anew
@@ -140,23 +140,21 @@ def test_a_compiler_that_is_not_installed_is_named(machine, extra, monkeypatch, 
 
 def test_a_search_ends_at_the_first_machine_that_fits(monkeypatch, capsys):
     """Peaks by a stand-in for the compiler: what rests, and activations that tokens and heads cut."""
-    c = config("dmd.py")
+    e = config("dmd.py", "--config.mesh.fsdp=16", "--config.mesh.context=4")
     tried = []
 
-    def stand_in(c, shapes, topology, devices, *, only):
-        mesh = c.mesh.to_dict()
-        samples = c.data.batch_size / (mesh["fsdp"] * c.optim.student.accumulate)
+    def stand_in(e, shapes, topology, devices, *, only):
+        mesh = dict(e.mesh)
+        samples = e.data.batch_size / (mesh["fsdp"] * e.accumulate("student"))
         peak = int((640 / (mesh["fsdp"] * mesh["tensor"]) + 80 * samples / (mesh["context"] * mesh["tensor"])) * GIB)
         cost = Cost("student", peak=peak, fits=peak <= topology.memory)
         tried.append((topology.name, peak))
-        accumulate = {role: c.optim[role].accumulate for role in c.optim}
-        return plan.Plan(topology, mesh, c.data.batch_size, accumulate, "splash", int(40 * GIB), [cost])
+        return plan.Plan(topology, mesh, e.data.batch_size, e.schedule.accumulate, "splash", int(40 * GIB), [cost])
 
     monkeypatch.setattr(plan, "plan", stand_in)
     monkeypatch.setattr(plan, "open_topology", lambda topology: [None] * topology.devices)
-    c.mesh.fsdp, c.mesh.context = 16, 4
-    first = stand_in(c, None, parse_topology("v5p:4x4x4"), [], only=())
-    found = plan.smallest(c, shapes(c), first, 20, ())
+    first = stand_in(e, None, parse_topology("v5p:4x4x4"), [], only=())
+    found = plan.smallest(e, shapes(e), first, 20, ())
     assert found[-1].fits and all(not other.fits for other in found[:-1])
     assert found[-1].topology.devices < 64 and "accumulate=" in capsys.readouterr().out
 

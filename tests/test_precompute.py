@@ -25,13 +25,13 @@ from cfjax.data.records import Record, pack
 from cfjax.data.sets import open_dataset
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.video import read_clip
-from cfjax.experiment.config import open_data
+from cfjax.experiment.data import data_of
 from cfjax.models.text_cache import TextCache
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.rollout.self_forcing import SelfForcing
-from cfjax.worlds.toy import World, make_world
+from cfjax.worlds.toy import ToyWorld, make_world
 from cfjax.worlds.wan import WanWorld
 from tests.commands import ROOT
 from tests.data.lmdbs import damage, rows_of, write_lmdb
@@ -120,14 +120,14 @@ def encoded(clips, world, tmp_path_factory) -> Path:
 
 
 def test_clips_become_latents_and_mistakes_are_reported(clips, world, encoded):
-    dataset, codec = open_dataset(encoded), World.load(world).codec
+    dataset, codec = open_dataset(encoded), ToyWorld.load(world).codec
     names = [dataset.record(i).name for i in range(len(dataset))]
     assert names == USABLE and dataset.latent_shape == (9, 2, 4, 16)
     for i, name in enumerate(names):
         video = to_float(read_clip(clips / name, ClipFormat(9, 16, 32)))
         np.testing.assert_allclose(dataset[i]["latents_FHWC"], codec.encode(jnp.asarray(video)[None])[0], atol=4e-3)
         assert dataset.caption(i) == CAPTION
-        np.testing.assert_array_equal(dataset[i]["text_SE"], World.load(world).text.encode([CAPTION])[0])
+        np.testing.assert_array_equal(dataset[i]["text_SE"], ToyWorld.load(world).text.encode([CAPTION])[0])
     report = json.loads((encoded / "report.json").read_text())
     assert {s["name"]: s["reason"].partition(":")[0] for s in report["skipped"]} == {
         "h_short.mp4": "too short",
@@ -136,7 +136,7 @@ def test_clips_become_latents_and_mistakes_are_reported(clips, world, encoded):
         "k_small.mp4": "wrong size",
     }
     assert report["items"] == 11 and report["records"] == 7 and report["passed_over"] == {".md": 1}
-    assert dataset.manifest["text_encoder"]["world"] == World.load(world).fingerprint()
+    assert dataset.manifest["text_encoder"]["world"] == ToyWorld.load(world).fingerprint()
 
 
 def test_parts_of_long_videos_are_cut_out_by_a_tables_time_stamps(world, tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_parts_of_long_videos_are_cut_out_by_a_tables_time_stamps(world, tmp_pat
     keys = {"captions": tmp_path / "t.csv", "parts": True}
     assert precompute(tmp_path / "videos", world, tmp_path / "set", **keys) == 0
     assert "t.csv: columns: caption by 'caption', file by 'videoID', times by 'timestamp'" in capsys.readouterr().out
-    dataset, codec = open_dataset(tmp_path / "set"), World.load(world).codec
+    dataset, codec = open_dataset(tmp_path / "set"), ToyWorld.load(world).codec
     for i, (name, start) in enumerate((("-a1_B.mp4[0.5-1.5]", 0.5), ("-a1_B.mp4[2-3]", 2.0))):
         video = to_float(read_clip(tmp_path / "videos" / "-a1_B.mp4", ClipFormat(9, 16, 32), start=start))
         np.testing.assert_allclose(dataset[i]["latents_FHWC"], codec.encode(jnp.asarray(video)[None])[0], atol=4e-3)
@@ -177,7 +177,7 @@ def test_one_shard_of_three_leaves_the_rest_to_the_others(clips, world, tmp_path
         ({"source": ""}, "source=''"),
         ({"output": ""}, "output=''"),
         ({"source": "/nowhere"}, "no such folder"),
-        ({"world": "/nowhere"}, "no world there"),
+        ({"world": "/nowhere"}, "no world here"),
         ({"height": 20}, "multiples of 8 and 8"),
         ({"fit": "letterbox"}, "fit='letterbox'"),
         ({"dtype": "int8"}, "dtype='int8'"),
@@ -207,7 +207,7 @@ def test_an_lmdb_is_trained_on_in_place(world, tmp_path, capsys):
     expected = LmdbRows(source).arrays(4)
     np.testing.assert_array_equal(dataset[3]["latents_FHWC"], expected["latents"].astype(np.float32))
     np.testing.assert_array_equal(dataset[3]["trajectory_JFHWC"], expected["trajectory"].astype(np.float32))
-    np.testing.assert_array_equal(dataset[3]["text_SE"], World.load(world).text.encode([CAPTION])[0])
+    np.testing.assert_array_equal(dataset[3]["text_SE"], ToyWorld.load(world).text.encode([CAPTION])[0])
     assert "left out ode/3: no caption" in capsys.readouterr().out
     assert dataset.record(3).arrays.keys() == {"text"}  # the latents are not on disk twice
     copied = tmp_path / "copied"
@@ -271,10 +271,10 @@ def test_an_lmdb_that_went_elsewhere_is_named_by_a_key(moved, world, tmp_path, c
     ):
         assert problem in said[0]
     assert check(text, capsys, lmdb=away)[0] == 0
-    data = open_data(train_config("ar_diffusion.py:toy", moved, "clean.text", lmdb=away)).dataset
+    data = data_of(train_config("ar_diffusion.py:toy", moved, "clean.text", lmdb=away)).open().dataset
     np.testing.assert_array_equal(data[0]["latents_FHWC"], latents_of_row(0))
     with pytest.raises(UserError, match=r"is not at .*old/clean \(no LMDB there\) nor at .*--config.data.lmdb=PATH"):
-        open_data(train_config("ar_diffusion.py:toy", moved, "clean.text"))
+        data_of(train_config("ar_diffusion.py:toy", moved, "clean.text")).open()
     assert merge(text, output=tmp_path / "copy", lmdb=away) == 0
     np.testing.assert_array_equal(open_dataset(tmp_path / "copy")[2]["latents_FHWC"], latents_of_row(2))
 
@@ -318,7 +318,7 @@ def test_what_was_left_half_copied_at_the_old_place_is_passed_over(moved, world,
 
 def test_a_key_for_an_lmdb_of_a_set_without_one_is_a_mistake(encoded, tmp_path):
     with pytest.raises(UserError, match="keeps its latents in no LMDB"):
-        open_data(train_config("ar_diffusion.py:toy", encoded.parent, encoded.name, lmdb=tmp_path))
+        data_of(train_config("ar_diffusion.py:toy", encoded.parent, encoded.name, lmdb=tmp_path)).open()
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -329,10 +329,10 @@ def test_pairs_without_clean_clips_train_with_one_flag(world, tmp_path, capsys, 
     assert precompute(source, world, tmp_path / "default", copy_latents=copied) == 0
     assert precompute(source, world, tmp_path / "right", copy_latents=copied, ground_truth=False) == 0
     with pytest.raises(UserError, match=r"has 4 states per clip.*--config\.data\.ground_truth=False"):
-        open_data(train_config("ode_regression.py:toy", tmp_path, "default"))
+        data_of(train_config("ode_regression.py:toy", tmp_path, "default")).open()
     expected = np.moveaxis(rows, -3, -1).astype(np.float32)
     for name, keys in (("default", {"ground_truth": False}), ("right", {}), ("right", {"ground_truth": False})):
-        dataset = open_data(train_config("ode_regression.py:toy", tmp_path, name, **keys)).dataset
+        dataset = data_of(train_config("ode_regression.py:toy", tmp_path, name, **keys)).open().dataset
         assert dataset.trajectory_points == 5
         for i in range(4):
             np.testing.assert_array_equal(dataset[i]["trajectory_JFHWC"], expected[i])
@@ -342,9 +342,9 @@ def test_pairs_without_clean_clips_train_with_one_flag(world, tmp_path, capsys, 
 def test_the_flag_is_refused_for_pairs_with_clean_clips(world, tmp_path):
     source = write_lmdb(tmp_path / "pairs", rows_of(2, 6), [CAPTION] * 2)
     assert precompute(source, world, "") == 0
-    assert open_data(train_config("ode_regression.py:toy", tmp_path, "pairs")).dataset.trajectory_points == 5
+    assert data_of(train_config("ode_regression.py:toy", tmp_path, "pairs")).open().dataset.trajectory_points == 5
     with pytest.raises(UserError, match=r"has 6 states.*leave out --config\.data\.ground_truth=False"):
-        open_data(train_config("ode_regression.py:toy", tmp_path, "pairs", ground_truth=False))
+        data_of(train_config("ode_regression.py:toy", tmp_path, "pairs", ground_truth=False)).open()
 
 
 # ---- sets that grew, and joining sets
@@ -439,20 +439,20 @@ def test_a_wan_worlds_captions_are_encoded_first_and_once(tmp_path, monkeypatch)
             return "f"
 
     loads = []
-    monkeypatch.setattr(module, "load_text", lambda *_: loads.append(1) or Encoder())
-    monkeypatch.setattr(module, "open_cache", lambda path, folder, length: TextCache(folder, "f", length))
-    world = WanWorld(tmp_path, None, None, 99, 4, "worst quality", 16.0, str(tmp_path / "cache"))
+    monkeypatch.setattr("cfjax.worlds.wan.load_text", lambda *_: loads.append(1) or Encoder())
+    monkeypatch.setattr("cfjax.worlds.wan.open_cache", lambda path, folder, length: TextCache(folder, "f", length))
+    world = WanWorld(tmp_path, None, None, 99, 4, "worst quality", 16.0, text_cache=str(tmp_path / "cache"))
     clips = [ClipFile(f"{i}.mp4", f"caption {i % 40}", "no caption: none" if i == 5 else "") for i in range(90)]
     source = ClipSource(tmp_path, clips, ClipFormat())
     for _ in range(2):
-        module.fill_text(world, source, range(60), progress=False)
+        world.cache_text(module.captions_of(source, range(60)), progress=False)
         assert len(loads) == 1
     cache = TextCache(tmp_path / "cache", "f", 99)
     known = [
         caption for caption in ("worst quality", *(f"caption {i}" for i in range(40))) if cache.get(caption) is not None
     ]
     assert len(known) == 41
-    module.fill_text(world, source, range(60, 90), progress=False)
+    world.cache_text(module.captions_of(source, range(60, 90)), progress=False)
     assert len(loads) == 1  # the rest says nothing new
 
 
@@ -471,7 +471,7 @@ def pairs(tmp_path, monkeypatch):
     with LatentWriter(tmp_path / "clips", records=9, latent_shape=(6, 2, 2, 16)) as writer:
         writer.append(latents, np.arange(9) % 3)
         writer.write_text(["a", "b", "c"], np.arange(1, 4)[:, None, None] * np.ones((3, 8, 64)), np.ones((8, 64)))
-    monkeypatch.setattr(module, "initial_model", lambda *_: None)
+    monkeypatch.setattr("cfjax.experiment.networks.NetworkRole.initial", lambda *_: None)
     monkeypatch.setattr(module, "ode_pairs", copies_of_noise)
 
     def run(output: str, **keys: object) -> tuple[int, Path]:

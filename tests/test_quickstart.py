@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from cfjax.core.errors import UserError
-from cfjax.experiment import config as experiment
+from cfjax.experiment.data import data_of
 from cfjax.quickstart import TITLES, main, recipe
 from tests.commands import ROOT, cfjax, tiny
 
@@ -62,7 +62,7 @@ def test_a_regression_takes_the_pairs_of_its_recipe_and_no_others():
         manifest = json.loads(json.dumps({"source": {"pairs": theirs.to_dict()}}))
         dataset = SimpleNamespace(path="pairs", has_latents=True, trajectory_points=5, manifest=manifest)
         with suppress(UserError):
-            experiment._suitable(c, dataset)
+            data_of(c)._suitable(dataset)
             suits.add((of, pairs))
     bidirectional = itertools.product(("bi_pairs_ode", "bi_ode"), layouts, ("bi_pairs",), layouts)
     causal = {(("ode", layout), ("pairs", layout)) for layout in layouts}

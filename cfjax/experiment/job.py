@@ -13,11 +13,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cfjax.core.errors import UserError
-from cfjax.core.paths import file_sizes, path_of
+from cfjax.core.paths import path_of
 from cfjax.data.requests import LATENTS, Request, read_image, read_latents, read_video_end, video_frames
 from cfjax.data.video import ClipFormat
 from cfjax.evaluation.video import check_mp4
-from cfjax.experiment.config import MODEL_FILE
 from cfjax.experiment.runs import Run
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import decode_tiled
@@ -25,9 +24,8 @@ from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import given_blocks
 from cfjax.rollout.generate import FewStep, ManyStep, network_calls
 from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
-from cfjax.training.checkpoint import FOLDER, read_meta
-from cfjax.worlds.toy import World, asset
-from cfjax.worlds.wan import WanWorld
+from cfjax.training.checkpoint import checkpoint_hash
+from cfjax.worlds.assets import MODEL_FILE, asset
 
 SAMPLERS_OWN = {"steps": (), "first_steps": (), "solver": "", "solver_steps": 0, "guidance": -1.0, "shift": 0.0}
 FAULTS = 3  # that a message names
@@ -221,48 +219,20 @@ def weights_hash(run: Run) -> str:
     return checkpoint_hash(path_of(run.name), run.step)
 
 
-def codec_hash(run: Run, decoder: str) -> str:
-    """The same of a Wan world's decoder; "" for the toy's, which the world's fingerprint holds."""
-    if not isinstance(run.world, WanWorld):
-        return ""
-    folder = run.world.path / decoder
-    return checkpoint_hash(folder, int(read_meta(folder)["step"]))
-
-
-def checkpoint_hash(folder: Path, step: int) -> str:
-    """`weights_hash` of a checkpoint of the run in `folder`."""
-    state = folder / FOLDER / str(step) / "state"
-    files = sorted({**file_sizes(state), **file_sizes(state / "d")}.items())
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-
-
 # ---- requests, one by one
 
 
 def check_prompts(run: Run, requests: Sequence[Request], negative_prompt: str) -> list[tuple[int, str]]:
-    """The requests whose prompt the toy's text encoder cannot take; a real one takes any.
+    """The requests whose prompt the text encoder cannot take.
 
     Raises:
       UserError: it cannot take the negative prompt.
     """
-    if not isinstance(run.world, World):
-        return []
-    s, text = run.world.shapes, run.world.text
-    known = f"write 'a COLOUR SHAPE moving DIRECTION' of {', '.join((*s.colours, *s.shapes, *s.directions))}"
-
-    def fault(prompt: str, name: str) -> str:
-        if unknown := text.tokenizer.unknown_words(prompt):
-            return f"{name} {prompt!r}: this model never saw {', '.join(map(repr, unknown))}; {known}"
-        try:
-            text.tokenizer.encode([prompt], text.length)
-        except UserError as error:
-            return f"{name}: {error}"
-        return ""
-
-    if summary := fault(negative_prompt, "negative_prompt"):
-        raise UserError(summary)
-    by_prompt = {prompt: fault(prompt, "prompt") for prompt in {request.prompt for request in requests}}
-    return [(n, by_prompt[r.prompt]) for n, r in enumerate(requests) if by_prompt[r.prompt]]
+    fault = run.world.prompt_fault
+    if wrong := fault(negative_prompt):
+        raise UserError(f"negative_prompt {wrong}")
+    by_prompt = {prompt: fault(prompt) for prompt in {request.prompt for request in requests}}
+    return [(n, f"prompt {by_prompt[r.prompt]}") for n, r in enumerate(requests) if by_prompt[r.prompt]]
 
 
 def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
@@ -285,10 +255,10 @@ def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
         except UserError as error:
             faults += [(n, str(error)) for n in users[file]]
     if faults:
-        raise UserError(_summary(c, job.requests, faults))
+        raise UserError(_faults_message(c, job.requests, faults))
 
 
-def _summary(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int, str]]) -> str:
+def _faults_message(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int, str]]) -> str:
     """The faults by what they are, with where in the prompt file they are."""
     places: dict[str, list[str]] = {}
     for n, message in sorted(faults):
@@ -297,10 +267,10 @@ def _summary(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[
             found.append(requests[n].place)
     if not c.prompts and len(places) == 1:
         return next(iter(places))
-    summary = []
+    lines = []
     for message, (first, *rest) in list(places.items())[:FAULTS]:
-        summary.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {message}")
+        lines.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {message}")
     if len(places) > FAULTS:
-        summary.append(f"and {len(places) - FAULTS} more")
+        lines.append(f"and {len(places) - FAULTS} more")
     broken = len({n for n, _ in faults})
-    return f"{c.prompts or 'prompt'}, {broken} of {len(requests)} requests: {'; '.join(summary)}"
+    return f"{c.prompts or 'prompt'}, {broken} of {len(requests)} requests: {'; '.join(lines)}"

@@ -1,47 +1,261 @@
-"""A stage's networks, from config to weights: their sizes, how they rest, what they start from, what they cost."""
+"""A stage's roles, from config to weights: sizes, dtype and place of the weights, what they start from."""
 
+import json
 import zlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from cfjax.core.errors import UserError
-from cfjax.core.lazy import LazyArray, as_lazy
+from cfjax.core.lazy import as_lazy
 from cfjax.core.offload import has_host_memory
 from cfjax.core.paths import is_folder, path_of
-from cfjax.core.sharding import replicated, shard_model
-from cfjax.core.tree import named_leaves
-from cfjax.experiment.config import META_FILE, MODEL_FILE, Data, branch_config, codec_key, load_shipped, wan_config
+from cfjax.core.precision import Policy
+from cfjax.core.sharding import place, replicated, shard_model
+from cfjax.core.tree import from_named, named_leaves
+from cfjax.experiment.data import Data, Shapes
 from cfjax.experiment.record import START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
-from cfjax.models.discriminator import Discriminator, with_branch
+from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
+from cfjax.models.resting import STORAGES, fill, placed, resting
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.models.vae import PRESETS as VAES
 from cfjax.models.vae import abstract_vae
-from cfjax.models.wan import Wan, WanConfig, make_wan
-from cfjax.models.weight_storage import STORAGES, fill, with_shardings, with_storage_dtypes
+from cfjax.models.wan import Wan, WanConfig, make_wan, preset
+from cfjax.nn.visibility import Blocks
 from cfjax.objectives.stage import Stage
 from cfjax.training.checkpoint import load_role, open_role
-from cfjax.training.memory import RoleMemory, role_memory
-from cfjax.worlds.toy import asset
+from cfjax.worlds.assets import META_FILE, MODEL_FILE, asset
+from cfjax.worlds.wan import load_codec
 
 
-def check_roles(c: ConfigDict, stage: Stage) -> None:
-    """What a role is asked to be, it can be.
+class Role(Protocol):
+    """A network of a stage, trained or frozen, before its weights are in memory."""
+
+    def template(self, shapes: Shapes, mesh: Mesh | None = None) -> Any:
+        """Its arrays as shapes, each with the dtype it is stored in and its sharding; allocates nothing."""
+
+    def initial(self, shapes: Shapes, seed: int, mesh: Mesh | None = None) -> Any:
+        """Its weights at the start of a run, placed."""
+
+
+@dataclass(frozen=True)
+class NetworkRole:
+    """A Wan network: `c.roles.NAME` (see `presets.role`), sized to the data when that is known.
+
+    Attributes:
+      branch: of a GAN's critic, its classifier.
+    """
+
+    name: str
+    preset: str
+    remat: str
+    precision: str
+    attention: str
+    storage: str
+    offload: bool
+    init: str
+    init_role: str
+    init_ema: bool
+    init_stages: tuple[str, ...]
+    branch: BranchConfig | None
+
+    def network(self, shapes: Shapes) -> WanConfig:
+        """The network's config."""
+        return preset(
+            self.preset,
+            in_dim=shapes.channels,
+            out_dim=shapes.channels,
+            text_dim=shapes.text_width,
+            remat=self.remat,
+            attention=self.attention,
+            precision=Policy(compute=self.precision),
+        )
+
+    def template(self, shapes: Shapes, mesh: Mesh | None = None) -> Wan:
+        """The network as shapes, each with the dtype it is stored in and its sharding; allocates nothing."""
+        config, branch = self.network(shapes), self.branch
+        if branch is not None:
+            critic = jax.eval_shape(lambda key: Discriminator(config, branch, key), jax.random.key(0))
+            return placed(critic, mesh, offload=False)
+        return self._without_branch(config, mesh)
+
+    def initial(self, shapes: Shapes, seed: int, mesh: Mesh | None = None) -> Wan:
+        """The starting weights, placed: random, shipped, or another run's; a branch's are random.
+
+        Weights that are stored in less than float32, or on the host, are read and converted array by array: neither the
+        host nor a device ever holds the network in float32.
+
+        Raises:
+          UserError: nothing there, another stage, or weights that do not fit.
+        """
+        network = self._initial(self.network(shapes), seed, mesh)
+        if self.branch is None:
+            return network
+        critic = with_branch(network, self.branch, jax.random.fold_in(self._key(seed), 1))
+        return shard_model(critic, mesh) if mesh else critic
+
+    def empty(self, shapes: Shapes, mesh: Mesh | None = None) -> Wan:
+        """The network, all zeros, placed: for a run that goes on with a checkpoint's weights."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.template(shapes, mesh))
+
+    def _without_branch(self, config: WanConfig, mesh: Mesh | None) -> Wan:
+        return placed(resting(_abstract(config), self.storage, self.precision), mesh, offload=self.offload)
+
+    def _key(self, seed: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
+
+    def _initial(self, config: WanConfig, seed: int, mesh: Mesh | None) -> Wan:
+        template = self._without_branch(config, mesh)
+        plain = self.storage == "float32" and not self.offload
+        if not self.init or asset(self.init, MODEL_FILE):
+            if self.init:
+                model = load_shipped(self.init, _abstract(config), stages=self.init_stages)
+            else:
+                model = make_wan(config, self._key(seed))
+            if plain:
+                return shard_model(model, mesh) if mesh else model
+            return fill(template, as_lazy(named_leaves(model)))
+        if not is_folder(path_of(self.init)):
+            raise UserError(
+                f"roles.{self.name}.init={self.init!r}: no such run; train it first, or give "
+                f"--config.roles.{self.name}.init"
+            )
+        role, ema, stages = self.init_role, self.init_ema, self.init_stages
+        if plain:
+            where = template if mesh else make_wan(config, jax.random.key(0))
+            return load_role(self.init, role, where, ema=ema, stages=stages)
+        together = mesh is not None and jax.process_count() > 1
+        arrays = open_role(self.init, role, ema=ema, stages=stages, together=together)
+        try:
+            return fill(template, arrays)
+        except UserError as error:
+            raise UserError(f"roles.{self.name}.init={self.init!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class CodecRole:
+    """The frozen role "codec": encodes the first latent of a long rollout's window again, or reverses a clip's pixels.
+
+    Attributes:
+      asked_by: the key of the config that needs it, with its value, such as "objective.max_frames=63".
+      toy: whether it is the toy world's.
+      world, decoder: the folder of a Wan world ("": the one that the dataset was made in), and which of its codecs.
+      codec: its arrays, once the dataset is known; see `opened`.
+    """
+
+    asked_by: str
+    toy: bool
+    world: str
+    decoder: str
+    codec: Codec | None = None
+
+    def opened(self, data: Data) -> "CodecRole":
+        """The same role with the arrays of the dataset's world.
+
+        Raises:
+          UserError: no world to take it from, or latents of another one.
+        """
+        if data.world:
+            return replace(self, codec=data.world.codec)
+        made = data.dataset.manifest
+        path = self.world or made.get("world_path", "")
+        if not path:
+            raise UserError(
+                f"{data.dataset.path} does not say which world it was made in, whose codec {self.asked_by} needs; name "
+                "it with --config.objective.codec_world"
+            )
+        codec = load_codec(path, self.decoder)
+        known = made.get("codec", {}).get("fingerprint", "")
+        if self.decoder == "vae" and known and codec.describe()["fingerprint"] != known:
+            raise UserError(
+                f"{data.dataset.path} was made with another VAE than {path}; set --config.objective.codec_world"
+            )
+        if codec.latent_channels != data.shapes.channels:
+            raise UserError(
+                f"{path} has latents of {codec.latent_channels} channels, {data.dataset.path} of {data.shapes.channels}"
+            )
+        return replace(self, codec=codec)
+
+    def template(self, shapes: Shapes, mesh: Mesh | None = None) -> Codec:
+        """The codec as shapes, whole on every device: the opened one, else the toy's or the published one."""
+        codec: Codec
+        if self.codec is not None:
+            codec = self.codec
+        elif self.toy:
+            codec = abstract_patch_codec(channels=shapes.channels)
+        elif self.decoder == "tiny_vae":
+            codec = jax.eval_shape(lambda key: TinyVAE(TinyVAEConfig(), key), jax.random.key(0))
+        else:
+            codec = abstract_vae(VAES["wan"])
+        where = replicated(mesh) if mesh else None
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), codec)
+
+    def initial(self, shapes: Shapes, seed: int, mesh: Mesh | None = None) -> Codec:
+        """The opened codec, whole on every device."""
+        assert self.codec is not None, "opened() comes first"
+        return jax.tree.map(partial(place, sharding=replicated(mesh)), self.codec) if mesh else self.codec
+
+
+def roles_of(c: ConfigDict) -> dict[str, Role]:
+    """The roles of a config by name: its networks, and the frozen codec where the objective needs one."""
+    roles: dict[str, Role] = {name: network_role(name, values) for name, values in c.roles.items()}
+    codec = codec_role(c)
+    return roles if codec is None else {**roles, "codec": codec}
+
+
+def network_role(name: str, c: ConfigDict) -> NetworkRole:
+    """`c.roles.NAME`."""
+    return NetworkRole(
+        name=name,
+        preset=c.preset,
+        remat=c.remat,
+        precision=c.precision,
+        attention=c.attention,
+        storage=c.storage,
+        offload=c.offload,
+        init=c.init,
+        init_role=c.init_role,
+        init_ema=c.init_ema,
+        init_stages=tuple(c.init_stages),
+        branch=BranchConfig(**c.branch.to_dict()) if "branch" in c else None,
+    )
+
+
+def codec_role(c: ConfigDict) -> CodecRole | None:
+    """The frozen codec of long rollouts and of BAgger's reversed pixels; None where neither is asked for."""
+    key = {"dmd": "max_frames", "ar_diffusion": "bagger_pixels"}.get(c.stage, "")
+    if not key or not c.objective[key]:
+        return None
+    asked = f"objective.{key}={c.objective[key]}"
+    return CodecRole(asked, c.data.source == "shapes", c.objective.codec_world, c.objective.codec_decoder)
+
+
+def networks_in(roles: Mapping[str, Role]) -> dict[str, NetworkRole]:
+    """Those roles that are networks."""
+    return {name: role for name, role in roles.items() if isinstance(role, NetworkRole)}
+
+
+def check_roles(stage: Stage, roles: Mapping[str, Role]) -> None:
+    """Refuses roles that the stage cannot have.
 
     Raises:
-      UserError: a trained role is missing or does not rest in float32 on the device, an unknown storage, or a device
-        whose programs cannot read host memory.
+      UserError: a trained role is missing or not stored in float32 on the device, or an unknown storage.
     """
-    missing = sorted(set(stage.losses) - set(c.roles))
+    missing = sorted(set(stage.losses) - set(roles))
     if missing:
-        raise UserError(f"roles.{missing[0]} is missing: stage {c.stage} trains {', '.join(stage.losses)}")
-    for name, role in c.roles.items():
-        if "branch" in role and name not in stage.losses:
+        raise UserError(f"roles.{missing[0]} is missing: stage {stage.name} trains {', '.join(stage.losses)}")
+    for name, role in networks_in(roles).items():
+        if role.branch is not None and name not in stage.losses:
             raise UserError(f"roles.{name}.branch: {name} is frozen; a classifier branch is for the trained critic")
         if role.storage not in STORAGES:
             raise UserError(f"roles.{name}.storage={role.storage!r}: use one of {', '.join(STORAGES)}")
@@ -50,6 +264,15 @@ def check_roles(c: ConfigDict, stage: Stage) -> None:
             raise UserError(
                 f"roles.{name}.{asked}: {name} is trained: float32, on the device; this is for frozen roles"
             )
+
+
+def check_host_memory(roles: Mapping[str, Role]) -> None:
+    """Refuses offloaded roles on a device whose programs cannot read host memory.
+
+    Raises:
+      UserError: there is one.
+    """
+    for name, role in networks_in(roles).items():
         if role.offload and not has_host_memory(jax.local_devices()[0]):
             raise UserError(
                 f"roles.{name}.offload=True: programs on {jax.local_devices()[0].platform} cannot read host memory; "
@@ -57,26 +280,22 @@ def check_roles(c: ConfigDict, stage: Stage) -> None:
             )
 
 
-def check_blocks(c: ConfigDict, roles: Iterable[str] | None = None) -> None:
+def check_blocks(blocks: Blocks, roles: Iterable[Role]) -> None:
     """A causal network goes on with the blocks that it was trained with: chunk-wise weights are no frame-wise ones.
-
-    Args:
-      roles: whose start is looked at; None is all.
 
     Raises:
       UserError: a role starts from a causal run, or an exported model, of another layout.
     """
-    for name in c.roles if roles is None else roles:
-        role = c.roles[name]
-        exported = asset(role.init, META_FILE) if role.init else None
-        if exported or (role.init and is_folder(path_of(role.init))):
-            same_blocks(
-                c, read_run(role.init, START), f"roles.{name}.init={role.init!r}", "name a run of the same layout"
-            )
+    for role in roles:
+        if not isinstance(role, NetworkRole) or not role.init:
+            continue
+        if asset(role.init, META_FILE) or is_folder(path_of(role.init)):
+            what = f"roles.{role.name}.init={role.init!r}"
+            same_blocks(blocks, read_run(role.init, START), what, "name a run of the same layout")
 
 
-def same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, fix: str) -> None:
-    """Refuses the weights of another layout than `c`'s.
+def same_blocks(blocks: Blocks, meta: Mapping[str, Any], what: str, mend: str) -> None:
+    """Refuses the weights of another layout.
 
     Args:
       meta: the record beside the weights.  what: names them.  mend: what else could be done.
@@ -84,7 +303,7 @@ def same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, fix: str) -> 
     Raises:
       UserError: they are a causal network's, of blocks of another size.
     """
-    own = (c.blocks.frames, c.blocks.independent_first_frame)
+    own = (blocks.frames, blocks.independent_first_frame)
     theirs = (meta["blocks"]["frames"], meta["blocks"]["independent_first_frame"])
     if meta["stage"] != "bidirectional" and theirs != own:
         raise UserError(
@@ -93,121 +312,24 @@ def same_blocks(c: ConfigDict, meta: Mapping[str, Any], what: str, fix: str) -> 
         )
 
 
-def role_template(role: ConfigDict, channels: int, text_width: int, mesh: Mesh | None = None) -> Wan:
-    """One role's network as shapes, each with the dtype that it rests in and its place; allocates nothing."""
-    config, branch = wan_config(role, channels, text_width), branch_config(role)
-    if branch is not None:
-        judge = jax.eval_shape(lambda key: Discriminator(config, branch, key), jax.random.key(0))
-        return with_shardings(judge, mesh, offload=False)
-    return _network_template(role, config, mesh)
-
-
-def _network_template(role: ConfigDict, config: WanConfig, mesh: Mesh | None) -> Wan:
-    return with_shardings(
-        with_storage_dtypes(_shapes(config), role.storage, role.precision), mesh, offload=role.offload
-    )
-
-
-def _shapes(config: WanConfig) -> Wan:
-    return jax.eval_shape(lambda key: Wan(config, key), jax.random.key(0))
-
-
-def codec_template(c: ConfigDict, channels: int, mesh: Mesh | None = None) -> Codec | None:
-    """The frozen role "codec" as shapes, where `c` needs one: the toy's or a published one, whole on every device."""
-    if not codec_key(c):
-        return None
-    codec: Codec
-    if c.data.source == "shapes":
-        codec = abstract_patch_codec(channels=channels)
-    elif c.objective.codec_decoder == "tiny_vae":
-        codec = jax.eval_shape(lambda key: TinyVAE(TinyVAEConfig(), key), jax.random.key(0))
-    else:
-        codec = abstract_vae(VAES["wan"])
-    return as_shapes(codec, mesh)
-
-
-def as_shapes(codec: Codec | None, mesh: Mesh | None = None) -> Codec | None:
-    """A codec's shapes and where it will rest, from its arrays or shapes; None stays."""
-    where = replicated(mesh) if mesh else None
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), codec)
-
-
-def stage_memory(
-    c: ConfigDict,
-    stage: Stage,
-    txs: Mapping[str, Any],
-    channels: int,
-    text_width: int,
-    mesh: Mesh | None = None,
-    *,
-    codec: Codec | None = None,
-) -> list[RoleMemory]:
-    """What every role of `c` will hold on each device of `mesh`; from shapes, before anything is allocated.
-
-    Args:
-      codec: shapes of the frozen one, where the stage needs it; see `codec_template`.
-    """
-    models: dict[str, Any] = {
-        name: role_template(role, channels, text_width, mesh) for name, role in c.roles.items()
-    } | with_codec(codec)
-    return role_memory(stage, models, txs, mesh, accumulate={name: c.optim[name].accumulate for name in stage.losses})
-
-
-def with_codec(codec: Codec | None) -> dict[str, Any]:
-    """The codec by its role's name, if there is one."""
-    return {} if codec is None else {"codec": codec}
-
-
-def initial_model(name: str, role: ConfigDict, data: Data, seed: int, mesh: Mesh | None = None) -> Wan:
-    """One role's starting weights where they will rest: random, shipped, or another run's; a branch's are random.
-
-    A role that rests in less than float32, or on the host, is read and converted array by array: neither the host nor
-    a device ever holds it in float32.
+def load_shipped(name: str, template: Wan, *, stages: Sequence[str] = ()) -> Wan:
+    """An exported model (see `worlds.assets.asset`), in the template's form. `stages`: accepted ones, empty for any.
 
     Raises:
-      UserError: nothing there, another stage, or weights that do not fit.
+      UserError: no such model, it is cut short, of another stage, or does not fit the template.
     """
-    config, branch = wan_config(role, data.channels, data.text_width), branch_config(role)
-    network = _initial_network(name, role, config, seed, mesh)
-    if branch is None:
-        return network
-    judge = with_branch(network, branch, jax.random.fold_in(_role_key(name, seed), 1))
-    return shard_model(judge, mesh) if mesh else judge
-
-
-def empty_model(role: ConfigDict, data: Data, mesh: Mesh | None = None) -> Wan:
-    """One role's network, all zeros, where its weights will rest: for a run that goes on with a checkpoint's."""
-    template = role_template(role, data.channels, data.text_width, mesh)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), template)
-
-
-def _role_key(name: str, seed: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-
-
-def _initial_network(name: str, role: ConfigDict, config: WanConfig, seed: int, mesh: Mesh | None) -> Wan:
-    template = _network_template(role, config, mesh)
-    plain, stages = role.storage == "float32" and not role.offload, tuple(role.init_stages)
-    if not role.init or asset(role.init, MODEL_FILE):
-        made = lambda: make_wan(config, _role_key(name, seed))
-        model = load_shipped(role.init, _shapes(config), stages=stages) if role.init else made()
-        if plain:
-            return shard_model(model, mesh) if mesh else model
-        return fill(template, as_lazy(named_leaves(model)))
-    if not is_folder(path_of(role.init)):
-        raise UserError(
-            f"roles.{name}.init={role.init!r}: no such run; train it first, or give --config.roles.{name}.init"
-        )
-    if plain:
-        where = template if mesh else make_wan(config, jax.random.key(0))
-        return load_role(role.init, role.init_role, where, ema=role.init_ema, stages=stages)
-    together = mesh is not None and jax.process_count() > 1
-    arrays = open_role(role.init, role.init_role, ema=role.init_ema, stages=stages, together=together)
-    return _filled(name, role, template, arrays)
-
-
-def _filled(name: str, role: ConfigDict, template: Wan, arrays: Mapping[str, LazyArray]) -> Wan:
+    file, meta = asset(name, MODEL_FILE), asset(name, META_FILE)
+    if file is None or meta is None:
+        raise UserError(f"init={name!r} is neither a run directory nor an exported model")
+    stage = json.loads(meta.read_text())["stage"]
+    if stages and stage not in stages:
+        raise UserError(f"{file.parent} holds stage {stage!r}, expected {' or '.join(map(repr, stages))}")
     try:
-        return fill(template, arrays)
-    except UserError as error:
-        raise UserError(f"roles.{name}.init={role.init!r}: {error}") from None
+        arrays = {key: np.asarray(value).astype(np.float32) for key, value in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: broken or cut short ({error}); copy it again") from None
+    return jax.tree.map(jax.numpy.asarray, from_named(template, arrays))
+
+
+def _abstract(config: WanConfig) -> Wan:
+    return jax.eval_shape(lambda key: Wan(config, key), jax.random.key(0))

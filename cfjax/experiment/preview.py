@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains: videos for the eye, and guard rails that warn when it collapses.
+"""Preview samples of a run while it trains: videos to look at, and measurements that warn when it collapses.
 
 Every `sample_every` steps a handful of prompts is sampled with several seeds each, by the averaged weights where there
 are any. The pixels' numbers (`cfjax.evaluation.guard`) become the curves `guard/...`, and one that is far from the
@@ -6,18 +6,19 @@ baseline becomes a line on the terminal and in the log. The baseline is real cli
 decoder, where the data holds clips; for sets of prompts alone it is what the run samples before its first step. It is
 kept in `guard.json`, so that a resumed run is held against the same numbers.
 
-The cost of one look is `prompts` x `seeds` clips of the run's own sampler (12 of 35 network calls for a chunk-wise
+One preview costs `prompts` x `seeds` clips of the run's own sampler (12 of 35 network calls for a chunk-wise
 4-step student, where a step of stage 3 rolls out its whole batch), their decoding, and 0.6 s of numpy for 81 frames of
 480 x 832; `guard/seconds` has the sum. A Wan system's clips are sampled as many at a time as the mesh has places for
 the batch, so that memory stays below the step's own rollout, and decoded one latent frame at a time, by the tiny
-decoder if the world has one. Training never dies of a look: what fails is told once and the looking stops. Not there:
-Wan worlds in runs of several processes, each of which would have to read the decoder.
+decoder if the world has one. An error while sampling never ends training: it is logged once and sampling stops. Not
+supported: Wan worlds in runs of several processes, each of which would have to read the decoder.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,28 +27,25 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from cfjax.core.cli import keys_of
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
-from cfjax.core.paths import is_folder, path_of, replacing
-from cfjax.core.sharding import batch_sharding, batch_shards, replicated
+from cfjax.core.paths import replacing
+from cfjax.core.sharding import batch_places, batch_sharding, replicated
 from cfjax.data.latents import ClipDataset
 from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
 from cfjax.evaluation.video import grid_video, pick_frames, shrink, to_uint8
-from cfjax.experiment.config import Data, blocks_of, sampler_of
-from cfjax.experiment.reference import unread
+from cfjax.experiment.build import Experiment, Preview
+from cfjax.experiment.data import Data
 from cfjax.models.codec import Codec
 from cfjax.models.wan import Wan
 from cfjax.rollout.generate import generate, network_calls
 from cfjax.rollout.stream import decode_step
-from cfjax.training.checkpoint import FOLDER
 from cfjax.training.metrics import EventWriter
 from cfjax.training.state import TrainState
-from cfjax.worlds.toy import World, evaluation_clips, held_out_captions
-from cfjax.worlds.wan import KIND, load_codec
+from cfjax.worlds.open import open_decoder
+from cfjax.worlds.toy import ToyWorld, evaluation_clips, held_out_captions
 
 BASELINE = "guard.json"
 REAL_PER_CAPTION = 3  # the toy's real clips of each prompt
@@ -61,7 +59,7 @@ Decode = Callable[[np.ndarray], Iterator[np.ndarray]]
 
 @dataclass(frozen=True)
 class Rows:
-    """The clips of a look: the first `shown` are in the "samples" video, those from `first_watched` on are measured."""
+    """The clips of a preview: the first `shown` are in the "samples" video, those from `first_watched` on measured."""
 
     captions: list[str]
     text_BSE: np.ndarray
@@ -75,10 +73,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is looked at, in which world.
+    """What is sampled, and how it is decoded.
 
     Attributes:
-      open_decoder: reads the decoder, which is let go again after each look.
+      open_decoder: reads the decoder, whose memory is freed again after each preview.
       time_stride: pixel frames per latent frame after the first.
       real: real clips of the watched prompts as (caption, uint8 video), through the same decoder; None: there are none.
       chunk: rows sampled at a time; 0 is all.
@@ -89,17 +87,17 @@ class Scene:
     time_stride: int
     real: Callable[[Decode], Iterator[tuple[str, np.ndarray]]] | None
     chunk: int
-    toy: World | None
+    toy: ToyWorld | None
 
 
-# ---- what is looked at
+# ---- what is sampled
 
 
-def toy_scene(c: ConfigDict, world: World) -> Scene | None:
-    """`sample_clips` held-out captions for the eye, and the guard's prompts with their seeds."""
-    prompts, seeds = (c.guard.prompts, c.guard.seeds) if c.guard.enabled else (0, 0)
+def toy_scene(preview: Preview, world: ToyWorld) -> Scene | None:
+    """Held-out captions for the "samples" video, and the guard's prompts with their seeds."""
+    prompts, seeds = (preview.prompts, preview.seeds) if preview.guard else (0, 0)
     known = held_out_captions(world.shapes)
-    captions = [clip["caption"] for clip in evaluation_clips(world.shapes, c.sample_clips)]
+    captions = [clip["caption"] for clip in evaluation_clips(world.shapes, preview.clips)]
     spread = np.unique(np.linspace(0, len(known) - 1, min(prompts, len(known))).round().astype(int))
     watched = [known[i] for i in spread for _ in range(seeds)]
     if not captions and not watched:
@@ -119,35 +117,36 @@ def toy_scene(c: ConfigDict, world: World) -> Scene | None:
     return Scene(rows, lambda: decode, world.codec.stride[0], real, 0, world)
 
 
-def wan_scene(c: ConfigDict, dataset: ClipDataset, mesh: Mesh | None) -> Scene | None:
+def wan_scene(preview: Preview, dataset: ClipDataset, mesh: Mesh | None) -> Scene | None:
     """A handful of the dataset's prompts, spread over it; decoded by the world that the set was made in.
 
     Raises:
       UserError: no world to decode with.
     """
-    if not c.guard.enabled:
+    if not preview.guard:
         return None
     if jax.process_count() > 1:
         raise UserError("in a run of several processes the decoder of a Wan world is not read")
-    path = c.guard.world or dataset.manifest.get("world_path", "")
+    path = preview.world or dataset.manifest.get("world_path", "")
     if not path:
         raise UserError(f"{dataset.path} does not say which world it was made in; name it with --config.guard.world")
-    stride = open_codec(path).stride[0]  # a world that cannot be opened is told now, not hours later
-    chosen = spread_captions(dataset, c.guard.prompts)
-    captions = [caption for caption in chosen for _ in range(c.guard.seeds)]
+    read = partial(open_decoder, path, key="guard.world")
+    stride = read().stride[0]  # a world that cannot be opened is an error now, not hours later
+    chosen = spread_captions(dataset, preview.prompts)
+    captions = [caption for caption in chosen for _ in range(preview.seeds)]
     text_BSE = np.stack([dataset[chosen[caption]]["text_SE"] for caption in captions])
     rows = Rows(captions, text_BSE, len(captions), 0)
 
-    def open_decoder() -> Decode:
-        codec = open_codec(path)
+    def decoder() -> Decode:
+        codec = read()
         return lambda latents_BFHWC: (decode_clip(codec, latents_FHWC) for latents_FHWC in latents_BFHWC)
 
     def real(decode: Decode) -> Iterator[tuple[str, np.ndarray]]:
         for caption, index in chosen.items():
             yield caption, next(decode(dataset[index]["latents_FHWC"][None]))
 
-    places = batch_shards(mesh) if mesh else 1
-    return Scene(rows, open_decoder, stride, real if dataset.has_latents else None, places, None)
+    places = batch_places(mesh) if mesh else 1
+    return Scene(rows, decoder, stride, real if dataset.has_latents else None, places, None)
 
 
 def spread_captions(dataset: ClipDataset, count: int) -> dict[str, int]:
@@ -161,22 +160,6 @@ def spread_captions(dataset: ClipDataset, count: int) -> dict[str, int]:
     return out
 
 
-def open_codec(path: str | Path) -> Codec:
-    """The tiny decoder of a Wan world if it has one, else its VAE; the codec of a toy world.
-
-    Raises:
-      UserError: there is no world, or it is broken.
-    """
-    file = path_of(path) / "world.json"
-    try:
-        kind = json.loads(file.read_text()).get("kind", "toy")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"guard: {path} is no world ({error}); name another with --config.guard.world") from None
-    if kind != KIND:
-        return World.load(path).codec
-    return load_codec(path, "tiny_vae" if is_folder(path_of(path) / "tiny_vae" / FOLDER) else "vae")
-
-
 def decode_clip(codec: Codec, latents_FHWC: np.ndarray) -> np.ndarray:
     """uint8 video_PHWC, decoded one latent frame at a time: the least memory that a decoder needs."""
     state, parts = codec.init_state(1), []
@@ -186,11 +169,11 @@ def decode_clip(codec: Codec, latents_FHWC: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-# ---- looking
+# ---- sampling
 
 
 def _off(when: str, error: Exception) -> None:
-    """Says that no more is looked at, in one line; the whole error goes to the log."""
+    """Says in one line that previews are off; the whole error goes to the log."""
     logging.warning("guard: off", exc_info=error)
     say(f"guard: off from {when} on ({' '.join(str(error).split()) or type(error).__name__}); training goes on")
 
@@ -204,26 +187,24 @@ def _warn(lines: Sequence[str]) -> None:
 class Monitor:
     """Samples, shows, measures and warns; a `SampleFn` of `training.loop`."""
 
-    def __init__(self, c: ConfigDict, data: Data, scene: Scene, workdir: Path, mesh: Mesh | None) -> None:
-        self._c, self._scene, self._mesh, self._file = c, scene, mesh, workdir / BASELINE
+    def __init__(self, e: Experiment, data: Data, scene: Scene, workdir: Path, mesh: Mesh | None) -> None:
+        self._e, self._scene, self._mesh, self._file = e, scene, mesh, workdir / BASELINE
         self._latent_shape, self._negative_SE = data.dataset.latent_shape, data.dataset.negative_text_SE
-        self._sampler = sampler_of(c)
-        self._keys = keys_of(c).keys() - unread(c)  # that advice may name
-        self._blocks = None if c.sampler.kind == "bidirectional" else blocks_of(c)
-        spans = self._blocks.spans(self._latent_shape[0]) if self._blocks else []
-        self._seams_G = seams(spans, scene.time_stride)
+        blocks, frames = e.sampling_blocks, self._latent_shape[0]
+        spans = blocks.spans(frames) if blocks else []
+        self._seams_K = seams(spans, scene.time_stride)
         self._sample = jax.jit(self._generate, out_shardings=replicated(mesh) if mesh else None)
         self._alive = True
-        if c.guard.enabled:
-            calls = network_calls(self._sampler, self._blocks, self._latent_shape[0])
+        if e.preview.guard:
+            calls = network_calls(e.sampler, blocks, frames)
             against = "real clips" if scene.real else "the run's first samples"
             clips = f"{len(scene.rows.watched())} clips of {calls} network calls"
-            say(f"guard: {clips} every {c.sample_every} steps, held against {against}")
+            say(f"guard: {clips} every {e.schedule.sample_every} steps, held against {against}")
 
     @property
     def wants_start(self) -> bool:
-        """Whether a look before the first step is needed, for want of another baseline."""
-        return bool(self._c.guard.enabled and self._scene.real is None)
+        """Whether samples before the first step are needed, for want of another baseline."""
+        return bool(self._e.preview.guard and self._scene.real is None)
 
     def __call__(self, state: TrainState, step: int, writer: EventWriter) -> None:
         if jax.process_count() > 1:  # sampling needs every process: the first one's word counts
@@ -231,12 +212,12 @@ class Monitor:
         if not self._alive:
             return
         try:
-            self._look(state, step, writer)
+            self._preview(state, step, writer)
         except Exception as error:  # whatever it is: a run of days must not end here
             self._alive = False
             _off(f"step {step}", error)
 
-    def _look(self, state: TrainState, step: int, writer: EventWriter) -> None:
+    def _preview(self, state: TrainState, step: int, writer: EventWriter) -> None:
         begun = time.perf_counter()
         latents = self._draw(state.ema.get("student", state.params["student"]))
         if jax.process_index() > 0:
@@ -252,12 +233,12 @@ class Monitor:
             if i >= rows.first_watched:
                 collector.add(caption, video)
         writer.video(step, "samples", grid_video(np.stack(shown), columns=4), scale=3 if self._scene.toy else 1)
-        if self._scene.toy and self._c.sample_clips:
+        if self._scene.toy and self._e.preview.clips:
             self._follows(self._scene.toy, latents, step, writer)
         if rows.watched():
             now = Sample(step, collector.values())
-            raised = warnings(now, self._baseline(decode, now), stage=self._c.stage, keys=self._keys)
-            curves = {**now.values, "warnings": len(raised), "seconds": time.perf_counter() - begun}
+            told = warnings(now, self._baseline(decode, now), stage=self._e.stage.name, keys=self._e.used_keys)
+            curves = {**now.values, "warnings": len(told), "seconds": time.perf_counter() - begun}
             writer.scalars(step, {f"guard/{name}": value for name, value in curves.items()})
             _warn(raised)
 
@@ -281,9 +262,9 @@ class Monitor:
             partial.write_text(json.dumps({"prompts": watched, "baseline": asdict(baseline)}, indent=1))
         return baseline
 
-    def _follows(self, world: World, latents: np.ndarray, step: int, writer: EventWriter) -> None:
+    def _follows(self, world: ToyWorld, latents: np.ndarray, step: int, writer: EventWriter) -> None:
         """How well the toy's videos follow their captions."""
-        count = self._c.sample_clips
+        count = self._e.preview.clips
         factors = [clip["factors"] for clip in evaluation_clips(world.shapes, count)]
         video = np.asarray(world.codec.decode(jnp.asarray(latents[:count])))
         summary = evaluate_shapes(video, factors, world.shapes)["summary"]
@@ -291,13 +272,13 @@ class Monitor:
 
     def _generate(self, model: Wan, text_BSE: jax.Array, negative_SE: jax.Array, row_B: jax.Array) -> jax.Array:
         """Every row's noise follows its own number; fresh noise that of the first."""
-        start, fresh = jax.random.key(self._c.seed + 1), jax.random.key(self._c.seed + 2)
+        start, fresh = jax.random.key(self._e.seed + 1), jax.random.key(self._e.seed + 2)
         draw = lambda row: jax.random.normal(jax.random.fold_in(start, row), self._latent_shape)
         noise = jax.vmap(draw)(row_B)
         if self._mesh and self._scene.chunk:
             noise = jax.lax.with_sharding_constraint(noise, batch_sharding(self._mesh))
         key = jax.random.fold_in(fresh, row_B[0])
-        return generate(model, noise, text_BSE, negative_SE, key, self._sampler, self._blocks)
+        return generate(model, noise, text_BSE, negative_SE, key, self._e.sampler, self._e.sampling_blocks)
 
     def _draw(self, model: Wan) -> np.ndarray:
         """latents_BFHWC of all rows, on the host; a last chunk is filled up, so that one shape compiles."""
@@ -311,17 +292,11 @@ class Monitor:
         return np.concatenate(parts)
 
 
-def make_monitor(c: ConfigDict, data: Data, workdir: Path, mesh: Mesh | None = None) -> Monitor | None:
-    """What `fit` calls every `sample_every` iterations; None where nothing is to be looked at.
-
-    Raises:
-      UserError: guard.prompts or guard.seeds are not positive.
-    """
-    if c.guard.enabled and min(c.guard.prompts, c.guard.seeds) < 1:
-        raise UserError(f"guard.prompts={c.guard.prompts}, guard.seeds={c.guard.seeds}: use 1 or more")
+def make_monitor(e: Experiment, data: Data, workdir: Path, mesh: Mesh | None = None) -> Monitor | None:
+    """What `fit` calls every `sample_every` iterations; None where nothing is to be sampled."""
     try:
-        scene = toy_scene(c, data.world) if data.world else wan_scene(c, data.dataset, mesh)
+        scene = toy_scene(e.preview, data.world) if data.world else wan_scene(e.preview, data.dataset, mesh)
     except Exception as error:  # training does not need it
         _off("start", error)
         return None
-    return Monitor(c, data, scene, workdir, mesh) if scene else None
+    return Monitor(e, data, scene, workdir, mesh) if scene else None

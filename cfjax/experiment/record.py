@@ -1,8 +1,11 @@
 """The record of a run or an exported model: read, and held against what it may say before anything is made of it."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
 from cfjax.core.limits import FRAMES, LATENT_NUMBERS, SIDE, STEPS, TEXT_ROWS
@@ -24,9 +27,8 @@ from cfjax.core.schema import (
     whole,
 )
 from cfjax.data.shapes import SHAPES_RULE
-from cfjax.experiment.config import META_FILE
 from cfjax.training.checkpoint import read_meta
-from cfjax.worlds.toy import asset
+from cfjax.worlds.assets import META_FILE, asset
 
 _BLOCKS = table(
     {"frames": whole(1, FRAMES), "independent_first_frame": flag},
@@ -102,3 +104,15 @@ def read_run(name: str | Path, rule: Rule = RUN) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise UserError(f"{exported}: cannot be read as JSON ({error}); copy it again") from None
     return checked(rule, meta, exported or name)
+
+
+def config_from_meta(meta: Mapping[str, Any]) -> ConfigDict:
+    """The config that a run was trained with."""
+    return thawed(meta["config"])
+
+
+def thawed(value: Any) -> Any:
+    """What JSON kept of a ConfigDict, as it was: its lists are tuples."""
+    if isinstance(value, Mapping):
+        return ConfigDict({key: thawed(item) for key, item in value.items()})
+    return tuple(thawed(item) for item in value) if isinstance(value, list | tuple) else value

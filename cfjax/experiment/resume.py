@@ -18,7 +18,8 @@ from cfjax.core.cli import keys_of
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder
-from cfjax.experiment.config import Data, thawed
+from cfjax.experiment.data import Data
+from cfjax.experiment.record import thawed
 from cfjax.training.checkpoint import FOLDER, read_meta
 from cfjax.training.plain import from_json, to_json
 
@@ -105,18 +106,18 @@ def checkpoint_of(workdir: Path, stage: str) -> dict[str, Any] | None:
 
 
 def changes(
-    recorded: Mapping[str, Any], c: ConfigDict, trained: Collection[str], given: Collection[str] = ()
+    recorded: Mapping[str, Any], config: Mapping[str, Any], trained: Collection[str], given: Collection[str] = ()
 ) -> list[Change]:
-    """Every key at which `c` differs from a recorded config, in the order of `c`; values compare as JSON keeps them.
+    """Every key at which a config differs from a recorded one, in its own order; values compare as JSON keeps them.
 
     A key that the record lacks is an older version's, which had no such choice: it differs only where the command line
-    sets it. A key that `c` lacks, or a role, an optimiser or an average that one of them lacks, is a change. Keys that
-    the table does not know, as those of one's own config, change the meaning; those of older versions do not.
+    sets it. A key that the config lacks, or a role, an optimiser or an average that one of them lacks, is a change.
+    Keys that the table does not know, as those of one's own config, change the meaning; those of older versions do not.
 
     Args:
       trained: roles that the stage trains.  given: keys that the command line set.
     """
-    theirs, own = (_keys(values, trained) for values in (recorded, from_json(to_json(c.to_dict()))))
+    theirs, own = (_keys(values, trained) for values in (recorded, from_json(to_json(dict(config)))))
     out: list[Change] = []
     for key in [*own, *(key for key in theirs if key not in own)]:
         known = kind_of(key, trained)

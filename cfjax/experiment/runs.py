@@ -1,6 +1,6 @@
 """Opening what was trained or converted: (weights, config, world) of a run directory or an exported model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,30 +14,25 @@ from ml_collections import ConfigDict
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
-from cfjax.experiment.config import (
-    META_FILE,
-    blocks_of,
-    config_from_meta,
-    load_shipped,
-    sampler_of,
-    toy_world,
-)
-from cfjax.experiment.record import read_run
+from cfjax.experiment.data import toy_source
+from cfjax.experiment.networks import load_shipped
+from cfjax.experiment.record import config_from_meta, read_run
+from cfjax.experiment.stage import sampler_of, sampling_blocks
+from cfjax.models.resting import resting
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
+from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
 from cfjax.training.checkpoint import load_role
-from cfjax.worlds.toy import World, asset, shipped_world
-from cfjax.worlds.wan import (
-    WanWorld,
-    config_from_record,
-    find_world,
-    is_wan_world,
-    placed_template,
-    read_record,
-    world_places,
-)
+from cfjax.worlds.assets import META_FILE, asset
+from cfjax.worlds.open import find_world, open_world, world_places
+from cfjax.worlds.records import config_from_record, placed_template
+from cfjax.worlds.toy import ToyWorld, as_toy, shipped_world
+from cfjax.worlds.wan import read_record
+from cfjax.worlds.world import World, WorldParts
+
+_generate = jax.jit(generate, static_argnames=("sampler", "blocks"))
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Run:
     stage: str
     step: int
     model: Wan
-    world: World | WanWorld
+    world: World
     sampler: FewStep | ManyStep
     blocks: Blocks | None
     latent_shape: tuple[int, int, int, int]
@@ -62,15 +57,13 @@ class Run:
     averaged: bool = False
 
     @property
-    def toy(self) -> World:
+    def toy(self) -> ToyWorld:
         """The toy world.
 
         Raises:
           UserError: the run lives in another.
         """
-        if not isinstance(self.world, World):
-            raise UserError(f"run={self.name!r}: this needs a run of the toy world, whose clips can be measured")
-        return self.world
+        return as_toy(self.world, f"run={self.name!r}")
 
     def calls(self) -> int:
         """Network evaluations per video."""
@@ -81,19 +74,32 @@ class Run:
         text = jnp.asarray(self.world.encode_prompts(captions))
         negative = jnp.asarray(self.world.negative_text_SE())
         noise = jax.random.normal(jax.random.key(seed), (len(captions), *self.latent_shape))
-        sample = _sampler(self.sampler, self.blocks)
-        return np.asarray(self.world.codec.decode(sample(self.model, noise, text, negative, jax.random.key(seed + 1))))
+        key = jax.random.key(seed + 1)
+        sample = partial(_generate, sampler=self.sampler, blocks=self.blocks)
+        return np.asarray(self.world.codec.decode(sample(self.model, noise, text, negative, key)))
 
+    def stream(self, captions: Sequence[str], *, seed: int = 0, latent_frames: int = 0) -> Iterator[np.ndarray]:
+        """Videos of some captions, block after block: the pixels that `cfjax generate` makes of the same seed.
 
-_SAMPLERS: dict[Any, Any] = {}
+        Args:
+          seed: of every caption's noise.
+          latent_frames: to generate; 0 is what the run was trained on.
 
-
-def _sampler(sampler: FewStep | ManyStep, blocks: Blocks | None) -> Any:
-    """One compiled function per sampler and layout."""
-    key = (sampler, blocks)
-    if key not in _SAMPLERS:
-        _SAMPLERS[key] = jax.jit(partial(generate, sampler=sampler, blocks=blocks))
-    return _SAMPLERS[key]
+        Yields:
+          video_BPHWC of each block, float32 (not clipped), as soon as it is decoded; all frames of a bidirectional run.
+        """
+        frames, height, width, channels = self.latent_shape
+        text, negative = self.world.encode_prompts(captions), self.world.negative_text_SE()
+        text_kv = prompt_kv(self.model, jnp.asarray(text), jnp.asarray(negative), self.sampler)
+        blocks = stream(
+            Pipeline(self.model, self.world.codec, self.sampler, self.blocks),
+            text_kv,
+            seeded_noise(np.full(len(captions), seed, np.uint32)),
+            num_frames=latent_frames or frames,
+            latent_shape=(height, width, channels),
+            batch=len(captions),
+        )
+        yield from (video_BPHWC for video_BPHWC, _ in blocks)
 
 
 def open_run(
@@ -101,11 +107,8 @@ def open_run(
     *,
     ema: bool = True,
     world: str = "",
-    decoder: str = "vae",
-    decoder_precision: str = "",
+    parts: WorldParts = WorldParts(),
     with_model: bool = True,
-    with_text: bool = True,
-    text_cache: str = "",
     stage: str = "",
     block_frames: int = 0,
     precision: str = "",
@@ -115,8 +118,7 @@ def open_run(
 
     Args:
       ema: averaged weights, when the run keeps them.
-      world: a Wan world's folder; "" looks beside the run and where its record points.
-      decoder, decoder_precision, with_text, text_cache: see `WanWorld.load`.
+      world: a Wan world's folder; "" looks beside the run and where its record points.  parts: what of it is read.
       with_model: False leaves the network's weights on disk, for `load_weights`: text and network then need not fit
         into memory together.
       stage, block_frames: what the run has to be; "" and 0 take it as it is.
@@ -130,22 +132,11 @@ def open_run(
         raise UserError(f"run={name!r}: no such run directory, and no shipped teacher of that name")
     meta = read_run(name)
     c = config_from_meta(meta)
-    blocks = _blocks_of(name, meta, c, stage, block_frames)
-    if exported:
-        home: World | WanWorld = shipped_world(name)
-    elif c.data.source:
-        home = toy_world(c, keep=False)
-    else:
-        folder = _find_world(path_of(name), meta, world)
-        reading: dict[str, Any] = {
-            "decoder_precision": decoder_precision,
-            "with_text": with_text,
-            "text_cache": text_cache,
-        }
-        home = WanWorld.load(folder, decoder=decoder, **reading) if is_wan_world(folder) else World.load(folder)
+    blocks = sampling_blocks(c)
+    _check_asked(name, meta, blocks, stage, block_frames)
+    home = _home(name, meta, c, world, parts)
     if not exported and meta["world"] and meta["world"] != home.fingerprint():
-        where = home.path if isinstance(home, WanWorld) else "its world's folder"
-        raise UserError(f"run={name!r} was trained in another world than {where} now holds")
+        raise UserError(f"run={name!r} was trained in another world than {home.place} now holds")
     run = Run(
         name=name,
         stage=meta["stage"],
@@ -174,15 +165,22 @@ def load_weights(run: Run) -> Run:
     return replace(run, model=model)
 
 
-def _blocks_of(name: str, meta: Mapping[str, Any], c: ConfigDict, stage: str, block_frames: int) -> Blocks | None:
-    """The run's layout, if the run is what was asked for."""
-    blocks = blocks_of(c) if c.sampler.kind != "bidirectional" else None
+def _home(name: str, meta: Mapping[str, Any], c: ConfigDict, given: str, parts: WorldParts) -> World:
+    """The world of a run, opened: an exported model's own, the toy's that its config describes, or Wan's."""
+    if asset(name, META_FILE):
+        return shipped_world(name)
+    if c.data.source:
+        return toy_source(c).world(keep=False)
+    return open_world(_find_world(path_of(name), meta, given), parts)
+
+
+def _check_asked(name: str, meta: Mapping[str, Any], blocks: Blocks | None, stage: str, block_frames: int) -> None:
+    """Refuses a run that is not what was asked for."""
     if stage and meta["stage"] != stage:
         raise UserError(f"run={name!r} holds stage {meta['stage']!r}, not stage={stage!r}; name another run")
     if block_frames and (blocks is None or blocks.frames != block_frames):
         found = f"generates blocks of {blocks.frames}" if blocks else "is bidirectional"
         raise UserError(f"run={name!r} {found}, not block_frames={block_frames}; name another run")
-    return blocks
 
 
 def _network(name: str, meta: Mapping[str, Any], precision: str, attention: str) -> WanConfig:

@@ -13,23 +13,11 @@ import numpy as np
 
 from cfjax.core.programs import Programs
 from cfjax.models.cache import init_cache
-from cfjax.models.codec import Codec
-from cfjax.models.wan import KV, Wan, embed_text
+from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.generate import FewStep, ManyStep, both_prompts, generate_bidirectional
+from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.sizes import Sizes
-from cfjax.rollout.stream import Noise, decode_step, stream_latents
-
-_embed = jax.jit(embed_text)
-
-
-@jax.jit
-def _both(positive: KV, negative: KV) -> KV:
-    """Every prompt beside the one negative prompt."""
-    return both_prompts(positive, KV(*(jnp.broadcast_to(n, p.shape) for p, n in zip(positive, negative, strict=True))))
-
-
-_bidirectional = jax.jit(generate_bidirectional, static_argnames="sampler")
+from cfjax.rollout.stream import Noise, Pipeline, decode_step, prompt_kv, stream_latents
 
 
 @dataclass(frozen=True)
@@ -74,21 +62,10 @@ class _Clock:
         return self._last - before
 
 
-def prompt_kv(model: Wan, text_BSE: jax.Array, negative_SE: jax.Array | None, programs: Programs) -> KV:
-    """Keys and values of the prompts, and of the negative prompt behind them when the sampler is guided."""
-    positive = programs(_embed, model, text_BSE)
-    if negative_SE is None:
-        return positive
-    return programs(_both, positive, programs(_embed, model, negative_SE[None]))
-
-
 def make_clips(
-    model: Wan,
-    codec: Codec,
+    pipeline: Pipeline,
     text_BSE: np.ndarray,
     negative_SE: np.ndarray,
-    sampler: FewStep | ManyStep,
-    blocks: Blocks | None,
     noise: Noise,
     sizes: Sizes,
     *,
@@ -101,26 +78,28 @@ def make_clips(
     """One batch of videos, block by block where the sampler is causal.
 
     Args:
-      noise: by block, see `stream_latents`; a bidirectional sampler takes block 0 of all frames.
+      noise: by block, see `stream_latents`.
       decode_whole: decodes finished latents (tiled, say) in place of the codec's stream.
       finish: what is kept of a piece of video on the host, such as its bytes; not on the clock.
       programs: keeps what is compiled for the next batch.
       progress: called after each block.
     """
     programs = Programs() if programs is None else programs
-    clock, batch = _Clock(programs), len(text_BSE)
-    guided = isinstance(sampler, ManyStep)
-    text_kv = prompt_kv(model, jnp.asarray(text_BSE), jnp.asarray(negative_SE) if guided else None, programs)
+    clock, batch, model, codec = _Clock(programs), len(text_BSE), pipeline.model, pipeline.codec
+    text_kv = prompt_kv(model, jnp.asarray(text_BSE), jnp.asarray(negative_SE), pipeline.sampler, programs)
     jax.block_until_ready(text_kv)
     text_seconds = clock.lap()
     given = None if given_BFHWC is None else jnp.asarray(given_BFHWC)
-    if blocks is None:
-        assert isinstance(sampler, ManyStep)
-        parts = iter([_all_frames(model, text_kv, sampler, noise, sizes, batch, programs)])
-    else:
-        shape = (sizes.height, sizes.width, model.config.in_dim)
-        which: dict[str, Any] = {"num_frames": sizes.generated, "latent_shape": shape, "batch": batch}
-        parts = stream_latents(model, text_kv, sampler, blocks, noise, given_BFHWC=given, call=programs, **which)
+    parts = stream_latents(
+        pipeline,
+        text_kv,
+        noise,
+        num_frames=sizes.generated,
+        latent_shape=(sizes.height, sizes.width, model.config.in_dim),
+        batch=batch,
+        given_BFHWC=given,
+        call=programs,
+    )
     latents, video, network, decoded, first = [], [], [], [], 0.0
     state = codec.init_state(batch)
 
@@ -150,14 +129,6 @@ def make_clips(
         video.append(finish(pixels))
         first = text_seconds + sum(network) + sum(decoded)
     return Clips(np.concatenate(video, axis=1), np.asarray(whole), Times(text_seconds, network, decoded, first))
-
-
-def _all_frames(
-    model: Wan, text_kv: KV, sampler: ManyStep, noise: Noise, sizes: Sizes, batch: int, programs: Programs
-) -> jax.Array:
-    shape = (batch, sizes.generated, sizes.height, sizes.width, model.config.in_dim)
-    positive, negative = (KV(*(x[:, cut] for x in text_kv)) for cut in (slice(batch), slice(batch, None)))
-    return programs(_bidirectional, model, noise(0, shape, 1)[0], positive, negative, sampler=sampler)
 
 
 def cache_bytes(model: Wan, sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, batch: int) -> int:

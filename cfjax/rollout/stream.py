@@ -1,10 +1,11 @@
 """A stream: the same two moves as `generate`, one jitted call per block, pixels out as soon as a block is done.
 
-Memory is constant when the blocks have a window; without one the cache holds `num_frames`. Every sampler that goes
-block by block streams: few-step, and many-step with both prompts' caches side by side.
+Memory is constant when the blocks have a window; without one the cache holds `num_frames`. Every sampler streams:
+few-step, many-step with both prompts' caches side by side, and a bidirectional one as a single block.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,10 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.models.cache import KVCache, init_cache
-from cfjax.models.wan import KV, Wan
+from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, commit_given, given_blocks, layout_from
-from cfjax.rollout.generate import FewStep, ManyStep, few_step_block, many_step_block
+from cfjax.rollout.generate import (
+    FewStep,
+    ManyStep,
+    both_prompts,
+    few_step_block,
+    generate_bidirectional,
+    many_step_block,
+)
 
 # (absolute block index, shape [B, F, H, W, C], steps) -> (starting noise, fresh noise [steps - 1, B, F, H, W, C])
 Noise = Callable[[int, tuple[int, ...], int], tuple[jax.Array, jax.Array]]
@@ -30,6 +38,16 @@ class StreamCodec(Protocol):
     def init_state(self, batch: int) -> Any: ...
 
     def decode_step(self, latents_BFHWC: jax.Array, state: Any) -> tuple[jax.Array, Any]: ...
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What turns text into video: network, decoder, sampler and block layout (None: bidirectional, one block)."""
+
+    model: Wan
+    codec: StreamCodec
+    sampler: FewStep | ManyStep
+    blocks: Blocks | None
 
 
 def block_noise(
@@ -83,14 +101,30 @@ def _next_block(
 
 _empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
 _commit_given = jax.jit(commit_given, static_argnames="blocks", donate_argnames="cache")
+_bidirectional = jax.jit(generate_bidirectional, static_argnames="sampler")
+_embed = jax.jit(embed_text)
 decode_step = jax.jit(lambda codec, latents, state: codec.decode_step(latents, state))
 
 
+@jax.jit
+def _both(positive: KV, negative: KV) -> KV:
+    """Every prompt beside the one negative prompt."""
+    return both_prompts(positive, KV(*(jnp.broadcast_to(n, p.shape) for p, n in zip(positive, negative, strict=True))))
+
+
+def prompt_kv(
+    model: Wan, text_BSE: jax.Array, negative_SE: jax.Array, sampler: FewStep | ManyStep, call: Call = plain
+) -> KV:
+    """Keys and values of the prompts for all layers; for a guided sampler the negative prompt's are behind them."""
+    positive = call(_embed, model, text_BSE)
+    if not isinstance(sampler, ManyStep):
+        return positive
+    return call(_both, positive, call(_embed, model, negative_SE[None]))
+
+
 def stream_latents(
-    model: Wan,
+    pipeline: Pipeline,
     text_kv: KV,
-    sampler: FewStep | ManyStep,
-    blocks: Blocks,
     noise: Noise,
     *,
     num_frames: int,
@@ -102,17 +136,31 @@ def stream_latents(
     """Yields the latents_BFHWC of one generated block after another; `given` frames are committed, not yielded.
 
     Args:
-      text_kv: of the prompts; for a many-step sampler `both_prompts`.
-      noise: where it comes from, by absolute block index: an extension meets the noise that the longer video met.
+      text_kv: see `prompt_kv`.
+      noise: where it comes from, by absolute block index: an extension meets the noise that the longer video met. A
+        bidirectional sampler takes block 0 of all frames.
       num_frames: latent frames to generate, after the given ones.
       latent_shape: (H, W, C) of a latent frame.
     """
+    model, sampler, blocks = pipeline.model, pipeline.sampler, pipeline.blocks
+    if blocks is None:
+        assert isinstance(sampler, ManyStep) and given_BFHWC is None
+        positive, negative = (KV(*(x[:, part] for x in text_kv)) for part in (slice(batch), slice(batch, None)))
+        whole, _ = noise(0, (batch, num_frames, *latent_shape), 1)
+        yield call(_bidirectional, model, whole, positive, negative, sampler=sampler)
+        return
     height, width, _ = latent_shape
     given = 0 if given_BFHWC is None else given_BFHWC.shape[1]
     before, layout = given_blocks(blocks, given), layout_from(blocks, given)
-    rows, tokens = text_kv.k_LBSNK.shape[1], model.config.tokens_per_frame(height, width)
-    room = {"num_frames": given + num_frames, "tokens_per_frame": tokens, "blocks": blocks}
-    cache = call(_empty_cache, config=model.config, batch=rows, **room)
+    rows, tokens = text_kv.k_LBTNK.shape[1], model.config.tokens_per_frame(height, width)
+    cache = call(
+        _empty_cache,
+        config=model.config,
+        batch=rows,
+        num_frames=given + num_frames,
+        tokens_per_frame=tokens,
+        blocks=blocks,
+    )
     if given_BFHWC is not None:
         clean = jnp.concatenate([given_BFHWC] * (rows // batch))
         cache = call(_commit_given, model, clean, text_kv, cache, blocks=blocks)
@@ -123,37 +171,40 @@ def stream_latents(
             steps = len(sampler.first_sigmas() if first else sampler.sigmas())
         own, fresh = noise(before + index, (batch, stop - start, *latent_shape), steps)
         at = jnp.int32(given + start)
-        static = {"sampler": sampler, "first": first, "blocks": blocks}
-        x0, cache = call(_next_block, model, own, fresh, text_kv, cache, at, **static)
+        x0, cache = call(
+            _next_block, model, own, fresh, text_kv, cache, at, sampler=sampler, first=first, blocks=blocks
+        )
         yield x0
 
 
 def stream(
-    model: Wan,
-    codec: StreamCodec,
+    pipeline: Pipeline,
     text_kv: KV,
-    key: jax.Array,
-    sampler: FewStep | ManyStep,
-    blocks: Blocks,
+    noise: Noise,
     *,
     num_frames: int,
     latent_shape: tuple[int, int, int],
     batch: int = 1,
     given_BFHWC: jax.Array | None = None,
-    noise: Noise | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (video_BPHWC, latents_BFHWC) block after block, on the host; given frames first, when there are any.
 
     Args:
       num_frames, latent_shape, given_BFHWC: as in `stream_latents`.
-      noise: None draws it from `key`.
+      noise: `partial(block_noise, key)`, or `seeded_noise`.
     """
-    sizes: dict[str, Any] = {"num_frames": num_frames, "latent_shape": latent_shape, "batch": batch}
-    drawn = noise or partial(block_noise, key)
-    state = codec.init_state(batch)
+    state = pipeline.codec.init_state(batch)
     if given_BFHWC is not None:
-        video, state = decode_step(codec, given_BFHWC, state)
+        video, state = decode_step(pipeline.codec, given_BFHWC, state)
         yield np.asarray(video), np.asarray(given_BFHWC)
-    for x0 in stream_latents(model, text_kv, sampler, blocks, drawn, given_BFHWC=given_BFHWC, **sizes):
-        video, state = decode_step(codec, x0, state)
+    for x0 in stream_latents(
+        pipeline,
+        text_kv,
+        noise,
+        num_frames=num_frames,
+        latent_shape=latent_shape,
+        batch=batch,
+        given_BFHWC=given_BFHWC,
+    ):
+        video, state = decode_step(pipeline.codec, x0, state)
         yield np.asarray(video), np.asarray(x0)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -153,40 +153,66 @@ def _next(data: DataIterator, step: int) -> Mapping[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _Sampling:
-    """When which function looks at the run."""
+class Schedule:
+    """How long a run is, and how often it logs, saves and samples.
 
-    fn: SampleFn | None
-    every: int
-    first: bool
+    Attributes:
+      steps: total iterations of the run.
+      log_every, save_every: iterations between points of the curves, and between checkpoints (the last one is always
+        saved).
+      sample_every: iterations between preview samples; 0 is after the last one only.  sample_first: also before the
+        first one.
+      accumulate: role -> microbatches per update; 1 for a role that is not there.
+      keep: number of checkpoints kept.  checksums: written with each.
+      loss_growth: a loss beyond so many times its running median keeps checkpoints aside (`training.growth`); 0 is off.
+      stall_seconds: the process ends when no iteration or restore ends for so long (`training.watchdog`); 0 is never.
+      progress: a bar on standard error.
+    """
 
-    def due(self, done: int, steps: int) -> bool:
-        return self.fn is not None and (done == steps or (self.every > 0 and done % self.every == 0))
+    steps: int
+    log_every: int = 50
+    save_every: int = 1000
+    sample_every: int = 0
+    sample_first: bool = False
+    accumulate: Mapping[str, int] = field(default_factory=dict)
+    keep: int = 2
+    checksums: bool = True
+    loss_growth: float = 1000.0
+    stall_seconds: float = 0.0
+    progress: bool = True
+
+    def samples_after(self, done: int) -> bool:
+        """Whether preview samples are due after so many iterations."""
+        return done == self.steps or (self.sample_every > 0 and done % self.sample_every == 0)
 
 
-class _Desk:
-    """Where a run's batches come from and its results go: data, the bar, the curves, the checkpoints."""
+@dataclass(frozen=True)
+class RunOutput:
+    """Where the results of a run go, and what is recorded with them.
+
+    Attributes:
+      workdir: the run directory: checkpoints, curves, traces.
+      writer: of the curves; None is one of its own in `workdir`.
+      meta: JSON record for later verbs (model configs, codec, blocks ...); "stage" and "step" are added.
+      work: what the curves of time and rates need to know, and what to trace (`training.observe`).
+    """
+
+    workdir: Path
+    writer: EventWriter | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
+
+
+class _RunIO:
+    """Everything of a run but its updates: batches, progress bar, curves, checkpoints."""
 
     def __init__(
-        self,
-        workdir: str | Path,
-        store: CheckpointStore,
-        writer: EventWriter,
-        data: DataIterator,
-        meta: Mapping[str, Any],
-        *,
-        steps: int,
-        log_every: int,
-        save_every: int,
-        progress: bool,
-        work: Work,
-        loss_growth: float,
+        self, output: RunOutput, store: CheckpointStore, writer: EventWriter, data: DataIterator, schedule: Schedule
     ) -> None:
-        self.workdir, self.store, self.writer, self.steps = workdir, store, writer, steps
-        self._data, self._meta, self._log_every, self._save_every = data, meta, log_every, save_every
-        self._progress = progress
-        self.clock, self._tracer = StepClock(work), Tracer(workdir, work.trace)
-        self._watch, self._aside = LossWatch(loss_growth), False
+        self.workdir, self.store, self.writer, self.schedule = output.workdir, store, writer, schedule
+        self._data, self._meta = data, output.meta
+        self.clock, self._tracer = StepClock(output.work), Tracer(output.workdir, output.work.trace)
+        self._watch, self._aside = LossWatch(schedule.loss_growth), False
         self._meter = _Meter(lambda: f"last checkpoint: step {max(store.steps(), default='none')}", self._watch)
 
     def resume(self, state: TrainState, *, going_on: bool) -> tuple[TrainState, int]:
@@ -198,8 +224,8 @@ class _Desk:
             return state, 0
         state, place, _ = restored
         start = int(state.step)
-        if start >= self.steps:
-            say(f"{self.workdir}: step {start} of {self.steps} is done already")
+        if start >= self.schedule.steps:
+            say(f"{self.workdir}: step {start} of {self.schedule.steps} is done already")
             return state, start
         self._data.set_state(place["data"])
         self._meter.set_state(place["curves"])
@@ -209,8 +235,8 @@ class _Desk:
 
     def bar(self, start: int) -> tqdm:
         """The progress bar."""
-        shown = self._progress and jax.process_index() == 0
-        return tqdm(total=self.steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
+        shown = self.schedule.progress and jax.process_index() == 0
+        return tqdm(total=self.schedule.steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
 
     def batch(self, step: int) -> Mapping[str, np.ndarray]:
         """The next batch."""
@@ -225,9 +251,9 @@ class _Desk:
 
     def iteration(self, state: TrainState, step: int, bar: tqdm, *, stopped: bool) -> None:
         """Logs and saves what is due after iteration `step`, which led to `state`."""
-        done, last = step + 1, step + 1 == self.steps
-        log = step % self._log_every == 0 or last
-        save = last or done % self._save_every == 0 or stopped
+        done, last = step + 1, step + 1 == self.schedule.steps
+        log = step % self.schedule.log_every == 0 or last
+        save = last or done % self.schedule.save_every == 0 or stopped
         self._meter.drain(None if log or save else step)
         self.clock.step()
         traced = self._tracer.after(step, state)
@@ -248,18 +274,18 @@ class _Desk:
             self._aside = False
             return self.store.save(done, state, place, self._meta)
         if not self._aside and jax.process_index() == 0:
-            say(f"{self.workdir}: {self.advice()}")
+            say(f"{self.workdir}: {self.growth_message()}")
         self._aside = True
         self.store.wait()
-        aside = CheckpointStore(self.workdir, 1, folder=ASIDE)
+        aside = CheckpointStore(self.workdir, 1, folder=ASIDE, checksums=self.schedule.checksums)
         try:
             aside.remove_all()
             aside.save(done, state, place, self._meta)
         finally:
             aside.close()
 
-    def advice(self) -> str:
-        """What is said of a loss that has left all bounds; "" if none has."""
+    def growth_message(self) -> str:
+        """The message about a loss that grew beyond its bound; "" if none did."""
         if not (grown := self._watch.grown()):
             return ""
         good = max(self.store.steps(), default=None)
@@ -269,17 +295,17 @@ class _Desk:
             "grows again; --config.loss_growth=0 saves whatever comes"
         )
 
-    def leave(self, signal_name: str, done: int, bar: tqdm) -> NoReturn:
+    def exit_on_signal(self, signal_name: str, done: int, bar: tqdm) -> NoReturn:
         """Ends the process as a signal asked, once the checkpoint is on disk."""
         self.store.wait()
         bar.close()
         where = f"{self.workdir}/{ASIDE}" if self._aside else f"{self.workdir}; the same command goes on from here"
-        say(f"{signal_name}: saved step {done} of {self.steps} in {where}")
+        say(f"{signal_name}: saved step {done} of {self.schedule.steps} in {where}")
         raise SystemExit(0)
 
 
 @contextmanager
-def _last_step_told(store: CheckpointStore) -> Iterator[None]:
+def _naming_last_checkpoint(store: CheckpointStore) -> Iterator[None]:
     """What a disk, a quota or a mount provokes anywhere within names the step that the run goes on from."""
     try:
         yield
@@ -293,13 +319,12 @@ def _last_step_told(store: CheckpointStore) -> Iterator[None]:
 def _updates(
     stage: Stage,
     txs: Mapping[str, optax.GradientTransformation],
-    accumulate: int | Mapping[str, int],
+    accumulate: Mapping[str, int],
     placement: TrainState | None,
 ) -> dict[str, Update]:
     """The jitted update of every role."""
-    by_role = accumulate if isinstance(accumulate, Mapping) else dict.fromkeys(stage.losses, accumulate)
     return {
-        role: make_update(stage, role, txs[role], accumulate=by_role.get(role, 1), placement=placement)
+        role: make_update(stage, role, txs[role], accumulate=accumulate.get(role, 1), placement=placement)
         for role in stage.losses
     }
 
@@ -310,112 +335,89 @@ def _iterate(
     state: TrainState,
     frozen: Models,
     start: int,
-    desk: _Desk,
+    io: _RunIO,
     put_batch: Callable[[Mapping[str, np.ndarray]], Batch],
-    sampling: _Sampling,
+    sample_fn: SampleFn | None,
     watchdog: Watchdog,
 ) -> TrainState:
     """The iterations from `start` on."""
-    with StopSignal() as stop, desk.bar(start) as bar:
-        if sampling.fn is not None and sampling.first and start == 0:
-            sampling.fn(state, 0, desk.writer)
-        for step in range(start, desk.steps):
+    schedule = io.schedule
+    with StopSignal() as stop, io.bar(start) as bar:
+        if sample_fn is not None and schedule.sample_first and start == 0:
+            sample_fn(state, 0, io.writer)
+        for step in range(start, schedule.steps):
             for role in stage.roles_at(step):
-                batch = desk.batch(step)
+                batch = io.batch(step)
                 state, metrics = updates[role](state, frozen, put_batch(batch))
-                desk.updated(step, role, metrics, batch)
+                io.updated(step, role, metrics, batch)
             state, done = advance(state), step + 1
             stopped = stop.name(step)
-            desk.iteration(state, step, bar, stopped=stopped is not None)
+            io.iteration(state, step, bar, stopped=stopped is not None)
             watchdog.beat(step)
-            if stopped is not None and done < desk.steps:
-                desk.leave(stopped, done, bar)
-            if sampling.fn is not None and sampling.due(done, desk.steps):
-                with watchdog.paused(), desk.clock.outside():
-                    sampling.fn(state, done, desk.writer)
+            if stopped is not None and done < schedule.steps:
+                io.exit_on_signal(stopped, done, bar)
+            if sample_fn is not None and schedule.samples_after(done):
+                with watchdog.paused(), io.clock.outside():
+                    sample_fn(state, done, io.writer)
         with watchdog.paused():
-            desk.store.wait()
-    if told := desk.advice():
-        raise GrownLoss(f"{desk.workdir}: {told}")
+            io.store.wait()
+    if message := io.growth_message():
+        raise GrownLoss(f"{io.workdir}: {message}")
     return state
 
 
 def fit(
     stage: Stage,
+    txs: Mapping[str, optax.GradientTransformation],
     state: TrainState,
     frozen: Models,
     data: DataIterator | Callable[[], DataIterator],
-    txs: Mapping[str, optax.GradientTransformation],
+    schedule: Schedule,
+    output: RunOutput,
     *,
-    steps: int,
-    workdir: str | Path,
-    log_every: int = 50,
-    save_every: int = 1000,
-    keep: int = 2,
-    checksums: bool = True,
-    loss_growth: float = 1000.0,
-    accumulate: int | Mapping[str, int] = 1,
-    writer: EventWriter | None = None,
-    meta: Mapping[str, Any] | None = None,
-    sample_fn: SampleFn | None = None,
-    sample_every: int = 0,
-    sample_first: bool = False,
     put_batch: Callable[[Mapping[str, np.ndarray]], Batch] = _put,
-    progress: bool = True,
-    stall_seconds: float = 0.0,
-    work: Work = Work(),
+    sample_fn: SampleFn | None = None,
     going_on: bool = False,
 ) -> TrainState:
-    """Trains `stage` until iteration `steps`, going on from the newest good checkpoint in `workdir` if there is one.
+    """Trains `stage` to the end of `schedule`, from the newest good checkpoint in the run directory if there is one.
 
     Iteration n: for each role in `stage.roles_at(n)` a batch is fetched and the role updated. Checkpoints hold the
-    iterator's place, so a resumed run is the uninterrupted one, bit for bit. SIGTERM or SIGINT: the iteration is
+    iterator's state, so a resumed run equals the uninterrupted one, bit for bit. SIGTERM or SIGINT: the iteration is
     finished, saved, and the process exits with 0. Curves ("role/name", point n = mean over iterations since the last
     point) go to the writer every `log_every` iterations.
 
     Args:
+      txs: role -> optimiser, as given to `init_state`.
       state: a fresh state (`init_state`), which is consumed; also the template of a restored one, shardings included,
         so that a run may go on on another mesh or number of processes.
       frozen: further models that the losses see; never saved.
-      data: iterator of numpy batches, or a function that makes it.  txs: role -> optimiser, as given to `init_state`.
-      steps: total iterations of the run.  keep: number of checkpoints kept.  checksums: written with each.
-      save_every: iterations between them (the last one is always saved).
-      loss_growth: a loss beyond so many times its running median keeps checkpoints aside (`training.growth`).
-      accumulate: microbatches per update, one number or by role.
-      writer: where curves go (default: one of its own in `workdir`).
-      meta: JSON record for later verbs (model configs, codec, blocks ...); "stage" and "step" are added.
-      sample_fn: called with (state, step, writer) every `sample_every` iterations and after the last one, and with
-        `sample_first` before the first one too.
-      put_batch: places a batch on devices (default: the default device).  progress: a bar on standard error.
-      work: what the curves of time and rates need to know, and what to trace (`training.observe`).
-      stall_seconds: the process ends when no iteration or restore ends for so long (`training.watchdog`); 0 is never.
-      going_on: `workdir` holds a checkpoint, and `state` is nothing but its template.
+      data: iterator of numpy batches, or a function that makes it.
+      put_batch: places a batch on devices (default: the default device).
+      sample_fn: called with (state, step, writer) when preview samples are due.
+      going_on: the run directory holds a checkpoint, and `state` is nothing but its template.
 
     Raises:
-      NonFiniteLoss: a loss or gradient is not finite.  GrownLoss: the run ended with a loss beyond all bounds.
+      NonFiniteLoss: a loss or gradient is not finite.  GrownLoss: the run ended with a loss beyond its bound.
       Temporary: a checkpoint could not be written.
-      UserError: `workdir` holds another stage or other shapes; the data ended.
+      UserError: the run directory holds another stage or other shapes; the data ended.
     """
     with failing_fast():
-        store, own_writer = CheckpointStore(workdir, keep, checksums=checksums), writer is None
-    writer = EventWriter(workdir, enabled=jax.process_index() == 0) if writer is None else writer
+        store = CheckpointStore(output.workdir, schedule.keep, checksums=schedule.checksums)
+    own_writer = None if output.writer else EventWriter(output.workdir, enabled=jax.process_index() == 0)
+    writer = output.writer or own_writer
+    assert writer is not None
     try:
-        named = {**(meta or {}), "stage": stage.name}
-        pace = {"steps": steps, "log_every": log_every, "save_every": save_every}
-        iterator = data() if callable(data) else data
-        desk = _Desk(
-            workdir, store, writer, iterator, named, **pace, progress=progress, work=work, loss_growth=loss_growth
-        )
-        updates = _updates(stage, txs, accumulate, placement_of(state))
-        sampling = _Sampling(sample_fn, sample_every, sample_first)
-        with failing_fast(), _last_step_told(store), Watchdog(stall_seconds) as watchdog:
+        named = replace(output, meta={**output.meta, "stage": stage.name})
+        io = _RunIO(named, store, writer, data() if callable(data) else data, schedule)
+        updates = _updates(stage, txs, schedule.accumulate, placement_of(state))
+        with failing_fast(), _naming_last_checkpoint(store), Watchdog(schedule.stall_seconds) as watchdog:
             with watchdog.restoring():
-                state, start = desk.resume(state, going_on=going_on)
-            if start >= steps:
+                state, start = io.resume(state, going_on=going_on)
+            if start >= schedule.steps:
                 return state
             writer.restart(start)
-            return _iterate(stage, updates, state, frozen, start, desk, put_batch, sampling, watchdog)
+            return _iterate(stage, updates, state, frozen, start, io, put_batch, sample_fn, watchdog)
     finally:
         store.close()
         if own_writer:
-            writer.close()
+            own_writer.close()

@@ -1,19 +1,19 @@
-"""A world is what every stage of one experiment must share: the codec, the text encoder, and where clips come from.
+"""The toy world: a fitted patch codec, a random text encoder, and where its clips come from.
 
-The toy world is built in seconds (or read from the package, when it belongs to the shipped teacher) and stored as
-`<data>/world`; latent datasets lie beside it. A model trained in one world means nothing in another, so runs remember
-the world's fingerprint.
+It is built in seconds (or read from the package, when it belongs to the shipped teacher) and stored as `<data>/world`;
+latent datasets lie beside it.
 """
 
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from cfjax.core.errors import UserError
@@ -23,20 +23,23 @@ from cfjax.core.schema import checked, load_json, table
 from cfjax.data.shapes import SHAPES_RULE, ShapesConfig, ShapesSource, all_captions, caption, draw_factors, render
 from cfjax.models.codec import PatchCodec, fit_patch_codec
 from cfjax.models.text import TextEncoder
+from cfjax.models.text_cache import TextCache
+from cfjax.worlds.assets import ASSETS, asset
+from cfjax.worlds.world import RECORD, World
 
-ASSETS = Path(__file__).parents[1] / "assets"
 HELD_OUT_ONE_IN = 6
 WORLD_RULE = table({"shapes": SHAPES_RULE})
 EVALUATION_SEED = 7_000_000  # clips of this seed are never trained on
 
 
 @dataclass(frozen=True)
-class World:
-    """Codec, text encoder and the factors of the toy's clips."""
+class ToyWorld:
+    """Codec, text encoder and the factors of the toy's clips; see `worlds.world.World`."""
 
     shapes: ShapesConfig
     codec: PatchCodec
     text: TextEncoder
+    place: str = "its world's folder"
 
     def save(self, path: str | Path) -> None:
         """Writes the folder `path`; world.json last, so that a half-written world is not one."""
@@ -46,18 +49,18 @@ class World:
         self.text.save(folder)
         for file in folder.iterdir():
             to_disk(file)
-        write_atomically(folder / "world.json", json.dumps({"shapes": self.shapes.to_json()}, indent=1))
+        write_atomically(folder / RECORD, json.dumps({"shapes": self.shapes.to_json()}, indent=1))
 
     @classmethod
-    def load(cls, path: str | Path) -> "World":
+    def load(cls, path: str | Path) -> "ToyWorld":
         """Reads what `save` wrote. Raises UserError when it is missing or broken."""
         folder = Path(path)
         try:
-            record = checked(WORLD_RULE, load_json(folder / "world.json"), "world.json")
+            record = checked(WORLD_RULE, load_json(folder / RECORD), "world.json")
             shapes = ShapesConfig.from_json(record["shapes"])
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: not a world ({error}); make one with cfjax precompute") from None
-        return cls(shapes, PatchCodec.load(folder / "codec.safetensors"), TextEncoder.load(folder))
+        return cls(shapes, PatchCodec.load(folder / "codec.safetensors"), TextEncoder.load(folder), str(folder))
 
     @property
     def text_length(self) -> int:
@@ -65,9 +68,14 @@ class World:
         return self.text.length
 
     @property
-    def width(self) -> int:
+    def text_width(self) -> int:
         """E, the width of the text rows."""
         return self.text.width
+
+    @property
+    def text_name(self) -> str:
+        """The text encoder's kind."""
+        return "umt5-toy"
 
     def encode_prompts(self, captions: Sequence[str]) -> np.ndarray:
         """Text rows, float32 [n, S, E]."""
@@ -82,6 +90,37 @@ class World:
         """Text rows of the negative prompt."""
         return self.encode_prompts([self.negative_prompt])[0]
 
+    def prompt_fault(self, prompt: str) -> str:
+        """Why the text encoder cannot take a prompt; "" if it can."""
+        if unknown := self.text.tokenizer.unknown_words(prompt):
+            s, never = self.shapes, ", ".join(map(repr, unknown))
+            words = ", ".join((*s.colours, *s.shapes, *s.directions))
+            return f"{prompt!r}: this model never saw {never}; write 'a COLOUR SHAPE moving DIRECTION' of {words}"
+        try:
+            self.text.tokenizer.encode([prompt], self.text.length)
+        except UserError as error:
+            return f"{prompt!r}: {error}"
+        return ""
+
+    def load_text(self) -> TextEncoder:
+        """The text encoder."""
+        return self.text
+
+    def open_text_cache(self, folder: str | Path) -> TextCache:
+        """Text rows of this text encoder in `folder`."""
+        return TextCache(folder, self.text.fingerprint(), self.text.length)
+
+    def cache_text(self, captions: Iterable[str], *, progress: bool) -> None:
+        """Nothing: the text encoder is small and stays in memory."""
+
+    def open_encoder(self) -> Callable[[jax.Array], jax.Array]:
+        """video_BPHWC in [-1, 1] to latents_BFHWC."""
+        return jax.jit(self.codec.encode)
+
+    def decoder_record(self) -> dict[str, Any]:
+        """The patch codec, which the world's fingerprint holds."""
+        return {"name": "patch", "precision": None, "weights": ""}
+
     def fingerprint(self) -> str:
         """Equal for two worlds iff models can move between them."""
         codec = b"".join(np.asarray(a, np.float32).tobytes() for a in (self.codec.mean, self.codec.basis))
@@ -91,47 +130,55 @@ class World:
         ]
 
 
-def make_world(shapes: ShapesConfig, *, channels: int, text_length: int) -> World:
+def as_toy(world: World, what: str) -> ToyWorld:
+    """The world, if it is the toy's.
+
+    Args:
+      what: is opened in it, for the message.
+
+    Raises:
+      UserError: it is another.
+    """
+    if not isinstance(world, ToyWorld):
+        raise UserError(f"{what}: this needs a run of the toy world, whose clips can be measured")
+    return world
+
+
+def make_world(shapes: ShapesConfig, *, channels: int, text_length: int) -> ToyWorld:
     """A fresh toy world: codec fitted on 500 clips, random frozen text encoder; deterministic."""
     source = ShapesSource(shapes, 0, 500)
     codec = fit_patch_codec((source[i]["video_PHWC"] for i in range(len(source))), channels=channels)
-    return World(shapes, codec, TextEncoder.build(all_captions(shapes), text_length))
+    return ToyWorld(shapes, codec, TextEncoder.build(all_captions(shapes), text_length))
 
 
-def open_world(
+def open_toy_world(
     path: str | Path, *, assets: str, shapes: ShapesConfig, channels: int, text_length: int, keep: bool = True
-) -> World:
+) -> ToyWorld:
     """The world at `path`, made there first if need be: a copy of the shipped `assets`, or a fresh one.
 
     Args:
       keep: write one that was not there; without, where somebody else's record says `path`, nothing is written.
     """
     folder = Path(path)
-    if not (folder / "world.json").exists():
+    if not (folder / RECORD).exists():
         world = shipped_world(assets) if assets else make_world(shapes, channels=channels, text_length=text_length)
         if not keep:
             return world
-        make_once(folder / "world.json", partial(world.save, folder))
-    return World.load(folder)
+        make_once(folder / RECORD, partial(world.save, folder))
+    return ToyWorld.load(folder)
 
 
-def asset(name: str, file: str) -> Path | None:
-    """`file` of an exported model, which `name` gives as what ships with the package, or as a path; None if neither."""
-    places = (ASSETS / name / file, Path(name) / file)
-    return next((path for path in places if path.is_file()), None)
-
-
-def shipped_world(name: str) -> World:
+def shipped_world(name: str) -> ToyWorld:
     """The world of an exported model, shipped with the package or written by `cfjax export`.
 
     Raises:
       UserError: no such model.
     """
-    file = asset(name, "world.json")
+    file = asset(name, RECORD)
     if file is None:
-        known = sorted(p.parent.name for p in ASSETS.glob("*/world.json"))
+        known = sorted(p.parent.name for p in ASSETS.glob(f"*/{RECORD}"))
         raise UserError(f"data.assets={name!r} is no exported model; the package ships {', '.join(known) or 'none'}")
-    return World.load(file.parent)
+    return ToyWorld.load(file.parent)
 
 
 def is_held_out(text: str) -> bool:

@@ -1,58 +1,43 @@
-"""A Wan system's parts on disk: video autoencoders, umT5 and its tokenizer, as `cfjax convert` writes them.
+"""Wan's world on disk: video autoencoders, umT5 and its tokenizer, as `cfjax convert` writes them.
 
     world/world.json                        kind, text length, negative prompt, frames per second
     world/{vae,tiny_vae,text_encoder}/      one-role run directories, their sizes in the checkpoint's record
     world/tokenizer/                        the tokenizer's own files
 
-The counterpart of `cfjax.world.World` for real weights. Only what is asked for is read: the text encoder (11 GB in
+Only what is asked for is read: the text encoder (11 GB in
 bfloat16) only when a caption is not in the embedding cache, and it is freed again after that.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from tqdm import tqdm
 
 from cfjax.core.errors import UserError
-from cfjax.core.limits import CAPTION, LAYERS, TEXT_ROWS
+from cfjax.core.limits import CAPTION, TEXT_ROWS
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
-from cfjax.core.schema import (
-    EPS,
-    SIZE,
-    Rule,
-    checked,
-    each_of,
-    flag,
-    load_json,
-    number,
-    one_of,
-    row,
-    several,
-    table,
-    text,
-    whole,
-)
+from cfjax.core.schema import checked, each_of, load_json, number, one_of, table, text, whole
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder, text_fingerprint
-from cfjax.models.text_cache import TextCache, encode_cached
+from cfjax.models.text_cache import FILL_AT_ONCE, TextCache, encode_cached, fill
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.models.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE, load_tokenizer
-from cfjax.models.umt5 import UMT5, UMT5_RULE, UMT5Config
+from cfjax.models.umt5 import UMT5, UMT5Config
 from cfjax.models.vae import VAEConfig, WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
-from cfjax.models.wan import WanConfig
-from cfjax.training.checkpoint import FOLDER, load_role, read_meta
+from cfjax.training.checkpoint import FOLDER, checkpoint_hash, load_role, read_meta
+from cfjax.worlds.records import config_from_record, placed_template
+from cfjax.worlds.world import RECORD, WorldParts
 
-RECORD, KIND, FORMAT = "world.json", "wan", 1
+KIND, FORMAT = "wan", 1
 DECODERS = ("vae", "tiny_vae")
 WORLD_RULE = table(
     {
@@ -68,71 +53,6 @@ PART = table(
     {"model": table({}), "fingerprint": text(64)},
     {"source": table({}, {"dtype": each_of(text(64)), "layout": text(64)})},
 )
-_DTYPE = one_of("float32", "bfloat16")
-_PRECISION = {"precision": table({"compute": _DTYPE, "island": _DTYPE}, closed=True)}
-# What a run's record says of each network: its config's fields, and no others.
-SIZES: dict[type, Rule] = {
-    WanConfig: table(
-        dict.fromkeys(("dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "text_dim", "freq_dim"), SIZE)
-        | {"num_layers": whole(1, LAYERS), "patch": row(SIZE, SIZE), "eps": EPS},
-        {"remat": one_of("none", "full", "dots"), "attention": text(), **_PRECISION},
-        closed=True,
-    ),
-    VAEConfig: table(
-        {"base_dim": SIZE, "z_dim": SIZE},
-        {
-            "multipliers": several(SIZE, 2, 8),
-            "res_blocks": whole(1, LAYERS),
-            "temporal_downsample": several(flag, 1, 7),
-            "latents_mean": several(number(-1000, 1000), 1),
-            "latents_std": several(number(0, 1000, above=True), 1),
-            **_PRECISION,
-        },
-        closed=True,
-    ),
-    TinyVAEConfig: table(
-        {"latent_channels": SIZE, "encoder_width": SIZE, "decoder_widths": row(SIZE, SIZE, SIZE, SIZE)},
-        {"time_pool": row(SIZE, SIZE, SIZE), "time_grow": row(SIZE, SIZE, SIZE), **_PRECISION},
-        closed=True,
-    ),
-    UMT5Config: UMT5_RULE,
-}
-C = TypeVar("C")
-M = TypeVar("M")
-
-
-def config_from_record(cls: type[C], values: dict[str, Any], where: object = "the run's record") -> C:
-    """A frozen config from `dataclasses.asdict` as JSON left it: lists are tuples, `precision` is a policy.
-
-    Args:
-      where: whose record it is, for the message.
-
-    Raises:
-      UserError: a key is missing, unknown or has a value that it cannot have (`SIZES`).
-    """
-    checked(SIZES[cls], values, f"{where}: {cls.__name__}")
-
-    def tuples(value: Any) -> Any:
-        return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
-
-    values = {key: tuples(value) for key, value in values.items()}
-    if isinstance(values.get("precision"), dict):
-        values["precision"] = Policy.from_record(values["precision"])
-    return cls(**values)
-
-
-def placed_template(make: Callable[[], M], dtype: str = "") -> M:
-    """The structure that `make` builds with shapes in place of arrays, on the first device: what `load_role` takes.
-
-    Args:
-      dtype: of every leaf ("" keeps each one's own).
-    """
-    place = SingleDeviceSharding(jax.devices()[0])
-
-    def leaf(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype) if dtype else x.dtype, sharding=place)
-
-    return jax.tree.map(leaf, jax.eval_shape(make))
 
 
 def load_codec(path: str | Path, decoder: str, precision: str = "") -> Codec:
@@ -200,39 +120,28 @@ def _part_record(folder: Path, kind: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WanWorld:
-    """Codec, text encoder (None: read when a caption needs it) and what the pipeline says with them.
+    """Codec, text encoder (None: read when a caption needs it) and the negative prompt; see `worlds.world.World`.
 
     Attributes:
-      text_length: S, the text rows of every caption.
-      width: E, the width of the text rows.
       fps: frames per second of the videos that the model was trained on.
-      text_cache: folder of embeddings already computed, "" for none.
+      decoder: which of `DECODERS` the codec is.
+      text_cache: folder of text rows that are computed already, "" for none.
     """
 
     path: Path
     codec: Codec
     text: TextEncoder | None
     text_length: int
-    width: int
+    text_width: int
     negative_prompt: str
     fps: float
+    decoder: str = "vae"
     text_cache: str = ""
+    text_name = "umt5"
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        decoder: str = "vae",
-        decoder_precision: str = "",
-        with_text: bool = True,
-        text_cache: str | Path = "",
-    ) -> "WanWorld":
+    def load(cls, path: str | Path, parts: WorldParts = WorldParts()) -> "WanWorld":
         """Reads what `cfjax convert` wrote.
-
-        Args:
-          decoder: "vae" or "tiny_vae".  decoder_precision: of its products, "" as recorded.
-          with_text: keep the text encoder in memory.  text_cache: folder of embeddings, "" for none.
 
         Raises:
           UserError: no world there, or a part is missing.
@@ -241,38 +150,70 @@ class WanWorld:
         length = int(record["text_length"])
         return cls(
             path=folder,
-            codec=load_codec(folder, decoder, decoder_precision),
-            text=load_text(folder, length) if with_text else None,
+            codec=load_codec(folder, parts.decoder, parts.decoder_precision),
+            text=load_text(folder, length) if parts.with_text else None,
             text_length=length,
-            width=int(_text_record(folder)["model"]["dim"]),
+            text_width=int(_text_record(folder)["model"]["dim"]),
             negative_prompt=record["negative_prompt"],
             fps=float(record["fps"]),
-            text_cache=str(text_cache),
+            decoder=parts.decoder,
+            text_cache=parts.text_cache,
         )
+
+    @property
+    def place(self) -> str:
+        """The folder it was read from."""
+        return str(self.path)
 
     def encode_prompts(self, captions: Sequence[str]) -> np.ndarray:
         """Text rows, float32 [n, S, E]; from the cache where they are there, else by the text encoder."""
 
-        def load() -> TextEncoder:
-            return self.text or load_text(self.path, self.text_length)
-
         if not self.text_cache:
-            return load().encode(captions)
-        return encode_cached(load, self._cache, captions)
+            return self.load_text().encode(captions)
+        return encode_cached(self.load_text, self._cache, captions)
 
     @cached_property
     def _cache(self) -> TextCache:
         """Opened once: that reads the tokenizer, a second for umT5's."""
-        return open_cache(self.path, self.text_cache, self.text_length)
+        return self.open_text_cache(self.text_cache)
 
     def negative_text_SE(self) -> np.ndarray:
         """Text rows of the negative prompt."""
         return self.encode_prompts([self.negative_prompt])[0]
 
-    def encode(self, video_BPHWC: jax.Array) -> jax.Array:
-        """Normalised latents_BFHWC by the Wan VAE (also when another decoder is in use), a latent frame at a time."""
+    def prompt_fault(self, prompt: str) -> str:
+        """Nothing: umT5 takes any prompt, and the tokenizer truncates a long one."""
+        return ""
+
+    def load_text(self) -> TextEncoder:
+        """The text encoder, read now unless it is in memory."""
+        return self.text or load_text(self.path, self.text_length)
+
+    def open_text_cache(self, folder: str | Path) -> TextCache:
+        """Text rows of this text encoder in `folder`; its weights are not read."""
+        return open_cache(self.path, folder, self.text_length)
+
+    def cache_text(self, captions: Iterable[str], *, progress: bool) -> None:
+        """Encodes captions and the negative prompt into `text_cache`; then the encoder's memory is free for the VAE."""
+        every = list(dict.fromkeys((self.negative_prompt, *captions)))
+        load = cache(self.load_text)
+        with tqdm(total=len(every), desc="captions", disable=not progress, dynamic_ncols=True) as bar:
+            for start in range(0, len(every), FILL_AT_ONCE):
+                some = every[start : start + FILL_AT_ONCE]
+                fill(load, self._cache, some)
+                bar.update(len(some))
+
+    def open_encoder(self) -> Callable[[jax.Array], jax.Array]:
+        """video_BPHWC in [-1, 1] to latents_BFHWC by the VAE, a latent frame at a time; read if it is not in use."""
         vae = self.codec if isinstance(self.codec, WanVAE) else load_codec(self.path, "vae")
-        return jax.jit(encode_in_steps, static_argnames="frames")(vae, video_BPHWC, frames=1)
+        return partial(jax.jit(encode_in_steps, static_argnames="frames"), vae, frames=1)
+
+    def decoder_record(self) -> dict[str, Any]:
+        """The decoder's name, precision, and a hash of its checkpoint's files."""
+        assert isinstance(self.codec, WanVAE | TinyVAE)
+        folder = self.path / self.decoder
+        weights = checkpoint_hash(folder, int(read_meta(folder)["step"]))
+        return {"name": self.decoder, "precision": asdict(self.codec.config.precision), "weights": weights}
 
     def fingerprint(self) -> str:
         """Equal for two worlds iff models can move between them; reads no large file."""
@@ -294,26 +235,6 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if (kind, version) != (KIND, FORMAT):
         raise UserError(f"{file}: kind {kind!r} format {version}, this version reads {KIND!r} format {FORMAT}")
     return checked(WORLD_RULE, record, file)
-
-
-def world_places(run: str | Path, recorded: str) -> list[Path]:
-    """Where a run's world may be: where its record points (beside the run, or a path of its own), or beside it."""
-    places = [path_of(run) / recorded, path_of(recorded)] if recorded else []
-    return [*places, path_of(run) / "world"]
-
-
-def find_world(run: str | Path, recorded: str) -> Path | None:
-    """The folder of a run's world, of either kind; None if there is none, as of a run whose config makes its own."""
-    return next((place for place in world_places(run, recorded) if (place / RECORD).is_file()), None)
-
-
-def is_wan_world(path: str | Path) -> bool:
-    """Whether the world there is Wan's; the toy's record names no kind. Raises UserError when it cannot be read."""
-    file = path_of(path) / RECORD
-    try:
-        return "kind" in checked(table({}), load_json(file), file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no world here ({error})") from None
 
 
 def fingerprint(path: str | Path) -> str:

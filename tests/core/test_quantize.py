@@ -23,7 +23,8 @@ from cfjax.core.quantize import (
     values,
 )
 from cfjax.core.tree import named_leaves
-from cfjax.experiment.config import load_shipped
+from cfjax.experiment.networks import load_shipped
+from cfjax.models.resting import QUANTIZED, fill, placed, resting
 from cfjax.models.wan import Wan, WanConfig, embed_text, preset
 from cfjax.models.weight_storage import QUANTIZED, fill, with_shardings, with_storage_dtypes
 from cfjax.nn.layers import project

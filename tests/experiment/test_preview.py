@@ -15,10 +15,13 @@ from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh, on_mesh, shard_model
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.experiment import presets
-from cfjax.experiment.preview import decode_clip, make_monitor, open_codec, spread_captions
+from cfjax.experiment.build import build
+from cfjax.experiment.preview import decode_clip, make_monitor, spread_captions
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.training.metrics import EventWriter
 from cfjax.training.streamed import write_streamed
+from cfjax.worlds.open import open_decoder
+from configs import dmd
 from tests.golden.record_taehv import random_weights
 from tests.synthetic import taehv_shapes
 from tests.tiny import CONFIG, FRAMES, SIDE, TEXT_LEN, tiny
@@ -59,13 +62,11 @@ def world(tmp_path_factory):
 
 
 def config(**guard):
-    c = presets.experiment("dmd", steps=600)
+    c = dmd.get_config("toy,gan")
     c.guard.update({"prompts": 2, "seeds": 2, **guard})
-    c.blocks = presets.blocks()
-    c.objective = {"matching": "gan", "student_input": "self_rollout", "real_guidance": 3.0, "context_noise": 0.0}
-    c.cadence.student = 5
+    c.sample_every, c.cadence.student = 100, 5
     c.sampler = presets.few_step((1000,))  # without fresh noise, so that a row follows its number alone
-    return c
+    return build(c)
 
 
 def state(model):
@@ -134,7 +135,7 @@ def test_real_clips_are_the_baseline_where_there_are_any(world, tmp_path, capsys
     look(monitor, tmp_path, 100)
     kept = json.loads((tmp_path / "guard.json").read_text())["baseline"]
     assert kept["real"] and "diversity" not in kept["values"]  # one clip per prompt
-    dataset, codec = Prompts(world, True), open_codec(world)
+    dataset, codec = Prompts(world, True), open_decoder(world)
     video = decode_clip(codec, dataset[0]["latents_FHWC"])
     whole = np.asarray(jax.jit(TinyVAE.decode)(codec, jnp.asarray(dataset[0]["latents_FHWC"])[None]))[0]
     assert video.shape == (21, 32, 32, 3) and video.dtype == np.uint8
@@ -170,7 +171,7 @@ def test_training_goes_on_without_a_look(prompts_run, world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nowhere", "guard: off from start on (guard: nowhere is no world"),
+        ("nowhere", "guard: off from start on (nowhere/world.json: no world here ("),
         ("", "does not say which world it was made in; name it with --config.guard.world"),
     ],
 )
@@ -180,9 +181,9 @@ def test_without_a_world_the_guard_is_off(tmp_path, capsys, place, message):
     assert monitor is None and message in out and out.count("\n") == 1 and out.endswith("; training goes on\n")
 
 
-def test_a_guard_without_prompts_is_a_mistake(world, tmp_path):
+def test_a_guard_without_prompts_is_a_mistake():
     with pytest.raises(UserError, match="use 1 or more"):
-        make_monitor(config(prompts=0), data(world, False), tmp_path)
+        config(prompts=0)
 
 
 def test_a_guard_switched_off_looks_at_nothing(world, tmp_path):

@@ -12,8 +12,10 @@ from cfjax.experiment.runs import open_run
 from cfjax.models.umt5 import UMT5Config
 from cfjax.models.vae import VAEConfig
 from cfjax.models.wan import WanConfig
-from cfjax.worlds.toy import ASSETS, World
-from cfjax.worlds.wan import config_from_record, read_record
+from cfjax.worlds.assets import ASSETS
+from cfjax.worlds.records import config_from_record
+from cfjax.worlds.toy import ToyWorld
+from cfjax.worlds.wan import read_record
 
 SHIPPED = ASSETS / "toy_teacher"
 
@@ -103,4 +105,4 @@ def test_worlds_are_checked(tmp_path):
     ):
         (tmp_path / "world.json").write_text(content)
         with pytest.raises(UserError, match="not a world"):
-            World.load(tmp_path)
+            ToyWorld.load(tmp_path)

@@ -14,8 +14,8 @@ from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import match
-from cfjax.experiment.config import STAGES, stage_of
-from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, report_changes, ruled
+from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, ruled, tell_changes
+from cfjax.experiment.stage import STAGES, stage_of
 from cfjax.models import wan
 from cfjax.training.checkpoint import read_meta
 from cfjax.training.streamed import write_streamed
@@ -85,7 +85,7 @@ def test_what_json_made_of_a_config_is_no_change(path, arg):
     make = get_config(path)
     c = make(arg) if inspect.signature(make).parameters else make()
     if c.get("stage") in STAGES:
-        assert changes(recorded(c), c, stage_of(c).losses) == []
+        assert changes(recorded(c), c.to_dict(), stage_of(c).losses) == []
 
 
 def test_changes_are_reported_with_both_values():

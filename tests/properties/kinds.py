@@ -139,15 +139,15 @@ def _read_tiny(folder: Path) -> Any:
 
 
 def _toy(folder: Path) -> None:
-    from cfjax.worlds.toy import ASSETS
+    from cfjax.worlds.assets import ASSETS
 
     shutil.copytree(ASSETS / "toy_teacher", folder, dirs_exist_ok=True)
 
 
 def _read_world(folder: Path) -> Any:
-    from cfjax.worlds.toy import World
+    from cfjax.worlds.toy import ToyWorld
 
-    world = World.load(folder)
+    world = ToyWorld.load(folder)
     arrays = (np.asarray(world.codec.mean), np.asarray(world.codec.basis))
     return plain(world.shapes), arrays, world.encode_prompts(["a red circle moving left"])
 
@@ -177,8 +177,9 @@ def _run(folder: Path) -> None:
 
 def _open_run(folder: Path) -> Any:
     from cfjax.experiment.runs import open_run
+    from cfjax.worlds.world import WorldParts
 
-    run = open_run(str(folder), with_model=False, with_text=False)
+    run = open_run(str(folder), with_model=False, parts=WorldParts(with_text=False))
     return {
         "stage": run.stage,
         "step": run.step,
@@ -191,8 +192,9 @@ def _open_run(folder: Path) -> Any:
 
 def _read_wan(folder: Path) -> Any:
     from cfjax.worlds.wan import WanWorld
+    from cfjax.worlds.world import WorldParts
 
-    world = WanWorld.load(folder / "world", with_text=False)
+    world = WanWorld.load(folder / "world", WorldParts(with_text=False))
     return {"length": world.text_length, "width": world.width, "negative": world.negative_prompt}
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.settings import RULES, check_settings, rule_of
-from cfjax.experiment.config import blocks_of, optimizers_of, sampler_of, stage_of
+from cfjax.experiment.stage import blocks_of, optimizers_of, sampler_of, stage_of
 from cfjax.objectives.ode_regression import PairsConfig
 from tests.core.test_settings import numbers_of, read_by
 from tests.properties.profile import cases

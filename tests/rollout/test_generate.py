@@ -29,7 +29,7 @@ from cfjax.rollout.generate import (
     generate_many_step,
     network_calls,
 )
-from cfjax.rollout.stream import block_noise, seeded_noise, stream
+from cfjax.rollout.stream import Pipeline, block_noise, seeded_noise, stream
 from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, TEXT_LEN, normal, relative, text, text_kv, tiny
 
 BLOCKS, WINDOW = Blocks(2), Blocks(2, window=4, sink=1)
@@ -256,7 +256,8 @@ class Plain:
 def streamed(sampler, blocks: Blocks, kv: KV | None = None, given=None) -> list[tuple[np.ndarray, np.ndarray]]:
     frames = FRAMES if given is None else FRAMES - given.shape[1]
     sizes = {"num_frames": frames, "latent_shape": SHAPE[2:], "batch": BATCH, "given_BFHWC": given}
-    return list(stream(tiny(), Plain(), kv or text_kv(), KEY, sampler, blocks, **sizes))
+    pipeline = Pipeline(tiny(), Plain(), sampler, blocks)
+    return list(stream(pipeline, kv or text_kv(), partial(block_noise, KEY), **sizes))
 
 
 def joined(chunks: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -339,7 +340,8 @@ def test_a_windowed_stream_of_any_length_is_one_program():
     short = streamed(FewStep(FOUR), WINDOW)
     before = stream_module._next_block._cache_size()
     sizes = {"num_frames": 2 * FRAMES, "latent_shape": SHAPE[2:], "batch": BATCH}
-    long = list(stream(tiny(), Plain(), text_kv(), KEY, FewStep(FOUR), WINDOW, **sizes))
+    pipeline = Pipeline(tiny(), Plain(), FewStep(FOUR), WINDOW)
+    long = list(stream(pipeline, text_kv(), partial(block_noise, KEY), **sizes))
     assert stream_module._next_block._cache_size() == before
     assert joined(long).shape[1] == 2 * FRAMES
     np.testing.assert_array_equal(joined(long)[:, :FRAMES], joined(short))

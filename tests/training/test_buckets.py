@@ -24,7 +24,8 @@ from cfjax.training.checkpoint import CheckpointStore, load_role, open_role, rea
 from cfjax.training.metrics import EventWriter
 from cfjax.training.observe import Tracer
 from cfjax.training.state import TrainState
-from cfjax.worlds.wan import FORMAT, KIND, find_world, is_wan_world, load_codec, read_record
+from cfjax.worlds.open import find_world, is_wan_world
+from cfjax.worlds.wan import FORMAT, KIND, load_codec, read_record
 from tests.bucket import Bucket, serving
 from tests.commands import cfjax, tiny
 from tests.tiny_tokenizer import spiece_model

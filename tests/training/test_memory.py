@@ -3,13 +3,13 @@
 import jax
 import pytest
 from jax.sharding import AbstractMesh
-from tests.test_roles import Sizes
 
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import AXES, make_mesh
 from cfjax.core.tree import named_leaves
-from cfjax.experiment.config import optimizers_of, stage_of
-from cfjax.experiment.networks import check_roles, initial_model, stage_memory
+from cfjax.experiment.build import build
+from cfjax.experiment.data import Shapes
+from cfjax.experiment.programs import stage_memory
 from cfjax.training.memory import (
     GIB,
     abstract_state,
@@ -22,7 +22,7 @@ from cfjax.training.placement import place_state
 from cfjax.training.state import init_state
 from configs import dmd
 
-CHANNELS, TEXT = 16, 4096
+WAN, TOY = Shapes((21, 60, 104, 16), (512, 4096)), Shapes((12, 4, 4, 16), (8, 64))
 # Parameters of the released checkpoints, counted from their shapes: 1,418,996,800 and 14,288,491,584.
 WAN_1_3B, WAN_14B = 1_418_996_800, 14_288_491_584
 
@@ -31,8 +31,7 @@ def full_size(storage: str = "bfloat16", *, offload: bool = False, mesh=None, **
     c = dmd.get_config()
     c.roles.real_score.update({"storage": storage, "offload": offload})
     c.optim.student.update(optim)
-    stage = stage_of(c)
-    return {row.role: row for row in stage_memory(c, stage, optimizers_of(c, stage), CHANNELS, TEXT, mesh)}
+    return {row.role: row for row in stage_memory(build(c), WAN, mesh)}
 
 
 def fsdp(size: int) -> AbstractMesh:
@@ -84,12 +83,11 @@ def toy(mesh_sizes: dict[str, int]):
     for role in c.roles.values():
         role.init = ""
     c.roles.real_score.update({"storage": "int8", "offload": True})
-    stage = stage_of(c)
-    txs = optimizers_of(c, stage)
-    models = {name: initial_model(name, role, Sizes(), 0, mesh) for name, role in c.roles.items()}
-    state = place_state(init_state(stage, {role: models[role] for role in stage.losses}, txs, 0), mesh)
-    rows = {row.role: row for row in stage_memory(c, stage, txs, Sizes.channels, Sizes.text_width, mesh)}
-    return stage, txs, models, state, rows, mesh
+    e = build(c)
+    models = {name: role.initial(TOY, 0, mesh) for name, role in e.roles.items()}
+    state = init_state(e.stage, {role: models[role] for role in e.stage.losses}, e.optimizers, 0)
+    rows = {row.role: row for row in stage_memory(e, TOY, mesh)}
+    return e.stage, e.optimizers, models, place_state(state, mesh), rows, mesh
 
 
 def held(tree) -> int:
@@ -132,4 +130,4 @@ def test_a_trained_role_rests_in_float32_on_the_device():
         c = dmd.get_config("toy")
         c.roles.critic[key] = value
         with pytest.raises(UserError, match=said):
-            check_roles(c, stage_of(c))
+            build(c)

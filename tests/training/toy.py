@@ -18,7 +18,8 @@ from flax import nnx
 from cfjax.core.tree import named_leaves
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.training.checkpoint import CheckpointStore
-from cfjax.training.loop import fit
+from cfjax.training.loop import RunOutput, Schedule, fit
+from cfjax.training.observe import Work
 from cfjax.training.optim import make_optimizer
 from cfjax.training.state import TrainState, init_state
 
@@ -90,12 +91,14 @@ def arrays(state: TrainState) -> dict[str, np.ndarray]:
 
 
 def run(workdir: Path, steps: int, *, width: int = 4, data: Counted | None = None, **kwargs) -> TrainState:
-    """`fit` with the two roles and a checkpoint every ten iterations."""
+    """`fit` with the two roles and a checkpoint every ten iterations; `kwargs` are its own and those of `Schedule`."""
     stage = two_roles()
     state, txs = setup(stage, width=width)
-    settings = {"log_every": 7, "save_every": 10, "progress": False, **kwargs}
+    output = RunOutput(workdir, work=kwargs.pop("work", Work()))
+    own = {name: kwargs.pop(name) for name in ("put_batch", "sample_fn", "going_on") if name in kwargs}
+    schedule = Schedule(steps, **{"log_every": 7, "save_every": 10, "progress": False, **kwargs})
     data = Counted(width=width) if data is None else data
-    return fit(stage, state, {}, data, txs, steps=steps, workdir=workdir, **settings)
+    return fit(stage, txs, state, {}, data, schedule, output, **own)
 
 
 def main() -> None:

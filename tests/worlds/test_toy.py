@@ -7,19 +7,19 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.data.shapes import ShapesConfig, all_captions
-from cfjax.worlds.toy import SplitSource, World, evaluation_clips, held_out_captions, make_world
+from cfjax.worlds.toy import SplitSource, ToyWorld, evaluation_clips, held_out_captions, make_world
 
 SHAPES = ShapesConfig(frames=4)
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def world() -> ToyWorld:
     return make_world(SHAPES, channels=8, text_length=8)
 
 
 def test_a_saved_world_is_the_same_world(world, tmp_path):
     world.save(tmp_path / "world")
-    again = World.load(tmp_path / "world")
+    again = ToyWorld.load(tmp_path / "world")
     assert again.fingerprint() == world.fingerprint()
     assert again.shapes == world.shapes
     text = ["a red circle moving left"]
@@ -56,4 +56,4 @@ def test_records_do_not_depend_on_the_length_or_order():
 
 def test_a_broken_world_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a world"):
-        World.load(tmp_path)
+        ToyWorld.load(tmp_path)

@@ -14,7 +14,7 @@ def test_the_cache_is_opened_once_however_often_a_caption_is_asked_for(tmp_path,
     monkeypatch.setattr(
         wan_world, "open_cache", lambda path, folder, length: opened.append(path) or TextCache(folder, "f", length)
     )
-    world = WanWorld(tmp_path, None, None, 8, 4, "b", 16.0, str(tmp_path))
+    world = WanWorld(tmp_path, None, None, 8, 4, "b", 16.0, text_cache=str(tmp_path))
     for captions in (["a"], ["b"], ["a", "b"]):
         assert world.encode_prompts(captions).shape == (len(captions), 8, 4)
     assert world.negative_text_SE().shape == (8, 4)

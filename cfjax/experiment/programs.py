@@ -1,0 +1,134 @@
+"""An experiment's real updates from shapes alone: their arguments, memory, FLOPs, and the lowered programs."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from cfjax.core.sharding import batch_sharding, on_mesh, replicated
+from cfjax.experiment.build import Experiment
+from cfjax.experiment.data import Shapes
+from cfjax.experiment.networks import NetworkRole
+from cfjax.models.discriminator import TAP, tapped_layers
+from cfjax.models.wan import preset
+from cfjax.nn.attention import pick_backend
+from cfjax.objectives.diffusion import CORRECTIVE, DiffusionConfig
+from cfjax.objectives.dmd import DMDConfig
+from cfjax.planning.flops import count_flops
+from cfjax.rollout.blocks import COUNTED_BLOCKS
+from cfjax.rollout.long_video import FIRST_ANEW, LAST_PICTURE
+from cfjax.rollout.self_forcing import BEFORE_EXIT, COMMIT
+from cfjax.training.memory import RoleMemory, abstract_state, device_bytes, role_memory
+from cfjax.training.placement import state_shardings
+from cfjax.training.state import TrainState
+from cfjax.training.step import has_batch_axis, make_update
+
+
+def abstract_batch(e: Experiment, shapes: Shapes, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the data iterator makes it, as shapes."""
+    size, text = e.data.batch_size, shapes.text
+    arrays: dict[str, Any] = {
+        "latents_BFHWC": ((size, *shapes.latents), jnp.float32),
+        "text_BSE": ((size, *text), jnp.float32),
+        "negative_text_SE": (text, jnp.float32),
+        "index_B": ((size,), jnp.int32),
+    }
+    if e.data.trajectory_points:
+        arrays["trajectory_BJFHWC"] = ((size, e.data.trajectory_points, *shapes.latents), jnp.float32)
+
+    def where(name: str) -> Any:
+        if mesh is None:
+            return None
+        return batch_sharding(mesh) if has_batch_axis(name) else replicated(mesh)
+
+    return {name: jax.ShapeDtypeStruct(*of, sharding=where(name)) for name, of in arrays.items()}
+
+
+def templates(e: Experiment, shapes: Shapes, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Every role's arrays as shapes, placed."""
+    return {name: role.template(shapes, mesh) for name, role in e.roles.items()}
+
+
+def stage_memory(e: Experiment, shapes: Shapes, mesh: Mesh | None = None) -> list[RoleMemory]:
+    """What every role will hold on each device of `mesh`; from shapes, before anything is allocated."""
+    accumulate = {name: e.accumulate(name) for name in e.stage.losses}
+    return role_memory(e.stage, templates(e, shapes, mesh), e.optimizers, mesh, accumulate=accumulate)
+
+
+def abstract_arguments(
+    e: Experiment, shapes: Shapes, mesh: Mesh | None
+) -> tuple[TrainState, dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+    """The arguments of every update as shapes: (state, frozen roles, batch)."""
+    models = templates(e, shapes, mesh)
+    state = abstract_state(e.stage, models, e.optimizers, mesh)
+    return state, {name: models[name] for name in e.frozen}, abstract_batch(e, shapes, mesh)
+
+
+def expected_runs(e: Experiment, frames: int) -> dict[str, float]:
+    """How often loops and conditionals whose course is drawn at random run on average, by scope (`planning.trips`).
+
+    Loops: steps before the exit; a long rollout's blocks, and the latents before its window. Conditionals: all blocks
+    but the last are committed; windows after the start, of all; a branch's layers, of all; corrective clips, of all.
+
+    Args:
+      frames: latent frames of the clips.
+    """
+    runs: dict[str, float] = {}
+    critic = e.networks.get("critic")
+    if critic is not None and critic.branch is not None:
+        depth = preset(critic.preset).num_layers
+        runs[TAP] = len(tapped_layers(critic.branch, depth)) / depth
+    if e.stage.name == "ar_diffusion" and isinstance(e.objective, DiffusionConfig):
+        runs[CORRECTIVE] = e.objective.bagger
+    if not isinstance(e.objective, DMDConfig):
+        return runs
+    runs[BEFORE_EXIT] = (len(e.objective.self_forcing.sigmas) - 1) / 2
+    long, blocks = e.objective.long, e.blocks
+    if long:
+        least, most = long.counts(blocks)
+        runs[COUNTED_BLOCKS] = (least + most) / 2 - blocks.independent_first_frame
+        runs[FIRST_ANEW] = (most - least) / (most - least + 1)
+        runs[LAST_PICTURE] = (most - least + 1) / 2 * blocks.frames  # of windows after the start
+    number = (least + most) / 2 if long else len(blocks.spans(frames))
+    runs[COMMIT] = (number - 1) / number
+    return runs
+
+
+def with_attention(e: Experiment, platform: str) -> tuple[Experiment, str]:
+    """The experiment with every role's "auto" resolved for `platform`, and the names of the backends.
+
+    cuDNN does not lower without a GPU, and dense scores of a simulated device say nothing of a flash kernel: both stand
+    in as "chunked", which keeps the scores of a few queries at a time.
+    """
+
+    def backend(role: NetworkRole) -> str:
+        if role.attention != "auto":
+            return role.attention
+        picked = pick_backend("auto", jnp.dtype(role.precision), platform)
+        return picked if platform == "tpu" else "chunked"
+
+    used = {name: replace(role, attention=backend(role)) for name, role in e.networks.items()}
+    return replace(e, roles={**e.roles, **used}), ", ".join(sorted({role.attention for role in used.values()}))
+
+
+def whole_flops(e: Experiment, shapes: Shapes, role: str, *, remat: bool) -> float:
+    """FLOPs of one update on all devices together, recomputation included or not."""
+    plain = {
+        name: replace(network, attention="xla", offload=False, remat=network.remat if remat else "none")
+        for name, network in e.networks.items()
+    }
+    e = replace(e, roles={**e.roles, **plain})
+    state, frozen, batch = abstract_arguments(e, shapes, None)
+    update = make_update(e.stage, role, e.optimizers[role], accumulate=e.accumulate(role))
+    return count_flops(update, state, frozen, batch, trips=expected_runs(e, shapes.latents[0]))
+
+
+def lower_update(e: Experiment, shapes: Shapes, mesh: Mesh, role: str) -> tuple[Any, int]:
+    """The real update of one role on `mesh`, lowered from shapes, and the bytes of its arguments per device."""
+    state, frozen, batch = abstract_arguments(e, shapes, mesh)
+    placement, accumulate = state_shardings(state, mesh), e.accumulate(role)
+    update: Any = make_update(e.stage, role, e.optimizers[role], accumulate=accumulate, placement=placement)
+    with on_mesh(mesh):
+        return update.lower(state, frozen, batch), device_bytes((state, frozen, batch))

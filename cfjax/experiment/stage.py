@@ -1,0 +1,162 @@
+"""From a config to the mathematics of a stage: blocks, sampler, objective, losses, optimisers."""
+
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from cfjax.core.errors import UserError
+from cfjax.flow.schedule import warp_steps
+from cfjax.nn.visibility import Blocks
+from cfjax.objectives import gan, sid
+from cfjax.objectives.consistency import ConsistencyConfig, consistency
+from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
+from cfjax.objectives.dmd import DMDConfig, critic_loss
+from cfjax.objectives.dmd import generator_loss as dmd
+from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
+from cfjax.objectives.stage import Ema, Loss, Stage
+from cfjax.rollout.generate import FewStep, ManyStep
+from cfjax.rollout.long_video import LongVideo
+from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.training.optim import make_optimizer
+
+# What cfjax train trains.
+STAGES = ("bidirectional", "ar_diffusion", "ode_regression", "consistency", "dmd")
+OF_CODEC = ("bagger_pixels", "codec_world", "codec_decoder")  # keys of stage 1's objective that are the codec role's
+
+Objective = DiffusionConfig | PairsConfig | ConsistencyConfig | DMDConfig
+
+
+def blocks_of(c: ConfigDict) -> Blocks:
+    """The block layout."""
+    return Blocks(**c.blocks.to_dict())
+
+
+def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
+    """The sampler of `c.sampler`; whether it is causal is its `kind`."""
+    values = c.sampler.to_dict()
+    kind = values.pop("kind")
+    kinds = {"few_step": FewStep, "many_step": ManyStep, "bidirectional": ManyStep}
+    if kind not in kinds:
+        raise UserError(f"sampler.kind={kind!r}: use one of {', '.join(kinds)}")
+    return kinds[kind](**values)
+
+
+def sampling_blocks(c: ConfigDict) -> Blocks | None:
+    """The block layout that the sampler goes by; None for a bidirectional one."""
+    return None if c.sampler.kind == "bidirectional" else blocks_of(c)
+
+
+def objective_of(c: ConfigDict) -> Objective:
+    """The choices of `c.objective`.
+
+    Raises:
+      UserError: an unknown stage, or choices that the stage cannot have.
+    """
+    values = c.objective.to_dict()
+    if c.stage == "bidirectional":
+        return DiffusionConfig(**values)
+    if c.stage == "ar_diffusion":
+        return DiffusionConfig(**{name: value for name, value in values.items() if name not in OF_CODEC})
+    if c.stage == "ode_regression":
+        return PairsConfig(steps=tuple(c.objective.steps), shift=c.objective.shift)
+    if c.stage == "consistency":
+        return ConsistencyConfig(**values)
+    if c.stage == "dmd":
+        return dmd_config(c)
+    raise UserError(f"stage={c.stage!r}: cfjax train knows {', '.join(STAGES)}")
+
+
+def dmd_config(c: ConfigDict) -> DMDConfig:
+    """Stage 3's choices from `c.objective`."""
+    o = c.objective
+    lists = {"steps": o.steps, "first_steps": o.first_steps}
+    levels = {name: tuple(map(float, warp_steps(steps, o.shift))) if steps else () for name, steps in lists.items()}
+    rollout = SelfForcing(
+        sigmas=levels["steps"],
+        first_sigmas=levels["first_steps"],
+        context_noise=o.context_noise,
+        kv_gradient=o.kv_gradient,
+        same_exit=o.same_exit,
+    )
+    return DMDConfig(
+        self_forcing=rollout,
+        student_input=o.student_input,
+        forcing=o.forcing,
+        real_guidance=o.real_guidance,
+        fake_guidance=o.fake_guidance,
+        score_shift=o.score_shift,
+        score_min=o.score_min,
+        score_max=o.score_max,
+        score_table_shift=o.score_table_shift or None,
+        long=LongVideo(o.window_frames, o.max_frames) if o.window_frames or o.max_frames else None,
+    )
+
+
+def losses_of(c: ConfigDict, objective: Objective) -> dict[str, Loss]:
+    """Role -> loss of `c.stage`.
+
+    Raises:
+      UserError: a role or an average that the stage needs is missing.
+    """
+    blocks, o = blocks_of(c), c.objective
+    if isinstance(objective, DiffusionConfig):
+        causal = c.stage == "ar_diffusion"
+        return {"student": ar_diffusion(objective, blocks) if causal else flow_matching(objective)}
+    if isinstance(objective, PairsConfig):
+        return {"student": ode_regression(objective, blocks, how=Regression(o.levels_per, o.past))}
+    if isinstance(objective, ConsistencyConfig):
+        for group, role in (("roles", "teacher"), ("ema", "student")):
+            if role not in c[group]:
+                raise UserError(f"{group}.{role} is missing: consistency distillation needs a teacher and an average")
+        return {"student": consistency(objective, blocks)}
+    if o.matching == "gan":
+        return gan_losses(c, objective)
+    if o.matching not in ("dmd", "sid"):
+        raise UserError(f"objective.matching={o.matching!r}: use dmd, sid or gan")
+    if "real_score" not in c.roles:
+        raise UserError(f"roles.real_score is missing: objective.matching={o.matching!r} compares two scores")
+    critic = critic_loss(objective, blocks)
+    if o.matching == "sid":
+        return {"student": sid.generator_loss(objective, blocks, alpha=o.sid_alpha), "critic": critic}
+    return {"student": dmd(objective, blocks), "critic": critic}
+
+
+def gan_losses(c: ConfigDict, config: DMDConfig) -> dict[str, Loss]:
+    """Losses of generator and critic.
+
+    Raises:
+      UserError: no classifier branch or no weights of the GAN in the config.
+    """
+    if "critic" not in c.roles or "branch" not in c.roles.critic or "gan" not in c.objective:
+        raise UserError("objective.matching='gan' needs roles.critic.branch and objective.gan: use configs/dmd.py:gan")
+    blocks, game = blocks_of(c), gan.GanConfig(**c.objective.gan.to_dict())
+    return {"student": gan.generator_loss(config, game, blocks), "critic": gan.critic_loss(config, game, blocks)}
+
+
+def stage_of(c: ConfigDict) -> Stage:
+    """Roles, losses, cadence and averages.
+
+    Raises:
+      UserError: an unknown stage, or a role or an average that it needs is missing.
+    """
+    ema = {role: Ema(**values.to_dict()) for role, values in c.ema.items()}
+    return Stage(c.stage, losses_of(c, objective_of(c)), cadence=c.cadence.to_dict(), ema=ema)
+
+
+def optimizers_of(c: ConfigDict, stage: Stage) -> dict[str, optax.GradientTransformation]:
+    """One optimiser per trained role; schedules count that role's own updates.
+
+    Raises:
+      UserError: a trained role has none, or a value that it cannot have.
+    """
+    out = {}
+    for role in stage.losses:
+        if role not in c.optim:
+            raise UserError(f"optim.{role} is missing: stage {c.stage} trains {', '.join(stage.losses)}")
+        values: dict[str, Any] = c.optim[role].to_dict()
+        values.pop("accumulate")
+        values["adam_lr"] = values["adam_lr"] or None
+        updates = -(-c.steps // stage.cadence.get(role, 1))
+        out[role] = make_optimizer(values.pop("name"), key=f"optim.{role}", steps=max(updates, 1), **values)
+    return out

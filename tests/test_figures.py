@@ -1,0 +1,94 @@
+"""Figures of the documentation: tables are those of the benchmarks' records, and no page tells another number."""
+
+import json
+import re
+import runpy
+import sys
+
+from tests.commands import ROOT
+from tests.documents import table_under
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def record(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def plain(cell: str) -> str:
+    return cell.replace("`", "").replace("*", "").strip()
+
+
+def spread(number: dict, scale: float, digits: int) -> str:
+    """Mean, and standard deviation where there are seeds."""
+    mean, deviation = number["mean"] * scale, number["sd"]
+    return f"{mean:.{digits}f}" + (f" ± {deviation * scale:.{digits}f}" if deviation is not None else "")
+
+
+def test_recipes_are_those_of_the_records():
+    """The rows of docs/results.md are what was recorded, but for the teacher, which ships."""
+    rows = [row for name in ("recipes.json", "recipes_framewise.json") for row in record(name)["rows"]]
+    recorded = set()
+    for row in rows:
+        numbers, seeds = row["numbers"], row["seeds"]
+        captions = spread(numbers["all_correct"], 100, 1) + (f" ({seeds})" if seeds > 1 else "")
+        calls = f"{numbers['network_calls']['mean']:.0f}"
+        if row["key"] != "teacher":
+            recorded.add((captions, spread(numbers["step"], 1, 2), spread(numbers["jerkiness"], 1, 2), calls))
+    shown = table_under("docs/results.md", "Objectives and baselines")
+    assert len(shown) == 30 and {tuple(row[2:]) for row in shown} == recorded
+
+
+def test_plans_are_those_of_the_record(monkeypatch):
+    """docs/pods.md has the table that the benchmark prints; the README three rows of it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = runpy.run_path(str(ROOT / "benchmarks" / "plans.py"))
+    sys.modules.pop("measure", None)
+    rows = record("plans.json")["rows"]
+    assert made["table"](rows) in text_of("docs/pods.md")
+    gib, known = made["GIB"], set()
+    for row in rows:
+        if row["memory_per_device"]:
+            of = f"{row['memory_per_device'] / gib:.1f}".removesuffix(".0")
+            known.add((row["topology"], f"{row['peak'] / gib:.1f}", of, f"{row['executed'] / row['peak_flops']:.1f}"))
+    shown = [tuple(map(plain, row[1:])) for row in table_under("README.md", "Train on a pod")]
+    assert len(shown) == 3 and set(shown) <= known
+
+
+def test_the_smallest_slice_is_that_of_the_record():
+    last = record("fit.json")["plans"][-1]
+    peak = max(cost["peak"] for cost in last["costs"]) / 2**30
+    assert last["topology"]["name"] in text_of("docs/pods.md") and f"{peak:.1f} GiB of 95" in text_of("docs/pods.md")
+
+
+def test_decoders_and_replay_are_those_of_the_record():
+    text = " ".join(text_of("docs/results.md").split())
+    made = record("decoders.json")
+    (row,) = [r for r in made["rows"] if (r["latent_frames"], r["step"]) == (3, "later")]
+    millions = [f"{made['parameters'][name]['decoder'] / 1e6:.1f} M" for name in ("tiny", "wan")]
+    tera = [row[name]["gflop_at_480p"] / 1e3 for name in ("tiny", "wan")]
+    state = [row[name]["state_mib_at_480p"] for name in ("tiny", "wan")]
+    assert f"{millions[0]} parameters against {millions[1]}, {row['speedup']['median']:.0f} times less time" in text
+    assert f"{tera[0]:.1f} TFLOP against {tera[1]:.0f}" in text
+    assert f"{state[0]:.0f} MiB of stream state against {state[1] / 1024:.1f} GiB" in text
+    rows = record("replay.json")["rows"]
+    saved = sorted(100 * (1 - row["replay"]["temp_mib"] / row["sequential"]["temp_mib"]) for row in rows)
+    assert f"{saved[0]:.0f} to {saved[-1]:.0f} % less temporary memory" in text
+    for row in rows:
+        assert f"{row['speedup']['median']:.2f} with {row['frames'] // row['frames_per_block']}" in text
+
+
+def test_the_readmes_rows_are_those_of_the_pages():
+    """The quickstart's six rows as docs/results.md has them, and the errors against PyTorch as docs/compare.md."""
+    whole, short = table_under("docs/results.md", "The quickstart"), table_under("README.md", "What comes out")
+    assert len(whole) == len(short) == 6
+    for (_, captions, _, motion, _, _, calls, rate, _), row in zip(whole, short, strict=True):
+        assert [captions.partition(" %")[0], motion, calls, rate] == row[1:5]
+    numbers = re.compile(r"\d+(?:\.\d+)?e-\d+")
+    errors = {e for row in table_under("docs/compare.md", "Numbers") for e in numbers.findall(row[2])}
+    shown = table_under("README.md", "Compared with PyTorch")
+    assert len(shown) == 6 and {e for row in shown for e in numbers.findall(row[2])} <= errors
