@@ -338,8 +338,10 @@ def _check_made(c: ConfigDict, target: Path) -> None:
         "seed",
         "text_dtype",
     ]
-    if told := difference(made, c.to_dict(), keys):
-        raise UserError(f"{target} was made with {told}; choose another --config.output, or remove it to make it anew")
+    if mismatch := difference(made, c.to_dict(), keys):
+        raise UserError(
+            f"{target} was made with {mismatch}; choose another --config.output, or remove it to make it anew"
+        )
 
 
 def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) -> SetWriter:

@@ -12,7 +12,7 @@ from cfjax.core.checksums import SUMS, write_sums
 from cfjax.core.tensor_files import save_tensors
 from cfjax.data.parts import SetWriter
 from cfjax.data.records import Layout
-from cfjax.evaluation.video_set import RequestedVideo, VideoSet, look, survey
+from cfjax.evaluation.video_set import RequestedVideo, VideoSet, plan_set, read_set
 from tests.training.test_checkpoint import fill
 from tests.training.test_sums import flip
 
@@ -49,9 +49,9 @@ def export(place: Path) -> str:
 
 def videos(place: Path) -> str:
     asked = [RequestedVideo(f"{n:03d}_clip.mp4", "a clip", n, "", "") for n in range(2)]
-    found = look(place, resume=False)
+    found = read_set(place, resume=False)
     made = VideoSet(place, asked, {})
-    with made.begin(found, survey(found, asked, latents=False, overwrite=False)):
+    with made.begin(found, plan_set(found, asked, latents=False, overwrite=False)):
         for number, video in enumerate(asked):
             (place / video.file).write_bytes(b"pictures that move" * 10)
             made.finish(number, 180, None)

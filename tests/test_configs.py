@@ -264,12 +264,12 @@ def test_a_number_written_short_is_the_references(capsys):
 )
 def test_a_value_that_cannot_be_is_reported_by_its_key(config, key, value, message):
     c = shipped(config, **{key: value})
-    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{told}"):
+    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{message}"):
         optimizers_of(c, stage_of(c))
         sampler_of(c)
 
 
-def test_a_window_longer_than_its_videos_is_told():
+def test_a_window_longer_than_its_videos_is_reported():
     assert (
         idle_windows(build(shipped("dmd:long")), 21) == idle_windows(build(shipped("dmd", blocks__window=21)), 21) == []
     )

@@ -15,6 +15,7 @@ from cfjax.conversion.files import read_weights
 from cfjax.conversion.kinds import KINDS
 from cfjax.conversion.rules import save_named
 from cfjax.conversion.wan import ORIGINAL, export_wan
+from cfjax.core.precision import to_record
 from cfjax.experiment.record import config_from_meta
 from cfjax.experiment.stage import blocks_of, sampler_of
 from cfjax.models.wan import WanConfig

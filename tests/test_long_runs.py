@@ -76,7 +76,7 @@ def test_the_toys_codec_is_its_worlds_and_short_rollouts_need_none():
 def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, dataset, message):
     if dataset.get("world_path") is True:
         dataset = {**dataset, "world_path": str(world)}
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         codec_role(config(**objective)).opened(data(**dataset))
 
 

@@ -1,7 +1,7 @@
 """`build`: a config becomes an `Experiment`, once; training, plans and preview samples see no ConfigDict."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
+from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh
 from cfjax.experiment.data import Data, DataSource, data_of
 from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of
@@ -122,7 +123,7 @@ class Experiment:
         return {
             "stage": self.stage.name,
             "config": dict(self.config),
-            "models": {role: asdict(model.config) for role, model in models.items()},
+            "models": {role: to_record(model.config) for role, model in models.items()},
             "blocks": self.config["blocks"],
             "latent_shape": list(data.dataset.latent_shape),
             "records": len(data.dataset),

@@ -26,11 +26,11 @@ from cfjax.experiment.data import Data, Shapes
 from cfjax.experiment.record import START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
-from cfjax.models.resting import STORAGES, fill, placed, resting
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.models.vae import PRESETS as VAES
 from cfjax.models.vae import abstract_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
+from cfjax.models.weight_storage import STORAGES, fill, with_shardings, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.stage import Stage
 from cfjax.training.checkpoint import load_role, open_role
@@ -86,7 +86,7 @@ class NetworkRole:
         config, branch = self.network(shapes), self.branch
         if branch is not None:
             critic = jax.eval_shape(lambda key: Discriminator(config, branch, key), jax.random.key(0))
-            return placed(critic, mesh, offload=False)
+            return with_shardings(critic, mesh, offload=False)
         return self._without_branch(config, mesh)
 
     def initial(self, shapes: Shapes, seed: int, mesh: Mesh | None = None) -> Wan:
@@ -109,7 +109,9 @@ class NetworkRole:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.template(shapes, mesh))
 
     def _without_branch(self, config: WanConfig, mesh: Mesh | None) -> Wan:
-        return placed(resting(_abstract(config), self.storage, self.precision), mesh, offload=self.offload)
+        return with_shardings(
+            with_storage_dtypes(_abstract(config), self.storage, self.precision), mesh, offload=self.offload
+        )
 
     def _key(self, seed: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
@@ -294,7 +296,7 @@ def check_blocks(blocks: Blocks, roles: Iterable[Role]) -> None:
             same_blocks(blocks, read_run(role.init, START), what, "name a run of the same layout")
 
 
-def same_blocks(blocks: Blocks, meta: Mapping[str, Any], what: str, mend: str) -> None:
+def same_blocks(blocks: Blocks, meta: Mapping[str, Any], what: str, fix: str) -> None:
     """Refuses the weights of another layout.
 
     Args:

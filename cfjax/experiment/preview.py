@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import replacing
-from cfjax.core.sharding import batch_places, batch_sharding, replicated
+from cfjax.core.sharding import batch_sharding, batch_shards, replicated
 from cfjax.data.latents import ClipDataset
 from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
@@ -145,7 +145,7 @@ def wan_scene(preview: Preview, dataset: ClipDataset, mesh: Mesh | None) -> Scen
         for caption, index in chosen.items():
             yield caption, next(decode(dataset[index]["latents_FHWC"][None]))
 
-    places = batch_places(mesh) if mesh else 1
+    places = batch_shards(mesh) if mesh else 1
     return Scene(rows, decoder, stride, real if dataset.has_latents else None, places, None)
 
 
@@ -192,7 +192,7 @@ class Monitor:
         self._latent_shape, self._negative_SE = data.dataset.latent_shape, data.dataset.negative_text_SE
         blocks, frames = e.sampling_blocks, self._latent_shape[0]
         spans = blocks.spans(frames) if blocks else []
-        self._seams_K = seams(spans, scene.time_stride)
+        self._seams_G = seams(spans, scene.time_stride)
         self._sample = jax.jit(self._generate, out_shardings=replicated(mesh) if mesh else None)
         self._alive = True
         if e.preview.guard:
@@ -237,8 +237,8 @@ class Monitor:
             self._follows(self._scene.toy, latents, step, writer)
         if rows.watched():
             now = Sample(step, collector.values())
-            told = warnings(now, self._baseline(decode, now), stage=self._e.stage.name, keys=self._e.used_keys)
-            curves = {**now.values, "warnings": len(told), "seconds": time.perf_counter() - begun}
+            raised = warnings(now, self._baseline(decode, now), stage=self._e.stage.name, keys=self._e.used_keys)
+            curves = {**now.values, "warnings": len(raised), "seconds": time.perf_counter() - begun}
             writer.scalars(step, {f"guard/{name}": value for name, value in curves.items()})
             _warn(raised)
 

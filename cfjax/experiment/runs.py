@@ -18,7 +18,6 @@ from cfjax.experiment.data import toy_source
 from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
-from cfjax.models.resting import resting
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks

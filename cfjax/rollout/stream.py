@@ -152,7 +152,7 @@ def stream_latents(
     height, width, _ = latent_shape
     given = 0 if given_BFHWC is None else given_BFHWC.shape[1]
     before, layout = given_blocks(blocks, given), layout_from(blocks, given)
-    rows, tokens = text_kv.k_LBTNK.shape[1], model.config.tokens_per_frame(height, width)
+    rows, tokens = text_kv.k_LBSNK.shape[1], model.config.tokens_per_frame(height, width)
     cache = call(
         _empty_cache,
         config=model.config,

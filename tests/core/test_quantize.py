@@ -24,7 +24,6 @@ from cfjax.core.quantize import (
 )
 from cfjax.core.tree import named_leaves
 from cfjax.experiment.networks import load_shipped
-from cfjax.models.resting import QUANTIZED, fill, placed, resting
 from cfjax.models.wan import Wan, WanConfig, embed_text, preset
 from cfjax.models.weight_storage import QUANTIZED, fill, with_shardings, with_storage_dtypes
 from cfjax.nn.layers import project

@@ -14,7 +14,7 @@ from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import match
-from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, ruled, tell_changes
+from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, report_changes, ruled
 from cfjax.experiment.stage import STAGES, stage_of
 from cfjax.models import wan
 from cfjax.training.checkpoint import read_meta
