@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: Sequence[str]) -> int:
-    """The exit code of a verb; what ends it is told in a line."""
+    """The exit code of a verb; errors are printed as one line."""
     try:
         ensure_open_files()
         if verb in SHARED and importlib.import_module("cfjax.core.distributed").initialize():

@@ -1,4 +1,4 @@
-"""`cfjax check`: whether what lies in a folder is still what was written there, file by file."""
+"""`cfjax check`: whether the files of a folder are as they were written."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Findings:
 
     Attributes:
       kinds: what it is, as the last line says it.
-      bad: the faults told so far.
+      bad: the faults reported so far.
       unsure: why some files could not be compared.
     """
 
@@ -54,7 +54,7 @@ _MISSING = "name the folder to check, as cfjax check runs/dmd"
 
 
 def check_place(place: Path) -> int:
-    """Says every fault in a place and then, in a line, what it is and whether it is whole.
+    """Prints every fault of a folder and then, in a line, its kind and whether it is intact.
 
     Raises:
       UserError: there is nothing that this package has written.

@@ -40,7 +40,7 @@ stays."""
 TARGETS = ("orbax", "pt", "safetensors", "diffusers")
 WORLD, TOKENIZER = "world", "tokenizer"
 FPS = 16
-# Of every stage and sampler (PyTorch reference).
+# Of every stage and sampler (reference: `timestep_shift` in `configs/*.yaml`).
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"  # noqa: RUF001
@@ -271,7 +271,7 @@ def _put(partial: Path, workdir: Path) -> None:
     units += [*(partial / WORLD).iterdir()] if (partial / WORLD).is_dir() else []
     if (workdir / WORLD / RECORD).exists():
         units = [path for path in units if path != partial / WORLD / RECORD]
-    # What tells a loader that something is there comes last.
+    # The files by which a loader finds weights come last.
     units.sort(key=lambda path: (path.name == FOLDER, path.suffix == ".json", path))
     stale = [path.name for path in _stale(units, workdir)]
     names = [path.relative_to(partial).as_posix() for path in units]
@@ -279,7 +279,7 @@ def _put(partial: Path, workdir: Path) -> None:
 
 
 def _stale(units: Sequence[Path], workdir: Path) -> list[Path]:
-    """Shards and indices of networks that are written anew: a loader would take them for the new one's."""
+    """Shards and indices of replaced networks: a loader would take them for the new one's."""
     stems = {path.name.split(".")[0].split("-0")[0] for path in units if SAFETENSORS in path.name}
     there = [path for path in workdir.iterdir() if SAFETENSORS in path.name]
     return [path for path in there if path.name.split(".")[0].split("-0")[0] in stems]

@@ -62,7 +62,7 @@ from cfjax.worlds.world import WorldParts
 
 DESCRIPTION = """Generates videos with a run that was trained here or converted: text to video, image to video, and the
 continuation of a video. Writes mp4 files, contact sheets, settings.json with every setting and timing, and videos.jsonl
-with what is finished, from which --config.resume=True goes on."""
+with what is finished, which --config.resume=True resumes."""
 TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
 GIVEN_KEPT = 16  # beginnings that stay encoded: a picture's other videos mostly follow at once
 # What decides a request's video; a set is not gone on with under other values.
@@ -95,7 +95,7 @@ def generate(c: ConfigDict, workdir: Path) -> None:
     """Checks all of it, generates, writes.
 
     Raises:
-      UserError: what was asked for cannot be met, or not be written.
+      UserError: a request is invalid, or the output cannot be written.
     """
     begun = time.perf_counter()
     job = open_job(c, workdir)
@@ -312,7 +312,7 @@ def generate_batches(
 
 
 def write_video(c: ConfigDict, job: Job, videos: VideoSet, number: int, clips: Clips, row: int) -> None:
-    """A video's latents, its mp4, and, once both are whole, its line in the record.
+    """Writes a video's latents, its mp4, and then its line in the record.
 
     Raises:
       UserError: they cannot be written.
@@ -384,7 +384,7 @@ def measured(job: Job, timings: Timings, seconds: dict[str, float], programs: Pr
 
 
 def peak_host_bytes() -> int | None:
-    """The most memory that this process held, where the system tells."""
+    """Peak memory of this process, where the system reports it."""
     try:
         import resource
     except ImportError:

@@ -110,7 +110,7 @@ def plan(
     """Compiles the updates of an experiment (those of `only`, or all) for `devices`.
 
     Args:
-      tell: print what the weights take, before anything is compiled.
+      verbose: print the memory of the weights before compiling.
       keep: see `compile_update`.
 
     Raises:
@@ -210,7 +210,7 @@ def report(e: Experiment, found: Plan) -> None:
 
 
 def record(file: Path, argv: Sequence[str], e: Experiment, plans: Sequence[Plan]) -> None:
-    """Writes the plans as JSON, whole or not at all."""
+    """Writes the plans as JSON, atomically."""
     recorded = {"persistent": "resting"}  # fields whose keys in plan.json are older
     entries = [
         {recorded.get(key, key): value for key, value in asdict(found).items()}

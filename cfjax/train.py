@@ -55,7 +55,7 @@ def train(e: Experiment, workdir: Path) -> TrainState:
     """Runs an experiment's stage in `workdir` to its last step, from its newest checkpoint if it has one.
 
     Raises:
-      UserError: missing data, a checkpoint that this experiment does not go on from, or a non-finite loss.
+      UserError: missing data, a checkpoint from which this experiment cannot resume, or a non-finite loss.
     """
     check_host_memory(e.roles)
     earlier = _earlier(e, workdir)
@@ -88,7 +88,7 @@ def train(e: Experiment, workdir: Path) -> TrainState:
 
 
 def _earlier(e: Experiment, workdir: Path) -> dict[str, Any] | None:
-    """The record of the checkpoint that `workdir` goes on from, if it has one; what changed since then is said.
+    """The record of the checkpoint from which `workdir` resumes, if any; reports what changed since.
 
     Raises:
       UserError: weights of other blocks, there or where a role starts from; a change that needs a word or cannot be.
@@ -98,7 +98,7 @@ def _earlier(e: Experiment, workdir: Path) -> dict[str, Any] | None:
         check_blocks(e.blocks, e.roles.values())
         return None
     same_blocks(e.blocks, earlier, f"--workdir={workdir}: the run in it", "name another workdir")
-    check_blocks(e.blocks, [e.roles[name] for name in e.frozen])  # those that train go on with their own weights
+    check_blocks(e.blocks, [e.roles[name] for name in e.frozen])  # trained roles resume with their own weights
     found = changes(earlier["config"], e.config, e.stage.losses, e.given)
     report_changes(found, earlier, workdir, accept=e.accept_changes)
     return earlier

@@ -165,7 +165,7 @@ class DataSource:
         return TolerantDataset(dataset, self.max_corrupt, say) if self.max_corrupt else dataset
 
     def _check_points(self, dataset: ClipDataset) -> None:
-        """Refuses trajectories that are not what the objective regresses on, with the mend."""
+        """Raises UserError for trajectories that the objective cannot regress on, with a fix."""
         points, wanted = dataset.trajectory_points, self.trajectory_points
         if points == wanted:
             return

@@ -105,7 +105,7 @@ class NetworkRole:
         return shard_model(critic, mesh) if mesh else critic
 
     def empty(self, shapes: Shapes, mesh: Mesh | None = None) -> Wan:
-        """The network, all zeros, placed: for a run that goes on with a checkpoint's weights."""
+        """The network, all zeros, placed: for a run that resumes with a checkpoint's weights."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.template(shapes, mesh))
 
     def _without_branch(self, config: WanConfig, mesh: Mesh | None) -> Wan:
@@ -283,7 +283,7 @@ def check_host_memory(roles: Mapping[str, Role]) -> None:
 
 
 def check_blocks(blocks: Blocks, roles: Iterable[Role]) -> None:
-    """A causal network goes on with the blocks that it was trained with: chunk-wise weights are no frame-wise ones.
+    """A causal network keeps the block layout that it was trained with: chunk-wise weights are not frame-wise ones.
 
     Raises:
       UserError: a role starts from a causal run, or an exported model, of another layout.
@@ -300,7 +300,7 @@ def same_blocks(blocks: Blocks, meta: Mapping[str, Any], what: str, fix: str) ->
     """Refuses the weights of another layout.
 
     Args:
-      meta: the record beside the weights.  what: names them.  mend: what else could be done.
+      meta: the record beside the weights.  what: their name.  fix: another way out, for the message.
 
     Raises:
       UserError: they are a causal network's, of blocks of another size.

@@ -4,12 +4,12 @@ Every `sample_every` steps a handful of prompts is sampled with several seeds ea
 are any. The pixels' numbers (`cfjax.evaluation.guard`) become the curves `guard/...`, and one that is far from the
 baseline becomes a line on the terminal and in the log. The baseline is real clips of the same prompts, through the same
 decoder, where the data holds clips; for sets of prompts alone it is what the run samples before its first step. It is
-kept in `guard.json`, so that a resumed run is held against the same numbers.
+stored in `guard.json`, so that a resumed run is compared with the same numbers.
 
 One preview costs `prompts` x `seeds` clips of the run's own sampler (12 of 35 network calls for a chunk-wise
 4-step student, where a step of stage 3 rolls out its whole batch), their decoding, and 0.6 s of numpy for 81 frames of
-480 x 832; `guard/seconds` has the sum. A Wan system's clips are sampled as many at a time as the mesh has places for
-the batch, so that memory stays below the step's own rollout, and decoded one latent frame at a time, by the tiny
+480 x 832; `guard/seconds` has the sum. A Wan system's clips are sampled as many at a time as the batch has
+shards, so that memory stays below the step's own rollout, and decoded one latent frame at a time, by the tiny
 decoder if the world has one. An error while sampling never ends training: it is logged once and sampling stops. Not
 supported: Wan worlds in runs of several processes, each of which would have to read the decoder.
 """
@@ -203,7 +203,7 @@ class Monitor:
 
     @property
     def wants_start(self) -> bool:
-        """Whether samples before the first step are needed, for want of another baseline."""
+        """Whether samples before the first step are needed, if there is no other baseline."""
         return bool(self._e.preview.guard and self._scene.real is None)
 
     def __call__(self, state: TrainState, step: int, writer: EventWriter) -> None:
@@ -243,7 +243,7 @@ class Monitor:
             _warn(raised)
 
     def _baseline(self, decode: Decode, now: Sample) -> Baseline:
-        """The one in the workdir; else real clips', or `now`, and it is kept."""
+        """The one in the workdir; else that of real clips, or `now`, which is then stored."""
         watched = self._scene.rows.watched()
         try:
             record = json.loads(self._file.read_text())
@@ -281,7 +281,7 @@ class Monitor:
         return generate(model, noise, text_BSE, negative_SE, key, self._e.sampler, self._e.sampling_blocks)
 
     def _draw(self, model: Wan) -> np.ndarray:
-        """latents_BFHWC of all rows, on the host; a last chunk is filled up, so that one shape compiles."""
+        """latents_BFHWC of all rows, on the host; the last chunk is padded, so that one shape compiles."""
         text_BSE, count = self._scene.rows.text_BSE, len(self._scene.rows.captions)
         chunk = self._scene.chunk or count
         parts = []

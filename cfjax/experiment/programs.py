@@ -1,4 +1,4 @@
-"""An experiment's real updates from shapes alone: their arguments, memory, FLOPs, and the lowered programs."""
+"""An experiment's updates from shapes alone: their arguments, memory, FLOPs, and the lowered programs."""
 
 from dataclasses import replace
 from typing import Any
@@ -99,8 +99,8 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
 def with_attention(e: Experiment, platform: str) -> tuple[Experiment, str]:
     """The experiment with every role's "auto" resolved for `platform`, and the names of the backends.
 
-    cuDNN does not lower without a GPU, and dense scores of a simulated device say nothing of a flash kernel: both stand
-    in as "chunked", which keeps the scores of a few queries at a time.
+    cuDNN does not lower without a GPU, and dense scores on a simulated device do not represent a flash kernel: both are
+    replaced by "chunked", which keeps the scores of a few queries at a time.
     """
 
     def backend(role: NetworkRole) -> str:

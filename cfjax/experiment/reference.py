@@ -61,7 +61,7 @@ def unread(c: ConfigDict) -> set[str]:
 
 
 def faithful(c: ConfigDict, given: Collection[str] = ()) -> ConfigDict:
-    """`c`; where `c.reference` is set a copy with the stage's keys of REFERENCE, and a line that tells what changed.
+    """`c`, or if `c.reference` is set a copy with the stage's keys of REFERENCE; logs a line for each change.
 
     Args:
       given: keys that the command line set (`core.cli.given_keys`).

@@ -1,4 +1,4 @@
-"""Opening what was trained or converted: (weights, config, world) of a run directory or an exported model."""
+"""Opening trained or converted models: (weights, config, world) of a run directory or an exported model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class Run:
         """The toy world.
 
         Raises:
-          UserError: the run lives in another.
+          UserError: the run has another.
         """
         return as_toy(self.world, f"run={self.name!r}")
 
@@ -117,10 +117,10 @@ def open_run(
 
     Args:
       ema: averaged weights, when the run keeps them.
-      world: a Wan world's folder; "" looks beside the run and where its record points.  parts: what of it is read.
+      world: a Wan world's folder; "": beside the run, or the recorded path.  parts: which parts are read.
       with_model: False leaves the network's weights on disk, for `load_weights`: text and network then need not fit
         into memory together.
-      stage, block_frames: what the run has to be; "" and 0 take it as it is.
+      stage, block_frames: required of the run; "" and 0 accept any.
       precision, attention: of the network, in place of the run's own.
 
     Raises:
@@ -174,7 +174,7 @@ def _home(name: str, meta: Mapping[str, Any], c: ConfigDict, given: str, parts: 
 
 
 def _check_asked(name: str, meta: Mapping[str, Any], blocks: Blocks | None, stage: str, block_frames: int) -> None:
-    """Refuses a run that is not what was asked for."""
+    """Raises UserError unless the run is of the requested kind."""
     if stage and meta["stage"] != stage:
         raise UserError(f"run={name!r} holds stage {meta['stage']!r}, not stage={stage!r}; name another run")
     if block_frames and (blocks is None or blocks.frames != block_frames):

@@ -93,7 +93,7 @@ def make_update(
 ) -> Update:
     """The jitted update of one role: `(state, frozen, batch) -> (state, metrics)`; `state` is donated, its step kept.
 
-    The loss sees `{**frozen, **state.params, "{role}_ema": shadow}`. The update is skipped, and metrics["finite"] is
+    The loss sees `{**frozen, **state.params, "{role}_ema": average}`. The update is skipped, and metrics["finite"] is
     False, when the loss or the gradient's norm is not finite. Other metrics: "loss", "grad_norm" (before clipping) and
     the loss's own, all float32 scalars on the device.
 

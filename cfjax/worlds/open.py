@@ -1,4 +1,4 @@
-"""Finding a world, and opening it as what its `world.json` says that it is."""
+"""Finding a world, and opening it by the kind in its `world.json`."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from cfjax.worlds.world import RECORD, World, WorldParts
 
 
 def world_places(run: str | Path, recorded: str) -> list[Path]:
-    """Where a run's world may be: where its record points (beside the run, or a path of its own), or beside it."""
+    """Paths where a run's world may be: the recorded one (relative or absolute), or beside the run."""
     places = [path_of(run) / recorded, path_of(recorded)] if recorded else []
     return [*places, path_of(run) / "world"]
 
@@ -24,7 +24,7 @@ def find_world(run: str | Path, recorded: str) -> Path | None:
 
 
 def is_wan_world(path: str | Path, *, key: str = "world") -> bool:
-    """Whether the world there is Wan's; the toy's record names no kind.
+    """Whether the world there is Wan's; the toy's record has no kind.
 
     Raises:
       UserError: there is none, or its record cannot be read.
@@ -39,7 +39,7 @@ def is_wan_world(path: str | Path, *, key: str = "world") -> bool:
 
 
 def open_world(path: str | Path, parts: WorldParts = WorldParts(), *, key: str = "world") -> World:
-    """The world at `path`: the toy's, or Wan's with the parts that are asked for.
+    """The world at `path`: the toy's, or Wan's with the requested parts.
 
     Args:
       key: of the config, that the message names.

@@ -4,7 +4,7 @@
     world/{vae,tiny_vae,text_encoder}/      one-role run directories, their sizes in the checkpoint's record
     world/tokenizer/                        the tokenizer's own files
 
-Only what is asked for is read: the text encoder (11 GB in
+Only requested parts are read: the text encoder (11 GB in
 bfloat16) only when a caption is not in the embedding cache, and it is freed again after that.
 """
 
