@@ -55,8 +55,8 @@ ECHO_SECONDS = 5.0
 class StopSignal:
     """While active, SIGTERM and SIGINT are noted instead of killing; a second one kills. Main thread only.
 
-    A SIGTERM within `ECHO_SECONDS` of the first is the same one: a scheduler may signal a process and its launcher,
-    which forwards it. In a multi-host run JAX's preemption service listens instead, so that all processes stop at the same
+    A SIGTERM within `ECHO_SECONDS` of the first is the same one: a scheduler may signal both a process and
+    its launcher. In a multi-host run JAX's preemption service listens instead, so that all processes stop at the same
     step; it takes any number of signals for one.
     """
 
