@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def export(c: ConfigDict, workdir: Path) -> None:
     run = open_run(c.run)
     named = {name: leaf.astype(jnp.bfloat16) for name, leaf in named_leaves(run.model).items()}
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), run.model)
-    run = run.__class__(**{**run.__dict__, "model": rounded})
+    run = replace(run, model=rounded)
     result = evaluate_run(run, clips=c.clips, batch=60, seed=11)
     record = {
         **read_meta(c.run),

@@ -21,7 +21,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints, read_if_whole, write_atomically
 from cfjax.evaluate import load_evaluation, real_clips
-from cfjax.evaluation.report import StageReport, write_report
+from cfjax.evaluation.report import Report, StageReport, write_report
 from cfjax.experiment.runs import open_run
 from cfjax.export import read_curves
 
@@ -187,8 +187,7 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
         for key in shown
     ]
     trained = sum(seconds.get(s.key, 0.0) for s in c.stages)
-    write_report(
-        page,
+    content = Report(
         title=f"{c.recipe.replace('_', ' ').capitalize()} on a laptop",
         real_videos=real["videos"][:WALL_CLIPS],
         captions=results[student]["captions"][:WALL_CLIPS],
@@ -206,6 +205,7 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
             "Frames per second: a batch of at most 60 videos, compiled, decoding included.",
         ],
     )
+    write_report(page, content)
     for key in (student, against):
         result = results[key]
         correct, calls = 100 * result["summary"]["all_correct"], result["network_calls"]

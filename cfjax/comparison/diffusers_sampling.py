@@ -119,7 +119,7 @@ def check_sampling(case: Case) -> list[Row]:
     twin = dit_twin(config, export_wan(model))
     del model
 
-    def pipeline(scheduler: Any, **options: Any) -> np.ndarray:
+    def pipeline(scheduler: Any, steps: int, guidance: float) -> np.ndarray:
         pipe = Pipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=twin)
         pipe.set_progress_bar_config(disable=True)
         video = pipe(
@@ -131,13 +131,14 @@ def check_sampling(case: Case) -> list[Row]:
             negative_prompt_embeds=torch.tensor(negative),
             output_type="latent",
             return_dict=False,
-            **options,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
         )
         return from_torch(video[0])
 
-    theirs_many = pipeline(wan_scheduler(many.shift), num_inference_steps=many.steps, guidance_scale=many.guidance)
+    theirs_many = pipeline(wan_scheduler(many.shift), many.steps, many.guidance)
     with injected([to_torch(fresh[:, :, i]) for i in range(len(levels))]):
-        theirs_few = pipeline(few_step_scheduler(levels), num_inference_steps=len(levels), guidance_scale=1.0)
+        theirs_few = pipeline(few_step_scheduler(levels), len(levels), 1.0)
     compare = partial(compare_arrays, "sampling", tolerance=case.bound(SAMPLE))
     return [
         compare(f"latents, UniPC {many.steps} steps, guidance {many.guidance:g}", ours_many, theirs_many),

@@ -8,8 +8,7 @@ import numpy as np
 from einops import rearrange
 from jax.typing import ArrayLike
 
-from cfjax.models.wan import KV, Wan, backbone, embed_text, embed_time
-from cfjax.nn.frames import attend_frames
+from cfjax.models.wan import KV, Wan, attend_by, backbone, embed_text, embed_time
 from cfjax.nn.visibility import FULL, Visibility
 
 
@@ -24,10 +23,7 @@ def _streams(
     frames: int,
 ) -> jax.Array:
     """The stream that leaves every block, [L, B, F, T, D]."""
-
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-        return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
-
+    self_attend = attend_by(visibility, frames, model.config)
     leaving = lambda stream, _: stream
     return backbone(model, latents_BFHWC, sigma_BF, text_kv, position_F, self_attend, tap=leaving)[1]
 

@@ -135,8 +135,9 @@ class Probe:
             if name.startswith(("layer/", "grad/")):
                 continue
             what = ": ".join(filter(None, (self.what, name)))
-            options: dict[str, Any] = {"tolerance": case.bound(self.tolerance), "note": self.note}
-            yield compare_arrays(self.part, what, ours[name], theirs[name], layers=layers, **options)
+            tolerance = case.bound(self.tolerance)
+            sides = (ours[name], theirs[name])
+            yield compare_arrays(self.part, what, *sides, layers=layers, tolerance=tolerance, note=self.note)
         if gradients:
             yield compare_named(
                 self.part,

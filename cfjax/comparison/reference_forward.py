@@ -141,15 +141,16 @@ def _theirs_flow(reference: Reference, subject: Subject, visibility: Visibility,
     t = lambda name: torch.tensor(
         1000.0 * sigma_table(1000, 5.0)[level_index(subject, blocks if causal else None, frames, name)]
     )
-    past: dict[str, Any] = {}
+    run: Callable[..., Any] = wrapper
     if forced:
-        past = {"clean_x": to_torch(subject.latents("clean", frames)), "aug_t": t("clean level") if aug else None}
+        clean = to_torch(subject.latents("clean", frames))
+        run = partial(wrapper, clean_x=clean, aug_t=t("clean level") if aug else None)
     layers: Arrays = {}
     if not aug:
         _keep_layers(wrapper.model, layers, frames * (2 if forced else 1))
     with torch.no_grad(), reference.quiet():
         text = {"prompt_embeds": torch.tensor(subject.text())}
-        flow, _ = wrapper(to_torch(subject.latents("noisy", frames)), text, t("level"), **past)
+        flow, _ = run(to_torch(subject.latents("noisy", frames)), text, t("level"))
     return {"": from_torch(flow)} | layers
 
 

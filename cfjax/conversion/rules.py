@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -19,8 +19,9 @@ from einops import EinopsError
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.limits import LAYERS
-from cfjax.core.tree import match
+from cfjax.core.tree import from_named, match, named_leaves
 
+M = TypeVar("M")
 Move = Callable[[np.ndarray, Any], np.ndarray]
 LAYER = "{layer}"
 DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
@@ -48,6 +49,12 @@ class Rule:
 
 
 SAME = Layout(load=lambda x, _: x, save=lambda x, _: x)
+TRANSPOSED = Layout(load=lambda x, _: x.T, save=lambda x, _: x.T)  # linear weights: PyTorch's [out, in], ours [in, out]
+
+
+def kernel_bias(ours: str, theirs: str, kernel: Layout = TRANSPOSED, bias: Layout = SAME) -> tuple[Rule, Rule]:
+    """A layer's kernel and bias, which PyTorch calls weight and bias."""
+    return Rule(f"{ours}/kernel", f"{theirs}.weight", kernel), Rule(f"{ours}/bias", f"{theirs}.bias", bias)
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,26 @@ def save_named(table: Sequence[Rule], ours: Mapping[str, Any], config: Any) -> d
     """`export_plan`, read."""
     plan = export_plan(table, as_lazy(ours), config)
     return {name: np.asarray(x.read(), order="C") for name, x in plan.items()}
+
+
+def import_module(template: M, table: Sequence[Rule], weights: Mapping[str, Any], config: Any) -> M:
+    """A network from a state dict of arrays, in host memory and their dtype; `export_module` is its inverse.
+
+    Args:
+      template: the network with shapes in place of arrays, as its `abstract_...` makes it from the config.
+      table: of the layout that the weights come in.
+      weights: name -> array (NumPy's, or anything `np.asarray` takes).
+      config: the network's; the state dict must fit it exactly.
+
+    Raises:
+      UserError: the state dict does not fit.
+    """
+    return from_named(template, load_named(table, weights, named_leaves(template), config))
+
+
+def export_module(table: Sequence[Rule], module: Any) -> dict[str, np.ndarray]:
+    """The state dict that `import_module` reads back; works on anything shaped like a network, gradients too."""
+    return save_named(table, named_leaves(module), module.config)
 
 
 def fingerprint(arrays: Mapping[str, LazyArray]) -> str:

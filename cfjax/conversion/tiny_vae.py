@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
+from cfjax.conversion.rules import Layout, Rule, export_module, import_module, kernel_bias
 from cfjax.core.errors import UserError
-from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.tiny_vae import BLOCKS, TinyVAE, TinyVAEConfig, abstract_tiny_vae
 
 KERNEL = Layout(load=lambda x, _: x.transpose(2, 3, 1, 0), save=lambda x, _: x.transpose(3, 2, 0, 1))
@@ -33,7 +32,7 @@ def _grow(stage: int) -> Layout:
 
 
 def _conv(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    return Rule(f"{ours}/kernel", f"{theirs}.weight", KERNEL), Rule(f"{ours}/bias", f"{theirs}.bias", SAME)
+    return kernel_bias(ours, theirs, KERNEL)
 
 
 def _blocks(ours: str, theirs: str, first: int) -> list[Rule]:
@@ -112,15 +111,10 @@ def config_json_tiny_vae(config: TinyVAEConfig, layout: str) -> dict[str, Any] |
 
 
 def import_tiny_vae(weights: Mapping[str, Any], config: TinyVAEConfig, table: tuple[Rule, ...] = TAEHV) -> TinyVAE:
-    """A tiny autoencoder from a state dict of arrays, in host memory.
-
-    Raises:
-      UserError: the state dict does not fit.
-    """
-    template = abstract_tiny_vae(config)
-    return from_named(template, load_named(table, weights, named_leaves(template), config))
+    """`rules.import_module` of a state dict in TAEHV's layout."""
+    return import_module(abstract_tiny_vae(config), table, weights, config)
 
 
 def export_tiny_vae(model: TinyVAE, table: tuple[Rule, ...] = TAEHV) -> dict[str, np.ndarray]:
-    """The state dict that `import_tiny_vae` reads back; works on anything shaped like a tiny autoencoder."""
-    return save_named(table, named_leaves(model), model.config)
+    """`rules.export_module`: the state dict that `import_tiny_vae` reads back."""
+    return export_module(table, model)

@@ -5,30 +5,28 @@ diffusers pipeline, which is transformers' `UMT5EncoderModel`.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from cfjax.conversion.rules import SAME, Layout, Rule, layer_count, load_named, save_named
+from cfjax.conversion.rules import SAME, TRANSPOSED, Rule, export_module, import_module, layer_count
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import as_lazy
 from cfjax.core.limits import VOCABULARY
 from cfjax.core.schema import EPS, SIZE, checked, table, whole
-from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.umt5 import UMT5, UMT5Config, make_umt5
-
-KERNEL = Layout(load=lambda x, _: x.T, save=lambda x, _: x.T)
 
 ORIGINAL = (
     Rule("token_embedding", "token_embedding.weight", SAME),
     Rule("layers/attention_norm/scale", "blocks.{layer}.norm1.weight", SAME),
-    Rule("layers/([qkvo])/kernel", r"blocks.{layer}.attn.\1.weight", KERNEL),
+    Rule("layers/([qkvo])/kernel", r"blocks.{layer}.attn.\1.weight", TRANSPOSED),
     Rule("layers/position_bias", "blocks.{layer}.pos_embedding.embedding.weight", SAME),
     Rule("layers/ffn_norm/scale", "blocks.{layer}.norm2.weight", SAME),
-    Rule("layers/gate/kernel", "blocks.{layer}.ffn.gate.0.weight", KERNEL),
-    Rule("layers/up/kernel", "blocks.{layer}.ffn.fc1.weight", KERNEL),
-    Rule("layers/down/kernel", "blocks.{layer}.ffn.fc2.weight", KERNEL),
+    Rule("layers/gate/kernel", "blocks.{layer}.ffn.gate.0.weight", TRANSPOSED),
+    Rule("layers/up/kernel", "blocks.{layer}.ffn.fc1.weight", TRANSPOSED),
+    Rule("layers/down/kernel", "blocks.{layer}.ffn.fc2.weight", TRANSPOSED),
     Rule("final_norm/scale", "norm.weight", SAME),
 )
 
@@ -36,12 +34,12 @@ ATTENTION, FFN = "encoder.block.{layer}.layer.0", "encoder.block.{layer}.layer.1
 DIFFUSERS = (
     Rule("token_embedding", "shared.weight", SAME),
     Rule("layers/attention_norm/scale", f"{ATTENTION}.layer_norm.weight", SAME),
-    Rule("layers/([qkvo])/kernel", ATTENTION + r".SelfAttention.\1.weight", KERNEL),
+    Rule("layers/([qkvo])/kernel", ATTENTION + r".SelfAttention.\1.weight", TRANSPOSED),
     Rule("layers/position_bias", f"{ATTENTION}.SelfAttention.relative_attention_bias.weight", SAME),
     Rule("layers/ffn_norm/scale", f"{FFN}.layer_norm.weight", SAME),
-    Rule("layers/gate/kernel", f"{FFN}.DenseReluDense.wi_0.weight", KERNEL),
-    Rule("layers/up/kernel", f"{FFN}.DenseReluDense.wi_1.weight", KERNEL),
-    Rule("layers/down/kernel", f"{FFN}.DenseReluDense.wo.weight", KERNEL),
+    Rule("layers/gate/kernel", f"{FFN}.DenseReluDense.wi_0.weight", TRANSPOSED),
+    Rule("layers/up/kernel", f"{FFN}.DenseReluDense.wi_1.weight", TRANSPOSED),
+    Rule("layers/down/kernel", f"{FFN}.DenseReluDense.wo.weight", TRANSPOSED),
     Rule("final_norm/scale", "encoder.final_layer_norm.weight", SAME),
 )
 
@@ -120,27 +118,28 @@ def infer_config_umt5(
 
     (vocab_size, dim), (buckets, heads) = matrix("token_embedding"), matrix("layers/position_bias")
     start = names["layers/position_bias"].split("0")[0]
-    sizes = {
-        "vocab_size": vocab_size,
-        "dim": dim,
-        "heads": heads,
-        "head_dim": matrix("layers/([qkvo])/kernel")[0] // heads,
-        "ffn_dim": matrix("layers/gate/kernel")[0],
-        "layers": layer_count(shapes, start),
-        "buckets": buckets,
-    }
+    sized = partial(
+        UMT5Config,
+        vocab_size=vocab_size,
+        dim=dim,
+        heads=heads,
+        head_dim=matrix("layers/([qkvo])/kernel")[0] // heads,
+        ffn_dim=matrix("layers/gate/kernel")[0],
+        layers=layer_count(shapes, start),
+        buckets=buckets,
+    )
     if layout == "original":
-        return UMT5Config(**sizes)
+        return sized()
     if about is None:
         raise UserError("the text encoder's config.json is missing; put it beside the weights")
     checked(ABOUT, about, "text encoder's config.json")
-    for key, value in {**FIXED, **{key: sizes[name] for key, name in SIZES.items()}}.items():
+    for key, value in {**FIXED, **{key: sized.keywords[name] for key, name in SIZES.items()}}.items():
         if key not in about or about[key] != value:
             raise UserError(f"text encoder's config.json: {key} is {about.get(key)!r}, these weights need {value!r}")
     missing = [key for key in CONSTANTS if key not in about]
     if missing:
         raise UserError(f"text encoder's config.json: {missing[0]} is missing")
-    return UMT5Config(**sizes, **{name: about[key] for key, name in CONSTANTS.items()})
+    return sized(max_distance=about["relative_attention_max_distance"], eps=about["layer_norm_epsilon"])
 
 
 def config_json_umt5(config: UMT5Config, layout: str) -> dict[str, Any] | None:
@@ -173,20 +172,10 @@ def abstract_umt5(config: UMT5Config) -> UMT5:
 
 
 def import_umt5(weights: Mapping[str, Any], config: UMT5Config, table: tuple[Rule, ...] = ORIGINAL) -> UMT5:
-    """An encoder from a state dict of arrays, in host memory and their dtype.
-
-    Args:
-      weights: name -> array (NumPy's, or anything `np.asarray` takes).
-      config: sizes; the state dict must fit exactly.
-      table: `ORIGINAL` or `DIFFUSERS`.
-
-    Raises:
-      UserError: the state dict does not fit.
-    """
-    template = abstract_umt5(config)
-    return from_named(template, load_named(table, untied_umt5(weights), named_leaves(template), config))
+    """`rules.import_module` of a state dict in the layout `ORIGINAL` or `DIFFUSERS`; see `untied_umt5`."""
+    return import_module(abstract_umt5(config), table, untied_umt5(weights), config)
 
 
 def export_umt5(model: UMT5, table: tuple[Rule, ...] = ORIGINAL) -> dict[str, np.ndarray]:
-    """The state dict that `import_umt5` reads back."""
-    return save_named(table, named_leaves(model), model.config)
+    """`rules.export_module`: the state dict that `import_umt5` reads back."""
+    return export_module(table, model)

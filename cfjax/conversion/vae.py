@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cfjax.conversion.rules import SAME, Layout, Rule, load_named, save_named
+from cfjax.conversion.rules import SAME, TRANSPOSED, Layout, Rule, export_module, import_module, kernel_bias
 from cfjax.core.errors import UserError
 from cfjax.core.schema import Rule as Allowed
 from cfjax.core.schema import checked, number, several, shown, table
-from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.vae import VAEConfig, WanVAE, abstract_vae
 
 PUBLISHED = VAEConfig()
@@ -38,24 +37,23 @@ def _padded(axes: int, layout: Layout) -> Layout:
     return Layout(load, save)
 
 
-TRANSPOSED = Layout(load=lambda x, _: x.T, save=lambda x, _: x.T)
 LINEAR_3D, LINEAR_2D = _padded(3, TRANSPOSED), _padded(2, TRANSPOSED)
 SCALE_3D, SCALE_2D = _padded(3, SAME), _padded(2, SAME)
 
 
-def _weights(ours: str, theirs: str, layout: Layout = KERNEL) -> tuple[Rule, Rule]:
-    return Rule(f"{ours}/kernel", f"{theirs}.weight", layout), Rule(f"{ours}/bias", f"{theirs}.bias", SAME)
+def _conv(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    return kernel_bias(ours, theirs, KERNEL)
 
 
 def _norm_conv(ours: str, norm: str, conv: str) -> tuple[Rule, ...]:
-    return Rule(f"{ours}/norm/scale", f"{norm}.gamma", SCALE_3D), *_weights(f"{ours}/conv", conv)
+    return Rule(f"{ours}/norm/scale", f"{norm}.gamma", SCALE_3D), *_conv(f"{ours}/conv", conv)
 
 
 def _attention(ours: str, theirs: str) -> tuple[Rule, ...]:
     return (
         Rule(f"{ours}/norm/scale", f"{theirs}.norm.gamma", SCALE_2D),
-        *_weights(f"{ours}/qkv", f"{theirs}.to_qkv", LINEAR_2D),
-        *_weights(f"{ours}/out", f"{theirs}.proj", LINEAR_2D),
+        *kernel_bias(f"{ours}/qkv", f"{theirs}.to_qkv", LINEAR_2D),
+        *kernel_bias(f"{ours}/out", f"{theirs}.proj", LINEAR_2D),
     )
 
 
@@ -71,22 +69,22 @@ def _diffusers_residual(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 
 def _resample(ours: str, theirs: str) -> tuple[Rule, ...]:
-    return _weights(f"{ours}/conv", f"{theirs}.resample.1") + _weights(f"{ours}/time_conv", f"{theirs}.time_conv")
+    return _conv(f"{ours}/conv", f"{theirs}.resample.1") + _conv(f"{ours}/time_conv", f"{theirs}.time_conv")
 
 
 _HALF, _STAGE = "(encoder|decoder)", r"(encoder|decoder)/(down|up)/(\d+)"
 _THEIR_STAGE = r"\1.\2samples.\3"
 
 ORIGINAL = (
-    *_weights(f"{_HALF}/conv_in", r"\1.conv1"),
+    *_conv(f"{_HALF}/conv_in", r"\1.conv1"),
     *_original_residual(_STAGE, _THEIR_STAGE),
-    *_weights(f"{_STAGE}/shortcut", f"{_THEIR_STAGE}.shortcut", LINEAR_3D),
+    *kernel_bias(f"{_STAGE}/shortcut", f"{_THEIR_STAGE}.shortcut", LINEAR_3D),
     *_resample(_STAGE, _THEIR_STAGE),
     *_original_residual(f"{_HALF}/middle/([02])", r"\1.middle.\2"),
     *_attention(f"{_HALF}/middle/1", r"\1.middle.1"),
     *_norm_conv(f"{_HALF}/head", r"\1.head.0", r"\1.head.2"),
-    *_weights("moments", "conv1", LINEAR_3D),
-    *_weights("unmix", "conv2", LINEAR_3D),
+    *kernel_bias("moments", "conv1", LINEAR_3D),
+    *kernel_bias("unmix", "conv2", LINEAR_3D),
 )
 
 
@@ -98,7 +96,7 @@ def _diffusers_level(level: int) -> tuple[Rule, ...]:
     for i in range(per_level - 1):
         rules += _diffusers_residual(f"decoder/up/{first + i}", f"{theirs}.resnets.{i}")
     if level == 1:  # levels have 4, 4, 2 and 1 times the base width, and each upsampling halves it
-        rules += _weights(f"decoder/up/{first}/shortcut", f"{theirs}.resnets.0.conv_shortcut", LINEAR_3D)
+        rules += kernel_bias(f"decoder/up/{first}/shortcut", f"{theirs}.resnets.0.conv_shortcut", LINEAR_3D)
     if level < 3:
         resample = _resample(f"decoder/up/{first + per_level - 1}", f"{theirs}.upsamplers.0")
         rules += resample if PUBLISHED.temporal_downsample[::-1][level] else resample[:2]
@@ -106,17 +104,17 @@ def _diffusers_level(level: int) -> tuple[Rule, ...]:
 
 
 DIFFUSERS = (
-    *_weights(f"{_HALF}/conv_in", r"\1.conv_in"),
+    *_conv(f"{_HALF}/conv_in", r"\1.conv_in"),
     *_diffusers_residual(r"encoder/down/(\d+)", r"encoder.down_blocks.\1"),
-    *_weights(r"encoder/down/(\d+)/shortcut", r"encoder.down_blocks.\1.conv_shortcut", LINEAR_3D),
+    *kernel_bias(r"encoder/down/(\d+)/shortcut", r"encoder.down_blocks.\1.conv_shortcut", LINEAR_3D),
     *_resample(r"encoder/down/(\d+)", r"encoder.down_blocks.\1"),
     *(rule for level in range(4) for rule in _diffusers_level(level)),
     *_diffusers_residual(f"{_HALF}/middle/0", r"\1.mid_block.resnets.0"),
     *_attention(f"{_HALF}/middle/1", r"\1.mid_block.attentions.0"),
     *_diffusers_residual(f"{_HALF}/middle/2", r"\1.mid_block.resnets.1"),
     *_norm_conv(f"{_HALF}/head", r"\1.norm_out", r"\1.conv_out"),
-    *_weights("moments", "quant_conv", LINEAR_3D),
-    *_weights("unmix", "post_quant_conv", LINEAR_3D),
+    *kernel_bias("moments", "quant_conv", LINEAR_3D),
+    *kernel_bias("unmix", "post_quant_conv", LINEAR_3D),
 )
 
 LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
@@ -206,20 +204,10 @@ def _config_json(config: VAEConfig) -> dict[str, Any]:
 
 
 def import_vae(weights: Mapping[str, Any], config: VAEConfig, table: tuple[Rule, ...] = ORIGINAL) -> WanVAE:
-    """An autoencoder from a state dict of arrays, in host memory, in the dtypes of the source.
-
-    Args:
-      weights: name -> array (NumPy's, or anything `np.asarray` takes).
-      config: sizes; the state dict must fit exactly.
-      table: `ORIGINAL` or `DIFFUSERS`.
-
-    Raises:
-      UserError: the state dict does not fit.
-    """
-    template = abstract_vae(config)
-    return from_named(template, load_named(table, weights, named_leaves(template), config))
+    """`rules.import_module` of a state dict in the layout `ORIGINAL` or `DIFFUSERS`."""
+    return import_module(abstract_vae(config), table, weights, config)
 
 
 def export_vae(vae: WanVAE, table: tuple[Rule, ...] = ORIGINAL) -> dict[str, np.ndarray]:
-    """The state dict that `import_vae` reads back."""
-    return save_named(table, named_leaves(vae), vae.config)
+    """`rules.export_module`: the state dict that `import_vae` reads back."""
+    return export_module(table, vae)

@@ -6,19 +6,26 @@ Both are PyTorch: linear weights [out, in], the patch embedding a 3-d convolutio
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from einops import rearrange
 
-from cfjax.conversion.rules import SAME, Layout, Rule, layer_count, load_named, save_named
+from cfjax.conversion.rules import (
+    SAME,
+    Layout,
+    Rule,
+    export_module,
+    import_module,
+    kernel_bias,
+    layer_count,
+)
 from cfjax.core.errors import UserError
 from cfjax.core.schema import EPS, SIZE, checked, one_of, table
-from cfjax.core.tree import from_named, named_leaves
 from cfjax.models.wan import Wan, WanConfig
 
-KERNEL = Layout(load=lambda x, _: x.T, save=lambda x, _: x.T)
 TABLE = Layout(load=lambda x, _: x.reshape(x.shape[1:]), save=lambda x, _: x[None])
 # Conv3d [d, c, 1, p, q] with kernel = stride is a linear layer over (c p q).
 PATCH = Layout(
@@ -37,65 +44,43 @@ HALVES_KERNEL = Layout(
 
 # Cross-attention has no RoPE: its channels keep their order.
 DIFFUSERS = (
-    Rule("patch_embedding/kernel", "patch_embedding.weight", PATCH),
-    Rule("patch_embedding/bias", "patch_embedding.bias", SAME),
-    Rule("(text|time)_embedding/up/kernel", r"condition_embedder.\1_embedder.linear_1.weight", KERNEL),
-    Rule("(text|time)_embedding/up/bias", r"condition_embedder.\1_embedder.linear_1.bias", SAME),
-    Rule("(text|time)_embedding/down/kernel", r"condition_embedder.\1_embedder.linear_2.weight", KERNEL),
-    Rule("(text|time)_embedding/down/bias", r"condition_embedder.\1_embedder.linear_2.bias", SAME),
-    Rule("time_projection/kernel", "condition_embedder.time_proj.weight", KERNEL),
-    Rule("time_projection/bias", "condition_embedder.time_proj.bias", SAME),
+    *kernel_bias("patch_embedding", "patch_embedding", PATCH),
+    *kernel_bias("(text|time)_embedding/up", r"condition_embedder.\1_embedder.linear_1"),
+    *kernel_bias("(text|time)_embedding/down", r"condition_embedder.\1_embedder.linear_2"),
+    *kernel_bias("time_projection", "condition_embedder.time_proj"),
     Rule("blocks/modulation", "blocks.{layer}.scale_shift_table", TABLE),
-    Rule("blocks/self_attn/([qk])/kernel", r"blocks.{layer}.attn1.to_\1.weight", HALVES_KERNEL),
-    Rule("blocks/self_attn/([qk])/bias", r"blocks.{layer}.attn1.to_\1.bias", HALVES),
+    *kernel_bias("blocks/self_attn/([qk])", r"blocks.{layer}.attn1.to_\1", HALVES_KERNEL, HALVES),
     Rule("blocks/self_attn/(norm_[qk])/scale", r"blocks.{layer}.attn1.\1.weight", HALVES),
-    Rule("blocks/self_attn/v/kernel", "blocks.{layer}.attn1.to_v.weight", KERNEL),
-    Rule("blocks/self_attn/v/bias", "blocks.{layer}.attn1.to_v.bias", SAME),
-    Rule("blocks/self_attn/o/kernel", "blocks.{layer}.attn1.to_out.0.weight", KERNEL),
-    Rule("blocks/self_attn/o/bias", "blocks.{layer}.attn1.to_out.0.bias", SAME),
+    *kernel_bias("blocks/self_attn/v", "blocks.{layer}.attn1.to_v"),
+    *kernel_bias("blocks/self_attn/o", "blocks.{layer}.attn1.to_out.0"),
     Rule("blocks/norm3/scale", "blocks.{layer}.norm2.weight", SAME),
     Rule("blocks/norm3/bias", "blocks.{layer}.norm2.bias", SAME),
-    Rule("blocks/cross_attn/([qkv])/kernel", r"blocks.{layer}.attn2.to_\1.weight", KERNEL),
-    Rule("blocks/cross_attn/([qkv])/bias", r"blocks.{layer}.attn2.to_\1.bias", SAME),
+    *kernel_bias("blocks/cross_attn/([qkv])", r"blocks.{layer}.attn2.to_\1"),
     Rule("blocks/cross_attn/(norm_[qk])/scale", r"blocks.{layer}.attn2.\1.weight", SAME),
-    Rule("blocks/cross_attn/o/kernel", "blocks.{layer}.attn2.to_out.0.weight", KERNEL),
-    Rule("blocks/cross_attn/o/bias", "blocks.{layer}.attn2.to_out.0.bias", SAME),
-    Rule("blocks/ffn/up/kernel", "blocks.{layer}.ffn.net.0.proj.weight", KERNEL),
-    Rule("blocks/ffn/up/bias", "blocks.{layer}.ffn.net.0.proj.bias", SAME),
-    Rule("blocks/ffn/down/kernel", "blocks.{layer}.ffn.net.2.weight", KERNEL),
-    Rule("blocks/ffn/down/bias", "blocks.{layer}.ffn.net.2.bias", SAME),
+    *kernel_bias("blocks/cross_attn/o", "blocks.{layer}.attn2.to_out.0"),
+    *kernel_bias("blocks/ffn/up", "blocks.{layer}.ffn.net.0.proj"),
+    *kernel_bias("blocks/ffn/down", "blocks.{layer}.ffn.net.2"),
     Rule("head_modulation", "scale_shift_table", TABLE),
-    Rule("head/kernel", "proj_out.weight", KERNEL),
-    Rule("head/bias", "proj_out.bias", SAME),
+    *kernel_bias("head", "proj_out"),
 )
 
 ORIGINAL = (
-    Rule("patch_embedding/kernel", "patch_embedding.weight", PATCH),
-    Rule("patch_embedding/bias", "patch_embedding.bias", SAME),
-    Rule("(text|time)_embedding/up/kernel", r"\1_embedding.0.weight", KERNEL),
-    Rule("(text|time)_embedding/up/bias", r"\1_embedding.0.bias", SAME),
-    Rule("(text|time)_embedding/down/kernel", r"\1_embedding.2.weight", KERNEL),
-    Rule("(text|time)_embedding/down/bias", r"\1_embedding.2.bias", SAME),
-    Rule("time_projection/kernel", "time_projection.1.weight", KERNEL),
-    Rule("time_projection/bias", "time_projection.1.bias", SAME),
+    *kernel_bias("patch_embedding", "patch_embedding", PATCH),
+    *kernel_bias("(text|time)_embedding/up", r"\1_embedding.0"),
+    *kernel_bias("(text|time)_embedding/down", r"\1_embedding.2"),
+    *kernel_bias("time_projection", "time_projection.1"),
     Rule("blocks/modulation", "blocks.{layer}.modulation", TABLE),
-    Rule("blocks/self_attn/([qk])/kernel", r"blocks.{layer}.self_attn.\1.weight", HALVES_KERNEL),
-    Rule("blocks/self_attn/([qk])/bias", r"blocks.{layer}.self_attn.\1.bias", HALVES),
+    *kernel_bias("blocks/self_attn/([qk])", r"blocks.{layer}.self_attn.\1", HALVES_KERNEL, HALVES),
     Rule("blocks/self_attn/(norm_[qk])/scale", r"blocks.{layer}.self_attn.\1.weight", HALVES),
-    Rule("blocks/self_attn/([vo])/kernel", r"blocks.{layer}.self_attn.\1.weight", KERNEL),
-    Rule("blocks/self_attn/([vo])/bias", r"blocks.{layer}.self_attn.\1.bias", SAME),
+    *kernel_bias("blocks/self_attn/([vo])", r"blocks.{layer}.self_attn.\1"),
     Rule("blocks/norm3/scale", "blocks.{layer}.norm3.weight", SAME),
     Rule("blocks/norm3/bias", "blocks.{layer}.norm3.bias", SAME),
-    Rule("blocks/cross_attn/([qkvo])/kernel", r"blocks.{layer}.cross_attn.\1.weight", KERNEL),
-    Rule("blocks/cross_attn/([qkvo])/bias", r"blocks.{layer}.cross_attn.\1.bias", SAME),
+    *kernel_bias("blocks/cross_attn/([qkvo])", r"blocks.{layer}.cross_attn.\1"),
     Rule("blocks/cross_attn/(norm_[qk])/scale", r"blocks.{layer}.cross_attn.\1.weight", SAME),
-    Rule("blocks/ffn/up/kernel", "blocks.{layer}.ffn.0.weight", KERNEL),
-    Rule("blocks/ffn/up/bias", "blocks.{layer}.ffn.0.bias", SAME),
-    Rule("blocks/ffn/down/kernel", "blocks.{layer}.ffn.2.weight", KERNEL),
-    Rule("blocks/ffn/down/bias", "blocks.{layer}.ffn.2.bias", SAME),
+    *kernel_bias("blocks/ffn/up", "blocks.{layer}.ffn.0"),
+    *kernel_bias("blocks/ffn/down", "blocks.{layer}.ffn.2"),
     Rule("head_modulation", "head.modulation", TABLE),
-    Rule("head/kernel", "head.head.weight", KERNEL),
-    Rule("head/bias", "head.head.bias", SAME),
+    *kernel_bias("head", "head.head"),
 )
 
 
@@ -162,7 +147,8 @@ def infer_config_wan(
             " cross-attention, which this network has not; convert a text-to-video (T2V) one"
         )
     checked(ABOUT[layout], about, "config.json")
-    sizes = _sizes(shapes, LAYOUTS[layout] is ORIGINAL)
+    sized = _sized(shapes, LAYOUTS[layout] is ORIGINAL)
+    sizes = sized.keywords
     for key, name in SIZES[layout].items():
         if key in about and about[key] != sizes[name]:
             raise UserError(f"config.json: {key} is {about[key]}, but the weights have {sizes[name]}")
@@ -179,11 +165,11 @@ def infer_config_wan(
         heads = sizes["dim"] // HEAD_DIM
     if (width := heads * about.get("attention_head_dim", sizes["dim"] // heads)) != sizes["dim"]:
         raise UserError(f"config.json: {heads} heads are {width} wide together, but the weights have {sizes['dim']}")
-    return WanConfig(num_heads=heads, eps=about.get("eps", 1e-6), **sizes)
+    return sized(num_heads=heads, eps=about.get("eps", 1e-6))
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]], original: bool) -> dict[str, Any]:
-    """Every size that shapes tell."""
+def _sized(shapes: Mapping[str, tuple[int, ...]], original: bool) -> partial[WanConfig]:
+    """A config with every size that shapes tell; the number of heads is not among them."""
     room = "{}_embedding.0" if original else "condition_embedder.{}_embedder.linear_1"
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -193,16 +179,17 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], original: bool) -> dict[str, A
 
     dim, in_dim, _, *patch = shape("patch_embedding.weight", 5)
     rows = shape("head.head.weight" if original else "proj_out.weight", 2)[0]
-    return {
-        "dim": dim,
-        "ffn_dim": shape(f"blocks.0.ffn.{'0' if original else 'net.0.proj'}.weight", 2)[0],
-        "num_layers": layer_count(shapes, "blocks."),
-        "in_dim": in_dim,
-        "out_dim": rows // (patch[0] * patch[1]),
-        "text_dim": shape(f"{room.format('text')}.weight", 2)[1],
-        "freq_dim": shape(f"{room.format('time')}.weight", 2)[1],
-        "patch": (patch[0], patch[1]),
-    }
+    return partial(
+        WanConfig,
+        dim=dim,
+        ffn_dim=shape(f"blocks.0.ffn.{'0' if original else 'net.0.proj'}.weight", 2)[0],
+        num_layers=layer_count(shapes, "blocks."),
+        in_dim=in_dim,
+        out_dim=rows // (patch[0] * patch[1]),
+        text_dim=shape(f"{room.format('text')}.weight", 2)[1],
+        freq_dim=shape(f"{room.format('time')}.weight", 2)[1],
+        patch=(patch[0], patch[1]),
+    )
 
 
 def config_json_wan(config: WanConfig, layout: str) -> dict[str, Any]:
@@ -233,20 +220,10 @@ def abstract_wan(config: WanConfig) -> Wan:
 
 
 def import_wan(weights: Mapping[str, Any], config: WanConfig, table: tuple[Rule, ...] = DIFFUSERS) -> Wan:
-    """A network from a state dict of arrays, in host memory and their dtype.
-
-    Args:
-      weights: name -> array (NumPy's, or anything `np.asarray` takes).
-      config: sizes; the state dict must fit exactly.
-      table: `DIFFUSERS` or `ORIGINAL`.
-
-    Raises:
-      UserError: the state dict does not fit.
-    """
-    template = abstract_wan(config)
-    return from_named(template, load_named(table, weights, named_leaves(template), config))
+    """`rules.import_module` of a state dict in the layout `DIFFUSERS` or `ORIGINAL`."""
+    return import_module(abstract_wan(config), table, weights, config)
 
 
 def export_wan(model: Wan, table: tuple[Rule, ...] = DIFFUSERS) -> dict[str, np.ndarray]:
-    """The state dict that `import_wan` reads back; works on anything shaped like a network, gradients too."""
-    return save_named(table, named_leaves(model), model.config)
+    """`rules.export_module`: the state dict that `import_wan` reads back."""
+    return export_module(table, model)

@@ -34,14 +34,18 @@ def from_named(template: Any, named: Mapping[str, Any]) -> Any:
     Raises:
       UserError: a leaf is missing, left over, or of another shape.
     """
-    expected = named_leaves(template)
+    check_fit(named_leaves(template), named)
+    return map_named(lambda name, _: named[name], template)
+
+
+def check_fit(expected: Mapping[str, Any], named: Mapping[str, Any]) -> None:
+    """Raises UserError where names or shapes differ."""
     missing, extra = sorted(expected.keys() - named.keys()), sorted(named.keys() - expected.keys())
     if missing or extra:
         raise UserError(f"weights do not fit the model: missing {missing[:3]}, left over {extra[:3]}")
     for name, leaf in expected.items():
         if tuple(leaf.shape) != tuple(named[name].shape):
             raise UserError(f"weights do not fit the model: {name} is {named[name].shape}, expected {leaf.shape}")
-    return map_named(lambda name, _: named[name], template)
 
 
 def match(rules: Sequence[tuple[str, T]], names: Iterable[str]) -> dict[str, T]:

@@ -21,7 +21,7 @@ from cfjax.data.parts import Part, SetWriter
 from cfjax.data.pictures import ClipFormat, Unusable
 from cfjax.data.readers import BrokenRecord
 from cfjax.data.tables import read_table
-from cfjax.data.video import read_clip
+from cfjax.data.video import UNTIL_THE_END, read_clip
 
 EncodeText = Callable[[Sequence[str]], np.ndarray]
 EncodeVideo = Callable[[np.ndarray], np.ndarray]
@@ -71,8 +71,8 @@ class ClipSource:
     def load(self, index: int) -> dict[str, np.ndarray]:
         """Its frames."""
         clip = self.clips[index]
-        part = {"start": clip.start, "stop": clip.stop} if clip.stop else {}
-        return {"video": read_clip(self.folder / clip.name, self.wanted, **part)}
+        start, stop = (clip.start, clip.stop) if clip.stop else (0.0, UNTIL_THE_END)
+        return {"video": read_clip(self.folder / clip.name, self.wanted, start, stop)}
 
 
 class LmdbSource:

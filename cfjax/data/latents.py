@@ -24,6 +24,7 @@ from cfjax.data.precompute import MANIFEST_VERSION
 Batch = dict[str, np.ndarray]
 
 _MEND = "precompute it again"
+_READ_AHEAD = 4  # batches
 ARRAY_RULE = table({"shape": several(whole(1), 1, 8), "dtype": one_of("float16", "float32", "int32")})
 MANIFEST_RULE = table(
     {
@@ -326,7 +327,6 @@ def make_iterator(
     num_epochs: int | None = None,
     drop_remainder: bool = True,
     num_threads: int = 1,
-    prefetch: int = 4,
     accept_changes: bool = False,
     log: Callable[[str], None] = logging.warning,
 ) -> LatentIterator:
@@ -362,7 +362,7 @@ def make_iterator(
     if shuffle:
         records = records.shuffle()
     records = records.repeat(num_epochs)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_READ_AHEAD if num_threads else 0)
 
     def start(place: int) -> Iterator[Batch]:
         batches = records[place:].batch(batch_size, drop_remainder=drop_remainder).map(read)

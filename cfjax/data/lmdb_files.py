@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import lmdb
 
@@ -89,8 +89,15 @@ class _Open:
 
     def __init__(self, path: Path) -> None:
         check_whole(path)
-        options: dict[str, Any] = {"readonly": True, "lock": False, "readahead": False, "meminit": False}
-        self.env = lmdb.open(str(path), subdir=path.is_dir(), max_readers=1024, **options)
+        self.env = lmdb.open(
+            str(path),
+            subdir=path.is_dir(),
+            readonly=True,
+            lock=False,
+            readahead=False,
+            meminit=False,
+            max_readers=1024,
+        )
 
     def __del__(self) -> None:
         if "env" in self.__dict__:

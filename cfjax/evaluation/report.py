@@ -9,6 +9,7 @@ import html
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,41 @@ from cfjax.evaluation.results import (
 )
 from cfjax.evaluation.video import check_uint8, data_uri
 
-__all__ = ["METRICS", "StageReport", "metrics_table", "write_report"]
+__all__ = ["METRICS", "Report", "StageReport", "metrics_table", "write_report"]
 
 METRICS = "metrics.json"
 
 _STRIP_WIDTH = 8192  # px of a whole strip; larger clips are shown reduced
 _WALL_BYTES = 4_000_000  # of encoded strips; rows beyond it are left out, and the page says so
 _CLIP_SIZES = ((160, 850), (96, 560), (96, 330))  # px for a clip, and for a row of them, on wide to narrow screens
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows; what is None or empty is left out.
+
+    Attributes:
+      real_videos: uint8 [N, P, H, W, 3], clip n for captions[n]; clips of all stages share P, H and W.
+      real_summary, codec_summary: `evaluate_shapes(...)["summary"]` of real clips, and of the same through the codec.
+      student, against: keys of the stages that the headline compares; one that is not there is left out.
+      commands, config, environment, notes: how the run was made, a section each.
+      fps: playback frames per second of the clips.
+    """
+
+    title: str
+    stages: Sequence[StageReport] = ()
+    captions: Sequence[str] = ()
+    real_videos: np.ndarray | None = None
+    real_summary: Mapping[str, float] | None = None
+    codec_summary: Mapping[str, float] | None = None
+    student: str = "dmd"
+    against: str = "ar"
+    commands: Sequence[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    fps: float = 8.0
+
 
 WallColumn = tuple[str, int | None, np.ndarray]  # name, network calls, clips
 
@@ -271,67 +300,62 @@ def _details(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary><pre><code>{_text(body)}</code></pre></details>"
 
 
-def write_report(
-    path: str | Path,
-    *,
-    title: str,
-    real_videos: np.ndarray | None,
-    captions: Sequence[str],
-    real_summary: Mapping[str, float] | None,
-    codec_summary: Mapping[str, float] | None,
-    stages: Sequence[StageReport],
-    student: str = "dmd",
-    against: str = "ar",
-    commands: Sequence[str],
-    config: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    notes: Sequence[str],
-    fps: float = 8.0,
-) -> None:
-    """Writes the page to `path` and `metrics.json` beside it, each atomically. What is None or empty is left out.
+def _head(title: str, css: str) -> str:
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{_text(title)}</title>
+<style>
+{css}</style>
+</head>"""
 
-    Args:
-      real_videos: uint8 [N, P, H, W, 3], clip n for captions[n]; clips of all stages share P, H and W.
-      real_summary, codec_summary: `evaluate_shapes(...)["summary"]` of real clips, and of the same through the codec.
-      student, against: keys of the stages that the headline compares; one that is not there is left out.
-      fps: playback frames per second of the wall.
+
+def _sections(report: Report, table: Mapping[str, Row], wall: str) -> list[str]:
+    """The page's sections in order; one with nothing to show is empty."""
+    other = next((stage.short for stage in report.stages if stage.key == report.against), "AR teacher")
+    headline = _headline(table.get(report.student), table.get(report.against), other)
+    listing = "\n".join(_text(command) for command in report.commands)
+    shown_config = json.dumps(plain(report.config), indent=2, ensure_ascii=False)
+    pairs = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in report.environment.items())
+    items = "".join(f"<li>{_text(note)}</li>" for note in report.notes)
+    return [
+        _section("headline", f"Student against {other}", headline),
+        _section("wall", "Side by side", wall),
+        _section("metrics", "Metrics", _table(table, report.stages, report.student)),
+        _section("training", "Training", _training(report.stages)),
+        _section("commands", "Commands", f"<pre><code>{listing}</code></pre>" if listing else ""),
+        _section("config", "Configuration", _details("Show the whole config", shown_config) if report.config else ""),
+        _section("environment", "Environment", f"<dl>{pairs}</dl>" if pairs else ""),
+        _section("notes", "Notes", f"<ul>{items}</ul>" if items else ""),
+    ]
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Writes the page to `path` and `metrics.json` beside it, each atomically.
 
     metrics.json: {"title", "stages": `metrics_table(...)`, "environment", "commands"}; unknown or non-finite is null.
 
     Raises:
       UserError: clips of the wrong type or of different sizes, stage keys that are not distinct, fps <= 0.
     """
-    if not 0 < fps <= 1000:
-        raise UserError(f"report: fps={fps} must lie in (0, 1000]")
-    table = metrics_table(real_summary, codec_summary, stages)
-    wall = _wall(_wall_columns(real_videos, stages), captions, fps)
-    listing = "\n".join(_text(command) for command in commands)
-    pairs = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in environment.items())
-    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
-    shown_config = json.dumps(plain(config), indent=2, ensure_ascii=False) if config else ""
-    other = next((stage.short for stage in stages if stage.key == against), "AR teacher")
+    if not 0 < report.fps <= 1000:
+        raise UserError(f"report: fps={report.fps} must lie in (0, 1000]")
+    table = metrics_table(report.real_summary, report.codec_summary, report.stages)
+    wall = _wall(_wall_columns(report.real_videos, report.stages), report.captions, report.fps)
     assets = resources.files("cfjax") / "assets"
-    page = "\n".join(
-        part
-        for part in (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">',
-            f"<title>{_text(title)}</title>\n<style>\n{(assets / 'report.css').read_text()}</style>\n</head>\n<body>",
-            f"<header><h1>{_text(title)}</h1><p>{_text(_lead(stages))}</p></header>\n<main>",
-            _section("headline", f"Student against {other}", _headline(table.get(student), table.get(against), other)),
-            _section("wall", "Side by side", wall),
-            _section("metrics", "Metrics", _table(table, stages, student)),
-            _section("training", "Training", _training(stages)),
-            _section("commands", "Commands", f"<pre><code>{listing}</code></pre>" if listing else ""),
-            _section("config", "Configuration", _details("Show the whole config", shown_config) if config else ""),
-            _section("environment", "Environment", f"<dl>{pairs}</dl>" if pairs else ""),
-            _section("notes", "Notes", f"<ul>{items}</ul>" if items else ""),
-            f"</main>\n<script>\n{(assets / 'report.js').read_text()}</script>\n</body>\n</html>\n",
-        )
-        if part
+    parts = (
+        f"{_head(report.title, (assets / 'report.css').read_text())}\n<body>",
+        f"<header><h1>{_text(report.title)}</h1><p>{_text(_lead(report.stages))}</p></header>\n<main>",
+        *_sections(report, table, wall),
+        f"</main>\n<script>\n{(assets / 'report.js').read_text()}</script>\n</body>\n</html>\n",
     )
-    record = {"title": title, "stages": table, "environment": environment, "commands": list(commands)}
+    page = "\n".join(part for part in parts if part)
+    made = {"environment": report.environment, "commands": list(report.commands)}
+    record = {"title": report.title, "stages": table} | made
     path = Path(path)
     with replacing(path.with_name(METRICS)) as partial:
         partial.write_text(json.dumps(plain(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ unchanged: it is called, sharded and checkpointed like any other `Wan`, and has 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,9 @@ from flax import nnx
 
 from cfjax.core.errors import UserError
 from cfjax.core.tree import from_named, named_leaves
-from cfjax.models.wan import KV, Attention, Wan, WanConfig, backbone, embed_time
+from cfjax.models.wan import KV, Attention, Wan, WanConfig, attend_by, backbone, embed_time
 from cfjax.nn import layers
 from cfjax.nn.attention import dense
-from cfjax.nn.frames import attend_frames
 from cfjax.nn.visibility import FULL
 
 TAP = "tapped_layer"  # scope of the conditional that applies a token's block after the tapped layers only
@@ -121,10 +119,7 @@ class Discriminator(Wan):
         tokens_LD = branch.norm_registers(branch.registers[...], config.eps)
         place = [tapped.index(layer) if layer in tapped else -1 for layer in range(config.num_layers)]
 
-        def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> jax.Array:
-            return attend_frames(q, k, v, FULL, num_frames=frames, backend=config.attention)
-
-        def attend_token(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
+        def look(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
             block = jax.tree.map(lambda x: x[index], branch.blocks)
             return block(stream_BFTD, tokens_LD[index], config)
 
@@ -140,7 +135,7 @@ class Discriminator(Wan):
             sigma_BF,
             text_kv,
             jnp.arange(frames),
-            self_attend,
+            attend_by(FULL, frames, config),
             layer_input=jnp.array(place, jnp.int32),
             tap=tap,
         )

@@ -26,7 +26,7 @@ from flax import nnx
 from cfjax.core.errors import UserError
 from cfjax.core.fingerprint import fingerprint
 from cfjax.core.precision import Policy
-from cfjax.nn.conv import Conv, draw_kernels
+from cfjax.nn.conv import Conv, conv_frames, draw_kernels, fold_frames
 
 BLOCKS = 3  # memory blocks per stage
 SPACE = 8  # three stages, each halving or doubling height and width
@@ -75,16 +75,6 @@ class EncodeState(NamedTuple):
     memory: Memory
 
 
-def _fold(x_BFHWC: jax.Array) -> jax.Array:
-    return rearrange(x_BFHWC, "b f h w c -> (b f) h w c")
-
-
-def _per_frame(conv: Conv, x_BFHWC: jax.Array, dtype: str, **how: Any) -> jax.Array:
-    """A 2-D convolution of every frame."""
-    y = conv(_fold(x_BFHWC), dtype, **how)
-    return y.reshape(*x_BFHWC.shape[:2], *y.shape[1:])
-
-
 class MemoryBlock(nnx.Module):
     """relu(x + conv relu conv relu conv [x, x of the frame before])."""
 
@@ -96,7 +86,7 @@ class MemoryBlock(nnx.Module):
 
     def __call__(self, x_BFHWC: jax.Array, before_BHWC: jax.Array, dtype: str) -> jax.Array:
         past = jnp.concatenate([before_BHWC[:, None], x_BFHWC[:, :-1]], axis=1)
-        y = jax.nn.relu(self.conv_in(_fold(jnp.concatenate([x_BFHWC, past], axis=-1)), dtype))
+        y = jax.nn.relu(self.conv_in(fold_frames(jnp.concatenate([x_BFHWC, past], axis=-1)), dtype))
         y = self.conv_out(jax.nn.relu(self.conv_mid(y, dtype)), dtype)
         return jax.nn.relu(y.reshape(x_BFHWC.shape) + x_BFHWC)
 
@@ -127,7 +117,7 @@ class Shrink(nnx.Module):
 
     def __call__(self, x_BFHWC: jax.Array, dtype: str) -> jax.Array:
         groups = rearrange(x_BFHWC, "b (f t) h w c -> b f h w (t c)", t=self.time)
-        return _per_frame(self.down, _per_frame(self.pool, groups, dtype), dtype, strides=(2, 2), padding=AROUND)
+        return conv_frames(self.down, conv_frames(self.pool, groups, dtype), dtype, strides=(2, 2), padding=AROUND)
 
 
 def _pair_taps(kernel: jax.Array, axis: int) -> jax.Array:
@@ -164,7 +154,7 @@ class Grow(nnx.Module):
 
     def __call__(self, x_BFHWC: jax.Array, dtype: str) -> jax.Array:
         y = jax.lax.conv_general_dilated(
-            _fold(x_BFHWC).astype(dtype),
+            fold_frames(x_BFHWC).astype(dtype),
             self.kernel().astype(dtype),
             (1, 1),
             AROUND,
@@ -265,8 +255,8 @@ class TinyVAE(nnx.Module):
         if latents_BFHWC.ndim != 5 or latents_BFHWC.shape[-1] != self.latent_channels or not latents_BFHWC.shape[1]:
             raise UserError(f"tiny VAE: latents {latents_BFHWC.shape} need [B,F,H,W,{self.latent_channels}], F > 0")
         dtype, decoder = self.config.precision.compute, self.decoder
-        x = jnp.tanh(self.config.precision.to_norm_dtype(latents_BFHWC) / 3) * 3
-        x = jax.nn.relu(_per_frame(decoder.conv_in, x, dtype))
+        x = jnp.tanh(self.config.precision.to_island(latents_BFHWC) / 3) * 3
+        x = jax.nn.relu(conv_frames(decoder.conv_in, x, dtype))
         # The first step's frames that nobody sees are left out as soon as no memory needs them.
         early, late = (0, 0) if state else divmod(self.config.time - 1, self.config.time_grow[-1])
         kept: Memory = ()
@@ -274,7 +264,7 @@ class TinyVAE(nnx.Module):
             x, memory = stage.blocks(x, _of_stage(state, i), dtype)
             x = stage.grow(x[:, early:] if i == len(decoder.stages) - 1 else x, dtype)
             kept += memory
-        y = _per_frame(decoder.conv_out, jax.nn.relu(x[:, late:]), dtype)
+        y = conv_frames(decoder.conv_out, jax.nn.relu(x[:, late:]), dtype)
         return jnp.clip(y.astype(jnp.float32), 0, 1) * 2 - 1, kept
 
     def encode(self, video_BPHWC: jax.Array) -> jax.Array:
@@ -323,12 +313,12 @@ class TinyVAE(nnx.Module):
         if not frames:
             return jnp.zeros((batch, 0, height // SPACE, width // SPACE, self.latent_channels), jnp.float32), memory
         dtype, encoder = self.config.precision.compute, self.encoder
-        x = jax.nn.relu(_per_frame(encoder.conv_in, (video_BPHWC + 1) / 2, dtype))
+        x = jax.nn.relu(conv_frames(encoder.conv_in, (video_BPHWC + 1) / 2, dtype))
         kept: Memory = ()
         for i, stage in enumerate(encoder.stages):
             x, last = stage.blocks(stage.shrink(x, dtype), _of_stage(memory, i), dtype)
             kept += last
-        return _per_frame(encoder.conv_out, x, dtype).astype(jnp.float32), kept
+        return conv_frames(encoder.conv_out, x, dtype).astype(jnp.float32), kept
 
     def describe(self) -> dict[str, Any]:
         """The codec's description in a manifest; its fingerprint covers all weights."""

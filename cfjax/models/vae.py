@@ -23,7 +23,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.fingerprint import fingerprint
 from cfjax.core.precision import Policy
 from cfjax.nn.attention import dense
-from cfjax.nn.conv import Conv, draw_kernels
+from cfjax.nn.conv import Conv, conv_frames, draw_kernels
 from cfjax.nn.layers import Linear, align
 
 # Mean and standard deviation of Wan2.1's latent channels (reference: `utils/wan_wrapper.py`, `WanVAEWrapper`).
@@ -104,12 +104,6 @@ def _causal(conv: Conv, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.A
 def _last_frames(x: jax.Array) -> jax.Array:
     missing = max(0, MEMORY - x.shape[1])
     return jnp.pad(x[:, -MEMORY:], ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
-
-
-def _framewise(conv: Conv, x: jax.Array, policy: Policy, **how: Any) -> jax.Array:
-    """A 2-D convolution of every frame."""
-    y = conv(rearrange(x, "b f h w c -> (b f) h w c"), policy.compute, **how)
-    return rearrange(y, "(b f) h w c -> b f h w c", b=x.shape[0])
 
 
 class ChannelNorm(nnx.Module):
@@ -193,7 +187,7 @@ class Downsample(nnx.Module):
 
     def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
         """x [B, F, H, W, D] -> [B, G, H/2, W/2, D]; F = 2 G - 1 without a past, else 2 G. The past is one frame."""
-        x = _framewise(self.conv, x, policy, strides=(2, 2), padding=[(0, 1), (0, 1)])
+        x = conv_frames(self.conv, x, policy.compute, strides=(2, 2), padding=[(0, 1), (0, 1)])
         if self.time_conv is None:
             return x, ()
         seen = x if past is None else jnp.concatenate([past, x], axis=1)
@@ -218,7 +212,7 @@ class Upsample(nnx.Module):
         """x [B, F, H, W, D] -> [B, G, 2 H, 2 W, D/2]; G = 2 F - 1 without a past, else 2 F."""
         x, past = (x, ()) if self.time_conv is None else self._double_time(self.time_conv, x, past, policy)
         wide = repeat(x, "b f h w c -> b f (h 2) (w 2) c")
-        return _framewise(self.conv, wide, policy, padding=[(1, 1), (1, 1)]), past
+        return conv_frames(self.conv, wide, policy.compute, padding=[(1, 1), (1, 1)]), past
 
     def _double_time(self, conv: Conv, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
         parts, rest = ([x[:, :1]], x[:, 1:]) if past is None else ([], x)

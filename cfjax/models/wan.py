@@ -170,19 +170,21 @@ class Wan(nnx.Module):
         self.time_projection = layers.Linear(dim, 6 * dim, keys[3])
         self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[4], config.num_layers))
         self.head_modulation = nnx.Param(layers.normal(dim**-0.5)(keys[5], (2, dim)))
-        self.head = layers.Linear(dim, config.out_dim * patch, keys[5], kernel_init=layers.zeros)
+        # Folded in, not split off: the keys of the other parameters, and so their values, do not depend on it.
+        self.head = layers.Linear(dim, config.out_dim * patch, jax.random.fold_in(key, 6), kernel_init=layers.zeros)
 
     def __call__(
         self, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, visibility: Visibility = FULL
     ) -> jax.Array:
         """Flow v of every frame, float32, shaped like the latents, under a `full` or `block_causal` visibility."""
         frames = latents_BFHWC.shape[1]
+        self_attend = attend_by(visibility, frames, self.config)
+        return backbone(self, latents_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend)[0]
 
-        def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-            return attend_frames(q, k, v, visibility, num_frames=frames, backend=self.config.attention)
 
-        flow, _ = backbone(self, latents_BFHWC, sigma_BF, text_kv, jnp.arange(frames), self_attend)
-        return flow
+def attend_by(visibility: Visibility, num_frames: int, config: WanConfig) -> SelfAttend:
+    """`backbone`'s self-attention among the frames of one pass, without a cache; see `attend_frames`."""
+    return lambda q, k, v, _: attend_frames(q, k, v, visibility, num_frames=num_frames, backend=config.attention)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -225,16 +227,13 @@ def teacher_forced(
     visibility = Visibility("teacher_forced", blocks)
     clean_sigma = jnp.zeros_like(sigma_BF) if clean_sigma_BF is None else clean_sigma_BF
 
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-        return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
-
     flow, _ = backbone(
         model,
         jnp.concatenate([clean_BFHWC, noisy_BFHWC], axis=1),
         jnp.concatenate([clean_sigma, sigma_BF], axis=1),
         text_kv,
         jnp.tile(jnp.arange(frames), 2),
-        self_attend,
+        attend_by(visibility, frames, model.config),
         head_frames=frames,
     )
     return flow
@@ -276,9 +275,7 @@ def clean_context(
     visibility = Visibility("block_causal", blocks)
     sigma = jnp.zeros(clean_BFHWC.shape[:2], jnp.float32) if sigma_BF is None else sigma_BF
 
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-        return attend_frames(q, k, v, visibility, num_frames=frames, backend=model.config.attention)
-
+    self_attend = attend_by(visibility, frames, model.config)
     return backbone(model, clean_BFHWC, sigma, text_kv, jnp.arange(frames), self_attend, emit_kv=True)[1]
 
 

@@ -17,7 +17,7 @@ from cfjax.core.lazy import LazyArray
 from cfjax.core.offload import host_sharding
 from cfjax.core.quantize import Quantized, is_quantized, packed, packed_shape, quantize, quantized_shape
 from cfjax.core.sharding import place, shardings
-from cfjax.core.tree import map_named, match, named_leaves
+from cfjax.core.tree import check_fit, map_named, match, named_leaves
 
 M = TypeVar("M")
 STORAGES = ("float32", "bfloat16", "int8")
@@ -92,13 +92,7 @@ def fill(template: M, arrays: Mapping[str, LazyArray]) -> M:
     Raises:
       UserError: a weight is missing, left over, or of another shape.
     """
-    wanted = named_leaves(template, is_quantized)
-    missing, extra = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
-    if missing or extra:
-        raise UserError(f"weights do not fit the model: missing {missing[:3]}, left over {extra[:3]}")
-    for name, like in wanted.items():
-        if tuple(like.shape) != tuple(arrays[name].shape):
-            raise UserError(f"weights do not fit the model: {name} is {arrays[name].shape}, expected {like.shape}")
+    check_fit(named_leaves(template, is_quantized), arrays)
     return map_named(lambda name, like: _filled(like, arrays[name]), template, is_quantized)
 
 

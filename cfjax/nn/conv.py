@@ -6,6 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from cfjax.core.tree import map_named, named_leaves
@@ -51,6 +52,19 @@ class Conv(nnx.Module):
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         )
         return y if self.bias is None else y + align(self.bias[...].astype(dtype), y)
+
+
+def fold_frames(x_BFHWC: jax.Array) -> jax.Array:
+    """Frames as pictures of a larger batch, [B F, H, W, C]."""
+    return rearrange(x_BFHWC, "b f h w c -> (b f) h w c")
+
+
+def conv_frames(
+    conv: Conv, x_BFHWC: jax.Array, dtype: str, *, strides: tuple[int, ...] | None = None, padding: Padding = "SAME"
+) -> jax.Array:
+    """A 2-D convolution of every frame; see `Conv`."""
+    y = conv(fold_frames(x_BFHWC), dtype, strides=strides, padding=padding)
+    return y.reshape(*x_BFHWC.shape[:2], *y.shape[1:])
 
 
 def draw_kernels(template: M, key: jax.Array) -> M:

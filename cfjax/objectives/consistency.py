@@ -15,7 +15,7 @@ import numpy as np
 from jax.lax import stop_gradient
 
 from cfjax.core.errors import UserError
-from cfjax.flow.guidance import guide
+from cfjax.flow.guidance import guided
 from cfjax.flow.path import add_noise, expand, x0_from_flow
 from cfjax.flow.schedule import gap_bf16, lookup, round_timestep_bf16, sigma_table
 from cfjax.models.wan import Wan, embed_text, teacher_forced
@@ -92,14 +92,13 @@ def _teacher_step(
     """x_sigma' = x_sigma - (sigma - sigma') v with the guided flow; each branch has both halves on its own prompt."""
     negative = jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape)
     text_kv = both_prompts(embed_text(teacher, batch["text_BSE"]), embed_text(teacher, negative))
-    twice = lambda a: jnp.concatenate([a, a], axis=0)
     if config.teacher == "bidirectional":
-        v = teacher(twice(x), twice(conditioning_sigma_BF), text_kv)
+        v = guided(lambda a: teacher(*a, text_kv), (x, told_BF), config.guidance)
     else:
         clean = batch["latents_BFHWC"].astype(jnp.float32)
-        v = teacher_forced(teacher, twice(x), twice(conditioning_sigma_BF), twice(clean), text_kv, blocks)
-    v_pos, v_neg = jnp.split(v, 2)
-    return x - expand(gap_BF, x) * guide(v_pos, v_neg, config.guidance, "sampling")
+        flow = lambda a: teacher_forced(teacher, a[0], a[1], a[2], text_kv, blocks)
+        v = guided(flow, (x, told_BF, clean), config.guidance)
+    return x - expand(gap_BF, x) * v
 
 
 def consistency(config: ConsistencyConfig, blocks: Blocks, role: str = "student") -> Loss:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from cfjax.core.errors import UserError
-from cfjax.flow.guidance import guide
+from cfjax.flow.guidance import guided
 from cfjax.flow.path import add_noise, flow_from_x0, velocity, x0_from_flow
 from cfjax.flow.schedule import lookup, score_sigma, sigma_table
 from cfjax.models.codec import Codec
@@ -170,10 +170,8 @@ def guided_x0(
     if scale == 0.0:
         return score_x0(model, x, sigma_BF, positive, config)
     negative = embed_text(model, jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape))
-    double = lambda a: jnp.concatenate([a, a], axis=0)
-    x0 = score_x0(model, double(x), double(sigma_BF), both_prompts(positive, negative), config)
-    positive_x0, negative_x0 = jnp.split(x0, 2)
-    return guide(positive_x0, negative_x0, scale, "dmd")
+    text_kv = both_prompts(positive, negative)
+    return guided(lambda a: score_x0(model, *a, text_kv, config), (x, sigma_BF), scale, "dmd")
 
 
 def noising_level(sigma_BF: jax.Array, config: DMDConfig) -> jax.Array:

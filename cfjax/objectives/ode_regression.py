@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.flow.guidance import guide
+from cfjax.flow.guidance import doubled, guided
 from cfjax.flow.path import x0_from_flow
 from cfjax.flow.schedule import check_steps, sigma_table, warp_steps
 from cfjax.flow.solvers import euler
@@ -105,35 +105,27 @@ def ode_pairs(
     return jnp.moveaxis(trajectory[:, :, keep], 2, 1)
 
 
-def _twice(x: jax.Array) -> jax.Array:
-    return jnp.concatenate([x, x], axis=0)
-
-
 def _solve_full(
     model: Wan, clean: jax.Array, text_kv: KV, noise: jax.Array, config: PairsConfig, blocks: Blocks
 ) -> jax.Array:
     # The clean half does not depend on the noise: its keys are computed once, not 2 x 48 times as in the reference.
-    context = clean_context(model, _twice(clean), text_kv, blocks)
+    context = clean_context(model, doubled(clean), text_kv, blocks)
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        sigma_BF = jnp.broadcast_to(sigma, (2 * x.shape[0], x.shape[1]))
-        v = replay(model, _twice(x), sigma_BF, text_kv, context, blocks)
-        positive, negative = jnp.split(v, 2)
-        return guide(positive, negative, config.guidance, "sampling")
+        flow = lambda x: replay(model, x, jnp.broadcast_to(sigma, x.shape[:2]), text_kv, context, blocks)
+        return guided(flow, x, config.guidance)
 
-    states = _euler_states(velocity, noise, config)
-    return jnp.moveaxis(states, 0, 2)
+    return _euler_states(velocity, noise, config)
 
 
 def _solve_bidirectional(
     model: Wan, clean: jax.Array, text_kv: KV, noise: jax.Array, config: PairsConfig, blocks: Blocks
 ) -> jax.Array:
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        v = model(_twice(x), jnp.broadcast_to(sigma, (2 * x.shape[0], x.shape[1])), text_kv)
-        positive, negative = jnp.split(v, 2)
-        return guide(positive, negative, config.guidance, "sampling")
+        flow = lambda x: model(x, jnp.broadcast_to(sigma, x.shape[:2]), text_kv)
+        return guided(flow, x, config.guidance)
 
-    return jnp.moveaxis(_euler_states(velocity, noise, config), 0, 2)
+    return _euler_states(velocity, noise, config)
 
 
 def _solve_cached(
@@ -146,19 +138,18 @@ def _solve_cached(
         (x, clean_block), _ = inputs
 
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            v = denoise_block(model, _twice(x), sigma, text_kv, cache, start, blocks)
-            positive, negative = jnp.split(v, 2)
-            return guide(positive, negative, config.guidance, "sampling")
+            flow = lambda x: denoise_block(model, x, sigma, text_kv, cache, start, blocks)
+            return guided(flow, x, config.guidance)
 
-        states = jnp.moveaxis(_euler_states(velocity, x, config), 0, 2)
-        return commit_block(model, _twice(clean_block), text_kv, cache, start, blocks), states
+        states = _euler_states(velocity, x, config)
+        return commit_block(model, doubled(clean_block), text_kv, cache, start, blocks), states
 
     return scan_blocks(block, cache, (noise, clean), None, num_frames, blocks)[1]
 
 
 def _euler_states(velocity: Any, noise: jax.Array, config: PairsConfig) -> jax.Array:
-    """States before every step and the end point, [N + 1, B, F, H, W, C]."""
-    return euler(velocity, noise, config.grid(), trajectory=True)[1]
+    """States before every step and the end point, [B, F, N + 1, H, W, C]."""
+    return jnp.moveaxis(euler(velocity, noise, config.grid(), trajectory=True)[1], 0, 2)
 
 
 def draw(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.flow.guidance import guide
+from cfjax.flow.guidance import doubled, guided, joined
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.flow.schedule import check_steps, sigma_table, unipc_grid, warp_steps
 from cfjax.flow.solvers import SOLVERS
@@ -159,12 +159,8 @@ def _joined(*parts: jax.Array | None) -> jax.Array:
 
 
 def both_prompts(positive: KV, negative: KV) -> KV:
-    """Positive and negative prompt stacked along the batch axis: guidance costs one network call of twice the batch."""
-    return KV(*(jnp.concatenate([p, n], axis=1) for p, n in zip(positive, negative, strict=True)))
-
-
-def _twice(x: jax.Array) -> jax.Array:
-    return jnp.concatenate([x, x], axis=0)
+    """The text's keys and values for `flow.guidance.guided`: the positive prompts', then the negative ones'."""
+    return joined(positive, negative, axis=1)
 
 
 def many_step_block(
@@ -180,9 +176,8 @@ def many_step_block(
     sigmas, model_sigmas = sampler.grid()
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        v = denoise_block(model, _twice(x), sigma, text_kv, cache, start, blocks)
-        positive, negative = jnp.split(v, 2)
-        return guide(positive, negative, sampler.guidance, "sampling")
+        flow = lambda x: denoise_block(model, x, sigma, text_kv, cache, start, blocks)
+        return guided(flow, x, sampler.guidance)
 
     return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=model_sigmas)
 
@@ -202,12 +197,12 @@ def generate_many_step(
     `given_BFHWC` as in `generate_few_step`.
     """
     text_kv = both_prompts(positive, negative)
-    twice = None if given_BFHWC is None else _twice(given_BFHWC)
-    cache, start = _started(model, noise_BFHWC, text_kv, blocks, twice)
+    given = None if given_BFHWC is None else doubled(given_BFHWC)
+    cache, start = _started(model, noise_BFHWC, text_kv, blocks, given)
 
     def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
         x0 = many_step_block(model, inputs[0], text_kv, cache, start, sampler, blocks)
-        return commit_block(model, _twice(x0), text_kv, cache, start, blocks), x0
+        return commit_block(model, doubled(x0), text_kv, cache, start, blocks), x0
 
     x0 = scan_blocks(block, cache, noise_BFHWC, None, noise_BFHWC.shape[1], blocks, start=start)[1]
     return _joined(given_BFHWC, x0)
@@ -221,9 +216,8 @@ def generate_bidirectional(
     sigmas, model_sigmas = sampler.grid()
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        v = model(_twice(x), jnp.broadcast_to(sigma, (2 * x.shape[0], x.shape[1])), text_kv)
-        positive, negative = jnp.split(v, 2)
-        return guide(positive, negative, sampler.guidance, "sampling")
+        flow = lambda x: model(x, jnp.broadcast_to(sigma, x.shape[:2]), text_kv)
+        return guided(flow, x, sampler.guidance)
 
     return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=model_sigmas)
 

@@ -188,8 +188,7 @@ def figure(numbers: Numbers, rows: Sequence[tuple[str, str]], opened: Opened) ->
                 label = network if kind == "left" else f"{network}, another pair's noise"
                 colour = GREEN if network == "ode" else "#c0392b"
                 blocks = range(1, len(means) + 1)
-                style_of: Any = {"marker": "o", "capsize": 3, "label": label, "color": colour, "ls": style}
-                panels[5].errorbar(blocks, means, reach, **style_of)
+                panels[5].errorbar(blocks, means, reach, marker="o", capsize=3, label=label, color=colour, ls=style)
                 panels[5].set_xticks(blocks)
     panels[5].set(xlabel="block", ylim=(0, None))
     panels[5].set_title("share of the teacher's end points left open", fontsize=10)

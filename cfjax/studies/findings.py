@@ -51,20 +51,22 @@ def tables(results: Results, verdicts: Sequence[Verdict]) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def _exact_tables(results: Results) -> list[Table]:
-    exact, frames, levels = results["linear"], range(1, 6), results["plan"]["levels"]
-    linear_rows = [[f"s = {float(s):.4g}", *(number(v) for v in values)] for s, values in exact["ambiguity"].items()]
-    prior = [f"{v / q:.3f}" for v, q in zip(exact["ambiguity"]["1.0"], exact["innovation"], strict=True)]
-    walk = [
+def _walk_rows(results: Results) -> list[list[str]]:
+    """A teacher at a level per row: the ambiguity of every frame, and the least monotone frame."""
+    return [
         [
             f"{teacher}, s = {s:g}",
             *(number(truth(results, teacher, s, [f], "of_prior")) for f in every(results)),
             f"{min(truth(results, teacher, s, [f], 'monotone') for f in every(results)):.4f}",
         ]
         for teacher in TEACHERS
-        for s in levels
+        for s in results["plan"]["levels"]
     ]
-    collisions = [
+
+
+def _collision_rows(results: Results) -> list[list[str]]:
+    """A frame per row: how many collisions were solved, how well, and where they end."""
+    return [
         [
             str(row["frame"]),
             f"{len(row['ends'])} of {row['asked']}",
@@ -75,6 +77,12 @@ def _exact_tables(results: Results) -> list[Table]:
         ]
         for row in results["collisions"]["rows"]
     ]
+
+
+def _exact_tables(results: Results) -> list[Table]:
+    exact, frames = results["linear"], range(1, 6)
+    linear_rows = [[f"s = {float(s):.4g}", *(number(v) for v in values)] for s, values in exact["ambiguity"].items()]
+    prior = [f"{v / q:.3f}" for v, q in zip(exact["ambiguity"]["1.0"], exact["innovation"], strict=True)]
     errors = ", ".join(f"{number(e)} with {n} steps" for n, e in results["truth"]["round_trip"].items())
     cd = [[name, *(number(v) for v in exact["consistency"][name].values())] for name in exact["consistency"]]
     ahead = [["W2", *(number(v["w2"]) for v in exact["by_ahead"].values())]]
@@ -88,7 +96,7 @@ def _exact_tables(results: Results) -> list[Table]:
         Table(
             "Branching walk: E Var[x0 | noisy frame, clean past] / prior variance",
             ["", *(f"frame {i}" for i in every(results)), "monotone"],
-            walk,
+            _walk_rows(results),
             "First differences of neighbours; the estimator's own bias is what the causal rows show. Monotone: the "
             "fraction of neighbouring noisy frames whose end points are in the same order, of the worst frame. "
             f"Data → noise → data by rk4, float64, rms: {errors}.",
@@ -96,7 +104,7 @@ def _exact_tables(results: Results) -> list[Table]:
         Table(
             "Exact collisions: the same noise of frame i, the same clean past, another future noise",
             ["frame", "solved", "past differs by", "end points", "sd", "AR teacher"],
-            collisions,
+            _collision_rows(results),
             "float64; an existence proof, not samples of a law.",
         ),
         Table(

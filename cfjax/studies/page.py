@@ -79,9 +79,9 @@ def _settling(axes: Axes, results: Results) -> None:
         if init not in results["plan"]["inits"]:
             continue
         values = [float(np.mean(settled(results, init, sigma, what, [f]))) for f in frames]
-        style: dict[str, Any] = {"color": BI if init == "bi_ode" else AR, "alpha": 1.0 if what == "dist_map" else 0.45}
+        colour, alpha = BI if init == "bi_ode" else AR, 1.0 if what == "dist_map" else 0.45
         label = f"{init}: to the {'flow map' if what == 'dist_map' else 'conditional mean'}"
-        axes.bar([f + 0.2 * k - 0.3 for f in frames], values, 0.19, label=label, **style)
+        axes.bar([f + 0.2 * k - 0.3 for f in frames], values, 0.19, label=label, color=colour, alpha=alpha)
     truth = [r["central"] for r in results["truth"]["rows"] if (r["teacher"], r["sigma"]) == ("bidirectional", sigma)]
     axes.plot(frames, truth, "k_", ms=22, label="E Var, bidirectional teacher")
     axes.set(title=f"squared distances, s = {sigma:g}", xlabel="frame i", yscale="log")

@@ -20,7 +20,7 @@ from cfjax.rollout.generate import FewStep, generate_few_step
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.studies.laws import Law, sample
 from cfjax.studies.toys import FRAMEWISE, Critic, Exact, Student, ToyConfig, windows
-from cfjax.training.optim import make_optimizer
+from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import TrainState, advance, init_state
 from cfjax.training.step import has_batch_axis, make_update, role_key
 
@@ -144,7 +144,8 @@ class Trainer:
 
     def __init__(self, stage: Stage, *, steps: int, batch: int, lr: float, schedule: str = "cosine"):
         self.stage = stage
-        self.txs = {r: make_optimizer(lr=lr, steps=steps, schedule=schedule, b2=0.99) for r in stage.losses}
+        config = OptimizerConfig(lr=lr, schedule=schedule, b2=0.99)
+        self.txs = {role: make_optimizer(config, steps=steps) for role in stage.losses}
         updates = {role: make_update(stage, role, self.txs[role]) for role in stage.losses}
         cycle = max([1, *stage.cadence.values()])
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,37 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
 MUON_EXCLUDE = r".*(embed|head|modulation).*"
 _CORE, _COURSE = 1, 3  # places in the chain of what has a state: moments, and the count of updates
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """One role's optimiser and its learning-rate schedule.
+
+    Attributes:
+      name: "adamw", or "muon": Muon for kernels [..., in, out], each layer of a stack by itself; Adam for the rest.
+      lr: peak learning rate.  adam_lr: peak for Muon's Adam leaves (None: `lr`).
+      b1, b2, eps: Adam's.
+      weight_decay: decoupled, `lr * weight_decay * p`.
+      decay_rules: ordered (regex, factor) table over all leaf names; by default everything decays, as in the reference.
+      clip: bound on the global gradient norm; None or 0 turns it off.
+      schedule, warmup, decay_fraction: see `make_schedule`.
+      momentum: Muon's.  muon_exclude: regex of kernels that Adam keeps.
+    """
+
+    lr: float
+    name: str = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay_rules: Sequence[tuple[str, float]] = ((".*", 1.0),)
+    clip: float | None = 1.0
+    schedule: str = "constant"
+    warmup: int = 0
+    decay_fraction: float = 0.2
+    momentum: float = 0.95
+    adam_lr: float | None = None
+    muon_exclude: str = MUON_EXCLUDE
 
 
 def make_schedule(
@@ -60,18 +92,25 @@ def _scale_by_width() -> optax.GradientTransformation:
     )
 
 
-def _muon(b1: float, b2: float, eps: float, momentum: float, adam_ratio: float, exclude: str):
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    adam_ratio = 1.0 if config.adam_lr is None else config.adam_lr / config.lr
+
     def labels(params: Mapping[str, jax.Array]) -> dict[str, str]:
+        exclude = config.muon_exclude
         return {name: "muon" if is_muon_leaf(name, leaf, exclude) else "adam" for name, leaf in params.items()}
 
     def dimension_numbers(updates):
         return jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), updates)
 
-    orthogonal = scale_by_muon(beta=momentum, eps=eps, weight_dimension_numbers=dimension_numbers)
+    orthogonal = scale_by_muon(beta=config.momentum, eps=config.eps, weight_dimension_numbers=dimension_numbers)
     return optax.partition(
         {
             "muon": optax.chain(orthogonal, _scale_by_width()),
-            "adam": optax.chain(optax.scale_by_adam(b1, b2, eps), optax.scale(adam_ratio)),
+            "adam": optax.chain(_adam(config), optax.scale(adam_ratio)),
         },
         labels,
     )
@@ -88,57 +127,34 @@ def _decay(weight_decay: float, rules: Sequence[tuple[str, float]]) -> optax.Gra
     return optax.stateless(update)
 
 
-def make_optimizer(
-    name: str = "adamw",
-    *,
-    key: str = "optim",
-    lr: float,
-    steps: int,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decay_rules: Sequence[tuple[str, float]] = ((".*", 1.0),),
-    clip: float | None = 1.0,
-    schedule: str = "constant",
-    warmup: int = 0,
-    decay_fraction: float = 0.2,
-    momentum: float = 0.95,
-    adam_lr: float | None = None,
-    muon_exclude: str = MUON_EXCLUDE,
-) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or Muon, then decoupled decay (`lr * weight_decay * p`), then the schedule.
+def make_optimizer(config: OptimizerConfig, *, steps: int, key: str = "optim") -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW or Muon, then decoupled decay, then the schedule.
 
     The transformation works on the dict of named leaves of a model (`core.tree.named_leaves`), see `init_state`.
 
     Args:
+      steps: of this role's updates, see `make_schedule`.
       key: of these settings in a config, for messages.
-      name: "adamw", or "muon": Muon for kernels [..., in, out], each layer of a stack by itself; Adam for the rest.
-      lr: peak learning rate.  adam_lr: peak for Muon's Adam leaves (default: `lr`).
-      steps, schedule, warmup, decay_fraction: see `make_schedule`.
-      decay_rules: ordered (regex, factor) table over all leaf names; by default everything decays, as in the reference.
-      clip: bound on the global gradient norm; None or 0 turns it off.
-      momentum: Muon's.  muon_exclude: regex of kernels that Adam keeps.
 
     Raises:
       UserError: an unknown optimiser or schedule, or a rate that is not positive; a decay table that misses a leaf or
         holds an unused rule (at use).
     """
-    if name not in OPTIMIZERS:
-        raise UserError(f"{key}.name={name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
-    for rate, value in (("lr", lr), ("adam_lr", adam_lr)):
+    if config.name not in OPTIMIZERS:
+        raise UserError(f"{key}.name={config.name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
+    for rate, value in (("lr", config.lr), ("adam_lr", config.adam_lr)):
         if value is not None and not value > 0:
             raise UserError(f"{key}.{rate}={value}: use more than 0")
-    if name == "adamw":
-        core = optax.scale_by_adam(b1, b2, eps)
-    else:
-        core = _muon(b1, b2, eps, momentum, 1.0 if adam_lr is None else adam_lr / lr, muon_exclude)
-    course = make_schedule(schedule, lr, key=key, steps=steps, warmup=warmup, decay_fraction=decay_fraction)
+    warmup, decay_fraction = config.warmup, config.decay_fraction
+    rate_of = make_schedule(
+        config.schedule, config.lr, key=key, steps=steps, warmup=warmup, decay_fraction=decay_fraction
+    )
+    decay = _decay(config.weight_decay, tuple(config.decay_rules)) if config.weight_decay else optax.identity()
     return optax.chain(  # in places that do not depend on what is turned off: `_CORE` and `_COURSE` have a state
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        core,
-        _decay(weight_decay, tuple(decay_rules)) if weight_decay else optax.identity(),
-        optax.scale_by_learning_rate(course),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        _adam(config) if config.name == "adamw" else _muon(config),
+        decay,
+        optax.scale_by_learning_rate(rate_of),
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cfjax.core.errors import UserError
 from cfjax.evaluation.curves import curve_svg
-from cfjax.evaluation.report import StageReport, metrics_table, write_report
+from cfjax.evaluation.report import Report, StageReport, metrics_table, write_report
 from cfjax.evaluation.results import COLUMNS
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -92,7 +92,7 @@ def stages() -> list[StageReport]:
 
 
 def write(path: Path, **changes: Any) -> Page:
-    arguments = {
+    fields = {
         "title": "Moving shapes <toy>",
         "real_videos": clips(9),
         "captions": CAPTIONS,
@@ -104,7 +104,7 @@ def write(path: Path, **changes: Any) -> Page:
         "environment": {"machine": "two cores", "jax": "0.10"},
         "notes": ["Intervals are wide."],
     }
-    write_report(path, **{**arguments, **changes})
+    write_report(path, Report(**{**fields, **changes}))
     return Page(path.read_text(encoding="utf-8"))
 
 

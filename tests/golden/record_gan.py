@@ -27,8 +27,8 @@ import torch
 
 from cfjax.comparison.probe import to_torch
 from cfjax.comparison.reference import Reference, Sizes, fit, load_strictly, open_reference
-from cfjax.conversion.rules import SAME, Rule, save_named
-from cfjax.conversion.wan import KERNEL, ORIGINAL
+from cfjax.conversion.rules import SAME, TRANSPOSED, Rule, save_named
+from cfjax.conversion.wan import ORIGINAL
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.flow.schedule import score_sigma
 from cfjax.models.discriminator import BranchConfig, Discriminator
@@ -48,18 +48,18 @@ BRANCH = (
     Rule("branch/norm_registers/scale", "_register_tokens.rms_norm.weight", SAME),
     Rule("branch/blocks/norm3/scale", "_gan_ca_blocks.{layer}.norm3.weight", SAME),
     Rule("branch/blocks/norm3/bias", "_gan_ca_blocks.{layer}.norm3.bias", SAME),
-    Rule("branch/blocks/cross_attn/([qkvo])/kernel", r"_gan_ca_blocks.{layer}.cross_attn.\1.weight", KERNEL),
+    Rule("branch/blocks/cross_attn/([qkvo])/kernel", r"_gan_ca_blocks.{layer}.cross_attn.\1.weight", TRANSPOSED),
     Rule("branch/blocks/cross_attn/([qkvo])/bias", r"_gan_ca_blocks.{layer}.cross_attn.\1.bias", SAME),
     Rule("branch/blocks/cross_attn/(norm_[qk])/scale", r"_gan_ca_blocks.{layer}.cross_attn.\1.weight", SAME),
-    Rule("branch/blocks/ffn/up/kernel", "_gan_ca_blocks.{layer}.ffn.0.weight", KERNEL),
+    Rule("branch/blocks/ffn/up/kernel", "_gan_ca_blocks.{layer}.ffn.0.weight", TRANSPOSED),
     Rule("branch/blocks/ffn/up/bias", "_gan_ca_blocks.{layer}.ffn.0.bias", SAME),
-    Rule("branch/blocks/ffn/down/kernel", "_gan_ca_blocks.{layer}.ffn.2.weight", KERNEL),
+    Rule("branch/blocks/ffn/down/kernel", "_gan_ca_blocks.{layer}.ffn.2.weight", TRANSPOSED),
     Rule("branch/blocks/ffn/down/bias", "_gan_ca_blocks.{layer}.ffn.2.bias", SAME),
     Rule("branch/norm/scale", "_cls_pred_branch.0.weight", SAME),
     Rule("branch/norm/bias", "_cls_pred_branch.0.bias", SAME),
-    Rule("branch/classifier/up/kernel", "_cls_pred_branch.1.weight", KERNEL),
+    Rule("branch/classifier/up/kernel", "_cls_pred_branch.1.weight", TRANSPOSED),
     Rule("branch/classifier/up/bias", "_cls_pred_branch.1.bias", SAME),
-    Rule("branch/classifier/down/kernel", "_cls_pred_branch.3.weight", KERNEL),
+    Rule("branch/classifier/down/kernel", "_cls_pred_branch.3.weight", TRANSPOSED),
     Rule("branch/classifier/down/bias", "_cls_pred_branch.3.bias", SAME),
 )
 

@@ -15,7 +15,8 @@ from cfjax.conversion.wan import abstract_wan, export_wan
 from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
 from cfjax.core.tree import named_leaves
-from cfjax.models.wan import WanConfig, embed_text, preset
+from cfjax.models.wan import Wan, WanConfig, embed_text, preset
+from cfjax.nn import layers
 from tests.tiny import CONFIG, SHAPE, normal, randomised, text, tiny
 
 # (heads, head_dim, layers, [B, F, H, W] of the latents, text rows); RoPE splits head_dim 16 and 20 unevenly
@@ -114,6 +115,33 @@ def test_a_timestep_per_frame_equals_diffusers_per_token():
 def test_parameter_counts(name, count):
     leaves = named_leaves(abstract_wan(preset(name)))
     assert sum(leaf.size for leaf in leaves.values()) == count
+
+
+def test_every_parameter_has_a_key_of_its_own(monkeypatch):
+    """Zero-initialised ones too. Outside the stacked blocks, whose keys are traced."""
+    shapes_of, linear, normal_init = {}, layers.Linear.__init__, layers.normal
+
+    def record(key, shape):
+        if not isinstance(key, jax.core.Tracer):
+            shapes_of.setdefault(jax.random.key_data(key).tobytes(), set()).add(shape)
+
+    def recorded_linear(self, in_dim, out_dim, key, **options):
+        record(key, (in_dim, out_dim))
+        linear(self, in_dim, out_dim, key, **options)
+
+    def recorded_normal(stddev):
+        def init(key, shape):
+            record(key, shape)
+            return normal_init(stddev)(key, shape)
+
+        return init
+
+    monkeypatch.setattr(layers.Linear, "__init__", recorded_linear)
+    monkeypatch.setattr(layers, "normal", recorded_normal)
+    Wan(CONFIG, jax.random.key(0))
+    assert [len(shapes) for shapes in shapes_of.values()] == [
+        1
+    ] * 8  # 4 of the embeddings, patches, projection, head's 2
 
 
 @pytest.mark.parametrize("policy, tolerance", [(BF16, 0.03), (Policy("bfloat16", "bfloat16"), 0.06)])

@@ -17,7 +17,7 @@ from cfjax.models.wan import Wan, WanConfig, make_wan
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
 from cfjax.objectives.stage import Batch, Stage
-from cfjax.training.optim import make_optimizer
+from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import TrainState, advance, init_state
 from cfjax.training.step import make_update
 
@@ -57,7 +57,9 @@ def learn(
 ) -> TrainState:
     """`steps` iterations of the library's own updates, cadence and all, as one program."""
     txs = {
-        role: make_optimizer(lr=lr, steps=steps, schedule="wsd", warmup=10, decay_fraction=0.5, b1=b1, b2=0.99)
+        role: make_optimizer(
+            OptimizerConfig(lr=lr, schedule="wsd", warmup=10, decay_fraction=0.5, b1=b1, b2=0.99), steps=steps
+        )
         for role in stage.losses
     }
     updates = {role: make_update(stage, role, txs[role]) for role in stage.losses}

@@ -20,7 +20,7 @@ from cfjax.objectives.dmd import DMDConfig, critic_loss, distribution_gradient, 
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.rollout.generate import FewStep, generate_few_step
 from cfjax.rollout.self_forcing import Rollout, SelfForcing
-from cfjax.training.optim import make_optimizer
+from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import TrainState, advance, init_state
 from cfjax.training.step import make_update, role_key
 from tests.objectives import learning
@@ -206,7 +206,7 @@ def trained() -> Trained:
     stage = Stage("dmd", losses, cadence={"student": CADENCE}, ema={"student": EMA})
     updates_of = {"student": ITERATIONS // CADENCE, "critic": ITERATIONS}
     txs = {
-        role: make_optimizer(lr=5e-3, steps=steps, schedule="wsd", decay_fraction=0.5, b1=0.0, b2=0.99)
+        role: make_optimizer(OptimizerConfig(lr=5e-3, schedule="wsd", decay_fraction=0.5, b1=0.0, b2=0.99), steps=steps)
         for role, steps in updates_of.items()
     }
     state = init_state(stage, {"student": causal(), "critic": bidirectional()}, txs, 0)

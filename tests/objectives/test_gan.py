@@ -21,7 +21,7 @@ from cfjax.objectives.gan import GanConfig, critic_loss, critic_value, draw, gen
 from cfjax.objectives.stage import Stage
 from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.self_forcing import SelfForcing
-from cfjax.training.optim import make_optimizer
+from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import advance, init_state
 from cfjax.training.step import make_update, role_key
 from tests.golden import record_gan
@@ -278,7 +278,7 @@ def test_one_compile_per_role_and_each_changes_its_own_weights():
     losses = {"student": generator_loss(DMD, gan, FRAMEWISE), "critic": critic_loss(DMD, gan, FRAMEWISE)}
     stage = Stage("dmd", losses, cadence={"student": 2})
     network = make_wan(learning.CONFIG, KEY)
-    txs = {role: make_optimizer(lr=1e-3, steps=8) for role in losses}
+    txs = {role: make_optimizer(OptimizerConfig(lr=1e-3), steps=8) for role in losses}
     models = {"student": network, "critic": with_branch(network, BranchConfig(), KEY)}
     state = init_state(stage, jax.tree.map(jnp.array, models), txs, 0)
     updates = {role: make_update(stage, role, txs[role]) for role in losses}

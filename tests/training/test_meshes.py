@@ -27,7 +27,7 @@ from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.objectives.ode_regression import PairsConfig, ode_regression
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.rollout.self_forcing import SelfForcing
-from cfjax.training.optim import make_optimizer
+from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.placement import place_state, placement_of
 from cfjax.training.state import init_state
 from cfjax.training.step import has_batch_axis, make_update
@@ -149,7 +149,7 @@ def test_nothing_of_a_state_is_replicated_by_accident():
     heads, sizes = MESHES["mixed_by_tokens"]
     mesh = make_mesh(**sizes)
     stage = Stage("bidirectional", STAGES["bidirectional"], ema={"student": Ema()})
-    txs = {"student": make_optimizer("adamw", lr=1e-3, steps=10)}
+    txs = {"student": make_optimizer(OptimizerConfig(lr=1e-3), steps=10)}
     with on_mesh(mesh):
         given, placed_batch, _ = on(mesh, {"student": models(heads)["student"]}, batch(), jax.random.key(0))
         before = place_state(init_state(stage, given, txs, 0), mesh)

@@ -8,7 +8,7 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.core.tree import named_leaves
-from cfjax.training.optim import current_names, is_muon_leaf, make_optimizer, make_schedule
+from cfjax.training.optim import OptimizerConfig, current_names, is_muon_leaf, make_optimizer, make_schedule
 
 PARAMS = {
     "blocks/q/kernel": (3, 8, 4),
@@ -40,7 +40,7 @@ def test_schedules():
 
 
 def test_adamw_is_optax_adamw():
-    ours = first_update(make_optimizer(lr=0.1, steps=10, b1=0.0, weight_decay=0.01, clip=10.0))
+    ours = first_update(make_optimizer(OptimizerConfig(lr=0.1, b1=0.0, weight_decay=0.01, clip=10.0), steps=10))
     chain = optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(0.1, b1=0.0, weight_decay=0.01))
     for name, value in first_update(chain).items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
@@ -49,8 +49,8 @@ def test_adamw_is_optax_adamw():
 def test_muon_takes_stacked_and_plain_kernels_only():
     taken = {name for name, leaf in normal(0).items() if is_muon_leaf(name, leaf)}
     assert taken == {"blocks/q/kernel", "time_projection/kernel"}
-    muon = first_update(make_optimizer("muon", lr=0.1, steps=10, adam_lr=0.01))
-    adam = first_update(make_optimizer("adamw", lr=0.01, steps=10))
+    muon = first_update(make_optimizer(OptimizerConfig(lr=0.1, name="muon", adam_lr=0.01), steps=10))
+    adam = first_update(make_optimizer(OptimizerConfig(lr=0.01), steps=10))
     for name in PARAMS:
         assert np.allclose(muon[name], adam[name], rtol=1e-4) == (name not in taken), name
     for layer in muon["blocks/q/kernel"]:
@@ -59,7 +59,7 @@ def test_muon_takes_stacked_and_plain_kernels_only():
 
 
 def test_muon_treats_each_layer_of_a_stack_by_itself():
-    tx = make_optimizer("muon", lr=0.1, steps=10, clip=None)
+    tx = make_optimizer(OptimizerConfig(lr=0.1, name="muon", clip=None), steps=10)
     stack, grads = normal(0)["blocks/q/kernel"], normal(1)["blocks/q/kernel"]
 
     def update(kernel, grad):
@@ -71,9 +71,9 @@ def test_muon_treats_each_layer_of_a_stack_by_itself():
 
 
 def test_decay_covers_everything_unless_a_table_says_otherwise():
-    plain = first_update(make_optimizer(lr=1.0, steps=10))
+    plain = first_update(make_optimizer(OptimizerConfig(lr=1.0), steps=10))
     for rules, spared in (([(".*", 1.0)], ()), ([(".*/bias", 0.0), (".*", 1.0)], ("blocks/q/bias",))):
-        decayed = first_update(make_optimizer(lr=1.0, steps=10, weight_decay=0.1, decay_rules=rules))
+        decayed = first_update(make_optimizer(OptimizerConfig(lr=1.0, weight_decay=0.1, decay_rules=rules), steps=10))
         for name, value in normal(0).items():
             factor = 0.0 if name in spared else 0.1
             np.testing.assert_allclose(decayed[name], plain[name] - factor * value, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -85,7 +85,7 @@ def test_a_state_does_not_depend_on_what_is_turned_off(name):
     states = {}
     for clip in (0.0, 1.0):
         for decay in (0.0, 0.01):
-            tx = make_optimizer(name, lr=0.1, steps=10, clip=clip, weight_decay=decay)
+            tx = make_optimizer(OptimizerConfig(lr=0.1, name=name, clip=clip, weight_decay=decay), steps=10)
             states[clip, decay] = jax.eval_shape(tx.init, normal(0))
     own = named_leaves({"opt": {"student": states[1.0, 0.01]}})
     for (clip, decay), state in states.items():
@@ -100,20 +100,20 @@ def test_a_state_does_not_depend_on_what_is_turned_off(name):
 
 def test_clip_bounds_the_global_norm():
     params = {"kernel": jnp.zeros((2, 2))}
-    tx = make_optimizer(lr=1.0, steps=10, clip=0.5, b1=0.0)
+    tx = make_optimizer(OptimizerConfig(lr=1.0, clip=0.5, b1=0.0), steps=10)
     _, state = jax.jit(tx.update)({"kernel": jnp.full((2, 2), 100.0)}, tx.init(params), params)
     squares = next(leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if ".nu" in str(path[1]))
     np.testing.assert_allclose(jnp.sum(squares) / (1 - 0.999), 0.25, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "steps", "message"),
     [
-        ({"name": "sgdd"}, "adamw, muon"),
-        ({"schedule": "poly"}, "constant, cosine, wsd"),
-        ({"steps": 0}, "use 1 or more"),
+        ({"name": "sgdd"}, 10, "adamw, muon"),
+        ({"schedule": "poly"}, 10, "constant, cosine, wsd"),
+        ({}, 0, "use 1 or more"),
     ],
 )
-def test_unknown_names_are_refused(change, message):
+def test_unknown_names_are_refused(change, steps, message):
     with pytest.raises(UserError, match=message):
-        make_optimizer(**{"lr": 0.1, "steps": 10, **change})
+        make_optimizer(OptimizerConfig(**{"lr": 0.1, **change}), steps=steps)

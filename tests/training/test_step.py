@@ -8,7 +8,7 @@ import pytest
 from cfjax.core.errors import UserError
 from cfjax.core.tree import named_leaves
 from cfjax.objectives.stage import Ema, Stage
-from cfjax.training.optim import make_optimizer
+from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import advance, init_state
 from cfjax.training.step import make_update, role_key
 from tests.training.toy import Counted, Linear, arrays, regression, setup, two_roles
@@ -20,7 +20,7 @@ def one_role(**kwargs) -> Stage:
 
 def test_learns_to_the_least_squares_floor():
     stage = one_role()
-    tx = make_optimizer(lr=0.05, steps=400, schedule="cosine", b1=0.9, b2=0.99)
+    tx = make_optimizer(OptimizerConfig(lr=0.05, schedule="cosine", b1=0.9, b2=0.99), steps=400)
     state = init_state(stage, {"student": Linear(jax.random.key(0))}, {"student": tx}, 0)
     rng = np.random.default_rng(0)
     x, noise = rng.standard_normal((64, 4)), rng.standard_normal((64, 4))
@@ -104,7 +104,7 @@ def test_losses_see_frozen_models_and_shadows_and_the_caller_keeps_its_own():
 
     teacher = Linear(jax.random.key(3))
     stage = Stage("toy", {"student": loss}, ema={"student": Ema()})
-    tx = make_optimizer(lr=0.1, steps=10)
+    tx = make_optimizer(OptimizerConfig(lr=0.1), steps=10)
     state = init_state(stage, {"student": teacher}, {"student": tx}, 0)
     update = make_update(stage, "student", tx)
     for _ in range(3):
@@ -141,7 +141,7 @@ def test_one_compile_per_role_and_nothing_is_copied():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_weights_keep_their_dtype(dtype):
     stage = one_role(ema={"student": Ema()})
-    tx = make_optimizer(lr=0.1, steps=10)
+    tx = make_optimizer(OptimizerConfig(lr=0.1), steps=10)
     model = jax.tree.map(lambda x: x.astype(dtype), Linear(jax.random.key(0)))
     state = init_state(stage, {"student": model}, {"student": tx}, 0)
     state, _ = make_update(stage, "student", tx, accumulate=2)(state, {}, next(Counted()))

@@ -18,9 +18,8 @@ from flax import nnx
 from cfjax.core.tree import named_leaves
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.training.checkpoint import CheckpointStore
-from cfjax.training.loop import RunOutput, Schedule, fit
-from cfjax.training.observe import Work
-from cfjax.training.optim import make_optimizer
+from cfjax.training.loop import fit
+from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import TrainState, init_state
 
 
@@ -80,7 +79,7 @@ def two_roles() -> Stage:
 
 def setup(stage: Stage, seed: int = 0, width: int = 4, name: str = "adamw", lr: float = 0.02):
     """(fresh state, optimisers) for the roles of `stage`."""
-    txs = {role: make_optimizer(name, lr=lr, steps=1000) for role in stage.losses}
+    txs = {role: make_optimizer(OptimizerConfig(lr=lr, name=name), steps=1000) for role in stage.losses}
     models = {role: Linear(jax.random.key(seed + i), width) for i, role in enumerate(stage.losses)}
     return init_state(stage, models, txs, seed), txs
 
