@@ -18,7 +18,7 @@ from cfjax.objectives.stage import Ema, Loss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.self_forcing import SelfForcing
-from cfjax.training.optim import make_optimizer
+from cfjax.training.optim import OptimizerConfig, make_optimizer
 
 # What cfjax train trains.
 STAGES = ("bidirectional", "ar_diffusion", "ode_regression", "consistency", "dmd")
@@ -158,5 +158,5 @@ def optimizers_of(c: ConfigDict, stage: Stage) -> dict[str, optax.GradientTransf
         values.pop("accumulate")
         values["adam_lr"] = values["adam_lr"] or None
         updates = -(-c.steps // stage.cadence.get(role, 1))
-        out[role] = make_optimizer(values.pop("name"), key=f"optim.{role}", steps=max(updates, 1), **values)
+        out[role] = make_optimizer(OptimizerConfig(**values), steps=max(updates, 1), key=f"optim.{role}")
     return out

@@ -119,7 +119,7 @@ class Discriminator(Wan):
         tokens_LD = branch.norm_registers(branch.registers[...], config.eps)
         place = [tapped.index(layer) if layer in tapped else -1 for layer in range(config.num_layers)]
 
-        def look(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
+        def attend_token(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
             block = jax.tree.map(lambda x: x[index], branch.blocks)
             return block(stream_BFTD, tokens_LD[index], config)
 

@@ -255,7 +255,7 @@ class TinyVAE(nnx.Module):
         if latents_BFHWC.ndim != 5 or latents_BFHWC.shape[-1] != self.latent_channels or not latents_BFHWC.shape[1]:
             raise UserError(f"tiny VAE: latents {latents_BFHWC.shape} need [B,F,H,W,{self.latent_channels}], F > 0")
         dtype, decoder = self.config.precision.compute, self.decoder
-        x = jnp.tanh(self.config.precision.to_island(latents_BFHWC) / 3) * 3
+        x = jnp.tanh(self.config.precision.to_norm_dtype(latents_BFHWC) / 3) * 3
         x = jax.nn.relu(conv_frames(decoder.conv_in, x, dtype))
         # The first step's frames that nobody sees are left out as soon as no memory needs them.
         early, late = (0, 0) if state else divmod(self.config.time - 1, self.config.time_grow[-1])

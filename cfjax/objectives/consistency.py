@@ -93,11 +93,11 @@ def _teacher_step(
     negative = jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape)
     text_kv = both_prompts(embed_text(teacher, batch["text_BSE"]), embed_text(teacher, negative))
     if config.teacher == "bidirectional":
-        v = guided(lambda a: teacher(*a, text_kv), (x, told_BF), config.guidance)
+        v = guided(lambda a: teacher(*a, text_kv), (x, conditioning_sigma_BF), config.guidance)
     else:
         clean = batch["latents_BFHWC"].astype(jnp.float32)
         flow = lambda a: teacher_forced(teacher, a[0], a[1], a[2], text_kv, blocks)
-        v = guided(flow, (x, told_BF, clean), config.guidance)
+        v = guided(flow, (x, conditioning_sigma_BF, clean), config.guidance)
     return x - expand(gap_BF, x) * v
 
 

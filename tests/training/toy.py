@@ -18,7 +18,8 @@ from flax import nnx
 from cfjax.core.tree import named_leaves
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.training.checkpoint import CheckpointStore
-from cfjax.training.loop import fit
+from cfjax.training.loop import RunOutput, Schedule, fit
+from cfjax.training.observe import Work
 from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import TrainState, init_state
 
