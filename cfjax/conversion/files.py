@@ -1,7 +1,7 @@
-"""Weight files of other people as named lazy arrays: safetensors, sharded safetensors with an index, torch pickles.
+"""Weight files as named lazy arrays: safetensors, sharded safetensors with an index, torch pickles.
 
-Files are mapped into memory, so an array takes room only while it is used. What names and headers can tell is checked
-at once: shards, the index, truncation, prefixes of wrappers. PyTorch is needed for .pt and .pth alone.
+Files are memory-mapped, so an array takes memory only while it is used. Everything in names and headers is checked at
+once: shards, the index, truncation, prefixes of wrappers. PyTorch is needed for .pt and .pth alone.
 """
 
 import pickle
@@ -43,7 +43,7 @@ ST_DTYPES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What one file (or one set of shards) holds.
+    """The content of one file (or one set of shards).
 
     Attributes:
       path: the file, or the index of the shards.

@@ -16,7 +16,7 @@ PIPELINE = "model_index.json"
 COMPONENTS = ("transformer", "vae", "text_encoder")
 TOKENIZERS = ("tokenizer", "google/umt5-xxl")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-# Entries of a training checkpoint, in the order in which one is taken for the generator (PyTorch reference).
+# Entries of a training checkpoint, in the order of preference for the generator (reference: `trainer/diffusion.py`).
 GENERATOR, AVERAGE, CRITIC = "generator", "generator_ema", "critic"
 GENERATORS = (GENERATOR, "model", AVERAGE, "state_dict", "")
 # model_index.json: [library, class] of every component, [null, null] of one that is not there.
@@ -39,7 +39,7 @@ class Source:
 
     Attributes:
       tokenizer: folder of the text encoder's tokenizer, where there is one.
-      ignored: what was passed over, for a message.
+      ignored: what was skipped, for a message.
     """
 
     found: list[Found]
@@ -165,7 +165,7 @@ def _tokenizer(folder: Path) -> Path:
 
 
 def _own_tokenizer(folder: Path) -> Path:
-    """The folder, none of whose files is a link out of it."""
+    """The folder, after checking that none of its files is a link out of it."""
     for file in _files(folder):
         kept_inside(file, folder)
     return folder
@@ -176,7 +176,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copies a tokenizer's files, which lie side by side, into the new folder `target`; of links what they lead to.
+    """Copies a tokenizer's files into the new folder `target`, following links.
 
     Raises:
       UserError: a link leads out of the folder.

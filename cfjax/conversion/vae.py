@@ -128,7 +128,7 @@ _SIZES = {
 def infer_config_vae(
     shapes: Mapping[str, tuple[int, ...]], layout: str, about: Mapping[str, Any] | None = None
 ) -> VAEConfig:
-    """Sizes from the shapes of a file's arrays, and from diffusers' config.json what shapes do not tell.
+    """Sizes from the shapes of a file's arrays, and from diffusers' config.json what shapes do not show.
 
     Args:
       shapes: their names and shapes.

@@ -1,9 +1,9 @@
 """Reading latent datasets: one interface, the toy's memory-mapped arrays, a grain pipeline that resumes exactly.
 
-`ClipDataset` is what every set looks like from outside (`cfjax.data.sets.open_dataset` picks its reader).
+`ClipDataset` is the interface of every set (`cfjax.data.sets.open_dataset` picks its reader).
 `LatentDataset` checks a folder against its manifest before anything is trained on it. `make_iterator` shuffles the
-records, batches them and deals each batch's rows out to processes; its state is a small JSON-able dict that belongs in
-a checkpoint.
+records, batches them and distributes each batch's rows over processes; its state is a small JSON-able dict for the
+checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,7 +83,7 @@ class ClipDataset(Protocol):
 
 
 class WrappedDataset:
-    """A `ClipDataset` that is another one in all that a subclass does not change."""
+    """A `ClipDataset` that delegates to another one."""
 
     def __init__(self, dataset: ClipDataset) -> None:
         self._dataset = dataset
@@ -189,7 +189,7 @@ class LatentDataset:
         if captions != len(self.text_table) or self.negative_text_SE.shape != self.text_table.shape[1:]:
             raise UserError(f"{self.path}: captions, text and negative_text do not fit together; {_MEND}")
         if self.caption_ids.min() < 0 or self.caption_ids.max() >= captions:
-            raise UserError(f"{self.path}/caption_id.npy: an id lies outside the {captions} captions; {_MEND}")
+            raise UserError(f"{self.path}/caption_id.npy: an id is outside the {captions} captions; {_MEND}")
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -257,14 +257,14 @@ _BATCH_NAMES = {
 class LatentIterator:
     """An endless (or num_epochs long) stream of batches that can be saved and resumed at the exact record.
 
-    Its place is the number of records read, so that batches of another size go on with the very next record.
+    Its state is the number of records read, so that batches of another size continue with the very next record.
 
     Args:
       start: opens the stream at the record of this number.
       batch_size: of the global batch.
       order: the settings that decide in which order records come.
-      accept_changes: whether a place in another order is given up for the first record, in place of an error.
-      tell: takes a line about that.
+      accept_changes: whether a state of another order restarts at the first record, instead of an error.
+      log: called with a line about that.
     """
 
     def __init__(
@@ -332,14 +332,14 @@ def make_iterator(
 ) -> LatentIterator:
     """Batches of stacked records: latents_BFHWC, text_BSE, index_B (, trajectory_BJFHWC) and negative_text_SE.
 
-    All records, newly shuffled every epoch; batches may span epochs. Of many processes, every one deals out the same
-    global batches and reads only its own `rows` of each: the place in the data is then one number, and a run goes on
-    exactly on any other number of processes. Threads read ahead in this process (`num_threads=0`: no read-ahead).
+    All records, newly shuffled every epoch; batches may span epochs. All processes iterate over the
+    same global batches, and each reads only its own `rows`: the state is then one number, and a run resumes exactly on
+    any other number of processes. Threads read ahead in this process (`num_threads=0`: no read-ahead).
 
     Args:
       batch_size: of the global batch.
       rows: which of its rows this process reads, ascending (`core.sharding.batch_rows`); None is all.
-      accept_changes, tell: what becomes of a place that was saved in another order, see `LatentIterator`.
+      accept_changes, log: for a state that was saved in another order, see `LatentIterator`.
 
     Raises:
       UserError: the dataset holds fewer records than a batch, or a row is not of the batch.

@@ -5,8 +5,8 @@ Every solver has the signature `solver(velocity, x, sigmas, *, model_sigmas=None
     velocity      (x, sigma) -> v, with sigma a float32 scalar; may be any traceable function.
     x             the state at sigmas[0], any shape.
     sigmas        [N + 1] host constants (numpy or a concrete array), strictly descending within [0, 1].
-    model_sigmas  [N] what the network is told instead of sigmas[:N] (UniPC's truncated timesteps); the arithmetic
-                  keeps using `sigmas`.
+    model_sigmas  [N] noise levels that the network is conditioned on instead of sigmas[:N] (UniPC's truncated
+                  timesteps); the update still uses `sigmas`.
     trajectory    also return the states at all N + 1 levels, stacked in front: `(x_end, states[N + 1, ...])`.
 
 Arithmetic and results are float32. The step loop is a `lax.scan` whose body holds the network once, and all
@@ -28,12 +28,12 @@ Grid = np.ndarray | jax.Array | Sequence[float]
 Solution = jax.Array | tuple[jax.Array, jax.Array]
 
 # UniPC works in log-SNR, which is infinite at sigma = 1; a grid that starts there is started this much lower, as the
-# diffusers library does. The network is still told sigma = 1.
+# diffusers library does. The network is still conditioned on sigma = 1.
 UNIPC_MARGIN = 1e-6
 
 
 def _grids(sigmas: Grid, model_sigmas: Grid | None) -> tuple[np.ndarray, np.ndarray]:
-    """Both grids on the host: sigmas as float64 [N + 1], what the network is told as float32 [N]."""
+    """Both grids on the host: sigmas as float64 [N + 1], the network's conditioning as float32 [N]."""
     try:
         grid = np.asarray(sigmas, np.float64)
         model_sigmas = grid[:-1] if model_sigmas is None else np.asarray(model_sigmas, np.float64)
@@ -61,7 +61,7 @@ def euler(
     grid, model_sigmas = _grids(sigmas, model_sigmas)
 
     def step(x, at):
-        v = velocity(x, at["told"]).astype(jnp.float32)
+        v = velocity(x, at["model_sigmas"]).astype(jnp.float32)
         return x + at["h"] * v, (x if trajectory else None)
 
     return _solution(
@@ -72,11 +72,11 @@ def euler(
 def heun(
     velocity: Velocity, x: jax.Array, sigmas: Grid, *, model_sigmas: Grid | None = None, trajectory: bool = False
 ) -> Solution:
-    """Second order: an Euler guess, then the trapezoid of the velocities at both ends of the step.
+    """Second order: an Euler predictor, then the trapezoidal rule over the velocities at both ends of the step.
 
-    The scan runs over network calls, which alternate between guess and correction. A last step to sigma = 0 stays the
-    Euler guess (no call at 0, where networks are not trained): 2N - 1 calls, 2N if the grid ends above 0. In the
-    latter case the network is told the last sigma itself, model_sigmas having no entry for it.
+    The scan runs over network calls, which alternate between predictor and corrector. A last step to sigma = 0 is the
+    Euler step alone (no call at 0, where networks are not trained): 2N - 1 calls, 2N if the grid ends above 0. In the
+    latter case the network is conditioned on the last sigma itself, as model_sigmas has no entry for it.
     """
     grid, model_sigmas = _grids(sigmas, model_sigmas)
     calls = 2 * (len(grid) - 1) - (1 if grid[-1] == 0 else 0)
@@ -89,7 +89,7 @@ def heun(
 
     def call(carry, at):
         base, point, v_guess = carry
-        v = velocity(point, at["told"]).astype(jnp.float32)
+        v = velocity(point, at["model_sigmas"]).astype(jnp.float32)
         moved = base + at["old"] * v_guess + at["new"] * v
         return (jnp.where(at["guess"], base, moved), moved, v), (base if trajectory else None)
 
@@ -99,10 +99,10 @@ def heun(
 
 
 def rk4(velocity: Velocity, x: jax.Array, sigmas: Grid, *, trajectory: bool = False) -> Solution:
-    """Classical Runge-Kutta of fourth order, 4 N calls: the yardstick where the velocity is exact, as in `studies`.
+    """Classical Runge-Kutta of fourth order, 4 N calls: for exact velocities, as in `studies`.
 
-    A float64 state (`jax.enable_x64`) stays float64. It asks for the velocity at a final sigma of 0 too, where networks
-    are not trained; so it is no sampler, and not among `SOLVERS`.
+    A float64 state (`jax.enable_x64`) stays float64. It evaluates the velocity at a final sigma of 0 too, where
+    networks are not trained; so it is not a sampler, and not in `SOLVERS`.
     """
     grid, _ = _grids(sigmas, None)
     x = jnp.asarray(x)
@@ -121,7 +121,9 @@ def rk4(velocity: Velocity, x: jax.Array, sigmas: Grid, *, trajectory: bool = Fa
 
 
 def _unipc_coefficients(grid: np.ndarray) -> dict[str, np.ndarray]:
-    """Coefficients of every UniPC step (PyTorch reference: order 2, x0-prediction, B(h) = expm1(-h) "bh2"), each [N].
+    """Coefficients of every UniPC step (order 2, x0-prediction, B(h) = expm1(-h), "bh2"), each [N].
+
+    Reference: `wan/utils/fm_solvers_unipc.py`, `multistep_uni_p_bh_update` and `multistep_uni_c_bh_update`.
 
     With m_i the x0 prediction at step i, the corrected state and the next state are linear combinations:
       x_i^c   = corr_x x_i + corr_last x_{i-1}^c + corr_m0 m_i + corr_m1 m_{i-1} + corr_m2 m_{i-2}
@@ -174,7 +176,7 @@ def unipc(
 
     def step(carry, at):
         x, last, m1, m2 = carry
-        m0 = x - at["sigma"] * velocity(x, at["told"]).astype(jnp.float32)
+        m0 = x - at["sigma"] * velocity(x, at["model_sigmas"]).astype(jnp.float32)
         x = at["corr_x"] * x + at["corr_last"] * last
         x = x + at["corr_m0"] * m0 + at["corr_m1"] * m1 + at["corr_m2"] * m2
         moved = at["pred_x"] * x + at["pred_m0"] * m0 + at["pred_m1"] * m1

@@ -1,4 +1,6 @@
-"""Wan2.1's diffusion transformer, bidirectional and causal, with a timestep per frame (PyTorch reference).
+"""Wan2.1's diffusion transformer, bidirectional and causal, with a timestep per frame.
+
+Reference: `wan/modules/model.py`, `WanModel`, and `wan/modules/causal_model.py`, `CausalWanModel`.
 
 One set of weights, five uses, one backbone:
 
@@ -9,7 +11,7 @@ One set of weights, five uses, one backbone:
     replay(model, noisy, ..., context)   all blocks at once against such a context
 
 All take text as keys and values (`text_kv`), once per prompt, and return the flow v = eps - x0. They and `embed_text`
-dispatch on the network's class: others that register their own train and roll out all the same (`studies.toys`).
+dispatch on the network's class: other classes may register their own (`studies.toys`).
 """
 
 from collections.abc import Callable
@@ -189,14 +191,14 @@ def attend_by(visibility: Visibility, num_frames: int, config: WanConfig) -> Sel
 
 @partial(jax.jit, static_argnames="config")
 def make_wan(config: WanConfig, key: jax.Array) -> Wan:
-    """A randomly initialised network (PyTorch reference), compiled as one program, once per configuration."""
+    """A randomly initialised network (`WanModel.init_weights`), compiled as one program, once per configuration."""
     return Wan(config, key)
 
 
 @singledispatch
 @jax.named_scope("embed_text")
 def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
-    """Cross-attention keys and values of all layers, [L, B, S, N, K]; all rows are attended (reference quirk Q18)."""
+    """Cross-attention keys and values of all layers, [L, B, S, N, K]; padding rows are attended too (quirk Q18)."""
     config = model.config
     context = model.text_embedding(text_BSE, config.precision.compute)
 
@@ -218,10 +220,10 @@ def teacher_forced(
     *,
     clean_sigma_BF: jax.Array | None = None,
 ) -> jax.Array:
-    """Flow of every noisy block given the clean earlier blocks, in one pass over [clean, noisy] (PyTorch reference).
+    """Flow of every noisy block given the clean earlier blocks, in one pass over [clean, noisy].
 
-    Gradients flow through the clean half too. `clean_sigma_BF` (default zeros) is the clean half's own time embedding,
-    for noise augmentation.
+    Reference: `CausalWanModel._forward_train` with `_prepare_teacher_forcing_mask`. Gradients flow through the clean
+    half too. `clean_sigma_BF` (default zeros) is the clean half's own time embedding, for noise augmentation.
     """
     frames = noisy_BFHWC.shape[1]
     visibility = Visibility("teacher_forced", blocks)
@@ -249,7 +251,7 @@ def forward_block(
     start: jax.Array,
     blocks: Blocks,
 ) -> tuple[jax.Array, FrameKV]:
-    """One block, frames [start, start + F), against what the cache shows it (PyTorch reference).
+    """One block, frames [start, start + F), against the KV cache (`CausalWanModel._forward_inference`).
 
     Returns:
       The flow, and the block's own keys and values for `cache.write`. Reads the cache, never writes it.
@@ -270,7 +272,7 @@ def forward_block(
 def clean_context(
     model: Wan, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
 ) -> FrameKV:
-    """Keys and values of all frames in one block-causal pass: what committing block after block would leave."""
+    """Keys and values of all frames in one block-causal pass: equal to committing block after block."""
     frames = clean_BFHWC.shape[1]
     visibility = Visibility("block_causal", blocks)
     sigma = jnp.zeros(clean_BFHWC.shape[:2], jnp.float32) if sigma_BF is None else sigma_BF
@@ -293,9 +295,9 @@ def replay(
 ) -> jax.Array:
     """Flow of all blocks at once, each against the context keys of the blocks before it.
 
-    The values equal those of the sequential loop that left `context`. `kv_gradient` says what later blocks send back:
-    "detached" nothing; "straight_through" the gradient of each earlier block's own keys and values in this pass, i.e.
-    K = sg(K_context) + K_noisy - sg(K_noisy), which is what the PyTorch reference does (quirk Q6).
+    The values equal those of the sequential loop that made `context`. `kv_gradient`: the gradient from later blocks
+    into earlier ones: "detached" none; "straight_through" the gradient of each earlier block's own keys and values in
+    this pass, i.e. K = sg(K_context) + K_noisy - sg(K_noisy), as in `CausalWanSelfAttention.forward` (quirk Q6).
 
     Args:
       start: the noisy frames' first position, traced, when they are a stretch of a longer `context`; None: context and
@@ -366,7 +368,7 @@ def _block(
     self_attend: SelfAttend,
     config: WanConfig,
 ) -> tuple[jax.Array, FrameKV]:
-    """One transformer block on a stream of frames (PyTorch reference); returns its roped keys and values too."""
+    """One transformer block (`CausalWanAttentionBlock`) on a stream of frames; also its roped keys and values."""
     policy, compute = config.precision, config.precision.compute
     modulation = policy.to_norm_dtype(block.modulation[...])[None, None] + e0_BF6D
     shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(modulation, 6, axis=2)  # each [B, F, 1, D]
@@ -411,11 +413,11 @@ def backbone(
     """Patchify, scan the blocks, head, unpatchify: the flow, and what every layer emits (None: nothing).
 
     Args:
-      position_F: absolute frame index of each frame, for RoPE.  self_attend: how a layer's queries meet its keys.
-      layer_input: pytree with a leading layer axis, handed to `self_attend` layer by layer.
+      position_F: absolute frame index of each frame, for RoPE.  self_attend: the self-attention of one layer.
+      layer_input: pytree with a leading layer axis, passed to `self_attend` layer by layer.
       emit_kv: every layer emits its keys and values.
-      tap: or what this makes of the stream [B, F, T, D] that leaves the layer, and of its `layer_input`.
-      head_frames: only the last so many frames reach the head.
+      tap: maps a layer's output stream [B, F, T, D] and its `layer_input` to what it emits instead.
+      head_frames: the head is applied to the last so many frames only.
     """
     config = model.config
     ph, pw = config.patch

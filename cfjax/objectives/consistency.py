@@ -1,9 +1,9 @@
 """Stage 2b: causal consistency distillation from the AR teacher (Causal Forcing++, arXiv 2605.15141).
 
 No ODE pairs: one guided Euler step of the AR teacher, given the clean past, links two neighbouring noise levels, and
-the student's prediction at the noisier one is pulled towards its own average's prediction at the cleaner one
-(consistency models, arXiv 2303.01469; PyTorch reference). As in stage 2a the map (noisy block, clean past) -> clean
-block is single-valued.
+the student's prediction at the noisier one regresses the prediction of its EMA at the cleaner one (consistency models,
+arXiv 2303.01469; reference: `model/naive_consistency.py`, `NaiveConsistency.generator_loss`). As in stage 2a the map
+(noisy block, clean past) -> clean block is single-valued.
 """
 
 from collections.abc import Mapping
@@ -37,8 +37,8 @@ class ConsistencyConfig:
         paper's asymmetric baseline (its Figure 10), whose averaged velocity is not the causal one.
       boundary: also train the last interval, whose target is the teacher's own end point. The reference draws
         n <= N - 2 and so never does (quirk Q23): it relies on the initialisation there.
-      bf16_timesteps: round the timesteps that the networks are told to bfloat16, convert flows with the nearest level
-        of the 1000-entry table, and form the step size from the rounded timesteps (quirk Q2).
+      bf16_timesteps: round the conditioning timesteps to bfloat16, convert flows with the nearest level of the
+        1000-entry table, and form the step size from the rounded timesteps (quirk Q2).
     """
 
     solver_steps: int = 48
@@ -73,7 +73,7 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: ConsistencyConfig) -> d
 
 
 def _conditioning_sigma(config: ConsistencyConfig, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what the networks are told, the level that converts their flow to x0)."""
+    """(the level that the networks are conditioned on, the level that converts their flow to x0)."""
     if not config.bf16_timesteps:
         return sigma_BF, sigma_BF
     conditioning_sigma = round_timestep_bf16(sigma_BF)
@@ -127,7 +127,7 @@ def consistency(config: ConsistencyConfig, blocks: Blocks, role: str = "student"
             _teacher_step(models["teacher"], x, conditioning_sigma_BF, gap_BF, batch, config, blocks)
         )
         target = stop_gradient(predict(models[f"{role}_ema"], x_next, next_BF))
-        if config.boundary:  # at sigma' = 0 the teacher's step is the answer, and no network is asked
+        if config.boundary:  # at sigma' = 0 the target is the teacher's step itself
             target = jnp.where(expand(next_BF, x) > 0.0, target, x_next)
         student = predict(models[role], x, sigma_BF)
         error = jnp.mean(jnp.square(student - target))

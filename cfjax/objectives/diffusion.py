@@ -1,7 +1,7 @@
 """Stage 0 and 1: flow matching for the bidirectional teacher, and AR diffusion with teacher forcing (paper section 3).
 
-Both regress v* = eps - x0 with a weight per noise level; they differ in who sees whom and in whether a noise level is
-drawn per clip or per block. PyTorch reference: the trainer named `diffusion`.
+Both regress v* = eps - x0 with a weight per noise level; they differ in the attention mask and in whether a noise level
+is drawn per clip or per block. Reference: `model/diffusion.py`, `CausalDiffusion.generator_loss`.
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,12 @@ CORRECTIVE = "corrective_clips"  # scope of the conditional that spares real cli
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How noise levels are drawn and weighed.
+    """How noise levels are drawn and weighted.
 
     Attributes:
       shift: timestep shift of the 1000-level table (5 for Wan 1.3B at 480p).
-      weighting: "bsmntw" (PyTorch reference), "uniform", or "x0": sigma^2 / mean sigma^2, the error of the clean video.
+      weighting: "bsmntw" (`utils/scheduler.py`), "uniform", or "x0": sigma^2 / mean sigma^2, the error of the clean
+        video.
       text_dropout: chance of the negative prompt per clip (the reference drops none, quirk Q19).
       bf16_timesteps: round timesteps to bfloat16 as the reference does (quirk Q1).
       forcing: what an AR network's noisy block sees of the past: "teacher" clean blocks, "diffusion" noisy ones.
@@ -129,7 +130,7 @@ def drop_text(batch: Batch, drop_B: jax.Array) -> jax.Array:
 
 
 def _noised(config: DiffusionConfig, x0: jax.Array, draws: Draws, index_BF: jax.Array) -> tuple[jax.Array, ...]:
-    """x_sigma, the sigma the network is told, and the weight, for the drawn table indices."""
+    """x_sigma, the conditioning sigma, and the loss weight, for the drawn table indices."""
     levels = sigma_table(1000, config.shift)
     table = jnp.asarray(levels)
     sigma_BF = table[index_BF]
@@ -179,9 +180,9 @@ def _past(
     draws: Draws,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """The clean half and the level it is told: the clip or what the network makes of it at 0, or a noisy copy.
+    """The clean half and its conditioning sigma: the clip or the network's version of it at 0, or a noisy copy.
 
-    `noisy` is the noisy half and the level it is told.
+    `noisy` is the noisy half and its conditioning sigma.
     """
     if config.noise_augmentation:
         noised, conditioning_sigma_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
@@ -208,9 +209,9 @@ def _aggregated(
     sampler = ManyStep(steps=config.bagger_steps, shift=config.shift, guidance=config.bagger_guidance)
 
     def backwards() -> jax.Array:
-        words = batch["text_BSE"], batch["negative_text_SE"]
+        texts = batch["text_BSE"], batch["negative_text_SE"]
         noise, codec = draws["rollout_eps_BFHWC"], models.get("codec")
-        return corrective_clip(rollout_model, real, noise, *words, sampler, blocks, codec)
+        return corrective_clip(rollout_model, real, noise, *texts, sampler, blocks, codec)
 
     with jax.named_scope(CORRECTIVE):
         x0 = jax.lax.cond(draws["corrective"], backwards, lambda: real)
@@ -225,11 +226,11 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
     """Stage 1: AR diffusion, a noise level per block. Teacher forcing: noisy blocks see *clean* earlier ones.
 
     L = E w(sigma_b) |v(x_sigma^b, sigma_b, x0^{<b}, text) - (eps - x0)^b|^2; gradients flow through the clean half.
-    With `forcing="diffusion"` (diffusion forcing, arXiv 2407.01392) x_sigma^{<b} stands in x0^{<b}'s place.
+    With `forcing="diffusion"` (diffusion forcing, arXiv 2407.01392) x_sigma^{<b} takes the place of x0^{<b}.
 
-    With `bagger` a corrective clip's first blocks are clean, at level 0, outside the mean. The paper words the caption
-    anew ("a reversed video of ..."): a batch may hold such rows, reversed_text_BSE (`data.reversed`); without them the
-    clip keeps its own caption, which is then wrong about the direction of motion (the given blocks show it).
+    With `bagger` a corrective clip's first blocks are clean, at level 0, outside the mean. The paper changes the
+    caption ("a reversed video of ..."): a batch may hold such rows, reversed_text_BSE (`data.reversed`); without them
+    the clip keeps its own caption, whose direction of motion is then wrong (the given blocks show the right one).
     """
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):

@@ -1,10 +1,10 @@
-"""Stage 3's alternative without scores: the student's videos against real clips, told apart by the critic's branch.
+"""Stage 3's alternative without scores: a GAN, whose discriminator is a classifier branch on the critic.
 
 The critic is a `models.discriminator.Discriminator`, network and branch trained together on noised clips: real ones of
-the batch and the student's own, at one level per pair of clips and under the same prompt (PyTorch reference; Self
-Forcing, arXiv 2506.08009, its GAN variant). There is no real score.
+the batch and the student's own, at one level per pair of clips and under the same prompt (reference: `model/gan.py`,
+`GAN`; Self Forcing, arXiv 2506.08009, its GAN variant). There is no real score.
 
-What is here is what the reference's trainer asks for; as committed it does not run (quirk Q24). Mended: the critic loss
+This is what the reference's trainer intends; as committed it does not run (quirk Q24). Fixed here: the critic loss
 unpacks the rollout's results; R2 off is 0 in place of an undefined value; with R1 or R2 the perturbed clips are
 classified under their own prompts, in the same call as the others. The levels are DMD's of the published configs, not
 bounded by the step at which the rollout stopped (the class's own default, `ts_schedule`).
@@ -28,7 +28,7 @@ from cfjax.objectives.stage import Batch, Loss, Models
 
 @dataclass(frozen=True)
 class GanConfig:
-    """The game.
+    """Weights and choices of the GAN losses.
 
     Attributes:
       generator_weight, critic_weight: of either side's loss.
@@ -133,7 +133,7 @@ def critic_loss(
     R1 and R2 are `slope`s at the noised real and generated clips.
 
     Raises:
-      UserError: `config.long` counts frames that are no whole blocks; told here, before anything runs.
+      UserError: `config.long` counts frames that are not whole blocks; raised here, before anything runs.
     """
     if config.long:
         config.long.counts(blocks)

@@ -25,7 +25,9 @@ from cfjax.rollout.blocks import commit_block, commit_given, denoise_block, give
 
 @dataclass(frozen=True)
 class FewStep:
-    """The distilled student's sampler: predict x0, re-noise with fresh noise, repeat (PyTorch reference).
+    """The distilled student's sampler: predict x0, re-noise with fresh noise, repeat.
+
+    Reference: `pipeline/causal_inference.py`, `CausalInferencePipeline`.
 
     Attributes:
       steps: integer timesteps before warping, descending.
@@ -51,7 +53,10 @@ class FewStep:
 
 @dataclass(frozen=True)
 class ManyStep:
-    """A PF-ODE sampler with classifier-free guidance (PyTorch reference): UniPC, 50 steps, shift 5, scale 3."""
+    """A PF-ODE sampler with classifier-free guidance: UniPC, 50 steps, shift 5, scale 3.
+
+    Reference: `pipeline/causal_diffusion_inference.py`, `CausalDiffusionInferencePipeline`.
+    """
 
     solver: str = "unipc"
     steps: int = 50
@@ -63,7 +68,7 @@ class ManyStep:
             raise UserError(f"sampler.solver={self.solver!r}: use one of {', '.join(SOLVERS)}")
 
     def grid(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Solver sigmas [N + 1], and what the network is told if that differs."""
+        """Solver sigmas [N + 1], and the levels that the network is conditioned on if these differ."""
         if self.solver == "unipc":
             sigmas, timesteps = unipc_grid(self.steps, self.shift)
             return sigmas, timesteps / 1000.0

@@ -1,8 +1,9 @@
 """Self-rollout for distribution matching, split in two: generate without gradient, then replay with gradient.
 
-Only each block's exit step carries gradient (paper section 3.3; PyTorch reference). So `rollout` runs the sequential
-loop without gradient and keeps what that step saw: its input and the committed keys and values. `replay_exit` then runs
-the exit steps of *all* blocks in one pass: the loop's gradient, from one large well-shaped pass.
+Only each block's exit step carries gradient (paper section 3.3; reference: `pipeline/self_forcing_training.py`,
+`SelfForcingTrainingPipeline.inference_with_trajectory`). So `rollout` runs the sequential loop without gradient and
+keeps the inputs of that step: its noisy latents and the committed keys and values. `replay_exit` then runs the exit
+steps of *all* blocks in one pass: the loop's gradient, from one large pass.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ class SelfForcing:
       sigmas: the few-step levels, descending.
       first_sigmas: another list for the first block, or empty.
       context_noise: sigma of the noise added before committing; the reference adds 0.00498 by accident (quirk Q4).
-      kv_gradient: what later blocks send back into earlier keys and values, see `models.wan.replay`.
+      kv_gradient: the gradient of later blocks into earlier keys and values, see `models.wan.replay`.
       same_exit: one exit step for all blocks (but the first when it has its own list), as in the reference.
     """
 
@@ -66,7 +67,7 @@ class SelfForcing:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rollout:
-    """What a self-rollout leaves behind, all without gradient.
+    """The results of a self-rollout, all without gradient.
 
     x_exit_BFHWC, sigma_exit_BF: input and level of each frame's exit step.
     x0_BFHWC: the generated video (prediction at the exit step).

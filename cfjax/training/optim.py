@@ -52,7 +52,7 @@ class OptimizerConfig:
 def make_schedule(
     name: str, lr: float, *, steps: int, warmup: int = 0, decay_fraction: float = 0.2, key: str = "optim"
 ) -> optax.Schedule:
-    """Learning rate by update count: a linear warm-up to `lr` over `warmup` updates, then the named course.
+    """Learning rate by update count: a linear warm-up to `lr` over `warmup` updates, then the named schedule.
 
     constant: stays.  cosine: falls to 0 at `steps`.  wsd (warm-up, stable, decay): stays, then falls linearly to 0 over
     the last `decay_fraction` of `steps`.  `steps` counts this role's updates, not iterations.  `key`: for messages.
