@@ -18,7 +18,7 @@ from cfjax.training.sums import faults
 
 USAGE = """usage: cfjax check PLACE [PLACE ...]
 
-Compares every file with the checksum that was written with it, and tells each one that differs. PLACE is the --workdir
+Compares every file with the checksum that was written with it, and names each one that differs. PLACE is the --workdir
 of train or convert (all its checkpoints, and those of the world beside it), of export or of generate, or a set that
 precompute has made (each record is looked at as well); a run or its videos may be in a bucket. A file that was never
 given a checksum is not compared, and that is said. The exit code is 2 if something differs."""

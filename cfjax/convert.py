@@ -142,7 +142,7 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
         for role, ema in stored_roles(path):
             if role in ("student", "critic"):
                 if role not in meta["models"]:
-                    raise UserError(f"{path}: its record tells no sizes of its {role}")
+                    raise UserError(f"{path}: its record has no sizes of its {role}")
                 found.append(Found(_stored("dit", path, role, ema, meta["models"][role], meta), role, ema))
         if key:
             found = [replace(each, role="student", ema=False) for each in found if entry_of(each) == key]

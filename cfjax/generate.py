@@ -395,7 +395,7 @@ def peak_host_bytes() -> int | None:
 def report(todo: SetPlan, workdir: Path, record: dict[str, Any]) -> None:
     """Three lines on the terminal, or one when only what describes the videos was written."""
     if not todo.make:
-        return say(f"all {len(record['videos'])} videos are in {workdir}; contact sheets and settings tell so now")
+        return say(f"all {len(record['videos'])} videos are in {workdir}; contact sheets and settings are updated")
     t, seconds = record["timings"], record["seconds"]
     tile = f" in tiles of {record['decoder']['tile']}" if record["decoder"]["tile"] else ""
     say(f"{t['videos']} videos of {record['frames']} frames, {record['width']} x {record['height']}, in {workdir}")

@@ -295,7 +295,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
     target = data_root(c.data.path) / c.output
     if read_if_whole(target / MANIFEST) is not None:
         _check_made(c, target)
-        say(f"{target} exists already; remove it to make it anew")
+        say(f"{target} exists already; remove it to make it again")
         return target
     if c.pairs > len(data.dataset):
         raise UserError(f"pairs={c.pairs}, but {c.data.path}/{c.data.name} holds {len(data.dataset)} clips")
@@ -340,7 +340,7 @@ def _check_made(c: ConfigDict, target: Path) -> None:
     ]
     if mismatch := difference(made, c.to_dict(), keys):
         raise UserError(
-            f"{target} was made with {mismatch}; choose another --config.output, or remove it to make it anew"
+            f"{target} was made with {mismatch}; choose another --config.output, or remove it to make it again"
         )
 
 

@@ -57,7 +57,7 @@ TITLES = {
     "bi_ode_causvid": ("CausVid student", "Student", "DMD of one-pass predictions from noised real clips, no rollout."),
     "ar_dmd": ("DMD student, from the AR teacher", "Student", "Stage 3 without a few-step initialisation."),
     "sid": ("SiD student", "Student", "Score identity distillation in place of DMD."),
-    "gan": ("GAN student", "Student", "A classifier on the critic's features tells real clips from generated ones."),
+    "gan": ("GAN student", "Student", "A classifier on the critic's features separates real from generated clips."),
     "long_dmd": ("DMD student of long rollouts", "Student", "Rolls out past the window; scores see the last frames."),
     "bidirectional_dmd": (
         "Few-step bidirectional student",

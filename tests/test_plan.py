@@ -72,7 +72,7 @@ def test_long_rollouts_are_counted_with_their_blocks_and_their_codec():
         flops[most] = plan.whole_flops(e, shapes(e), "critic", remat=False)
     assert flops[12] == flops[0]
     picture = 2 * batch * 16 * 192 * 16  # a frame of 4 x 4 patches, encoded or decoded
-    pictures = 3 + 2 / 3 * 2  # before the window, 3 on average; two of three windows make their first anew
+    pictures = 3 + 2 / 3 * 2  # before the window, 3 on average; two of three windows make their first again
 
     def rollout(blocks: int, frames: int) -> float:
         """3.5 passes a block: 1.5 steps before the exit, the exit, the cache, but for the last; all see all slots."""

@@ -153,7 +153,7 @@ def _read_shards(path: Path) -> Arrays:
     total, stated = sum(x.nbytes for x in out.values()), index.get("metadata", {}).get("total_size")
     if stated is not None and stated != total:
         raise UserError(
-            f"{path}: the index tells of {stated} bytes, the shards hold {total}; they belong to different files"
+            f"{path}: the index says {stated} bytes, the shards hold {total}; they belong to different files"
         )
     return out
 

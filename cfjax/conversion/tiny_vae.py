@@ -72,7 +72,7 @@ def infer_config_tiny_vae(
     """Sizes from the shapes of a file's arrays; there is no config.json (`about` is None).
 
     Raises:
-      UserError: an unknown layout, an array that tells a size is missing or misshapen, or the file is of a TAEHV with
+      UserError: an unknown layout, an array that gives a size is missing or misshapen, or the file is of a TAEHV with
         another architecture (pixel patches, "super" blocks).
     """
     if layout not in LAYOUTS:

@@ -101,7 +101,7 @@ def infer_config_umt5(
       about: transformers' config.json; the original has none, and umT5's bias distance (128) and eps (1e-6).
 
     Raises:
-      UserError: an unknown layout, an array that tells a size is missing, or config.json is missing or says otherwise.
+      UserError: an unknown layout, an array that gives a size is missing, or config.json is missing or says otherwise.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r}: a umT5 encoder is in layout {' or '.join(LAYOUTS)}")

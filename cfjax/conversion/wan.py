@@ -137,7 +137,7 @@ def infer_config_wan(
       about: config.json; None takes 128 channels per head and eps 1e-6, as every published Wan model has.
 
     Raises:
-      UserError: an image-to-video model, arrays that tell a size are missing, or config.json says something else.
+      UserError: an image-to-video model, arrays that give a size are missing, or config.json says something else.
     """
     about = about or {}
     image = next((name for name in shapes if any(key in f".{name}" for key in IMAGE_KEYS)), None)
@@ -159,7 +159,7 @@ def infer_config_wan(
     if heads is None:
         if sizes["dim"] % HEAD_DIM:
             raise UserError(
-                f"no config.json tells the number of heads, and {sizes['dim']} channels are no multiple of"
+                f"no config.json gives the number of heads, and {sizes['dim']} channels are no multiple of"
                 f" {HEAD_DIM}; put the model's config.json beside the weights"
             )
         heads = sizes["dim"] // HEAD_DIM

@@ -67,7 +67,7 @@ def check_whole(path: Path) -> None:
     _, last_page, page_size = max(first, second or first)
     if size < (needed := max(last_page + 1, 2) * page_size):
         raise UserError(
-            f"{file}: {size} bytes, but its header tells of {needed}: it was cut off, or is still being copied; copy "
+            f"{file}: {size} bytes, but its header says {needed}: it was cut off, or is still being copied; copy "
             "it again, whole"
         )
 

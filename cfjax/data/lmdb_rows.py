@@ -71,7 +71,7 @@ class LmdbRows:
         """Raises UserError for a shape of more rows than the file has keys, or of sizes that no row has."""
         rows, keys = shape[0] if shape else 0, self._values.count(file)
         if not 0 <= rows <= keys:
-            raise UserError(f"{file}: latents_shape tells of {rows} rows, and there are {keys} keys; copy it again")
+            raise UserError(f"{file}: latents_shape says {rows} rows, and there are {keys} keys; copy it again")
         if any(size < 1 for size in shape[1:]) or math.prod(shape[1:]) > STATES * LATENT_NUMBERS:
             raise UserError(f"{file}: latents_shape is {shape}; sizes must be 1 or more, and fit into memory")
 

@@ -156,7 +156,7 @@ def read_set(folder: Path, *, resume: bool) -> Found:
             if resume:
                 raise UserError(
                     f"{folder / SETTINGS}: is not what this version of cfjax generate writes, so it cannot go on with "
-                    "it; choose another --workdir, or --config.overwrite=True in place of resume makes all anew"
+                    "it; choose another --workdir, or --config.overwrite=True in place of resume makes all again"
                 ) from None
     done = _read_done(folder / DONE) if resume and asked and DONE in there else {}
     return Found(folder, there, settings, asked, done)
@@ -194,7 +194,7 @@ def check_same(found: Found, settings: Mapping[str, Any], deciding: Sequence[str
             raise UserError(
                 f"{found.folder / SETTINGS}: its videos were made with {key}={old.get(key)!r}, now it is "
                 f"{new.get(key)!r}; give the same again, choose another --workdir, or --config.overwrite=True in place "
-                "of resume makes all anew"
+                "of resume makes all again"
             )
 
 
@@ -277,7 +277,7 @@ def _check_in_the_way(found: Found, videos: Sequence[RequestedVideo], *, latents
     if taken:
         raise UserError(
             f"{_some(found.folder, taken)} would be replaced: not finished by this set, made for another prompt or "
-            "picture, or changed since; move it away, or --config.overwrite=True beside resume makes it anew"
+            "picture, or changed since; move it away, or --config.overwrite=True beside resume makes it again"
         )
 
 

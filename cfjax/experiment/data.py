@@ -141,7 +141,7 @@ class DataSource:
             raise UserError(f"{root / name} was made in another world than {root / 'world'}; remove it and run again")
         if name == "clips" and len(dataset) != self.clips:
             raise UserError(
-                f"{root / name} holds {len(dataset)} clips, not data.clips={self.clips}; remove it to make it anew"
+                f"{root / name} holds {len(dataset)} clips, not data.clips={self.clips}; remove it to make it again"
             )
         if self.caption_encoder_needed:
             dataset = encoded(dataset, world.encode_prompts)
@@ -233,7 +233,7 @@ def _check_pairs(config: Mapping[str, Any], dataset: ClipDataset) -> None:
     keys = ["objective.steps", "objective.shift", *pairs_layout(config, method)]
     if other := difference(made, config, keys):
         raise UserError(
-            f"{dataset.path} was made with {other}; choose another data.name, or make pairs anew with "
+            f"{dataset.path} was made with {other}; choose another data.name, or make pairs again with "
             "configs/ode_pairs.py"
         )
     wanted = METHODS_FOR.get(past, METHODS)

@@ -185,7 +185,7 @@ def _check_asked(name: str, meta: Mapping[str, Any], blocks: Blocks | None, stag
 def _network(name: str, meta: Mapping[str, Any], precision: str, attention: str) -> WanConfig:
     """The sizes that the checkpoint records, for inference."""
     if "student" not in meta["models"]:
-        raise UserError(f"run={name!r}: its record tells of no student")
+        raise UserError(f"run={name!r}: its record has no student")
     config = config_from_record(WanConfig, meta["models"]["student"], name)
     policy = Policy(precision, config.precision.norm) if precision else config.precision
     return replace(config, remat="none", precision=policy, attention=attention or config.attention)

@@ -134,7 +134,7 @@ class PatchCodec:
         except UserError:
             raise
         except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot read the codec ({error}); write it anew") from error
+            raise UserError(f"{path}: cannot read the codec ({error}); write it again") from error
         mean, basis, scale = arrays.values()
         if basis.ndim != 2 or mean.shape != basis.shape[:1] or scale.shape != basis.shape[1:] or not basis.size:
             raise UserError(
@@ -142,7 +142,7 @@ class PatchCodec:
             )
         codec = cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
         if codec.describe() != described:
-            raise UserError(f"{path}: header says {described}, tensors say {codec.describe()}; write it anew")
+            raise UserError(f"{path}: header says {described}, tensors say {codec.describe()}; write it again")
         return codec
 
 

@@ -259,7 +259,7 @@ class CheckpointStore:
             return unflatten(template, arrays), record["data_state"], record["meta"]
         if broken:
             raise UserError(
-                f"{self._directory}: all checkpoints are broken ({broken}); remove the folder to start anew"
+                f"{self._directory}: all checkpoints are broken ({broken}); remove the folder to start again"
             )
         return None
 

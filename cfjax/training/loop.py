@@ -219,7 +219,9 @@ class _RunIO:
         """The state of the newest good checkpoint, or this one, and its step; data and curves resume there too."""
         restored = self.store.restore_latest(state, stage=self._meta["stage"])
         if restored is None and going_on:
-            raise UserError(f"{self.workdir}: its checkpoints are gone; run the same command again to start anew")
+            raise UserError(
+                f"{self.workdir}: its checkpoints are gone; run the same command again to start from step 0"
+            )
         if restored is None:
             return state, 0
         state, place, _ = restored

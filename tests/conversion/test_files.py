@@ -148,7 +148,7 @@ def test_shards_and_index_must_agree(release):
     index = index_of(release)
     index["metadata"]["total_size"] += 4
     rewrite(release, index)
-    assert "the index tells of" in complaint(release)
+    assert "the index says" in complaint(release)
     index["metadata"]["total_size"] -= 4
     index["weight_map"]["blocks.9.norm3.bias"] = f"{STEM}-00001-of-00003.safetensors"
     rewrite(release, index)
@@ -188,7 +188,7 @@ def test_misfits_are_reported_before_anything_is_written(tmp_path):
 
 def test_config_json_must_agree(tmp_path):
     synthetic.save_safetensors(tmp_path, STEM, synthetic.dit_weights())
-    assert "no config.json tells the number of heads" in complaint(tmp_path)
+    assert "no config.json gives the number of heads" in complaint(tmp_path)
     for change, words in (
         ({"ffn_dim": 8960}, "ffn_dim is 8960, but the weights have 64"),
         ({"num_heads": 5}, "5 heads"),

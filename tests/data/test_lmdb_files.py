@@ -60,9 +60,9 @@ def test_files_shorter_than_their_header_shows_are_refused_unopened(path, never_
     found = (path / "data.mdb").stat().st_size
     with pytest.raises(UserError, match="cut off, or is still being copied; copy it again") as caught:
         check_whole(path)
-    assert f"data.mdb: {found} bytes, but its header tells of " in str(caught.value)
+    assert f"data.mdb: {found} bytes, but its header says " in str(caught.value)
     if found > 2 * PAGE:  # then the newer of both headers is there
-        assert f"tells of {before}:" in str(caught.value)
+        assert f"says {before}:" in str(caught.value)
 
 
 def test_every_way_to_an_lmdb_passes_the_check(path, never_opened):
@@ -83,7 +83,7 @@ def test_the_newer_header_counts(path):
         with (path / "data.mdb").open("rb") as file:
             whole = file.read()
         cut(path, first + PAGE)
-        with pytest.raises(UserError, match=f"tells of {len(whole)}:"):
+        with pytest.raises(UserError, match=f"says {len(whole)}:"):
             check_whole(path)
         (path / "data.mdb").write_bytes(whole)
 
