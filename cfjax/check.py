@@ -95,10 +95,12 @@ def _faults(place: Path, found: Findings) -> Iterator[str]:
 
 def _folders_of_checkpoints(place: Path) -> list[Path]:
     """A run's own, and those of the networks of the world in it."""
-    homes = [place, place / "world"]
+    run_folders = [place, place / "world"]
     if is_folder(place / "world"):
-        homes += [path for path in sorted((place / "world").iterdir()) if path.name not in ("tokenizer", "world.json")]
-    return [home / FOLDER for home in homes if is_folder(home / FOLDER)]
+        run_folders += [
+            path for path in sorted((place / "world").iterdir()) if path.name not in ("tokenizer", "world.json")
+        ]
+    return [run_folder / FOLDER for run_folder in run_folders if is_folder(run_folder / FOLDER)]
 
 
 def _checkpoints(folder: Path, found: Findings) -> Iterator[str]:

@@ -148,9 +148,9 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
             found = [replace(each, role="student", ema=False) for each in found if entry_of(each) == key]
             if not found:
                 raise UserError(f"--config.key={key}: {path} has no such network")
-    home = Path(world) if world else find_world(path, str(meta.get("world_path", ""))) or path / WORLD
+    world_folder = Path(world) if world else find_world(path, str(meta.get("world_path", ""))) or path / WORLD
     for kind in KINDS:
-        folder = home / kind
+        folder = world_folder / kind
         if kind != "dit" and (folder / FOLDER).is_dir() and (not parts or kind in parts):
             record = read_meta(folder, stages=(kind,))
             found.append(Found(_stored(kind, folder, kind, False, record["model"], record), kind))
@@ -158,7 +158,7 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
     if missing or not found:
         raise UserError(f"{path}: holds no {missing[0] if missing else 'weights'}")
     text = any(each.network.kind == "text_encoder" for each in found)
-    return Source(found, home / TOKENIZER if text and (home / TOKENIZER).is_dir() else None)
+    return Source(found, world_folder / TOKENIZER if text and (world_folder / TOKENIZER).is_dir() else None)
 
 
 def _stored(kind: str, folder: Path, role: str, ema: bool, config: dict[str, Any], meta: dict[str, Any]) -> Network:
@@ -225,8 +225,8 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
         experiment.ema = ConfigDict()
     elif "student" not in experiment.ema:
         experiment.ema.student = {"decay": 0.99, "start": 0}
-    beside = [home / WORLD for home in (partial, workdir) if (home / WORLD / RECORD).exists()]
-    home = Path(c.world) if c.world else beside[0] if len(beside) == 1 else None  # two will be merged
+    beside = [run / WORLD for run in (partial, workdir) if (run / WORLD / RECORD).exists()]
+    world_folder = Path(c.world) if c.world else beside[0] if len(beside) == 1 else None  # two will be merged
     student = next(each.network for each in transformers if each.role == "student")
     return {
         "stage": experiment.stage,
@@ -234,7 +234,7 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
         "models": models,
         "blocks": experiment.blocks.to_dict(),
         "latent_shape": [*c.latents, student.config.in_dim],
-        "world": world_fingerprint(home) if home else "",
+        "world": world_fingerprint(world_folder) if world_folder else "",
         "world_path": c.world or (WORLD if beside else ""),
         "source": _source_record(student),
     }

@@ -34,7 +34,7 @@ from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import identity
 from cfjax.experiment.data import Data, data_of, data_root, difference, pairs_layout
 from cfjax.experiment.networks import check_blocks, roles_of
-from cfjax.experiment.reference import faithful
+from cfjax.experiment.reference import apply_reference
 from cfjax.experiment.stage import blocks_of
 from cfjax.models.codec import Codec
 from cfjax.models.vae import WanVAE
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     elif "source" in c:
         precompute_source(c)
     elif c.stage == "ode_pairs":
-        precompute_pairs(faithful(c, given_keys(argv)))
+        precompute_pairs(apply_reference(c, given_keys(argv)))
     else:
         data = data_of(c).open()
         say(f"{data.dataset.path}: {len(data.dataset)} clips of latents {data.dataset.latent_shape}")

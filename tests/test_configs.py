@@ -21,7 +21,7 @@ from cfjax.experiment.build import build
 from cfjax.experiment.data import Shapes, toy_shapes
 from cfjax.experiment.networks import networks_in, roles_of
 from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows
-from cfjax.experiment.reference import REFERENCE, faithful
+from cfjax.experiment.reference import REFERENCE, apply_reference
 from cfjax.experiment.runs import open_run
 from cfjax.experiment.stage import blocks_of, dmd_config, optimizers_of, sampler_of, stage_of
 from cfjax.objectives.ode_regression import PairsConfig
@@ -190,17 +190,17 @@ def shipped(config: str, **keys: object):
 def test_the_reference_switch_sets_quirks_and_numbers(capsys):
     """`--config.reference=True`, in the toy as at Wan's size; without it each quirk is off."""
     for name in ("bidirectional", "ar_diffusion", "consistency"):
-        off, on = shipped(name), faithful(shipped(name, reference=True))
+        off, on = shipped(name), apply_reference(shipped(name, reference=True))
         assert (off.objective.bf16_timesteps, on.objective.bf16_timesteps) == (False, True)  # Q1, Q2
-    off, on = (dmd_config(faithful(shipped("dmd", reference=value))) for value in (False, True))
+    off, on = (dmd_config(apply_reference(shipped("dmd", reference=value))) for value in (False, True))
     quirks = [(o.score_table_shift, o.self_forcing.context_noise, o.self_forcing.kv_gradient) for o in (off, on)]
     assert quirks[0] == (None, 0.0, "detached")
     assert quirks[1] == (8.0, pytest.approx(0.00498008, abs=1e-8), "straight_through")  # Q3, Q4, Q6
-    shifted = faithful(shipped("dmd", reference=True, objective__shift=8.0))
+    shifted = apply_reference(shipped("dmd", reference=True, objective__shift=8.0))
     assert shifted.objective.context_noise == pytest.approx(0.00794439, abs=1e-8)  # the last level of its own table
     capsys.readouterr()
     for name, stage in REFERENCE.items():
-        toy, full = (faithful(shipped(name + arg, reference=True)) for arg in (":toy", ""))
+        toy, full = (apply_reference(shipped(name + arg, reference=True)) for arg in (":toy", ""))
         known = keys_of(full)
         assert {key: keys_of(toy)[key] for key in stage if key in known} == {k: known[k] for k in stage if k in known}
     message = capsys.readouterr().out.splitlines()
@@ -208,12 +208,15 @@ def test_the_reference_switch_sets_quirks_and_numbers(capsys):
     assert "reference: objective.guidance 3.0 -> 6" in message  # Q8, the toy's pairs
     assert "reference: ema.student.start 0 -> 2000000000" in message
     assert (
-        shipped("dmd:toy").ema.student.to_dict() != faithful(shipped("dmd:toy", reference=True)).ema.student.to_dict()
+        shipped("dmd:toy").ema.student.to_dict()
+        != apply_reference(shipped("dmd:toy", reference=True)).ema.student.to_dict()
     )
 
 
 def test_the_reference_switch_leaves_what_a_stage_does_not_read():
-    gan, causvid = (faithful(shipped(f"dmd:toy,{word}", reference=True)).objective for word in ("gan", "causvid"))
+    gan, causvid = (
+        apply_reference(shipped(f"dmd:toy,{word}", reference=True)).objective for word in ("gan", "causvid")
+    )
     assert (gan.real_guidance, gan.kv_gradient) == (1.0, "straight_through")
     assert (causvid.real_guidance, causvid.kv_gradient) == (3.0, "detached")
 
@@ -235,7 +238,7 @@ def test_the_reference_switch_does_not_overrule_the_command_line(tmp_path, capsy
 
 
 def test_a_number_written_short_is_the_references(capsys):
-    c = faithful(shipped("dmd", reference=True, objective__context_noise=0.00498), {"objective.context_noise"})
+    c = apply_reference(shipped("dmd", reference=True, objective__context_noise=0.00498), {"objective.context_noise"})
     assert c.objective.context_noise == pytest.approx(0.00498008, abs=1e-8)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from cfjax.conversion.files import INDEX, PICKLES, SAFETENSORS, WeightFile, read_index, read_json, read_weights
 from cfjax.conversion.kinds import KINDS, Arrays, Network, imported, recognised
 from cfjax.core.errors import UserError
-from cfjax.core.inside import kept_inside
+from cfjax.core.inside import resolved_inside
 from cfjax.core.schema import checked, either, one_of, several, table, text
 
 PIPELINE = "model_index.json"
@@ -71,7 +71,7 @@ def open_source(
     if not files:
         raise UserError(f"{path}: no weight files here; give a Wan release, a diffusers folder or a file")
     if path.is_dir():
-        files = [kept_inside(file, path) for file in files]
+        files = [resolved_inside(file, path) for file in files]
     found: dict[tuple[str, bool], Found] = {}
     ignored: list[str] = []
     for file in files:
@@ -160,14 +160,14 @@ def _wanted(arrays: Arrays, parts: Collection[str]) -> bool:
 def _tokenizer(folder: Path) -> Path:
     for name in TOKENIZERS:
         if any((folder / name / file).is_file() for file in TOKENIZER_FILES):
-            return _own_tokenizer(kept_inside(folder / name, folder))
+            return _own_tokenizer(resolved_inside(folder / name, folder))
     raise UserError(f"{folder}: no tokenizer ({' or '.join(TOKENIZERS)}) beside the text encoder; copy it there")
 
 
 def _own_tokenizer(folder: Path) -> Path:
     """The folder, after checking that none of its files is a link out of it."""
     for file in _files(folder):
-        kept_inside(file, folder)
+        resolved_inside(file, folder)
     return folder
 
 
@@ -181,7 +181,7 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
     Raises:
       UserError: a link leads out of the folder.
     """
-    own = _own_tokenizer(kept_inside(folder, folder.parent))
+    own = _own_tokenizer(resolved_inside(folder, folder.parent))
     target.mkdir(parents=True)
     for file in _files(own):
         shutil.copyfile(file, target / file.name)

@@ -21,7 +21,7 @@ def complain(message: str) -> None:
         sys.stderr.flush()
 
 
-class _Unfailing:
+class _TolerantStream:
     """A text stream that never raises: what cannot be written is lost, or written once there is room again."""
 
     def __init__(self, stream: Any) -> None:
@@ -64,13 +64,13 @@ class _Unfailing:
 
 
 @contextmanager
-def unfailing_output() -> Iterator[None]:
+def tolerate_output_errors() -> Iterator[None]:
     """Inside, a closed pipe (`| head`) or a log on a full disk does not end the process: what can be written is.
 
     Afterwards the streams are as before.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = streams = [_Unfailing(stream) for stream in before]  # type: ignore[assignment]
+    sys.stdout, sys.stderr = streams = [_TolerantStream(stream) for stream in before]  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ def inside(folder: Path, name: Any, named_in: object) -> Path:
     """
     if not isinstance(name, str) or not _plain(name):
         raise UserError(f"{named_in}: {shown(name)} is no name of a file in {folder}; nothing else is read on its word")
-    return kept_inside(folder / name, folder)
+    return resolved_inside(folder / name, folder)
 
 
 def _plain(name: str) -> bool:
@@ -32,17 +32,17 @@ def _plain(name: str) -> bool:
     return bool(path.parts) and short and not outward and "\0" not in name
 
 
-def kept_inside(path: Path, folder: Path) -> Path:
+def resolved_inside(path: Path, folder: Path) -> Path:
     """`path`, which may be a link inside `folder`, or into the Hugging Face cache, where snapshots are links.
 
     Raises:
       UserError: it is a link to anywhere else.
     """
     try:
-        place, home = path.resolve(), folder.resolve()
+        place, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError):  # a link to itself
         raise UserError(f"{path}: a link that leads nowhere; copy the file there") from None
-    if place.is_relative_to(home) or _is_blob(place):
+    if place.is_relative_to(root) or _is_blob(place):
         return path
     raise UserError(f"{path} leads to {place}, outside of {folder}; copy the file there, or name that one yourself")
 

@@ -23,7 +23,7 @@ from cfjax.data.precompute import MANIFEST_VERSION
 
 Batch = dict[str, np.ndarray]
 
-_MEND = "precompute it again"
+_FIX = "precompute it again"
 _READ_AHEAD = 4  # batches
 ARRAY_RULE = table({"shape": several(whole(1), 1, 8), "dtype": one_of("float16", "float32", "int32")})
 MANIFEST_RULE = table(
@@ -128,9 +128,9 @@ def read_json(file: Path, most: int = JSON_BYTES) -> Any:
     try:
         return load_json(file, most)
     except FileNotFoundError as error:
-        raise UserError(f"{file}: missing; is {file.parent} a latent dataset? {_MEND}") from error
+        raise UserError(f"{file}: missing; is {file.parent} a latent dataset? {_FIX}") from error
     except (OSError, ValueError) as error:
-        raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+        raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_FIX}") from error
 
 
 class LatentDataset:
@@ -151,7 +151,7 @@ class LatentDataset:
         self.path = Path(path)
         self.manifest = read_json(self.path / "manifest.json")
         if not isinstance(self.manifest, dict) or self.manifest.get("version") != MANIFEST_VERSION:
-            raise UserError(f"{self.path}/manifest.json: not a version {MANIFEST_VERSION} latent dataset; {_MEND}")
+            raise UserError(f"{self.path}/manifest.json: not a version {MANIFEST_VERSION} latent dataset; {_FIX}")
         checked(MANIFEST_RULE, self.manifest, self.path / "manifest.json")
         arrays = self.manifest["arrays"]
         self._latents = self._open("latents")
@@ -168,11 +168,11 @@ class LatentDataset:
         try:
             array = open_array(file)
         except FileNotFoundError as error:
-            raise UserError(f"{file}: missing though the manifest lists it; {_MEND}") from error
+            raise UserError(f"{file}: missing though the manifest lists it; {_FIX}") from error
         except (OSError, ValueError) as error:
-            raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+            raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_FIX}") from error
         if list(array.shape) != spec.get("shape") or str(array.dtype) != spec.get("dtype"):
-            raise UserError(f"{file}: holds {array.dtype} {list(array.shape)}, the manifest says {spec}; {_MEND}")
+            raise UserError(f"{file}: holds {array.dtype} {list(array.shape)}, the manifest says {spec}; {_FIX}")
         return array
 
     def _check(self) -> None:
@@ -180,16 +180,16 @@ class LatentDataset:
         whole_numbers = self.caption_ids.ndim == 1 and self.caption_ids.dtype.kind in "iu"
         if self._latents.ndim != 5 or self.text_table.ndim != 3 or not whole_numbers:
             raise UserError(
-                f"{self.path}: latents must be [N,F,H,W,C], text [captions,S,E], caption_id whole numbers [N]; {_MEND}"
+                f"{self.path}: latents must be [N,F,H,W,C], text [captions,S,E], caption_id whole numbers [N]; {_FIX}"
             )
         if self._trajectory is not None and self._trajectory[:, 0].shape != self._latents.shape:
-            raise UserError(f"{self.path}: trajectory must be [N,J,F,H,W,C] of the latents' shape; {_MEND}")
+            raise UserError(f"{self.path}: trajectory must be [N,J,F,H,W,C] of the latents' shape; {_FIX}")
         if records != self.manifest.get("records") or len(self.caption_ids) != records:
-            raise UserError(f"{self.path}: records, latents and caption_id disagree in number; {_MEND}")
+            raise UserError(f"{self.path}: records, latents and caption_id disagree in number; {_FIX}")
         if captions != len(self.text_table) or self.negative_text_SE.shape != self.text_table.shape[1:]:
-            raise UserError(f"{self.path}: captions, text and negative_text do not fit together; {_MEND}")
+            raise UserError(f"{self.path}: captions, text and negative_text do not fit together; {_FIX}")
         if self.caption_ids.min() < 0 or self.caption_ids.max() >= captions:
-            raise UserError(f"{self.path}/caption_id.npy: an id is outside the {captions} captions; {_MEND}")
+            raise UserError(f"{self.path}/caption_id.npy: an id is outside the {captions} captions; {_FIX}")
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -242,7 +242,7 @@ class LatentDataset:
         try:
             return read_archive(file)
         except Exception as error:
-            raise UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+            raise UserError(f"{file}: cannot read it ({error}); {_FIX}") from error
 
 
 _BATCH_NAMES = {

@@ -15,7 +15,7 @@ from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh
 from cfjax.experiment.data import Data, DataSource, data_of
 from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of
-from cfjax.experiment.reference import faithful, unread
+from cfjax.experiment.reference import apply_reference, unused_keys
 from cfjax.experiment.stage import (
     Objective,
     blocks_of,
@@ -141,7 +141,7 @@ def build(c: ConfigDict, given: Collection[str] = ()) -> Experiment:
     Raises:
       UserError: an unknown stage, something missing, or a value that it cannot have.
     """
-    c = faithful(c, given)
+    c = apply_reference(c, given)
     objective = objective_of(c)
     ema = {role: Ema(**values.to_dict()) for role, values in c.ema.items()}
     stage = Stage(c.stage, losses_of(c, objective), cadence=c.cadence.to_dict(), ema=ema)
@@ -164,7 +164,7 @@ def build(c: ConfigDict, given: Collection[str] = ()) -> Experiment:
         accept_changes=c.accept_changes,
         config=c.to_dict(),
         given=frozenset(given),
-        used_keys=frozenset(keys_of(c).keys() - unread(c)),
+        used_keys=frozenset(keys_of(c).keys() - unused_keys(c)),
     )
 
 

@@ -133,15 +133,15 @@ def open_run(
     c = config_from_meta(meta)
     blocks = sampling_blocks(c)
     _check_asked(name, meta, blocks, stage, block_frames)
-    home = _home(name, meta, c, world, parts)
-    if not exported and meta["world"] and meta["world"] != home.fingerprint():
-        raise UserError(f"run={name!r} was trained in another world than {home.place} now holds")
+    opened_world = _opened_world(name, meta, c, world, parts)
+    if not exported and meta["world"] and meta["world"] != opened_world.fingerprint():
+        raise UserError(f"run={name!r} was trained in another world than {opened_world.place} now holds")
     run = Run(
         name=name,
         stage=meta["stage"],
         step=int(meta["step"]),
         model=_template(_network(name, meta, precision, attention)),
-        world=home,
+        world=opened_world,
         sampler=sampler_of(c),
         blocks=blocks,
         latent_shape=tuple(meta["latent_shape"]),
@@ -164,7 +164,7 @@ def load_weights(run: Run) -> Run:
     return replace(run, model=model)
 
 
-def _home(name: str, meta: Mapping[str, Any], c: ConfigDict, given: str, parts: WorldParts) -> World:
+def _opened_world(name: str, meta: Mapping[str, Any], c: ConfigDict, given: str, parts: WorldParts) -> World:
     """The world of a run, opened: an exported model's own, the toy's that its config describes, or Wan's."""
     if asset(name, META_FILE):
         return shipped_world(name)

@@ -37,7 +37,7 @@ from cfjax.core.paths import (
 )
 from cfjax.core.schema import anything, each_of, several, table, whole
 from cfjax.core.tree import named_leaves
-from cfjax.training.leaves import check_leaves, detached, flatten, unflatten
+from cfjax.training.leaves import check_leaves, flatten, host_copy, unflatten
 from cfjax.training.optim import current_names
 from cfjax.training.plain import from_json, to_json
 from cfjax.training.stored import read_back, stored_array
@@ -216,7 +216,7 @@ class CheckpointStore:
         saved = self._manager.all_steps()
         if step in saved:
             return
-        arrays = {name: detached(leaf) for name, leaf in flatten(state).items()}
+        arrays = {name: host_copy(leaf) for name, leaf in flatten(state).items()}
         record = RecordSave(record_of(arrays, data_state, meta, step))
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=record)
         try:

@@ -27,7 +27,7 @@ from cfjax.training.observe import StepClock, Tracer, Work
 from cfjax.training.placement import placement_of
 from cfjax.training.state import TrainState, advance
 from cfjax.training.step import Metrics, Update, make_update
-from cfjax.training.watchdog import Watchdog, failing_fast
+from cfjax.training.watchdog import Watchdog, exit_on_failure
 
 
 class DataIterator(Protocol):
@@ -403,7 +403,7 @@ def fit(
       Temporary: a checkpoint could not be written.
       UserError: the run directory holds another stage or other shapes; the data ended.
     """
-    with failing_fast():
+    with exit_on_failure():
         store = CheckpointStore(output.workdir, schedule.keep, checksums=schedule.checksums)
     own_writer = None if output.writer else EventWriter(output.workdir, enabled=jax.process_index() == 0)
     writer = output.writer or own_writer
@@ -412,7 +412,7 @@ def fit(
         named = replace(output, meta={**output.meta, "stage": stage.name})
         io = _RunIO(named, store, writer, data() if callable(data) else data, schedule)
         updates = _updates(stage, txs, schedule.accumulate, placement_of(state))
-        with failing_fast(), _naming_last_checkpoint(store), Watchdog(schedule.stall_seconds) as watchdog:
+        with exit_on_failure(), _naming_last_checkpoint(store), Watchdog(schedule.stall_seconds) as watchdog:
             with watchdog.restoring():
                 state, start = io.resume(state, going_on=going_on)
             if start >= schedule.steps:

@@ -74,10 +74,10 @@ def faults(step_folder: Path, *, part: int = 0, parts: int = 1, items: tuple[str
     mine = sorted(chosen)[part::parts]
     yield from differing(step_folder, {name: chosen[name] for name in mine})
     if not items and part == 0:
-        yield from _spoilt_notes(step_folder)
+        yield from _unreadable_metadata(step_folder)
 
 
-def _spoilt_notes(folder: Path) -> Iterator[str]:
+def _unreadable_metadata(folder: Path) -> Iterator[str]:
     """Orbax's metadata files, which have no checksums: those that cannot be parsed."""
     for name in sorted(files_below(folder)):
         if name.rpartition("/")[2] in _NOTES:
@@ -106,7 +106,7 @@ def verify(step_folder: Path, *, together: bool = False, items: tuple[str, ...] 
         _warn_unchecked(step_folder)
         return
     share = (jax.process_index(), jax.process_count()) if together else (0, 1)
-    key = (str(step_folder), share, items, _stand(step_folder))
+    key = (str(step_folder), share, items, _file_states(step_folder))
     if key in _checked:
         return
     found = list(faults(step_folder, part=share[0], parts=share[1], items=items))
@@ -115,7 +115,7 @@ def verify(step_folder: Path, *, together: bool = False, items: tuple[str, ...] 
     _checked.add(key)
 
 
-def _stand(folder: Path) -> tuple[Any, ...]:
+def _file_states(folder: Path) -> tuple[Any, ...]:
     """The state of a folder's files: differs once one of them has changed."""
     out = []
     for name, (size, md5) in sorted(files_below(folder).items()):

@@ -72,7 +72,7 @@ class Watchdog:
 
 
 @contextmanager
-def failing_fast() -> Iterator[None]:
+def exit_on_failure() -> Iterator[None]:
     """Exits a process of several at once on an error, such as a collective whose peer has died.
 
     An ordinary exit waits for the other processes, which may wait for this one. It is used for stops that all

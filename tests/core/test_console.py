@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 import cfjax.__main__ as entry
-from cfjax.core.console import complain, say, unfailing_output
+from cfjax.core.console import complain, say, tolerate_output_errors
 from tests.training.toy import run
 
 
@@ -54,7 +54,7 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
 
 
 def test_a_run_trains_on_unseen(tmp_path):
-    with unread(), unfailing_output():
+    with unread(), tolerate_output_errors():
         state = run(tmp_path, 6, progress=True)
         for _ in tqdm(range(3)):
             say()
