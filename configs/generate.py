@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
             "ema": True,  # averaged weights, when the run keeps them
             "world": "",  # a Wan world's folder; "": beside the run
             "decoder": "vae",  # or tiny_vae
-            "decoder_precision": "",  # float32, bfloat16 (PyTorch reference); "": as recorded
+            "decoder_precision": "",  # float32, bfloat16 (the reference's); "": as recorded
             "precision": "",  # of the network's matrix products: float32, bfloat16; "": the run's own
             "attention": "",  # auto, xla, cudnn; "": the run's own
             "expect": ConfigDict({"stage": "", "block_frames": 0}),  # what the run has to be
@@ -48,7 +48,7 @@ def get_config(arg: str = ""):
             "image": "",  # begin with this picture
             "video": "",  # go on from this video's end, or from these latents (.safetensors, .npz)
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
-            "fit": "cover",  # or stretch, as the PyTorch reference
+            "fit": "cover",  # or stretch, as `inference.py` of the reference
             "height": 480 if wan else 0,  # pixels; 0: what the run was trained on
             "width": 832 if wan else 0,
             "frames": 81 if wan else 0,  # pixel frames in all, given ones included

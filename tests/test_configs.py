@@ -141,7 +141,7 @@ def test_what_stage_three_starts_from(words, start):
 
 def test_blocks_may_draw_exit_steps_of_their_own():
     c = get_config(ROOT / "configs" / "dmd.py")("")
-    assert dmd_config(c).self_forcing.same_exit  # PyTorch reference
+    assert dmd_config(c).self_forcing.same_exit  # as in the reference
     c.objective.same_exit = False
     assert not dmd_config(c).self_forcing.same_exit
 

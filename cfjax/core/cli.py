@@ -89,13 +89,13 @@ def config_file(spec: str) -> tuple[Path, str]:
       UserError: there is no such file.
     """
     name, _, arg = spec.partition(":")
-    path, places = Path(name), [Path()]
+    path, candidates = Path(name), [Path()]
     if path.parts[:1] == ("configs",):
-        places.append(PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent)
-    for place in places:
+        candidates.append(PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent)
+    for place in candidates:
         if (place / path).is_file():
             return place / path, arg
-    near = {str(path.parent / file.name) for place in places for file in (place / path.parent).glob("*.py")}
+    near = {str(path.parent / file.name) for place in candidates for file in (place / path.parent).glob("*.py")}
     raise UserError(f"--config: no file {path}{_nearest(str(path), sorted(near))}")
 
 

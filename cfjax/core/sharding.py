@@ -78,7 +78,7 @@ def make_mesh(
     sizes = (data, fsdp, context, tensor)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {named} has {math.prod(sizes)} places; they must multiply to {len(devices)} devices")
+        raise UserError(f"mesh {named} has size {math.prod(sizes)}; its axes must multiply to {len(devices)} devices")
     kinds = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices > 1:
@@ -263,8 +263,8 @@ def constrain_parameters(model: Any, rules: Rules | None = None) -> Any:
 
 def shard_model(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
     """The model with every leaf put on the mesh by the rules; each process provides its own shards."""
-    places = shardings(model, mesh, rules)
-    return map_named(lambda name, leaf: place(leaf, places[name]), model)
+    by_name = shardings(model, mesh, rules)
+    return map_named(lambda name, leaf: place(leaf, by_name[name]), model)
 
 
 def place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -111,14 +111,14 @@ class PromptSource:
     """Prompts alone, of a table of any kind (`data.tables`).
 
     Args:
-      prompts: in order.  places: the position of each in its file; "line N" if none are given.
+      prompts: in order.  positions: of each in its file; "line N" if none are given.
       faults: index -> why a prompt cannot be used.
     """
 
     def __init__(
-        self, prompts: Sequence[str], places: Sequence[str] = (), faults: Mapping[int, str] = MappingProxyType({})
+        self, prompts: Sequence[str], positions: Sequence[str] = (), faults: Mapping[int, str] = MappingProxyType({})
     ) -> None:
-        self.prompts, self._places, self._faults = prompts, places, faults
+        self.prompts, self._positions, self._faults = prompts, positions, faults
 
     @classmethod
     def read(cls, file: str | Path, columns: Columns = Columns(), encoding: str = "") -> "PromptSource":
@@ -132,11 +132,11 @@ class PromptSource:
         """
         path, column = Path(file), ""
         prompts: list[str] = []
-        places: list[str] = []
+        positions: list[str] = []
         faults: dict[int, str] = {}
         for row in read_table(path, encoding):
             column = column or columns.of(path, row, clips=False)["caption"]
-            places.append(row.place)
+            positions.append(row.place)
             try:
                 value = field_of(path, row, column)
                 if path.suffix.lower() == ".txt":
@@ -152,14 +152,14 @@ class PromptSource:
                 prompts.append("")
         if not prompts:
             raise UserError(f"{file}: no prompts in it")
-        return cls(prompts, places, faults)
+        return cls(prompts, positions, faults)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def name(self, index: int) -> str:
         """Its position in the file."""
-        return self._places[index] if self._places else f"line {index + 1}"
+        return self._positions[index] if self._positions else f"line {index + 1}"
 
     def caption(self, index: int) -> str:
         """The prompt. Raises Unusable for one that cannot be read."""

@@ -85,8 +85,8 @@ def open_members(paths: Sequence[str | Path], lmdb: str | Path = "") -> list[Mem
         raise UserError(
             f"lmdb={str(lmdb)!r} names one LMDB; of several sets each one's is found where it was, or beside its set"
         )
-    places = [Path(path).resolve() for path in paths]
-    if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
+    resolved = [Path(path).resolve() for path in paths]
+    if twice := next((path for path, place in zip(paths, resolved, strict=True) if resolved.count(place) > 1), None):
         raise UserError(f"--merge: {twice} is named twice")
     members = [Member.open(path, lmdb) for path in paths]
     for member in members[1:]:

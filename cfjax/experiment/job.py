@@ -260,17 +260,17 @@ def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
 
 def _faults_message(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int, str]]) -> str:
     """The faults by what they are, with where in the prompt file they are."""
-    places: dict[str, list[str]] = {}
+    by_message: dict[str, list[str]] = {}
     for n, message in sorted(faults):
-        found = places.setdefault(message, [])
+        found = by_message.setdefault(message, [])
         if requests[n].place not in found:
             found.append(requests[n].place)
-    if not c.prompts and len(places) == 1:
-        return next(iter(places))
+    if not c.prompts and len(by_message) == 1:
+        return next(iter(by_message))
     lines = []
-    for message, (first, *rest) in list(places.items())[:FAULTS]:
+    for message, (first, *rest) in list(by_message.items())[:FAULTS]:
         lines.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {message}")
-    if len(places) > FAULTS:
-        lines.append(f"and {len(places) - FAULTS} more")
+    if len(by_message) > FAULTS:
+        lines.append(f"and {len(by_message) - FAULTS} more")
     broken = len({n for n, _ in faults})
     return f"{c.prompts or 'prompt'}, {broken} of {len(requests)} requests: {'; '.join(lines)}"

@@ -145,8 +145,8 @@ def wan_scene(preview: Preview, dataset: ClipDataset, mesh: Mesh | None) -> Scen
         for caption, index in chosen.items():
             yield caption, next(decode(dataset[index]["latents_FHWC"][None]))
 
-    places = batch_shards(mesh) if mesh else 1
-    return Scene(rows, decoder, stride, real if dataset.has_latents else None, places, None)
+    shards = batch_shards(mesh) if mesh else 1
+    return Scene(rows, decoder, stride, real if dataset.has_latents else None, shards, None)
 
 
 def spread_captions(dataset: ClipDataset, count: int) -> dict[str, int]:

@@ -25,7 +25,7 @@ from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
 from cfjax.training.checkpoint import load_role
 from cfjax.worlds.assets import META_FILE, asset
-from cfjax.worlds.open import find_world, open_world, world_places
+from cfjax.worlds.open import candidate_world_paths, find_world, open_world
 from cfjax.worlds.records import config_from_record, placed_template
 from cfjax.worlds.toy import ToyWorld, as_toy, shipped_world
 from cfjax.worlds.wan import read_record
@@ -208,5 +208,5 @@ def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:
         raise UserError(f"run={str(run)!r} does not say what world {found} should be; if it is, --config.world={found}")
     if found:
         return found
-    looked = ", ".join(map(str, world_places(run, recorded)))
+    looked = ", ".join(map(str, candidate_world_paths(run, recorded)))
     raise UserError(f"run={str(run)!r} has no Wan world ({looked}); name one with --config.world=FOLDER")

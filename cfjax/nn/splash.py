@@ -91,8 +91,8 @@ def _small(table: np.ndarray) -> np.ndarray:
 def _next_seen(seen: np.ndarray) -> np.ndarray:
     """The column to fetch at each step of an iteration over rows: its own if it is seen, else the next that is."""
     flat = seen.ravel()
-    places = np.flatnonzero(flat)
-    following = places[np.searchsorted(places, np.arange(flat.size)) % places.size]
+    positions = np.flatnonzero(flat)
+    following = positions[np.searchsorted(positions, np.arange(flat.size)) % positions.size]
     return (following % seen.shape[1]).reshape(seen.shape)
 
 

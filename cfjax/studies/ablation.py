@@ -163,8 +163,8 @@ def _before_and_after(axes: Axes, numbers: Numbers, rows: Sequence[tuple[str, st
     for shift, column, colour, label in ((-0.2, 0, GREY, "before DMD"), (0.2, 1, GREEN, "after DMD")):
         by_seed = [[factor * v for v in values(numbers, row[column], measure)] for row in rows]
         means, reach = error_bars(by_seed, interval=True)
-        places = np.arange(len(rows)) + shift
-        axes.bar(places, means, 0.38, yerr=reach, color=colour, capsize=3, label=label)
+        positions = np.arange(len(rows)) + shift
+        axes.bar(positions, means, 0.38, yerr=reach, color=colour, capsize=3, label=label)
     axes.set_xticks(range(len(rows)), [before for before, _ in rows], rotation=30, ha="right", fontsize=8)
     axes.set_title(title, fontsize=10)
 

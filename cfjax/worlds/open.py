@@ -12,15 +12,15 @@ from cfjax.worlds.wan import WanWorld, load_codec
 from cfjax.worlds.world import RECORD, World, WorldParts
 
 
-def world_places(run: str | Path, recorded: str) -> list[Path]:
+def candidate_world_paths(run: str | Path, recorded: str) -> list[Path]:
     """Paths where a run's world may be: the recorded one (relative or absolute), or beside the run."""
-    places = [path_of(run) / recorded, path_of(recorded)] if recorded else []
-    return [*places, path_of(run) / "world"]
+    candidates = [path_of(run) / recorded, path_of(recorded)] if recorded else []
+    return [*candidates, path_of(run) / "world"]
 
 
 def find_world(run: str | Path, recorded: str) -> Path | None:
     """The folder of a run's world, of either kind; None if there is none, as of a run whose config makes its own."""
-    return next((place for place in world_places(run, recorded) if (place / RECORD).is_file()), None)
+    return next((place for place in candidate_world_paths(run, recorded) if (place / RECORD).is_file()), None)
 
 
 def is_wan_world(path: str | Path, *, key: str = "world") -> bool:

@@ -164,7 +164,7 @@ def test_what_the_disk_or_the_memory_refuses_breaks_no_record(path, monkeypatch,
         def ok(self):
             return True
 
-        def read(self, places):
+        def read(self, positions):
             raise raised
 
     monkeypatch.setattr(readers, "ArrayRecordReader", Refuses)

@@ -27,7 +27,7 @@ def values(path: Path, encoding: str = "") -> list[dict]:
     return [dict(row.values) for row in read_table(path, encoding)]
 
 
-def places(path: Path) -> list[str]:
+def positions(path: Path) -> list[str]:
     return [row.place for row in read_table(path)]
 
 
@@ -47,12 +47,12 @@ def test_every_kind_of_table_says_the_same(tmp_path):
 
 def test_a_row_knows_its_place(tmp_path):
     (tmp_path / "a.csv").write_text(CSV, encoding="utf-8")
-    assert places(tmp_path / "a.csv") == ["line 2", "line 3", "line 5"]  # where it begins: one takes two lines
+    assert positions(tmp_path / "a.csv") == ["line 2", "line 3", "line 5"]  # where it begins: one takes two lines
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
-    assert places(tmp_path / "a.jsonl") == ["line 1", "line 3"]
+    assert positions(tmp_path / "a.jsonl") == ["line 1", "line 3"]
     (tmp_path / "a.json").write_text('["x", {"a": 1}]')
-    assert places(tmp_path / "a.json") == ["entry 1", "entry 2"]
-    assert places(write_parquet(tmp_path / "a.parquet", ROWS)) == ["row 1", "row 2", "row 3"]
+    assert positions(tmp_path / "a.json") == ["entry 1", "entry 2"]
+    assert positions(write_parquet(tmp_path / "a.parquet", ROWS)) == ["row 1", "row 2", "row 3"]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])

@@ -196,7 +196,7 @@ class Trained:
     state: TrainState
     counts: dict[str, int]
     exits: set[int]
-    early: list[dict[str, np.ndarray]]  # named weights and shadows after each of the first seven iterations
+    early: list[dict[str, np.ndarray]]  # named weights and averages after each of the first seven iterations
 
 
 @pytest.fixture(scope="module")

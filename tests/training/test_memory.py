@@ -39,7 +39,7 @@ def fsdp(size: int) -> AbstractMesh:
 
 
 def test_the_shipped_dmd_with_its_14b_real_score():
-    """Adam's two moments, gradient and shadow in float32; a frozen role has none of them."""
+    """Adam's two moments, gradient and average in float32; a frozen role has none of them."""
     rows = full_size()
     student, critic, real = rows["student"], rows["critic"], rows["real_score"]
     assert (student.parameters, critic.parameters, real.parameters) == (WAN_1_3B, WAN_1_3B, WAN_14B)
@@ -97,7 +97,7 @@ def held(tree) -> int:
 
 
 def test_the_reported_memory_is_the_real_one():
-    """Bytes and shardings of the abstract state are the real one's, optimiser and shadow with their weights."""
+    """Bytes and shardings of the abstract state are the real one's, those of optimiser and average too."""
     stage, txs, models, state, rows, mesh = toy({"data": 1, "fsdp": 4, "context": 1, "tensor": 2})
     for role in stage.losses:
         assert rows[role].weights == held(state.params[role])

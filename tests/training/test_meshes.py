@@ -145,7 +145,7 @@ def test_every_stage_on_every_mesh(stage, mesh, capfd):
 
 
 def test_nothing_of_a_state_is_replicated_by_accident():
-    """Weights, moments and shadows are cut as the tables say, before an update and after it."""
+    """Weights, moments and averages are sharded by the tables, before an update and after it."""
     heads, sizes = MESHES["mixed_by_tokens"]
     mesh = make_mesh(**sizes)
     stage = Stage("bidirectional", STAGES["bidirectional"], ema={"student": Ema()})
