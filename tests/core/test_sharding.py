@@ -48,7 +48,7 @@ def test_an_axis_that_does_not_divide_is_dropped():
 
 
 def test_misfits_are_named():
-    with pytest.raises(UserError, match=r"data=3 fsdp=1 context=1 tensor=2 has 6 places; .* 8 devices"):
+    with pytest.raises(UserError, match=r"data=3 fsdp=1 context=1 tensor=2 has size 6; .* 8 devices"):
         make_mesh(data=3, tensor=2)
     with pytest.raises(UserError, match="has size 0"):
         make_mesh(data=0)
