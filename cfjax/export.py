@@ -1,15 +1,12 @@
 """`cfjax export`: a run's averaged weights and its world as one small folder, with the record of how it was made."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from cfjax.core.checksums import write_sums
@@ -21,7 +18,8 @@ from cfjax.core.paths import path_of, reporting_storage_errors
 from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import named_leaves
-from cfjax.evaluate import evaluate_run
+from cfjax.evaluation.curves import draw_curves, read_curves
+from cfjax.experiment.measure import evaluate_run
 from cfjax.experiment.runs import open_run
 from cfjax.training.checkpoint import read_meta
 from cfjax.worlds.assets import META_FILE, MODEL_FILE
@@ -66,32 +64,3 @@ def export(c: ConfigDict, workdir: Path) -> None:
         names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == META_FILE, name))
         place(workdir, names)
     say(f"{workdir}: {record['parameters'] / 1e6:.2f} M parameters, all correct {result['summary']['all_correct']:.3f}")
-
-
-def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """The loss and, where it was sampled, caption following over training steps, as an SVG picture."""
-    shown = [name for name in ("student/loss", "samples/all_correct") if name in curves]
-    figure = Figure(figsize=(4 * max(len(shown), 1), 2.8), layout="constrained")
-    for index, name in enumerate(shown):
-        axes = figure.add_subplot(1, len(shown), index + 1, xlabel="step", title=name)
-        axes.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 12 else "")
-        axes.grid(alpha=0.3)
-    with rc_context({"svg.hashsalt": "cfjax"}):  # the same curves are the same bytes
-        figure.savefig(path, metadata={"Date": None})
-
-
-def read_curves(run: Path, *, every: int = 1) -> dict[str, list[tuple[int, float]]]:
-    """name -> [(step, value)] of a run's metrics.jsonl, averaged over windows of `every` steps."""
-    curves: dict[str, dict[int, list[float]]] = {}
-    file = run / "metrics.jsonl"
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
-        try:
-            row: dict[str, Any] = json.loads(line)
-            step = row.pop("step")
-        except (ValueError, KeyError, TypeError, AttributeError):  # cut, as of a run that was killed
-            continue
-        for name, value in row.items():
-            curves.setdefault(name, {}).setdefault(step // every * every, []).append(value)
-    return {
-        name: [(step, sum(values) / len(values)) for step, values in points.items()] for name, points in curves.items()
-    }

@@ -80,11 +80,11 @@ def main(argv: Sequence[str]) -> int:
 
 def check(path: str, c: ConfigDict) -> int:
     """Says every fault of the dataset at `path`; 1 if there is any."""
-    lmdb: dict[str, Any] = {}
+    faults = partial(check_dataset, path, progress=c.progress)
     if "source" in c:
-        lmdb = {"ground_truth": c.ground_truth, "fallback_shape": tuple(c.latent_shape), "lmdb": c.lmdb}
+        faults = partial(faults, ground_truth=c.ground_truth, fallback_shape=tuple(c.latent_shape), lmdb=c.lmdb)
     count = 0
-    for fault in check_dataset(path, progress=c.progress, **lmdb):
+    for fault in faults():
         say(str(fault))
         count += 1
     say(f"{path}: {count} faults" if count else f"{path}: every record is good")

@@ -20,10 +20,10 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints, read_if_whole, write_atomically
-from cfjax.evaluate import load_evaluation, real_clips
+from cfjax.evaluation.curves import read_curves
 from cfjax.evaluation.report import Report, StageReport, write_report
+from cfjax.experiment.measure import load_evaluation, real_clips
 from cfjax.experiment.runs import open_run
-from cfjax.export import read_curves
 
 DESCRIPTION = """Trains every stage of a recipe (Causal Forcing's, unless the config names another) on the toy world,
 evaluates each over captions that none of them saw, and writes report/index.html. Interrupted? The same command goes
@@ -31,40 +31,6 @@ on from there."""
 WALL_CLIPS = 8
 EVALUATE = "evaluate "  # key of an evaluation: this and the key of what it measures
 
-# What the networks of configs/quickstart.py are, for the page: key -> title, short title, one sentence.
-TITLES = {
-    "teacher": ("Bidirectional teacher", "Teacher", "Ships with the package. Sees all frames at once; 50 UniPC steps."),
-    "ar": ("AR teacher (stage 1)", "AR teacher", "Teacher forcing: a noisy block sees the clean blocks before it."),
-    "noise_augmentation": ("AR teacher, noised past", "Noised past", "Teacher forcing with noise added to the past."),
-    "diffusion_forcing": ("AR teacher by diffusion forcing", "Diffusion forcing", "A noisy block sees noisy blocks."),
-    "direct_forcing": ("AR teacher by Direct Forcing", "Direct Forcing", "The past is the network's own prediction."),
-    "resampling_forcing": (
-        "AR teacher by Resampling Forcing",
-        "Resampling",
-        "The network re-makes the past from noise.",
-    ),
-    "bagger": ("AR teacher by BAgger", "BAgger", "Also learns to lead its own drifted rollouts back to the data."),
-    "ode": ("Causal ODE student (stage 2)", "ODE init", "Regresses the AR teacher's end points given the clean past."),
-    "bi_pairs_ode": ("ODE student, bidirectional pairs", "ODE init, bi", "Only the teacher of the pairs is changed."),
-    "bi_ode": ("ODE student as in Self Forcing", "ODE init, bi", "Regresses that teacher's end points."),
-    "cd": ("Causal CD student (stage 2)", "CD init", "Consistency distillation of the AR teacher, without pairs."),
-    "asymmetric_cd": ("Asymmetric CD student", "CD init, bi", "Consistency distillation of the bidirectional teacher."),
-    "dmd": ("DMD student (stage 3)", "Student", "Generates with its own cache; real and fake scores correct it."),
-    "cd_dmd": ("DMD student, from causal CD", "Student", "Stage 3 on top of consistency distillation."),
-    "asymmetric_cd_dmd": ("DMD student, from asymmetric CD", "Student", "Stage 3 on top of asymmetric CD."),
-    "bi_pairs_ode_dmd": ("DMD student, from bidirectional pairs", "Student", "Stage 3 on top of those pairs."),
-    "bi_ode_dmd": ("Self Forcing student", "Student", "Stage 3 on top of the bidirectional teacher's pairs."),
-    "bi_ode_causvid": ("CausVid student", "Student", "DMD of one-pass predictions from noised real clips, no rollout."),
-    "ar_dmd": ("DMD student, from the AR teacher", "Student", "Stage 3 without a few-step initialisation."),
-    "sid": ("SiD student", "Student", "Score identity distillation in place of DMD."),
-    "gan": ("GAN student", "Student", "A classifier on the critic's features separates real from generated clips."),
-    "long_dmd": ("DMD student of long rollouts", "Student", "Rolls out past the window; scores see the last frames."),
-    "bidirectional_dmd": (
-        "Few-step bidirectional student",
-        "Student",
-        "DMD of a student that sees all frames at once.",
-    ),
-}
 VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {"train": train.main, "precompute": precompute.main}
 
 
@@ -173,9 +139,9 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
     stages = [
         StageReport(
             key=key,
-            title=TITLES[key][0],
-            brief=TITLES[key][1],
-            text=TITLES[key][2],
+            title=c.titles[key].title,
+            brief=c.titles[key].brief,
+            text=c.titles[key].text,
             videos=results[key]["videos"][:WALL_CLIPS],
             summary=results[key]["summary"],
             network_calls=results[key]["network_calls"],
@@ -209,7 +175,7 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
     for key in (student, against):
         result = results[key]
         correct, calls = 100 * result["summary"]["all_correct"], result["network_calls"]
-        say(f"{TITLES[key][0]}: {correct:.1f} % of captions all right with {calls} network calls")
+        say(f"{c.titles[key].title}: {correct:.1f} % of captions all right with {calls} network calls")
     say(f"report: {page}")
     say(f'your own: cfjax generate --config.run={root}/{student} --config.prompt="a red circle moving left"')
 

@@ -14,11 +14,11 @@ from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints, read_if_whole
 from cfjax.data.sets import open_dataset
-from cfjax.evaluate import load_evaluation
 from cfjax.evaluation.tables import gather, summarise_seeds
+from cfjax.experiment.measure import load_evaluation
 from cfjax.experiment.runs import open_run
 from cfjax.experiment.stage import blocks_of
-from cfjax.quickstart import TITLES, environment, networks, recipe, run_steps
+from cfjax.quickstart import environment, networks, recipe, run_steps
 from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, verdicts
 from cfjax.studies.injectivity import Plan, run
 from cfjax.studies.page import commit, page, provenance, table_html, verdict_list, write, write_study
@@ -160,7 +160,8 @@ def _gathered(c: ConfigDict, root: Path) -> dict[str, list[dict[str, Any]]]:
 def report_ablation(c: ConfigDict, root: Path, command: str, compared: Mapping[str, Sequence[tuple[str, str]]]) -> None:
     """Writes report/index.html and study.json from what was trained and evaluated under `root`."""
     numbers = {key: summarise_seeds(found) for key, found in _gathered(c, root).items()}
-    titles = {key: title for key, (title, *_) in TITLES.items()}
+    recipes = [_recipe_config(c, name, 0) for name in (*c.recipes, *c.forcings)]
+    titles = {key: entry.title for recipe_ in recipes for key, entry in recipe_.titles.items()}
     opened = _left_open(c, root)
     tables, tests = compare_networks(numbers, compared, titles)
     tables += [open_table(opened, titles)] if opened else []

@@ -26,33 +26,126 @@ from cfjax.experiment import presets
 TEACHER = "teacher"  # the shipped bidirectional network, in place of an earlier stage
 
 SCORES = {"critic": TEACHER, "real_score": TEACHER}
-# key: verb, config and its switches, which budget, {role: what it starts from}
+# What a stage is: verb, config and its switches, which budget, {role: what it starts from}; and of a network its title,
+# short title and a sentence.
 STAGES = {
-    "ar": ("train", "ar_diffusion", (), "ar", {"student": TEACHER}),
-    "diffusion_forcing": ("train", "ar_diffusion", ("diffusion_forcing",), "ar", {"student": TEACHER}),
-    "noise_augmentation": ("train", "ar_diffusion", ("noise_augmentation",), "ar", {"student": TEACHER}),
-    "direct_forcing": ("train", "ar_diffusion", ("direct_forcing",), "ar", {"student": TEACHER}),
-    "resampling_forcing": ("train", "ar_diffusion", ("resampling_forcing",), "ar", {"student": "ar"}),
-    "bagger": ("train", "ar_diffusion", ("bagger",), "ar", {"student": "ar"}),
+    "ar": (
+        "train", "ar_diffusion", (), "ar", {"student": TEACHER},
+        "AR teacher (stage 1)", "AR teacher",
+        "Teacher forcing: a noisy block sees the clean blocks before it.",
+    ),
+    "diffusion_forcing": (
+        "train", "ar_diffusion", ("diffusion_forcing",), "ar", {"student": TEACHER},
+        "AR teacher by diffusion forcing", "Diffusion forcing",
+        "A noisy block sees noisy blocks.",
+    ),
+    "noise_augmentation": (
+        "train", "ar_diffusion", ("noise_augmentation",), "ar", {"student": TEACHER},
+        "AR teacher, noised past", "Noised past",
+        "Teacher forcing with noise added to the past.",
+    ),
+    "direct_forcing": (
+        "train", "ar_diffusion", ("direct_forcing",), "ar", {"student": TEACHER},
+        "AR teacher by Direct Forcing", "Direct Forcing",
+        "The past is the network's own prediction.",
+    ),
+    "resampling_forcing": (
+        "train", "ar_diffusion", ("resampling_forcing",), "ar", {"student": "ar"},
+        "AR teacher by Resampling Forcing", "Resampling",
+        "The network re-makes the past from noise.",
+    ),
+    "bagger": (
+        "train", "ar_diffusion", ("bagger",), "ar", {"student": "ar"},
+        "AR teacher by BAgger", "BAgger",
+        "Also learns to lead its own drifted rollouts back to the data.",
+    ),
     "pairs": ("precompute", "ode_pairs", (), "pairs", {"teacher": "ar"}),
     "bi_pairs": ("precompute", "ode_pairs", ("bidirectional",), "pairs", {"teacher": TEACHER}),
-    "ode": ("train", "ode_regression", (), "ode", {"student": "ar"}),
-    "bi_pairs_ode": ("train", "ode_regression", ("bidirectional_pairs",), "ode", {"student": "ar"}),
-    "bi_ode": ("train", "ode_regression", ("bidirectional",), "ode", {"student": TEACHER}),
-    "cd": ("train", "consistency", (), "cd", {"student": "ar", "teacher": "ar"}),
-    "asymmetric_cd": ("train", "consistency", ("asymmetric",), "cd", {"student": "ar", "teacher": TEACHER}),
-    "dmd": ("train", "dmd", (), "dmd", {"student": "ode", **SCORES}),
-    "cd_dmd": ("train", "dmd", ("from_cd",), "dmd", {"student": "cd", **SCORES}),
-    "asymmetric_cd_dmd": ("train", "dmd", ("from_cd",), "dmd", {"student": "asymmetric_cd", **SCORES}),
-    "bi_pairs_ode_dmd": ("train", "dmd", (), "dmd", {"student": "bi_pairs_ode", **SCORES}),
-    "bi_ode_dmd": ("train", "dmd", (), "dmd", {"student": "bi_ode", **SCORES}),
-    "ar_dmd": ("train", "dmd", ("from_ar",), "dmd", {"student": "ar", **SCORES}),
-    "bi_ode_causvid": ("train", "dmd", ("causvid",), "dmd", {"student": "bi_ode", **SCORES}),
-    "sid": ("train", "dmd", ("sid",), "dmd", {"student": "ode", **SCORES}),
-    "gan": ("train", "dmd", ("gan",), "dmd", {"student": "ode", "critic": TEACHER}),
-    "long_dmd": ("train", "dmd", ("long",), "dmd", {"student": "ode", **SCORES}),
-    "bidirectional_dmd": ("train", "dmd", ("bidirectional",), "dmd", {"student": TEACHER, **SCORES}),
-}
+    "ode": (
+        "train", "ode_regression", (), "ode", {"student": "ar"},
+        "Causal ODE student (stage 2)", "ODE init",
+        "Regresses the AR teacher's end points given the clean past.",
+    ),
+    "bi_pairs_ode": (
+        "train", "ode_regression", ("bidirectional_pairs",), "ode", {"student": "ar"},
+        "ODE student, bidirectional pairs", "ODE init, bi",
+        "Only the teacher of the pairs is changed.",
+    ),
+    "bi_ode": (
+        "train", "ode_regression", ("bidirectional",), "ode", {"student": TEACHER},
+        "ODE student as in Self Forcing", "ODE init, bi",
+        "Regresses that teacher's end points.",
+    ),
+    "cd": (
+        "train", "consistency", (), "cd", {"student": "ar", "teacher": "ar"},
+        "Causal CD student (stage 2)", "CD init",
+        "Consistency distillation of the AR teacher, without pairs.",
+    ),
+    "asymmetric_cd": (
+        "train", "consistency", ("asymmetric",), "cd", {"student": "ar", "teacher": TEACHER},
+        "Asymmetric CD student", "CD init, bi",
+        "Consistency distillation of the bidirectional teacher.",
+    ),
+    "dmd": (
+        "train", "dmd", (), "dmd", {"student": "ode", **SCORES},
+        "DMD student (stage 3)", "Student",
+        "Generates with its own cache; real and fake scores correct it.",
+    ),
+    "cd_dmd": (
+        "train", "dmd", ("from_cd",), "dmd", {"student": "cd", **SCORES},
+        "DMD student, from causal CD", "Student",
+        "Stage 3 on top of consistency distillation.",
+    ),
+    "asymmetric_cd_dmd": (
+        "train", "dmd", ("from_cd",), "dmd", {"student": "asymmetric_cd", **SCORES},
+        "DMD student, from asymmetric CD", "Student",
+        "Stage 3 on top of asymmetric CD.",
+    ),
+    "bi_pairs_ode_dmd": (
+        "train", "dmd", (), "dmd", {"student": "bi_pairs_ode", **SCORES},
+        "DMD student, from bidirectional pairs", "Student",
+        "Stage 3 on top of those pairs.",
+    ),
+    "bi_ode_dmd": (
+        "train", "dmd", (), "dmd", {"student": "bi_ode", **SCORES},
+        "Self Forcing student", "Student",
+        "Stage 3 on top of the bidirectional teacher's pairs.",
+    ),
+    "ar_dmd": (
+        "train", "dmd", ("from_ar",), "dmd", {"student": "ar", **SCORES},
+        "DMD student, from the AR teacher", "Student",
+        "Stage 3 without a few-step initialisation.",
+    ),
+    "bi_ode_causvid": (
+        "train", "dmd", ("causvid",), "dmd", {"student": "bi_ode", **SCORES},
+        "CausVid student", "Student",
+        "DMD of one-pass predictions from noised real clips, no rollout.",
+    ),
+    "sid": (
+        "train", "dmd", ("sid",), "dmd", {"student": "ode", **SCORES},
+        "SiD student", "Student",
+        "Score identity distillation in place of DMD.",
+    ),
+    "gan": (
+        "train", "dmd", ("gan",), "dmd", {"student": "ode", "critic": TEACHER},
+        "GAN student", "Student",
+        "A classifier on the critic's features tells real clips from generated ones.",
+    ),
+    "long_dmd": (
+        "train", "dmd", ("long",), "dmd", {"student": "ode", **SCORES},
+        "DMD student of long rollouts", "Student",
+        "Rolls out past the window; scores see the last frames.",
+    ),
+    "bidirectional_dmd": (
+        "train", "dmd", ("bidirectional",), "dmd", {"student": TEACHER, **SCORES},
+        "Few-step bidirectional student", "Student",
+        "DMD of a student that sees all frames at once.",
+    ),
+}  # fmt: skip
+TEACHER_TITLES = (
+    "Bidirectional teacher", "Teacher",
+    "Ships with the package. Sees all frames at once; 50 UniPC steps.",
+)  # fmt: skip
 
 RECIPES = {
     "causal_forcing": ("ar", "pairs", "ode", "dmd"),
@@ -86,17 +179,20 @@ def get_config(arg: str = ""):
     if not any(STAGES[key][1] == "dmd" for key in RECIPES[recipe]):  # no few-step student
         presets.one_of(words, recipe, "2step", "1step")
     joined = tuple(word for word in words if word not in RECIPES)
-    stages = []
+    stages, titles = [], {TEACHER: TEACHER_TITLES}
     for key in RECIPES[recipe]:
-        verb, config, own, amount, init = STAGES[key]
+        verb, config, own, amount, init, *title = STAGES[key]
         extra = tuple(word for word in joined if word == "framewise" or config == "dmd")
         name = f"configs/{config}.py:" + ",".join(("toy", *own, *extra))
         stages.append(ConfigDict({"key": key, "verb": verb, "config": name, "budget": amount, "init": init}))
+        if title:
+            titles[key] = tuple(title)
     return ConfigDict(
         {
             "recipe": recipe,
             "layout": ",".join(joined),
             "stages": tuple(stages),
+            "titles": {key: dict(zip(("title", "brief", "text"), texts, strict=True)) for key, texts in titles.items()},
             "budget": "default",
             "teacher": "toy_teacher",
             "seed": 0,

@@ -244,7 +244,8 @@ def test_runs_trained_here_open_too(root, run, tmp_path):
     state = {"params": {"student": run.model}, "ema": {"student": jax.tree.map(lambda x: 2 * x, run.model)}}
     store.save(7, state, None, {**meta, "world_path": "", "config": {**meta["config"]}})
     store.close()
-    where = {"world": str(root / "wan" / "world"), "with_text": False, "precision": "float32"}
+    parts = WorldParts(with_text=False)
+    where = {"world": str(root / "wan" / "world"), "parts": parts, "precision": "float32"}
     with pytest.raises(UserError, match=r"has no Wan world .* name one with --config\.world=FOLDER"):
         open_run(str(tmp_path / "run"))
     for ema, factor in ((True, 2), (False, 1)):

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from cfjax.__main__ import VERBS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cfjax"
 
-# Which rooms of cfjax a room may import besides itself. Verbs (top-level files of cfjax) may import anything.
+# Which rooms of cfjax a room may import besides itself. Verbs may import any room.
 MAY_IMPORT = {
     "core": set(),
     "flow": {"core"},
@@ -30,10 +32,21 @@ MAY_IMPORT = {
     "studies": {"core", "flow", "nn", "models", "rollout", "objectives", "training", "evaluation"},
     "comparison": {"core", "flow", "nn", "models", "rollout", "objectives", "conversion"},
 }
+# Top-level files of cfjax are verbs, but for these: the entry point, and configs' building blocks under their old name.
+NOT_VERBS = {"__init__.py", "__main__.py", "presets.py"}
+MADE_OF_VERBS = {"quickstart.py", "study.py"}
+# Training, plans and preview samples take an `Experiment`; only what makes one, or opens a run, reads a ConfigDict.
+WITHOUT_CONFIG = {"train.py", "plan.py", "experiment/preview.py", "experiment/programs.py", "experiment/notes.py"}
+# The files of experiment/ in the order in which they may import each other, from the first to the last.
+EXPERIMENT = (
+    *("presets", "record", "reference", "stage", "data", "networks", "build"),  # a config becomes an Experiment
+    *("programs", "notes", "resume", "preview"),  # what is done with one
+    *("runs", "job", "measure"),  # what was trained, opened
+)
 ML_COLLECTIONS_IN_LIBRARY = {"core/cli.py"}  # besides experiment/: ConfigDict stops there
 # Where arrays are made contiguous for the library, which takes their memory as it lies. generate.py is to follow.
 WRITES_SAFETENSORS = {"core/tensor_files.py"}
-MAX_LINES = 450
+MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 450, 60, 10
 
 
 def relative(path: Path) -> str:
@@ -94,6 +107,37 @@ def test_only_verbs_see_a_config_dict():
     assert found <= ML_COLLECTIONS_IN_LIBRARY
 
 
+def test_the_files_of_experiment_import_in_order():
+    assert set(EXPERIMENT) == {Path(file).stem for file in FILES if room_of(file) == "experiment"} - {"__init__"}
+    for place, name in enumerate(EXPERIMENT):
+        used = {
+            module.split(".")[2] for module in imports(FILES[f"experiment/{name}.py"]) if "cfjax.experiment." in module
+        }
+        assert used <= set(EXPERIMENT[:place]), name
+
+
+def test_training_plans_and_previews_take_an_experiment():
+    wrong = {f for f in WITHOUT_CONFIG if any(n.startswith("ml_collections") for n in imports(FILES[f]))}
+    assert not wrong
+
+
+def test_top_level_files_are_verbs():
+    """Each is a command of `cfjax`, with a `main`."""
+    verbs = {file.removesuffix(".py") for file in FILES if room_of(file) is None and file not in NOT_VERBS}
+    assert verbs == set(VERBS)
+    for verb in verbs:
+        assert any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in FILES[f"{verb}.py"].body), verb
+
+
+def test_a_verb_imports_no_verb():
+    """But for those that are made of verbs."""
+    found = {}
+    for verb in VERBS:
+        names = {name.split(".")[1] for name in imports(FILES[f"{verb}.py"]) if name.startswith("cfjax.")}
+        found[f"{verb}.py"] = names & set(VERBS)
+    assert {file for file, names in found.items() if names} <= MADE_OF_VERBS
+
+
 def writes_safetensors(tree: ast.Module) -> bool:
     """Whether a file imports one of the library's writers, or all of a module that has one."""
     names = {name for name in imports(tree) if name.split(".")[0] == "safetensors"}
@@ -123,6 +167,52 @@ def test_nobody_prints():
 def test_files_are_short():
     lengths = {file: len((PACKAGE / file).read_text().splitlines()) for file in FILES}
     assert not {file: n for file, n in lengths.items() if n > MAX_LINES}
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """The names of a function's parameters, but for a method's own object or class."""
+    args = function.args
+    named = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg) if arg]
+    return [name for name in named if name not in ("self", "cls")]
+
+
+def test_functions_are_short_and_take_few_parameters():
+    long, wide = {}, {}
+    for file, tree in (FILES | {f"configs/{name}": tree for name, tree in CONFIGS.items()}).items():
+        for node in functions(tree):
+            long[f"{file}:{node.name}"] = node.end_lineno - node.lineno + 1
+            wide[f"{file}:{node.name}"] = len(parameters(node))
+    print(
+        f"longest {max(long.items(), key=lambda item: item[1])}, widest {max(wide.items(), key=lambda item: item[1])}"
+    )
+    assert not {name: lines for name, lines in long.items() if lines > MAX_FUNCTION_LINES}
+    assert not {name: count for name, count in wide.items() if count > MAX_PARAMETERS}
+
+
+def opaque_keywords(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
+    """Lines of calls with `**values` where the function made `values` as {"name": ...}: no type checker sees them."""
+    made = {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        if isinstance(node.value, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.value.keys)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+    splats = [(call.lineno, keyword.value) for call in calls for keyword in call.keywords if keyword.arg is None]
+    return [line for line, value in splats if getattr(value, "id", "") in made]
+
+
+def test_keyword_arguments_are_written_where_they_are_passed():
+    """But for calls of the PyTorch reference, whose classes take any."""
+    ours = {file: tree for file, tree in FILES.items() if not file.startswith("comparison/reference")}
+    wrong = [f"{file}:{line}" for file, tree in ours.items() for f in functions(tree) for line in opaque_keywords(f)]
+    assert not wrong
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "findings").iterdir()))

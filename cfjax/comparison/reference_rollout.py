@@ -102,9 +102,9 @@ def _ours_few(subject: Subject, roll: SamplingSetup) -> Arrays:
     given = _given(subject, roll)
 
     def sample(model: Any, noise: jax.Array, text: jax.Array, renoise: jax.Array, given: Any) -> jax.Array:
-        injected = {"renoise_BFJHWC": renoise, "given_BFHWC": given}
+        text_kv, key = embed_text(model, text), jax.random.key(0)
         return generate_few_step(
-            model, noise, embed_text(model, text), jax.random.key(0), sampler, roll.blocks, **injected
+            model, noise, text_kv, key, sampler, roll.blocks, renoise_BFJHWC=renoise, given_BFHWC=given
         )
 
     draws = (subject.latents("noise"), subject.text(), _renoise(subject, roll))

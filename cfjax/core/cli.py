@@ -43,9 +43,8 @@ class Flag:
 
 
 def _define(values: flags.FlagValues, flag: Flag) -> None:
-    common: dict[str, Any] = {"help": flag.help, "flag_values": values}
     if flag.choices:
-        flags.DEFINE_enum(flag.name, flag.default, list(flag.choices), **common)
+        flags.DEFINE_enum(flag.name, flag.default, list(flag.choices), flag.help, flag_values=values)
     else:
         kinds: dict[type, Any] = {
             str: flags.DEFINE_string,
@@ -53,7 +52,7 @@ def _define(values: flags.FlagValues, flag: Flag) -> None:
             float: flags.DEFINE_float,
             bool: flags.DEFINE_bool,
         }
-        kinds[flag.kind](flag.name, flag.default, **common)
+        kinds[flag.kind](flag.name, flag.default, flag.help, flag_values=values)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -1,9 +1,12 @@
-"""Training curves as inline SVG: small panels drawn by matplotlib whose colours follow the page, light or dark."""
+"""Training curves: read from a run, and drawn as SVG, inline ones in colours that follow the page, light or dark."""
 
 import html
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -108,3 +111,32 @@ def _inline(svg: str, name: str, prefix: str) -> str:
     for sentinel, colour in _COLOURS.items():
         svg = svg.replace(sentinel, colour)
     return svg.strip()
+
+
+def read_curves(run: Path, *, every: int = 1) -> dict[str, list[tuple[int, float]]]:
+    """name -> [(step, value)] of a run's metrics.jsonl, averaged over windows of `every` steps."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    file = run / "metrics.jsonl"
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        try:
+            row: dict[str, Any] = json.loads(line)
+            step = row.pop("step")
+        except (ValueError, KeyError, TypeError, AttributeError):  # cut, as of a run that was killed
+            continue
+        for name, value in row.items():
+            curves.setdefault(name, {}).setdefault(step // every * every, []).append(value)
+    return {
+        name: [(step, sum(values) / len(values)) for step, values in points.items()] for name, points in curves.items()
+    }
+
+
+def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """The loss and, where it was sampled, caption following over training steps, as an SVG picture."""
+    shown = [name for name in ("student/loss", "samples/all_correct") if name in curves]
+    figure = Figure(figsize=(4 * max(len(shown), 1), 2.8), layout="constrained")
+    for index, name in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), index + 1, xlabel="step", title=name)
+        axes.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 12 else "")
+        axes.grid(alpha=0.3)
+    with rc_context({"svg.hashsalt": "cfjax"}):  # the same curves are the same bytes
+        figure.savefig(path, metadata={"Date": None})

@@ -71,9 +71,11 @@ class ToySource:
           UserError: the one that is there, or the one of `assets`, is not what the config describes.
         """
         path = data_root(self.path) / "world"
-        asked = {"channels": self.channels, "text_length": self.text_length}
-        world = open_toy_world(path, assets=self.assets, shapes=self.shapes, keep=keep, **asked)
-        if (world.shapes, world.codec.latent_channels, world.text.length) != (self.shapes, *asked.values()):
+        channels, length = self.channels, self.text_length
+        world = open_toy_world(
+            path, assets=self.assets, shapes=self.shapes, channels=channels, text_length=length, keep=keep
+        )
+        if (world.shapes, world.codec.latent_channels, world.text_length) != (self.shapes, channels, length):
             raise UserError(
                 f"{path} has other data.shapes, data.channels or data.text_length than the config; choose another "
                 "data.path (and data.assets='' for a world of your own)"

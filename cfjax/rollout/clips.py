@@ -62,6 +62,33 @@ class _Clock:
         return self._last - before
 
 
+class _Pieces:
+    """The blocks of a batch as they are made, and what each cost."""
+
+    def __init__(self, clock: _Clock, finish: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._clock, self._finish = clock, finish
+        self.latents: list[jax.Array] = []
+        self.video: list[np.ndarray] = []
+        self.network: list[float] = []
+        self.decode: list[float] = []
+
+    def add_latents(self, latents_BFHWC: jax.Array) -> None:
+        """A generated block."""
+        self.latents.append(jax.block_until_ready(latents_BFHWC))
+        self.network.append(self._clock.lap())
+
+    def add_pixels(self, video_BPHWC: jax.Array) -> None:
+        """A decoded block; what `finish` makes of it is not on the clock."""
+        pixels = np.asarray(video_BPHWC)
+        self.decode.append(self._clock.lap())
+        self.video.append(self._finish(pixels))
+        self._clock.lap()
+
+    def seconds(self) -> float:
+        """Network and decoder so far."""
+        return sum(self.network) + sum(self.decode)
+
+
 def make_clips(
     pipeline: Pipeline,
     text_BSE: np.ndarray,
@@ -88,9 +115,9 @@ def make_clips(
     clock, batch, model, codec = _Clock(programs), len(text_BSE), pipeline.model, pipeline.codec
     text_kv = prompt_kv(model, jnp.asarray(text_BSE), jnp.asarray(negative_SE), pipeline.sampler, programs)
     jax.block_until_ready(text_kv)
-    text_seconds = clock.lap()
+    text_seconds, first, pieces = clock.lap(), 0.0, _Pieces(clock, finish)
     given = None if given_BFHWC is None else jnp.asarray(given_BFHWC)
-    parts = stream_latents(
+    blocks = stream_latents(
         pipeline,
         text_kv,
         noise,
@@ -100,35 +127,28 @@ def make_clips(
         given_BFHWC=given,
         call=programs,
     )
-    latents, video, network, decoded, first = [], [], [], [], 0.0
     state = codec.init_state(batch)
 
     def decode(x0: jax.Array) -> None:
         nonlocal state
-        pixels, state = programs(decode_step, codec, x0, state)
-        pixels = np.asarray(pixels)
-        decoded.append(clock.lap())
-        video.append(finish(pixels))
-        clock.lap()
+        if decode_whole is None:
+            video_BPHWC, state = programs(decode_step, codec, x0, state)
+            pieces.add_pixels(video_BPHWC)
 
     if given is not None:
-        latents.append(given)
-        if decode_whole is None:
-            decode(given)
-    for x0 in parts:
-        latents.append(jax.block_until_ready(x0))
-        network.append(clock.lap())
-        if decode_whole is None:
-            decode(x0)
-        first = first or text_seconds + sum(network) + sum(decoded)
+        pieces.latents.append(given)
+        decode(given)
+    for x0 in blocks:
+        pieces.add_latents(x0)
+        decode(x0)
+        first = first or text_seconds + pieces.seconds()
         progress()
-    whole = jnp.concatenate(latents, axis=1)
+    whole = jnp.concatenate(pieces.latents, axis=1)
     if decode_whole is not None:
-        pixels = np.asarray(decode_whole(whole))
-        decoded.append(clock.lap())
-        video.append(finish(pixels))
-        first = text_seconds + sum(network) + sum(decoded)
-    return Clips(np.concatenate(video, axis=1), np.asarray(whole), Times(text_seconds, network, decoded, first))
+        pieces.add_pixels(decode_whole(whole))
+        first = text_seconds + pieces.seconds()
+    times = Times(text_seconds, pieces.network, pieces.decode, first)
+    return Clips(np.concatenate(pieces.video, axis=1), np.asarray(whole), times)
 
 
 def cache_bytes(model: Wan, sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, batch: int) -> int:
