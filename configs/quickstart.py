@@ -129,7 +129,7 @@ STAGES = {
     "gan": (
         "train", "dmd", ("gan",), "dmd", {"student": "ode", "critic": TEACHER},
         "GAN student", "Student",
-        "A classifier on the critic's features tells real clips from generated ones.",
+        "A classifier on the critic's features separates real from generated clips.",
     ),
     "long_dmd": (
         "train", "dmd", ("long",), "dmd", {"student": "ode", **SCORES},
