@@ -112,7 +112,7 @@ def generate(c: ConfigDict, workdir: Path) -> None:
     measured = make_videos(c, job, videos, found, todo, batches, seconds)
     seconds["total"] = time.perf_counter() - begun
     kept = {name: found.settings[name] for name in MEASURED if name in found.settings}
-    report(todo, workdir, videos.write(complete=True, **(measured or kept)))
+    report(todo, workdir, videos.write(measured or kept, complete=True))
 
 
 def open_job(c: ConfigDict, workdir: Path) -> Job:

@@ -228,7 +228,7 @@ def ingest(
         for index in todo:
             with writer.part(index) as part:
                 _fill(part, source, pool, encode_text, encode_video, batch_size, max(workers, 1), bar)
-    return writer.finish(**report)
+    return writer.finish(report)
 
 
 def _fill(

@@ -162,7 +162,7 @@ def merge(
     if not all(map(writer.done, range(writer.parts))):
         return False, []
     twice = duplicates(writer, ends)
-    return writer.finish(duplicates=[list(pair) for pair in twice]), twice
+    return writer.finish({"duplicates": [list(pair) for pair in twice]}), twice
 
 
 def _place(ends: Sequence[int], item: int) -> tuple[int, int]:

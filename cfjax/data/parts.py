@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -335,8 +336,8 @@ class SetWriter:
         abouts = [self._names(index)[1] for index in range(self.parts)]
         return [Skipped(**entry) for about in map(_about, abouts) if about for entry in about["skipped"]]
 
-    def finish(self, **extra: Any) -> bool:
-        """Publishes the set if all its parts are done; any process may call this, more than once.
+    def finish(self, told: Mapping[str, Any] = MappingProxyType({})) -> bool:
+        """Publishes the set if all its parts are there; every process may try, and may try again.
 
         Args:
           extra: JSON-able entries for the report.

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cfjax.core.checksums import SUMS, measure, write_sums
@@ -367,10 +368,11 @@ class VideoSet:
         assert self._mirror is not None, "push: outside of begin"
         self._mirror.push()
 
-    def write(self, *, complete: bool, **more: Any) -> dict[str, Any]:
-        """Writes settings.json, and returns its content.
+    def write(self, more: Mapping[str, Any] = MappingProxyType({}), *, complete: bool) -> dict[str, Any]:
+        """Writes settings.json, and returns what it says.
 
         Args:
+          more: JSON-able entries beside the settings.
           complete: whether all videos are there.
         """
         record = {**self.settings, **more, "complete": complete, "videos": [asdict(video) for video in self.asked]}

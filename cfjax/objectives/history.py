@@ -28,11 +28,11 @@ from jax.lax import stop_gradient
 from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.flow.schedule import shift_sigma
-from cfjax.models.cache import KVCache, init_cache
+from cfjax.models.cache import KVCache
 from cfjax.models.codec import Codec
 from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from cfjax.rollout.blocks import commit_block, denoise_block, empty_cache, scan_blocks
 from cfjax.rollout.generate import ManyStep, generate_many_step
 
 HISTORIES = ("clean", "direct", "resampled")
@@ -75,8 +75,7 @@ def _completed(
     model: Wan, noised_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, blocks: Blocks, steps: int
 ) -> jax.Array:
     model, text_kv = stop_gradient(model), stop_gradient(text_kv)
-    batch, num_frames, height, width, _ = noised_BFHWC.shape
-    cache = init_cache(model.config, batch, num_frames, model.config.tokens_per_frame(height, width), blocks)
+    num_frames, cache = noised_BFHWC.shape[1], empty_cache(model.config, noised_BFHWC.shape, blocks)
 
     def block(cache: KVCache, start: jax.Array, inputs: tuple) -> tuple[KVCache, jax.Array]:
         (x, sigma), _ = inputs

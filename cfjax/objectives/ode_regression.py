@@ -22,12 +22,12 @@ from cfjax.flow.guidance import doubled, guided
 from cfjax.flow.path import x0_from_flow
 from cfjax.flow.schedule import check_steps, sigma_table, warp_steps
 from cfjax.flow.solvers import euler
-from cfjax.models.cache import KVCache, init_cache
+from cfjax.models.cache import KVCache
 from cfjax.models.wan import KV, Wan, clean_context, embed_text, replay, teacher_forced
 from cfjax.nn.visibility import Blocks, Visibility
 from cfjax.objectives.diffusion import per_block
 from cfjax.objectives.stage import Batch, Loss, Models
-from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from cfjax.rollout.blocks import commit_block, denoise_block, empty_cache, scan_blocks
 from cfjax.rollout.generate import both_prompts
 
 
@@ -133,8 +133,7 @@ def _solve_bidirectional(
 def _solve_cached(
     model: Wan, clean: jax.Array, text_kv: KV, noise: jax.Array, config: PairsConfig, blocks: Blocks
 ) -> jax.Array:
-    batch, num_frames, height, width, _ = clean.shape
-    cache = init_cache(model.config, 2 * batch, num_frames, model.config.tokens_per_frame(height, width), blocks)
+    cache = empty_cache(model.config, (2 * clean.shape[0], *clean.shape[1:]), blocks)  # both prompts' side by side
 
     def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
         (x, clean_block), _ = inputs
@@ -146,7 +145,7 @@ def _solve_cached(
         states = _euler_states(velocity, x, config)
         return commit_block(model, doubled(clean_block), text_kv, cache, start, blocks), states
 
-    return scan_blocks(block, cache, (noise, clean), None, num_frames, blocks)[1]
+    return scan_blocks(block, cache, (noise, clean), None, clean.shape[1], blocks)[1]
 
 
 def _euler_states(velocity: Any, noise: jax.Array, config: PairsConfig) -> jax.Array:

@@ -4,7 +4,7 @@ Everything that generates block by block (samplers, self-forcing, ODE pairs, the
 over a function of one block that calls `denoise_block` any number of times and `commit_block` at most once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from cfjax.core.errors import UserError
-from cfjax.models.cache import KVCache, write
+from cfjax.models.cache import KVCache, init_cache, write
 from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
 
@@ -51,6 +51,12 @@ def commit_block(
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
     _, kv = forward_block(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
     return write(cache, kv, start, clean_BFHWC.shape[1], blocks)
+
+
+def empty_cache(config: Any, shape: Sequence[int], blocks: Blocks) -> KVCache:
+    """The cache of a network with this config before the first block of latents of `shape` [B, F, H, W, C]."""
+    batch, num_frames, height, width, _ = shape
+    return init_cache(config, batch, num_frames, config.tokens_per_frame(height, width), blocks)
 
 
 def layout_from(blocks: Blocks, start: int) -> Blocks:

@@ -17,10 +17,18 @@ from cfjax.flow.guidance import doubled, guided, joined
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.flow.schedule import check_steps, sigma_table, unipc_grid, warp_steps
 from cfjax.flow.solvers import SOLVERS
-from cfjax.models.cache import KVCache, init_cache
+from cfjax.models.cache import KVCache
 from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, commit_given, denoise_block, given_blocks, layout_from, scan_blocks
+from cfjax.rollout.blocks import (
+    commit_block,
+    commit_given,
+    denoise_block,
+    empty_cache,
+    given_blocks,
+    layout_from,
+    scan_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -150,10 +158,9 @@ def _started(
     model: Wan, noise_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, given_BFHWC: jax.Array | None
 ) -> tuple[KVCache, int]:
     """The cache before the first generated block, and that block's first frame."""
-    _, num_frames, height, width, _ = noise_BFHWC.shape
     start = 0 if given_BFHWC is None else given_BFHWC.shape[1]
-    tokens = model.config.tokens_per_frame(height, width)
-    cache = init_cache(model.config, text_kv.k_LBSNK.shape[1], start + num_frames, tokens, blocks)
+    rows, num_frames, size = text_kv.k_LBTNK.shape[1], noise_BFHWC.shape[1], noise_BFHWC.shape[2:]
+    cache = empty_cache(model.config, (rows, start + num_frames, *size), blocks)
     return cache if given_BFHWC is None else commit_given(model, given_BFHWC, text_kv, cache, blocks), start
 
 

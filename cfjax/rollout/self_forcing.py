@@ -16,10 +16,10 @@ import numpy as np
 
 from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, x0_from_flow
-from cfjax.models.cache import KVCache, init_cache
+from cfjax.models.cache import KVCache
 from cfjax.models.wan import KV, FrameKV, KvGradient, Wan, replay
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, denoise_block, loop_blocks, scan_blocks
+from cfjax.rollout.blocks import commit_block, denoise_block, empty_cache, loop_blocks, scan_blocks
 
 COMMIT = "commit_unless_last"  # scope of the conditional that spares the last block's commit
 BEFORE_EXIT = "steps_before_exit"  # scope of the loop whose length is drawn
@@ -119,15 +119,12 @@ def rollout(
     blocks may be traced too: `count` stops after so many, and leaves zeros behind them; None makes all that were drawn.
     """
     noise = draws["noise_BFHWC"]
-    batch, num_frames, height, width, _ = noise.shape
+    num_frames = noise.shape[1]
     spans = blocks.spans(num_frames)
-    levels_GJ, _ = config.tables(len(spans))
-    if draws["exit_G"].shape != (len(spans),):
-        raise UserError(f"exit_G has shape {draws['exit_G'].shape}; {len(spans)} blocks need ({len(spans)},)")
-    cache = init_cache(
-        model.config, batch, num_frames, model.config.tokens_per_frame(height, width), Blocks(frames=blocks.frames)
-    )
-
+    levels_NJ, _ = config.tables(len(spans))
+    if draws["exit_N"].shape != (len(spans),):
+        raise UserError(f"exit_N has shape {draws['exit_N'].shape}; {len(spans)} blocks need ({len(spans)},)")
+    cache = empty_cache(model.config, noise.shape, Blocks(frames=blocks.frames))
     starts = jnp.asarray([start for start, _ in spans], jnp.int32)
     last = starts[(len(spans) if count is None else jnp.minimum(count, len(spans))) - 1]
 
