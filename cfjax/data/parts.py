@@ -336,7 +336,7 @@ class SetWriter:
         abouts = [self._names(index)[1] for index in range(self.parts)]
         return [Skipped(**entry) for about in map(_about, abouts) if about for entry in about["skipped"]]
 
-    def finish(self, told: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    def finish(self, extra: Mapping[str, Any] = MappingProxyType({})) -> bool:
         """Publishes the set if all its parts are there; every process may try, and may try again.
 
         Args:

@@ -159,7 +159,7 @@ def _started(
 ) -> tuple[KVCache, int]:
     """The cache before the first generated block, and that block's first frame."""
     start = 0 if given_BFHWC is None else given_BFHWC.shape[1]
-    rows, num_frames, size = text_kv.k_LBTNK.shape[1], noise_BFHWC.shape[1], noise_BFHWC.shape[2:]
+    rows, num_frames, size = text_kv.k_LBSNK.shape[1], noise_BFHWC.shape[1], noise_BFHWC.shape[2:]
     cache = empty_cache(model.config, (rows, start + num_frames, *size), blocks)
     return cache if given_BFHWC is None else commit_given(model, given_BFHWC, text_kv, cache, blocks), start
 

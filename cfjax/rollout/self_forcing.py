@@ -121,9 +121,9 @@ def rollout(
     noise = draws["noise_BFHWC"]
     num_frames = noise.shape[1]
     spans = blocks.spans(num_frames)
-    levels_NJ, _ = config.tables(len(spans))
-    if draws["exit_N"].shape != (len(spans),):
-        raise UserError(f"exit_N has shape {draws['exit_N'].shape}; {len(spans)} blocks need ({len(spans)},)")
+    levels_GJ, _ = config.tables(len(spans))
+    if draws["exit_G"].shape != (len(spans),):
+        raise UserError(f"exit_G has shape {draws['exit_G'].shape}; {len(spans)} blocks need ({len(spans)},)")
     cache = empty_cache(model.config, noise.shape, Blocks(frames=blocks.frames))
     starts = jnp.asarray([start for start, _ in spans], jnp.int32)
     last = starts[(len(spans) if count is None else jnp.minimum(count, len(spans))) - 1]
