@@ -369,7 +369,7 @@ class VideoSet:
         self._mirror.push()
 
     def write(self, more: Mapping[str, Any] = MappingProxyType({}), *, complete: bool) -> dict[str, Any]:
-        """Writes settings.json, and returns what it says.
+        """Writes settings.json, and returns its content.
 
         Args:
           more: JSON-able entries beside the settings.
