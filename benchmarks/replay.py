@@ -37,7 +37,7 @@ def sequential(model: Wan, text_kv: KV, draws: Draws, blocks: Blocks) -> jax.Arr
     """The generated video with gradient through every exit step, as the loop that anyone would write first."""
     frozen, frozen_kv = jax.lax.stop_gradient((model, text_kv))
     batch, num_frames, height, width, _ = draws["noise_BFHWC"].shape
-    levels_NJ, _ = SELF_FORCING.tables(len(blocks.spans(num_frames)))
+    levels_GJ, _ = SELF_FORCING.tables(len(blocks.spans(num_frames)))
     cache = init_cache(model.config, batch, num_frames, model.config.tokens_per_frame(height, width), blocks)
 
     def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
@@ -55,7 +55,7 @@ def sequential(model: Wan, text_kv: KV, draws: Draws, blocks: Blocks) -> jax.Arr
         return jax.lax.stop_gradient(cache), x0
 
     frames = (draws["noise_BFHWC"], draws["renoise_BFJHWC"])
-    return scan_blocks(block, cache, frames, (levels_NJ, draws["exit_N"]), num_frames, blocks)[1]
+    return scan_blocks(block, cache, frames, (levels_GJ, draws["exit_G"]), num_frames, blocks)[1]
 
 
 def replayed(model: Wan, text_kv: KV, draws: Draws, blocks: Blocks) -> jax.Array:
@@ -97,8 +97,8 @@ def compare(frames: int, block: int, batch: int, pairs: int) -> dict[str, Any]:
 
     def draws(pair: int) -> Draws:
         drawn = draw_rollout(jax.random.key(10 + pair), shape, SELF_FORCING, blocks)
-        exits = jnp.full(drawn["exit_N"].shape, pair % len(SELF_FORCING.sigmas), jnp.int32)
-        return {**drawn, "exit_N": exits}
+        exits = jnp.full(drawn["exit_G"].shape, pair % len(SELF_FORCING.sigmas), jnp.int32)
+        return {**drawn, "exit_G": exits}
 
     row: dict[str, Any] = {"frames": frames, "frames_per_block": block, "batch": batch, "pairs": pairs}
     compiled = {}

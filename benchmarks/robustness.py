@@ -69,8 +69,8 @@ def main() -> int:
     for kind, number in cases_of(given.cases).items():
         if given.kind in (None, kind):
             rows.append(count(child, kind, range(number)))
-            told = ", ".join(f"{name} {rows[-1][name.replace(' ', '_')]}" for name in (*GOOD, *BAD))
-            say(f"{kind}: {told}; {rows[-1]['seconds']:.0f} s")
+            counts = ", ".join(f"{name} {rows[-1][name.replace(' ', '_')]}" for name in (*GOOD, *BAD))
+            say(f"{kind}: {counts}; {rows[-1]['seconds']:.0f} s")
             child.close()  # a process for each kind, so that none sees what another left behind
     columns = [name.replace(" ", "_") for name in ("cases", *GOOD, *BAD)]
     total = {name: sum(row[name] for row in rows) for name in (*columns, "seconds")}

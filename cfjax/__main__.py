@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from cfjax.core.console import complain, say, unfailing_output
+from cfjax.core.console import complain, say, tolerate_output_errors
 from cfjax.core.errors import UserError
 from cfjax.core.machine import ensure_open_files, storage_failure
 
@@ -34,22 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0, 2 after a user's mistake, 75 after what may pass by itself."""
     verb, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if verb in ("--help", "-h", "help"):
-        with unfailing_output():
+        with tolerate_output_errors():
             say(_usage())
         return 0
     if verb not in VERBS:
         complain(f"cfjax: unknown verb {verb!r}; use one of {', '.join(VERBS)}")
         return 2
-    with unfailing_output():
+    with tolerate_output_errors():
         return _run(verb, rest)
 
 
 def _run(verb: str, argv: Sequence[str]) -> int:
-    """The exit code of a verb; what ends it is told in a line."""
+    """The exit code of a verb; errors are printed as one line."""
     try:
         ensure_open_files()
         if verb in SHARED and importlib.import_module("cfjax.core.distributed").initialize():
-            with importlib.import_module("cfjax.training.watchdog").failing_fast():
+            with importlib.import_module("cfjax.training.watchdog").exit_on_failure():
                 return importlib.import_module(f"cfjax.{verb}").main(argv) or 0
         return importlib.import_module(f"cfjax.{verb}").main(argv) or 0
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`cfjax check`: whether what lies in a folder is still what was written there, file by file."""
+"""`cfjax check`: whether the files of a folder are as they were written."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from cfjax.data.check import check_dataset
 from cfjax.data.lmdb_files import is_lmdb
 from cfjax.data.parts import JOB
 from cfjax.data.records import MANIFEST
-from cfjax.evaluation.video_set import SETTINGS, latents_name, look
+from cfjax.evaluation.video_set import SETTINGS, latents_name, read_set
 from cfjax.training.checkpoint import FOLDER
 from cfjax.training.sums import faults
 
 USAGE = """usage: cfjax check PLACE [PLACE ...]
 
-Compares every file with the checksum that was written with it, and tells each one that differs. PLACE is the --workdir
+Compares every file with the checksum that was written with it, and names each one that differs. PLACE is the --workdir
 of train or convert (all its checkpoints, and those of the world beside it), of export or of generate, or a set that
 precompute has made (each record is looked at as well); a run or its videos may be in a bucket. A file that was never
 given a checksum is not compared, and that is said. The exit code is 2 if something differs."""
@@ -31,7 +31,7 @@ class Findings:
 
     Attributes:
       kinds: what it is, as the last line says it.
-      bad: the faults told so far.
+      bad: the faults reported so far.
       unsure: why some files could not be compared.
     """
 
@@ -54,7 +54,7 @@ _MISSING = "name the folder to check, as cfjax check runs/dmd"
 
 
 def check_place(place: Path) -> int:
-    """Says every fault in a place and then, in a line, what it is and whether it is whole.
+    """Prints every fault of a folder and then, in a line, its kind and whether it is intact.
 
     Raises:
       UserError: there is nothing that this package has written.
@@ -95,10 +95,12 @@ def _faults(place: Path, found: Findings) -> Iterator[str]:
 
 def _folders_of_checkpoints(place: Path) -> list[Path]:
     """A run's own, and those of the networks of the world in it."""
-    homes = [place, place / "world"]
+    run_folders = [place, place / "world"]
     if is_folder(place / "world"):
-        homes += [path for path in sorted((place / "world").iterdir()) if path.name not in ("tokenizer", "world.json")]
-    return [home / FOLDER for home in homes if is_folder(home / FOLDER)]
+        run_folders += [
+            path for path in sorted((place / "world").iterdir()) if path.name not in ("tokenizer", "world.json")
+        ]
+    return [run_folder / FOLDER for run_folder in run_folders if is_folder(run_folder / FOLDER)]
 
 
 def _checkpoints(folder: Path, found: Findings) -> Iterator[str]:
@@ -126,12 +128,12 @@ def _listed(place: Path) -> Iterator[str]:
 
 def _videos(place: Path, found: Findings, *, summed: bool) -> Iterator[str]:
     """Sizes of the videos that are recorded as finished; their bits are in the sums, which a set gets at its end."""
-    videos = look(place, resume=True)
+    videos = read_set(place, resume=True)
     found.kinds.append(f"{len(videos.done)} finished videos of {len(videos.asked)}")
     if not summed:
         found.unsure.append(f"{place} has no checksums, which come when all videos are made: sizes were compared")
     for line in videos.done.values():
-        if not videos.mp4_stands(line):
+        if not videos.mp4_unchanged(line):
             yield f"{place}/{line.file}: missing, or not of {line.bytes} bytes"
-        if line.latents is not None and not videos.latents_stand(line):
+        if line.latents is not None and not videos.latents_unchanged(line):
             yield f"{place}/{latents_name(line.file)}: missing, or not of {line.latents} bytes"

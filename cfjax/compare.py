@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     file = Path(flags["json"] or workdir / "compare.json")
     device = jax.devices()[0]
     say(f"cfjax on {device.device_kind} against {flags['against']}, weights: {_whose(c)}")
-    # Accelerators multiply float32 matrices in fewer bits unless they are told not to.
+    # By default accelerators multiply float32 matrices with fewer bits.
     with jax.default_matmul_precision("highest"):
         rows, seconds = run_checks(chosen, case, say, strict=bool(flags["only"]))
     meta = {

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
-from cfjax.core.paths import check_checkpoints, local_path, told_when_refused
-from cfjax.core.precision import Policy
+from cfjax.core.paths import check_checkpoints, local_path, reporting_storage_errors
+from cfjax.core.precision import Policy, to_record
 from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.experiment.record import SIZES, read_run
 from cfjax.models.wan import PRESETS, WanConfig
@@ -40,7 +40,7 @@ stays."""
 TARGETS = ("orbax", "pt", "safetensors", "diffusers")
 WORLD, TOKENIZER = "world", "tokenizer"
 FPS = 16
-# Of every stage and sampler (PyTorch reference).
+# Of every stage and sampler (reference: `timestep_shift` in `configs/*.yaml`).
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"  # noqa: RUF001
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
         with (
             tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar,
-            told_when_refused(workdir, "nothing was changed there"),
+            reporting_storage_errors(workdir, "nothing was changed there"),
             staging(workdir) as partial,
         ):
             tensors = _write(c, source, partial, workdir, bar.update)
@@ -142,15 +142,15 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
         for role, ema in stored_roles(path):
             if role in ("student", "critic"):
                 if role not in meta["models"]:
-                    raise UserError(f"{path}: its record tells no sizes of its {role}")
+                    raise UserError(f"{path}: its record has no sizes of its {role}")
                 found.append(Found(_stored("dit", path, role, ema, meta["models"][role], meta), role, ema))
         if key:
             found = [replace(each, role="student", ema=False) for each in found if entry_of(each) == key]
             if not found:
                 raise UserError(f"--config.key={key}: {path} has no such network")
-    home = Path(world) if world else find_world(path, str(meta.get("world_path", ""))) or path / WORLD
+    world_folder = Path(world) if world else find_world(path, str(meta.get("world_path", ""))) or path / WORLD
     for kind in KINDS:
-        folder = home / kind
+        folder = world_folder / kind
         if kind != "dit" and (folder / FOLDER).is_dir() and (not parts or kind in parts):
             record = read_meta(folder, stages=(kind,))
             found.append(Found(_stored(kind, folder, kind, False, record["model"], record), kind))
@@ -158,7 +158,7 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
     if missing or not found:
         raise UserError(f"{path}: holds no {missing[0] if missing else 'weights'}")
     text = any(each.network.kind == "text_encoder" for each in found)
-    return Source(found, home / TOKENIZER if text and (home / TOKENIZER).is_dir() else None)
+    return Source(found, world_folder / TOKENIZER if text and (world_folder / TOKENIZER).is_dir() else None)
 
 
 def _stored(kind: str, folder: Path, role: str, ema: bool, config: dict[str, Any], meta: dict[str, Any]) -> Network:
@@ -180,7 +180,7 @@ def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: C
             arrays = {f"params/{each.role}/{name}": x.watched(watch) for name, x in network.arrays.items()}
             meta = {
                 "stage": network.kind,
-                "model": asdict(network.config),
+                "model": to_record(network.config),
                 "fingerprint": fingerprint(network.arrays),
                 "source": _source_record(network),
             }
@@ -220,13 +220,13 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
             precision=Policy(compute=role.precision),
         )
         role.preset = preset_of(config)
-        models[each.role] = asdict(config)
+        models[each.role] = to_record(config)
     if not any(each.ema for each in transformers):
         experiment.ema = ConfigDict()
     elif "student" not in experiment.ema:
         experiment.ema.student = {"decay": 0.99, "start": 0}
-    beside = [home / WORLD for home in (partial, workdir) if (home / WORLD / RECORD).exists()]
-    home = Path(c.world) if c.world else beside[0] if len(beside) == 1 else None  # two will be merged
+    beside = [run / WORLD for run in (partial, workdir) if (run / WORLD / RECORD).exists()]
+    world_folder = Path(c.world) if c.world else beside[0] if len(beside) == 1 else None  # two will be merged
     student = next(each.network for each in transformers if each.role == "student")
     return {
         "stage": experiment.stage,
@@ -234,7 +234,7 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
         "models": models,
         "blocks": experiment.blocks.to_dict(),
         "latent_shape": [*c.latents, student.config.in_dim],
-        "world": world_fingerprint(home) if home else "",
+        "world": world_fingerprint(world_folder) if world_folder else "",
         "world_path": c.world or (WORLD if beside else ""),
         "source": _source_record(student),
     }
@@ -271,7 +271,7 @@ def _put(partial: Path, workdir: Path) -> None:
     units += [*(partial / WORLD).iterdir()] if (partial / WORLD).is_dir() else []
     if (workdir / WORLD / RECORD).exists():
         units = [path for path in units if path != partial / WORLD / RECORD]
-    # What tells a loader that something is there comes last.
+    # The files by which a loader finds weights come last.
     units.sort(key=lambda path: (path.name == FOLDER, path.suffix == ".json", path))
     stale = [path.name for path in _stale(units, workdir)]
     names = [path.relative_to(partial).as_posix() for path in units]
@@ -279,7 +279,7 @@ def _put(partial: Path, workdir: Path) -> None:
 
 
 def _stale(units: Sequence[Path], workdir: Path) -> list[Path]:
-    """Shards and indices of networks that are written anew: a loader would take them for the new one's."""
+    """Shards and indices of replaced networks: a loader would take them for the new one's."""
     stems = {path.name.split(".")[0].split("-0")[0] for path in units if SAFETENSORS in path.name}
     there = [path for path in workdir.iterdir() if SAFETENSORS in path.name]
     return [path for path in there if path.name.split(".")[0].split("-0")[0] in stems]

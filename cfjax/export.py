@@ -14,7 +14,7 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
-from cfjax.core.paths import path_of, told_when_refused
+from cfjax.core.paths import path_of, reporting_storage_errors
 from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import named_leaves
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         roll_back(workdir)
         if contents(workdir) and not (workdir / META_FILE).exists():
             raise UserError(f"--workdir={workdir} is not an export; choose another folder")
-        with told_when_refused(workdir, "nothing was changed there"):
+        with reporting_storage_errors(workdir, "nothing was changed there"):
             export(c, workdir)
     return 0
 

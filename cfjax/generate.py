@@ -24,7 +24,8 @@ from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
-from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, told_when_refused, unusable
+from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, reporting_storage_errors, unusable
+from cfjax.core.precision import to_record
 from cfjax.core.programs import Programs
 from cfjax.core.tensor_files import save_tensors
 from cfjax.data.captions import Columns
@@ -33,14 +34,14 @@ from cfjax.evaluation.pages import SheetPages, sheet_pages
 from cfjax.evaluation.video import to_uint8, write_mp4
 from cfjax.evaluation.video_set import (
     Found,
-    Survey,
+    SetPlan,
     VideoSet,
-    asked_videos,
     check_free,
     check_same,
     latents_name,
-    look,
-    survey,
+    plan_set,
+    read_set,
+    requested_videos,
 )
 from cfjax.experiment.job import (
     Job,
@@ -61,7 +62,7 @@ from cfjax.worlds.world import WorldParts
 
 DESCRIPTION = """Generates videos with a run that was trained here or converted: text to video, image to video, and the
 continuation of a video. Writes mp4 files, contact sheets, settings.json with every setting and timing, and videos.jsonl
-with what is finished, from which --config.resume=True goes on."""
+with what is finished, which --config.resume=True resumes."""
 TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
 GIVEN_KEPT = 16  # beginnings that stay encoded: a picture's other videos mostly follow at once
 # What decides a request's video; a set is not gone on with under other values.
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         default_workdir="runs/generate",
         bucket=True,
     )
-    with holding(workdir), told_when_refused(workdir, RESUME):
+    with holding(workdir), reporting_storage_errors(workdir, RESUME):
         generate(c, workdir)
     return 0
 
@@ -94,18 +95,18 @@ def generate(c: ConfigDict, workdir: Path) -> None:
     """Checks all of it, generates, writes.
 
     Raises:
-      UserError: what was asked for cannot be met, or not be written.
+      UserError: a request is invalid, or the output cannot be written.
     """
     begun = time.perf_counter()
     job = open_job(c, workdir)
-    videos = VideoSet(workdir, asked_videos(job.requests, job.hashes), settings(c, job))
-    found = look(workdir, resume=c.resume)
+    videos = VideoSet(workdir, requested_videos(job.requests, job.hashes), settings(c, job))
+    found = read_set(workdir, resume=c.resume)
     if c.resume and found.asked:
         check_same(found, videos.settings, DECIDING)
-    todo = survey(found, videos.asked, latents=c.save_latents, overwrite=c.overwrite)
+    todo = plan_set(found, videos.asked, latents=c.save_latents, overwrite=c.overwrite)
     batches = batches_of(len(job.requests), job.batch, set(todo.make))
     check_requests(c, job, [n for numbers in batches for n in numbers])
-    if tell_found(found, todo, videos):
+    if report_found(found, todo, videos):
         return
     seconds = {"open": time.perf_counter() - begun}
     measured = make_videos(c, job, videos, found, todo, batches, seconds)
@@ -132,7 +133,7 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
     )
     check_writable(workdir)
     if not (c.resume or c.overwrite):
-        check_free(workdir, asked_videos(requests, {}), latents=c.save_latents)
+        check_free(workdir, requested_videos(requests, {}), latents=c.save_latents)
     run = open_run(
         c.run,
         ema=c.ema,
@@ -153,7 +154,7 @@ def batches_of(count: int, batch: int, make: set[int]) -> list[range]:
     return [numbers for numbers in starts if make.intersection(numbers)]
 
 
-def tell_found(found: Found, todo: Survey, videos: VideoSet) -> bool:
+def report_found(found: Found, todo: SetPlan, videos: VideoSet) -> bool:
     """Says what is there already; whether that is everything."""
     if todo.unasked:
         first = ", ".join(todo.unasked[:3]) + (", ..." if todo.unasked[3:] else "")
@@ -179,7 +180,7 @@ def make_videos(
     job: Job,
     videos: VideoSet,
     found: Found,
-    todo: Survey,
+    todo: SetPlan,
     batches: Sequence[range],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
@@ -311,7 +312,7 @@ def generate_batches(
 
 
 def write_video(c: ConfigDict, job: Job, videos: VideoSet, number: int, clips: Clips, row: int) -> None:
-    """A video's latents, its mp4, and, once both are whole, its line in the record.
+    """Writes a video's latents, its mp4, and then its line in the record.
 
     Raises:
       UserError: they cannot be written.
@@ -347,7 +348,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
             "averaged": run.averaged,
             "weights": weights_hash(run),
         },
-        "network": asdict(run.model.config),
+        "network": to_record(run.model.config),
         "world": run.world.fingerprint(),
         "decoder": {"name": decoder["name"], "tile": c.tile, **decoder},
         "frames": frames,
@@ -383,7 +384,7 @@ def measured(job: Job, timings: Timings, seconds: dict[str, float], programs: Pr
 
 
 def peak_host_bytes() -> int | None:
-    """The most memory that this process held, where the system tells."""
+    """Peak memory of this process, where the system reports it."""
     try:
         import resource
     except ImportError:
@@ -391,10 +392,10 @@ def peak_host_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def report(todo: Survey, workdir: Path, record: dict[str, Any]) -> None:
+def report(todo: SetPlan, workdir: Path, record: dict[str, Any]) -> None:
     """Three lines on the terminal, or one when only what describes the videos was written."""
     if not todo.make:
-        return say(f"all {len(record['videos'])} videos are in {workdir}; contact sheets and settings tell so now")
+        return say(f"all {len(record['videos'])} videos are in {workdir}; contact sheets and settings are updated")
     t, seconds = record["timings"], record["seconds"]
     tile = f" in tiles of {record['decoder']['tile']}" if record["decoder"]["tile"] else ""
     say(f"{t['videos']} videos of {record['frames']} frames, {record['width']} x {record['height']}, in {workdir}")

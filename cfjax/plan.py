@@ -13,11 +13,11 @@ from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import write_atomically
-from cfjax.core.sharding import abstract_mesh, batch_places, make_mesh
+from cfjax.core.sharding import abstract_mesh, batch_shards, make_mesh
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
 from cfjax.experiment.build import Experiment, build
 from cfjax.experiment.data import Shapes
-from cfjax.experiment.programs import expected_runs, lower_update, stage_memory, whole_flops, with_attention
+from cfjax.experiment.programs import expected_trip_counts, lower_update, stage_memory, whole_flops, with_attention
 from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.search import Candidate, candidates, overrides
 from cfjax.training.memory import memory_table, needed_bytes
@@ -49,7 +49,7 @@ class Plan:
     batch: int
     accumulate: dict[str, int]
     attention: str
-    resting: int
+    persistent: int  # bytes per device between updates
     costs: list[Cost]
 
     @property
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     e = build(c, given_keys(argv))
     shapes, only = shapes_of(e, flags), [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
-    plans = [plan(e, shapes, topology, devices, only=only, tell=True, keep=workdir if flags["hlo"] else None)]
+    plans = [plan(e, shapes, topology, devices, only=only, verbose=True, keep=workdir if flags["hlo"] else None)]
     report(e, plans[0])
     if flags["fit"] > 0:
         plans += smallest(e, shapes, plans[0], flags["fit"], only)
@@ -104,13 +104,13 @@ def plan(
     devices: Sequence[Any],
     *,
     only: Sequence[str],
-    tell: bool = False,
+    verbose: bool = False,
     keep: Path | None = None,
 ) -> Plan:
     """Compiles the updates of an experiment (those of `only`, or all) for `devices`.
 
     Args:
-      tell: print what the weights take, before anything is compiled.
+      verbose: print the memory of the weights before compiling.
       keep: see `compile_update`.
 
     Raises:
@@ -121,7 +121,7 @@ def plan(
     mesh = make_mesh(**e.mesh, devices=devices)
     accumulate = {role: e.accumulate(role) for role in e.stage.losses}
     for role, count in accumulate.items():
-        parts = batch_places(mesh) * count
+        parts = batch_shards(mesh) * count
         if e.data.batch_size % parts:
             raise UserError(
                 f"data.batch_size={e.data.batch_size} does not divide over mesh data x fsdp x optim.{role}.accumulate"
@@ -129,14 +129,14 @@ def plan(
             )
     used, attention = with_attention(e, topology.chip.platform)
     memory = stage_memory(used, shapes, mesh)
-    if tell:
+    if verbose:
         say(f"{e.stage.name} on {topology.name}, {len(devices)} devices; before activations, GiB per device:")
         say("\n".join(memory_table(memory)))
-    costs, trips = [], expected_runs(e, shapes.latents[0])
+    costs, trip_counts = [], expected_trip_counts(e, shapes.latents[0])
     for role in only or e.stage.losses:
         needed, executed = (whole_flops(e, shapes, role, remat=remat) / len(devices) for remat in (False, True))
         lowered, arguments = lower_update(used, shapes, mesh, role)
-        cost = compile_update(role, lowered, topology, arguments=arguments, trips=trips, keep=keep)
+        cost = compile_update(role, lowered, topology, arguments=arguments, trip_counts=trip_counts, keep=keep)
         costs.append(replace(cost, flops=needed, executed=executed))
     return Plan(topology, dict(e.mesh), e.data.batch_size, accumulate, attention, needed_bytes(memory), costs)
 
@@ -145,17 +145,17 @@ def smallest(e: Experiment, shapes: Shapes, first: Plan, tries: int, only: Seque
     """Up to `tries` more plans, machines of one chip from the smallest that might do; ends at the first that fits."""
 
     @cache
-    def resting(sizes: tuple[tuple[str, int], ...], accumulated: bool) -> int:
+    def persistent(sizes: tuple[tuple[str, int], ...], accumulated: bool) -> int:
         mesh = dict(sizes)
         shape: Any = abstract_mesh(**mesh)
         return needed_bytes(stage_memory(changed(e, Candidate("", mesh, 1 + accumulated)), shapes, shape))
 
     heads = [role.network(shapes).num_heads for role in e.networks.values()]
     worst = max(first.costs, key=lambda cost: cost.peak)
-    activations = max(worst.peak - first.resting, 0)
+    activations = max(worst.peak - first.persistent, 0)
     out: list[Plan] = []
     for candidate in candidates(first.topology, first.mesh, first.accumulate[worst.role], e.data.batch_size, heads):
-        estimate = resting(tuple(candidate.mesh.items()), candidate.accumulate > 1) + activations * candidate.share
+        estimate = persistent(tuple(candidate.mesh.items()), candidate.accumulate > 1) + activations * candidate.share
         if estimate > 1.2 * first.topology.memory or len(out) == tries:
             continue
         topology = parse_topology(candidate.topology)
@@ -210,8 +210,13 @@ def report(e: Experiment, found: Plan) -> None:
 
 
 def record(file: Path, argv: Sequence[str], e: Experiment, plans: Sequence[Plan]) -> None:
-    """Writes the plans as JSON, whole or not at all."""
-    entries = [{**asdict(found), "fits": found.fits, "devices": found.topology.devices} for found in plans]
+    """Writes the plans as JSON, atomically."""
+    recorded = {"persistent": "resting"}  # fields whose keys in plan.json are older
+    entries = [
+        {recorded.get(key, key): value for key, value in asdict(found).items()}
+        | {"fits": found.fits, "devices": found.topology.devices}
+        for found in plans
+    ]
     made = {
         "command": ["cfjax", "plan", *argv],
         "jax": jax.__version__,

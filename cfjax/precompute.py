@@ -24,7 +24,7 @@ from cfjax.data.ingest import ClipSource, EncodeVideo, LmdbSource, PromptSource,
 from cfjax.data.latents import read_json
 from cfjax.data.listing import listed
 from cfjax.data.lmdb_files import is_lmdb
-from cfjax.data.lmdb_places import describe_lmdb, is_job_of, lmdb_job, text_beside
+from cfjax.data.lmdb_paths import default_text_path, describe_lmdb, is_same_job, lmdb_job
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.merge import merge, merge_writer, name_of, open_members
 from cfjax.data.parts import SetWriter
@@ -34,7 +34,7 @@ from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import identity
 from cfjax.experiment.data import Data, data_of, data_root, difference, pairs_layout
 from cfjax.experiment.networks import check_blocks, roles_of
-from cfjax.experiment.reference import faithful
+from cfjax.experiment.reference import apply_reference
 from cfjax.experiment.stage import blocks_of
 from cfjax.models.codec import Codec
 from cfjax.models.vae import WanVAE
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     elif "source" in c:
         precompute_source(c)
     elif c.stage == "ode_pairs":
-        precompute_pairs(faithful(c, given_keys(argv)))
+        precompute_pairs(apply_reference(c, given_keys(argv)))
     else:
         data = data_of(c).open()
         say(f"{data.dataset.path}: {len(data.dataset)} clips of latents {data.dataset.latent_shape}")
@@ -123,7 +123,7 @@ def precompute_source(c: ConfigDict) -> Path:
         job=job,
         description={"world_path": c.world, "text_encoder": text_encoder, **about["manifest"]},
         listing=listed(source) if isinstance(source, ClipSource) else None,
-        same={"lmdb": partial(is_job_of, rows=source.rows)} if isinstance(source, LmdbSource) else None,
+        same={"lmdb": partial(is_same_job, rows=source.rows)} if isinstance(source, LmdbSource) else None,
     )
     shard, shards = shard_of(c)
     before = set(writer.skipped())
@@ -144,16 +144,16 @@ def precompute_source(c: ConfigDict) -> Path:
             progress=c.progress,
             report=about.get("report", {}),
         )
-    _tell(writer, complete, [s for s in writer.skipped() if s not in before])
+    _report(writer, complete, [s for s in writer.skipped() if s not in before])
     return writer.path
 
 
 def output_of(c: ConfigDict) -> Path:
     """The new set's folder: `c.output`, or beside an LMDB."""
-    return Path(c.output) if c.output else text_beside(c.source)
+    return Path(c.output) if c.output else default_text_path(c.source)
 
 
-def _tell(writer: SetWriter, complete: bool, skipped: Sequence[Any]) -> None:
+def _report(writer: SetWriter, complete: bool, skipped: Sequence[Any]) -> None:
     for one in skipped[:SHOWN]:
         say(f"left out {one.name}: {one.reason}")
     if len(skipped) > SHOWN:
@@ -189,7 +189,7 @@ def _open_clips(c: ConfigDict, world: World) -> Opened:
         "job": {"clips": listing, "format": asdict(wanted), "codec": codec},
         "manifest": {"codec": codec, "source": {"name": "clips", "path": c.source, **asdict(wanted)}},
         "report": {"passed_over": dict(found.passed_over)},
-        "say": found.told(),
+        "say": found.notes(),
     }
     encode = video_encoder(world.codec, c.encode_frames)
     return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode
@@ -255,7 +255,7 @@ def merge_sets(given: str, c: ConfigDict) -> Path:
         say(f"the same twice: {name_of(members, item)}, and {name_of(members, earlier)}")
     if twice:
         say(f"{len(twice)} records hold the same as one of another set (report.json says which); all are kept")
-    _tell(writer, complete, writer.skipped())
+    _report(writer, complete, writer.skipped())
     return writer.path
 
 
@@ -295,7 +295,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
     target = data_root(c.data.path) / c.output
     if read_if_whole(target / MANIFEST) is not None:
         _check_made(c, target)
-        say(f"{target} exists already; remove it to make it anew")
+        say(f"{target} exists already; remove it to make it again")
         return target
     if c.pairs > len(data.dataset):
         raise UserError(f"pairs={c.pairs}, but {c.data.path}/{c.data.name} holds {len(data.dataset)} clips")
@@ -316,7 +316,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
             solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
             _solve_parts(c, data, writer, todo, partial(solve, teacher))
         complete = writer.finish()
-    _tell(writer, complete, writer.skipped())
+    _report(writer, complete, writer.skipped())
     return target
 
 
@@ -338,8 +338,10 @@ def _check_made(c: ConfigDict, target: Path) -> None:
         "seed",
         "text_dtype",
     ]
-    if told := difference(made, c.to_dict(), keys):
-        raise UserError(f"{target} was made with {told}; choose another --config.output, or remove it to make it anew")
+    if mismatch := difference(made, c.to_dict(), keys):
+        raise UserError(
+            f"{target} was made with {mismatch}; choose another --config.output, or remove it to make it again"
+        )
 
 
 def _pairs_writer(c: ConfigDict, data: Data, target: Path, config: PairsConfig) -> SetWriter:

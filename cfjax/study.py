@@ -120,7 +120,7 @@ def ablation(c: ConfigDict, root: Path, command: str) -> int:
     file = root / "ablation.json"
     if (found := read_if_whole(file)) is not None and found != record:
         raise UserError(f"{root} holds an ablation with other settings; choose another --workdir, or remove it")
-    compared = _pairs_of(c)  # a misspelt recipe is told before anything is written
+    compared = _pairs_of(c)  # a misspelt recipe is an error before anything is written
     write(file, json.dumps(record, indent=1))
     for seed in range(c.seeds):
         folder = root / f"seed{seed}"
@@ -148,7 +148,7 @@ def _named(c: ConfigDict) -> set[str]:
 
 
 def _gathered(c: ConfigDict, root: Path) -> dict[str, list[dict[str, Any]]]:
-    """Network -> its evaluations by seed: of this config's recipes and seeds alone, whatever else lies there."""
+    """Network -> its evaluations by seed: of this config's recipes and seeds only."""
     wanted, out = {"teacher", *_named(c)}, dict[str, list[dict[str, Any]]]()
     for seed in range(c.seeds):
         for key, found in gather(f"{root}/seed{seed}/evaluation/*").items():

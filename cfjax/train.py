@@ -26,7 +26,7 @@ from cfjax.experiment.networks import check_blocks, check_host_memory, same_bloc
 from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows
 from cfjax.experiment.preview import make_monitor
 from cfjax.experiment.programs import stage_memory, whole_flops
-from cfjax.experiment.resume import changes, checkpoint_of, tell_changes, tell_dataset
+from cfjax.experiment.resume import changes, checkpoint_of, report_changes, report_dataset
 from cfjax.models.wan import preset
 from cfjax.training.loop import RunOutput, fit
 from cfjax.training.memory import check_memory, memory_limit, memory_table
@@ -55,13 +55,13 @@ def train(e: Experiment, workdir: Path) -> TrainState:
     """Runs an experiment's stage in `workdir` to its last step, from its newest checkpoint if it has one.
 
     Raises:
-      UserError: missing data, a checkpoint that this experiment does not go on from, or a non-finite loss.
+      UserError: missing data, a checkpoint from which this experiment cannot resume, or a non-finite loss.
     """
     check_host_memory(e.roles)
     earlier = _earlier(e, workdir)
     data = _first_process_first(e.data.open)
     if earlier:
-        tell_dataset(earlier, data, workdir, accept=e.accept_changes)
+        report_dataset(earlier, data, workdir, accept=e.accept_changes)
     e = e.with_codec(data)
     check_mesh(e, data.dataset.latent_shape)
     mesh = e.make_mesh()
@@ -88,7 +88,7 @@ def train(e: Experiment, workdir: Path) -> TrainState:
 
 
 def _earlier(e: Experiment, workdir: Path) -> dict[str, Any] | None:
-    """The record of the checkpoint that `workdir` goes on from, if it has one; what changed since then is said.
+    """The record of the checkpoint from which `workdir` resumes, if any; reports what changed since.
 
     Raises:
       UserError: weights of other blocks, there or where a role starts from; a change that needs a word or cannot be.
@@ -98,9 +98,9 @@ def _earlier(e: Experiment, workdir: Path) -> dict[str, Any] | None:
         check_blocks(e.blocks, e.roles.values())
         return None
     same_blocks(e.blocks, earlier, f"--workdir={workdir}: the run in it", "name another workdir")
-    check_blocks(e.blocks, [e.roles[name] for name in e.frozen])  # those that train go on with their own weights
+    check_blocks(e.blocks, [e.roles[name] for name in e.frozen])  # trained roles resume with their own weights
     found = changes(earlier["config"], e.config, e.stage.losses, e.given)
-    tell_changes(found, earlier, workdir, accept=e.accept_changes)
+    report_changes(found, earlier, workdir, accept=e.accept_changes)
     return earlier
 
 
@@ -130,8 +130,8 @@ def _models(e: Experiment, data: Data, mesh: Mesh | None, *, going_on: bool) -> 
 
 def _batches(e: Experiment, data: Data, rows: Sequence[int]) -> LatentIterator:
     """The iterator over batches, of which this process reads `rows`."""
-    tell = say if jax.process_index() == 0 else lambda _: None
-    return make_iterator(data.dataset, e.data.batch_size, e.seed, rows=rows, accept_changes=e.accept_changes, tell=tell)
+    log = say if jax.process_index() == 0 else lambda _: None
+    return make_iterator(data.dataset, e.data.batch_size, e.seed, rows=rows, accept_changes=e.accept_changes, log=log)
 
 
 def work_of(e: Experiment, data: Data) -> Work:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Whose weights, and the sizes of the inputs that networks are tried on (small ones tell as much as large ones).
+    """The weights, and the sizes of the test inputs (small ones show as much as large ones).
 
     `run`: a run directory, converted or trained, or a shipped teacher; `world`: its Wan world ("": where the run says).
     Without a run, the world's own parts are compared; without either, random weights.

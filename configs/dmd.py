@@ -23,21 +23,21 @@ One exit step is drawn for all blocks of a rollout, as in the reference; objecti
 the reference's stage 3 does: its CD checkpoints hold nothing else. Such a checkpoint converted holds it as the network
 itself: --config.roles.student.init_ema=False. With asymmetric distillation: --config.roles.student.init=runs/acd.
 
-The 14B real score rests in bfloat16 (the numbers are float32's, since it computes in bfloat16). With less memory:
+The 14B real score is stored in bfloat16 (with float32's numbers, since it computes in bfloat16). With less memory:
 --config.roles.real_score.storage=int8, --config.roles.real_score.offload=True (its matrices in host memory), or both.
 
 `long` is for students that generate more than the scores can see: each update rolls out a drawn number of blocks, up to
-`objective.max_frames`, and the scores get the last `objective.window_frames`, whose first latent the codec of the
-dataset's world makes anew (objective.codec_world, where the dataset does not name it). The PyTorch reference's numbers
-for it: 3000 steps at batch 8, lr 1.5e-6; attention looks back 21 frames. What comes out makes long videos with
+`objective.max_frames`, and the scores get the last `objective.window_frames`, whose first latent is re-encoded by the
+codec of the dataset's world (objective.codec_world, if the dataset does not name it). The PyTorch reference's numbers
+for it: 3000 steps at batch 8, lr 1.5e-6; attention reaches back 21 frames. The student generates long videos with
 `cfjax generate --config.frames=...`.
 
-`gan` has no real score: a classifier on the critic's features tells the batch's clips from the student's videos
-(objective.gan: weights, relativistic, R1 and R2; roles.critic.branch: after which layers it looks). With AdamW the
-weights of the two losses matter only beside R1 and R2.
+`gan` has no real score: a classifier on the critic's features discriminates the batch's clips from the student's videos
+(objective.gan: weights, relativistic, R1 and R2; roles.critic.branch: the layers it reads). With AdamW the weights of
+the two losses matter only together with R1 and R2.
 
 `python launch/sweep.py run --config=configs/dmd.py:toy --workdir=runs/sweeps/dmd` sweeps over the student's rate and
-the critic updates per student update, on which the balance of the two networks hangs: four runs.
+the critic updates per student update, which decide the balance of the two networks: four runs.
 
 Toy recipe: faster rates, and guidance 1, because the toy's captions are followed already and 3 over-saturates.
 """

@@ -1,4 +1,4 @@
-"""Write a run's averaged weights as a folder that stands alone: bf16 safetensors, its world, its record and curves.
+"""Write a run's averaged weights as a self-contained folder: bf16 safetensors, its world, its record and curves.
 
 The toy teacher that ships with the package was written by
 

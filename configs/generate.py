@@ -6,14 +6,14 @@
     ... --config.video=clip.mp4 --config.given_frames=9 --config.frames=81        the video's end, and 12 latents more
     ... --config.frames=321 --config.window=21 --config.sink=3                    a longer video, constant memory
 
-    ... --config.prompts=requests.jsonl --config.videos=5 --config.resume=True    a video set; goes on where it was
+    ... --config.prompts=requests.jsonl --config.videos=5 --config.resume=True    a video set; resumable
 
-Everything that can be checked is, before weights are read: all faults of a prompt file come in one line. Writes one mp4
+Everything possible is checked before weights are read: all errors of a prompt file are in one line. Writes one mp4
 per video, contact_sheet.png (beyond 100 videos contact_sheet_001.png ..., a page per hundred), settings.json (settings,
 versions, device, the list of all videos; first, and with timings at the end) and videos.jsonl (a line per finished
 video). Files that are there already are not replaced unless overwrite=True. resume=True keeps the videos that are
 finished and still asked for (same prompt, seed, picture's content; settings must be those of settings.json) and makes
-the rest; with overwrite=True beside it, what is in the way of the rest is replaced too. docs/wan.md has the rules.
+the rest; with overwrite=True too, files that are in the way of the rest are replaced. docs/wan.md has the rules.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
             "ema": True,  # averaged weights, when the run keeps them
             "world": "",  # a Wan world's folder; "": beside the run
             "decoder": "vae",  # or tiny_vae
-            "decoder_precision": "",  # float32, bfloat16 (PyTorch reference); "": as recorded
+            "decoder_precision": "",  # float32, bfloat16 (the reference's); "": as recorded
             "precision": "",  # of the network's matrix products: float32, bfloat16; "": the run's own
             "attention": "",  # auto, xla, cudnn; "": the run's own
             "expect": ConfigDict({"stage": "", "block_frames": 0}),  # what the run has to be
@@ -48,7 +48,7 @@ def get_config(arg: str = ""):
             "image": "",  # begin with this picture
             "video": "",  # go on from this video's end, or from these latents (.safetensors, .npz)
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
-            "fit": "cover",  # or stretch, as the PyTorch reference
+            "fit": "cover",  # or stretch, as `inference.py` of the reference
             "height": 480 if wan else 0,  # pixels; 0: what the run was trained on
             "width": 832 if wan else 0,
             "frames": 81 if wan else 0,  # pixel frames in all, given ones included

@@ -4,9 +4,9 @@
     cfjax precompute --config=configs/ode_pairs.py:toy --workdir=runs/toy/pairs
     cfjax precompute --config=configs/ode_pairs.py:bidirectional --workdir=runs/pairs     the baseline's
 
-48 Euler steps, guidance 6 (PyTorch reference); stored at the student's four levels and at the end. `objective.method`
-"full" solves all blocks at once against the clean context, "cached" block by block; they agree to 1e-4. The toy's
-guidance is 3; `--config.reference=True` sets 6 (Q8).
+48 Euler steps, guidance 6 (reference: `get_causal_ode_data_chunkwise.py`); stored at the student's four levels and at
+the end. `objective.method` "full" solves all blocks at once against the clean context, "cached" block by block; they
+agree to 1e-4. The toy's guidance is 3; `--config.reference=True` sets 6 (Q8).
 """
 
 from cfjax.experiment import presets

@@ -5,8 +5,8 @@ A folder of clips with captions, 81 frames of 480 x 832 at 16 frames per second:
     cfjax precompute --config=configs/precompute.py --config.source=FOLDER
         --config.world=checkpoints/wan_1_3b/world --config.output=data/wan/clips
 
-Captions stand in captions.csv, .jsonl (columns file, caption) or .json ({file: caption}) in the folder, in a table that
-`captions` names, or in NAME.txt beside NAME.mp4. What cannot be used is left out, and report.json says why.
+Captions are in captions.csv, .jsonl (columns file, caption) or .json ({file: caption}) in the folder, in a table that
+`captions` names, or in NAME.txt beside NAME.mp4. What cannot be used is skipped, and report.json says why.
 
 An LMDB, or a folder of them (clean latents or ODE pairs). Its latents stay where they are unless `copy_latents` is set,
 only the prompts are encoded; without `output` they go beside it, and training opens the LMDB by its own path. Pairs
@@ -21,12 +21,12 @@ Prompts, one per line, are all that stage 3 needs:
     cfjax precompute --config=configs/precompute.py --config.source=prompts.txt --config.output=data/wan/prompts
     cfjax train --config=configs/dmd.py --config.data.name=prompts --workdir=runs/dmd
 
-A job that was stopped goes on where it was when the same command is given again. Several processes share one when each
-is given its `shard` of `shards`; under jax.distributed that is the default. Looking at every record of any dataset:
+A job that was stopped is resumed by the same command. Several processes share a job when each is given its `shard` of
+`shards`; under jax.distributed that is the default. Checking every record of any dataset:
 
     cfjax precompute --check=data/wan/clips
 
-Joining sets, or cutting a single one into other parts (docs/data.md):
+Merging sets, or writing a single one in parts of another size (docs/data.md):
 
     cfjax precompute --merge=data/wan/clips,data/wan/more --config.output=data/wan/all
 """
@@ -44,7 +44,7 @@ def get_config():
             "caption_column": "",
             "caption_choice": "",  # of several captions: first, longest, or the name of one
             "encoding": "",  # of tables and texts that are not UTF-8: gbk, cp1252, shift_jis ...
-            "parts": False,  # cut clips out of their files by the table's column timestamp (Panda-70M, Koala-36M)
+            "parts": False,  # take clips out of their files by the table's column timestamp (Panda-70M, Koala-36M)
             "world": "checkpoints/wan_1_3b/world",
             "output": "",
             "frames": 81,

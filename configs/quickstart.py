@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from cfjax.experiment import presets
 
-TEACHER = "teacher"  # the shipped bidirectional network, where an earlier stage could stand
+TEACHER = "teacher"  # the shipped bidirectional network, in place of an earlier stage
 
 SCORES = {"critic": TEACHER, "real_score": TEACHER}
 # What a stage is: verb, config and its switches, which budget, {role: what it starts from}; and of a network its title,
@@ -129,7 +129,7 @@ STAGES = {
     "gan": (
         "train", "dmd", ("gan",), "dmd", {"student": "ode", "critic": TEACHER},
         "GAN student", "Student",
-        "A classifier on the critic's features tells real clips from generated ones.",
+        "A classifier on the critic's features separates real from generated clips.",
     ),
     "long_dmd": (
         "train", "dmd", ("long",), "dmd", {"student": "ode", **SCORES},

@@ -7,10 +7,11 @@
     cfjax study ablation --config=configs/study.py:ablation --workdir=runs/ablation
 
 `injectivity` works on toy video laws whose scores are closed form; half an hour of one core. `quick` trains less;
-`full` looks closer and goes on with DMD, 36 minutes; `seeds=0` leaves what needs no training, a minute. `ablation`
-trains the toy world's real networks with `cfjax train`, changing only the teacher of the initialisation, over seeds;
-hours on a CPU. Its parts are quickstarts: `cfjax quickstart --config=configs/quickstart.py:none --config.budget=short
---config.guard=False --config.seed=3 --workdir=runs/ablation/seed3` on another machine does one recipe of one seed.
+`full` measures more and continues with DMD, 36 minutes; `seeds=0` does only what needs no training, a minute.
+`ablation` trains the toy world's real networks with `cfjax train`, changing only the teacher of the initialisation,
+over seeds; hours on a CPU. Its parts are quickstarts: `cfjax quickstart --config=configs/quickstart.py:none
+--config.budget=short --config.guard=False --config.seed=3 --workdir=runs/ablation/seed3` on another machine does one
+recipe of one seed.
 """
 
 from ml_collections import ConfigDict

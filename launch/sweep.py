@@ -322,9 +322,9 @@ def table_of(runs: Sequence[Run], shown: Sequence[str], sort: str) -> list[dict[
         order = sorted(order, key=lambda i: (by not in results[i], sign * results[i].get(by, 0.0)))
     rows = []
     for index in order:
-        run, told = runs[index], results[index]
-        done = int(told["step"]) + 1 if "step" in told else 0
-        numbers = {name: told.get(name) for name in dict.fromkeys([*names, *([by] if by else [])])}
+        run, latest = runs[index], results[index]
+        done = int(latest["step"]) + 1 if "step" in latest else 0
+        numbers = {name: latest.get(name) for name in dict.fromkeys([*names, *([by] if by else [])])}
         rows.append({"run": run.name, **run.point, "steps": f"{done} of {run.config.steps}", **numbers})
     return rows
 

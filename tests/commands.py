@@ -47,9 +47,9 @@ def train_stopped_and_whole(config: str, root: Path, **keys: object) -> Path:
     before, last = sorted((stopped / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     assert int(before.name) < int(last.name)
     shutil.rmtree(last)
-    with redirect_stdout(io.StringIO()) as told:
+    with redirect_stdout(io.StringIO()) as output:
         assert cfjax("train", config, stopped, **keys) == 0
-    assert f"going on from step {before.name}\n" in told.getvalue()  # from the start it would end alike too
+    assert f"going on from step {before.name}\n" in output.getvalue()  # from the start it would end alike too
     assert stored_roles(whole) == stored_roles(stopped)
     for role, ema in stored_roles(whole):
         one, other = (open_role(run, role, ema=ema) for run in (whole, stopped))

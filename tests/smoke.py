@@ -198,6 +198,6 @@ def test_the_studys_statistics():
     from cfjax.studies.statistics import energy_distance, summary, welch
 
     rng = np.random.default_rng(0)
-    a_NF, b_NF = rng.standard_normal((2, 100, 3))
-    assert abs(energy_distance(a_NF, b_NF)) < 0.3 < energy_distance(a_NF, b_NF + 2)
+    a_BF, b_BF = rng.standard_normal((2, 100, 3))
+    assert abs(energy_distance(a_BF, b_BF)) < 0.3 < energy_distance(a_BF, b_BF + 2)
     assert welch([1.0, 2.0, 3.0], [11.0, 12.0, 13.0]) < 1e-2 and summary([1.0, 2.0, 3.0])["mean"] == 2.0

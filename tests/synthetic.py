@@ -1,4 +1,5 @@
-"""Miniature releases in the file layouts of other people: names and shapes from their specifications, random numbers.
+"""Miniature releases in the file layouts of the original releases and diffusers: names and shapes from their
+specifications, random numbers.
 
     python tests/synthetic.py DIR
 

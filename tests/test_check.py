@@ -12,7 +12,7 @@ from cfjax.core.checksums import SUMS, write_sums
 from cfjax.core.tensor_files import save_tensors
 from cfjax.data.parts import SetWriter
 from cfjax.data.records import Layout
-from cfjax.evaluation.video_set import Asked, VideoSet, look, survey
+from cfjax.evaluation.video_set import RequestedVideo, VideoSet, plan_set, read_set
 from tests.training.test_checkpoint import fill
 from tests.training.test_sums import flip
 
@@ -48,10 +48,10 @@ def export(place: Path) -> str:
 
 
 def videos(place: Path) -> str:
-    asked = [Asked(f"{n:03d}_clip.mp4", "a clip", n, "", "") for n in range(2)]
-    found = look(place, resume=False)
+    asked = [RequestedVideo(f"{n:03d}_clip.mp4", "a clip", n, "", "") for n in range(2)]
+    found = read_set(place, resume=False)
     made = VideoSet(place, asked, {})
-    with made.begin(found, survey(found, asked, latents=False, overwrite=False)):
+    with made.begin(found, plan_set(found, asked, latents=False, overwrite=False)):
         for number, video in enumerate(asked):
             (place / video.file).write_bytes(b"pictures that move" * 10)
             made.finish(number, 180, None)
@@ -69,9 +69,9 @@ def test_a_place_is_whole_until_a_file_of_it_differs(tmp_path, capsys, make):
     assert capsys.readouterr().out.endswith("all that has checksums is as it was written\n")
     flip(place / name)
     assert main(["check", str(place)]) == 2
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == f"{place}/{name}: its bytes are not those that were written"
-    assert told[-1].startswith(f"{place}: ") and told[-1].endswith((" fault", " faults"))
+    message = capsys.readouterr().out.splitlines()
+    assert message[0] == f"{place}/{name}: its bytes are not those that were written"
+    assert message[-1].startswith(f"{place}: ") and message[-1].endswith((" fault", " faults"))
 
 
 def test_all_places_are_looked_at_and_what_has_no_sums_is_said(tmp_path, capsys):
@@ -81,9 +81,9 @@ def test_all_places_are_looked_at_and_what_has_no_sums_is_said(tmp_path, capsys)
     shutil.copytree(tmp_path / "bad", tmp_path / "good")
     (tmp_path / "bad/model.json").unlink()
     assert main(["check", *(str(tmp_path / name) for name in ("bad", "old", "good"))]) == 2
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == f"{tmp_path}/bad/model.json: missing" and told[-1].startswith(f"{tmp_path}/good: ")
-    assert f"note: {tmp_path}/old/checkpoints/1 has no checksums (an older version's, or checksums=False)" in told
+    message = capsys.readouterr().out.splitlines()
+    assert message[0] == f"{tmp_path}/bad/model.json: missing" and message[-1].startswith(f"{tmp_path}/good: ")
+    assert f"note: {tmp_path}/old/checkpoints/1 has no checksums (an older version's, or checksums=False)" in message
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_all_places_are_looked_at_and_what_has_no_sums_is_said(tmp_path, capsys)
         (["nowhere"], "nowhere: no run, export, set of records or videos there"),
     ],
 )
-def test_what_cannot_be_checked_is_told_in_one_line(tmp_path, monkeypatch, capsys, argv, line):
+def test_what_cannot_be_checked_is_reported_in_one_line(tmp_path, monkeypatch, capsys, argv, line):
     monkeypatch.chdir(tmp_path)
     assert main(["check", *argv]) == 2
-    told = capsys.readouterr().err
-    assert line in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert line in message and message.count("\n") == 1
     assert main(["check", "--help"]) == 0 and "usage: cfjax check PLACE" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from cfjax.experiment.build import build
 from cfjax.experiment.data import Shapes, toy_shapes
 from cfjax.experiment.networks import networks_in, roles_of
 from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows
-from cfjax.experiment.reference import REFERENCE, faithful
+from cfjax.experiment.reference import REFERENCE, apply_reference
 from cfjax.experiment.runs import open_run
 from cfjax.experiment.stage import blocks_of, dmd_config, optimizers_of, sampler_of, stage_of
 from cfjax.objectives.ode_regression import PairsConfig
@@ -141,19 +141,19 @@ def test_what_stage_three_starts_from(words, start):
 
 def test_blocks_may_draw_exit_steps_of_their_own():
     c = get_config(ROOT / "configs" / "dmd.py")("")
-    assert dmd_config(c).self_forcing.same_exit  # PyTorch reference
+    assert dmd_config(c).self_forcing.same_exit  # as in the reference
     c.objective.same_exit = False
     assert not dmd_config(c).self_forcing.same_exit
 
 
-def test_a_student_that_would_sample_at_other_levels_is_told():
+def test_a_student_that_would_sample_at_other_levels_is_reported():
     c = get_config(ROOT / "configs" / "dmd.py")("")
     c.objective.steps = (1000, 500)
     assert "trains at {'steps': (1000, 500)" in differing_levels(build(c))
     assert "has {'steps': (1000, 750, 500, 250)" in differing_levels(build(c))
 
 
-def test_accelerators_without_work_are_told():
+def test_accelerators_without_work_are_reported():
     """One place of a mesh, as a config has it; and none are told on CPUs, whose devices are simulated ones."""
     c = get_config(ROOT / "configs" / "dmd.py")("toy")
     alone = build(c).make_mesh()
@@ -190,30 +190,33 @@ def shipped(config: str, **keys: object):
 def test_the_reference_switch_sets_quirks_and_numbers(capsys):
     """`--config.reference=True`, in the toy as at Wan's size; without it each quirk is off."""
     for name in ("bidirectional", "ar_diffusion", "consistency"):
-        off, on = shipped(name), faithful(shipped(name, reference=True))
+        off, on = shipped(name), apply_reference(shipped(name, reference=True))
         assert (off.objective.bf16_timesteps, on.objective.bf16_timesteps) == (False, True)  # Q1, Q2
-    off, on = (dmd_config(faithful(shipped("dmd", reference=value))) for value in (False, True))
+    off, on = (dmd_config(apply_reference(shipped("dmd", reference=value))) for value in (False, True))
     quirks = [(o.score_table_shift, o.self_forcing.context_noise, o.self_forcing.kv_gradient) for o in (off, on)]
     assert quirks[0] == (None, 0.0, "detached")
     assert quirks[1] == (8.0, pytest.approx(0.00498008, abs=1e-8), "straight_through")  # Q3, Q4, Q6
-    shifted = faithful(shipped("dmd", reference=True, objective__shift=8.0))
+    shifted = apply_reference(shipped("dmd", reference=True, objective__shift=8.0))
     assert shifted.objective.context_noise == pytest.approx(0.00794439, abs=1e-8)  # the last level of its own table
     capsys.readouterr()
     for name, stage in REFERENCE.items():
-        toy, full = (faithful(shipped(name + arg, reference=True)) for arg in (":toy", ""))
+        toy, full = (apply_reference(shipped(name + arg, reference=True)) for arg in (":toy", ""))
         known = keys_of(full)
         assert {key: keys_of(toy)[key] for key in stage if key in known} == {k: known[k] for k in stage if k in known}
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 * len(REFERENCE) and all(line.startswith("reference: ") for line in told)
-    assert "reference: objective.guidance 3.0 -> 6" in told  # Q8, the toy's pairs
-    assert "reference: ema.student.start 0 -> 2000000000" in told
+    message = capsys.readouterr().out.splitlines()
+    assert len(message) == 2 * len(REFERENCE) and all(line.startswith("reference: ") for line in message)
+    assert "reference: objective.guidance 3.0 -> 6" in message  # Q8, the toy's pairs
+    assert "reference: ema.student.start 0 -> 2000000000" in message
     assert (
-        shipped("dmd:toy").ema.student.to_dict() != faithful(shipped("dmd:toy", reference=True)).ema.student.to_dict()
+        shipped("dmd:toy").ema.student.to_dict()
+        != apply_reference(shipped("dmd:toy", reference=True)).ema.student.to_dict()
     )
 
 
 def test_the_reference_switch_leaves_what_a_stage_does_not_read():
-    gan, causvid = (faithful(shipped(f"dmd:toy,{word}", reference=True)).objective for word in ("gan", "causvid"))
+    gan, causvid = (
+        apply_reference(shipped(f"dmd:toy,{word}", reference=True)).objective for word in ("gan", "causvid")
+    )
     assert (gan.real_guidance, gan.kv_gradient) == (1.0, "straight_through")
     assert (causvid.real_guidance, causvid.kv_gradient) == (3.0, "detached")
 
@@ -235,12 +238,12 @@ def test_the_reference_switch_does_not_overrule_the_command_line(tmp_path, capsy
 
 
 def test_a_number_written_short_is_the_references(capsys):
-    c = faithful(shipped("dmd", reference=True, objective__context_noise=0.00498), {"objective.context_noise"})
+    c = apply_reference(shipped("dmd", reference=True, objective__context_noise=0.00498), {"objective.context_noise"})
     assert c.objective.context_noise == pytest.approx(0.00498008, abs=1e-8)
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "value", "told"),
+    ("config", "key", "value", "message"),
     [
         ("dmd", "cadence__student", 0, "use 1"),
         ("dmd", "cadence__student", -5, "use 1"),
@@ -262,14 +265,14 @@ def test_a_number_written_short_is_the_references(capsys):
         ("dmd", "blocks__window", -21, "or more"),
     ],
 )
-def test_a_value_that_cannot_be_is_told_by_its_key(config, key, value, told):
+def test_a_value_that_cannot_be_is_reported_by_its_key(config, key, value, message):
     c = shipped(config, **{key: value})
-    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{told}"):
+    with pytest.raises(UserError, match=rf"^{key.replace('__', '[.]')}\b.*{message}"):
         optimizers_of(c, stage_of(c))
         sampler_of(c)
 
 
-def test_a_window_longer_than_its_videos_is_told():
+def test_a_window_longer_than_its_videos_is_reported():
     assert (
         idle_windows(build(shipped("dmd:long")), 21) == idle_windows(build(shipped("dmd", blocks__window=21)), 21) == []
     )
@@ -409,7 +412,7 @@ def test_existing_pairs_are_left_alone(chain, capsys):
     for cut in ({}, {"part_items": 2, "shard": 1, "shards": 2, "data__batch_size": 2}):
         assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **{**pairs_keys(chain), **cut}) == 0
         assert "exists already" in capsys.readouterr().out
-    for words, keys, told in [
+    for words, keys, message in [
         ("toy,framewise", {}, "blocks.frames=3, not 1"),
         ("toy,bidirectional", {"output": "pairs"}, "objective.method='full', not 'bidirectional'"),
         ("toy", {"roles__teacher__init": chain / "ode"}, f"roles.teacher.init='{chain / 'ar'}', not "),
@@ -417,14 +420,14 @@ def test_existing_pairs_are_left_alone(chain, capsys):
     ]:
         assert cfjax("precompute", f"ode_pairs.py:{words}", chain / "none", **{**pairs_keys(chain), **keys}) == 2
         error = one_line(capsys)
-        assert f"pairs was made with {told}" in error and "another --config.output, or remove it" in error
+        assert f"pairs was made with {message}" in error and "another --config.output, or remove it" in error
     assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **pairs_keys(chain), output="clips") == 2
     assert "clips holds a dataset that configs/ode_pairs.py did not make" in one_line(capsys)
     assert manifest.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("words", "keys", "told"),
+    ("words", "keys", "message"),
     [
         ("toy", {"objective__steps": "(1000,800,500,250)"}, "objective.steps=(1000, 750, 500, 250), not (1000, 800, "),
         ("toy", {"objective__shift": 3.0}, "objective.shift=5.0, not 3.0"),
@@ -433,10 +436,10 @@ def test_existing_pairs_are_left_alone(chain, capsys):
         ("toy,bidirectional_pairs", {"data__name": "pairs"}, "objective.method='full', but objective.past='endpoint' "),
     ],
 )
-def test_pairs_of_other_settings_are_refused(chain, tmp_path, capsys, words, keys, told):
+def test_pairs_of_other_settings_are_refused(chain, tmp_path, capsys, words, keys, message):
     keys = {**tiny(chain), "roles__student__init": "", **keys}
     assert cfjax("train", f"ode_regression.py:{words}", tmp_path, **keys) == 2
-    assert f"pairs was made with {told}" in one_line(capsys)
+    assert f"pairs was made with {message}" in one_line(capsys)
 
 
 # ---- mistakes: exit code 2 and one line
@@ -505,16 +508,16 @@ def test_blocks_must_divide_the_clip(chain, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("data__channels", 8, "has other data.shapes, data.channels or data.text_length than the config"),
         ("data__shapes__frames", 9, "has other data.shapes, data.channels or data.text_length than the config"),
         ("data__clips", 32, "holds 64 clips, not data.clips=32"),
     ],
 )
-def test_data_that_stands_there_must_be_what_the_config_describes(chain, tmp_path, capsys, key, value, told):
+def test_existing_data_must_be_what_the_config_describes(chain, tmp_path, capsys, key, value, message):
     assert cfjax("train", "bidirectional.py:toy", tmp_path, **{**tiny(chain), key: value}) == 2
-    assert told in one_line(capsys)
+    assert message in one_line(capsys)
 
 
 # ---- an exported model

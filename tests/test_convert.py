@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from cfjax.conversion.files import read_weights
 from cfjax.conversion.kinds import KINDS
 from cfjax.conversion.rules import save_named
 from cfjax.conversion.wan import ORIGINAL, export_wan
+from cfjax.core.precision import to_record
 from cfjax.experiment.record import config_from_meta
 from cfjax.experiment.stage import blocks_of, sampler_of
 from cfjax.models.wan import WanConfig
@@ -238,7 +238,7 @@ def test_a_folder_that_is_there_is_written_into(release, tmp_path):
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoints", "lost+found", "world"]
 
 
-def test_a_full_disk_is_told_and_changes_nothing(run, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_reported_and_changes_nothing(run, tmp_path, capsys, monkeypatch):
     """In whose words ever; the scheduler may start it again."""
     from safetensors import SafetensorError
 
@@ -273,7 +273,7 @@ def test_overwriting(root, run, tmp_path):
 def test_a_trained_run_comes_out_too(run, tmp_path):
     """Its checkpoint has whole arrays where a converted one has layers; the world is another folder's."""
     store = CheckpointStore(tmp_path / "trained")
-    meta = {"stage": "dmd", "models": {"student": asdict(CONFIG)}}
+    meta = {"stage": "dmd", "models": {"student": to_record(CONFIG)}}
     store.save(7, {"params": {"student": tiny()}}, {}, meta)
     store.close()
     assert convert(tmp_path / "trained", tmp_path / "out", to="safetensors", world=run / "world") == 0

@@ -24,10 +24,10 @@ from cfjax.evaluation.video import to_uint8, write_mp4
 from cfjax.experiment.job import tiled_decoder
 from cfjax.experiment.runs import Run, open_run
 from cfjax.generate import encode_texts
-from cfjax.models.resting import RESTING
 from cfjax.models.text_cache import TextCache
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.models.wan import Wan, embed_text
+from cfjax.models.weight_storage import STORAGE_DTYPES
 from cfjax.rollout.clips import Clips, Times
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
 from cfjax.rollout.stream import decode_step, seeded_noise
@@ -113,7 +113,7 @@ def test_text_to_video_is_the_samplers_latents_decoded(whole, run):
         assert np.abs(grey[0] - grey[1]).mean() < 6 < np.abs(grey[0] - grey[1][::-1]).mean()
 
 
-def test_settings_tell_everything_that_a_rate_depends_on(whole):
+def test_settings_show_everything_that_a_rate_depends_on(whole):
     names = [file.name for file in written(whole, ".mp4")]
     assert [name[:3] for name in names] == ["000", "001", "002"] and all(n.endswith("_seed5.mp4") for n in names)
     record = json.loads((whole / "settings.json").read_text())
@@ -226,11 +226,11 @@ def test_weights_that_rest_in_bfloat16_are_the_same_network(root):
         return model(latents, jnp.full((1, 2), 0.7), embed_text(model, text))
 
     np.testing.assert_array_equal(flow(loaded, latents, text), flow(wide, latents, text))
-    moved = [pattern for pattern, rest in RESTING if rest == "compute"]
+    moved = [pattern for pattern, rest in STORAGE_DTYPES if rest == "compute"]
     assert len(moved) == 3
 
 
-def test_a_run_tells_its_sizes_itself(run):
+def test_a_run_shows_its_sizes_itself(run):
     assert (run.stage, run.step, run.latent_shape, run.averaged) == ("dmd", 0, (6, 4, 4, 16), False)
     assert (run.model.config.dim, run.model.config.text_dim, run.model.config.remat) == (48, 32, "none")
     assert run.world.text_width == 32 and run.world.fps == 16 and "过曝" in run.world.negative_prompt
@@ -258,7 +258,7 @@ def test_runs_trained_here_open_too(root, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"height": 40}, "height=40: needs a multiple of 16 pixels; use 32 or 48"),
         ({"frames": 20}, "frames=20: blocks of 3 latent frames at 4 pixel frames each do not make it; use 9 or 21"),
@@ -284,10 +284,10 @@ def test_runs_trained_here_open_too(root, run, tmp_path):
         ({"run": "wan", "sampler__solver_steps": -1}, "-1"),
     ],
 )
-def test_mistakes_are_told_in_one_line(root, tmp_path, capsys, keys, told):
+def test_mistakes_are_reported_in_one_line(root, tmp_path, capsys, keys, message):
     assert generate(root, tmp_path / "out", **keys) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -301,7 +301,7 @@ def sized(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "message"),
     [
         ("short.mp4", "too short: 9 of 21 frames at 16 per second"),
         ("few.npz", "holds latents (2, 4, 4, 16); needs 6 or more of (4, 4, 16)"),
@@ -310,10 +310,10 @@ def sized(tmp_path) -> Path:
         ("nowhere.mp4", "nowhere.mp4"),
     ],
 )
-def test_what_videos_go_on_from_is_read_before_the_weights(root, sized, capsys, monkeypatch, file, told):
+def test_what_videos_go_on_from_is_read_before_the_weights(root, sized, capsys, monkeypatch, file, message):
     monkeypatch.delattr("cfjax.generate.load_weights")
     assert generate(root, sized / "out", video=sized / file, given_frames=6, frames=33) == 2
-    assert told in capsys.readouterr().err and not (sized / "out").exists()
+    assert message in capsys.readouterr().err and not (sized / "out").exists()
 
 
 @pytest.fixture
@@ -334,7 +334,7 @@ def requests(folder: Path, *rows: tuple[str, str]) -> dict[str, object]:
     return {"prompts": folder / "requests.jsonl", "frames": 13, "independent_first_frame": True}
 
 
-def test_all_faults_of_a_file_are_told_before_the_weights_are_read(root, pictures, capsys, monkeypatch):
+def test_all_faults_of_a_file_are_reported_before_the_weights_are_read(root, pictures, capsys, monkeypatch):
     """Each by its row, in one line, the first ones of many; a picture that several rows name counts once."""
     monkeypatch.delattr("cfjax.generate.load_weights")
     rows = [("A cat", "a.png"), ("A cat", "half.png"), ("A dog", "nowhere.png"), ("A cow", "b.png")]
@@ -350,7 +350,7 @@ def test_all_faults_of_a_file_are_told_before_the_weights_are_read(root, picture
     assert "requests.jsonl, 2 of 4 requests: line 2: image=" in capsys.readouterr().err
 
 
-def test_a_mended_file_goes_on_and_a_picture_counts_by_its_content(root, pictures, capsys):
+def test_a_corrected_file_goes_on_and_a_picture_counts_by_its_content(root, pictures, capsys):
     """Videos of rows that stay are kept under their new numbers; another picture under the old name is told."""
     first, second, third = ("A cat", "a.png"), ("A cat", "b.png"), ("A cat", "c.png")
     out = pictures / "out"

@@ -1,7 +1,6 @@
 """Runs on long rollouts: which codec they take, what they refuse; the toy's trains and makes long videos."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
+from cfjax.core.precision import to_record
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.experiment import presets
 from cfjax.experiment.data import Shapes
@@ -31,7 +31,7 @@ def world(vae, tmp_path_factory):
     """A Wan world of an autoencoder and nothing else."""
     path = tmp_path_factory.mktemp("wan") / "world"
     arrays = {f"params/vae/{name}": LazyArray.of(leaf) for name, leaf in named_leaves(vae).items()}
-    write_streamed(path / "vae", arrays, {"stage": "vae", "model": asdict(VAE), "fingerprint": "0"})
+    write_streamed(path / "vae", arrays, {"stage": "vae", "model": to_record(VAE), "fingerprint": "0"})
     (path / "world.json").write_text(json.dumps({"kind": "wan", "format": 1, "text_length": 3}))
     return path
 
@@ -64,7 +64,7 @@ def test_the_toys_codec_is_its_worlds_and_short_rollouts_need_none():
 
 
 @pytest.mark.parametrize(
-    ("objective", "dataset", "told"),
+    ("objective", "dataset", "message"),
     [
         ({}, {}, "does not say which world it was made in, .*name it with --config.objective.codec_world"),
         ({"codec_world": "nowhere"}, {}, "nowhere has no vae"),
@@ -73,10 +73,10 @@ def test_the_toys_codec_is_its_worlds_and_short_rollouts_need_none():
         ({}, {"world_path": True, "channels": 48}, "has latents of 16 channels, data/prompts of 48"),
     ],
 )
-def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, dataset, told):
+def test_a_codec_that_is_not_there_or_does_not_fit_is_named(world, objective, dataset, message):
     if dataset.get("world_path") is True:
         dataset = {**dataset, "world_path": str(world)}
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         codec_role(config(**objective)).opened(data(**dataset))
 
 

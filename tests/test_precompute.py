@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(clips, world, encoded, tmp_path, capsys, keys, me
 # ---- LMDBs and prompts
 
 
-def test_an_lmdb_trains_where_it_lies(world, tmp_path, capsys):
+def test_an_lmdb_is_trained_on_in_place(world, tmp_path, capsys):
     rows = rows_of(5, 6)
     source = write_lmdb(tmp_path / "ode", rows, [CAPTION, "a blue square moving up"] * 2 + [CAPTION])
     damage(source, "prompts_3_data", None)
@@ -263,8 +263,13 @@ def test_an_lmdb_that_went_elsewhere_is_named_by_a_key(moved, world, tmp_path, c
     (moved / "clean").rename(away)
     code, said = check(text, capsys)
     assert code == 1 and len(said) == 2
-    for told in (f"{tmp_path}/old/clean (no LMDB", f"{moved}/clean (no LMDB", "--config.lmdb=", "--config.data.lmdb="):
-        assert told in said[0]
+    for problem in (
+        f"{tmp_path}/old/clean (no LMDB",
+        f"{moved}/clean (no LMDB",
+        "--config.lmdb=",
+        "--config.data.lmdb=",
+    ):
+        assert problem in said[0]
     assert check(text, capsys, lmdb=away)[0] == 0
     data = data_of(train_config("ar_diffusion.py:toy", moved, "clean.text", lmdb=away)).open().dataset
     np.testing.assert_array_equal(data[0]["latents_FHWC"], latents_of_row(0))
@@ -300,8 +305,8 @@ def test_what_was_left_half_copied_at_the_old_place_is_passed_over(moved, world,
     (tmp_path / "old" / "clean" / "data.mdb").write_bytes(data[:-1])
     np.testing.assert_array_equal(open_dataset(moved / "clean.text")[1]["latents_FHWC"], latents_of_row(1))
     (moved / "clean").rename(moved / "aside")
-    told = r"old/clean \(.*cut off.*\) nor at .*new/clean \(no LMDB there\); name its place"
-    with pytest.raises(UserError, match=told):
+    problem = r"old/clean \(.*cut off.*\) nor at .*new/clean \(no LMDB there\); name its place"
+    with pytest.raises(UserError, match=problem):
         open_dataset(moved / "clean.text")
     (moved / "aside").rename(moved / "clean")
     if older:
@@ -345,7 +350,7 @@ def test_the_flag_is_refused_for_pairs_with_clean_clips(world, tmp_path):
 # ---- sets that grew, and joining sets
 
 
-def test_a_clip_more_in_the_folder_is_told_by_name_and_joined_in(world, tmp_path, capsys):
+def test_a_clip_more_in_the_folder_is_reported_by_name_and_joined_in(world, tmp_path, capsys):
     for name, colour in {"a": "red", "b": "green", "c": "blue"}.items():
         folder = tmp_path / ("new" if name == "c" else "old")
         write_video(folder / f"{name}.mp4", 12).with_suffix(".txt").write_text(f"a {colour} circle moving left")
@@ -353,8 +358,8 @@ def test_a_clip_more_in_the_folder_is_told_by_name_and_joined_in(world, tmp_path
     shutil.copytree(tmp_path / "new", tmp_path / "old", dirs_exist_ok=True)
     capsys.readouterr()
     assert precompute(tmp_path / "old", world, tmp_path / "set") == 2
-    told = capsys.readouterr().err
-    assert "(2 then, 3 now): 1 new (c.mp4);" in told and f"--merge={tmp_path}/set,NEW" in told
+    problem = capsys.readouterr().err
+    assert "(2 then, 3 now): 1 new (c.mp4);" in problem and f"--merge={tmp_path}/set,NEW" in problem
     assert precompute(tmp_path / "new", world, tmp_path / "more") == 0
     assert merge(tmp_path / "set", tmp_path / "more", output=tmp_path / "all") == 0
     assert f"{tmp_path}/all: 3 records of 3 items" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`cfjax generate` over many requests: killed and mended commands go on exactly; mistakes are told before the work."""
+"""`cfjax generate` over many requests: killed and corrected commands resume exactly."""
 
 import json
 import os
@@ -98,8 +98,8 @@ def test_an_interrupted_set_ends_in_the_same_bits(whole, videos, monkeypatch, tm
     assert len(written) == VIDEOS - videos and not set(written) & before.keys()
     assert before.items() <= {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.mp4")}.items()
     assert made(tmp_path) == made(whole) and names(tmp_path) == COMPLETE
-    told = capsys.readouterr().out
-    assert (f"7 of 12 videos are in {tmp_path}; going on with 5" in told) == (videos == 7)
+    message = capsys.readouterr().out
+    assert (f"7 of 12 videos are in {tmp_path}; going on with 5" in message) == (videos == 7)
     record = json.loads((tmp_path / "settings.json").read_text())
     assert record["complete"] and record["timings"]["videos"] == VIDEOS - videos
     with Image.open(tmp_path / "contact_sheet.png") as sheet, Image.open(whole / "contact_sheet.png") as other:
@@ -123,7 +123,7 @@ def test_a_complete_set_is_left_alone(whole, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"sampler__solver_steps": 3}, "sampler.steps=2, now it is 3"),
         ({"sampler__guidance": 5.0}, "sampler.guidance=3.0, now it is 5.0"),
@@ -135,15 +135,17 @@ def test_a_complete_set_is_left_alone(whole, monkeypatch, capsys):
         ({"fps": 16.0}, "fps=8.0, now it is 16.0"),
     ],
 )
-def test_other_settings_are_not_mixed_in(whole, keys, told, capsys):
+def test_other_settings_are_not_mixed_in(whole, keys, message, capsys):
     before = {file.name: file.stat().st_mtime_ns for file in whole.iterdir()}
     assert generate(whole, resume=True, videos=5, **keys) == 2
     error = capsys.readouterr().err
-    assert f"settings.json: its videos were made with {told}; give the same again" in error and error.count("\n") == 1
+    assert (
+        f"settings.json: its videos were made with {message}; give the same again" in error and error.count("\n") == 1
+    )
     assert {file.name: file.stat().st_mtime_ns for file in whole.iterdir()} == before
 
 
-def test_another_run_is_told_by_its_weights(whole, tmp_path, capsys):
+def test_another_run_is_reported_by_its_weights(whole, tmp_path, capsys):
     """By what they are: a copy elsewhere is the same run, other weights under the same name are not."""
     toy = ROOT / "cfjax" / "assets" / "toy_teacher"
     shutil.copytree(toy, tmp_path / "copy")
@@ -166,16 +168,16 @@ def test_more_and_fewer_requests(whole, tmp_path, capsys, monkeypatch):
     assert generate(workdir, resume=True, prompt="|".join((*PROMPTS, "a cyan circle moving up"))) == 0
     assert len(written) == 4 and kept.items() <= made(workdir).items()
     assert generate(workdir, resume=True, prompt="|".join(PROMPTS[1:])) == 0
-    told = capsys.readouterr().out
-    assert f"8 videos in {workdir} are asked for by no request any more and stay: 000_a_red_circle" in told
-    assert f"all 8 videos are in {workdir}; contact sheets and settings" in told and len(written) == 4
+    message = capsys.readouterr().out
+    assert f"8 videos in {workdir} are asked for by no request any more and stay: 000_a_red_circle" in message
+    assert f"all 8 videos are in {workdir}; contact sheets and settings" in message and len(written) == 4
     assert (workdir / "000_a_blue_square_moving_up_seed0.mp4").read_bytes() == kept[
         "004_a_blue_square_moving_up_seed0.mp4"
     ]
     assert len(json.loads((workdir / "settings.json").read_text())["videos"]) == 8
 
 
-def test_words_that_the_toy_never_saw_are_told_together(tmp_path, capsys, monkeypatch):
+def test_words_that_the_toy_never_saw_are_reported_together(tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(verb, "load_weights")
     rows = ["a red circle moving left", "a red dog moving left", "a red circle moving left", "a red cat", "red " * 8]
     (tmp_path / "prompts.txt").write_text("\n".join((*rows, "a red dog moving left")))
@@ -192,7 +194,7 @@ def test_words_that_the_toy_never_saw_are_told_together(tmp_path, capsys, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_a_workdir_that_cannot_be_is_told_before_the_run_is_opened(tmp_path, capsys, monkeypatch):
+def test_a_workdir_that_cannot_be_is_reported_before_the_run_is_opened(tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(verb, "open_run")
     (tmp_path / "file").touch()
     assert generate(tmp_path / "file" / "videos") == 2

@@ -117,13 +117,13 @@ def test_a_verb_writes_below_its_workdir_alone(tmp_path):
     write_wan_folder(tmp_path / "in" / "release", shards=1)
     make_world(ShapesConfig(), channels=16, text_length=8).save(tmp_path / "in" / "world")
     (tmp_path / "in" / "prompts.txt").write_text("a red circle moving left")
-    asked, told = commands(tmp_path), tmp_path.with_name(tmp_path.name + ".json")
+    asked, recorded = commands(tmp_path), tmp_path.with_name(tmp_path.name + ".json")
     places = {"HOME": "home", "TMPDIR": "tmp"}
     env = os.environ | {name: str(tmp_path / place) for name, place in places.items()} | {"PYTHONPATH": str(ROOT)}
     env = {name: value for name, value in env.items() if not name.startswith("XDG_")}
-    argv = [sys.executable, "-c", WATCHER, str(tmp_path), json.dumps(asked), str(told)]
+    argv = [sys.executable, "-c", WATCHER, str(tmp_path), json.dumps(asked), str(recorded)]
     subprocess.run(argv, env=env, cwd=tmp_path / "here", check=True, stdout=subprocess.DEVNULL)
-    for name, (code, changed) in json.loads(told.read_text()).items():
+    for name, (code, changed) in json.loads(recorded.read_text()).items():
         inside = [file for file in changed if file.startswith(f"out/{name}/")]
         others = [file for file in changed if file not in inside and not file.startswith(CACHES)]
         assert (name, code, others) == (name, 0, []) and inside

@@ -1,1 +1,1 @@
-"""Side wing: the same weights and inputs through cfjax and through PyTorch, told apart in one table."""
+"""The same weights and inputs through cfjax and through PyTorch, and the differences in one table."""

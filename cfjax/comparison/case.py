@@ -1,4 +1,4 @@
-"""What is compared: weights that are made or read when a check asks for them, and named random test inputs."""
+"""The subject of a comparison: weights that are made or read on demand, and named random test inputs."""
 
 import zlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from cfjax.comparison.report import Absent
+from cfjax.comparison.report import MissingPart
 from cfjax.core.errors import UserError
 from cfjax.core.precision import F32
 from cfjax.core.tree import map_named
@@ -24,7 +24,7 @@ WIDTHS = ("toy", "full")
 
 @dataclass(frozen=True)
 class Case:
-    """Weights and sizes of one comparison. Every part is a function, so that it is read, compared and freed in turn.
+    """Weights and sizes of one comparison. Parts are functions, so that one at a time is loaded, compared and freed.
 
     Attributes:
       dit, vae, text_encoder: return the module, float32; None when there is none to compare.
@@ -59,7 +59,7 @@ class Case:
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())]).random(shape, np.float32)
 
     def bound(self, usual: float) -> float:
-        """The tolerance of a check whose own is `usual`."""
+        """The tolerance of a check whose default is `usual`."""
         return usual if self.tolerance is None else self.tolerance
 
 
@@ -67,10 +67,10 @@ def have(part: str, make: Callable[[], Any] | None) -> Any:
     """The part itself.
 
     Raises:
-      Absent: the case has none.
+      MissingPart: the case has none.
     """
     if make is None:
-        raise Absent(f"there is no {part} to compare")
+        raise MissingPart(f"there is no {part} to compare")
     return make()
 
 

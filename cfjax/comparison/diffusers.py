@@ -1,8 +1,8 @@
 """The same weights through diffusers' and transformers' Wan classes: independent code, in float32 on the CPU.
 
-Weights go over by the conversion tables, strictly; inputs, noise and timesteps are the same arrays. Each check makes or
-reads one part, computes ours, hands the weights over, and computes theirs: at no time are there more than a few copies
-of one part in memory.
+Weights are converted by the conversion tables, strictly; inputs, noise and timesteps are the same arrays. Each check
+makes or reads one part, computes ours, converts the weights, and computes theirs: memory never holds more than a few
+copies of one part.
 """
 
 from functools import partial

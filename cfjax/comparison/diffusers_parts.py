@@ -14,7 +14,7 @@ from einops import rearrange
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfjax.comparison.case import Case, have
-from cfjax.comparison.report import Absent, Row, compare_arrays
+from cfjax.comparison.report import MissingPart, Row, compare_arrays
 from cfjax.comparison.twins import from_torch, recorded, text_twin, to_torch, vae_twin
 from cfjax.conversion import umt5, vae
 from cfjax.core.precision import F32
@@ -91,7 +91,7 @@ def _compare_pass(
 ) -> list[Row]:
     """One way through the autoencoder: a whole clip; decoding, the same clip as a stream too.
 
-    Only where a whole clip differs are the layers looked at: they take memory. Theirs runs a latent frame at a time.
+    Layers are compared only if a whole clip differs, as they take memory. Theirs runs a latent frame at a time.
     """
     step = _encode_step if way == "encode" else _decode_step
     ours, theirs = _streamed(step, model, x), from_torch(run(to_torch(x)))
@@ -191,7 +191,7 @@ def check_text(case: Case) -> list[Row]:
 def check_tokenizer(case: Case) -> list[Row]:
     """Token ids and masks of cleaned captions, equal."""
     if not case.tokenizer:
-        raise Absent("there is no tokenizer to compare")
+        raise MissingPart("there is no tokenizer to compare")
     ids, mask = load_tokenizer(case.tokenizer).encode(CAPTIONS, case.text_length)
     tokenizer, note = _their_tokenizer(case.tokenizer)
     theirs = tokenizer(

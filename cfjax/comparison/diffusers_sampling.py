@@ -43,15 +43,15 @@ def wan_scheduler(shift: float) -> UniPCMultistepScheduler:
 
 
 def check_unipc(case: Case) -> list[Row]:
-    """The sampler's grid bit for bit, and a whole solve of a nonlinear ODE that stands in for the network."""
+    """The sampler's grid bit for bit, and a whole solve of a nonlinear ODE in place of the network."""
     sampler = ManyStep(steps=case.steps)
-    sigmas, told = sampler.grid()
+    sigmas, model_sigmas = sampler.grid()
     scheduler = wan_scheduler(sampler.shift)
     scheduler.set_timesteps(case.steps)
-    assert told is not None
+    assert model_sigmas is not None
     rows = [
         compare_arrays("unipc", "sigmas", sigmas, scheduler.sigmas.numpy(), tolerance=0.0),
-        compare_arrays("unipc", "timesteps", told * 1000, scheduler.timesteps.numpy(), tolerance=1e-12),
+        compare_arrays("unipc", "timesteps", model_sigmas * 1000, scheduler.timesteps.numpy(), tolerance=1e-12),
     ]
     width = 16
     w_in, w_out = case.normal("w_in", width, 32) / 4, case.normal("w_out", 32, width) / 4
@@ -64,7 +64,7 @@ def check_unipc(case: Case) -> list[Row]:
         inner = torch.tanh(x @ torch.tensor(w_in) + 4.0 * sigma * torch.tensor(bias))
         return 2.0 * inner @ torch.tensor(w_out) + torch.sin(3.0 * x)
 
-    ours = jax.jit(lambda x: unipc(velocity, x, sigmas, model_sigmas=told))(noise)
+    ours = jax.jit(lambda x: unipc(velocity, x, sigmas, model_sigmas=model_sigmas))(noise)
     sample = torch.tensor(noise)
     for t in scheduler.timesteps:
         sample = scheduler.step(velocity_torch(sample, t.item() / 1000), t, sample, return_dict=False)[0]

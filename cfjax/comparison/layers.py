@@ -1,4 +1,4 @@
-"""What every layer of the video network puts out, layer by layer: to find where two implementations part."""
+"""Outputs of every layer of the video network, to find the first at which two implementations differ."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def _before_blocks(
     patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
     e_BFD, e0_BF6D = embed_time(model, sigma_BF)
     embeddings = {
-        "patch_embedding": config.precision.to_island(model.patch_embedding(patches, config.precision.compute)),
+        "patch_embedding": config.precision.to_norm_dtype(model.patch_embedding(patches, config.precision.compute)),
         "time_embedding": e_BFD,
         "time_projection": e0_BF6D,
         "text_embedding": model.text_embedding(text_BSE, config.precision.compute),

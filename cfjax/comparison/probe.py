@@ -41,7 +41,7 @@ class Subject:
         return have("dit", self.case.dit)
 
     def role(self, name: str) -> Wan:
-        """Another network of the same sizes (ema, teacher, critic, real_score): the student's weights, shaken."""
+        """Another network of the same sizes (ema, teacher, critic, real_score): the student's weights, perturbed."""
         if name == "student":
             return self.student
         shaken = lambda leaf, x: x * (1.0 + SHAKE * self.case.normal(f"{name} {leaf}", *x.shape))
@@ -89,8 +89,8 @@ class Subject:
         return (low + (high - low) * self.case.uniform(name, *shape)).astype(np.int64)
 
 
-class NotThere(Exception):
-    """The reference has nothing to compare with; the message says why."""
+class NotInReference(Exception):
+    """The reference has no counterpart; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Probe:
         """The reference's results.
 
         Raises:
-          NotThere: this clone cannot give them.
+          NotInReference: this clone cannot give them.
         """
         return {name: np.asarray(x) for name, x in self.theirs(reference, subject).items()}
 
@@ -149,10 +149,10 @@ class Probe:
             )
 
     def compare(self, reference: "Reference", subject: Subject) -> Iterator[Row]:
-        """Runs both sides. What the clone does not have is one row that says so and does not fail."""
+        """Runs both sides. What the clone does not have is one row that says so and passes."""
         try:
             theirs = self.run_theirs(reference, subject)
-        except NotThere as absent:
+        except NotInReference as absent:
             yield Row(self.part, self.what, (), math.nan, math.nan, math.nan, self.tolerance, "", str(absent), True)
             return
         yield from self.rows(subject, self.run_ours(subject), theirs)

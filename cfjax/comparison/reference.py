@@ -1,4 +1,4 @@
-"""A user's clone of the PyTorch reference, imported from where it lies and made to run on a CPU from outside.
+"""A user's clone of the PyTorch reference, imported in place and patched at run time to run on a CPU.
 
 Works on clones of Causal-Forcing and of its ancestor Self-Forcing. Nothing of a clone is copied, and nothing in it is
 changed on disk: CUDA-only imports are stubbed in `sys.modules`, flash and flex attention become dense attention in the
@@ -85,7 +85,7 @@ class _Bf16Times:
 
 
 class NoEncoder(torch.nn.Module):
-    """Stands where the clone builds its text encoder or VAE. As a text encoder, returns the rows it was given."""
+    """Replaces the clone's text encoder or VAE. As a text encoder, returns the rows it was given."""
 
     def __init__(self, rows: Mapping[str, torch.Tensor] | None = None):
         super().__init__()
@@ -100,7 +100,7 @@ class NoEncoder(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the reference hard-codes.
+    """Sizes that the reference hard-codes.
 
     Attributes:
       config: of the network.
@@ -129,14 +129,14 @@ class Reference:
 
     Attributes:
       root: its folder.
-      name: "Causal-Forcing" or "Self-Forcing", told by what it holds.
+      name: "Causal-Forcing" or "Self-Forcing", by its files.
     """
 
     root: Path
     name: str
 
     def module(self, name: str) -> Any:
-        """One of the clone's modules by dotted name; what it prints while importing is dropped."""
+        """One of the clone's modules by dotted name; its output while importing is suppressed."""
         with self.quiet():
             return importlib.import_module(name)
 

@@ -56,7 +56,7 @@ def _check(root: Path, probes: Callable[[Subject], list[Probe]], case: Case) -> 
 
 
 def open_checks(reference_dir: str | Path) -> dict[str, Check[Case]]:
-    """The checks of a clone, which is imported anew for each.
+    """The checks of a clone, which is imported afresh for each.
 
     Raises:
       UserError: the folder is missing or is not a clone.

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfjax.comparison.case import have
-from cfjax.comparison.probe import Arrays, NotThere, Probe, Subject, from_torch, to_torch
+from cfjax.comparison.probe import Arrays, NotInReference, Probe, Subject, from_torch, to_torch
 from cfjax.comparison.reference import Reference, load_strictly, uninitialised
-from cfjax.comparison.report import Absent
+from cfjax.comparison.report import MissingPart
 from cfjax.conversion.umt5 import export_umt5
 from cfjax.conversion.vae import export_vae
 from cfjax.core.precision import F32
@@ -65,7 +65,7 @@ def _theirs_vae(reference: Reference, subject: Subject) -> Arrays:
     vae = have("vae", subject.case.vae)
     config = vae.config
     if config.z_dim != 16:
-        raise NotThere("the reference normalises 16 latent channels")
+        raise NotInReference("the reference normalises 16 latent channels")
     with uninitialised():
         network = reference.module("wan.modules.vae").WanVAE_(
             dim=config.base_dim, z_dim=config.z_dim, dim_mult=list(config.multipliers),
@@ -164,5 +164,5 @@ def tokenizer_probes(subject: Subject) -> list[Probe]:
       Absent: the case has no tokenizer.
     """
     if not subject.case.tokenizer:
-        raise Absent("there is no tokenizer to compare")
+        raise MissingPart("there is no tokenizer to compare")
     return [Probe("tokenizer", "", _ours_ids, _theirs_ids, tolerance=0.0)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cfjax.comparison.layers import layer_outputs
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, jit_once, to_torch
+from cfjax.comparison.probe import BATCH, Arrays, NotInReference, Probe, Subject, from_torch, jit_once, to_torch
 from cfjax.comparison.reference import NoEncoder, Reference, Sizes
 from cfjax.flow.path import add_noise
 from cfjax.flow.schedule import bsmntw, lookup, sigma_table, unipc_grid, warp_steps
@@ -108,8 +108,8 @@ def _ours_flow(subject: Subject, visibility: Visibility, frames: int, aug: bool)
     clean = clean_sigma = None
     if visibility.kind == "teacher_forced":
         clean = jnp.asarray(subject.latents("clean", frames))
-        told = jnp.asarray(table[level_index(subject, blocks, frames, "clean level")])
-        clean_sigma = told if aug else jnp.zeros_like(told)
+        drawn = jnp.asarray(table[level_index(subject, blocks, frames, "clean level")])
+        clean_sigma = drawn if aug else jnp.zeros_like(drawn)
     run = jit_once(partial(_ours_pass, visibility=visibility))
     flow = run(subject.student, x, sigma_BF, text, clean, clean_sigma)
     out = {"": np.asarray(flow)}
@@ -131,7 +131,9 @@ def _theirs_flow(reference: Reference, subject: Subject, visibility: Visibility,
     blocks, forced = visibility.blocks, visibility.kind == "teacher_forced"
     causal = visibility.kind != "full"
     if causal and frames * subject.tokens_per_frame * (2 if forced else 1) % 128 == 0:
-        raise NotThere("the reference cannot take a multiple of 128 tokens (quirk Q15); change frames, height or width")
+        raise NotInReference(
+            "the reference cannot take a multiple of 128 tokens (quirk Q15); change frames, height or width"
+        )
     sizes = reference_sizes(subject, frames, blocks)
     wrapper = reference.wrapper(subject.weights(), sizes, causal=causal)
     if causal:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, gradients, jit_once, to_torch
+from cfjax.comparison.probe import BATCH, Arrays, NotInReference, Probe, Subject, gradients, jit_once, to_torch
 from cfjax.comparison.reference import Reference, Sizes, fit
 from cfjax.comparison.reference_forward import STEPS, reference_sizes
 from cfjax.nn.visibility import Blocks
@@ -95,9 +95,11 @@ def build_model(reference: Reference, module: str, name: str, sizes: Sizes, args
 
 
 def tokens_fit(subject: Subject, tokens: int) -> None:
-    """Raises NotThere where the reference's flex attention could not take as many frames of tokens."""
+    """Raises NotInReference where the reference's flex attention could not take as many frames of tokens."""
     if tokens * subject.tokens_per_frame % 128 == 0:
-        raise NotThere("the reference cannot take a multiple of 128 tokens (quirk Q15); change frames, height or width")
+        raise NotInReference(
+            "the reference cannot take a multiple of 128 tokens (quirk Q15); change frames, height or width"
+        )
 
 
 # AR diffusion
@@ -165,7 +167,7 @@ def _theirs_ode(reference: Reference, subject: Subject, how: Regression, blocks:
     frames, forced = subject.case.frames, how.past == "clip"
     if forced != (reference.name == "Causal-Forcing"):
         past = "noisy blocks at a level each" if reference.name == "Self-Forcing" else "clean blocks at one level"
-        raise NotThere(f"not in this clone ({reference.name}): its ODE regression has {past}")
+        raise NotInReference(f"not in this clone ({reference.name}): its ODE regression has {past}")
     tokens_fit(subject, frames * (2 if forced else 1))
     sizes = reference_sizes(subject, frames, blocks)
     args = arguments(sizes, denoising_step_list=list(STEPS))
@@ -195,7 +197,7 @@ def _ours_consistency(subject: Subject, blocks: Blocks, quirks: bool) -> Arrays:
 
 def _theirs_consistency(reference: Reference, subject: Subject, blocks: Blocks, quirks: bool) -> Arrays:
     if not reference.has("model/naive_consistency.py"):
-        raise NotThere(f"not in this clone ({reference.name}): consistency distillation")
+        raise NotInReference(f"not in this clone ({reference.name}): consistency distillation")
     frames = subject.case.frames
     tokens_fit(subject, 2 * frames)
     sizes = reference_sizes(subject, frames, blocks)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cfjax.comparison.probe import Arrays, NotThere, Probe, Subject, to_torch
+from cfjax.comparison.probe import Arrays, NotInReference, Probe, Subject, to_torch
 from cfjax.comparison.reference import Reference, fit, zero_caches
 from cfjax.comparison.reference_codec import FadingCodec, FadingVAE
 from cfjax.comparison.reference_forward import STEPS, reference_sizes
@@ -35,10 +35,10 @@ DMD_FRAMES, DMD_BATCH = 21, 1
 
 
 @dataclass(frozen=True)
-class Exits:
+class RolloutSetup:
     """One self-rollout: layout, step lists, the exit step of the first block and of the others, score draws k.
 
-    Without `quirks` the reference's Q3, Q4 and Q6 are mended in it, and ours are off. `frames` are rolled out, of
+    Without `quirks` the reference is patched without Q3, Q4 and Q6, and ours are off. `frames` are rolled out, of
     `max_frames` at most.
     """
 
@@ -53,7 +53,7 @@ class Exits:
     max_frames: int = DMD_FRAMES
 
 
-def _dmd_draws(subject: Subject, exits: Exits) -> dict[str, np.ndarray]:
+def _dmd_draws(subject: Subject, exits: RolloutSetup) -> dict[str, np.ndarray]:
     count = len(exits.blocks.spans(exits.max_frames))
     steps = max(len(exits.steps), len(exits.first_steps))
     latents = lambda name, frames=exits.max_frames: subject.latents(name, frames)[:DMD_BATCH]
@@ -62,14 +62,14 @@ def _dmd_draws(subject: Subject, exits: Exits) -> dict[str, np.ndarray]:
         "noise_BFHWC": latents("noise"),
         "renoise_BFJHWC": np.stack([latents(f"renoise {j}") for j in range(max(steps - 1, 1))], axis=2),
         "context_BFHWC": latents("context"),
-        "exit_N": np.array([exits.first] + [exits.rest] * (count - 1), np.int32),
+        "exit_G": np.array([exits.first] + [exits.rest] * (count - 1), np.int32),
         "score_sigma_B": np.asarray(score_sigma(score_u, 5.0, 0.02, 0.98)),
         "score_eps_BFHWC": latents("score eps", DMD_FRAMES),
         "count": np.array(len(exits.blocks.spans(exits.frames)), np.int32),
     }
 
 
-def _recorded(draws: dict[str, np.ndarray], exits: Exits) -> Iterator[torch.Tensor]:
+def _recorded(draws: dict[str, np.ndarray], exits: RolloutSetup) -> Iterator[torch.Tensor]:
     """The same draws in the order and the shapes in which the reference asks for them."""
     spans = exits.blocks.spans(exits.frames)
     yield torch.tensor([len(spans)])
@@ -79,7 +79,7 @@ def _recorded(draws: dict[str, np.ndarray], exits: Exits) -> Iterator[torch.Tens
         yield torch.full((len(spans) - 1,), exits.rest)
     else:
         yield torch.full((len(spans),), exits.rest)
-    for (start, stop), last in zip(spans, draws["exit_N"], strict=False):
+    for (start, stop), last in zip(spans, draws["exit_G"], strict=False):
         for j in range(last):
             yield to_torch(draws["renoise_BFJHWC"][:, start:stop, j]).flatten(0, 1)
         yield to_torch(draws["context_BFHWC"][:, start:stop]).flatten(0, 1)
@@ -87,7 +87,7 @@ def _recorded(draws: dict[str, np.ndarray], exits: Exits) -> Iterator[torch.Tens
     yield to_torch(draws["score_eps_BFHWC"])
 
 
-def _ours_dmd(subject: Subject, exits: Exits, which: str) -> Arrays:
+def _ours_dmd(subject: Subject, exits: RolloutSetup, which: str) -> Arrays:
     levels = lambda steps: tuple(map(float, warp_steps(steps, 5.0))) if steps else ()
     rolled = SelfForcing(levels(exits.steps), levels(exits.first_steps))
     config = DMDConfig(rolled)
@@ -106,7 +106,7 @@ def _ours_dmd(subject: Subject, exits: Exits, which: str) -> Arrays:
     return our_loss(make(config, blocks), role, models, batch, draws)
 
 
-def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str) -> Arrays:
+def _theirs_dmd(reference: Reference, subject: Subject, exits: RolloutSetup, which: str) -> Arrays:
     sizes = reference_sizes(subject, DMD_FRAMES, exits.blocks)
     args = arguments(
         sizes, denoising_step_list=list(exits.steps), denoising_step_list_first_chunk=list(exits.first_steps) or None,
@@ -118,7 +118,7 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str
     model.vae = FadingVAE()
     model.num_training_frames, model.min_score_timestep = exits.max_frames, 0  # SiD leaves them out (quirk Q24)
     if exits.first_steps and not hasattr(model, "denoising_step_list_first_chunk"):
-        raise NotThere(f"not in this clone ({reference.name}): a step list of its own for the first block")
+        raise NotInReference(f"not in this clone ({reference.name}): a step list of its own for the first block")
     for network, name in ((model.generator, "student"), (model.fake_score, "critic"), (model.real_score, "real_score")):
         fit(network, subject.weights(name), sizes)
     # Without recomputation the reference's cache writes make its backward pass fail (quirk Q6).
@@ -130,7 +130,7 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str
     pipeline._initialize_kv_cache = lambda **_: setattr(pipeline, "kv_cache1", own)
     pipeline._initialize_crossattn_cache = lambda **_: setattr(pipeline, "crossattn_cache", text)
     if not exits.quirks:
-        _mend(model, own)
+        _without_quirks(model, own)
     compute: Callable[..., Any] = model.critic_loss if which == "critic" else model.generator_loss
     shape = [DMD_BATCH, DMD_FRAMES, subject.config.in_dim, subject.case.height, subject.case.width]
     with reference.draws(*_recorded(_dmd_draws(subject, exits), exits)):
@@ -138,7 +138,7 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: Exits, which: str
         return their_loss(loss, (model.fake_score if which == "critic" else model.generator).model)
 
 
-def _mend(model: Any, caches: list[dict[str, torch.Tensor]]) -> None:
+def _without_quirks(model: Any, caches: list[dict[str, torch.Tensor]]) -> None:
     """The reference's DMD without Q3 (shift-8 tables), Q4 (noise on what is cached), Q6 (gradient through caches)."""
     for network in (model.fake_score, model.real_score):
         network.scheduler = model.generator.scheduler
@@ -161,7 +161,7 @@ def _causvid_draws(subject: Subject, blocks: Blocks) -> dict[str, np.ndarray]:
     """The blocks' levels run through the list."""
     spans = enumerate(blocks.spans(DMD_FRAMES))
     levels = np.concatenate([np.full(stop - start, number % len(STEPS)) for number, (start, stop) in spans])
-    score = _dmd_draws(subject, Exits(blocks))
+    score = _dmd_draws(subject, RolloutSetup(blocks))
     return {
         "noise_BFHWC": score["noise_BFHWC"],
         "level_BF": np.broadcast_to(levels[None], (DMD_BATCH, DMD_FRAMES)).astype(np.int32),
@@ -193,7 +193,7 @@ def _theirs_causvid(reference: Reference, subject: Subject, blocks: Blocks, forc
         fit(network, subject.weights(name), sizes)
     draws = _causvid_draws(subject, blocks)
     noise, levels = to_torch(draws["noise_BFHWC"]), torch.tensor(draws["level_BF"]).long()
-    score = torch.full((DMD_BATCH, 1), Exits(blocks).score_k), to_torch(draws["score_eps_BFHWC"])
+    score = torch.full((DMD_BATCH, 1), RolloutSetup(blocks).score_k), to_torch(draws["score_eps_BFHWC"])
     compute: Callable[..., Any] = model.critic_loss if which == "critic" else model.generator_loss
     clip = to_torch(subject.latents("clip", DMD_FRAMES)[:DMD_BATCH])
     with reference.draws(*[noise] * len(STEPS), levels, *score):
@@ -217,11 +217,11 @@ def causvid_probes(subject: Subject) -> list[Probe]:
 def dmd_probes(subject: Subject) -> list[Probe]:
     """Distribution matching: generator and critic, at inner levels and at the bounds, with a first-block list; SiD."""
     probes = []
-    chunks = Exits(subject.blocks(DMD_FRAMES)[0])
-    frames = Exits(Blocks(frames=1), steps=(1000, 500), first_steps=STEPS, first=3, rest=1)
-    upper = Exits(chunks.blocks, first=0, rest=0, score_k=970)
-    lower = Exits(chunks.blocks, first=0, rest=0, score_k=2)
-    mended = replace(chunks, quirks=False)
+    chunks = RolloutSetup(subject.blocks(DMD_FRAMES)[0])
+    frames = RolloutSetup(Blocks(frames=1), steps=(1000, 500), first_steps=STEPS, first=3, rest=1)
+    upper = RolloutSetup(chunks.blocks, first=0, rest=0, score_k=970)
+    lower = RolloutSetup(chunks.blocks, first=0, rest=0, score_k=2)
+    without = replace(chunks, quirks=False)
     size = chunks.blocks.frames
     long = replace(chunks, frames=DMD_FRAMES + size, max_frames=DMD_FRAMES + 2 * size)
     for which, name in (("dmd", "DMD generator"), ("critic", "critic")):
@@ -230,7 +230,7 @@ def dmd_probes(subject: Subject) -> list[Probe]:
             (upper, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.98"),
             (lower, f"blocks of {chunks.blocks.frames}, exit at step 1, score level 0.02"),
             (frames, "blocks of 1, 2 steps, first block 4"),
-            (mended, f"blocks of {chunks.blocks.frames}, without the quirks"),
+            (without, f"blocks of {chunks.blocks.frames}, without the quirks"),
             (long, f"blocks of {size}, the end of {long.frames} frames"),
         ):
             probes.append(probe_of("dmd", f"{name}, {what}", _ours_dmd, _theirs_dmd, exits, which))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from cfjax.comparison.probe import BATCH, Arrays, NotThere, Probe, Subject, from_torch, to_torch
+from cfjax.comparison.probe import BATCH, Arrays, NotInReference, Probe, Subject, from_torch, to_torch
 from cfjax.comparison.reference import NoEncoder, Reference, Sizes, dense_attention, zero_caches
 from cfjax.comparison.reference_forward import reference_sizes
 from cfjax.models.cache import init_cache, visible_frames, write
@@ -24,7 +24,7 @@ NEGATIVE = "nothing"
 
 
 @dataclass(frozen=True)
-class Roll:
+class SamplingSetup:
     """One way of sampling: the layout, the few-step lists, and how many frames are given first."""
 
     blocks: Blocks
@@ -38,11 +38,11 @@ def _rows(subject: Subject) -> dict[str, torch.Tensor]:
     return text | {NEGATIVE: torch.tensor(subject.negative_text[None])}
 
 
-def _sizes(subject: Subject, roll: Roll) -> Sizes:
+def _sizes(subject: Subject, roll: SamplingSetup) -> Sizes:
     return reference_sizes(subject, subject.case.frames + roll.given, roll.blocks)
 
 
-def _pipeline_args(subject: Subject, roll: Roll) -> SimpleNamespace:
+def _pipeline_args(subject: Subject, roll: SamplingSetup) -> SimpleNamespace:
     return SimpleNamespace(
         denoising_step_list=list(roll.steps), denoising_step_list_first_chunk=list(roll.first_steps) or None,
         warp_denoising_step=True, context_noise=0, independent_first_frame=False,
@@ -51,13 +51,13 @@ def _pipeline_args(subject: Subject, roll: Roll) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def _renoise(subject: Subject, roll: Roll) -> np.ndarray:
+def _renoise(subject: Subject, roll: SamplingSetup) -> np.ndarray:
     """Fresh noise between the steps, [B, F, J, H, W, C]."""
     count = max(len(roll.steps), len(roll.first_steps)) - 1
     return np.stack([subject.latents(f"renoise {j}") for j in range(max(count, 1))], axis=2)
 
 
-def _recorded(renoise: np.ndarray, roll: Roll) -> Iterator[torch.Tensor]:
+def _recorded(renoise: np.ndarray, roll: SamplingSetup) -> Iterator[torch.Tensor]:
     """The same noise in the order and the shapes in which the pipeline asks for it."""
     for number, (start, stop) in enumerate(roll.blocks.spans(renoise.shape[1])):
         steps = roll.first_steps if number == 0 and roll.first_steps else roll.steps
@@ -65,11 +65,11 @@ def _recorded(renoise: np.ndarray, roll: Roll) -> Iterator[torch.Tensor]:
             yield to_torch(renoise[:, start:stop, j]).flatten(0, 1)
 
 
-def _given(subject: Subject, roll: Roll) -> np.ndarray | None:
+def _given(subject: Subject, roll: SamplingSetup) -> np.ndarray | None:
     return subject.latents("given", roll.given) if roll.given else None
 
 
-def _theirs_few(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
+def _theirs_few(reference: Reference, subject: Subject, roll: SamplingSetup) -> Arrays:
     pipelines = reference.module("pipeline.causal_inference")
     sizes = _sizes(subject, roll)
     wrapper = reference.wrapper(subject.weights(), sizes, causal=True)
@@ -79,7 +79,7 @@ def _theirs_few(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
             _pipeline_args(subject, roll), "cpu", generator=wrapper, text_encoder=rows, vae=NoEncoder()
         )
     if roll.first_steps and not hasattr(pipeline, "denoising_step_list_first_chunk"):
-        raise NotThere(f"not in this clone ({reference.name}): a step list of its own for the first block")
+        raise NotInReference(f"not in this clone ({reference.name}): a step list of its own for the first block")
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = subject.config.num_layers, subject.tokens_per_frame
     given, noise, renoise = _given(subject, roll), subject.latents("noise"), _renoise(subject, roll)
     latents = []
@@ -97,7 +97,7 @@ def _theirs_few(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
     return {"": np.concatenate(latents)}
 
 
-def _ours_few(subject: Subject, roll: Roll) -> Arrays:
+def _ours_few(subject: Subject, roll: SamplingSetup) -> Arrays:
     sampler = FewStep(steps=roll.steps, first_steps=roll.first_steps)
     given = _given(subject, roll)
 
@@ -111,7 +111,7 @@ def _ours_few(subject: Subject, roll: Roll) -> Arrays:
     return {"": np.asarray(jax.jit(sample)(subject.student, *draws, given))}
 
 
-def _theirs_many(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
+def _theirs_many(reference: Reference, subject: Subject, roll: SamplingSetup) -> Arrays:
     pipelines = reference.module("pipeline.causal_diffusion_inference")
     sizes = _sizes(subject, roll)
     wrapper = reference.wrapper(subject.weights(), sizes, causal=True)
@@ -129,7 +129,7 @@ def _theirs_many(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
     return {"": from_torch(latents)}
 
 
-def _ours_many(subject: Subject, roll: Roll) -> Arrays:
+def _ours_many(subject: Subject, roll: SamplingSetup) -> Arrays:
     sampler = ManyStep(steps=subject.case.steps)
 
     def sample(model: Any, noise: jax.Array, text: jax.Array, negative: jax.Array) -> jax.Array:
@@ -140,8 +140,8 @@ def _ours_many(subject: Subject, roll: Roll) -> Arrays:
     return {"": np.asarray(jax.jit(sample)(subject.student, *args))}
 
 
-def _theirs_seen(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
-    """Which frames the last call of every block attends to, told by their keys in the first layer."""
+def _theirs_seen(reference: Reference, subject: Subject, roll: SamplingSetup) -> Arrays:
+    """Frames that the last call of every block attends to, recognised by their keys in the first layer."""
     seen: list[np.ndarray] = []
 
     def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> torch.Tensor:
@@ -163,7 +163,7 @@ def _theirs_seen(reference: Reference, subject: Subject, roll: Roll) -> Arrays:
     return {"": matrix}
 
 
-def _ours_seen(subject: Subject, roll: Roll) -> Arrays:
+def _ours_seen(subject: Subject, roll: SamplingSetup) -> Arrays:
     case, config = subject.case, subject.config
     cache = init_cache(config, 1, case.frames, 1, roll.blocks)
     spans = roll.blocks.spans(case.frames)
@@ -189,7 +189,7 @@ def _windows(frames: int) -> list[Blocks]:
     return [blocks for blocks in layouts if frames % blocks.frames == 0 and blocks.window < frames]
 
 
-def _few(what: str, roll: Roll) -> Probe:
+def _few(what: str, roll: SamplingSetup) -> Probe:
     return Probe("rollout", what, lambda s: _ours_few(s, roll), lambda r, s: _theirs_few(r, s, roll))
 
 
@@ -198,12 +198,14 @@ def rollout_probes(subject: Subject) -> list[Probe]:
     probes = []
     for blocks in subject.blocks(subject.case.frames):
         size = f"blocks of {blocks.frames}"
-        probes.append(_few(f"few-step, {size}", Roll(blocks)))
-        few = Roll(blocks, steps=(1000, 500), first_steps=(1000, 750, 500, 250))
+        probes.append(_few(f"few-step, {size}", SamplingSetup(blocks)))
+        few = SamplingSetup(blocks, steps=(1000, 500), first_steps=(1000, 750, 500, 250))
         probes.append(_few(f"2 steps, first block 4, {size}", few))
-        probes.append(_few(f"few-step, {blocks.frames} frames given, {size}", Roll(blocks, given=blocks.frames)))
+        probes.append(
+            _few(f"few-step, {blocks.frames} frames given, {size}", SamplingSetup(blocks, given=blocks.frames))
+        )
     for blocks in subject.blocks(subject.case.frames):
-        roll = Roll(blocks)
+        roll = SamplingSetup(blocks)
         what = f"many-step (UniPC {subject.case.steps}, guidance 3), blocks of {blocks.frames}"
         ours, theirs = lambda s, r=roll: _ours_many(s, r), lambda f, s, r=roll: _theirs_many(f, s, r)
         probes.append(Probe("rollout", what, ours, theirs))
@@ -214,7 +216,7 @@ def window_probes(subject: Subject) -> list[Probe]:
     """Local attention: which frames every block sees, and what comes out."""
     probes = []
     for blocks in _windows(subject.case.frames):
-        roll = Roll(blocks, steps=(1000, 500))
+        roll = SamplingSetup(blocks, steps=(1000, 500))
         what = f"blocks of {blocks.frames}, window {blocks.window}, sink {blocks.sink}"
         seen, seen_theirs = lambda s, r=roll: _ours_seen(s, r), lambda f, s, r=roll: _theirs_seen(f, s, r)
         probes.append(Probe("window", f"frames seen, {what}", seen, seen_theirs, tolerance=0.0))

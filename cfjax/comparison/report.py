@@ -1,4 +1,4 @@
-"""One table for every comparison: what was compared, how far apart the two sides are, and where they part.
+"""One table for every comparison: the quantity, the errors, and the first layer that differs.
 
 A *check* is a function from a subject (weights and test inputs, `case.Case`) to rows; each side of a comparison keeps
 its checks in a dict by name, from which `--only` picks.
@@ -152,18 +152,18 @@ def pick(checks: Mapping[str, Check[Subject]], only: str) -> dict[str, Check[Sub
     return {name: check for name, check in checks.items() if not names or name in names}
 
 
-class Absent(UserError):
-    """What a check needs is not there: a part that the run does not have."""
+class MissingPart(UserError):
+    """A part that a check needs is missing in the run."""
 
 
 def run_checks(
-    checks: Mapping[str, Check[Subject]], subject: Subject, tell: Callable[[str], None], *, strict: bool
+    checks: Mapping[str, Check[Subject]], subject: Subject, log: Callable[[str], None], *, strict: bool
 ) -> tuple[list[Row], dict[str, float]]:
     """All rows, and the seconds of every check.
 
     Args:
-      tell: hears one line per check, before it runs.
-      strict: a check whose part is absent is an error, and not left out.
+      log: called with one line per check, before it runs.
+      strict: a check whose part is absent is an error instead of being skipped.
 
     Raises:
       UserError: `strict`, and something is absent.
@@ -171,14 +171,14 @@ def run_checks(
     rows: list[Row] = []
     seconds = {}
     for name, check in checks.items():
-        tell(f"  {name} ...")
+        log(f"  {name} ...")
         start = time.perf_counter()
         try:
             rows += check(subject)
-        except Absent as absent:
+        except MissingPart as absent:
             if strict:
                 raise UserError(f"--only={name}: {absent}") from None
-            tell(f"  {name} is left out: {absent}")
+            log(f"  {name} is left out: {absent}")
             continue
         seconds[name] = round(time.perf_counter() - start, 2)
     return rows, seconds
@@ -212,7 +212,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def worst(rows: Sequence[Row]) -> Row:
-    """The row that uses most of its tolerance; one that cannot be compared comes first."""
+    """The row with the largest error relative to its tolerance; one that cannot be compared comes first."""
 
     def used(row: Row) -> float:
         if math.isnan(row.max_rel):
@@ -223,7 +223,7 @@ def worst(rows: Sequence[Row]) -> Row:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """How many rows agree, in words, and which comes nearest to its tolerance or lies furthest past it."""
+    """One line: how many rows agree, and which is nearest to its tolerance or exceeds it most."""
     compared = [row for row in rows if not (row.ok and math.isnan(row.max_rel))]
     if not compared:
         return "nothing was compared"

@@ -1,1 +1,1 @@
-"""Weights in other people's layouts: strict tables, and nothing that runs a network."""
+"""Conversion of weights between layouts by strict tables; runs no network."""

@@ -1,7 +1,7 @@
-"""Weight files of other people as named lazy arrays: safetensors, sharded safetensors with an index, torch pickles.
+"""Weight files as named lazy arrays: safetensors, sharded safetensors with an index, torch pickles.
 
-Files are mapped into memory, so an array takes room only while it is used. What names and headers can tell is checked
-at once: shards, the index, truncation, prefixes of wrappers. PyTorch is needed for .pt and .pth alone.
+Files are memory-mapped, so an array takes memory only while it is used. Everything in names and headers is checked at
+once: shards, the index, truncation, prefixes of wrappers. PyTorch is needed for .pt and .pth alone.
 """
 
 import pickle
@@ -43,7 +43,7 @@ ST_DTYPES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What one file (or one set of shards) holds.
+    """The content of one file (or one set of shards).
 
     Attributes:
       path: the file, or the index of the shards.
@@ -150,10 +150,10 @@ def _read_shards(path: Path) -> Arrays:
             if where.get(name) != shard:
                 raise UserError(f"{path.parent / shard}: {name} is not in the index {path.name}, or in another shard")
     out = {name: shards[shard][name] for name, shard in where.items()}
-    total, told = sum(x.nbytes for x in out.values()), index.get("metadata", {}).get("total_size")
-    if told is not None and told != total:
+    total, stated = sum(x.nbytes for x in out.values()), index.get("metadata", {}).get("total_size")
+    if stated is not None and stated != total:
         raise UserError(
-            f"{path}: the index tells of {told} bytes, the shards hold {total}; they belong to different files"
+            f"{path}: the index says {stated} bytes, the shards hold {total}; they belong to different files"
         )
     return out
 

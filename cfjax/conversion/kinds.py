@@ -1,4 +1,4 @@
-"""The networks of a Wan system and the layouts that their weights come in; which of them a file's names belong to."""
+"""The networks of a Wan system, the layouts of their weights, and recognising both by a file's names."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -149,7 +149,7 @@ def _check_shapes(arrays: Arrays) -> None:
 
 
 def _finite(name: str, file: Path, array: LazyArray) -> LazyArray:
-    """The array, which tells when it is read that it holds NaN or infinite numbers."""
+    """The array, which raises when read if it holds NaN or infinite numbers."""
 
     def telling(read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
         def checked() -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Strict two-way conversion of named arrays by an ordered table; knows nothing of any model.
+"""Strict two-way conversion of named arrays by an ordered table; independent of models.
 
 A table says, for our names (regex), what the array is called in the other code base and how its layout differs. Both
 directions read the same rows, so what one writes the other reads back bit for bit; dtypes stay as they are. Every array
 on either side must be accounted for: a missing, left-over or misshapen one is an error, and so is a row that matches
-nothing. All of that is found out from names, shapes and dtypes, before the first array is read.
+nothing. All of this is checked from names, shapes and dtypes, before the first array is read.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ SAMPLE = 4096
 
 @dataclass(frozen=True)
 class Layout:
-    """Two inverse moves of one array: `load` from the other layout to ours, `save` back; both also get the config."""
+    """Two inverse maps of one array: `load` from the other layout to ours, `save` back; both also get the config."""
 
     load: Move
     save: Move
@@ -84,7 +84,7 @@ def _listed(names: set[str]) -> str:
 
 
 def layer_count(names: Iterable[str], before: str) -> int:
-    """How many layers names such as `before` + "3.norm.weight" tell of: one more than the highest number.
+    """Number of layers in names such as `before` + "3.norm.weight": one more than the highest number.
 
     Raises:
       UserError: a number is none, or higher than there are names; nothing would be allocated for so many.

@@ -9,14 +9,14 @@ from typing import Any
 from cfjax.conversion.files import INDEX, PICKLES, SAFETENSORS, WeightFile, read_index, read_json, read_weights
 from cfjax.conversion.kinds import KINDS, Arrays, Network, imported, recognised
 from cfjax.core.errors import UserError
-from cfjax.core.inside import kept_inside
+from cfjax.core.inside import resolved_inside
 from cfjax.core.schema import checked, either, one_of, several, table, text
 
 PIPELINE = "model_index.json"
 COMPONENTS = ("transformer", "vae", "text_encoder")
 TOKENIZERS = ("tokenizer", "google/umt5-xxl")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-# Entries of a training checkpoint, in the order in which one is taken for the generator (PyTorch reference).
+# Entries of a training checkpoint, in the order of preference for the generator (reference: `trainer/diffusion.py`).
 GENERATOR, AVERAGE, CRITIC = "generator", "generator_ema", "critic"
 GENERATORS = (GENERATOR, "model", AVERAGE, "state_dict", "")
 # model_index.json: [library, class] of every component, [null, null] of one that is not there.
@@ -39,7 +39,7 @@ class Source:
 
     Attributes:
       tokenizer: folder of the text encoder's tokenizer, where there is one.
-      ignored: what was passed over, for a message.
+      ignored: what was skipped, for a message.
     """
 
     found: list[Found]
@@ -71,7 +71,7 @@ def open_source(
     if not files:
         raise UserError(f"{path}: no weight files here; give a Wan release, a diffusers folder or a file")
     if path.is_dir():
-        files = [kept_inside(file, path) for file in files]
+        files = [resolved_inside(file, path) for file in files]
     found: dict[tuple[str, bool], Found] = {}
     ignored: list[str] = []
     for file in files:
@@ -160,14 +160,14 @@ def _wanted(arrays: Arrays, parts: Collection[str]) -> bool:
 def _tokenizer(folder: Path) -> Path:
     for name in TOKENIZERS:
         if any((folder / name / file).is_file() for file in TOKENIZER_FILES):
-            return _own_tokenizer(kept_inside(folder / name, folder))
+            return _own_tokenizer(resolved_inside(folder / name, folder))
     raise UserError(f"{folder}: no tokenizer ({' or '.join(TOKENIZERS)}) beside the text encoder; copy it there")
 
 
 def _own_tokenizer(folder: Path) -> Path:
-    """The folder, none of whose files is a link out of it."""
+    """The folder, after checking that none of its files is a link out of it."""
     for file in _files(folder):
-        kept_inside(file, folder)
+        resolved_inside(file, folder)
     return folder
 
 
@@ -176,12 +176,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copies a tokenizer's files, which lie side by side, into the new folder `target`; of links what they lead to.
+    """Copies a tokenizer's files into the new folder `target`, following links.
 
     Raises:
       UserError: a link leads out of the folder.
     """
-    own = _own_tokenizer(kept_inside(folder, folder.parent))
+    own = _own_tokenizer(resolved_inside(folder, folder.parent))
     target.mkdir(parents=True)
     for file in _files(own):
         shutil.copyfile(file, target / file.name)

@@ -45,7 +45,7 @@ def write_target(
         pickles) or "diffusers" (a pipeline).
       shift: of the pipeline's scheduler.
       max_bytes: of one safetensors shard.
-      watch: is told the bytes of every array read.
+      watch: called with the number of bytes of every array read.
 
     Raises:
       UserError: the layout cannot hold a network, or two of a kind.

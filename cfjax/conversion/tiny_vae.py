@@ -1,9 +1,9 @@
-"""TAEHV in the layout of its release (taew2_1.pth): names are places in two `nn.Sequential`s, kernels [out, in, h, w].
+"""TAEHV in the layout of its release (taew2_1.pth): names are indices in two `nn.Sequential`s, kernels [out, in, h, w].
 
-The original cuts a `TGrow` kernel that makes more frames than its decoder was asked for down to the last frame's rows
-when it loads a file (`patch_tgrow_layers`). So does `import_tiny_vae`, by the config; `infer_config_tiny_vae` asks for
+When it loads a file, the original reduces a `TGrow` kernel that makes more frames than its decoder should to the last
+frame's rows (`patch_tgrow_layers`). So does `import_tiny_vae`, by the config; `infer_config_tiny_vae` asks for
 fewer frames than the file has only where encoder and decoder would disagree on the frames per latent, from the first
-stage on, which is the original's own default. Nothing is cut of the published taew2_1, so its way back is exact.
+stage on, which is the original's own default. Nothing is removed from the published taew2_1, so its export is exact.
 """
 
 import math
@@ -72,7 +72,7 @@ def infer_config_tiny_vae(
     """Sizes from the shapes of a file's arrays; there is no config.json (`about` is None).
 
     Raises:
-      UserError: an unknown layout, an array that tells a size is missing or misshapen, or the file is of a TAEHV with
+      UserError: an unknown layout, an array that gives a size is missing or misshapen, or the file is of a TAEHV with
         another architecture (pixel patches, "super" blocks).
     """
     if layout not in LAYOUTS:

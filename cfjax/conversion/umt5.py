@@ -46,7 +46,7 @@ DIFFUSERS = (
 LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
 # Some of transformers' files hold the token embedding under its second name as well, or only under that.
 EMBEDDING, TIED = "shared.weight", "encoder.embed_tokens.weight"
-# config.json -> ours, for sizes that the weights' shapes tell as well, and for those that only it tells.
+# config.json -> ours, for sizes that are in the weights' shapes as well, and for those that are not.
 SIZES = {
     "vocab_size": "vocab_size",
     "d_model": "dim",
@@ -93,7 +93,7 @@ def untied_umt5(weights: Mapping[str, Any]) -> dict[str, Any]:
 def infer_config_umt5(
     shapes: Mapping[str, tuple[int, ...]], layout: str, about: Mapping[str, Any] | None = None
 ) -> UMT5Config:
-    """Sizes from the shapes of a file's arrays; in transformers' layout config.json must agree and tells the rest.
+    """Sizes from the shapes of a file's arrays; in transformers' layout config.json must agree, and has the rest.
 
     Args:
       shapes: their names and shapes.
@@ -101,7 +101,7 @@ def infer_config_umt5(
       about: transformers' config.json; the original has none, and umT5's bias distance (128) and eps (1e-6).
 
     Raises:
-      UserError: an unknown layout, an array that tells a size is missing, or config.json is missing or says otherwise.
+      UserError: an unknown layout, an array that gives a size is missing, or config.json is missing or says otherwise.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r}: a umT5 encoder is in layout {' or '.join(LAYOUTS)}")

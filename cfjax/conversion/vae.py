@@ -128,7 +128,7 @@ _SIZES = {
 def infer_config_vae(
     shapes: Mapping[str, tuple[int, ...]], layout: str, about: Mapping[str, Any] | None = None
 ) -> VAEConfig:
-    """Sizes from the shapes of a file's arrays, and from diffusers' config.json what shapes do not tell.
+    """Sizes from the shapes of a file's arrays, and from diffusers' config.json what shapes do not show.
 
     Args:
       shapes: their names and shapes.
@@ -136,7 +136,7 @@ def infer_config_vae(
       about: the parsed config.json, None where there is none (the original has none).
 
     Raises:
-      UserError: an unknown layout, an array that tells a size is missing, or the file is of another architecture than
+      UserError: an unknown layout, an array that gives a size is missing, or the file is of another architecture than
         Wan2.1's (Wan2.2's 16x autoencoder, for one).
     """
     if layout not in LAYOUTS:

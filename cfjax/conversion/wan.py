@@ -2,7 +2,7 @@
 
 Both are PyTorch: linear weights [out, in], the patch embedding a 3-d convolution, and a head's channels stored as
 (real, imaginary) pairs where ours are [real parts, imaginary parts] (see `nn.rope`). The head's 64 outputs are ordered
-(p, q, c) everywhere. Names of the original: those of the release, and of the PyTorch reference's checkpoints.
+(p, q, c) everywhere. Names of the original are those of the release, and of the reference's checkpoints.
 """
 
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ ORIGINAL = (
 
 
 LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
-HEAD_DIM = 128  # of every published Wan model; the weights alone do not tell it
+HEAD_DIM = 128  # of every published Wan model; the weights alone do not determine it
 TEXT_LENGTH = 512
 # What config.json calls a size, by layout.
 SIZES = {
@@ -129,7 +129,7 @@ IMAGE_KEYS = ("img_emb.", "k_img.", "image_embedder.", "add_k_proj.")
 def infer_config_wan(
     shapes: Mapping[str, tuple[int, ...]], layout: str, about: Mapping[str, Any] | None = None
 ) -> WanConfig:
-    """Sizes from the weights' shapes, checked against config.json, which alone knows the number of heads and eps.
+    """Sizes from the weights' shapes, checked against config.json, which alone has the number of heads and eps.
 
     Args:
       shapes: name -> shape of every array.
@@ -137,7 +137,7 @@ def infer_config_wan(
       about: config.json; None takes 128 channels per head and eps 1e-6, as every published Wan model has.
 
     Raises:
-      UserError: an image-to-video model, arrays that tell a size are missing, or config.json says something else.
+      UserError: an image-to-video model, arrays that give a size are missing, or config.json says something else.
     """
     about = about or {}
     image = next((name for name in shapes if any(key in f".{name}" for key in IMAGE_KEYS)), None)
@@ -159,7 +159,7 @@ def infer_config_wan(
     if heads is None:
         if sizes["dim"] % HEAD_DIM:
             raise UserError(
-                f"no config.json tells the number of heads, and {sizes['dim']} channels are no multiple of"
+                f"no config.json gives the number of heads, and {sizes['dim']} channels are no multiple of"
                 f" {HEAD_DIM}; put the model's config.json beside the weights"
             )
         heads = sizes["dim"] // HEAD_DIM
@@ -169,7 +169,7 @@ def infer_config_wan(
 
 
 def _sized(shapes: Mapping[str, tuple[int, ...]], original: bool) -> partial[WanConfig]:
-    """A config with every size that shapes tell; the number of heads is not among them."""
+    """A config with every size that shapes determine; the number of heads is not among them."""
     room = "{}_embedding.0" if original else "condition_embedder.{}_embedder.linear_1"
 
     def shape(name: str, rank: int) -> tuple[int, ...]:

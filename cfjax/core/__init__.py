@@ -1,1 +1,1 @@
-"""L0: named trees, precision, sharding, errors."""
+"""L0: named trees, precision, sharding, errors, files."""

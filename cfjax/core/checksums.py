@@ -1,9 +1,9 @@
-"""A checksum for each file of a folder, kept beside them: what was written is what is read, or is told by its name.
+"""A checksum for each file of a folder, stored beside them, so that a damaged file is found and named.
 
-`checksums.json` maps each file's name to its bytes and its CRC-32 (zlib's: files of OCDBT end in their own CRC-32C, so
-that the CRC-32C of every one of them is the same number). Of what is in a bucket it keeps the MD5 that the bucket tells
-of each object: nothing is downloaded to make or to compare it. It finds damage (a disk, a cut copy), not malice: who
-changes a file on purpose can change its sum.
+`checksums.json` maps each file's name to its size in bytes and its CRC-32 (zlib's: OCDBT files end in their own
+CRC-32C, so that the CRC-32C of every one of them is the same number). For a bucket it keeps the MD5 that the bucket
+reports for each object: nothing is downloaded to make or to compare it. It finds damage (a failing disk, a truncated
+copy), not tampering: whoever changes a file on purpose can change its checksum.
 """
 
 import base64
@@ -29,7 +29,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class FileSum:
-    """What a file was when it was written: its bytes, and its CRC-32 in hex or its MD5 in base64, the other is ""."""
+    """A file as it was written: its size in bytes, and its CRC-32 in hex or its MD5 in base64; the other is ""."""
 
     bytes: int
     crc32: str = ""
@@ -56,7 +56,7 @@ def measure(
     wanted: Callable[[str], bool] = lambda name: True,
     known: Mapping[str, FileSum] = MappingProxyType({}),
 ) -> dict[str, FileSum]:
-    """The sums of the files below a folder, here or in a bucket, by "a/b" from there.
+    """The checksums of the files below a folder, local or in a bucket, by relative path "a/b".
 
     Args:
       wanted: whether a file of this name gets one; `SUMS` does not.
@@ -70,7 +70,7 @@ def measure(
 
 
 def write_sums(folder: Path, sums: Mapping[str, FileSum] | None = None) -> None:
-    """Writes the sums (default: of all files of the folder as they are now) beside them."""
+    """Writes the checksums (default: of all files of the folder as they are now) beside them."""
     sums = measure(folder) if sums is None else sums
     files = {name: {key: value for key, value in asdict(about).items() if value != ""} for name, about in sums.items()}
     with replacing(folder / SUMS) as partial:
@@ -107,7 +107,7 @@ def _sound(name: str, about: FileSum) -> bool:
 
 
 def differing(folder: Path, sums: Mapping[str, FileSum]) -> Iterator[str]:
-    """A line for each file that is no longer what its sum says, "NAME: what is wrong".
+    """A line for each file that does not match its checksum, "NAME: what is wrong".
 
     Raises:
       UserError: a file may not be read; `Temporary` when the machine is in the way, a bad place on a disk excepted.
@@ -118,14 +118,14 @@ def differing(folder: Path, sums: Mapping[str, FileSum]) -> Iterator[str]:
             yield f"{name}: missing"
         elif there[name][0] != about.bytes:
             yield f"{name}: {there[name][0]} bytes, and was written with {about.bytes}"
-        elif wrong := _wrong(folder / name, about, told=there[name][1]):
+        elif wrong := _wrong(folder / name, about, remote_md5=there[name][1]):
             yield f"{name}: {wrong}"
 
 
-def _wrong(file: Path, about: FileSum, told: str) -> str:
-    """What is wrong with a file of the right length; "" if nothing. `told`: the MD5 that its bucket tells."""
+def _wrong(file: Path, about: FileSum, remote_md5: str) -> str:
+    """What is wrong with a file of the right size; "" if nothing. `remote_md5`: the MD5 that its bucket reports."""
     try:
-        same = (told or _md5(file)) == about.md5 if about.md5 else crc32(file) == about.crc32
+        same = (remote_md5 or _md5(file)) == about.md5 if about.md5 else crc32(file) == about.crc32
     except OSError as error:
         if error.errno == errno.EIO:
             return "cannot be read (input/output error)"

@@ -88,18 +88,18 @@ def config_file(spec: str) -> tuple[Path, str]:
       UserError: there is no such file.
     """
     name, _, arg = spec.partition(":")
-    path, places = Path(name), [Path()]
+    path, candidates = Path(name), [Path()]
     if path.parts[:1] == ("configs",):
-        places.append(PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent)
-    for place in places:
+        candidates.append(PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent)
+    for place in candidates:
         if (place / path).is_file():
             return place / path, arg
-    near = {str(path.parent / file.name) for place in places for file in (place / path.parent).glob("*.py")}
+    near = {str(path.parent / file.name) for place in candidates for file in (place / path.parent).glob("*.py")}
     raise UserError(f"--config: no file {path}{_nearest(str(path), sorted(near))}")
 
 
 def _located(spec: str) -> str:
-    """`spec` with the file that is really read."""
+    """`spec` with the path of the file that is read."""
     path, arg = config_file(spec)
     return f"{path}:{arg}" if arg else str(path)
 
@@ -114,7 +114,7 @@ def _load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def _load_plain(spec: str) -> ConfigDict:
-    """The config without overrides; whatever its file raises is told with the line it came from."""
+    """The config without overrides; an error that its file raises is reported with its line number."""
     try:
         return _load(spec)
     except Exception as error:
@@ -131,7 +131,7 @@ def _load_plain(spec: str) -> ConfigDict:
 
 
 def _load_overridden(spec: str, plain: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """The config with overrides of known keys; a value of another type is told with what stood there."""
+    """The config with overrides of known keys; an error for a value of another type names the default."""
     known = keys_of(plain)
     given: dict[str, str] = {}  # as ml_collections reads them; of a scalar the last one holds
     for arg in overrides:
@@ -237,10 +237,10 @@ def _own_values(verb: str, argv: list[str], own: Sequence[Flag]) -> dict[str, An
 
 
 def _workdir(given: str, verb: str, bucket: bool) -> Path:
-    """The folder of `--workdir`, which need not be there yet; `.` and `..` by their own names.
+    """The folder of `--workdir`, which need not exist yet; `.` and `..` are resolved.
 
     Raises:
-      UserError: it is no place for a run.
+      UserError: a run cannot be there.
     """
     if not given.strip() or _CONTROL.search(given):
         raise UserError(f"--workdir={given!r}: name a folder, as --workdir=runs/NAME")

@@ -1,4 +1,4 @@
-"""The one door to standard output; library code logs, verbs speak."""
+"""The only writer to standard output: verbs use `say`, library code logs."""
 
 import errno
 import os
@@ -21,8 +21,8 @@ def complain(message: str) -> None:
         sys.stderr.flush()
 
 
-class _Unfailing:
-    """A text stream that raises nothing: what cannot be written is lost, or comes when there is room again."""
+class _TolerantStream:
+    """A text stream that never raises: what cannot be written is lost, or written once there is room again."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -46,7 +46,7 @@ class _Unfailing:
             self._lost(error)
 
     def end(self) -> None:
-        """Writes what is left, or lets it go: the interpreter would end with an error of its own."""
+        """Writes what is left, or drops it: the interpreter would exit with an error of its own."""
         try:
             self._stream.flush()
         except OSError:
@@ -64,13 +64,13 @@ class _Unfailing:
 
 
 @contextmanager
-def unfailing_output() -> Iterator[None]:
-    """Within, a reader that has gone (`| head`) or a log on a full disk ends no work: what can be written is.
+def tolerate_output_errors() -> Iterator[None]:
+    """Inside, a closed pipe (`| head`) or a log on a full disk does not end the process: what can be written is.
 
     Afterwards the streams are as before.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = streams = [_Unfailing(stream) for stream in before]  # type: ignore[assignment]
+    sys.stdout, sys.stderr = streams = [_TolerantStream(stream) for stream in before]  # type: ignore[assignment]
     try:
         yield
     finally:

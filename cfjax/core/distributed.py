@@ -1,7 +1,7 @@
-"""Joining the processes of one run: who the others are, from the launcher's environment; before any JAX computation.
+"""Joining the processes of one run by the launcher's environment, before any JAX computation.
 
-JAX finds the others itself under SLURM (inside `srun`), Open MPI, on Cloud TPU and on TPUs of GKE. Elsewhere the
-launcher says it in three variables, which it may also use to overrule the cluster:
+JAX finds the other processes itself under SLURM (inside `srun`), Open MPI, on Cloud TPU and on TPUs of GKE. Elsewhere
+the launcher sets three variables, which also override what a cluster says:
 
     JAX_COORDINATOR_ADDRESS   host:port of process 0, the same for all
     JAX_NUM_PROCESSES         how many processes there are
@@ -25,23 +25,23 @@ from absl import logging
 
 from cfjax.core.console import complain
 from cfjax.core.errors import Temporary, UserError
-from cfjax.core.peers import listen_to_the_others
+from cfjax.core.peers import watch_peers
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SWITCH = "CFJAX_DISTRIBUTED"
 _LATER = 60  # seconds by which XLA's own deadline, which aborts, comes after ours
 
-# What a step's tasks are told by `srun`; a batch script or a login shell inside an allocation lacks some of them.
+# What `srun` sets for the tasks of a step; a batch script or a login shell inside an allocation lacks some of them.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def initialize(environment: Mapping[str, str] | None = None, *, timeout_seconds: int = 300) -> bool:
-    """Joins this process to its run, if it is one of several; to be called before JAX is used, and once is enough.
+    """Joins this process to its run, if it is one of several. Call once, before JAX is used.
 
     Args:
       environment: variables (default: the process's own).  JAX's detection reads the process's own in any case.
-      timeout_seconds: how long the coordinator is waited for, and then the others. XLA has no way back from waiting for
-        these, so that the process ends in a line then, with exit code 75.
+      timeout_seconds: how long the coordinator is waited for, and then the others. XLA cannot stop waiting
+        for these, so the process exits then with a one-line error and exit code 75.
 
     Returns:
       Whether the process is now joined to others.
@@ -74,12 +74,12 @@ def initialize(environment: Mapping[str, str] | None = None, *, timeout_seconds:
         kind = UserError if isinstance(error, ValueError) else Temporary  # what the cluster says makes no sense
         raise kind(f"this process can't join its run, coordinator {where}: {reason}") from error
     logging.info("joined: coordinator %s", where)
-    listen_to_the_others()
+    watch_peers()
     return True
 
 
 def detected(environment: Mapping[str, str]) -> str:
-    """The cluster that says that this process is one of several: "slurm", "openmpi", "tpu", or "" for none."""
+    """The cluster of which this process is one of several: "slurm", "openmpi", "tpu", or "" for none."""
     if all(name in environment for name in _SLURM) and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return "slurm"
     if "OMPI_MCA_orte_hnp_uri" in environment and int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
@@ -93,9 +93,9 @@ def detected(environment: Mapping[str, str]) -> str:
 def _given(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
     """(address, number of processes, index) as the launcher gave them, or None."""
     values = {name: environment.get(name, "") for name in (ADDRESS, COUNT, INDEX)}
-    if not values[COUNT] and not values[INDEX]:  # an address alone is JAX's own variable: a cluster may tell the rest
+    if not values[COUNT] and not values[INDEX]:  # an address alone is JAX's own: a cluster may provide the rest
         if values[ADDRESS] and not detected(environment) and environment.get(SWITCH) != "auto":
-            raise UserError(f"{ADDRESS}={values[ADDRESS]!r} needs {COUNT} and {INDEX} beside it; no cluster tells them")
+            raise UserError(f"{ADDRESS}={values[ADDRESS]!r} needs {COUNT} and {INDEX} too; no cluster provides them")
         return None
     missing = [name for name, value in values.items() if not value]
     if missing:
@@ -132,7 +132,7 @@ def _wait_for(address: str, timeout_seconds: int) -> None:
         except OSError as failed:  # not up yet, or its name not known yet
             error = str(failed)
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
-    raise TimeoutError(f"nothing listens there after {timeout_seconds} s ({error}); start process 0, or mend {ADDRESS}")
+    raise TimeoutError(f"nothing listens there after {timeout_seconds} s ({error}); start process 0 or fix {ADDRESS}")
 
 
 def _initialize_given(address: str, count: int, index: int, device_ids: list[int] | None, timeout_seconds: int) -> None:
@@ -152,7 +152,7 @@ def _initialize_given(address: str, count: int, index: int, device_ids: list[int
 
 @contextmanager
 def _bounded(seconds: int, where: str) -> Iterator[None]:
-    """Ends the process in a line when what is within takes longer: no exception reaches XLA's waiting."""
+    """Exits the process with a one-line error when the block takes longer: XLA's waiting cannot be interrupted."""
 
     def end() -> None:
         complain(

@@ -1,4 +1,4 @@
-"""A short name for a set of weights, equal for equal bits only (but for chance), on any device."""
+"""A hash of a set of weights, the same on every device."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from cfjax.core.tree import named_leaves
 def fingerprint(tree: Any, *constants: Any) -> str:
     """16 hex digits from every leaf's name, shape, dtype and bits, and from some JSON-able constants.
 
-    One pass over the weights where they lie; only a number per leaf comes back.
+    One pass over the weights on their devices; only a number per leaf is copied to the host.
     """
     named = named_leaves(tree)
     sums = map(int, _checksums(list(named.values())))

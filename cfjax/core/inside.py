@@ -1,7 +1,7 @@
-"""Names that a file gives of other files: they lead into the file's own folder, and so do links that lie there.
+"""File names that are read from a file: they, and symbolic links, must stay inside that file's folder.
 
-A folder that somebody else made must not decide what is read elsewhere on this machine. What a user names on the
-command line may lie anywhere.
+A folder from someone else must not decide what is read elsewhere on this machine. Paths that a user gives on the
+command line may be anywhere.
 """
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,15 +14,15 @@ NAME, NAMES = 255, 4096  # characters of a name and of all on the way to it, as 
 BLOBS, CACHES = "blobs", ("models--", "datasets--", "spaces--")
 
 
-def inside(folder: Path, name: Any, told_by: object) -> Path:
-    """The file in `folder`, or below it, that the file `told_by` calls `name`; it need not be there.
+def inside(folder: Path, name: Any, named_in: object) -> Path:
+    """The path of `name`, which the file `named_in` mentions, in or below `folder`; it need not exist.
 
     Raises:
-      UserError: the name, or a link that it is, leads out of the folder.
+      UserError: the path, links resolved, is outside the folder.
     """
     if not isinstance(name, str) or not _plain(name):
-        raise UserError(f"{told_by}: {shown(name)} is no name of a file in {folder}; nothing else is read on its word")
-    return kept_inside(folder / name, folder)
+        raise UserError(f"{named_in}: {shown(name)} is no name of a file in {folder}; nothing else is read on its word")
+    return resolved_inside(folder / name, folder)
 
 
 def _plain(name: str) -> bool:
@@ -32,22 +32,22 @@ def _plain(name: str) -> bool:
     return bool(path.parts) and short and not outward and "\0" not in name
 
 
-def kept_inside(path: Path, folder: Path) -> Path:
-    """`path`, which may be a link within `folder`, or into a cache of Hugging Face, where snapshots are links.
+def resolved_inside(path: Path, folder: Path) -> Path:
+    """`path`, which may be a link inside `folder`, or into the Hugging Face cache, where snapshots are links.
 
     Raises:
-      UserError: it is a link to another place.
+      UserError: it is a link to anywhere else.
     """
     try:
-        place, home = path.resolve(), folder.resolve()
+        place, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError):  # a link to itself
         raise UserError(f"{path}: a link that leads nowhere; copy the file there") from None
-    if place.is_relative_to(home) or _is_blob(place):
+    if place.is_relative_to(root) or _is_blob(place):
         return path
     raise UserError(f"{path} leads to {place}, outside of {folder}; copy the file there, or name that one yourself")
 
 
 def _is_blob(place: Path) -> bool:
-    """Whether it is a file of a cached repository: models--OWNER--NAME/blobs/HASH."""
+    """Whether it is a file of the Hugging Face cache: models--OWNER--NAME/blobs/HASH."""
     blobs = place.parent
     return blobs.name == BLOBS and blobs.parent.name.startswith(CACHES)

@@ -1,6 +1,6 @@
-"""Bounds of what a file may ask for, in one place: far beyond real use, and far below what a machine has.
+"""Upper bounds of sizes that a file may state: far beyond real use, and far below what a machine has.
 
-Sizes in a header or a record are held against these, and against the size of the file, before anything is allocated.
+Sizes in a header or a record are checked against these, and against the size of the file, before anything is allocated.
 """
 
 MIB = 2**20

@@ -1,9 +1,9 @@
-"""One process at a time writes into a folder: it holds a small file there that names its host and process.
+"""A lock on a folder: one process at a time writes there, and holds a small file that names its host and process.
 
-The file is filelock's lease: its holder touches it every few seconds. A process of this machine that is gone is known
-by its number and its start, and its folder is taken over at once. Of another machine nothing is known but the touches:
-one that died there (a preempted machine, whose run goes on elsewhere) is taken over when a lease has passed without
-any. Clocks of machines are never compared. Folders of buckets are not locked.
+The file is filelock's lease: its holder touches it every few seconds. A lock of a process of this machine that no
+longer runs (by process id and start time) is taken over at once. For another machine only the touches count: the lock
+of one that died (a preempted machine, whose run continues elsewhere) is taken over when a lease has passed without any.
+Clocks of machines are never compared. Folders in buckets are not locked.
 """
 
 import os
@@ -29,12 +29,12 @@ TOUCH_SECONDS = 2.0
 
 @contextmanager
 def holding(folder: Path, name: str = LOCK, *, each: bool = False) -> Iterator[None]:
-    """Keeps other commands out of `folder`, which is made; an empty one that was made here goes again at the end.
+    """Locks `folder`, which is created if absent; if it was created here and is empty at the end, it is removed.
 
-    Of a run of several processes the first holds it for all.
+    In a run of several processes the first holds it for all.
 
     Args:
-      name: of the lock, where several processes write other parts of one folder.
+      name: of the lock, where several processes write different parts of one folder.
       each: every process of a run holds a lock of its own.
 
     Raises:
@@ -93,13 +93,13 @@ def _acquire(lock: SoftFileLease, folder: Path) -> None:
 
 
 def _holder(lock: SoftFileLease) -> str:
-    """Who holds it, in words; the library marks containers behind the host's name."""
+    """The holder, for a message; the library appends a mark for containers to the host's name."""
     owner = lock.owner
     return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another process"
 
 
 class _Watch:
-    """Called while one waits for a lock: whether its holder has shown that it lives.
+    """Called while waiting for a lock: whether its holder has shown that it is alive.
 
     Attributes:
       before: the holder at the beginning, "" for none.
@@ -109,14 +109,14 @@ class _Watch:
     def __init__(self, lock: SoftFileLease) -> None:
         self._file, self._since = Path(lock.lock_file), time.monotonic()
         self._seen = self._touched(self._file)
-        self.before, self.moved, self._told = _holder(lock) if self._seen else "", False, False
+        self.before, self.moved, self._warned = _holder(lock) if self._seen else "", False, False
 
     def __call__(self) -> bool:
         now = self._touched(self._file)
         self._seen = self._seen or now
         self.moved = now not in (None, self._seen)
-        if not self.moved and not self._told and time.monotonic() - self._since > 3 * TOUCH_SECONDS:
-            self._told = True
+        if not self.moved and not self._warned and time.monotonic() - self._since > 3 * TOUCH_SECONDS:
+            self._warned = True
             logging.warning(
                 "%s: %s held it last; waiting for a sign of life, %.0f s at most",
                 self._file,
@@ -127,7 +127,7 @@ class _Watch:
 
     @staticmethod
     def _touched(file: Path) -> tuple[int, int] | None:
-        """When it was last touched; it is opened for that, as NFS would answer from memory otherwise."""
+        """When it was last touched; it is opened first, because NFS would answer from its cache otherwise."""
         try:
             with file.open("rb") as opened:
                 stat = os.fstat(opened.fileno())
@@ -137,7 +137,7 @@ class _Watch:
 
 
 def _stop(lost: LeaseCompromise) -> None:
-    """Ends this process at once when another one has taken its folder over: it had not moved for a lease."""
+    """Exits this process at once when another one has taken its folder over after a lease without touches."""
     if lost.reason != "owner-changed":
         return logging.warning("%s: is gone; another command may now write beside this one", lost.lock_file)
     sys.stderr.write(f"cfjax: {lost.lock_file}: taken over by another process, as this one had stood still; it ends\n")

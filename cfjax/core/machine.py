@@ -1,4 +1,4 @@
-"""What the machine allows and what it refuses: open files, and failures that are its own and no file's."""
+"""Limits and failures of the machine (open files, storage), as opposed to faults of a file."""
 
 import errno
 import os
@@ -45,9 +45,9 @@ def ensure_open_files() -> None:
 
 
 def error_code(error: BaseException) -> int | None:
-    """The errno behind an error of Python or of a library: 0 for an unknown one, None when it is none of the system's.
+    """The errno behind an error of Python or of a library: 0 for an unknown one, None when it is not a system error.
 
-    Libraries in other languages tell it by the system's own words, as "pread() failed: Input/output error".
+    Libraries in other languages report it by the system's text, as "pread() failed: Input/output error".
     """
     if isinstance(error, MemoryError):
         return errno.ENOMEM
@@ -56,14 +56,14 @@ def error_code(error: BaseException) -> int | None:
     text = str(error)
     if found := re.search(r"\(os error (\d+)\)", text):  # as Rust says it
         return int(found[1])
-    told = (_CODES[part] for part in re.split(r": |; ", text) if part in _CODES)
-    return next(told, 0 if re.search(r"\w\(\) failed", text) else None)
+    codes = (_CODES[part] for part in re.split(r": |; ", text) if part in _CODES)
+    return next(codes, 0 if re.search(r"\w\(\) failed", text) else None)
 
 
 def machine_failure(place: object, error: BaseException) -> UserError | None:
-    """What to raise when `place` could not be read because of the machine; None when the fault is the file's own.
+    """The error to raise when `place` could not be read because of the machine; None when the file is at fault.
 
-    A limit or a right that is missing stays as it is (UserError); a disk, a mount or memory may come back (Temporary).
+    A limit or a missing permission is permanent (UserError); a disk, a mount or memory may recover (Temporary).
     """
     code = error_code(error)
     if code is None:
@@ -97,9 +97,9 @@ PASSING = (
 
 
 def storage_failure(error: BaseException) -> UserError | None:
-    """What to raise for an error that any file may meet; None when it is none of the storage's.
+    """The error to raise for a failure of storage; None when it is something else.
 
-    A full or failing disk, a quota, a place that became read-only may pass (Temporary); a right that is missing stays.
+    A full or failing disk, a quota or a read-only mount may recover (Temporary); a missing permission does not.
     """
     code = error_code(error)
     if isinstance(error, UserError) or code is None:

@@ -1,4 +1,4 @@
-"""Files that several processes want and one should make."""
+"""Files that several processes need and one should make."""
 
 import fcntl
 import os
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def make_once(path: str | Path, make: Callable[[], Any]) -> None:
-    """Calls `make`, which writes `path`, unless it is there; other processes of this machine wait and find it.
+    """Calls `make`, which writes `path`, unless it exists; other processes of this machine wait and then find it.
 
-    A lock file lies beside it meanwhile; the system frees the lock of a process that dies.
+    A lock file is beside it meanwhile; the system releases the lock of a process that dies.
 
     Raises:
-      whatever `make` does; the next process in line then tries in its turn.
+      whatever `make` does; the next waiting process then tries.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Folders of this machine and folders in a bucket (`gs://bucket/folder`) through the same code.
 
-`path_of` gives a path with pathlib's interface for either; what else differs between the two is in this module, and
-nowhere else: how tensorstore names them, how a file comes to be there whole or not at all, how a folder is moved, and
-what cannot be written to a bucket as it grows (`Mirror`).
+`path_of` gives a path with pathlib's interface for either; everything else that differs between the two is in this
+module: how tensorstore names them, atomic writes, moving a folder, and files that grow, which a bucket does not have
+(`Mirror`).
 """
 
 import errno
@@ -109,7 +109,7 @@ def is_folder(path: Path) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Makes sure of a folder in which files can be written and replaced.
+    """Creates a folder if absent, and checks that files can be written and replaced there.
 
     Raises:
       UserError: they cannot, in that bucket; `Temporary` unless it is not there or not to be written.
@@ -121,7 +121,7 @@ def make_folder(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Sees whether files could be written in a folder, which need not be there yet; leaves nothing behind.
+    """Checks whether files can be written in a folder, which need not exist yet; leaves nothing behind.
 
     Raises:
       UserError: they could not; `Temporary` when a bucket cannot be reached.
@@ -129,7 +129,7 @@ def check_writable(path: Path) -> None:
     if in_bucket(path):
         return _try_bucket(path)
     there = path.absolute()
-    while not os.path.exists(there):  # unlike Path.exists, False where it may not look
+    while not os.path.exists(there):  # unlike Path.exists, False without permission
         there = there.parent
     if not there.is_dir():
         raise UserError(f"{path}: {there} is a file; name a folder")
@@ -149,7 +149,7 @@ def _try_bucket(path: Path) -> None:
 
 
 def file_sizes(path: Path) -> dict[str, int]:
-    """Bytes of the files right in a folder, by name; none when there is no such folder.
+    """Sizes in bytes of the files directly in a folder, by name; empty when there is no such folder.
 
     Raises:
       UserError: it cannot be listed; `Temporary` when a bucket cannot be reached.
@@ -168,16 +168,16 @@ def file_sizes(path: Path) -> dict[str, int]:
 
 
 def unusable(error: BaseException) -> type[UserError]:
-    """What to raise when storage failed with `error`: a mistake in the name or the rights stays, all else may pass."""
+    """The error to raise when storage failed with `error`: permanent for a wrong name or permission, else temporary."""
     return UserError if isinstance(error, _MISTAKES) else Temporary
 
 
 @contextmanager
-def told_when_refused(folder: Path, mend: str) -> Iterator[None]:
-    """A disk that is full, broken or not to be written to ends what writes into `folder` in a line, whoever met it.
+def reporting_storage_errors(folder: Path, fix: str) -> Iterator[None]:
+    """Context manager: a storage error while writing into `folder` (full disk, no permission) is raised as one line.
 
     Raises:
-      UserError: that line, with `mend`; `Temporary` where the same command may do later.
+      UserError: that line, followed by `fix`; `Temporary` where the same command may succeed later.
     """
     try:
         yield
@@ -185,12 +185,12 @@ def told_when_refused(folder: Path, mend: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries raise their own kinds
         if getattr(error, "errno", None) in PASSING or _REFUSED.search(str(error)):
-            raise unusable(error)(f"{folder}: cannot be written to ({one_line(error)}); {mend}") from error
+            raise unusable(error)(f"{folder}: cannot be written to ({one_line(error)}); {fix}") from error
         raise
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and text of an error that others raised, shortened to fit into a line."""
+    """Type and text of an error of another library, shortened to fit into a line."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     return f"{type(error).__name__}: {text[:160]}"
 
@@ -207,8 +207,8 @@ def kvstore(folder: Path) -> dict[str, Any]:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a local temporary path, and puts that file in the place of `path` if all went well.
 
-    A file of this machine is renamed (it lies beside `path`, whose folder is made) once its bytes are on the disk, so
-    that a power failure leaves the old one or the new one; one for a bucket is sent.
+    A local file is renamed (it is beside `path`, whose folder is created) once its bytes are on the disk, so that a
+    power failure leaves the old one or the new one; one for a bucket is uploaded.
     """
     target = path_of(path)
     if in_bucket(target):
@@ -235,7 +235,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 
 
 def read_if_whole(path: Path) -> Any:
-    """What a JSON file of ours says; None where it is not there, empty or cut, as after a power failure."""
+    """The content of a JSON file of ours; None if it is absent, empty or truncated, as after a power failure."""
     try:
         return load_json(path, LIST_BYTES)
     except (FileNotFoundError, ValueError):
@@ -243,7 +243,7 @@ def read_if_whole(path: Path) -> Any:
 
 
 def to_disk(path: Path) -> None:
-    """Returns once a file's bytes, or a folder's names, would survive a power failure (where the system can tell)."""
+    """Returns once a file's bytes, or a folder's names, would survive a power failure (fsync)."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -292,7 +292,7 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def check_checkpoints(folder: Path) -> None:
-    """Sees whether checkpoints can be written below a folder, before anything is.
+    """Checks whether checkpoints can be written below a folder, before anything is.
 
     Raises:
       UserError: not with that name. Orbax looks for the pieces of a checkpoint by a pattern that begins with its path,
@@ -306,9 +306,9 @@ def check_checkpoints(folder: Path) -> None:
 
 
 class Mirror:
-    """A local folder that stands for `target`: the same one, or for a bucket's a temporary one that is sent there.
+    """A local folder in place of `target`: the same one, or for a bucket a temporary one that is uploaded.
 
-    For what grows (a bucket's files cannot) and for libraries that know local files only.
+    For files that grow (in a bucket they cannot) and for libraries that read and write local files only.
 
     Attributes:
       folder: the local one.
@@ -329,10 +329,10 @@ class Mirror:
             self._sent[self.folder / name] = _version(self.folder / name)
 
     def push(self) -> int:
-        """Sends the files that have changed, or says in one line why not: the next call sends them then.
+        """Uploads the files that have changed, or logs in one line why not; the next call tries again.
 
         Returns:
-          the bytes of the largest one sent.
+          the size in bytes of the largest one.
         """
         largest = 0
         try:
@@ -368,7 +368,7 @@ def _files_of(path: Path) -> tuple[Any, str]:
 
 
 def files_below(folder: Path) -> dict[str, tuple[int, str]]:
-    """Bytes and MD5 (base64, as a bucket tells it of an object; else "") of all files below a folder, by "a/b" there.
+    """Size in bytes and MD5 (base64, as a bucket reports it; else "") of all files below a folder, by relative path.
 
     Raises:
       UserError: they cannot be listed; `Temporary` when a bucket cannot be reached.

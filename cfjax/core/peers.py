@@ -1,7 +1,8 @@
-"""A process of several that ends because something is wrong tells the others, who else wait for it until XLA aborts.
+"""A process that exits with an error notifies the other processes of the run, which would wait for it until XLA aborts.
 
-Notes lie in the store of JAX's coordination service, which is there as soon as a process has joined; each process looks
-once a second. Of a process that is killed nobody tells: its heartbeats end, and XLA aborts the others within minutes.
+Messages are in the key-value store of JAX's coordination service, which exists as soon as a process has joined; each
+process polls it once a second. A process that is killed sends none: its heartbeats end, and XLA aborts the others
+within minutes.
 """
 
 import atexit
@@ -27,16 +28,16 @@ def _service() -> Any:
     return distributed.global_state.client
 
 
-def tell_the_others(line: str, code: int) -> None:
-    """Leaves a note of why this process of several is about to end, with its exit code."""
+def notify_peers(line: str, code: int) -> None:
+    """Publishes why this process is about to exit, and its exit code."""
     with suppress(Exception):  # the service may be what is wrong
         _service().key_value_set(f"{_NOTES}/{jax.process_index()}", f"{code} {' '.join(line.split())}")
         if jax.process_index() == 0:
             time.sleep(PATIENCE)
 
 
-def listen_to_the_others() -> None:
-    """From now on, ends this process in a line as soon as another one has left a note."""
+def watch_peers() -> None:
+    """Starts a thread that exits this process with a one-line error once another one has published a failure."""
     over = threading.Event()
     thread = threading.Thread(target=_listen, args=(over,), name="peers", daemon=True)
 

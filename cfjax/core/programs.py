@@ -1,4 +1,4 @@
-"""Compiling apart from running: each jitted function is compiled ahead of its first call, and the seconds are kept."""
+"""Ahead-of-time compilation of jitted functions before their first call, with the time that it took."""
 
 import time
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import jax
 
 
 class Programs:
-    """Calls jitted functions; a first call with new shapes or static arguments compiles it, on a clock of its own.
+    """Calls jitted functions; a first call with new shapes or static arguments compiles, which is timed separately.
 
     Attributes:
       seconds: spent tracing and compiling so far.
-      temporary_bytes: the largest scratch memory that a program so far asks the device for, 0 when it does not tell.
+      temporary_bytes: of the program with the largest temporary buffers so far, 0 when the backend does not report it.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ ROWS = 4  # of int8 in one int32 word
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
-    """What stands in a Param in place of a kernel [..., in, out]: two leaves, `NAME/int8` and `NAME/scale`.
+    """Replaces a kernel [..., in, out] in a Param: two leaves, `NAME/int8` and `NAME/scale`.
 
     int8: the kernel's shape; or int32 words [..., in / 4, out] of four rows each (see `packed`).
     scale: float32, [..., 1, out].
@@ -57,8 +57,8 @@ def quantize(kernel: np.ndarray) -> Quantized:
 def packed(int8: np.ndarray) -> np.ndarray:
     """Rows 4 i .. 4 i + 3 as the bytes of the words of row i, lowest first.
 
-    For weights in the host's memory: a TPU lays whole int8 arrays out in another way than their slices, so that XLA
-    would take all layers to the device and back before a scan reads the first; words are read where they lie.
+    For weights in host memory: TPU's layout of whole int8 arrays differs from that of their slices, so that XLA would
+    copy all layers to the device and back before a scan reads the first; int32 words are read in place.
     """
     *lead, rows, columns = int8.shape
     fours = np.moveaxis(int8.reshape(*lead, rows // ROWS, ROWS, columns), -2, -1)
@@ -66,7 +66,7 @@ def packed(int8: np.ndarray) -> np.ndarray:
 
 
 def values(kernel: Quantized) -> jax.Array:
-    """The int8 kernel, unpacked."""
+    """The int8 kernel [..., in, out], unpacked."""
     if not kernel.is_packed:
         return kernel.int8
     fours = jax.lax.bitcast_convert_type(kernel.int8, jnp.int8)

@@ -1,11 +1,11 @@
-"""JSON of other people: read within bounds, and held against a table of rules before a number of it is used.
+"""Validation of JSON files: size limits, and a schema that is checked before any value is used.
 
-A rule says of a value what is wrong with it. A kind of file has one table of them, beside what is made of it:
+A rule returns what is wrong with a value. Each kind of file has one table of rules, next to the code that reads it:
 
     RECORD = table({"fps": number(0, 1000, above=True)}, {"prompt": text()})
     values = checked(RECORD, load_json(file), file)
 
-`true` is no number, `1.0` and `"1"` are no whole ones, and nothing is converted.
+`true` is not a number, `1.0` and `"1"` are not integers, and nothing is converted.
 """
 
 import json
@@ -22,10 +22,10 @@ SHOWN = 60  # characters of a value in a message
 
 
 def load_json(file: Path, most: int = JSON_BYTES) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Args:
-      most: bytes that it may have.
+      most: maximum size in bytes.
 
     Raises:
       OSError: it cannot be read.
@@ -96,7 +96,7 @@ def _short(digits: str) -> int:
 
 
 def _walk(value: Any) -> None:
-    """Looks at every text and level, without recursion."""
+    """Checks every string and the depth, without recursion."""
     level, depth = [value], 0
     while level:
         if depth > JSON_DEPTH:
@@ -132,13 +132,13 @@ def shown(value: Any) -> str:
 
 
 def checked(rule: Rule, value: Any, where: object) -> Any:
-    """The value, if the rule finds no fault with it.
+    """The value, if it satisfies the rule.
 
     Args:
       where: the file, for the message.
 
     Raises:
-      UserError: it does; the line names the file, the key, the value and what is allowed.
+      UserError: it does not; the line names the file, the key, the value and what is allowed.
     """
     if fault := rule("", value):
         raise UserError(f"{where}: {fault}")
@@ -220,7 +220,7 @@ def row(*rules: Rule) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """What one of several rules has nothing against."""
+    """A value that satisfies one of several rules."""
 
     def rule(name: str, value: Any) -> str:
         faults = [other(name, value) for other in rules]
@@ -230,7 +230,7 @@ def either(*rules: Rule) -> Rule:
 
 
 def anything(name: str, value: Any) -> str:
-    """Nothing is wrong with it."""
+    """Every value."""
     return ""
 
 
@@ -249,7 +249,7 @@ def table(required: Mapping[str, Rule], optional: Mapping[str, Rule] | None = No
     """An object with these keys.
 
     Args:
-      closed: it may have no others, because they would be passed over in silence.
+      closed: other keys are an error, because they would be ignored silently.
     """
     rules = {**required, **(optional or {})}
 

@@ -1,6 +1,6 @@
-"""What every number of a config may be: a table for each verb, looked at before anything is read or compiled.
+"""Ranges of every number of a config: a table for each verb, checked before anything is read or compiled.
 
-Words (`objective.weighting`), and what numbers must be beside data or weights, are left to whom they are for.
+String values (`objective.weighting`), and constraints that depend on data or weights, are checked where they are used.
 """
 
 import math
@@ -27,7 +27,7 @@ class Range:
       whole: no fractions.
       below: less than `high`.
       length: of a tuple; 0: any.
-      zero: 0 too, which turns off.
+      zero: 0 is allowed too, and turns the setting off.
     """
 
     low: float
@@ -196,13 +196,13 @@ RULES: dict[str, Rules] = {
 
 
 def check_settings(verb: str, settings: Mapping[str, Any]) -> None:
-    """Refuses numbers that a verb cannot do with.
+    """Raises UserError for numbers that a verb cannot use.
 
     Args:
       verb: as it stands in `RULES`.
-      settings: the config's values by their dotted keys, and the verb's flags as "--fit". Of keys that no rule knows,
-        as a user's own config may have them, and of a config that trains nothing where a stage's is asked for, which
-        is told elsewhere, only NaN and infinities are refused.
+      settings: the config's values by their dotted keys, and the verb's flags as "--fit". For keys without a rule, as
+        a user's own config may have them, and for a config that trains nothing where a stage's is needed, which is
+        reported elsewhere, only NaN and infinities are refused.
 
     Raises:
       UserError: one of them is out of its range, or two do not go together.
@@ -213,8 +213,8 @@ def check_settings(verb: str, settings: Mapping[str, Any]) -> None:
         if fault := _fault(value, numbers, allowed or real()):
             raise UserError(f"{name if name.startswith('--') else f'--config.{name}'}={value!r}: {fault}")
     for beside in TOGETHER.get(verb, ()):
-        if told := beside(settings):
-            raise UserError(told)
+        if conflict := beside(settings):
+            raise UserError(conflict)
 
 
 def _fault(value: Any, numbers: Sequence[float], allowed: Range) -> str:
@@ -231,7 +231,7 @@ def _fault(value: Any, numbers: Sequence[float], allowed: Range) -> str:
 
 
 def rule_of(verb: str, name: str) -> Range | None:
-    """What a setting may be; None where the table does not know it."""
+    """The range of a setting; None if the table has none."""
     rules = RULES.get(verb, ())
     return next((allowed for pattern, allowed in rules if re.fullmatch(pattern, name)), None)
 
@@ -257,14 +257,14 @@ def _batch_parts(settings: Mapping[str, Any]) -> str:
 
 
 def _toy_clips(settings: Mapping[str, Any]) -> str:
-    """A toy set is made of the asked number of clips."""
+    """A toy dataset has exactly the requested number of clips."""
     if settings.get("data.source") != "shapes" or settings.get("data.clips", 1) > 0:
         return ""
     return "--config.data.clips=0: use 1 or more"
 
 
 def _budget(settings: Mapping[str, Any]) -> str:
-    """What a quickstart would find out after hours of training."""
+    """Problems that a quickstart would otherwise meet after hours of training."""
     name = f"budgets.{settings['budget']}"
     pairs, clips, evaluation = (settings.get(f"{name}.{key}", 1) for key in ("pairs", "clips", "evaluation"))
     if pairs > clips:

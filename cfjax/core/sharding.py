@@ -1,17 +1,18 @@
-"""Where arrays live: one mesh of four named axes, tables that say how parameters are cut, words for activations.
+"""Sharding: one mesh of four named axes, rule tables for parameters, logical axes for activations.
 
-    data     copies of the network, each with its own part of the batch
-    fsdp     the batch again, and the parameters: gathered layer by layer where they are used
-    context  the tokens *inside* every frame; in self-attention the heads, where they divide (see `nn.frames`)
-    tensor   heads and hidden channels: the matrix products themselves are split
+    data     data parallelism: the network is replicated, the batch sharded
+    fsdp     the batch too, and the parameters: gathered layer by layer where they are used
+    context  the tokens *inside* every frame; in self-attention the heads, if the axis divides them (see `nn.frames`)
+    tensor   heads and hidden channels: tensor parallelism of the matrix products
 
-Placement is a matter of arguments only: the same jitted function runs on one device or on a pod, and XLA derives the
-collectives. Whoever runs on a mesh does so within `on_mesh(mesh)`; what is traced there finds it by `active_mesh`, and
-`cut` says how an activation or a cache lies on it. Without a mesh, `cut` is the identity. An axis is dropped where it
-does not divide a dimension. No other file names an axis: it uses the words of `ACTIVATIONS`.
+The shardings of the arguments decide everything: the same jitted function runs on one device or on a pod, and XLA
+derives the collectives. Code that runs on a mesh does so inside `on_mesh(mesh)`; functions traced there find the mesh
+by `active_mesh`, and `constrain` fixes the sharding of an activation or a cache. Without a mesh, `constrain` is the
+identity. A mesh axis that does not divide a dimension is dropped. No other file names a mesh axis: activations are
+described by the logical axes of `LOGICAL_AXIS_RULES`.
 
-Why tokens are cut inside frames: under a causal mask the last frames see most, so whole frames would leave the devices
-with unequal work. A part of *every* frame is the same work under every visibility, and the same static rectangles.
+Tokens are sharded inside frames, because under a causal mask the last frames see most and whole frames would leave the
+devices with unequal work. A part of *every* frame is the same work under every visibility, with the same static shapes.
 """
 
 import math
@@ -32,35 +33,35 @@ from cfjax.core.tree import map_named, match, named_leaves
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# Mesh axes that each dimension of an activation may be cut over: the first entry whose axes divide it.
-ACTIVATIONS: dict[str, tuple[tuple[str, ...], ...]] = {
+# Logical axis of an activation -> mesh axes that may shard it: the first entry whose axes divide the dimension.
+LOGICAL_AXIS_RULES: dict[str, tuple[tuple[str, ...], ...]] = {
     "batch": (("data", "fsdp"),),
     "tokens": (("context",),),  # of each frame
     "heads": (("tensor", "context"), ("tensor",)),  # of queries, keys and values inside self-attention
     "channels": (("tensor",),),  # hidden ones; also heads outside self-attention
 }
 
-# Mesh axis of each array dimension, or None. A pair of matrices (q k v -> o, up -> down) is cut over `tensor` along its
-# inner dimension, so that one reduction per pair suffices (Megatron-LM, arXiv 1909.08053).
-Cut = tuple[str | None, ...]
-Rules = Sequence[tuple[str, Cut]]
-WAN_RULES: tuple[tuple[str, Cut], ...] = (
+# Mesh axis of each array dimension, or None. A pair of matrices (q k v -> o, up -> down) is sharded over `tensor` along
+# its inner dimension, so that one reduction per pair suffices (Megatron-LM, arXiv 1909.08053).
+MeshAxes = tuple[str | None, ...]
+Rules = Sequence[tuple[str, MeshAxes]]
+WAN_RULES: tuple[tuple[str, MeshAxes], ...] = (
     (r"blocks/((self|cross)_attn/[qkv]|ffn/up)/kernel(/int8)?", (None, "fsdp", "tensor")),
     (r"blocks/((self|cross)_attn/o|ffn/down)/kernel(/int8)?", (None, "tensor", "fsdp")),
     (r"(text|time)_embedding/down/kernel|head/kernel", ("tensor", "fsdp")),
     (r"(text_embedding/up|time_embedding/up|time_projection|patch_embedding)/kernel", ("fsdp", "tensor")),
     (r".*/(bias|scale)|blocks/modulation|head_modulation", ()),
 )
-BRANCH_RULES: tuple[tuple[str, Cut], ...] = (  # of a discriminator
+BRANCH_RULES: tuple[tuple[str, MeshAxes], ...] = (  # of a discriminator
     (r"branch/blocks/(cross_attn/[qkv]|ffn/up)/kernel", (None, "fsdp", "tensor")),
     (r"branch/blocks/(cross_attn/o|ffn/down)/kernel", (None, "tensor", "fsdp")),
     (r"branch/classifier/up/kernel", ("fsdp", "tensor")),
     (r"branch/classifier/down/kernel", ("tensor", None)),
     (r"branch/(registers|.*/(bias|scale))", ()),
 )
-# (whose leaves, their table): a leaf belongs to the first entry that matches it. A table is held strictly against its
-# leaves, and not consulted when there are none, so that a network with extra leaves needs one more entry here.
-TABLES: tuple[tuple[str, Rules], ...] = ((r"branch/.*", BRANCH_RULES), (r".*", WAN_RULES))
+# (leaves, their table): a leaf belongs to the first entry that matches it. A table must match its leaves exactly, and
+# is skipped when there are none, so that a network with extra leaves needs one more entry here.
+PARAMETER_RULES: tuple[tuple[str, Rules], ...] = ((r"branch/.*", BRANCH_RULES), (r".*", WAN_RULES))
 
 
 def make_mesh(
@@ -68,7 +69,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of `AXES` over all devices (or the given ones), with automatic sharding propagation.
 
-    Several TPU slices, joined by a network that is slower than their own links, are put along data, then fsdp.
+    Several TPU slices (joined by DCN, which is slower than ICI) are laid out along data, then fsdp.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or the slices do not divide data x fsdp.
@@ -77,7 +78,7 @@ def make_mesh(
     sizes = (data, fsdp, context, tensor)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {named} has {math.prod(sizes)} places; they must multiply to {len(devices)} devices")
+        raise UserError(f"mesh {named} has size {math.prod(sizes)}; its axes must multiply to {len(devices)} devices")
     kinds = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices > 1:
@@ -108,9 +109,10 @@ def abstract_mesh(*, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int
 
 
 def mesh_choices(devices: int, batch: int, heads: Sequence[int]) -> Iterator[tuple[dict[str, int], int]]:
-    """(sizes, microbatches) that use all devices with one sample per microbatch and place; most samples at once first.
+    """(mesh sizes, microbatches) that use all devices, one sample per microbatch and shard; fewest microbatches first.
 
-    A sample is cut over 1 to 16 devices: its heads, of every network, over 4 at most where they divide, else tokens.
+    A sample is sharded over 1 to 16 devices: its heads over 4 at most, if that divides those of every network, and its
+    tokens over the rest.
     """
     for parts in (1, 2, 4, 8, 16):
         samples, rest = divmod(devices, parts)
@@ -126,7 +128,7 @@ def mesh_choices(devices: int, batch: int, heads: Sequence[int]) -> Iterator[tup
 
 @contextmanager
 def on_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """What is traced inside knows `mesh` (JAX's own abstract-mesh context); arrays are placed no differently."""
+    """Makes `mesh` the active mesh of functions traced inside (JAX's abstract-mesh context); moves no array."""
     if mesh is None:
         yield
         return
@@ -143,47 +145,50 @@ def active_mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.manual_axes else mesh
 
 
-# Axes that an enclosing `over_context` maps over: an array inside is a part already, and is not cut by them again.
+# Axes that an enclosing `vmap_over_context` maps over: an array inside is one shard already.
 _mapped: ContextVar[tuple[str, ...]] = ContextVar("_mapped", default=())
 
 
-def activation_spec(shape: Sequence[int], words: Sequence[str | None], *, free: Any = None) -> PartitionSpec:
-    """The active mesh's axes of every dimension, as `shard_map` and `cut` need them; all None without a mesh.
+def activation_spec(shape: Sequence[int], logical_axes: Sequence[str | None], *, free: Any = None) -> PartitionSpec:
+    """The PartitionSpec of an activation on the active mesh, for `shard_map` and `constrain`; all None without a mesh.
 
     Args:
-      words: one of `ACTIVATIONS` per dimension, or None for a whole one.
-      free: entry of a dimension that its word's axes do not divide.
+      logical_axes: a key of `LOGICAL_AXIS_RULES` per dimension, or None for a dimension that is not sharded.
+      free: entry of a dimension that the mesh axes of its logical axis do not divide.
     """
     mesh = active_mesh()
-    if len(words) != len(shape):
-        raise ValueError(f"{len(words)} words {tuple(words)} for shape {tuple(shape)}")
+    if len(logical_axes) != len(shape):
+        raise ValueError(f"{len(logical_axes)} logical axes {tuple(logical_axes)} for shape {tuple(shape)}")
 
-    def entry(size: int, word: str | None) -> Any:
-        if mesh is None or word is None:
+    def entry(size: int, logical_axis: str | None) -> Any:
+        if mesh is None or logical_axis is None:
             return None
-        choices = [tuple(axis for axis in axes if axis not in _mapped.get()) for axes in ACTIVATIONS[word]]
+        choices = [
+            tuple(axis for axis in axes if axis not in _mapped.get()) for axes in LOGICAL_AXIS_RULES[logical_axis]
+        ]
         sizes = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in choices]
         return next((axes or None for axes, parts in sizes if size % parts == 0), free)
 
-    return PartitionSpec(*(entry(size, word) for size, word in zip(shape, words, strict=True)))
+    return PartitionSpec(*(entry(size, logical_axis) for size, logical_axis in zip(shape, logical_axes, strict=True)))
 
 
-def cut(x: jax.Array, *words: str | None) -> jax.Array:
-    """`x`, to lie on the active mesh as its dimensions' words say; the identity without a mesh.
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """`x` with a sharding constraint by logical axes, one per dimension; the identity without a mesh.
 
-    A dimension that its axes do not divide is left to XLA.
+    A dimension that the mesh axes do not divide is left to XLA.
     """
     if active_mesh() is None:
         return x
-    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, words, free=PartitionSpec.UNCONSTRAINED))
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, logical_axes, free=PartitionSpec.UNCONSTRAINED))
 
 
-def context_parts(heads: int, tokens: int) -> tuple[str, int]:
-    """How self-attention shares its work over the context axis of the active mesh.
+def context_sharding(heads: int, tokens: int) -> tuple[str, int]:
+    """How self-attention is sharded over the context axis of the active mesh.
 
     Returns:
-      ("heads", 1): every device has all tokens of some heads; also without a mesh. ("tokens", parts): the heads do not
-      divide, so every device has all heads and a part of each frame's query tokens. ("whole", 1): nor do the tokens.
+      ("heads", 1): every device has all tokens of some heads; also without a mesh. ("tokens", shards): the axis does
+      not divide the heads, so every device has all heads and a shard of each frame's query tokens. ("whole", 1): it
+      divides neither.
     """
     mesh = active_mesh()
     parts = 1 if mesh is None else mesh.shape["context"]
@@ -192,14 +197,14 @@ def context_parts(heads: int, tokens: int) -> tuple[str, int]:
     return ("tokens", parts) if tokens % parts == 0 else ("whole", 1)
 
 
-def token_parts(tokens: int) -> int:
-    """Into how many parts the tokens of a frame are cut outside self-attention."""
+def token_shards(tokens: int) -> int:
+    """Number of shards of the tokens of a frame, outside self-attention."""
     mesh = active_mesh()
     return mesh.shape["context"] if mesh is not None and tokens % mesh.shape["context"] == 0 else 1
 
 
-def over_context(fn: Callable[..., jax.Array], in_axes: Any, out_axes: int = 0) -> Callable[..., jax.Array]:
-    """`jax.vmap` of `fn` over an array axis that is cut by the context axis; a `shard_map` in `fn` learns of it."""
+def vmap_over_context(fn: Callable[..., jax.Array], in_axes: Any, out_axes: int = 0) -> Callable[..., jax.Array]:
+    """`jax.vmap` of `fn` over an array axis that is sharded over the context axis, also for a `shard_map` in `fn`."""
     if active_mesh() is None:
         return jax.vmap(fn, in_axes=in_axes, out_axes=out_axes)
 
@@ -216,56 +221,56 @@ def over_context(fn: Callable[..., jax.Array], in_axes: Any, out_axes: int = 0) 
 # ---- parameters
 
 
-def _spec(name: str, shape: tuple[int, ...], cut: Cut, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    if cut and len(cut) != len(shape):
-        raise UserError(f"sharding rule {cut} of {name!r} has {len(cut)} entries; the array has shape {shape}")
-    fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(cut, shape, strict=False))
+def _spec(name: str, shape: tuple[int, ...], axes: MeshAxes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    if axes and len(axes) != len(shape):
+        raise UserError(f"sharding rule {axes} of {name!r} has {len(axes)} entries; the array has shape {shape}")
+    fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=False))
     return PartitionSpec(*fits)
 
 
-def _cuts(names: Sequence[str], rules: Rules | None) -> dict[str, Cut]:
-    """Every name's cut, by `rules` or else by its entry of `TABLES`."""
+def _parameter_axes(names: Sequence[str], rules: Rules | None) -> dict[str, MeshAxes]:
+    """The mesh axes of every name's dimensions, by `rules` or else by its entry of `PARAMETER_RULES`."""
     if rules is not None:
         return match(rules, names)
-    out: dict[str, Cut] = {}
-    for pattern, table in TABLES:
+    out: dict[str, MeshAxes] = {}
+    for pattern, table in PARAMETER_RULES:
         own = [name for name in names if name not in out and re.fullmatch(pattern, name)]
         out |= match(table, own) if own else {}
     return out
 
 
 def shardings(model: Any, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> dict[str, NamedSharding]:
-    """The sharding of every leaf by name; shapes are enough, nothing is moved. `rules`: instead of `TABLES`.
+    """The sharding of every leaf by name; shapes are enough, nothing is moved. `rules`: instead of `PARAMETER_RULES`.
 
     Raises:
       UserError: the rules do not fit the model's names or ranks.
     """
     leaves = named_leaves(model)
-    cuts = _cuts(list(leaves), rules)
-    return {name: NamedSharding(mesh, _spec(name, leaf.shape, cuts[name], mesh)) for name, leaf in leaves.items()}
+    axes_of = _parameter_axes(list(leaves), rules)
+    return {name: NamedSharding(mesh, _spec(name, leaf.shape, axes_of[name], mesh)) for name, leaf in leaves.items()}
 
 
-def cut_parameters(model: Any, rules: Rules | None = None) -> Any:
-    """Inside jit: weights, or gradients of the same names, to lie on the active mesh as their tables say."""
+def constrain_parameters(model: Any, rules: Rules | None = None) -> Any:
+    """Inside jit: constrains weights, or gradients of the same names, to the shardings of the rule tables."""
     mesh = active_mesh()
     if mesh is None:
         return model
     leaves = named_leaves(model)
-    cuts = _cuts(list(leaves), rules)
-    spec = {name: _spec(name, leaf.shape, cuts[name], mesh) for name, leaf in leaves.items()}
+    axes_of = _parameter_axes(list(leaves), rules)
+    spec = {name: _spec(name, leaf.shape, axes_of[name], mesh) for name, leaf in leaves.items()}
     return map_named(lambda name, leaf: jax.lax.with_sharding_constraint(leaf, spec[name]), model)
 
 
 def shard_model(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
-    """The model with every leaf placed on the mesh by the rules; of many processes each gives its own shards."""
-    places = shardings(model, mesh, rules)
-    return map_named(lambda name, leaf: place(leaf, places[name]), model)
+    """The model with every leaf put on the mesh by the rules; each process provides its own shards."""
+    by_name = shardings(model, mesh, rules)
+    return map_named(lambda name, leaf: place(leaf, by_name[name]), model)
 
 
 def place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """`leaf`, which every process holds whole (or which lies on the mesh already), on the mesh. A key stays a key.
+    """`leaf`, which every process holds whole (or which is on the mesh already), on the mesh; PRNG keys too.
 
-    Of many processes, `jax.device_put` would leave replicated arrays that Orbax does not save.
+    With several processes, `jax.device_put` would leave replicated arrays that Orbax does not save.
     """
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(place(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
@@ -273,31 +278,31 @@ def place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         return leaf
     if jax.process_count() == 1:
         return jax.device_put(leaf, sharding)
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # there already, under another name of its cut
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # there already, with an equivalent sharding
         return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis of a batch over `data` and `fsdp`; every other axis whole."""
-    return NamedSharding(mesh, PartitionSpec(*ACTIVATIONS["batch"]))
+    """The leading axis of a batch over `data` and `fsdp`; every other axis replicated."""
+    return NamedSharding(mesh, PartitionSpec(*LOGICAL_AXIS_RULES["batch"]))
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """Which rows of a global batch lie on this process's devices, ascending: the ones that it must read.
+    """Rows of a global batch that are on this process's devices, ascending: the ones that it must read.
 
     Raises:
       UserError: the batch does not divide over the mesh.
     """
-    if batch_size % batch_places(mesh):
-        raise UserError(f"data.batch_size={batch_size} must divide by mesh.data * mesh.fsdp = {batch_places(mesh)}")
+    if batch_size % batch_shards(mesh):
+        raise UserError(f"data.batch_size={batch_size} must divide by mesh.data * mesh.fsdp = {batch_shards(mesh)}")
     spans: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (span,) in spans for row in range(*span.indices(batch_size))})
 
 
 def place_rows(rows: Sequence[int], local: np.ndarray, mesh: Mesh, batch_size: int) -> jax.Array:
-    """A global batch of which this process holds the given rows, cut by `batch_sharding`."""
+    """The global array, sharded by `batch_sharding`, of which this process holds the given rows."""
     position = {row: i for i, row in enumerate(rows)}
 
     def part(index: Any) -> np.ndarray:
@@ -306,11 +311,11 @@ def place_rows(rows: Sequence[int], local: np.ndarray, mesh: Mesh, batch_size: i
     return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding(mesh), part)
 
 
-def batch_places(mesh: Mesh) -> int:
-    """Into how many parts `batch_sharding` cuts a batch."""
-    return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"][0])
+def batch_shards(mesh: Mesh) -> int:
+    """Number of shards of a batch under `batch_sharding`."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_AXIS_RULES["batch"][0])
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The same whole array on every device: keys, scalars, the negative prompt."""
+    """Replicated on every device: PRNG keys, scalars, the negative prompt."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,7 +1,7 @@
-"""Several files and folders that take their places in a folder together: all of them, or what was there before.
+"""Atomic replacement of several files and folders in a folder: all of them, or none.
 
-They are written into a hidden folder inside the target, so on its disk, be it a mount point, and nothing beside it is
-touched. A journal there says what is being put where; what a killed command left is undone by the next one. Only one
+They are written into a hidden folder inside the target, hence on the same disk, and nothing beside the target is
+touched. A journal there lists the moves; what a killed command left half done is undone by the next one. Only one
 process may do this in a folder at a time (`core.lock`).
 """
 
@@ -18,13 +18,13 @@ STAGING, JOURNAL, REPLACED = ".staging", "journal.json", "replaced"
 
 
 def contents(folder: Path) -> list[Path]:
-    """What lies in a folder, in order, but for locks and what a new disk holds."""
+    """The sorted entries of a folder, without locks and what a newly formatted disk holds."""
     return sorted(path for path in folder.iterdir() if path.suffix != LOCK and path.name not in (LOCK, "lost+found"))
 
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """Yields an empty hidden folder inside `folder`, which is there; gone at the end, with all that was not placed."""
+    """Yields an empty hidden folder inside the existing `folder`; removed at the end, with all that was not placed."""
     roll_back(folder)
     inside = folder / STAGING
     inside.mkdir()
@@ -36,11 +36,11 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def place(folder: Path, names: Sequence[str], *, stale: Sequence[str] = ()) -> None:
-    """Puts what was staged in its place, in this order; what is there under these names goes.
+    """Moves what was staged into `folder`, in this order, replacing what has these names.
 
     Args:
       names: paths in the staged folder, which become the same in `folder`.
-      stale: paths in `folder` that go, too.
+      stale: further paths in `folder` to remove.
 
     Raises:
       OSError: the disk is full or may not be written to; at the end of `staging` all is as it was.
@@ -63,7 +63,7 @@ def place(folder: Path, names: Sequence[str], *, stale: Sequence[str] = ()) -> N
 
 
 def roll_back(folder: Path) -> None:
-    """Undoes what a killed command had begun to place, and removes its staging."""
+    """Undoes the moves of a killed command, and removes its staging folder."""
     inside = folder / STAGING
     if not inside.is_dir():
         return
@@ -87,6 +87,6 @@ def _is_there(path: Path) -> bool:
 
 
 def _partial_copies(target: Path) -> list[Path]:
-    """What `move` leaves beside a place on another disk when it is killed."""
+    """What a killed `move` to another disk leaves beside its target."""
     beside = target.parent.iterdir() if target.parent.is_dir() else ()
     return [file for file in beside if file.name.startswith(f".{target.name}.") and file.name.endswith(".partial")]

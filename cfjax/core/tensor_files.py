@@ -1,4 +1,4 @@
-"""Writing .safetensors: the one door, because the library takes an array's memory for its values."""
+"""The only writer of .safetensors files, because the library ignores the strides of an array."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 def save_tensors(path: str | Path, named: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes arrays of any memory layout (NumPy's, jax's, numbers) as one .safetensors file, values as they are.
 
-    `safetensors` 0.8 writes the bytes that lie from an array's first one on, in row-major order whatever the array's
-    strides say: a transposed one comes back scrambled, a broadcast one with whatever lay behind it in memory. On TPU
-    and GPU jax.Array becomes such an array of NumPy where its layout on the device is another.
+    `safetensors` 0.8 writes consecutive bytes from an array's first one on, whatever its strides are: a transposed
+    array is read back scrambled, a broadcast one with whatever followed it in memory. On TPU and GPU, `np.asarray` of a
+    jax.Array has such strides where the array's layout on the device is not row-major.
 
     Args:
       path: on this machine; not replaced atomically.

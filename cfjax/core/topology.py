@@ -1,10 +1,10 @@
-"""Machines by name, whether this process has them or not: what a chip can do, and devices to compile for.
+"""Accelerator topologies by name, present or not: figures of their chips, and devices to compile for.
 
     v5p:4x4x4   a slice of TPU chips by its shape: v4, v5e, v5p, v6e, tpu7x (libtpu compiles for it on any machine)
     h100:8x8    hosts x GPUs (CUDA's PJRT plug-in compiles for it on any machine)
-    cpu:64      so many simulated devices of this machine
+    cpu:64      64 simulated devices of this machine
 
-What a chip can do, as its maker publishes it: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (memory is given in GiB
+Figures of chips are the vendors': cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (memory is given in GiB
 or GB; TPU's compiler takes GiB) and NVIDIA's H100 data sheet (SXM, dense). Interconnect is what a chip sends and
 receives together in a second, over all its links: ICI, or NVLink within a host.
 """
@@ -33,7 +33,7 @@ class Chip:
       memory: bytes.  flops: bfloat16 FLOP/s at its peak.  interconnect: bytes/s.
       devices: JAX devices per chip (TPU7x shows its two cores as two).
       dimensions: of a slice's shape.
-      config: libtpu's word for cores that work as one device, where that is not its default for the chip.
+      config: libtpu's setting for cores that work as one device, where that is not its default for the chip.
     """
 
     name: str
@@ -135,7 +135,7 @@ def shapes_of(chip: Chip) -> tuple[str, ...]:
 
 
 def simulate_devices(topology: Topology) -> None:
-    """Before JAX has looked for devices: nothing but CPU is opened, and a simulated topology gets its devices."""
+    """To be called before JAX initialises its backends: uses CPU only, with the devices of a simulated topology."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no questions to a cloud that this machine may not be in
     jax.config.update("jax_platforms", "cpu")
     if topology.chip.platform == "cpu" and "xla_force_host_platform_device_count" not in os.environ.get(
@@ -184,7 +184,7 @@ def _gpus(topology: Topology) -> list[Any]:
     return list(described.devices)
 
 
-# What XLA asks about a GPU that is not there (GpuTargetConfigProto), as an H100's driver and data sheet tell it.
+# What XLA needs to know about a GPU that is not there (GpuTargetConfigProto), from an H100's driver and data sheet.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048

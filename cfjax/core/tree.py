@@ -1,4 +1,4 @@
-"""Named leaves and ordered rule tables: the one idiom behind sharding, freezing, weight decay and conversion."""
+"""Named leaves and ordered rule tables, used for sharding, freezing, weight decay and conversion."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,5 +65,5 @@ def match(rules: Sequence[tuple[str, T]], names: Iterable[str]) -> dict[str, T]:
         out[name] = compiled[hit][1]
     for i, (pattern, _) in enumerate(compiled):
         if i not in used:
-            raise UserError(f"rule {pattern.pattern!r} matches nothing; remove it or mend its regex")
+            raise UserError(f"rule {pattern.pattern!r} matches nothing; remove it or correct its regex")
     return out

@@ -1,6 +1,6 @@
-"""A tuple as one types it: `red,green`, `1000,500`, `('a','b')`, `(1000,)`, `()`; what is none of these is a mistake.
+"""Tuples on the command line: `red,green`, `1000,500`, `('a','b')`, `(1000,)`, `()`; anything else is an error.
 
-Left to `ml_collections`, unquoted words with a comma between them would become one word.
+`ml_collections` alone would read unquoted words with a comma between them as one string.
 """
 
 import ast
@@ -17,7 +17,7 @@ WORD = re.compile(f"[^{SEPARATORS}]+")
 
 
 class NoTuple(ValueError):
-    """Why a text is no such tuple."""
+    """A text is not a tuple; the message says why."""
 
 
 def parse_tuple(flag: str, text: str, default: Sequence[Any], kind: type | None = None) -> tuple[Any, ...]:
@@ -34,8 +34,8 @@ def parse_tuple(flag: str, text: str, default: Sequence[Any], kind: type | None 
     try:
         return _parsed(text, kind)
     except NoTuple as error:
-        told = f"{flag}={text}: needs a value of type tuple, as the default {tuple(default)!r}"
-        raise UserError(f"{told}: {error}; write {flag}={_spelling(text, default, kind)}") from None
+        problem = f"{flag}={text}: needs a value of type tuple, as the default {tuple(default)!r}"
+        raise UserError(f"{problem}: {error}; write {flag}={_spelling(text, default, kind)}") from None
 
 
 def _parsed(text: str, kind: type | None) -> tuple[Any, ...]:
@@ -75,7 +75,7 @@ def _items(body: str) -> list[str]:
 
 
 def _value(item: str, kind: type | None) -> Any:
-    """One entry; without a kind it is what it looks like."""
+    """One entry; without a kind its type is inferred."""
     if QUOTED.fullmatch(item):
         if kind not in (None, str):
             raise NoTuple(f"{item} is a word")

@@ -1,4 +1,4 @@
-"""Arrays of NumPy's .npz archives, each held against its own header before it is unpacked."""
+"""Arrays of NumPy's .npz archives, each checked against its own header before it is unpacked."""
 
 import math
 import zipfile
@@ -15,7 +15,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 def read_archive(path: str | Path) -> dict[str, np.ndarray]:
     """Every array of an archive by its name.
 
-    A few bytes can be packed so that they become many: an array may have ARRAY_BYTES, or as many as the file.
+    A few compressed bytes can become many: an array may have ARRAY_BYTES, or as many as the file.
 
     Raises:
       OSError: it cannot be read.
@@ -28,7 +28,7 @@ def read_archive(path: str | Path) -> dict[str, np.ndarray]:
             return {entry.filename.removesuffix(".npy"): _read(archive, entry, most) for entry in archive.infolist()}
     except (OSError, ValueError):
         raise
-    except Exception as error:  # Python's unpackers meet damage with whatever error comes first
+    except Exception as error:  # Python's unpackers raise all kinds of errors for damaged data
         raise ValueError(_one_line(error)) from None
 
 
@@ -66,10 +66,10 @@ def _check_header(file: IO[bytes], size: int, most: int) -> None:
     if version not in _HEADERS:
         raise ValueError(f"an array of version {version}")
     shape, _, dtype = _HEADERS[version](file)
-    told = math.prod(shape) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     if dtype.hasobject or len(shape) > RANK or any(length < 0 for length in shape):
         raise ValueError(f"{dtype} {shape} is no array of numbers")
-    if told != (stored := size - file.tell()):
-        raise ValueError(f"its header says {dtype} {shape}, {told} bytes; {stored} are stored")
-    if told > most:
-        raise ValueError(f"{told} bytes, more than the {most} that an array of this file may have")
+    if expected != (stored := size - file.tell()):
+        raise ValueError(f"its header says {dtype} {shape}, {expected} bytes; {stored} are stored")
+    if expected > most:
+        raise ValueError(f"{expected} bytes, more than the {most} that an array of this file may have")

@@ -1,4 +1,4 @@
-"""Which column of a table names the clip, which one says what it shows, and which of several captions is taken.
+"""Columns of caption tables: the one with the file name, the one with the caption, and the choice among several.
 
 Column names of published sets are recognised: OpenVid-1M (video, caption), Panda-70M (videoID, timestamp, caption),
 Koala-36M (videoID, timestamp, caption), MiraData (file_path, dense_caption), video2dataset, Hugging Face's folders
@@ -20,7 +20,8 @@ from cfjax.core.schema import SHOWN, shown
 from cfjax.data.pictures import Unusable
 from cfjax.data.tables import CAPTIONS, Row
 
-# Names of a column by rank: one of the first row is taken before any of the next; two of one row are told.
+# Names of a column by rank: a name of the first row is preferred to those of the next; two of one row are ambiguous, an
+# error.
 FILES = (
     (
         "file",
@@ -43,7 +44,7 @@ RULES = ("first", "longest")
 
 @dataclass(frozen=True)
 class Columns:
-    """How a table is read; "" is what its columns' names say.
+    """How a table is read; "" chooses by the names of its columns.
 
     Attributes:
       file, caption: names of columns.
@@ -58,7 +59,7 @@ class Columns:
         """The columns of a row by their part: "caption", with `clips` also "file" and, where there is one, "times".
 
         Raises:
-          UserError: there is no such column, or several that may be meant; names them.
+          UserError: there is no such column, or several candidates, which the message names.
         """
         found = {"caption": _column(path, row, self.caption, TEXTS, "caption_column")}
         if clips:
@@ -148,7 +149,7 @@ def _named(values: Mapping[str, Any], choice: str) -> Any:
 
 
 def printed(text: str) -> Any:
-    """What a field of a CSV holds: a list or dict that Python, NumPy or a JSON writer printed, else the text itself.
+    """The value of a CSV field: a list or dict that Python, NumPy or a JSON writer printed, else the text itself.
 
     Strings of a printed NumPy array follow each other without commas, which Python would read as one string.
     """
@@ -207,7 +208,7 @@ def _seconds(value: Any) -> float:
 
 
 def parts_of(times: Any, captions: Any) -> list[tuple[Any, tuple[float, float]]]:
-    """(caption field, (start, stop)) of every part of a video that a row tells of, from its two fields.
+    """(caption field, (start, stop)) of every part of a video that a row describes, from its two fields.
 
     Raises:
       Unusable: the times cannot be read, or there is not one caption for each.

@@ -1,4 +1,4 @@
-"""Looking at every record of a dataset, of any kind, and saying of each bad one where it is and what is wrong."""
+"""Checking every record of a dataset, of any kind, and reporting where each bad one is and what is wrong with it."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from cfjax.core.machine import machine_failure
 from cfjax.data.archives import open_array
 from cfjax.data.latents import read_json
 from cfjax.data.lmdb_files import is_lmdb
-from cfjax.data.lmdb_places import open_lmdb_of
+from cfjax.data.lmdb_paths import open_lmdb_of
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.parts import JOB
 from cfjax.data.precompute import MANIFEST_VERSION
@@ -65,7 +65,7 @@ def check_dataset(
 
     Args:
       ground_truth, fallback_shape: of an LMDB, see `LmdbRows`.
-      lmdb: the new place of the LMDB that holds a set's latents; "" looks where it was, and beside the set.
+      lmdb: where the LMDB with a set's latents was moved to; "": the recorded path, or beside the set.
 
     Raises:
       UserError: there is no dataset at all, or the machine (its open files, memory, disk) does not let it be read.
@@ -104,7 +104,7 @@ def _constant(name: str, array: np.ndarray) -> str:
 
 
 class _Set:
-    """What the records of a set are held against, and which of them holds each item: 8 MB for a million.
+    """What the records of a set are checked against, and which of them holds each item: 8 MB for a million.
 
     Args:
       rows: the LMDB with their latents, if they are in one.
@@ -113,7 +113,7 @@ class _Set:
     def __init__(self, layout: Layout, parts: list[dict[str, Any]], items: int, rows: LmdbRows | None) -> None:
         self.layout, self.rows = layout, rows
         self.holder = np.zeros(items, np.int64)  # 1 + the record, counted through all parts; 0 for none
-        self.before = 0  # records of the parts that were looked at already
+        self.before = 0  # records of the parts that were checked already
         self._parts = [(part["file"], part["records"]) for part in parts]
         self._ends = list(accumulate(records for _, records in self._parts))
 
@@ -139,7 +139,7 @@ class _Set:
 def _same_prompt(rows: LmdbRows, record: Record) -> bool:
     try:
         return rows.caption(record.item) == record.caption
-    except BrokenRecord:  # told of the LMDB
+    except BrokenRecord:  # reported for the LMDB
         return True
 
 
@@ -209,7 +209,7 @@ def _check_part(file: Path, about: dict[str, Any], known: _Set, bar: Any) -> Ite
 
 
 def _stop_for_the_machine(file: Path, reader: Any) -> None:
-    """Raises what the machine told when the file could not be opened; a damaged file stays a fault of its own."""
+    """Raises the machine's error when the file could not be opened; returns when the file is damaged."""
     try:
         reader.read([0])
     except RuntimeError as error:

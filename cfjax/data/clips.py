@@ -1,7 +1,7 @@
-"""A folder of video files and what is said in them: a table of any kind (`data.tables`), or texts beside the clips.
+"""A folder of video files and their captions: in a table of any kind (`data.tables`), or in text files beside them.
 
-Tables name clips in many ways: by a path in the folder or an absolute one, with Windows' separators, with the folder's
-own name in front, by a bare name although the file lies in a subfolder, or by a name without a suffix.
+Tables name clips in many ways: by a path relative to the folder or an absolute one, with Windows' separators, with the
+folder's own name in front, by a bare name although the file is in a subfolder, or by a name without a suffix.
 """
 
 import os
@@ -52,7 +52,7 @@ class ClipFile:
 
 @dataclass(frozen=True)
 class Folder:
-    """What lies in a folder and all below it, linked folders included; paths are relative to it, with slashes.
+    """All files in and below a folder, linked folders included; paths are relative to it, with slashes.
 
     Attributes:
       clips: files of SUFFIXES.  others: all other files.
@@ -94,13 +94,13 @@ def _leftover(name: str) -> bool:
 
 @dataclass
 class Listing:
-    """The clips of a folder, and what else was looked at.
+    """The clips of a folder, and how they were found.
 
     Attributes:
       clips: by name; those that cannot be used say why.
       table: the table that was read, None if there is none.
       columns: the columns that were taken from it, by part.
-      passed_over: how many files of each suffix are neither clips nor their captions.
+      passed_over: number of files of each suffix that are neither clips nor captions.
     """
 
     clips: list[ClipFile]
@@ -108,8 +108,8 @@ class Listing:
     columns: dict[str, str] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
 
-    def told(self) -> dict[str, str]:
-        """A line each on what was read and what was not, where there is anything to say."""
+    def notes(self) -> dict[str, str]:
+        """A line each on what was read and what was ignored, if there is anything to report."""
         out = {}
         if self.columns:
             columns = ", ".join(f"{part} by {name!r}" for part, name in self.columns.items())
@@ -169,7 +169,7 @@ def escaped(name: str) -> str:
 
 
 def _nameable(clip: ClipFile) -> ClipFile:
-    """The clip; one whose name is no UTF-8 cannot be used, and its name stands escaped."""
+    """The clip; one whose name is not UTF-8 cannot be used, and its name is escaped."""
     if (name := escaped(clip.name)) == clip.name:
         return replace(clip, fault=escaped(clip.fault))
     return replace(clip, name=name, fault=escaped(clip.fault) or "unreadable name: it is no UTF-8; rename the file")
@@ -294,7 +294,7 @@ class _Index:
                 self._bare.setdefault(called, []).append(name)
 
     def find(self, wanted: str) -> str:
-        """The path in the folder of the file that a table calls `wanted`. Raises Unusable when there is no one file."""
+        """The path in the folder of the file that a table calls `wanted`. Raises Unusable unless just one matches."""
         if not wanted:
             raise Unusable("no file name: the row names no file")
         for form in self._forms(wanted):
@@ -317,7 +317,7 @@ class _Index:
         )
 
     def _forms(self, wanted: str) -> Iterator[str]:
-        """What it may be called in the folder: as it stands, with slashes, below the table, without the root's name."""
+        """Candidates for its path: as given, with slashes, relative to the table, without the root's name."""
         for form in dict.fromkeys((wanted, wanted.replace("\\", "/"))):
             if Path(form).is_absolute():
                 for root, path in ((self._root.absolute(), Path(form)), (self._root.resolve(), Path(form).resolve())):

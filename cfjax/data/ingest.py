@@ -1,4 +1,4 @@
-"""Sources of clips and prompts, and the one loop that encodes what they hold and writes it down, part by part."""
+"""Sources of clips and prompts, and the loop that encodes them and writes the records, part by part."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,12 +28,12 @@ EncodeVideo = Callable[[np.ndarray], np.ndarray]
 
 
 class Source(Protocol):
-    """Items in a fixed order, which every process sees alike."""
+    """Items in a fixed order, the same in every process."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a report calls the item."""
+        """Its name in reports."""
         ...
 
     def caption(self, index: int) -> str:
@@ -44,7 +44,7 @@ class Source(Protocol):
         """{"video": uint8 [P, H, W, 3]}, or what a record holds: latents and trajectory, or nothing.
 
         Raises:
-          Unusable: the item has to be left out.
+          Unusable: the item has to be skipped.
         """
         ...
 
@@ -85,7 +85,7 @@ class LmdbSource:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """Its LMDB's name and its number therein."""
+        """The name of its LMDB and its row number."""
         path, row = self.rows.locate(index)
         return f"{path.name}/{row}"
 
@@ -97,7 +97,7 @@ class LmdbSource:
             raise Unusable(f"no caption: {error}") from None
 
     def load(self, index: int) -> dict[str, np.ndarray]:
-        """Its latents and trajectory, which are also looked at when they stay where they are."""
+        """Its latents and trajectory, which are checked even when they are not copied."""
         try:
             arrays = self.rows.arrays(index)
         except BrokenRecord as error:
@@ -111,18 +111,18 @@ class PromptSource:
     """Prompts alone, of a table of any kind (`data.tables`).
 
     Args:
-      prompts: in order.  places: where each stands in its file; "line N" if none are given.
+      prompts: in order.  positions: of each in its file; "line N" if none are given.
       faults: index -> why a prompt cannot be used.
     """
 
     def __init__(
-        self, prompts: Sequence[str], places: Sequence[str] = (), faults: Mapping[int, str] = MappingProxyType({})
+        self, prompts: Sequence[str], positions: Sequence[str] = (), faults: Mapping[int, str] = MappingProxyType({})
     ) -> None:
-        self.prompts, self._places, self._faults = prompts, places, faults
+        self.prompts, self._positions, self._faults = prompts, positions, faults
 
     @classmethod
     def read(cls, file: str | Path, columns: Columns = Columns(), encoding: str = "") -> "PromptSource":
-        """The prompts of a file. Of a .txt only trailing whitespace goes, and blank lines stay (PyTorch reference).
+        """The prompts of a file; of a .txt its `rstrip`ped lines (reference: `utils/dataset.py`, `TextDataset`).
 
         Args:
           columns: how a table is read.  encoding: of a text file that is not UTF-8.
@@ -132,11 +132,11 @@ class PromptSource:
         """
         path, column = Path(file), ""
         prompts: list[str] = []
-        places: list[str] = []
+        positions: list[str] = []
         faults: dict[int, str] = {}
         for row in read_table(path, encoding):
             column = column or columns.of(path, row, clips=False)["caption"]
-            places.append(row.place)
+            positions.append(row.place)
             try:
                 value = field_of(path, row, column)
                 if path.suffix.lower() == ".txt":
@@ -152,14 +152,14 @@ class PromptSource:
                 prompts.append("")
         if not prompts:
             raise UserError(f"{file}: no prompts in it")
-        return cls(prompts, places, faults)
+        return cls(prompts, positions, faults)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def name(self, index: int) -> str:
-        """Where it stands in the file."""
-        return self._places[index] if self._places else f"line {index + 1}"
+        """Its position in the file."""
+        return self._positions[index] if self._positions else f"line {index + 1}"
 
     def caption(self, index: int) -> str:
         """The prompt. Raises Unusable for one that cannot be read."""
@@ -210,7 +210,7 @@ def ingest(
     progress: bool = True,
     report: Mapping[str, Any] = MappingProxyType({}),
 ) -> bool:
-    """Makes this process's parts that are not there yet; True once the whole set is there.
+    """Writes the parts of this process that are missing; returns whether the whole set is complete.
 
     Args:
       report: further entries of the set's report, JSON-able.

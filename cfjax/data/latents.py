@@ -1,9 +1,9 @@
 """Reading latent datasets: one interface, the toy's memory-mapped arrays, a grain pipeline that resumes exactly.
 
-`ClipDataset` is what every set looks like from outside (`cfjax.data.sets.open_dataset` picks its reader).
+`ClipDataset` is the interface of every set (`cfjax.data.sets.open_dataset` picks its reader).
 `LatentDataset` checks a folder against its manifest before anything is trained on it. `make_iterator` shuffles the
-records, batches them and deals each batch's rows out to processes; its state is a small JSON-able dict that belongs in
-a checkpoint.
+records, batches them and distributes each batch's rows over processes; its state is a small JSON-able dict for the
+checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from cfjax.data.precompute import MANIFEST_VERSION
 
 Batch = dict[str, np.ndarray]
 
-_MEND = "precompute it again"
+_FIX = "precompute it again"
 _READ_AHEAD = 4  # batches
 ARRAY_RULE = table({"shape": several(whole(1), 1, 8), "dtype": one_of("float16", "float32", "int32")})
 MANIFEST_RULE = table(
@@ -83,7 +83,7 @@ class ClipDataset(Protocol):
 
 
 class WrappedDataset:
-    """A `ClipDataset` that is another one in all that a subclass does not change."""
+    """A `ClipDataset` that delegates to another one."""
 
     def __init__(self, dataset: ClipDataset) -> None:
         self._dataset = dataset
@@ -128,9 +128,9 @@ def read_json(file: Path, most: int = JSON_BYTES) -> Any:
     try:
         return load_json(file, most)
     except FileNotFoundError as error:
-        raise UserError(f"{file}: missing; is {file.parent} a latent dataset? {_MEND}") from error
+        raise UserError(f"{file}: missing; is {file.parent} a latent dataset? {_FIX}") from error
     except (OSError, ValueError) as error:
-        raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+        raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_FIX}") from error
 
 
 class LatentDataset:
@@ -151,7 +151,7 @@ class LatentDataset:
         self.path = Path(path)
         self.manifest = read_json(self.path / "manifest.json")
         if not isinstance(self.manifest, dict) or self.manifest.get("version") != MANIFEST_VERSION:
-            raise UserError(f"{self.path}/manifest.json: not a version {MANIFEST_VERSION} latent dataset; {_MEND}")
+            raise UserError(f"{self.path}/manifest.json: not a version {MANIFEST_VERSION} latent dataset; {_FIX}")
         checked(MANIFEST_RULE, self.manifest, self.path / "manifest.json")
         arrays = self.manifest["arrays"]
         self._latents = self._open("latents")
@@ -168,11 +168,11 @@ class LatentDataset:
         try:
             array = open_array(file)
         except FileNotFoundError as error:
-            raise UserError(f"{file}: missing though the manifest lists it; {_MEND}") from error
+            raise UserError(f"{file}: missing though the manifest lists it; {_FIX}") from error
         except (OSError, ValueError) as error:
-            raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+            raise machine_failure(file, error) or UserError(f"{file}: cannot read it ({error}); {_FIX}") from error
         if list(array.shape) != spec.get("shape") or str(array.dtype) != spec.get("dtype"):
-            raise UserError(f"{file}: holds {array.dtype} {list(array.shape)}, the manifest says {spec}; {_MEND}")
+            raise UserError(f"{file}: holds {array.dtype} {list(array.shape)}, the manifest says {spec}; {_FIX}")
         return array
 
     def _check(self) -> None:
@@ -180,16 +180,16 @@ class LatentDataset:
         whole_numbers = self.caption_ids.ndim == 1 and self.caption_ids.dtype.kind in "iu"
         if self._latents.ndim != 5 or self.text_table.ndim != 3 or not whole_numbers:
             raise UserError(
-                f"{self.path}: latents must be [N,F,H,W,C], text [captions,S,E], caption_id whole numbers [N]; {_MEND}"
+                f"{self.path}: latents must be [N,F,H,W,C], text [captions,S,E], caption_id whole numbers [N]; {_FIX}"
             )
         if self._trajectory is not None and self._trajectory[:, 0].shape != self._latents.shape:
-            raise UserError(f"{self.path}: trajectory must be [N,J,F,H,W,C] of the latents' shape; {_MEND}")
+            raise UserError(f"{self.path}: trajectory must be [N,J,F,H,W,C] of the latents' shape; {_FIX}")
         if records != self.manifest.get("records") or len(self.caption_ids) != records:
-            raise UserError(f"{self.path}: records, latents and caption_id disagree in number; {_MEND}")
+            raise UserError(f"{self.path}: records, latents and caption_id disagree in number; {_FIX}")
         if captions != len(self.text_table) or self.negative_text_SE.shape != self.text_table.shape[1:]:
-            raise UserError(f"{self.path}: captions, text and negative_text do not fit together; {_MEND}")
+            raise UserError(f"{self.path}: captions, text and negative_text do not fit together; {_FIX}")
         if self.caption_ids.min() < 0 or self.caption_ids.max() >= captions:
-            raise UserError(f"{self.path}/caption_id.npy: an id lies outside the {captions} captions; {_MEND}")
+            raise UserError(f"{self.path}/caption_id.npy: an id is outside the {captions} captions; {_FIX}")
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -242,7 +242,7 @@ class LatentDataset:
         try:
             return read_archive(file)
         except Exception as error:
-            raise UserError(f"{file}: cannot read it ({error}); {_MEND}") from error
+            raise UserError(f"{file}: cannot read it ({error}); {_FIX}") from error
 
 
 _BATCH_NAMES = {
@@ -257,14 +257,14 @@ _BATCH_NAMES = {
 class LatentIterator:
     """An endless (or num_epochs long) stream of batches that can be saved and resumed at the exact record.
 
-    Its place is the number of records read, so that batches of another size go on with the very next record.
+    Its state is the number of records read, so that batches of another size continue with the very next record.
 
     Args:
       start: opens the stream at the record of this number.
       batch_size: of the global batch.
       order: the settings that decide in which order records come.
-      accept_changes: whether a place in another order is given up for the first record, in place of an error.
-      tell: takes a line about that.
+      accept_changes: whether a state of another order restarts at the first record, instead of an error.
+      log: called with a line about that.
     """
 
     def __init__(
@@ -274,10 +274,10 @@ class LatentIterator:
         order: Mapping[str, Any],
         *,
         accept_changes: bool,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._start, self._batch_size, self._order = start, batch_size, dict(order)
-        self._accept_changes, self._tell = accept_changes, tell
+        self._accept_changes, self._log = accept_changes, log
         self._go_to(0)
 
     def _go_to(self, read: int) -> None:
@@ -313,7 +313,7 @@ class LatentIterator:
                 "begin the new order at its first record with --config.accept_changes=True"
             )
         if changes:
-            self._tell(f"the data begins a new order at its first record: {', '.join(changes)}")
+            self._log(f"the data begins a new order at its first record: {', '.join(changes)}")
         self._go_to(0 if changes else read)
 
 
@@ -328,18 +328,18 @@ def make_iterator(
     drop_remainder: bool = True,
     num_threads: int = 1,
     accept_changes: bool = False,
-    tell: Callable[[str], None] = logging.warning,
+    log: Callable[[str], None] = logging.warning,
 ) -> LatentIterator:
     """Batches of stacked records: latents_BFHWC, text_BSE, index_B (, trajectory_BJFHWC) and negative_text_SE.
 
-    All records, newly shuffled every epoch; batches may span epochs. Of many processes, every one deals out the same
-    global batches and reads only its own `rows` of each: the place in the data is then one number, and a run goes on
-    exactly on any other number of processes. Threads read ahead in this process (`num_threads=0`: no read-ahead).
+    All records, newly shuffled every epoch; batches may span epochs. All processes iterate over the
+    same global batches, and each reads only its own `rows`: the state is then one number, and a run resumes exactly on
+    any other number of processes. Threads read ahead in this process (`num_threads=0`: no read-ahead).
 
     Args:
       batch_size: of the global batch.
       rows: which of its rows this process reads, ascending (`core.sharding.batch_rows`); None is all.
-      accept_changes, tell: what becomes of a place that was saved in another order, see `LatentIterator`.
+      accept_changes, log: for a state that was saved in another order, see `LatentIterator`.
 
     Raises:
       UserError: the dataset holds fewer records than a batch, or a row is not of the batch.
@@ -369,4 +369,4 @@ def make_iterator(
         return iter(batches.to_iter_dataset(options))
 
     order = {"records": len(dataset), "seed": seed, "shuffle": shuffle}
-    return LatentIterator(start, batch_size, order, accept_changes=accept_changes, tell=tell)
+    return LatentIterator(start, batch_size, order, accept_changes=accept_changes, log=log)

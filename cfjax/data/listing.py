@@ -1,4 +1,4 @@
-"""Which clips a set was made of: kept beside it, so that a folder that has changed since is told clip by clip."""
+"""The list of clips that a set was made of, stored with it, so that changes of the folder are reported clip by clip."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from cfjax.data.pictures import Unusable
 ITEMS = "items.json"
 SHOWN = 3
 _KEPT = several(row(text(), text(64)), 0, RECORDS)
-Item = tuple[str, str]  # name, and what tells it from another clip of that name: its caption, or what is wrong with it
+Item = tuple[str, str]  # name, and caption or what is wrong with the clip
 Hashed = list[Item]
 
 
@@ -23,7 +23,7 @@ class Named(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a report calls the item."""
+        """Its name in reports."""
         ...
 
     def caption(self, index: int) -> str:
@@ -34,45 +34,45 @@ class Named(Protocol):
 def listed(source: Named) -> list[Item]:
     """(name, caption or what is wrong with it) of every item."""
 
-    def told(index: int) -> str:
+    def caption(index: int) -> str:
         try:
             return source.caption(index)
         except Unusable as error:
             return str(error)
 
-    return [(source.name(index), told(index)) for index in range(len(source))]
+    return [(source.name(index), caption(index)) for index in range(len(source))]
 
 
 def hashed(listing: Iterable[Item]) -> Hashed:
-    """The listing as it is kept: a hash of 8 hex digits instead of the caption."""
-    return [(name, hashlib.sha256(told.encode()).hexdigest()[:8]) for name, told in listing]
+    """The listing as it is stored: a hash of 8 hex digits instead of the caption."""
+    return [(name, hashlib.sha256(caption.encode()).hexdigest()[:8]) for name, caption in listing]
 
 
 def unhashed(kept: object) -> Hashed:
-    """A kept listing. Raises UserError when it is none."""
+    """A stored listing. Raises UserError when it is not one."""
     if wrong := _KEPT("", kept):
         raise UserError(f"{ITEMS}: no list of items ({wrong}); remove the folder and precompute it again")
-    return [(name, told) for name, told in kept]  # type: ignore[attr-defined]
+    return [(name, caption) for name, caption in kept]  # type: ignore[attr-defined]
 
 
 def changes(before: Hashed, now: Hashed, path: Path) -> str:
-    """What changed in the clips since the set at `path` was begun, and the mend."""
+    """What changed in the clips since the set at `path` was begun, and how to fix it."""
     old, new = dict(before), dict(now)
     added = [name for name in new if name not in old]
     gone = [name for name in old if name not in new]
-    other = [name for name, told in new.items() if name in old and old[name] != told]
-    counts = (_told(added, "new"), _told(gone, "gone"), _told(other, "with another caption"))
+    other = [name for name, caption in new.items() if name in old and old[name] != caption]
+    counts = (_named(added, "new"), _named(gone, "gone"), _named(other, "with another caption"))
     what = ", ".join(filter(None, counts)) or "the same names, differently often"
-    mend = "choose another --config.output for all of them"
+    fix = "choose another --config.output for all of them"
     if added and not gone and not other:
-        mend += (
+        fix += (
             ", or precompute a folder of the new ones alone to another output, and join both by "
             f"cfjax precompute --merge={path},NEW --config.output=ALL"
         )
-    return f"was made of other clips ({len(before)} then, {len(now)} now): {what}; {mend}"
+    return f"was made of other clips ({len(before)} then, {len(now)} now): {what}; {fix}"
 
 
-def _told(names: Sequence[str], what: str) -> str:
+def _named(names: Sequence[str], what: str) -> str:
     """As `2 new (a.mp4, b.mp4)`; nothing for none."""
     more = ", ..." if len(names) > SHOWN else ""
     return f"{len(names)} {what} ({', '.join(names[:SHOWN])}{more})" if names else ""

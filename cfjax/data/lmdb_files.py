@@ -1,7 +1,7 @@
 """LMDB files: where they are, whether they are whole, and reading them through few open ones.
 
-LMDB maps its file into memory and trusts it: a page that its header tells of but the file has not takes the whole
-process down (SIGBUS), with no message. So the header is read first, as bytes, and held against the file's size.
+LMDB maps its file into memory and trusts it: reading a page that its header counts but that the file lacks kills the
+whole process (SIGBUS), with no message. So the header is read first, as bytes, and checked against the file's size.
 """
 
 import os
@@ -46,10 +46,10 @@ def is_lmdb(path: str | Path) -> bool:
 
 
 def check_whole(path: Path) -> None:
-    """Holds an LMDB's size against its header, without mapping it. A header of another kind is left to LMDB to refuse.
+    """Checks an LMDB's size against its header, without mapping it. A header of another kind is left to LMDB to refuse.
 
     Raises:
-      UserError: the file is shorter than its header tells, or cannot be read.
+      UserError: the file is shorter than its header says, or cannot be read.
     """
     file = path / DATA if path.is_dir() else path
     try:
@@ -67,7 +67,7 @@ def check_whole(path: Path) -> None:
     _, last_page, page_size = max(first, second or first)
     if size < (needed := max(last_page + 1, 2) * page_size):
         raise UserError(
-            f"{file}: {size} bytes, but its header tells of {needed}: it was cut off, or is still being copied; copy "
+            f"{file}: {size} bytes, but its header says {needed}: it was cut off, or is still being copied; copy "
             "it again, whole"
         )
 
@@ -114,7 +114,7 @@ class _Open:
 
     @classmethod
     def after_fork(cls) -> None:
-        """An environment must not cross a fork: the child opens its own, which LMDB allows once its copy is closed."""
+        """An environment must not be used after a fork: the child opens its own, once its copy is closed."""
         cls.lock = threading.Lock()
         for opened in cls.alive.values():
             opened.env.close()
@@ -126,11 +126,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def _let_go(_: _Open) -> None:
-    """Nothing: an environment closes when its last reader has let it go."""
+    """Nothing: an environment closes with its last reader."""
 
 
 class LmdbFiles:
-    """Values of several LMDBs, however many: a bounded number of them is open at a time."""
+    """Values of any number of LMDBs, of which a bounded number is open at a time."""
 
     def __init__(self) -> None:
         self._pool: Pool[_Open] = Pool(_let_go)
@@ -147,13 +147,13 @@ class LmdbFiles:
                 value = found.get(key.encode())
                 return None if value is None else bytes(value[:at_most])
 
-        return self._told(path, read)
+        return self._read_or_raise(path, read)
 
     def count(self, path: Path) -> int:
         """How many keys an LMDB has. Raises what `get` does."""
-        return self._told(path, lambda opened: int(opened.env.stat()["entries"]))
+        return self._read_or_raise(path, lambda opened: int(opened.env.stat()["entries"]))
 
-    def _told(self, path: Path, read: Callable[[_Open], T]) -> T:
+    def _read_or_raise(self, path: Path, read: Callable[[_Open], T]) -> T:
         try:
             with self._pool.borrow(path, lambda: _Open.of(path)) as opened:
                 return read(opened)

@@ -1,8 +1,8 @@
-"""The PyTorch reference's LMDB sets, read as they are: clean latents, and ODE trajectories with their ground truth.
+"""The PyTorch reference's LMDB datasets (`utils/create_lmdb_iterative.py`): clean latents, and ODE trajectories.
 
 Keys: `latents_shape` "N J F C H W" (or "N F C H W"), `prompts_shape`, `latents_<i>_data` (fp16, little-endian),
 `prompts_<i>_data` (UTF-8). A row of several entries is a trajectory: the student's noise levels from pure noise down,
-the ODE's end, and in Causal Forcing's own sets the clean clip. A set may be cut into a folder of LMDBs.
+the ODE's end, and in Causal Forcing's own sets the clean clip. A set may be split into a folder of LMDBs.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class LmdbRows:
         """Raises UserError for a shape of more rows than the file has keys, or of sizes that no row has."""
         rows, keys = shape[0] if shape else 0, self._values.count(file)
         if not 0 <= rows <= keys:
-            raise UserError(f"{file}: latents_shape tells of {rows} rows, and there are {keys} keys; copy it again")
+            raise UserError(f"{file}: latents_shape says {rows} rows, and there are {keys} keys; copy it again")
         if any(size < 1 for size in shape[1:]) or math.prod(shape[1:]) > STATES * LATENT_NUMBERS:
             raise UserError(f"{file}: latents_shape is {shape}; sizes must be 1 or more, and fit into memory")
 
@@ -98,7 +98,7 @@ class LmdbRows:
         return int(self._ends[-1])
 
     def locate(self, index: int) -> tuple[Path, int]:
-        """The LMDB of row `index`, and the row's number therein. Raises IndexError."""
+        """The LMDB of row `index`, and the row's number in it. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -138,7 +138,7 @@ class LmdbRows:
         return out
 
     def fingerprint(self) -> str:
-        """16 hex digits from the shapes and from rows spread over the set: the same LMDB anywhere, but hardly another.
+        """16 hex digits from the shapes and from rows spread over the set: a hash of the content, whatever the path.
 
         Each of at most SAMPLED_ROWS rows gives its prompt and the first SAMPLED_BYTES of its latents.
 

@@ -1,8 +1,8 @@
-"""One set of records out of several, or out of one in other parts: what they hold is copied, and numbered anew.
+"""Merging several sets of records into one, or writing one in parts of another size; records are copied and renumbered.
 
 Every record keeps its name, caption and bits; item k of the new set is record k of the old ones, one after another.
-Latents that lie in LMDBs are copied too, so that the new set stands alone. It is written by a `SetWriter`: by any
-number of processes, going on where it stopped.
+Latents in LMDBs are copied too, so that the new set is self-contained. It is written by a `SetWriter`: by any number of
+processes, and resumable.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ CONTENT = "content"  # a part's note: of each of its items, 16 hex digits of wha
 
 @dataclass(frozen=True)
 class Member:
-    """A set that is joined: `layout` is that of its records in the new set."""
+    """A set to merge: `layout` is that of its records in the new set."""
 
     dataset: ClipDataset
     layout: Layout
@@ -59,8 +59,8 @@ class Member:
         arrays = {name: values[key] for name, key in kept.items() if key in values}
         return Record(f"{dataset.path.name}/{index}", index, dataset.caption(index), arrays)
 
-    def told(self) -> dict[str, Any]:
-        """What has to be alike in all members, in words."""
+    def description(self) -> dict[str, Any]:
+        """What must be equal in all members, by name."""
         manifest = self.dataset.manifest
         pairs = manifest.get("source", {}).get("pairs", {})
         out = {f"layout.{name}": value for name, value in asdict(self.layout).items()}
@@ -70,13 +70,13 @@ class Member:
 
 
 def open_members(paths: Sequence[str | Path], lmdb: str | Path = "") -> list[Member]:
-    """The sets to join, in this order.
+    """The sets to merge, in this order.
 
     Args:
-      lmdb: the new place of a single set's LMDB.
+      lmdb: where a single set's LMDB was moved to.
 
     Raises:
-      UserError: one is not there, is named twice, or differs from the first in what has to be alike.
+      UserError: one is missing, is named twice, or differs from the first in what must be equal.
     """
     paths = [local_path(path, "--merge", "sets are read from this machine") for path in paths if str(path).strip()]
     if not paths:
@@ -85,8 +85,8 @@ def open_members(paths: Sequence[str | Path], lmdb: str | Path = "") -> list[Mem
         raise UserError(
             f"lmdb={str(lmdb)!r} names one LMDB; of several sets each one's is found where it was, or beside its set"
         )
-    places = [Path(path).resolve() for path in paths]
-    if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
+    resolved = [Path(path).resolve() for path in paths]
+    if twice := next((path for path, place in zip(paths, resolved, strict=True) if resolved.count(place) > 1), None):
         raise UserError(f"--merge: {twice} is named twice")
     members = [Member.open(path, lmdb) for path in paths]
     for member in members[1:]:
@@ -95,7 +95,7 @@ def open_members(paths: Sequence[str | Path], lmdb: str | Path = "") -> list[Mem
 
 
 def _check_alike(first: Member, other: Member) -> None:
-    one, two = first.told(), other.told()
+    one, two = first.description(), other.description()
     what = next((name for name in one if name in two and one[name] != two[name]), "")
     if not what and not np.array_equal(first.dataset.negative_text_SE, other.dataset.negative_text_SE):
         what, one, two = "negative text", {"negative text": "its rows"}, {"negative text": "other rows"}
@@ -107,7 +107,7 @@ def _check_alike(first: Member, other: Member) -> None:
 
 
 def merge_writer(members: Sequence[Member], output: str | Path, part_items: int) -> SetWriter:
-    """The writer of the joined set. Raises UserError when `output` is a member or holds something else."""
+    """The writer of the merged set. Raises UserError when `output` is a member or holds something else."""
     for member in members:
         if member.dataset.path.resolve() == Path(output).resolve():
             raise UserError(f"output={str(output)!r} is one of the sets to join; choose another folder")
@@ -142,13 +142,13 @@ def merge_writer(members: Sequence[Member], output: str | Path, part_items: int)
 def merge(
     writer: SetWriter, members: Sequence[Member], *, shard: int = 0, shards: int = 1, progress: bool = True
 ) -> tuple[bool, list[tuple[int, int]]]:
-    """Copies this process's parts that are not there yet.
+    """Copies the parts of this process that are missing.
 
     Returns:
-      Whether the whole set is there, and then the `duplicates`, which also stand in its report.
+      Whether the whole set is complete, and then the `duplicates`, which are also in its report.
 
     Raises:
-      UserError: the machine does not let a record be read. A damaged one is left out, and the report says so.
+      UserError: a record cannot be read because of the machine. A damaged one is skipped, which the report says.
     """
     todo = writer.todo(shard, shards)
     if todo or writer.lacks_negative():
@@ -190,9 +190,9 @@ def _copy(part: Part, members: Sequence[Member], ends: Sequence[int], item: int,
 
 
 def duplicates(writer: SetWriter, ends: Sequence[int]) -> list[tuple[int, int]]:
-    """(item, earlier item) wherever a record holds the same as one of an earlier set; all of them are kept.
+    """(item, earlier item) wherever a record equals one of an earlier set; all of them are kept.
 
-    What one set holds more than once is its own affair.
+    Duplicates inside one set are not reported.
     """
     content = [digits for index in range(writer.parts) for digits in writer.notes(index)[CONTENT]]
     values = np.array([int(digits or "0", 16) for digits in content], np.uint64)
@@ -204,6 +204,6 @@ def duplicates(writer: SetWriter, ends: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def name_of(members: Sequence[Member], item: int) -> str:
-    """What a report calls an item: its set and its name there. Raises UserError when its record cannot be read."""
+    """An item's name in reports: its set and its name there. Raises UserError when its record cannot be read."""
     number, index = _place(list(accumulate(len(member.dataset) for member in members)), item)
     return f"{members[number].dataset.path}: {members[number].record(index).name}"

@@ -1,10 +1,10 @@
-"""Writing a set of records in parts: by any number of processes, each part whole or absent, going on where it stopped.
+"""Writing a set of records in parts: by any number of processes, each part atomically, and resumable.
 
-A source's items are cut into parts of `part_items`, by default so that there are at most 1,024; part p belongs to
-process p modulo their number. A part is part-NNNNN.array_record, renamed into place when complete, and then
-part-NNNNN.json, which says how many records it holds and what was left out: with that file the part is done, and no
-later run makes it again, whatever the number of processes. Whoever finds all parts done writes the manifest; without
-one the folder is not a dataset. job.json says what the set is made of, items.json (of clips) which items those are.
+A source's items are split into parts of `part_items`, by default so that there are at most 1,024; part p belongs to
+process p modulo their number. A part is part-NNNNN.array_record, renamed when complete, and then part-NNNNN.json, which
+records how many records it holds and what was skipped: with that file the part is done, and no later run writes it
+again, whatever the number of processes. The process that finds all parts done writes the manifest; without one the
+folder is not a dataset. job.json holds the settings that decide the records, items.json (of clips) the list of items.
 """
 
 import io
@@ -61,7 +61,7 @@ ITEMS_AT_LEAST = 64
 
 @dataclass(frozen=True)
 class Skipped:
-    """An item that was left out; `reason` is "kind: details"."""
+    """An item that was skipped; `reason` is "kind: details"."""
 
     name: str
     item: int
@@ -69,18 +69,18 @@ class Skipped:
 
 
 def part_size(items: int, at_least: int = ITEMS_AT_LEAST) -> int:
-    """How many items a part holds by default: `at_least`, and as many as leave no more than PARTS_AT_MOST parts.
+    """Default number of items per part: at least `at_least`, and so many that there are at most PARTS_AT_MOST parts.
 
-    What a killed job may lose is a part per process, and every part is a file to open.
+    A killed job may lose one part per process, and every part is a file to open.
     """
     return max(at_least, -(-items // PARTS_AT_MOST))
 
 
 class Part:
-    """One part while it is written: every item is added or skipped.
+    """A part that is being written: every item is added or skipped.
 
     Attributes:
-      notes: JSON-able values that are kept with the part (`SetWriter.notes`).
+      notes: JSON-able values that are stored with the part (`SetWriter.notes`).
     """
 
     def __init__(self, file: Path, items: range, layout: Layout) -> None:
@@ -104,13 +104,13 @@ class Part:
             self.skip(name, item, fault)
             return None
         self._count(item)
-        with self._told():
+        with self._error():
             self._writer.write(pack(record))
         self.records += 1
         return record
 
     def skip(self, name: str, item: int, reason: str) -> None:
-        """Leaves an item out, and says why in the report."""
+        """Skips an item; the reason is in the report."""
         self._count(item)
         self.skipped.append(Skipped(name, item, reason))
 
@@ -123,9 +123,9 @@ class Part:
         """Ends the file. Raises Temporary when it could not be written whole."""
         if not self._writer.is_open():
             return
-        with self._told():
+        with self._error():
             self._writer.close()
-        reader = ArrayRecordReader(str(self._file))  # the writer does not tell whether its last bytes arrived
+        reader = ArrayRecordReader(str(self._file))  # the writer does not report whether its last bytes were written
         found = reader.num_records()
         with suppress(RuntimeError):  # a damaged file complains when it is closed
             reader.close()
@@ -133,8 +133,8 @@ class Part:
             raise Temporary(f"{self._file}: {found} of {self.records} records arrived; is the disk full?")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the writer could not do, in one line."""
+    def _error(self) -> Iterator[None]:
+        """Context manager: an error of the writer is raised as one line."""
         try:
             yield
         except RuntimeError as error:
@@ -146,7 +146,7 @@ class Part:
 
 
 class SetWriter:
-    """A set in the making, in `path`.
+    """Writes a set to `path`.
 
     writer = SetWriter(path, items=N, part_items=64, layout=layout, job={...}, description={...})
     writer.write_negative(text_SE)
@@ -160,9 +160,9 @@ class SetWriter:
       at_least: see `part_size`.
       job: JSON-able values that decide what the records are; a folder begun with other values is refused.
       description: JSON-able entries for the manifest.
-      listing: (name, caption or what else tells it from another) of every item, so that another listing is told item by
-        item; of them job["clips"] is the digest.
-      same: keys of `job` -> whether a value that the folder was begun with is, in another form, this job's.
+      listing: (name, caption or other description) of every item, so that a changed listing is reported item by item;
+        job["clips"] is its digest.
+      same: key of `job` -> whether the value that the folder was begun with equals this job's in another form.
 
     Raises:
       UserError: nothing to do, or the folder belongs to another job.
@@ -193,9 +193,9 @@ class SetWriter:
     def _claim(
         self, listing: Sequence[Item] | None, same: Mapping[str, Callable[[Any], bool]], free: set[str]
     ) -> dict[str, Any]:
-        """The record of the job that the folder was begun with, which is this one but for the keys in `free`."""
+        """The record of the job that the folder was begun with, which equals this one but for the keys in `free`."""
         others = self.path.exists() and any(not _is_partial(file) for file in contents(self.path))
-        if others and not (self.path / JOB).exists():  # looked for last: another process may just have begun
+        if others and not (self.path / JOB).exists():  # checked last: another process may just have begun
             raise UserError(f"output={str(self.path)!r} holds other files; choose another, or an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         if (found := read_if_whole(self.path / JOB)) is None:
@@ -224,7 +224,7 @@ class SetWriter:
         return found
 
     def _check_parts_are_ours(self) -> None:
-        """Where job.json is not there, empty or cut, the parts say what job they are of.
+        """If job.json is absent, empty or truncated, the parts say which job they belong to.
 
         Raises:
           UserError: one is of another job, or of a version that did not note it.
@@ -261,7 +261,7 @@ class SetWriter:
         return counted and (not record["records"] or not part_fault(file, record))
 
     def todo(self, shard: int = 0, shards: int = 1) -> list[int]:
-        """The parts that this process still has to make.
+        """The parts that this process still has to write.
 
         Raises:
           UserError: a shard out of range.
@@ -272,14 +272,14 @@ class SetWriter:
 
     @contextmanager
     def share(self, shard: int = 0, shards: int = 1) -> Iterator[list[int]]:
-        """The parts that this process still has to make, of which no other process makes any meanwhile.
+        """The parts that this process still has to write, locked against other processes.
 
-        Other shares of the same cut are made side by side. Where the job is cut anew while an older cut is at work, a
-        part may be made twice: each of them is whole, and alike.
+        Shards of the same number of shards run side by side. If their number changes while others still run, a part
+        may be written twice, each time atomically and with the same content.
 
         Raises:
           UserError: a shard out of range.
-          Temporary: another process makes this share.
+          Temporary: another process writes this shard.
         """
         self.todo(shard, shards)
         with holding(self.path, f".shard-{shard}-of-{shards}.lock", each=True):
@@ -287,7 +287,7 @@ class SetWriter:
 
     @contextmanager
     def part(self, index: int) -> Iterator[Part]:
-        """A part to fill; leaving the block publishes it, leaving it by an exception removes every trace."""
+        """A part to fill; leaving the block publishes it, an exception removes every trace."""
         file, about = self._names(index)
         partial = _beside(file)
         part = Part(partial, self.items_of(index), self.layout)
@@ -312,7 +312,7 @@ class SetWriter:
                 partial.unlink(missing_ok=True)
 
     def lacks_negative(self) -> bool:
-        """Whether the negative prompt's rows are not there, empty or cut."""
+        """Whether the negative prompt's rows are absent, empty or truncated."""
         try:
             np.load(self.path / NEGATIVE_TEXT, allow_pickle=False)
         except (FileNotFoundError, EOFError, ValueError):
@@ -328,19 +328,19 @@ class SetWriter:
             write_atomically(file, buffer.getvalue())
 
     def notes(self, index: int) -> dict[str, Any]:
-        """What is recorded of a part that is done, with its `Part.notes`."""
+        """The record of a part that is done, with its `Part.notes`."""
         return read_json(self._names(index)[1])
 
     def skipped(self) -> list[Skipped]:
-        """What was left out in the parts that are done, in the source's order."""
+        """The skipped items of the parts that are done, in the source's order."""
         abouts = [self._names(index)[1] for index in range(self.parts)]
         return [Skipped(**entry) for about in map(_about, abouts) if about for entry in about["skipped"]]
 
-    def finish(self, told: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    def finish(self, extra: Mapping[str, Any] = MappingProxyType({})) -> bool:
         """Publishes the set if all its parts are there; every process may try, and may try again.
 
         Args:
-          told: JSON-able entries for the report.
+          extra: JSON-able entries for the report.
 
         Raises:
           UserError: not one item could be used.
@@ -356,7 +356,7 @@ class SetWriter:
             "items": self.items,
             "records": records,
             "left_out": dict(kinds),
-            **told,
+            **extra,
             "skipped": list(map(asdict, skipped)),
         }
         write_atomically(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
@@ -380,7 +380,7 @@ class SetWriter:
 
 
 def _beside(file: Path) -> Path:
-    """A name that no other process of any machine takes."""
+    """A temporary name that no other process of any machine uses."""
     return file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
@@ -390,6 +390,6 @@ def _is_partial(file: Path) -> bool:
 
 
 def _about(file: Path) -> dict[str, Any] | None:
-    """What is recorded of a part; None where that is absent, cut or no such record: the part is made again."""
+    """The record of a part; None if that is absent, truncated or invalid: the part is written again."""
     record = read_if_whole(file)
     return None if record is None or _PART("", record) else record

@@ -1,4 +1,4 @@
-"""Pictures of any kind to uint8 RGB of one size: by their range of values, on white where transparent, upright."""
+"""Pictures of any kind to uint8 RGB of one size: scaled by their value range, on white where transparent, upright."""
 
 import struct
 import warnings
@@ -28,19 +28,19 @@ _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error
 
 
 class Unusable(Exception):
-    """One clip or caption cannot be used; its message is "kind: details", and kinds are what a summary counts."""
+    """A clip or caption cannot be used; the message is "kind: details", and summaries count kinds."""
 
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """What every clip is made into.
+    """The format that every clip is converted to.
 
     Attributes:
       frames, height, width: in pixels.
       fps: rate that clips are sampled at.
-      fit: "cover" scales the picture until it covers the size and cuts what stands out, evenly at both sides; "stretch"
-        ignores its proportions, as the PyTorch reference does.
-      max_crop: largest part of the picture, 0 to 1, that "cover" may cut off; beyond it the clip has the wrong shape.
+      fit: "cover" scales the picture until it covers the size and crops the rest, evenly at both sides; "stretch"
+        ignores the aspect ratio (reference: `transforms.Resize` in `inference.py`).
+      max_crop: largest fraction of the picture that "cover" may crop; clips beyond it are skipped.
       upscale: also take clips that are smaller than the size.
     """
 
@@ -100,12 +100,12 @@ def fit_picture(picture: np.ndarray, wanted: ClipFormat, pixel: tuple[float, flo
 
 
 def to_float(video: np.ndarray) -> np.ndarray:
-    """uint8 to float32 in [-1, 1]: 2 v / 255 - 1 (PyTorch reference)."""
+    """uint8 to float32 in [-1, 1]: 2 v / 255 - 1 (reference: `transforms.Normalize` in `inference.py`)."""
     return video.astype(np.float32) * np.float32(2.0 / 255.0) - np.float32(1.0)
 
 
 def over_white(rgba_HW4: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3]: what shows of a picture with an alpha channel on a white page."""
+    """uint8 [H, W, 3]: a picture with an alpha channel composited on white."""
     out = np.empty((*rgba_HW4.shape[:2], 3), np.uint8)
     for rows in (slice(start, start + ROWS) for start in range(0, len(out), ROWS)):  # large pictures in strips
         alpha = rgba_HW4[rows, :, 3:].astype(np.uint16)

@@ -40,7 +40,7 @@ class VideoSource(Protocol):
 
 
 class VideoEncoder(Protocol):
-    """The half of a codec that precomputing needs: pixels to latents, and what the manifest says of it."""
+    """The part of a codec that precomputing needs: pixels to latents, and its description in the manifest."""
 
     def encode(self, video_BPHWC: jax.Array) -> jax.Array: ...
 
@@ -48,7 +48,7 @@ class VideoEncoder(Protocol):
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """sha256 of a JSON-able mapping, independent of key order; its text is never in memory as a whole."""
+    """sha256 of a JSON-able mapping, independent of key order, computed as a stream."""
     hashed = hashlib.sha256()
     for piece in json.JSONEncoder(sort_keys=True).iterencode(values):
         hashed.update(piece.encode())
@@ -196,10 +196,10 @@ class LatentWriter:
 
 
 def _reserve(file: Path) -> None:
-    """Takes the room that a mapped file needs: a disk that is full when it is written to takes the process down.
+    """Allocates the disk space of a memory-mapped file: writing to one on a full disk kills the process (SIGBUS).
 
     Raises:
-      OSError: there is not so much.
+      OSError: there is not enough.
     """
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as opened:

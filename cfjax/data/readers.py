@@ -1,7 +1,7 @@
-"""Records of many files through few open ones, and whose fault it is when one cannot be read.
+"""Random access to records of many files with few of them open, and the errors of reading.
 
-A set of a million records may have a thousand files. Their readers are opened when needed and the one that was not used
-for longest is closed for the next, so that files, memory and threads do not grow with the set. (ArrayRecord starts one
+A set of a million records may have a thousand files. Readers are opened when needed, and the least recently used one is
+closed for the next, so that files, memory and threads do not grow with the set. (ArrayRecord starts one
 pool of 64 idle threads in a process that reads, whatever the number of its readers; with the options here none of them
 reads ahead.)
 """
@@ -26,16 +26,16 @@ V = TypeVar("V")
 
 
 class BrokenRecord(UserError):
-    """A record that is damaged, absent or not what its set says: that one, and not the machine, is at fault."""
+    """A record is damaged, absent or does not match its set; the machine is not at fault."""
 
 
-def reading_failure(place: object, error: BaseException, mend: str = "") -> UserError:
-    """What to raise when reading `place` failed: the machine's failure, or else a BrokenRecord with that mend."""
-    return machine_failure(place, error) or BrokenRecord(f"{place}: {' '.join(str(error).split())}{mend}")
+def reading_failure(place: object, error: BaseException, fix: str = "") -> UserError:
+    """The error to raise when reading `place` failed: the machine's, or else a BrokenRecord that ends with `fix`."""
+    return machine_failure(place, error) or BrokenRecord(f"{place}: {' '.join(str(error).split())}{fix}")
 
 
-def most_open() -> int:
-    """How many readers a set may hold open: an eighth of the process's limit of open files, 4 to 128."""
+def max_open_readers() -> int:
+    """Maximum number of open readers of a set: an eighth of the process's limit of open files, 4 to 128."""
     return max(4, min(open_file_limit() // 8, 128))
 
 
@@ -45,10 +45,10 @@ class _Entry(Generic[V]):
 
 
 class Pool(Generic[V]):
-    """At most `most_open()` open things; the one that was not used for longest is closed for the next.
+    """An LRU cache of at most `max_open_readers()` open resources.
 
-    Thread-safe. What is in use is never closed: while more threads than that read at once, there is one for each. A
-    forked process begins with none of its parent's, and so does a copy by pickle.
+    Thread-safe. A resource in use is never closed: if more threads than that read at once, there is one for each. A
+    forked process starts with an empty pool, and so does a pickled copy.
 
     Args:
       close: ends one of them (a function of a module, for pickle).
@@ -72,7 +72,7 @@ class Pool(Generic[V]):
 
     @contextmanager
     def borrow(self, key: Hashable, make: Callable[[], V]) -> Iterator[V]:
-        """What is open under `key`, opened by `make` when nothing is."""
+        """The resource `key`, opened by `make` if absent."""
         if self._pid != os.getpid():
             self._begin()
         with self._lock:
@@ -89,14 +89,14 @@ class Pool(Generic[V]):
                 entry.users -= 1
 
     def _make_room(self) -> None:
-        too_many = len(self._entries) + 1 - most_open()
+        too_many = len(self._entries) + 1 - max_open_readers()
         idle = [key for key, entry in self._entries.items() if not entry.users]
         for key in idle[: max(too_many, 0)]:
             self._close(self._entries.pop(key).value)
 
 
 class _Reader:
-    """One part's open file. Not every version of the library lets two threads read from it at once."""
+    """The open file of one part, with a lock: some versions of the library do not allow two threads to read at once."""
 
     def __init__(self, file: Path) -> None:
         self._lock, self._reader = threading.Lock(), ArrayRecordReader(str(file), READER_OPTIONS)
@@ -113,7 +113,7 @@ class _Reader:
 
 
 class RecordFiles:
-    """The records of several ArrayRecord files, numbered through; no file is opened before one of its is read.
+    """The records of several ArrayRecord files, numbered consecutively; a file is opened when first read.
 
     Args:
       parts: (file, records) of each.
@@ -133,7 +133,7 @@ class RecordFiles:
         return len(self._readers)
 
     def locate(self, index: int) -> tuple[Path, int]:
-        """The file of record `index`, and its place therein. Raises IndexError."""
+        """The file of record `index`, and its index in that file. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
@@ -144,7 +144,7 @@ class RecordFiles:
 
         Raises:
           IndexError: there is no such record.
-          ValueError, RuntimeError, MemoryError: it cannot be read; `reading_failure` says whose fault that is.
+          ValueError, RuntimeError, MemoryError: it cannot be read; see `reading_failure`.
         """
         file, place = self.locate(index)
         with self._readers.borrow(file, lambda: _Reader(file)) as reader:

@@ -1,4 +1,4 @@
-"""Datasets of self-contained records: what one record is in bytes, what a set's manifest says, and reading it.
+"""Datasets of self-contained records: the binary format of a record, the manifest of a set, and reading it.
 
 A record is `cfj1`, the length of its header (uint32, little-endian), a JSON header {"name", "item", "caption",
 "arrays": [[name, dtype, shape], ...]} and the arrays' bytes in that order. It holds `text`, only a caption's real rows,
@@ -27,7 +27,7 @@ from cfjax.core.machine import machine_failure
 from cfjax.core.schema import SIZE, checked, flag, one_of, parse_json, row, several, table, text, whole
 from cfjax.data.archives import open_array
 from cfjax.data.latents import Batch, read_json
-from cfjax.data.lmdb_places import open_lmdb_of
+from cfjax.data.lmdb_paths import open_lmdb_of
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.readers import BrokenRecord, RecordFiles, reading_failure
 
@@ -144,7 +144,7 @@ RECORD_RULE = table(
 
 @dataclass(frozen=True)
 class Record:
-    """One record in memory: `item` is its place in the source, `name` what the source calls it."""
+    """One record in memory: `item` is its index in the source, `name` its name there."""
 
     name: str
     item: int
@@ -153,7 +153,7 @@ class Record:
 
 
 def trim_text(text_SE: np.ndarray) -> np.ndarray:
-    """A caption's real rows: the encoder writes exact zeros beyond them (PyTorch reference)."""
+    """A caption's real rows [rows, E]: beyond them the encoder writes exact zeros (`models.umt5.zero_padding`)."""
     used = np.flatnonzero(np.asarray(text_SE).any(axis=-1))
     return text_SE[: used[-1] + 1 if len(used) else 0]
 
@@ -197,7 +197,7 @@ def unpack(data: bytes) -> Record:
 
 
 def misfit(record: Record, layout: Layout) -> str:
-    """What keeps a record out of a set of this layout, "" if nothing: shapes, dtypes, numbers that are not finite."""
+    """Why a record does not fit a set of this layout, "" if it does: shapes, dtypes, numbers that are not finite."""
     if wrong := misshapen(record, layout):
         return wrong
     for name, array in record.arrays.items():
@@ -207,7 +207,7 @@ def misfit(record: Record, layout: Layout) -> str:
 
 
 def misshapen(record: Record, layout: Layout) -> str:
-    """Which of a record's arrays has not the shape and dtype of its set, "" if none."""
+    """The first of a record's arrays without the shape and dtype of its set, "" if there is none."""
     wanted = layout.arrays()
     if record.arrays.keys() != {*wanted, "text"}:
         return f"wrong contents: {sorted(record.arrays)}, expected {sorted([*wanted, 'text'])}"
@@ -233,7 +233,7 @@ class RecordDataset:
     are open at a time. It may be pickled, and read from after a fork.
 
     Args:
-      lmdb: where the LMDB is that holds the latents; "" looks where the manifest says, and beside the set.
+      lmdb: path of the LMDB that holds the latents; "": the manifest's path, or beside the set.
 
     Raises:
       UserError: the manifest is missing, broken or of another version, a part is missing or of another size, or the
@@ -288,7 +288,7 @@ class RecordDataset:
         Raises:
           IndexError: there is none.
           BrokenRecord: it is damaged; the line names the file.
-          UserError: the machine does not let it be read.
+          UserError: it cannot be read because of the machine.
         """
         try:
             record = unpack(self.files.read(int(index)))
@@ -297,8 +297,8 @@ class RecordDataset:
             return record
         except (ValueError, RuntimeError, MemoryError) as error:
             file, place = self.files.locate(int(index))
-            mend = f"; see cfjax precompute --check={self.path}"
-            raise reading_failure(f"{file}, record {place}", error, mend) from None
+            fix = f"; see cfjax precompute --check={self.path}"
+            raise reading_failure(f"{file}, record {place}", error, fix) from None
 
     def whole(self, index: int) -> Record:
         """Record `index` with its latents, wherever they are kept. Raises what `record` does."""
@@ -377,7 +377,7 @@ def manifest_parts(path: Path, manifest: Mapping[str, Any]) -> list[tuple[Path, 
 
 
 def part_fault(file: Path, about: Mapping[str, Any]) -> str:
-    """Why a part's file is not the one its record describes, "" if it is."""
+    """How a part's file differs from its record, "" if it does not."""
     try:
         size = file.stat().st_size
     except FileNotFoundError:
@@ -392,7 +392,7 @@ def read_negative(path: Path) -> np.ndarray:
 
     Raises:
       BrokenRecord: they are missing or damaged.
-      UserError: the machine does not let them be read.
+      UserError: they cannot be read because of the machine.
     """
     file = path / NEGATIVE_TEXT
     try:
@@ -403,12 +403,12 @@ def read_negative(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise BrokenRecord(f"{file}: missing; precompute it again") from None
     except (OSError, ValueError) as error:
-        told = BrokenRecord(f"{file}: cannot be read ({error}); precompute it again")
-        raise machine_failure(file, error) or told from None
+        broken = BrokenRecord(f"{file}: cannot be read ({error}); precompute it again")
+        raise machine_failure(file, error) or broken from None
 
 
 def manifest_lmdb(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a manifest says of the LMDB that holds the latents. Raises UserError when it does not."""
+    """The manifest's description of the LMDB with the latents. Raises UserError when there is none."""
     about = manifest.get("lmdb", {})
     if not isinstance(about, Mapping) or not {"path", "ground_truth"} <= about.keys():
         raise UserError(f"{path / MANIFEST}: does not say which LMDB holds its latents; precompute it again")
@@ -416,7 +416,7 @@ def manifest_lmdb(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def lmdb_misfit(rows: LmdbRows, layout: Layout, manifest: Mapping[str, Any]) -> str:
-    """Why an LMDB is not the one that a set's latents are in, "" if nothing tells it from that one."""
+    """Why an LMDB is not the one that holds a set's latents, "" if no difference is known."""
     found = (len(rows), rows.latent_shape, rows.trajectory_points)
     wanted = (manifest["items"], layout.latent_shape, layout.trajectory_points)
     if found != wanted:

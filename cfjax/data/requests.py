@@ -1,4 +1,4 @@
-"""What a user asks for: prompts from a flag or a file, and the picture, video or latents that a video begins with."""
+"""Generation requests: prompts from a flag or a file, and the picture, video or latents that a video begins with."""
 
 import re
 import unicodedata
@@ -29,7 +29,7 @@ EMPTY = "prompt is empty; give --config.prompt='a red circle moving left'"
 
 @dataclass(frozen=True)
 class Request:
-    """One video: its prompt, its seed, and the picture that it begins with ("" for none); `place` is its row."""
+    """One video: its prompt, its seed, and its first picture ("" for none); `place` is its row in the file."""
 
     prompt: str
     seed: int
@@ -43,7 +43,7 @@ class Request:
             raise UserError(f"seed={self.seed}: use 0 to {MAX_SEED}")
 
     def slug(self) -> str:
-        """Prompt and seed as part of a file's name: ASCII letters and digits; a checksum stands for what is lost."""
+        """Prompt and seed as part of a file name: ASCII letters and digits, and a checksum if anything was dropped."""
         plain = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode().lower()
         words = re.sub(r"[^a-z0-9]+", "_", plain).strip("_")
         kept = words[:SLUG].rstrip("_")
@@ -78,8 +78,8 @@ def read_requests(
       UserError: no prompts, a broken file or line.
     """
     texts = [text.strip() for text in prompt.split("|") if text.strip()]
-    plain = [_Wish(text, place=f"prompt {number}") for number, text in enumerate(texts, 1)]
-    rows = list(_wishes(Path(file), columns, encoding)) if file else plain
+    plain = [_PromptRow(text, place=f"prompt {number}") for number, text in enumerate(texts, 1)]
+    rows = list(_prompt_rows(Path(file), columns, encoding)) if file else plain
     if not rows:
         raise UserError(f"{file}: no prompts in it" if file else EMPTY)
     if videos < 1:
@@ -93,7 +93,7 @@ def read_requests(
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _PromptRow:
     """A row of a prompt file."""
 
     prompt: str
@@ -102,10 +102,10 @@ class _Wish:
     place: str = ""
 
 
-def _wishes(file: Path, columns: Columns, encoding: str) -> Iterator[_Wish]:
+def _prompt_rows(file: Path, columns: Columns, encoding: str) -> Iterator[_PromptRow]:
     """The rows of a prompt file, without the blank lines of a .txt.
 
-    Other columns are refused, as they may be misspelt ones, unless the prompts' column is named.
+    Unknown columns are an error, as they may be misspelt ones, unless the prompts' column is named.
     """
     for row in read_table(file, encoding):
         if file.suffix.lower() == ".txt" and not row.values[TEXT].strip():
@@ -121,7 +121,7 @@ def _wishes(file: Path, columns: Columns, encoding: str) -> Iterator[_Wish]:
             prompt = caption_of(row.values[column], columns.choice)
         except Unusable as error:
             raise UserError(f"{file}, {row.place}: {error}") from None
-        yield _Wish(prompt, _seed(file, row), _beside(file, row.values.get("image")), row.place)
+        yield _PromptRow(prompt, _seed(file, row), _beside(file, row.values.get("image")), row.place)
 
 
 def _seed(file: Path, row: Row) -> int | None:
@@ -141,7 +141,7 @@ def _seed(file: Path, row: Row) -> int | None:
 
 
 def _beside(file: Path, picture: Any) -> str:
-    """The path of a row's picture: relative ones are looked up beside the file, then in the current folder."""
+    """The path of a row's picture: relative ones are tried beside the file, then in the current folder."""
     if not picture:
         return ""
     beside = file.parent / str(picture)
@@ -152,7 +152,7 @@ def read_image(path: str | Path, height: int, width: int, fit: str = "cover") ->
     """A picture as a clip of one frame, float32 [1, H, W, 3] in [-1, 1].
 
     Args:
-      fit: "cover" scales and cuts evenly; "stretch" ignores the proportions, as the PyTorch reference does.
+      fit: "cover" scales and crops evenly; "stretch" ignores the aspect ratio (see `ClipFormat`).
 
     Raises:
       UserError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Captions of clips that are played backwards: what BAgger's corrective clips are told (arXiv 2512.12080)."""
+"""Captions of clips that are played backwards, the conditioning of BAgger's corrective clips (arXiv 2512.12080)."""
 
 from collections.abc import Callable, Sequence
 
@@ -32,15 +32,15 @@ class ReversedText(WrappedDataset):
 
 
 def encoded(dataset: ClipDataset, encode: Callable[[Sequence[str]], np.ndarray]) -> ReversedText:
-    """The toy's: every caption with its directions turned round, encoded once."""
+    """For the toy: every caption with its directions reversed, encoded once."""
     numbers: dict[str, int] = {}
-    places = np.array([numbers.setdefault(dataset.caption(i), len(numbers)) for i in range(len(dataset))])
+    ids = np.array([numbers.setdefault(dataset.caption(i), len(numbers)) for i in range(len(dataset))])
     table = np.asarray(encode([backwards(caption) for caption in numbers]), np.float32)
-    return ReversedText(dataset, lambda index: table[places[index]])
+    return ReversedText(dataset, lambda index: table[ids[index]])
 
 
 def joined(dataset: ClipDataset, other: ClipDataset) -> ReversedText:
-    """Of a second dataset, prompts alone, record by record in the same order.
+    """From a second dataset of prompts alone, record by record in the same order.
 
     Raises:
       UserError: the datasets differ in number or in the size of a caption's rows.

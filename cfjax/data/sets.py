@@ -1,4 +1,4 @@
-"""Opening a dataset by what is there: records, the toy's arrays, or an LMDB with its text beside it."""
+"""Opening a dataset of any format: records, the toy's arrays, or an LMDB with its text rows beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.data.latents import Batch, ClipDataset, LatentDataset, WrappedDataset, read_json
 from cfjax.data.lmdb_files import is_lmdb
-from cfjax.data.lmdb_places import text_beside
+from cfjax.data.lmdb_paths import default_text_path
 from cfjax.data.parts import JOB
 from cfjax.data.precompute import MANIFEST_VERSION, digest
 from cfjax.data.records import MANIFEST, RECORDS_VERSION, RecordDataset, manifest_layout
@@ -21,7 +21,7 @@ def open_dataset(path: str | Path, *, lmdb: str | Path = "") -> ClipDataset:
     """The dataset at `path`.
 
     Args:
-      lmdb: the new place of the LMDB that holds the set's latents; "" looks where it was, and beside the set.
+      lmdb: where the LMDB with the set's latents was moved to; "": the recorded path, or beside the set.
 
     Raises:
       UserError: nothing there, it is unfinished or broken, or an LMDB whose prompts were not encoded yet.
@@ -40,7 +40,7 @@ def open_dataset(path: str | Path, *, lmdb: str | Path = "") -> ClipDataset:
     if (path / JOB).is_file():
         raise UserError(f"{path} is unfinished; run its cfjax precompute again until all parts are there")
     if is_lmdb(path):
-        text = text_beside(path)
+        text = default_text_path(path)
         if (text / MANIFEST).is_file():
             kept_there = manifest_layout(text, read_json(text / MANIFEST)).kept_in == "lmdb"
             return RecordDataset(text, lmdb=lmdb or (path if kept_there else ""))
@@ -52,7 +52,7 @@ def open_dataset(path: str | Path, *, lmdb: str | Path = "") -> ClipDataset:
 
 
 def identity(dataset: ClipDataset) -> str:
-    """The digest of what a set is and of the job that made it, without the places where things lay: a move keeps it."""
+    """A digest of a set's content and of the job that made it, without paths, so that moving it keeps the digest."""
 
     def stripped(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -64,15 +64,15 @@ def identity(dataset: ClipDataset) -> str:
 
 
 def has_ground_truth(manifest: Mapping[str, Any]) -> bool:
-    """Whether the latents of an ODE set are clean clips, as its manifest says; sets that do not say have them."""
+    """Whether the latents of an ODE set are clean clips, by its manifest (default: yes)."""
     kept, source = (manifest.get(key, {}) for key in ("lmdb", "source"))
     return bool(kept.get("ground_truth", source.get("ground_truth", True)))
 
 
-class WithoutTruth(WrappedDataset):
-    """An ODE set whose last stored state, read as the clean clip, is the ODE's end: that, and it stands for the clip.
+class WithoutGroundTruth(WrappedDataset):
+    """An ODE set without clean clips: its last stored state is the ODE's end point, which takes the clip's place.
 
-    So are Self Forcing's and CausVid's pairs, which are made from noise alone.
+    Self Forcing's and CausVid's pairs are of this kind, as they are made from noise alone.
     """
 
     def __getitem__(self, index: int) -> Batch:
@@ -82,10 +82,10 @@ class WithoutTruth(WrappedDataset):
 
     @property
     def trajectory_points(self) -> int:
-        """J, the clip's state included."""
+        """J, the end point included."""
         return super().trajectory_points + 1
 
 
-def without_truth(dataset: ClipDataset) -> ClipDataset:
-    """The set read as pairs without clean clips; unchanged if it holds no pairs, or was made so already."""
-    return WithoutTruth(dataset) if dataset.trajectory_points and has_ground_truth(dataset.manifest) else dataset
+def without_ground_truth(dataset: ClipDataset) -> ClipDataset:
+    """The set read as pairs without clean clips; unchanged if it holds no pairs, or is of that kind already."""
+    return WithoutGroundTruth(dataset) if dataset.trajectory_points and has_ground_truth(dataset.manifest) else dataset

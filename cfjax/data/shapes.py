@@ -1,9 +1,9 @@
 """Moving shapes with captions: a procedural video source whose every factor is known exactly.
 
-One or two soft-edged shapes glide over a plain background. A clip is a pure function of (config, seed, index), so any
-process can draw any record, and `render` draws a clip again from its factors, which is how evaluation explains decoded
-pixels by synthesis. With `branching` the object may turn left or right at a random moment, so the future is uncertain
-given the past; the caption always tells the first heading.
+One or two soft-edged shapes move over a plain background. A clip is a pure function of (config, seed, index), so any
+process can draw any record, and `render` draws a clip again from its factors, which evaluation uses for analysis by
+synthesis. With `branching` the object may turn left or right at a random moment, so the future is uncertain
+given the past; the caption always gives the initial heading.
 """
 
 import itertools
@@ -173,7 +173,7 @@ class ShapesConfig:
 
     @property
     def head_frames(self) -> int:
-        """How many leading frames surely move in the captioned direction: before any turn, before any bounce."""
+        """Number of leading frames that always move in the captioned direction: before any turn or bounce."""
         if not self.bounces and not self.branching:
             return self.frames
         third = min(self.frames, -(-self.frames // 3) + 1)
@@ -207,7 +207,7 @@ def coverage(shape: str, centres_P2: np.ndarray, radius: ArrayLike, size: int, s
 
 
 def render(factors: Factors, config: ShapesConfig) -> np.ndarray:
-    """The clip that `factors` describe: float32 [P, H, W, 3] in [-1, 1]; later objects lie on top."""
+    """The clip that `factors` describe: float32 [P, H, W, 3] in [-1, 1]; later objects occlude earlier ones."""
     centres = factors["centres"]
     video = np.empty((centres.shape[1], config.size, config.size, 3), np.float32)
     video[:] = np.asarray(config.background, np.float32)

@@ -1,7 +1,7 @@
-"""Tables as people have them: .csv, .tsv, .jsonl, .json, .parquet and plain .txt, row by row, each with its place.
+"""Reading tables row by row: .csv, .tsv, .jsonl, .json, .parquet and plain .txt, with the position of each row.
 
 Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one; any other encoding has to be named. Only
-\\n and \\r\\n end a line. Nothing is guessed: what a reader cannot take whole, it refuses, naming the line.
+\\n and \\r\\n end a line. Nothing is guessed: a file that cannot be read completely is an error, which names the line.
 """
 
 import codecs
@@ -33,7 +33,7 @@ MARKS = {  # longest first: UTF-32's begins like UTF-16's
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its columns, and where it stands in its file ("line 3", "entry 2")."""
+    """One row: its columns, and its position in the file ("line 3", "entry 2")."""
 
     place: str
     values: Mapping[str, Any]
@@ -71,7 +71,7 @@ def read_table(path: str | Path, encoding: str = "") -> Iterator[Row]:
 
 
 def decode(data: bytes, encoding: str = "") -> str:
-    """The text of a small file. Raises ValueError, saying what it may be instead, when it is not in that encoding."""
+    """The text of a small file. Raises ValueError, with a guess at the encoding, when it is not in that encoding."""
     name = _encoding_of(data, encoding)
     try:
         text = data.decode(name, HALVES)
@@ -86,7 +86,7 @@ def _encoding_of(begin: bytes, asked: str) -> str:
 
 
 def _check_text(text: str, *, sure: bool) -> None:
-    """Raises ValueError for text that was read in a wrong encoding without an error; `sure`: the encoding was told."""
+    """Raises ValueError for text that was read in a wrong encoding without an error; `sure`: the encoding was given."""
     if "\0" in text:
         raise ValueError("it holds NUL characters, as UTF-16 without a byte order mark does; save it as UTF-8")
     if sure or text.isascii() or max(text) > "\u07ff":
@@ -106,7 +106,7 @@ def _not_in(name: str, error: UnicodeError) -> str:
 
 @contextmanager
 def _lines(path: Path, encoding: str) -> Iterator[Iterator[str]]:
-    """The lines of a text file with their ends, and whatever goes wrong with them in one line."""
+    """The lines of a text file with their ends; errors are raised as one line."""
     number = 0
 
     def checked(lines: TextIO) -> Iterator[str]:

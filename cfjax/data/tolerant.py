@@ -1,4 +1,4 @@
-"""Training on in spite of a few broken records: each is told once, counted, and another takes its place."""
+"""Tolerating a few broken records while training: each is reported once, counted, and replaced by another."""
 
 import logging
 import threading
@@ -10,31 +10,31 @@ from cfjax.core.errors import UserError
 from cfjax.data.latents import Batch, ClipDataset, WrappedDataset
 from cfjax.data.readers import BrokenRecord
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 FLOATS = {"trajectory_JFHWC", "text_SE"}  # of a record, besides its latents
 
 
 class TolerantDataset(WrappedDataset):
-    """A `ClipDataset` whose broken records are stood in for by the next good one, up to a fraction of the set.
+    """A `ClipDataset` whose broken records are replaced by the next good one, up to a fraction of the set.
 
-    Broken is a record that is damaged (its file is then named) or holds numbers that are not finite; that the machine
-    cannot read it, for want of open files, memory or a disk, ends the run and counts against no record. The stand-in is
-    the same in every epoch and after a resume, so runs stay repeatable; `index` is the stand-in's own. Thread-safe.
+    A record is broken if it is damaged (its file is then named) or holds numbers that are not finite. Failing to read
+    it because of the machine (open files, memory, disk) ends the run and does not count. The replacement is the same in
+    every epoch and after a resume, so runs stay reproducible; `index` is the replacement's own. Thread-safe.
 
     Args:
-      fraction: of the records, how many may be found broken before that is an error; counted from this process's start.
-      tell: takes one line per broken record (default: a warning in the log).
+      fraction: of the records that may be broken before that is an error; counted from this process's start.
+      log: called with one line per broken record (default: a warning in the log).
 
     Attributes:
       corrupt: the broken records found so far, record -> what is wrong with it.
     """
 
-    def __init__(self, dataset: ClipDataset, fraction: float, tell: Tell = logging.warning) -> None:
+    def __init__(self, dataset: ClipDataset, fraction: float, log: Log = logging.warning) -> None:
         if not 0.0 <= fraction < 1.0:
             raise UserError(f"data.max_corrupt={fraction}: a fraction of the records, 0 or more and less than 1")
         super().__init__(dataset)
-        self._tell = tell
+        self._log = log
         # prompts alone have latents of NaN, of which only the shape is used
         self._finite = FLOATS | ({"latents_FHWC"} if dataset.has_latents else set())
         self._allowed = int(fraction * len(dataset))
@@ -67,4 +67,4 @@ class TolerantDataset(WrappedDataset):
                 f"{wrong}; with it {count} of {len(self)} records are broken, more than data.max_corrupt allows: "
                 f"repair the set, or raise data.max_corrupt"
             )
-        self._tell(f"{wrong}; left out ({count} of at most {self._allowed})")
+        self._log(f"{wrong}; left out ({count} of at most {self._allowed})")

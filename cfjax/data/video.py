@@ -1,7 +1,7 @@
-"""Video files to frames by their time stamps: decoded with PyAV, turned upright, sampled at a fixed rate, fitted.
+"""Video files to frames by their time stamps: decoded with PyAV, rotated, sampled at a fixed rate, resized.
 
-A video is what a player shows: at any time the last frame whose time has come. The rate that a file states is not used,
-as recorders and remuxers write anything there; frames that an edit list trims off are not shown.
+At any time a video shows the last frame whose time stamp has passed, as a player does. The frame rate that a file
+states is not used, as recorders and remuxers write arbitrary values; frames that an edit list trims off are not shown.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from cfjax.data.pictures import ClipFormat, Unusable, fit_picture, over_white
 
 UNTIL_THE_END = float("inf")
 ROUNDING = 1e-3  # seconds; WebM keeps times in milliseconds
-JUMP_BACK = 0.5  # seconds that a frame's time may lie before that of the frame before it
+JUMP_BACK = 0.5  # seconds by which a frame's time stamp may precede that of the previous frame
 CUT_SHORT = 1.0  # seconds that the data of a Matroska file may end before the duration in its header
 INDEXED = {"mov", "matroska", "avi"}  # a jump into MPEG program streams gives frames of wrong times (FFmpeg 8.1)
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -32,14 +32,14 @@ COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
 @dataclass(frozen=True)
 class Span:
-    """When a video's frames are shown, in seconds of its own clock: the first one, the last one, and that one's end."""
+    """Presentation times of a video in seconds: of its first frame, of its last frame, and of the end of that one."""
 
     first: float
     last: float
     end: float
 
     def count(self, fps: float) -> int:
-        """How many frames, 1 / fps apart, there are up to the last one."""
+        """Number of frames, 1 / fps apart, up to the last one."""
         return floor((self._final(fps) - self.first) * fps + 1e-2) + 1
 
     def final_times(self, count: int, fps: float) -> np.ndarray:
@@ -91,7 +91,7 @@ def read_end(path: str | Path, wanted: ClipFormat) -> np.ndarray:
 
 
 def video_span(path: str | Path) -> Span:
-    """When the frames of a file are shown: by its packets, or decoded where these carry no times.
+    """Presentation times of a file's frames: from its packets, or by decoding if these have no time stamps.
 
     Raises:
       Unusable: unreadable, damaged, cut short, or without a frame.
@@ -129,7 +129,7 @@ class _Extent:
 
 
 def _shown_for(stated: float, last: float, before: float | None) -> float:
-    """How long the last frame is shown: as stated, or where next to nothing is stated as long as the one before it."""
+    """Duration of the last frame: as stated, or that of the previous one if almost none is stated."""
     return stated if stated > 2 * ROUNDING or before is None else last - before
 
 
@@ -139,7 +139,7 @@ def _seconds(of: Any) -> float:
 
 
 def _packet_extent(container: InputContainer, stream: VideoStream) -> _Extent | None:
-    """The extent that the packets tell; None where one of them has no time of presentation."""
+    """The extent by the packets; None if one of them has no presentation time stamp."""
     extent, reach = _Extent(), 0.0
     for packet in container.demux():
         own = packet.stream_index == stream.index
@@ -191,7 +191,7 @@ def _stream(container: InputContainer) -> VideoStream:
 
 
 def _timed(container: InputContainer, stream: VideoStream) -> Iterator[tuple[float, VideoFrame]]:
-    """Every frame with its time; one without follows on the frame before it."""
+    """Every frame with its time; one without a time stamp follows the previous frame."""
     before, end = -UNTIL_THE_END, 0.0
     for number, frame in enumerate(container.decode(stream)):
         if frame.is_corrupt:
@@ -220,13 +220,13 @@ def _sampled(path: str | Path, times: np.ndarray, wanted: ClipFormat, *, from_fi
     if not from_first:
         try:
             return _pictures(path, times, wanted, seek=True)
-        except _Astray:
+        except _SeekFailed:
             pass  # no index, no key frames, or time stamps that mislead: the whole way then
     return _pictures(path, times, wanted, from_first=from_first)
 
 
-class _Astray(Exception):
-    """What follows on a jump into a file is not what stands there."""
+class _SeekFailed(Exception):
+    """The frames after a seek are not those at that position of the file."""
 
 
 def _pictures(
@@ -250,26 +250,26 @@ def _after_jump(
 ) -> Iterator[tuple[float, VideoFrame]]:
     """The frames from the last key frame before `time` on. Raises _Astray when they turn out not to be these."""
     if not INDEXED & set(container.format.name.split(",")):
-        raise _Astray
+        raise _SeekFailed
     try:
         container.seek(floor(time / float(stream.time_base or 1)), stream=stream)
         begun = False
         for shown_from, frame in _timed(container, stream):
             if frame.time is None or (not begun and shown_from > time + late):
-                raise _Astray
+                raise _SeekFailed
             begun = begun or frame.key_frame  # those before it may need frames that were jumped over
             if begun:
                 yield shown_from, frame
         if not begun:
-            raise _Astray
+            raise _SeekFailed
     except (Unusable, av.error.FFmpegError) as error:
-        raise _Astray from error
+        raise _SeekFailed from error
 
 
 def _at(
     frames: Iterator[tuple[float, VideoFrame]], times: Sequence[float] | np.ndarray, late: float, from_first: bool
 ) -> Iterator[VideoFrame]:
-    """The frame that is shown at each time: the last one whose time has come. Ends with the video."""
+    """The frame that is shown at each time: the last one whose time stamp has passed. Ends with the video."""
     current = next(frames, None)
     if current is None:
         raise Unusable("unreadable: no frame could be decoded")
@@ -286,7 +286,7 @@ def _at(
 
 
 def _fitted(frame: VideoFrame, stream: VideoStream, wanted: ClipFormat) -> np.ndarray:
-    """The picture as a viewer sees it, at the wanted size."""
+    """The displayed picture (pixel aspect ratio, rotation) at the wanted size."""
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
         picture = over_white(frame.to_ndarray(format="rgba"))
     else:

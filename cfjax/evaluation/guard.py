@@ -1,8 +1,8 @@
-"""Guard rails: a few numbers of sampled clips that tell when a run freezes, over-saturates, drifts, blurs or repeats.
+"""Guard rails: a few metrics of sampled clips that detect freezing, over-saturation, drift, blur and low diversity.
 
 No weights are needed: every number is a classical statistic of decoded pixels, so the same function judges the toy,
-real Wan samples and real clips. What is normal differs from domain to domain; a run is therefore held against a
-`Baseline`: real clips of its data where there are any, else its own first samples.
+real Wan samples and real clips. Normal values depend on the data; a run is therefore compared with a `Baseline`: real
+clips of its data if there are any, else its own first samples.
 """
 
 import math
@@ -72,7 +72,7 @@ def _drift(series_P: np.ndarray) -> float:
     return float(np.polyfit(np.arange(count) / (count - 1), series_P, 1)[0])
 
 
-def measure_clip(video_PHWC: np.ndarray, seams_K: np.ndarray | None = None) -> dict[str, float]:
+def measure_clip(video_PHWC: np.ndarray, seams_G: np.ndarray | None = None) -> dict[str, float]:
     """Numbers of one clip [P, H, W, 3], uint8 or float in [-1, 1] (turned into bytes as videos are written).
 
     motion              mean absolute difference of successive frames, grey levels of 255
@@ -87,8 +87,8 @@ def measure_clip(video_PHWC: np.ndarray, seams_K: np.ndarray | None = None) -> d
     sharpness           standard deviation of luma's 4-neighbour Laplacian (the root of Pech-Pacheco's focus measure)
     {luma, saturation, contrast, sharpness}_drift
                         change of that from the first to the last frame, by a least-squares line, in its unit
-    seam                mean difference of the steps in `seams_K` over that of the others (rolling-cache flicker; 1 is
-                        seamless)
+    seam                mean difference of the steps `seams_G` between blocks over that of the others (flicker of a
+                        rolling cache; 1 is none)
 
     A number that the clip has not (a drift of one frame, a seam without blocks or without motion) is NaN.
 
@@ -110,7 +110,7 @@ def measure_clip(video_PHWC: np.ndarray, seams_K: np.ndarray | None = None) -> d
     for name in ("luma", "saturation", "contrast", "sharpness"):
         out[f"{name}_drift"] = _drift(series[name])
     out["seam"] = math.nan
-    at_seam = np.isin(np.arange(len(step)), [] if seams_K is None else seams_K)
+    at_seam = np.isin(np.arange(len(step)), [] if seams_G is None else seams_G)
     if at_seam.any() and not at_seam.all() and (inside := float(step[~at_seam].mean())) > 0:
         out["seam"] = float(step[at_seam].mean()) / inside
     return out
@@ -126,8 +126,8 @@ def thumbnail(video_PHWC: np.ndarray) -> np.ndarray:
     return cut.mean((2, 4), dtype=np.float32)
 
 
-def diversity(thumbnails_NSPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
-    """How much the seed decides: distances of N prompts' S clips each, as `thumbnail`s of one size.
+def diversity(thumbnails_BRPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+    """Diversity over seeds: distances between B prompts' R clips each, given as `thumbnail`s of one size.
 
     seed_distance  mean absolute difference, grey levels of 255, over pairs of one prompt's clips
     diversity      that over the mean over pairs of clips of different prompts: 0 when every seed gives one clip, about
@@ -137,7 +137,7 @@ def diversity(thumbnails_NSPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, fl
     """
     same: list[float] = []
     other: list[float] = []
-    flat = [(n, clip) for n, clips in enumerate(thumbnails_NSPHWC) for clip in clips]
+    flat = [(n, clip) for n, clips in enumerate(thumbnails_BRPHWC) for clip in clips]
     for i, (n, a) in enumerate(flat):
         for m, b in flat[i + 1 :]:
             (same if n == m else other).append(float(np.abs(a - b).mean()))
@@ -148,10 +148,10 @@ def diversity(thumbnails_NSPHWC: Sequence[Sequence[np.ndarray]]) -> dict[str, fl
 
 
 class Collector:
-    """Clips in, one at a time; their mean numbers out. Keeps thumbnails only."""
+    """Accumulates metrics over clips, one at a time. Keeps thumbnails only."""
 
-    def __init__(self, seams_K: np.ndarray | None = None) -> None:
-        self._seams = seams_K
+    def __init__(self, seams_G: np.ndarray | None = None) -> None:
+        self._seams = seams_G
         self._clips: list[dict[str, float]] = []
         self._thumbnails: dict[str, list[np.ndarray]] = {}
 
@@ -163,7 +163,7 @@ class Collector:
         self._thumbnails.setdefault(prompt, []).append(thumbnail(video))
 
     def values(self) -> dict[str, float]:
-        """The means over clips, and `diversity`; what cannot be told is left out.
+        """The means over clips, and `diversity`; metrics that are undefined are left out.
 
         Raises:
           UserError: no clip was added.
@@ -182,7 +182,7 @@ def _mean(numbers: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was measured at one step of a run."""
+    """The metrics at one step of a run."""
 
     step: int
     values: Values
@@ -190,10 +190,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a run is held against.
+    """Reference metrics of a run.
 
     Attributes:
-      origin: where it is from, for messages: "real clips", "step 0".
+      origin: for messages, "real clips" or "step 0".
       real: whether these are real clips; a student may well be sharper or livelier than its own first samples.
     """
 
@@ -204,12 +204,12 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on a number is told as a collapse. `*_ratio` is of the baseline's value, the others are differences.
+    """Limits beyond which a metric is reported as a collapse: `*_ratio` of the baseline's value, others as differences.
 
-    Chosen by measurement on the toy, 4 prompts with 3 seeds against real clips. Within them lie the bidirectional
+    Chosen by measurement on the toy, 4 prompts with 3 seeds against real clips. Within them are the bidirectional
     teacher, an AR teacher, its CD student and DMD on top of that over 150 steps: motion 1.08 to 1.47 times the real
     clips', travel 0.74 to 0.84, saturation 0.96 to 1.07, contrast 0.85 to 1.04, sharpness 0.88 to 1.20, diversity 0.88
-    to 1.22, luma and the drifts of luma and saturation within 0.007. Beyond them lies DMD of the teacher itself, batch
+    to 1.22, luma and the drifts of luma and saturation within 0.007. Beyond them is DMD of the teacher itself, batch
     8, guidance 12: it over-saturates (1.55 times after 50 student updates, 1.82 after 60; guidance 1: 1.19, 1.25) and
     flickers (motion 2.8, 3.5 times; guidance 1: 2.1, 2.3). So do the seams of that AR teacher and its students (1.66 to
     1.84), whose 150 steps were too few: the directions of a quarter of its captions are followed. The collapses of
@@ -238,12 +238,12 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class _Rule:
-    """`name` fires when it lies beyond `limit` (a field of Thresholds) from the baseline, on this side."""
+    """Metric `name` is reported when it differs from the baseline by more than `limit` (a field of Thresholds)."""
 
     name: str
     side: str  # "below", "above" or "away"
     limit: str
-    told: str
+    message: str
     kind: str  # which advice
     real_only: bool = False
 
@@ -333,7 +333,7 @@ def warnings(
             continue
         if _broken(rule, value, base, thresholds):
             where = f"{rule.name} {value:.3g}, {base:.3g} in {baseline.origin}"
-            out.append(_line(now.step, where, rule.told, advice[rule.kind], keys))
+            out.append(_line(now.step, where, rule.message, advice[rule.kind], keys))
     value = now.values.get("diversity")
     if value is not None and "diversity" not in baseline.values and value < thresholds.diversity_low:
         where = f"diversity {value:.3g}, expected {thresholds.diversity_low:g} or more"
@@ -341,7 +341,7 @@ def warnings(
     return out
 
 
-def _line(step: int, where: str, told: str, mends: Sequence[str], keys: Collection[str] | None) -> str:
-    mends = [mend for mend in mends if keys is None or set(_KEY.findall(mend)) <= set(keys)]
-    advice = f"try: {', or '.join(mends)}; or " if mends else ""
-    return f"step {step}: {told} ({where}); {advice}go on from an earlier checkpoint"
+def _line(step: int, where: str, message: str, fixes: Sequence[str], keys: Collection[str] | None) -> str:
+    fixes = [fix for fix in fixes if keys is None or set(_KEY.findall(fix)) <= set(keys)]
+    advice = f"try: {', or '.join(fixes)}; or " if fixes else ""
+    return f"step {step}: {message} ({where}); {advice}go on from an earlier checkpoint"

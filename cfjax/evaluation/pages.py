@@ -1,4 +1,4 @@
-"""Contact sheets of any number of videos: a page per hundred, drawn as they are made, one page in memory."""
+"""Contact sheets of any number of videos: a page per hundred, drawn as videos are made, one page in memory."""
 
 import math
 import re
@@ -26,12 +26,12 @@ def sheet_pages(videos: int) -> dict[str, range]:
 class SheetPages:
     """Draws the pages of a set of videos, in whatever order the videos come; a page is written when it is full.
 
-    Rows of videos that were there already are read back from their mp4 files.
+    Rows of videos that existed already are read back from their mp4 files.
 
     Args:
       folder, files: of the mp4 files, here or in a bucket.
       make: numbers of the videos that `add` will be called with, page by page.
-      good: names of pages that are there and stay.
+      good: names of existing pages to keep.
       shape_PHW: of every video.
       scale: what the mp4 files are enlarged by; pages are by half of that, if they do not grow too large.
     """

@@ -1,8 +1,8 @@
 """The report of a run: one self-contained HTML page, and metrics.json with the same table beside it.
 
-The page asks nothing of the network. A clip is a lossless PNG strip of its frames that CSS steps through: it plays
+The page makes no network requests. A clip is a lossless PNG strip of its frames that CSS steps through: it plays
 wherever images do, stays as crisp as the pixels are, can be paused and stepped, and all clips of the wall share one
-clock, which separate <video> elements do not. Style sheet and script lie in cfjax/assets.
+clock, which separate <video> elements do not. Style sheet and script are in cfjax/assets.
 """
 
 import html

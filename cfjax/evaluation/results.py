@@ -1,6 +1,6 @@
 """The numbers of a report: one row for real data, the codec's round trip and every stage, one column per measurement.
 
-`metrics_table` is what metrics.json holds; `COLUMNS` says how the page shows each number and which value is the best.
+`metrics_table` is what metrics.json holds; `COLUMNS` defines how the page shows each number and which value is best.
 """
 
 import math
@@ -75,7 +75,7 @@ def times(value: float) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the metrics table; `distance` is what the best value has least of (None: no value is best)."""
+    """A column of the metrics table; the best value minimises `distance` (None: no value is best)."""
 
     key: str
     title: str

@@ -1,8 +1,8 @@
 """Judging moving-shapes clips from their pixels, by analysis and synthesis.
 
-`measure_shapes` knows only the world (`ShapesConfig`), never the prompt: it finds the object's mask, colour and path,
-then draws every shape at a few radii along that path and keeps the best explanation. What that explanation leaves
-over, `residual`, is a sharp number for quality. `evaluate_shapes` compares the measurements with the captioned factors.
+`measure_shapes` uses only the world (`ShapesConfig`), not the prompt: it finds the object's mask, colour and path,
+then renders every shape at a few radii along that path and keeps the best fit. The error of that fit, `residual`, is
+a sensitive measure of quality. `evaluate_shapes` compares the measurements with the captioned factors.
 """
 
 from collections.abc import Sequence
@@ -144,7 +144,7 @@ def _motion(centres_BP2: np.ndarray, config: ShapesConfig) -> Table:
 
 
 def measure_shapes(video_BPHWC: np.ndarray, config: ShapesConfig, colours: np.ndarray | None = None) -> Table:
-    """What the pixels show, without looking at any prompt; every array has a leading clip axis B.
+    """Measurements from pixels alone, without the prompt; every array has a leading clip axis B.
 
     shape, colour, direction: str ("none" when nothing is there, "static" when it hardly moves); radius (px);
     centres [B, P, 2] (x, y in px); relative_mass [B, P] (visible area over expected area); presence (bool, within
@@ -152,7 +152,7 @@ def measure_shapes(video_BPHWC: np.ndarray, config: ShapesConfig, colours: np.nd
     captioned direction); step (mean length of a frame's move, jitter included); jerkiness (mean length of the second
     difference of the path, px); turn_angle (degrees, heading at the end against heading at the start, positive to the
     mover's right); turn_side (-1, 0, +1); residual (rms pixel error of the best synthetic explanation, video in
-    [-1, 1]). `colours` [B] (indices into config.colours) tells which object to follow when there are two.
+    [-1, 1]). `colours` [B] (indices into config.colours) selects the object to follow when there are two.
 
     Raises:
       UserError: the video is not [B, P, size, size, 3] of at least two frames.
@@ -227,7 +227,7 @@ def evaluate_shapes(
     its numbers are the objects' means; each object is followed by its hue, so colour_correct means that it is there.
 
     Raises:
-      UserError: clips and factors differ in number, or a factor lies outside the configured world.
+      UserError: clips and factors differ in number, or a factor is not in the configured world.
     """
     if len(video_BPHWC) != len(factors_list):
         raise UserError(f"shapes metrics: {len(video_BPHWC)} clips but {len(factors_list)} factors")

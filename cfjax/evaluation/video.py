@@ -1,4 +1,4 @@
-"""Clips as files: float video to bytes as the reference does it, MP4, GIF and PNG, contact sheets and tiled videos.
+"""Clips as files: float video to uint8, MP4, GIF and PNG, contact sheets and tiled videos.
 
 Everything here takes and returns uint8 RGB (`to_uint8` makes it), enlarges by pixel repetition only, so that tiny
 clips stay crisp, and writes under a temporary name before renaming, so that no half-written file is ever seen.
@@ -21,7 +21,7 @@ from cfjax.core.paths import one_line, replacing
 
 SHEET_PIXELS = 40_000_000  # of a contact sheet at most: 120 MB as it is drawn, and every reader opens it
 _MP4_SIDE = 16384  # x264's limit, in pixels
-_PALETTE_PIXELS = 1 << 20  # pixels looked at when a GIF's palette is chosen
+_PALETTE_PIXELS = 1 << 20  # pixels from which a GIF's palette is chosen
 _OPTIMIZE_PIXELS = 1 << 21  # PNGs beyond take seconds a megapixel to press out the last per cent
 # With x264's code for AVX-512 the same frames give other bytes in one encoding out of a few, at many sizes: its
 # macroblock tree depends on what lies in memory. With that for AVX, which jaxlib needs anyway, a clip is one file.
@@ -36,7 +36,7 @@ def data_uri(data: bytes, mime: str) -> str:
 def to_uint8(video: ArrayLike) -> np.ndarray:
     """Float video [P, H, W, 3] or [B, P, H, W, 3] in [-1, 1] to uint8 of the same shape.
 
-    As the reference writes its videos: clamp(v / 2 + 1/2, 0, 1) * 255, truncated.
+    clamp(v / 2 + 1/2, 0, 1) * 255, truncated (reference: `inference.py`).
 
     Raises:
       UserError: the array is not float, not of that shape, or holds NaN.
@@ -85,9 +85,9 @@ def _resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return small.reshape(*frames.shape[:-3], *small.shape[-3:])
 
 
-def pick_frames(videos_NPHWC: np.ndarray, count: int) -> np.ndarray:
+def pick_frames(videos_BPHWC: np.ndarray, count: int) -> np.ndarray:
     """`count` frames of each clip (all, when there are fewer), spread evenly from the first to the last."""
-    return videos_NPHWC[:, spread(videos_NPHWC.shape[1], count)]
+    return videos_BPHWC[:, spread(videos_BPHWC.shape[1], count)]
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -123,7 +123,7 @@ def write_mp4(path: str | Path, video_PHWC: np.ndarray, fps: float, scale: int =
 
 def _encode(path: Path, frames: np.ndarray, rate: Fraction) -> None:
     options = {"movflags": "faststart"}
-    # Of a relative path FFmpeg would take what stands before a colon for a protocol.
+    # FFmpeg would take the part of a relative path before a colon for a protocol.
     with av.open(str(path.absolute()), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "medium", **_X264})
         stream.height, stream.width = frames.shape[1:3]
@@ -139,7 +139,7 @@ def _encode(path: Path, frames: np.ndarray, rate: Fraction) -> None:
 
 
 def check_mp4(height: int, width: int, fps: float, scale: int = 1) -> None:
-    """Writes one black frame and throws it away: what `write_mp4` would refuse is told before there are clips.
+    """Encodes one black frame and discards it, to find before generation what `write_mp4` would refuse.
 
     Raises:
       UserError: such a clip cannot be written.
@@ -181,7 +181,7 @@ def read_frames(path: Path, wanted: np.ndarray, height: int, width: int, scale: 
 
 
 def write_gif(path: str | Path, video_PHWC: np.ndarray, fps: float, scale: int = 1) -> None:
-    """Writes a uint8 clip as an endless GIF with one palette for all frames; its clock ticks in hundredths of a second.
+    """Writes a uint8 clip as an endless GIF with one palette for all frames; frame times are in hundredths of a second.
 
     Raises:
       UserError: the clip is not uint8 [P, H, W, 3], or fps or scale is out of range.
@@ -272,23 +272,23 @@ class ContactSheet:
             self.picture[y : y + height, x : x + width] = frame
 
 
-def contact_sheet(videos_NPHWC: np.ndarray, columns: int = 8, gap: int = 2, background: int = 255) -> np.ndarray:
+def contact_sheet(videos_BPHWC: np.ndarray, columns: int = 8, gap: int = 2, background: int = 255) -> np.ndarray:
     """All clips on one `ContactSheet`, [H', W', 3]: a row per clip, frames shrunk where it would grow too large.
 
     Raises:
       UserError: the clips are not uint8 [N, P, H, W, 3], or columns, gap or background is out of range.
     """
-    videos = check_uint8(videos_NPHWC, "NPHWC", "contact sheet")
+    videos = check_uint8(videos_BPHWC, "NPHWC", "contact sheet")
     sheet = ContactSheet(len(videos), videos.shape[1:4], columns, gap, background)
     for row, clip_PHWC in enumerate(videos):
         sheet.draw(row, clip_PHWC)
     return sheet.picture
 
 
-def grid_video(videos_NPHWC: np.ndarray, columns: int, gap: int = 2, background: int = 255) -> np.ndarray:
-    """Clips side by side, `columns` to a row, as one video [P, H', W', 3]; places left over show the background.
+def grid_video(videos_BPHWC: np.ndarray, columns: int, gap: int = 2, background: int = 255) -> np.ndarray:
+    """Clips side by side, `columns` to a row, as one video [P, H', W', 3]; empty cells show the background.
 
     Raises:
       UserError: the clips are not uint8 [N, P, H, W, 3], or columns, gap or background is out of range.
     """
-    return _tile(check_uint8(videos_NPHWC, "NPHWC", "grid video"), columns, gap, background, "grid video")
+    return _tile(check_uint8(videos_BPHWC, "NPHWC", "grid video"), columns, gap, background, "grid video")

@@ -1,11 +1,11 @@
-"""A folder of generated videos that a killed or mended command goes on with: what is asked for, done, or in the way.
+"""A resumable folder of generated videos: which are requested, finished, or in the way.
 
     settings.json   the settings and the list of all videos; written before the first video, and again at the end
     videos.jsonl    a line per finished video, added once its files are whole
 
-A video is the same one when its prompt, its seed and its picture's content are; its number may be another. What the
-record does not call finished is half made, and is made again. A file that is something else than what it would have to
-be is never replaced unasked.
+A video is identified by its prompt, its seed and its picture's content; its number may change. A video that is not
+recorded as finished is incomplete, and is generated again. A file that is not the expected one is never replaced
+without `overwrite`.
 """
 
 import json
@@ -32,7 +32,7 @@ _ASIDE = ".moving."
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedVideo:
     """One video of the set: its file, its request, and a hash of its picture's content ("" for none)."""
 
     file: str
@@ -55,7 +55,7 @@ class Finished:
 
 
 def _file(name: str, value: Any) -> str:
-    """A video's name in the folder itself."""
+    """A file name directly in the folder."""
     fits = isinstance(value, str) and value.endswith(".mp4") and len(value) <= 255 and Path(value).name == value
     return "" if fits else f"{name} is {shown(value)}; it must be the name of an mp4"
 
@@ -65,19 +65,19 @@ _SET = table({"videos": several(table({**_TEXTS, "image": text(4096)}, closed=Tr
 _FINISHED = table({**_TEXTS, "bytes": whole(1), "latents": either(whole(1), one_of(None))}, closed=True)
 
 
-def _identity(video: Asked | Finished) -> tuple[str, int, str]:
-    """Equal for two requests of the same video."""
+def _identity(video: RequestedVideo | Finished) -> tuple[str, int, str]:
+    """The identity of a video: equal for two requests of the same one."""
     return video.prompt, video.seed, video.image_sha256
 
 
-def asked_videos(requests: Sequence[Request], hashes: Mapping[str, str]) -> list[Asked]:
+def requested_videos(requests: Sequence[Request], hashes: Mapping[str, str]) -> list[RequestedVideo]:
     """Every request with its file: its number, its prompt as far as a file's name may say it, its seed.
 
     Args:
       hashes: of every picture's content, by path.
     """
     return [
-        Asked(f"{n:03d}_{r.slug()}.mp4", r.prompt, r.seed, r.image, hashes.get(r.image, ""))
+        RequestedVideo(f"{n:03d}_{r.slug()}.mp4", r.prompt, r.seed, r.image, hashes.get(r.image, ""))
         for n, r in enumerate(requests)
     ]
 
@@ -87,8 +87,8 @@ def latents_name(file: str) -> str:
     return file.removesuffix(".mp4") + ".safetensors"
 
 
-def check_free(folder: Path, asked: Sequence[Asked], *, latents: bool) -> None:
-    """For a set that is made from the start.
+def check_free(folder: Path, asked: Sequence[RequestedVideo], *, latents: bool) -> None:
+    """For a set that is generated from the start.
 
     Raises:
       UserError: it would replace something.
@@ -96,13 +96,13 @@ def check_free(folder: Path, asked: Sequence[Asked], *, latents: bool) -> None:
     there = file_sizes(folder)
     wanted = [*_files(asked, latents), SETTINGS, DONE, *sorted(filter(PAGE_NAME.fullmatch, there))]
     if taken := [name for name in wanted if name in there]:
-        mend = "choose another --workdir or --config.overwrite=True"
+        fix = "choose another --workdir or --config.overwrite=True"
         if SETTINGS in there:
-            mend += "; --config.resume=True goes on with what is there"
-        raise UserError(f"{_some(folder, taken)} would be replaced; {mend}")
+            fix += "; --config.resume=True goes on with what is there"
+        raise UserError(f"{_some(folder, taken)} would be replaced; {fix}")
 
 
-def _files(asked: Sequence[Asked], latents: bool) -> list[str]:
+def _files(asked: Sequence[RequestedVideo], latents: bool) -> list[str]:
     return [name for v in asked for name in ((v.file, latents_name(v.file)) if latents else (v.file,))]
 
 
@@ -115,11 +115,11 @@ def _some(folder: Path, names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder says of itself.
+    """The record of a folder, and its files.
 
     Attributes:
-      there: bytes of its files, by name.
-      settings: what settings.json says; {} when there is none.
+      there: sizes of its files in bytes, by name.
+      settings: content of settings.json; {} when there is none.
       asked: the videos that it lists.
       done: the lines of videos.jsonl, by file.
     """
@@ -127,23 +127,23 @@ class Found:
     folder: Path
     there: dict[str, int]
     settings: dict[str, Any]
-    asked: list[Asked]
+    asked: list[RequestedVideo]
     done: dict[str, Finished]
 
-    def mp4_stands(self, line: Finished) -> bool:
-        """Whether the video is as it was written."""
+    def mp4_unchanged(self, line: Finished) -> bool:
+        """Whether the mp4 file has the size that was recorded."""
         return self.there.get(line.file) == line.bytes
 
-    def latents_stand(self, line: Finished) -> bool:
-        """Whether the video's latents are."""
+    def latents_unchanged(self, line: Finished) -> bool:
+        """Whether the file of latents has the size that was recorded."""
         return line.latents is not None and self.there.get(latents_name(line.file)) == line.latents
 
 
-def look(folder: Path, *, resume: bool) -> Found:
+def read_set(folder: Path, *, resume: bool) -> Found:
     """Reads the record in a folder.
 
     Args:
-      resume: whether one goes on with it; else a record that says nothing is no mistake, and nothing counts as done.
+      resume: whether it will be resumed; else an unreadable record is no error, and nothing counts as done.
 
     Raises:
       UserError: it is not what `VideoSet` writes.
@@ -152,12 +152,12 @@ def look(folder: Path, *, resume: bool) -> Found:
     if SETTINGS in there:
         try:
             settings = checked(_SET, load_json(folder / SETTINGS, LIST_BYTES), SETTINGS)
-            asked = [Asked(**video) for video in settings["videos"]]
+            asked = [RequestedVideo(**video) for video in settings["videos"]]
         except ValueError:
             if resume:
                 raise UserError(
                     f"{folder / SETTINGS}: is not what this version of cfjax generate writes, so it cannot go on with "
-                    "it; choose another --workdir, or --config.overwrite=True in place of resume makes all anew"
+                    "it; choose another --workdir, or --config.overwrite=True in place of resume makes all again"
                 ) from None
     done = _read_done(folder / DONE) if resume and asked and DONE in there else {}
     return Found(folder, there, settings, asked, done)
@@ -195,7 +195,7 @@ def check_same(found: Found, settings: Mapping[str, Any], deciding: Sequence[str
             raise UserError(
                 f"{found.folder / SETTINGS}: its videos were made with {key}={old.get(key)!r}, now it is "
                 f"{new.get(key)!r}; give the same again, choose another --workdir, or --config.overwrite=True in place "
-                "of resume makes all anew"
+                "of resume makes all again"
             )
 
 
@@ -211,8 +211,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What becomes of a folder.
+class SetPlan:
+    """What to do with the files of a folder.
 
     Attributes:
       keep: numbers of the videos that are finished under their names.
@@ -231,12 +231,12 @@ class Survey:
     pages: frozenset[str]
 
 
-def survey(found: Found, asked: Sequence[Asked], *, latents: bool, overwrite: bool) -> Survey:
-    """Holds what is asked for against what is finished.
+def plan_set(found: Found, asked: Sequence[RequestedVideo], *, latents: bool, overwrite: bool) -> SetPlan:
+    """Compares the requested videos with the finished ones.
 
     Args:
-      latents: whether a video without its latents is to be made again.
-      overwrite: whether what is in the way may be replaced.
+      latents: whether a video without its latents is generated again.
+      overwrite: whether files that are in the way may be replaced.
 
     Raises:
       UserError: a file that may not be replaced is in the way.
@@ -244,7 +244,7 @@ def survey(found: Found, asked: Sequence[Asked], *, latents: bool, overwrite: bo
     whole = {
         name: line
         for name, line in found.done.items()
-        if found.mp4_stands(line) and (not latents or found.latents_stand(line))
+        if found.mp4_unchanged(line) and (not latents or found.latents_unchanged(line))
     }
     keep = {n for n, v in enumerate(asked) if v.file in whole and _identity(whole[v.file]) == _identity(v)}
     spare: dict[tuple[str, int, str], deque[Finished]] = {}
@@ -257,33 +257,33 @@ def survey(found: Found, asked: Sequence[Asked], *, latents: bool, overwrite: bo
         _check_in_the_way(found, [asked[n] for n in left if asked[n].file not in sources], latents=latents)
     known = {video.file for video in found.asked} | found.done.keys()
     unasked = known - {video.file for video in asked} - sources
-    return Survey(
+    return SetPlan(
         keep=frozenset(keep),
         moves=moves,
         make=tuple(n for n in left if n not in moves),
         lines=tuple(line for name, line in whole.items() if name not in targets),
         unasked=tuple(sorted(unasked & found.there.keys())),
-        pages=_standing_pages(found, asked, set(left)),
+        pages=_unchanged_pages(found, asked, set(left)),
     )
 
 
-def _check_in_the_way(found: Found, videos: Sequence[Asked], *, latents: bool) -> None:
-    """Half-made videos of this set are replaced, and such as lack their latents only; nothing else is."""
+def _check_in_the_way(found: Found, videos: Sequence[RequestedVideo], *, latents: bool) -> None:
+    """Incomplete videos of this set are replaced, and those that lack only their latents; nothing else is."""
     ours = {video.file for video in found.asked} - found.done.keys()
     for video in videos:
         line = found.done.get(video.file)
-        if line and found.mp4_stands(line) and _identity(line) == _identity(video):
+        if line and found.mp4_unchanged(line) and _identity(line) == _identity(video):
             ours.add(video.file)
     taken = [name for name in _files([v for v in videos if v.file not in ours], latents) if name in found.there]
     if taken:
         raise UserError(
             f"{_some(found.folder, taken)} would be replaced: not finished by this set, made for another prompt or "
-            "picture, or changed since; move it away, or --config.overwrite=True beside resume makes it anew"
+            "picture, or changed since; move it away, or --config.overwrite=True beside resume makes it again"
         )
 
 
-def _standing_pages(found: Found, asked: Sequence[Asked], new: set[int]) -> frozenset[str]:
-    """Contact sheets that are there and show the files that they are to show, none of which is new."""
+def _unchanged_pages(found: Found, asked: Sequence[RequestedVideo], new: set[int]) -> frozenset[str]:
+    """Existing contact sheets whose files are the right ones, none of them new."""
     before, out = sheet_pages(len(found.asked)), set()
     for name, numbers in sheet_pages(len(asked)).items():
         shown = [found.asked[n].file for n in before.get(name, ())]
@@ -302,15 +302,15 @@ class VideoSet:
       settings: what settings.json says from the beginning, besides the videos.
     """
 
-    def __init__(self, folder: Path, asked: Sequence[Asked], settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, asked: Sequence[RequestedVideo], settings: Mapping[str, Any]) -> None:
         self.folder, self.asked, self.settings = folder, asked, settings
         self._mirror: Mirror | None = None
 
     @contextmanager
-    def begin(self, found: Found, plan: Survey) -> Iterator[None]:
-        """Writes the settings, clears away what was left half written, and gives finished videos their new numbers.
+    def begin(self, found: Found, plan: SetPlan) -> Iterator[None]:
+        """Writes the settings, removes partial files, and renames finished videos to their new numbers.
 
-        Killed at any moment, it can be begun again: a file's line is gone before the file becomes another one.
+        It may be killed at any moment and repeated: a file's line is removed before the file is replaced.
 
         Raises:
           UserError: the folder cannot be written to.
@@ -333,14 +333,14 @@ class VideoSet:
             self._mirror.close()
             self._mirror = None
 
-    def _clear(self, found: Found, plan: Survey) -> None:
+    def _clear(self, found: Found, plan: SetPlan) -> None:
         for name in found.there:
             stale = PAGE_NAME.fullmatch(name) and name not in plan.pages
             if stale or _HALF.fullmatch(name) or name.startswith(_ASIDE):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def _move(self, found: Found, plan: Survey) -> None:
-        """Renames finished videos; the ones that lie where another one goes step aside first."""
+    def _move(self, found: Found, plan: SetPlan) -> None:
+        """Renames finished videos; those whose name another one takes are first moved to temporary names."""
         targets = {self.asked[n].file for n in plan.moves}
         aside = {line.file for line in plan.moves.values()} & targets
         for name in sorted(aside):
@@ -364,12 +364,12 @@ class VideoSet:
             file.write(_line(line))
 
     def push(self) -> None:
-        """Sends the record to a bucket, whose files cannot grow."""
+        """Uploads the record to a bucket, where files cannot be appended to."""
         assert self._mirror is not None, "push: outside of begin"
         self._mirror.push()
 
     def write(self, more: Mapping[str, Any] = MappingProxyType({}), *, complete: bool) -> dict[str, Any]:
-        """Writes settings.json, and returns what it says.
+        """Writes settings.json, and returns its content.
 
         Args:
           more: JSON-able entries beside the settings.

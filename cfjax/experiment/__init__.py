@@ -1,1 +1,1 @@
-"""Configs become values here, and nowhere else: data, stage, networks, runs and what is known of them."""
+"""From configs to values, here only: data, stage, networks, runs and their records."""

@@ -1,7 +1,7 @@
 """`build`: a config becomes an `Experiment`, once; training, plans and preview samples see no ConfigDict."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
+from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh
 from cfjax.experiment.data import Data, DataSource, data_of
 from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of
-from cfjax.experiment.reference import faithful, unread
+from cfjax.experiment.reference import apply_reference, unused_keys
 from cfjax.experiment.stage import (
     Objective,
     blocks_of,
@@ -122,7 +123,7 @@ class Experiment:
         return {
             "stage": self.stage.name,
             "config": dict(self.config),
-            "models": {role: asdict(model.config) for role, model in models.items()},
+            "models": {role: to_record(model.config) for role, model in models.items()},
             "blocks": self.config["blocks"],
             "latent_shape": list(data.dataset.latent_shape),
             "records": len(data.dataset),
@@ -140,7 +141,7 @@ def build(c: ConfigDict, given: Collection[str] = ()) -> Experiment:
     Raises:
       UserError: an unknown stage, something missing, or a value that it cannot have.
     """
-    c = faithful(c, given)
+    c = apply_reference(c, given)
     objective = objective_of(c)
     ema = {role: Ema(**values.to_dict()) for role, values in c.ema.items()}
     stage = Stage(c.stage, losses_of(c, objective), cadence=c.cadence.to_dict(), ema=ema)
@@ -163,7 +164,7 @@ def build(c: ConfigDict, given: Collection[str] = ()) -> Experiment:
         accept_changes=c.accept_changes,
         config=c.to_dict(),
         given=frozenset(given),
-        used_keys=frozenset(keys_of(c).keys() - unread(c)),
+        used_keys=frozenset(keys_of(c).keys() - unused_keys(c)),
     )
 
 

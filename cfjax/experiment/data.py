@@ -15,7 +15,7 @@ from cfjax.core.paths import local_path
 from cfjax.data.latents import ClipDataset
 from cfjax.data.precompute import precompute
 from cfjax.data.reversed import encoded, joined
-from cfjax.data.sets import open_dataset, without_truth
+from cfjax.data.sets import open_dataset, without_ground_truth
 from cfjax.data.shapes import ShapesConfig
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.experiment.record import thawed
@@ -143,7 +143,7 @@ class DataSource:
             raise UserError(f"{root / name} was made in another world than {root / 'world'}; remove it and run again")
         if name == "clips" and len(dataset) != self.clips:
             raise UserError(
-                f"{root / name} holds {len(dataset)} clips, not data.clips={self.clips}; remove it to make it anew"
+                f"{root / name} holds {len(dataset)} clips, not data.clips={self.clips}; remove it to make it again"
             )
         if self.caption_encoder_needed:
             dataset = encoded(dataset, world.encode_prompts)
@@ -161,27 +161,27 @@ class DataSource:
             raise UserError(f"{dataset.path} holds prompts alone; stage {stage} needs clips: choose another data.name")
         if self.trajectory_points:
             if not self.ground_truth:
-                dataset = without_truth(dataset)
+                dataset = without_ground_truth(dataset)
             self._check_points(dataset)
             _check_pairs(self.config, dataset)
         return TolerantDataset(dataset, self.max_corrupt, say) if self.max_corrupt else dataset
 
     def _check_points(self, dataset: ClipDataset) -> None:
-        """Refuses trajectories that are not what the objective regresses on, with the mend."""
+        """Raises UserError for trajectories that the objective cannot regress on, with a fix."""
         points, wanted = dataset.trajectory_points, self.trajectory_points
         if points == wanted:
             return
-        mend = "make pairs with configs/ode_pairs.py"
+        fix = "make pairs with configs/ode_pairs.py"
         if points and points + 1 == wanted and self.ground_truth:
-            mend = (
+            fix = (
                 "if these are pairs without clean clips (Self Forcing's, CausVid's), --config.data.ground_truth=False "
-                f"takes what stands for the clip as the ODE's end; otherwise {mend}"
+                f"takes what stands for the clip as the ODE's end; otherwise {fix}"
             )
         if points == wanted + 1 and not self.ground_truth:
-            mend = "they hold clean clips: leave out --config.data.ground_truth=False"
+            fix = "they hold clean clips: leave out --config.data.ground_truth=False"
         raise UserError(
             f"{dataset.path} has {points} states per clip; ODE regression needs the {wanted - 1} levels of "
-            f"objective.steps and the end: {mend}"
+            f"objective.steps and the end: {fix}"
         )
 
 
@@ -235,7 +235,7 @@ def _check_pairs(config: Mapping[str, Any], dataset: ClipDataset) -> None:
     keys = ["objective.steps", "objective.shift", *pairs_layout(config, method)]
     if other := difference(made, config, keys):
         raise UserError(
-            f"{dataset.path} was made with {other}; choose another data.name, or make pairs anew with "
+            f"{dataset.path} was made with {other}; choose another data.name, or make pairs again with "
             "configs/ode_pairs.py"
         )
     wanted = METHODS_FOR.get(past, METHODS)

@@ -1,4 +1,4 @@
-"""What `cfjax generate` is to make: requests and a run brought together, and everything checked that can be."""
+"""The job of `cfjax generate`: requests and a run, with everything checked that can be before it starts."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -33,10 +33,10 @@ FAULTS = 3  # that a message names
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be made, once everything that was asked for fits together.
+    """What is to be generated, after validation.
 
     Attributes:
-      hashes: of the content of every picture, and of the video to go on from, by path.
+      hashes: of the content of every picture, and of the video to continue, by path.
       faults: numbers of requests that cannot be met, with the reason; see `check_requests`.
     """
 
@@ -60,7 +60,7 @@ class Job:
 
 
 def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
-    """Settings and run brought together; what is wrong with single requests is left to `check_requests`.
+    """The job of a run and the settings; single requests are checked by `check_requests`.
 
     Raises:
       UserError: they do not fit.
@@ -95,10 +95,10 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
 
 
 def blocks_of(c: ConfigDict, own: Blocks | None) -> Blocks | None:
-    """The run's block layout with the window, sink and first frame that are asked for.
+    """The run's block layout with the requested window, sink and first frame.
 
     Raises:
-      UserError: they do not fit, or are asked of a bidirectional run.
+      UserError: they do not fit, or the run is bidirectional.
     """
     changes: dict[str, Any] = {name: c[name] for name in ("window", "sink") if c[name] >= 0}
     if c.independent_first_frame:
@@ -146,14 +146,14 @@ def tiled_decoder(c: ConfigDict, run: Run) -> Callable[[jax.Array], jax.Array] |
 
 
 def count_given(c: ConfigDict, run: Run, requests: Sequence[Request], blocks: Blocks | None, total: int) -> int:
-    """How many latent frames the videos go on from: 1 with a picture, what `video` and `given_frames` say, or 0.
+    """Number of given latent frames: 1 with a picture, by `video` and `given_frames`, or 0.
 
     Raises:
       UserError: a picture and a video, pictures for some prompts only, a bidirectional run, or frames amid a block.
     """
     pictures = sum(bool(request.image) for request in requests)
     if pictures and c.video:
-        raise UserError("image and video are both given; a video goes on from one of them")
+        raise UserError("image and video are both given; a video continues one of them")
     if pictures not in (0, len(requests)):
         raise UserError(f"{pictures} of {len(requests)} prompts have a picture; give all of them one, or none")
     if not pictures and not c.video:
@@ -210,7 +210,7 @@ def hash_pictures(requests: Sequence[Request]) -> tuple[dict[str, str], list[tup
 
 
 def weights_hash(run: Run) -> str:
-    """What tells a run's weights from others, without reading them: 16 hex digits that a copy elsewhere shares.
+    """A hash that identifies a run's weights without reading them: 16 hex digits, equal for copies.
 
     Of an exported model it is the file's content; of a checkpoint its files' names, which are drawn when it is written.
     """
@@ -236,7 +236,7 @@ def check_prompts(run: Run, requests: Sequence[Request], negative_prompt: str) -
 
 
 def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
-    """Tells all faults of the requests in one line; pictures are read as they will be, one at a time.
+    """Reports all faults of the requests in one line; pictures are read one at a time.
 
     Args:
       numbers: of the requests whose pictures will be needed.
@@ -260,17 +260,17 @@ def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
 
 def _faults_message(c: ConfigDict, requests: Sequence[Request], faults: Sequence[tuple[int, str]]) -> str:
     """The faults by what they are, with where in the prompt file they are."""
-    places: dict[str, list[str]] = {}
+    by_message: dict[str, list[str]] = {}
     for n, message in sorted(faults):
-        found = places.setdefault(message, [])
+        found = by_message.setdefault(message, [])
         if requests[n].place not in found:
             found.append(requests[n].place)
-    if not c.prompts and len(places) == 1:
-        return next(iter(places))
+    if not c.prompts and len(by_message) == 1:
+        return next(iter(by_message))
     lines = []
-    for message, (first, *rest) in list(places.items())[:FAULTS]:
+    for message, (first, *rest) in list(by_message.items())[:FAULTS]:
         lines.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {message}")
-    if len(places) > FAULTS:
-        lines.append(f"and {len(places) - FAULTS} more")
+    if len(by_message) > FAULTS:
+        lines.append(f"and {len(by_message) - FAULTS} more")
     broken = len({n for n, _ in faults})
     return f"{c.prompts or 'prompt'}, {broken} of {len(requests)} requests: {'; '.join(lines)}"

@@ -26,11 +26,11 @@ from cfjax.experiment.data import Data, Shapes
 from cfjax.experiment.record import START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
-from cfjax.models.resting import STORAGES, fill, placed, resting
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from cfjax.models.vae import PRESETS as VAES
 from cfjax.models.vae import abstract_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
+from cfjax.models.weight_storage import STORAGES, fill, with_shardings, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.stage import Stage
 from cfjax.training.checkpoint import load_role, open_role
@@ -86,7 +86,7 @@ class NetworkRole:
         config, branch = self.network(shapes), self.branch
         if branch is not None:
             critic = jax.eval_shape(lambda key: Discriminator(config, branch, key), jax.random.key(0))
-            return placed(critic, mesh, offload=False)
+            return with_shardings(critic, mesh, offload=False)
         return self._without_branch(config, mesh)
 
     def initial(self, shapes: Shapes, seed: int, mesh: Mesh | None = None) -> Wan:
@@ -105,11 +105,13 @@ class NetworkRole:
         return shard_model(critic, mesh) if mesh else critic
 
     def empty(self, shapes: Shapes, mesh: Mesh | None = None) -> Wan:
-        """The network, all zeros, placed: for a run that goes on with a checkpoint's weights."""
+        """The network, all zeros, placed: for a run that resumes with a checkpoint's weights."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.template(shapes, mesh))
 
     def _without_branch(self, config: WanConfig, mesh: Mesh | None) -> Wan:
-        return placed(resting(_abstract(config), self.storage, self.precision), mesh, offload=self.offload)
+        return with_shardings(
+            with_storage_dtypes(_abstract(config), self.storage, self.precision), mesh, offload=self.offload
+        )
 
     def _key(self, seed: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
@@ -281,7 +283,7 @@ def check_host_memory(roles: Mapping[str, Role]) -> None:
 
 
 def check_blocks(blocks: Blocks, roles: Iterable[Role]) -> None:
-    """A causal network goes on with the blocks that it was trained with: chunk-wise weights are no frame-wise ones.
+    """A causal network keeps the block layout that it was trained with: chunk-wise weights are not frame-wise ones.
 
     Raises:
       UserError: a role starts from a causal run, or an exported model, of another layout.
@@ -294,11 +296,11 @@ def check_blocks(blocks: Blocks, roles: Iterable[Role]) -> None:
             same_blocks(blocks, read_run(role.init, START), what, "name a run of the same layout")
 
 
-def same_blocks(blocks: Blocks, meta: Mapping[str, Any], what: str, mend: str) -> None:
+def same_blocks(blocks: Blocks, meta: Mapping[str, Any], what: str, fix: str) -> None:
     """Refuses the weights of another layout.
 
     Args:
-      meta: the record beside the weights.  what: names them.  mend: what else could be done.
+      meta: the record beside the weights.  what: their name.  fix: another way out, for the message.
 
     Raises:
       UserError: they are a causal network's, of blocks of another size.
@@ -308,7 +310,7 @@ def same_blocks(blocks: Blocks, meta: Mapping[str, Any], what: str, mend: str) -
     if meta["stage"] != "bidirectional" and theirs != own:
         raise UserError(
             f"{what} was trained with blocks.frames={theirs[0]}, blocks.independent_first_frame={theirs[1]}, "
-            f"not {own[0]}, {own[1]}; {mend}, or set these keys to its own"
+            f"not {own[0]}, {own[1]}; {fix}, or set these keys to its own"
         )
 
 

@@ -1,4 +1,4 @@
-"""Settings that are allowed but probably not meant: one line each, said when a run starts."""
+"""Settings that are allowed but probably unintended: a one-line note each when a run starts."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def differing_levels(e: Experiment) -> str:
 
 
 def idle_windows(e: Experiment, clip_frames: int) -> list[str]:
-    """One line for a window that reaches further back than any video, and one for scores that see more than a clip."""
+    """Notes on a window longer than any video, and on scores that see more frames than a clip has."""
     shown, rolled = (e.config["objective"].get(key, 0) for key in ("window_frames", "max_frames"))
     frames, out = rolled or clip_frames, []
     if e.blocks.window > frames:

@@ -10,10 +10,10 @@ NEVER = 2_000_000_000
 
 
 def switches(arg: str, *known: str) -> list[str]:
-    """The words of a config's argument, `configs/NAME.py:word,word`.
+    """The switches in a config's argument, `configs/NAME.py:switch,switch`.
 
     Raises:
-      UserError: a word that is not `known`.
+      UserError: a switch that is not `known`.
     """
     words = [word for word in arg.split(",") if word]
     unknown = [word for word in words if word not in known]
@@ -23,10 +23,10 @@ def switches(arg: str, *known: str) -> list[str]:
 
 
 def one_of(words: list[str], *alternatives: str) -> None:
-    """Refuses switches that make no sense together.
+    """Raises UserError for switches that exclude each other.
 
     Raises:
-      UserError: more than one of `alternatives` is among the words.
+      UserError: more than one of `alternatives` is among the switches.
     """
     given = [word for word in words if word in alternatives]
     if len(given) > 1:
@@ -34,7 +34,7 @@ def one_of(words: list[str], *alternatives: str) -> None:
 
 
 def optimizer(lr: float, b1: float = 0.0, b2: float = 0.999, **overrides: Any) -> ConfigDict:
-    """The reference's AdamW: constant rate, decay 0.01 on everything, clip 10 (PyTorch reference)."""
+    """The reference's AdamW: constant rate, decay 0.01 on everything, clip 10 (`trainer/distillation.py`)."""
     values: dict[str, Any] = {
         "name": "adamw",
         "lr": lr,
@@ -75,10 +75,10 @@ def role(
 ):
     """One network: its preset, and which run's role it starts from ("" is random, a shipped asset by its name).
 
-    `stages` names the stages whose checkpoints are accepted. A frozen role's weights may rest in less memory: `storage`
+    `stages` names the stages whose checkpoints are accepted. A frozen role's weights may take less memory: `storage`
     "bfloat16" (no number changes where `precision` is bfloat16 too) or "int8" (kernels of the blocks, one scale per
-    output channel; flows change by about a per cent), and `offload` keeps its matrices in the host's memory, from where
-    each layer's are copied as it is reached. A trained role rests in float32 on the device.
+    output channel; flows change by about a per cent), and `offload` keeps its matrices in host memory, from where
+    each layer's are copied when needed. A trained role is stored in float32 on the device.
     """
     return ConfigDict(
         {
@@ -115,10 +115,10 @@ def blocks(framewise: bool = False) -> ConfigDict:
 def wan_data(path: str) -> ConfigDict:
     """Precomputed Wan latents, 21 x 60 x 104 x 16: 81 frames of 480 x 832.
 
-    `max_corrupt`: the fraction of records that may turn out broken; each is told and another takes its place.
+    `max_corrupt`: the fraction of records that may be broken; each is reported and replaced by another.
     `reversed_name`: the dataset of the captions of the clips played backwards, for BAgger.
     `lmdb`: where the LMDB with a set's latents was moved to ("": where it was, or beside the set).
-    `ground_truth`: whether ODE pairs end in the clean clip; False takes what stands for it as the ODE's end.
+    `ground_truth`: whether the last state of ODE pairs is the clean clip; False: it is the ODE's end point.
     """
     values = {"path": path, "name": "clips", "source": "", "assets": "", "clips": 0, "batch_size": 64}
     return ConfigDict({**values, "max_corrupt": 0.001, "reversed_name": "", "lmdb": "", "ground_truth": True})
@@ -179,7 +179,7 @@ def guard() -> ConfigDict:
 def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
     """What every experiment has; the config adds roles, data, objective, optim, ema and sampler.
 
-    Few-step students are looked at six times a run: their samples cost a fraction of a step.
+    Few-step students are sampled six times a run: their samples cost a fraction of a step.
     """
     few = stage in ("ode_regression", "consistency", "dmd")
     return ConfigDict(
@@ -187,7 +187,7 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "stage": stage,
             "seed": seed,
             "steps": steps,
-            "accept_changes": False,  # going on with settings that change the run's meaning: experiment/resume.py
+            "accept_changes": False,  # resume with settings that change the run's meaning: experiment/resume.py
             "reference": False,  # the PyTorch reference's quirks and numbers for this stage: experiment/reference.py
             "roles": ConfigDict(),
             "optim": ConfigDict(),

@@ -4,12 +4,12 @@ Every `sample_every` steps a handful of prompts is sampled with several seeds ea
 are any. The pixels' numbers (`cfjax.evaluation.guard`) become the curves `guard/...`, and one that is far from the
 baseline becomes a line on the terminal and in the log. The baseline is real clips of the same prompts, through the same
 decoder, where the data holds clips; for sets of prompts alone it is what the run samples before its first step. It is
-kept in `guard.json`, so that a resumed run is held against the same numbers.
+stored in `guard.json`, so that a resumed run is compared with the same numbers.
 
 One preview costs `prompts` x `seeds` clips of the run's own sampler (12 of 35 network calls for a chunk-wise
 4-step student, where a step of stage 3 rolls out its whole batch), their decoding, and 0.6 s of numpy for 81 frames of
-480 x 832; `guard/seconds` has the sum. A Wan system's clips are sampled as many at a time as the mesh has places for
-the batch, so that memory stays below the step's own rollout, and decoded one latent frame at a time, by the tiny
+480 x 832; `guard/seconds` has the sum. A Wan system's clips are sampled as many at a time as the batch has
+shards, so that memory stays below the step's own rollout, and decoded one latent frame at a time, by the tiny
 decoder if the world has one. An error while sampling never ends training: it is logged once and sampling stops. Not
 supported: Wan worlds in runs of several processes, each of which would have to read the decoder.
 """
@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import replacing
-from cfjax.core.sharding import batch_places, batch_sharding, replicated
+from cfjax.core.sharding import batch_sharding, batch_shards, replicated
 from cfjax.data.latents import ClipDataset
 from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
@@ -145,8 +145,8 @@ def wan_scene(preview: Preview, dataset: ClipDataset, mesh: Mesh | None) -> Scen
         for caption, index in chosen.items():
             yield caption, next(decode(dataset[index]["latents_FHWC"][None]))
 
-    places = batch_places(mesh) if mesh else 1
-    return Scene(rows, decoder, stride, real if dataset.has_latents else None, places, None)
+    shards = batch_shards(mesh) if mesh else 1
+    return Scene(rows, decoder, stride, real if dataset.has_latents else None, shards, None)
 
 
 def spread_captions(dataset: ClipDataset, count: int) -> dict[str, int]:
@@ -192,7 +192,7 @@ class Monitor:
         self._latent_shape, self._negative_SE = data.dataset.latent_shape, data.dataset.negative_text_SE
         blocks, frames = e.sampling_blocks, self._latent_shape[0]
         spans = blocks.spans(frames) if blocks else []
-        self._seams_K = seams(spans, scene.time_stride)
+        self._seams_G = seams(spans, scene.time_stride)
         self._sample = jax.jit(self._generate, out_shardings=replicated(mesh) if mesh else None)
         self._alive = True
         if e.preview.guard:
@@ -203,7 +203,7 @@ class Monitor:
 
     @property
     def wants_start(self) -> bool:
-        """Whether samples before the first step are needed, for want of another baseline."""
+        """Whether samples before the first step are needed, if there is no other baseline."""
         return bool(self._e.preview.guard and self._scene.real is None)
 
     def __call__(self, state: TrainState, step: int, writer: EventWriter) -> None:
@@ -226,7 +226,7 @@ class Monitor:
             _warn([f"step {step}: samples hold NaN or infinities; go on from an earlier checkpoint"])
             return
         rows, decode = self._scene.rows, self._scene.open_decoder()
-        collector, shown = Collector(self._seams_K), []
+        collector, shown = Collector(self._seams_G), []
         for i, (caption, video) in enumerate(zip(rows.captions, decode(latents), strict=True)):
             if i < rows.shown:
                 shown.append(shrink(pick_frames(video[None], SHOWN_FRAMES)[0], SHOWN_WIDTH))
@@ -237,13 +237,13 @@ class Monitor:
             self._follows(self._scene.toy, latents, step, writer)
         if rows.watched():
             now = Sample(step, collector.values())
-            told = warnings(now, self._baseline(decode, now), stage=self._e.stage.name, keys=self._e.used_keys)
-            curves = {**now.values, "warnings": len(told), "seconds": time.perf_counter() - begun}
+            raised = warnings(now, self._baseline(decode, now), stage=self._e.stage.name, keys=self._e.used_keys)
+            curves = {**now.values, "warnings": len(raised), "seconds": time.perf_counter() - begun}
             writer.scalars(step, {f"guard/{name}": value for name, value in curves.items()})
-            _warn(told)
+            _warn(raised)
 
     def _baseline(self, decode: Decode, now: Sample) -> Baseline:
-        """The one in the workdir; else real clips', or `now`, and it is kept."""
+        """The one in the workdir; else that of real clips, or `now`, which is then stored."""
         watched = self._scene.rows.watched()
         try:
             record = json.loads(self._file.read_text())
@@ -254,7 +254,7 @@ class Monitor:
         if self._scene.real is None:
             baseline = Baseline(f"step {now.step}", False, now.values)
         else:
-            collector = Collector(self._seams_K)
+            collector = Collector(self._seams_G)
             for caption, video in self._scene.real(decode):
                 collector.add(caption, video)
             baseline = Baseline("real clips", True, collector.values())
@@ -281,7 +281,7 @@ class Monitor:
         return generate(model, noise, text_BSE, negative_SE, key, self._e.sampler, self._e.sampling_blocks)
 
     def _draw(self, model: Wan) -> np.ndarray:
-        """latents_BFHWC of all rows, on the host; a last chunk is filled up, so that one shape compiles."""
+        """latents_BFHWC of all rows, on the host; the last chunk is padded, so that one shape compiles."""
         text_BSE, count = self._scene.rows.text_BSE, len(self._scene.rows.captions)
         chunk = self._scene.chunk or count
         parts = []

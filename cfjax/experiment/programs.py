@@ -1,4 +1,4 @@
-"""An experiment's real updates from shapes alone: their arguments, memory, FLOPs, and the lowered programs."""
+"""An experiment's updates from shapes alone: their arguments, memory, FLOPs, and the lowered programs."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from cfjax.objectives.diffusion import CORRECTIVE, DiffusionConfig
 from cfjax.objectives.dmd import DMDConfig
 from cfjax.planning.flops import count_flops
 from cfjax.rollout.blocks import COUNTED_BLOCKS
-from cfjax.rollout.long_video import FIRST_ANEW, LAST_PICTURE
+from cfjax.rollout.long_video import FIRST_REENCODED, LAST_PICTURE
 from cfjax.rollout.self_forcing import BEFORE_EXIT, COMMIT
 from cfjax.training.memory import RoleMemory, abstract_state, device_bytes, role_memory
 from cfjax.training.placement import state_shardings
@@ -66,8 +66,8 @@ def abstract_arguments(
     return state, {name: models[name] for name in e.frozen}, abstract_batch(e, shapes, mesh)
 
 
-def expected_runs(e: Experiment, frames: int) -> dict[str, float]:
-    """How often loops and conditionals whose course is drawn at random run on average, by scope (`planning.trips`).
+def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
+    """Mean trip counts of loops and branches that depend on random draws, by scope (`planning.trip_counts`).
 
     Loops: steps before the exit; a long rollout's blocks, and the latents before its window. Conditionals: all blocks
     but the last are committed; windows after the start, of all; a branch's layers, of all; corrective clips, of all.
@@ -89,7 +89,7 @@ def expected_runs(e: Experiment, frames: int) -> dict[str, float]:
     if long:
         least, most = long.counts(blocks)
         runs[COUNTED_BLOCKS] = (least + most) / 2 - blocks.independent_first_frame
-        runs[FIRST_ANEW] = (most - least) / (most - least + 1)
+        runs[FIRST_REENCODED] = (most - least) / (most - least + 1)
         runs[LAST_PICTURE] = (most - least + 1) / 2 * blocks.frames  # of windows after the start
     number = (least + most) / 2 if long else len(blocks.spans(frames))
     runs[COMMIT] = (number - 1) / number
@@ -99,8 +99,8 @@ def expected_runs(e: Experiment, frames: int) -> dict[str, float]:
 def with_attention(e: Experiment, platform: str) -> tuple[Experiment, str]:
     """The experiment with every role's "auto" resolved for `platform`, and the names of the backends.
 
-    cuDNN does not lower without a GPU, and dense scores of a simulated device say nothing of a flash kernel: both stand
-    in as "chunked", which keeps the scores of a few queries at a time.
+    cuDNN does not lower without a GPU, and dense scores on a simulated device do not represent a flash kernel: both are
+    replaced by "chunked", which keeps the scores of a few queries at a time.
     """
 
     def backend(role: NetworkRole) -> str:
@@ -122,7 +122,7 @@ def whole_flops(e: Experiment, shapes: Shapes, role: str, *, remat: bool) -> flo
     e = replace(e, roles={**e.roles, **plain})
     state, frozen, batch = abstract_arguments(e, shapes, None)
     update = make_update(e.stage, role, e.optimizers[role], accumulate=e.accumulate(role))
-    return count_flops(update, state, frozen, batch, trips=expected_runs(e, shapes.latents[0]))
+    return count_flops(update, state, frozen, batch, trip_counts=expected_trip_counts(e, shapes.latents[0]))
 
 
 def lower_update(e: Experiment, shapes: Shapes, mesh: Mesh, role: str) -> tuple[Any, int]:

@@ -1,4 +1,4 @@
-"""The record of a run or an exported model: read, and held against what it may say before anything is made of it."""
+"""The record of a run or an exported model: read, and validated before it is used."""
 
 import math
 from collections.abc import Mapping
@@ -90,7 +90,7 @@ def read_run(name: str | Path, rule: Rule = RUN) -> dict[str, Any]:
     """The record of a run directory, or of an exported model by its path or shipped name.
 
     Args:
-      rule: what it is held against.
+      rule: its schema.
 
     Raises:
       UserError: there is none, it is broken, or a key is missing or has a value that it cannot have.
@@ -112,7 +112,7 @@ def config_from_meta(meta: Mapping[str, Any]) -> ConfigDict:
 
 
 def thawed(value: Any) -> Any:
-    """What JSON kept of a ConfigDict, as it was: its lists are tuples."""
+    """The values of a ConfigDict from JSON: lists become tuples again."""
     if isinstance(value, Mapping):
         return ConfigDict({key: thawed(item) for key, item in value.items()})
     return tuple(thawed(item) for item in value) if isinstance(value, list | tuple) else value

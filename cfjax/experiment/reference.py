@@ -48,7 +48,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
 }
 
 
-def unread(c: ConfigDict) -> set[str]:
+def unused_keys(c: ConfigDict) -> set[str]:
     """Keys of a stage's objective that its other keys turn off: a GAN has no scores to guide, noised clips no cache."""
     if c.stage != "dmd":
         return set()
@@ -60,8 +60,8 @@ def unread(c: ConfigDict) -> set[str]:
     return {f"objective.{name}" for name in names}
 
 
-def faithful(c: ConfigDict, given: Collection[str] = ()) -> ConfigDict:
-    """`c`; where `c.reference` is set a copy with the stage's keys of REFERENCE, and a line that tells what changed.
+def apply_reference(c: ConfigDict, given: Collection[str] = ()) -> ConfigDict:
+    """`c`, or if `c.reference` is set a copy with the stage's keys of REFERENCE; logs a line for each change.
 
     Args:
       given: keys that the command line set (`core.cli.given_keys`).
@@ -71,7 +71,7 @@ def faithful(c: ConfigDict, given: Collection[str] = ()) -> ConfigDict:
     """
     if not c.reference:
         return c
-    out, known, skipped, changes = c.copy_and_resolve_references(), keys_of(c), unread(c), []
+    out, known, skipped, changes = c.copy_and_resolve_references(), keys_of(c), unused_keys(c), []
     for key, value in REFERENCE.get(c.stage, {}).items():
         if key not in known or key in skipped:
             continue

@@ -1,7 +1,7 @@
-"""Going on with a run: what its command changes since its checkpoint is told, and refused where that matters.
+"""Resuming a run with a changed config: changes are reported, and refused where they matter.
 
-Every key of a config has a kind (`CHANGES`), and a changed one is told in a line. What the run learns, and from what,
-goes on changed only with `accept_changes`; what the arrays of its checkpoint depend on does not go on changed at all.
+Every key of a config has a kind (`CHANGES`), and a changed one is reported in a line. Keys that decide what the run
+learns, and from what, may change only with `accept_changes`; those that its checkpoint's arrays depend on may not.
 """
 
 import re
@@ -27,7 +27,7 @@ SHOWN = 3  # keys that a refusal names
 
 
 class Kind(Enum):
-    """What changing a key does to a run that goes on."""
+    """The effect of a changed key on a resumed run."""
 
     FREE = "how fast, how long, where, how often"
     MEANING = "what is learned, or from what"
@@ -71,7 +71,7 @@ class Change:
     kind: Kind
 
     def line(self, step: int) -> str:
-        """What is said of it."""
+        """The line that reports it."""
         notes = {Kind.MEANING: " (accepted)", Kind.INERT: " (without effect: the run goes on with its own weights)"}
         return f"changed since step {step}: {self.text}{notes.get(self.kind, '')}"
 
@@ -88,7 +88,7 @@ def kind_of(key: str, trained: Collection[str]) -> Kind | None:
 
 
 def checkpoint_of(workdir: Path, stage: str) -> dict[str, Any] | None:
-    """The meta record that a run of `stage` in `workdir` goes on from; None: it has no checkpoint yet.
+    """The meta record of the checkpoint from which a run of `stage` in `workdir` resumes; None if it has none.
 
     Raises:
       UserError: another stage, converted weights, or nothing that can be read.
@@ -142,11 +142,11 @@ def _keys(values: Mapping[str, Any], trained: Collection[str]) -> dict[str, Any]
     return keys | {key: 1 for role in trained if (key := f"cadence.{role}") not in keys}
 
 
-def tell_changes(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path, *, accept: bool) -> None:
-    """Says what changed, once for all processes.
+def report_changes(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path, *, accept: bool) -> None:
+    """Reports what changed, once for all processes.
 
     Args:
-      meta: the checkpoint's record.  accept: whether a change of the run's meaning may go on.
+      meta: the checkpoint's record.  accept: whether the run's meaning may change.
 
     Raises:
       UserError: it may not, or the checkpoint's arrays do not allow a change.
@@ -166,8 +166,8 @@ def tell_changes(found: Sequence[Change], meta: Mapping[str, Any], workdir: Path
     _say(found, step)
 
 
-def tell_dataset(meta: Mapping[str, Any], data: Data, workdir: Path, *, accept: bool) -> None:
-    """Says where the dataset is not the one that the checkpoint was trained on; what a record lacks is no difference.
+def report_dataset(meta: Mapping[str, Any], data: Data, workdir: Path, *, accept: bool) -> None:
+    """Reports how the dataset differs from the one of the checkpoint; what the record lacks is no difference.
 
     Raises:
       UserError: it is another one, and `accept` is not set.

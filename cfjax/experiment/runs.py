@@ -1,4 +1,4 @@
-"""Opening what was trained or converted: (weights, config, world) of a run directory or an exported model."""
+"""Opening trained or converted models: (weights, config, world) of a run directory or an exported model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +18,14 @@ from cfjax.experiment.data import toy_source
 from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
-from cfjax.models.resting import resting
 from cfjax.models.wan import Wan, WanConfig
+from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
 from cfjax.training.checkpoint import load_role
 from cfjax.worlds.assets import META_FILE, asset
-from cfjax.worlds.open import find_world, open_world, world_places
+from cfjax.worlds.open import candidate_world_paths, find_world, open_world
 from cfjax.worlds.records import config_from_record, placed_template
 from cfjax.worlds.toy import ToyWorld, as_toy, shipped_world
 from cfjax.worlds.wan import read_record
@@ -60,7 +60,7 @@ class Run:
         """The toy world.
 
         Raises:
-          UserError: the run lives in another.
+          UserError: the run has another.
         """
         return as_toy(self.world, f"run={self.name!r}")
 
@@ -117,10 +117,10 @@ def open_run(
 
     Args:
       ema: averaged weights, when the run keeps them.
-      world: a Wan world's folder; "" looks beside the run and where its record points.  parts: what of it is read.
+      world: a Wan world's folder; "": beside the run, or the recorded path.  parts: which parts are read.
       with_model: False leaves the network's weights on disk, for `load_weights`: text and network then need not fit
         into memory together.
-      stage, block_frames: what the run has to be; "" and 0 take it as it is.
+      stage, block_frames: required of the run; "" and 0 accept any.
       precision, attention: of the network, in place of the run's own.
 
     Raises:
@@ -133,15 +133,15 @@ def open_run(
     c = config_from_meta(meta)
     blocks = sampling_blocks(c)
     _check_asked(name, meta, blocks, stage, block_frames)
-    home = _home(name, meta, c, world, parts)
-    if not exported and meta["world"] and meta["world"] != home.fingerprint():
-        raise UserError(f"run={name!r} was trained in another world than {home.place} now holds")
+    opened_world = _opened_world(name, meta, c, world, parts)
+    if not exported and meta["world"] and meta["world"] != opened_world.fingerprint():
+        raise UserError(f"run={name!r} was trained in another world than {opened_world.place} now holds")
     run = Run(
         name=name,
         stage=meta["stage"],
         step=int(meta["step"]),
         model=_template(_network(name, meta, precision, attention)),
-        world=home,
+        world=opened_world,
         sampler=sampler_of(c),
         blocks=blocks,
         latent_shape=tuple(meta["latent_shape"]),
@@ -164,7 +164,7 @@ def load_weights(run: Run) -> Run:
     return replace(run, model=model)
 
 
-def _home(name: str, meta: Mapping[str, Any], c: ConfigDict, given: str, parts: WorldParts) -> World:
+def _opened_world(name: str, meta: Mapping[str, Any], c: ConfigDict, given: str, parts: WorldParts) -> World:
     """The world of a run, opened: an exported model's own, the toy's that its config describes, or Wan's."""
     if asset(name, META_FILE):
         return shipped_world(name)
@@ -174,7 +174,7 @@ def _home(name: str, meta: Mapping[str, Any], c: ConfigDict, given: str, parts: 
 
 
 def _check_asked(name: str, meta: Mapping[str, Any], blocks: Blocks | None, stage: str, block_frames: int) -> None:
-    """Refuses a run that is not what was asked for."""
+    """Raises UserError unless the run is of the requested kind."""
     if stage and meta["stage"] != stage:
         raise UserError(f"run={name!r} holds stage {meta['stage']!r}, not stage={stage!r}; name another run")
     if block_frames and (blocks is None or blocks.frames != block_frames):
@@ -185,16 +185,16 @@ def _check_asked(name: str, meta: Mapping[str, Any], blocks: Blocks | None, stag
 def _network(name: str, meta: Mapping[str, Any], precision: str, attention: str) -> WanConfig:
     """The sizes that the checkpoint records, for inference."""
     if "student" not in meta["models"]:
-        raise UserError(f"run={name!r}: its record tells of no student")
+        raise UserError(f"run={name!r}: its record has no student")
     config = config_from_record(WanConfig, meta["models"]["student"], name)
-    policy = Policy(precision, config.precision.island) if precision else config.precision
+    policy = Policy(precision, config.precision.norm) if precision else config.precision
     return replace(config, remat="none", precision=policy, attention=attention or config.attention)
 
 
 def _template(config: WanConfig) -> Wan:
     """The network's shapes, each in the dtype that its weights are used in."""
     template = placed_template(lambda: Wan(config, jax.random.key(0)))
-    return resting(template, config.precision.compute, config.precision.compute)
+    return with_storage_dtypes(template, config.precision.compute, config.precision.compute)
 
 
 def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:
@@ -208,5 +208,5 @@ def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:
         raise UserError(f"run={str(run)!r} does not say what world {found} should be; if it is, --config.world={found}")
     if found:
         return found
-    looked = ", ".join(map(str, world_places(run, recorded)))
+    looked = ", ".join(map(str, candidate_world_paths(run, recorded)))
     raise UserError(f"run={str(run)!r} has no Wan world ({looked}); name one with --config.world=FOLDER")

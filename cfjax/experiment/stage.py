@@ -43,7 +43,7 @@ def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
 
 
 def sampling_blocks(c: ConfigDict) -> Blocks | None:
-    """The block layout that the sampler goes by; None for a bidirectional one."""
+    """The block layout of the sampler; None for a bidirectional one."""
     return None if c.sampler.kind == "bidirectional" else blocks_of(c)
 
 

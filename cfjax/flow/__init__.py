@@ -1,1 +1,1 @@
-"""L1: diffusion mathematics on arrays; sigma in [0, 1]; knows no model."""
+"""L1: diffusion mathematics on arrays, sigma in [0, 1]; independent of models."""

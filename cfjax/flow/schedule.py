@@ -1,8 +1,9 @@
-"""Which noise levels are used, how often, and with what weight.
+"""Noise schedules: levels, tables, training weights.
 
 All levels are sigmas in [0, 1] (the reference's timestep is t = 1000 sigma). A *table* is a descending float32 array
-of N sigmas that starts at exactly 1 and does not contain 0; the reference looks every level up in a table by nearest
-neighbour, never by interpolation. Tables are host constants (numpy); lookups work on traced arrays.
+of N sigmas that starts at exactly 1 and does not contain 0; the reference maps every level to the nearest table
+entry, without interpolation (`utils/scheduler.py`, `FlowMatchScheduler`). Tables are host constants (numpy); lookups
+work on traced arrays.
 """
 
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def round_timestep_bf16(sigma: ArrayLike) -> jax.Array:
 def gap_bf16(sigma: ArrayLike, sigma_next: ArrayLike) -> jax.Array:
     """The reference's step size sigma - sigma_next in consistency distillation, formed in bf16 throughout (quirk Q2).
 
-    bf(bf(t~ - t~') / 1000) with t~ = bf(1000 sigma); its ratio to the true step lies between 0.60 and 1.64 on T48.
+    bf(bf(t~ - t~') / 1000) with t~ = bf(1000 sigma); its ratio to the true step is between 0.60 and 1.64 on T48.
     """
     t, t_next = (
         jax.lax.reduce_precision(jnp.asarray(s, jnp.float32) * 1000.0, exponent_bits=8, mantissa_bits=7)
@@ -134,10 +135,12 @@ def score_sigma(u: ArrayLike, shift: float, lo: float, hi: float) -> jax.Array:
 
 
 def unipc_grid(num_steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """The multi-step sampler's grid (PyTorch reference): `(sigmas[N + 1], timesteps[N])`.
+    """The many-step sampler's grid: `(sigmas[N + 1], timesteps[N])`.
+
+    Reference: `wan/utils/fm_solvers_unipc.py`, `FlowUniPCMultistepScheduler.set_timesteps`.
 
     sigmas: float32, descending from 0.99979985 (shift 5; not 1) to a final 0, used by the solver unrounded.
-    timesteps: int64, 1000 sigma *truncated*, what the network is told; divide by 1000 for `model_sigmas`.
+    timesteps: int64, 1000 sigma *truncated*, the network's input; divide by 1000 for `model_sigmas`.
     """
     _check(num_steps, shift)
     sigmas = shift_sigma(np.linspace(UNIPC_SIGMA_MAX, 0.0, num_steps + 1)[:-1], shift)

@@ -5,8 +5,8 @@ Every solver has the signature `solver(velocity, x, sigmas, *, model_sigmas=None
     velocity      (x, sigma) -> v, with sigma a float32 scalar; may be any traceable function.
     x             the state at sigmas[0], any shape.
     sigmas        [N + 1] host constants (numpy or a concrete array), strictly descending within [0, 1].
-    model_sigmas  [N] what the network is told instead of sigmas[:N] (UniPC's truncated timesteps); the arithmetic
-                  keeps using `sigmas`.
+    model_sigmas  [N] noise levels that the network is conditioned on instead of sigmas[:N] (UniPC's truncated
+                  timesteps); the update still uses `sigmas`.
     trajectory    also return the states at all N + 1 levels, stacked in front: `(x_end, states[N + 1, ...])`.
 
 Arithmetic and results are float32. The step loop is a `lax.scan` whose body holds the network once, and all
@@ -28,22 +28,22 @@ Grid = np.ndarray | jax.Array | Sequence[float]
 Solution = jax.Array | tuple[jax.Array, jax.Array]
 
 # UniPC works in log-SNR, which is infinite at sigma = 1; a grid that starts there is started this much lower, as the
-# diffusers library does. The network is still told sigma = 1.
+# diffusers library does. The network is still conditioned on sigma = 1.
 UNIPC_MARGIN = 1e-6
 
 
 def _grids(sigmas: Grid, model_sigmas: Grid | None) -> tuple[np.ndarray, np.ndarray]:
-    """Both grids on the host: sigmas as float64 [N + 1], what the network is told as float32 [N]."""
+    """Both grids on the host: sigmas as float64 [N + 1], the network's conditioning as float32 [N]."""
     try:
         grid = np.asarray(sigmas, np.float64)
-        told = grid[:-1] if model_sigmas is None else np.asarray(model_sigmas, np.float64)
+        model_sigmas = grid[:-1] if model_sigmas is None else np.asarray(model_sigmas, np.float64)
     except jax.errors.TracerArrayConversionError:
         raise UserError("solver grids must be host constants: build sigmas with numpy outside jit") from None
     if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
         raise UserError(f"solver sigmas must descend strictly within [0, 1] and hold at least two levels, got {grid}")
-    if told.shape != (len(grid) - 1,):
-        raise UserError(f"model_sigmas has shape {told.shape}: give one per step, ({len(grid) - 1},)")
-    return grid, told.astype(np.float32)
+    if model_sigmas.shape != (len(grid) - 1,):
+        raise UserError(f"model_sigmas has shape {model_sigmas.shape}: give one per step, ({len(grid) - 1},)")
+    return grid, model_sigmas.astype(np.float32)
 
 
 def _columns(**columns: np.ndarray) -> dict[str, jax.Array]:
@@ -58,36 +58,38 @@ def euler(
     velocity: Velocity, x: jax.Array, sigmas: Grid, *, model_sigmas: Grid | None = None, trajectory: bool = False
 ) -> Solution:
     """x <- x + (sigma_{i+1} - sigma_i) v(x, sigma_i): first order, N network calls."""
-    grid, told = _grids(sigmas, model_sigmas)
+    grid, model_sigmas = _grids(sigmas, model_sigmas)
 
     def step(x, at):
-        v = velocity(x, at["told"]).astype(jnp.float32)
+        v = velocity(x, at["model_sigmas"]).astype(jnp.float32)
         return x + at["h"] * v, (x if trajectory else None)
 
-    return _solution(*jax.lax.scan(step, jnp.asarray(x, jnp.float32), _columns(told=told, h=np.diff(grid))))
+    return _solution(
+        *jax.lax.scan(step, jnp.asarray(x, jnp.float32), _columns(model_sigmas=model_sigmas, h=np.diff(grid)))
+    )
 
 
 def heun(
     velocity: Velocity, x: jax.Array, sigmas: Grid, *, model_sigmas: Grid | None = None, trajectory: bool = False
 ) -> Solution:
-    """Second order: an Euler guess, then the trapezoid of the velocities at both ends of the step.
+    """Second order: an Euler predictor, then the trapezoidal rule over the velocities at both ends of the step.
 
-    The scan runs over network calls, which alternate between guess and correction. A last step to sigma = 0 stays the
-    Euler guess (no call at 0, where networks are not trained): 2N - 1 calls, 2N if the grid ends above 0. In the
-    latter case the network is told the last sigma itself, model_sigmas having no entry for it.
+    The scan runs over network calls, which alternate between predictor and corrector. A last step to sigma = 0 is the
+    Euler step alone (no call at 0, where networks are not trained): 2N - 1 calls, 2N if the grid ends above 0. In the
+    latter case the network is conditioned on the last sigma itself, as model_sigmas has no entry for it.
     """
-    grid, told = _grids(sigmas, model_sigmas)
+    grid, model_sigmas = _grids(sigmas, model_sigmas)
     calls = 2 * (len(grid) - 1) - (1 if grid[-1] == 0 else 0)
     step_of_call = np.arange(calls) // 2
     guess = np.arange(calls) % 2 == 0
-    told_at_call = np.append(told, grid[-1])[(np.arange(calls) + 1) // 2]
+    sigma_at_call = np.append(model_sigmas, grid[-1])[(np.arange(calls) + 1) // 2]
     # A guess moves to base + h v; a correction to base + h/2 (v_guess + v), which becomes the next base.
     h = np.diff(grid)[step_of_call]
-    columns = _columns(told=told_at_call, new=np.where(guess, h, h / 2), old=np.where(guess, 0.0, h / 2))
+    columns = _columns(model_sigmas=sigma_at_call, new=np.where(guess, h, h / 2), old=np.where(guess, 0.0, h / 2))
 
     def call(carry, at):
         base, point, v_guess = carry
-        v = velocity(point, at["told"]).astype(jnp.float32)
+        v = velocity(point, at["model_sigmas"]).astype(jnp.float32)
         moved = base + at["old"] * v_guess + at["new"] * v
         return (jnp.where(at["guess"], base, moved), moved, v), (base if trajectory else None)
 
@@ -97,10 +99,10 @@ def heun(
 
 
 def rk4(velocity: Velocity, x: jax.Array, sigmas: Grid, *, trajectory: bool = False) -> Solution:
-    """Classical Runge-Kutta of fourth order, 4 N calls: the yardstick where the velocity is exact, as in `studies`.
+    """Classical Runge-Kutta of fourth order, 4 N calls: for exact velocities, as in `studies`.
 
-    A float64 state (`jax.enable_x64`) stays float64. It asks for the velocity at a final sigma of 0 too, where networks
-    are not trained; so it is no sampler, and not among `SOLVERS`.
+    A float64 state (`jax.enable_x64`) stays float64. It evaluates the velocity at a final sigma of 0 too, where
+    networks are not trained; so it is not a sampler, and not in `SOLVERS`.
     """
     grid, _ = _grids(sigmas, None)
     x = jnp.asarray(x)
@@ -119,7 +121,9 @@ def rk4(velocity: Velocity, x: jax.Array, sigmas: Grid, *, trajectory: bool = Fa
 
 
 def _unipc_coefficients(grid: np.ndarray) -> dict[str, np.ndarray]:
-    """Coefficients of every UniPC step (PyTorch reference: order 2, x0-prediction, B(h) = expm1(-h) "bh2"), each [N].
+    """Coefficients of every UniPC step (order 2, x0-prediction, B(h) = expm1(-h), "bh2"), each [N].
+
+    Reference: `wan/utils/fm_solvers_unipc.py`, `multistep_uni_p_bh_update` and `multistep_uni_c_bh_update`.
 
     With m_i the x0 prediction at step i, the corrected state and the next state are linear combinations:
       x_i^c   = corr_x x_i + corr_last x_{i-1}^c + corr_m0 m_i + corr_m1 m_{i-1} + corr_m2 m_{i-2}
@@ -167,12 +171,12 @@ def unipc(
     `schedule.unipc_grid`. A grid that starts at sigma = 1 (infinite log-SNR) is started at 1 - 1e-6 for the arithmetic.
     The last step is first order. The trajectory holds the corrected states.
     """
-    grid, told = _grids(sigmas, model_sigmas)
+    grid, model_sigmas = _grids(sigmas, model_sigmas)
     solver_sigma = np.minimum(grid, 1.0 - UNIPC_MARGIN)[:-1]
 
     def step(carry, at):
         x, last, m1, m2 = carry
-        m0 = x - at["sigma"] * velocity(x, at["told"]).astype(jnp.float32)
+        m0 = x - at["sigma"] * velocity(x, at["model_sigmas"]).astype(jnp.float32)
         x = at["corr_x"] * x + at["corr_last"] * last
         x = x + at["corr_m0"] * m0 + at["corr_m1"] * m1 + at["corr_m2"] * m2
         moved = at["pred_x"] * x + at["pred_m0"] * m0 + at["pred_m1"] * m1
@@ -180,7 +184,7 @@ def unipc(
 
     x = jnp.asarray(x, jnp.float32)
     zeros = jnp.zeros_like(x)
-    columns = _columns(told=told, sigma=solver_sigma, **_unipc_coefficients(grid))
+    columns = _columns(model_sigmas=model_sigmas, sigma=solver_sigma, **_unipc_coefficients(grid))
     (end, *_), states = jax.lax.scan(step, (x, zeros, zeros, zeros), columns)
     return _solution(end, states)
 

@@ -1,1 +1,1 @@
-"""L2: the networks: Wan DiT, its cache, text encoder, codecs."""
+"""L2: networks: Wan DiT, its KV cache, text encoder, codecs."""

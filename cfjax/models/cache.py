@@ -1,4 +1,4 @@
-"""The KV cache: a value with a frame index per slot. Denoising reads it, `write` makes the next one; nothing else.
+"""The KV cache: an immutable pytree with a frame index per slot. Denoising reads it; only `write` makes a new one.
 
 A slot holds one latent frame's tokens of every layer. Without a window, slot = frame. With a window of w frames (s of
 them sink) the first s slots keep the sink and the rest are a ring, so memory stays constant on endless videos. Which
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cfjax.nn.frames import cut_kv
+from cfjax.nn.frames import constrain_kv
 from cfjax.nn.visibility import Blocks
 
 
@@ -35,7 +35,7 @@ def init_cache(config: Any, batch: int, num_frames: int, tokens_per_frame: int, 
     slots = min(blocks.window, num_frames) if blocks.window else num_frames
     shape = (config.num_layers, batch, slots, tokens_per_frame, config.num_heads, config.head_dim)
     # Two buffers: a cache is donated, and one buffer cannot be donated twice.
-    k, v = (cut_kv(jnp.zeros(shape, config.precision.compute)) for _ in range(2))
+    k, v = (constrain_kv(jnp.zeros(shape, config.precision.compute)) for _ in range(2))
     return KVCache(k, v, jnp.full((slots,), -1, jnp.int32))
 
 
@@ -50,7 +50,7 @@ def visible_frames(cache: KVCache, start: jax.Array, stop: jax.Array, blocks: Bl
 
 
 def slot_of(frame: jax.Array, slots: int, blocks: Blocks) -> jax.Array:
-    """Where a frame lives: the sink in the first slots, the rest in a ring behind it."""
+    """The slot of a frame: the sink in the first slots, the others in a ring buffer behind it."""
     ring = slots - blocks.sink
     return jnp.where(frame < blocks.sink, frame, blocks.sink + (frame - blocks.sink) % ring)
 
@@ -61,7 +61,7 @@ def write(cache: KVCache, kv: Any, start: jax.Array, num_frames: int, blocks: Bl
     k, v, frame_F = cache.k_LBFTNK, cache.v_LBFTNK, cache.frame_F
 
     def put(whole: jax.Array, part: jax.Array, slot: jax.Array) -> jax.Array:
-        return cut_kv(jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), slot, axis=2))
+        return constrain_kv(jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), slot, axis=2))
 
     if not blocks.window:
         slot = start

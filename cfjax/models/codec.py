@@ -1,7 +1,7 @@
 """Codecs: pixels to latents and back, whole or as a stream.
 
-`Codec` is what every video autoencoder here looks like from outside. `PatchCodec` is the toy one: a fixed linear
-projection of 8x8 patches on their principal components, 1:1 in time, fitted in a second and exact to test.
+`Codec` is the interface of every video autoencoder. `PatchCodec` is the toy's: a fixed linear projection of 8x8 patches
+on their principal components, 1:1 in time, fitted in a second and easy to test.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class Codec(Protocol):
         ...
 
     def init_state(self, batch: int) -> Any:
-        """What `decode_step` remembers before the first frame."""
+        """The state of `decode_step` before the first frame."""
         ...
 
     def decode_step(self, latents_BFHWC: jax.Array, state: Any) -> tuple[jax.Array, Any]:
@@ -50,7 +50,7 @@ class Codec(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What a dataset's manifest says about this codec (JSON-able); equal for equal weights only."""
+        """The codec's description in a dataset's manifest (JSON-able); equal for equal weights only."""
         ...
 
 
@@ -106,7 +106,7 @@ class PatchCodec:
         return self.decode(latents_BFHWC), state + latents_BFHWC.shape[1]
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says about this codec; the fingerprint tells two fits apart."""
+        """The codec's description in a manifest (JSON-able); its fingerprint differs between two fits."""
         weights = b"".join(np.asarray(array, np.float32).tobytes() for array in (self.mean, self.basis, self.scale))
         return {
             "name": "patch",
@@ -134,7 +134,7 @@ class PatchCodec:
         except UserError:
             raise
         except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot read the codec ({error}); write it anew") from error
+            raise UserError(f"{path}: cannot read the codec ({error}); write it again") from error
         mean, basis, scale = arrays.values()
         if basis.ndim != 2 or mean.shape != basis.shape[:1] or scale.shape != basis.shape[1:] or not basis.size:
             raise UserError(
@@ -142,7 +142,7 @@ class PatchCodec:
             )
         codec = cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
         if codec.describe() != described:
-            raise UserError(f"{path}: header says {described}, tensors say {codec.describe()}; write it anew")
+            raise UserError(f"{path}: header says {described}, tensors say {codec.describe()}; write it again")
         return codec
 
 

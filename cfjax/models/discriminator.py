@@ -1,9 +1,9 @@
-"""A Wan network that also tells real clips from generated ones: a classifier branch on its features.
+"""A Wan network with a classifier branch on its features, the discriminator of real and generated clips.
 
-After each chosen layer a learned register token looks at the layer's outgoing stream through a cross-attention block;
-the tokens together, or the tokens and the time embedding, are classified (PyTorch reference; after "adversarial
-post-training", arXiv 2501.08316). The network itself stays whole: it is called, sharded and checkpointed like any other
-`Wan`, and has a few more leaves, `branch/...`.
+After each chosen layer a learned register token attends to the layer's output through a cross-attention block; the
+tokens together, or the tokens and the time embedding, are classified (reference: `wan/modules/model.py`,
+`GanAttentionBlock` and `RegisterTokens`; after "adversarial post-training", arXiv 2501.08316). The network itself is
+unchanged: it is called, sharded and checkpointed like any other `Wan`, and has a few more leaves, `branch/...`.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from cfjax.nn import layers
 from cfjax.nn.attention import dense
 from cfjax.nn.visibility import FULL
 
-TAP = "tapped_layer"  # scope of the conditional by which a token looks after some layers only
-TIME_SCALE = 10.0  # of the time embedding beside the tokens (PyTorch reference)
+TAP = "tapped_layer"  # scope of the conditional that applies a token's block after the tapped layers only
+TIME_SCALE = 10.0  # of the time embedding beside the tokens (reference: `wan/modules/model.py`, `WanModel._forward`)
 CLASSIFIER_EPS = 1e-5  # of its norm alone: PyTorch's default, which the reference leaves
 DEPTHS = (14 / 30, 22 / 30, 1.0)  # of the reference's taps, after layers 13, 21 and 29 of 30
 
@@ -31,7 +31,7 @@ class BranchConfig:
     """The classifier branch.
 
     Attributes:
-      layers: after which layers, counted from 0, a token looks; () is the reference's depths, see `tapped_layers`.
+      layers: whose outputs are classified, counted from 0; () is the reference's depths, see `tapped_layers`.
       ffn_dim: of the tokens' blocks; 0 is the network's own (the reference has 8192 beside 8960).
       num_class: logits per clip.
       time_embedding: classify the network's time embedding with the tokens.
@@ -50,10 +50,10 @@ class BranchConfig:
 
 
 def tapped_layers(branch: BranchConfig, num_layers: int) -> tuple[int, ...]:
-    """After which layers of a network the branch looks: 13, 21 and 29 of 30 by default, and as deep in others.
+    """The layers whose outputs the branch reads: 13, 21 and 29 of 30 by default, at the same depths in others.
 
     Raises:
-      UserError: a layer that the network has not.
+      UserError: the network has no such layer.
     """
     if not branch.layers:
         return tuple(sorted({max(round(depth * num_layers), 1) - 1 for depth in DEPTHS}))
@@ -72,7 +72,7 @@ class TokenBlock(nnx.Module):
         self.ffn = layers.Mlp((config.dim, ffn_dim, config.dim), layers.gelu_tanh, key_ffn)
 
     def __call__(self, stream_BFTD: jax.Array, token_D: jax.Array, config: WanConfig) -> jax.Array:
-        """The token as it has become, [B, D]."""
+        """The token after the block, [B, D]."""
         policy, compute = config.precision, config.precision.compute
         batch = stream_BFTD.shape[0]
         features = self.norm3(stream_BFTD, config.eps, policy).astype(compute)
@@ -81,9 +81,9 @@ class TokenBlock(nnx.Module):
         q_B1NK = jnp.broadcast_to(q_NK[None, None], (batch, 1, *q_NK.shape))
         # One query has few scores: no flash kernel, whose query tiles would be empty.
         attended = self.cross_attn.output(dense(q_B1NK, k, v, backend="xla"), config)[:, 0]
-        token = policy.to_island(token_D)[None] + policy.to_island(attended)
+        token = policy.to_norm_dtype(token_D)[None] + policy.to_norm_dtype(attended)
         h = layers.layer_norm(token, config.eps, policy).astype(compute)
-        return token + policy.to_island(self.ffn(h, compute))
+        return token + policy.to_norm_dtype(self.ffn(h, compute))
 
 
 class Branch(nnx.Module):
@@ -116,18 +116,18 @@ class Discriminator(Wan):
         """
         config, branch, frames = self.config, self.branch, latents_BFHWC.shape[1]
         tapped = tapped_layers(self.branch_config, config.num_layers)
-        tokens_KD = branch.norm_registers(branch.registers[...], config.eps)
+        tokens_LD = branch.norm_registers(branch.registers[...], config.eps)
         place = [tapped.index(layer) if layer in tapped else -1 for layer in range(config.num_layers)]
 
-        def look(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
+        def attend_token(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
             block = jax.tree.map(lambda x: x[index], branch.blocks)
-            return block(stream_BFTD, tokens_KD[index], config)
+            return block(stream_BFTD, tokens_LD[index], config)
 
         def tap(stream_BFTD: jax.Array, index: jax.Array) -> jax.Array:
             """A token [B, D] in place of the stream: no layer's features outlive it; zeros after the other layers."""
-            nothing = jnp.zeros((stream_BFTD.shape[0], config.dim), tokens_KD.dtype)
+            nothing = jnp.zeros((stream_BFTD.shape[0], config.dim), tokens_LD.dtype)
             with jax.named_scope(TAP):
-                return jax.lax.cond(index < 0, lambda _: nothing, lambda x: look(x, index), stream_BFTD)
+                return jax.lax.cond(index < 0, lambda _: nothing, lambda x: attend_token(x, index), stream_BFTD)
 
         _, seen_LBD = backbone(
             self,
@@ -144,7 +144,7 @@ class Discriminator(Wan):
             seen.append(TIME_SCALE * embed_time(self, sigma_BF[:, :1])[0][:, 0])
         policy = config.precision
         h = branch.norm(jnp.concatenate(seen, axis=-1), CLASSIFIER_EPS, policy)
-        return branch.classifier(h, policy.island).astype(jnp.float32)
+        return branch.classifier(h, policy.norm).astype(jnp.float32)
 
 
 def with_branch(network: Wan, branch: BranchConfig, key: jax.Array) -> Discriminator:

@@ -1,4 +1,4 @@
-"""Strings in, text rows out: tokenizer, encoder and text length kept together, in memory and on disk."""
+"""Text encoding: tokenizer, encoder and text length together, in memory and on disk."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ CONFIG_FILE, WEIGHTS_FILE = "text_encoder.json", "text_encoder.safetensors"
 FORMAT = 1
 ABOUT = table({"format": one_of(FORMAT), "length": whole(1, TEXT_ROWS), "config": UMT5_RULE})
 SHORTEST = 64  # rows are computed in a power of two of at least this many: a caption of 80 tokens costs 128, not 512
-# Enough to tell two trainings apart, and small: what a fingerprint reads.
+# Leaves that a fingerprint reads: small, and different for two trainings.
 FINGERPRINT_LEAVES = (
     "final_norm/scale",
     "layers/attention_norm/scale",
@@ -51,12 +51,12 @@ def weights_fingerprint(named: Mapping[str, Any]) -> str:
 
 
 def text_fingerprint(weights: str, config: UMT5Config, tokenizer: TextTokenizer, policy: Policy = F32) -> str:
-    """What a caption's rows depend on besides the caption and the text length: 16 hex digits.
+    """A hash of everything but the caption and the text length that text rows depend on: 16 hex digits.
 
     Args:
-      weights: what tells these weights from others; a converted encoder's record has it, so they need not be read.
+      weights: fingerprint of the weights; a converted encoder's record has it, so that they need not be read.
     """
-    about = [weights, dataclasses.asdict(config), tokenizer.fingerprint(), dataclasses.asdict(policy)]
+    about = [weights, dataclasses.asdict(config), tokenizer.fingerprint(), policy.to_record()]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -64,8 +64,8 @@ def text_fingerprint(weights: str, config: UMT5Config, tokenizer: TextTokenizer,
 class TextEncoder:
     """A frozen text encoder. `length` is S, the number of text rows of every caption.
 
-    Weights stay in the dtype they have; products run in `policy.compute`, the rest in `policy.island`.
-    `weights` is the fingerprint that the weights' record holds, "" where there is none: the weights are then asked.
+    Weights keep their dtype; products are in `policy.compute`, everything else in `policy.norm`. `weights` is the
+    recorded fingerprint of the weights, "" if there is none: it is then computed.
     """
 
     tokenizer: TextTokenizer
@@ -89,7 +89,7 @@ class TextEncoder:
     ) -> "TextEncoder":
         """A word-level tokenizer of `captions` and a random encoder over its vocabulary (default: the toy preset).
 
-        With random weights the rows still tell words apart and mix in some context, which is all that a small
+        With random weights the rows still distinguish words and mix in some context, which is all that a small
         conditional model needs. `config.vocab_size` is replaced by the tokenizer's.
         """
         tokenizer = CaptionTokenizer.build(captions)
@@ -105,7 +105,7 @@ class TextEncoder:
         """Text rows, float32 [n, S, E], zero beyond each caption's tokens.
 
         Raises:
-          UserError: a caption has more than `length` tokens and the tokenizer does not cut it.
+          UserError: a caption has more than `length` tokens and the tokenizer does not truncate it.
         """
         ids_BS, mask_BS = self.tokenizer.encode(captions, self.length)
         out = np.zeros((len(captions), self.length, self.width), np.float32)

@@ -1,4 +1,4 @@
-"""Text rows on disk, one file per caption, found by content: an encoder of 11 GB is only loaded for a new caption.
+"""A content-addressed cache of text rows on disk, so that an encoder of 11 GB is only loaded for new captions.
 
     <folder>/ab/cdef...   rows of the caption whose key begins with "abcdef", its real ones; those of padding are zero
 
@@ -29,7 +29,7 @@ FILL_AT_ONCE = 32  # captions encoded before their rows are written
 
 
 class Encoder(Protocol):
-    """What fills the cache; see `models.text.TextEncoder`."""
+    """The encoder that fills the cache; see `models.text.TextEncoder`."""
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         """Text rows, float32 [n, S, E], zero beyond each caption's tokens."""
@@ -43,9 +43,9 @@ class TextCache:
 
     Args:
       folder: made when the first entry is written.
-      fingerprint: the encoder's; entries of other encoders may lie in the same folder.
+      fingerprint: the encoder's; entries of other encoders may be in the same folder.
       length: S, the rows of a caption.
-      dtype: what rows are kept in: "float32" as computed, or "bfloat16", half the size.
+      dtype: of stored rows: "float32" as computed, or "bfloat16", half the size.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, length: int, dtype: str = "float32") -> None:
@@ -60,7 +60,7 @@ class TextCache:
         return self.folder / key[:2] / key[2:]
 
     def get(self, caption: str) -> np.ndarray | None:
-        """text_SE, float32; None when it is not there, or broken, which is logged."""
+        """text_SE, float32; None when it is absent, or broken, which is logged."""
         path = self.path(caption)
         try:
             content = path.read_bytes()

@@ -69,7 +69,7 @@ class TinyVAEConfig:
 
 
 class EncodeState(NamedTuple):
-    """What `encode_step` remembers: frames that do not fill a latent yet, [B, 0 to 3, H, W, 3], and the memory."""
+    """State of `encode_step`: frames that do not complete a latent yet, [B, 0 to 3, H, W, 3], and the memory."""
 
     pending_BPHWC: jax.Array | None
     memory: Memory
@@ -255,7 +255,7 @@ class TinyVAE(nnx.Module):
         if latents_BFHWC.ndim != 5 or latents_BFHWC.shape[-1] != self.latent_channels or not latents_BFHWC.shape[1]:
             raise UserError(f"tiny VAE: latents {latents_BFHWC.shape} need [B,F,H,W,{self.latent_channels}], F > 0")
         dtype, decoder = self.config.precision.compute, self.decoder
-        x = jnp.tanh(self.config.precision.to_island(latents_BFHWC) / 3) * 3
+        x = jnp.tanh(self.config.precision.to_norm_dtype(latents_BFHWC) / 3) * 3
         x = jax.nn.relu(conv_frames(decoder.conv_in, x, dtype))
         # The first step's frames that nobody sees are left out as soon as no memory needs them.
         early, late = (0, 0) if state else divmod(self.config.time - 1, self.config.time_grow[-1])
@@ -321,7 +321,7 @@ class TinyVAE(nnx.Module):
         return conv_frames(encoder.conv_out, x, dtype).astype(jnp.float32), kept
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says about this codec; the fingerprint sees every bit of the weights."""
+        """The codec's description in a manifest; its fingerprint covers all weights."""
         return {
             "name": "tiny_vae",
             "channels": self.latent_channels,

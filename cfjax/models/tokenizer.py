@@ -1,7 +1,8 @@
 """Captions to token ids: umT5's pieces for real weights, plain words for the toy, both on the `tokenizers` library.
 
-Both clean a caption as the PyTorch reference does, and both keep umT5's conventions: pad 0, EOS 1, EOS appended to
-every caption. A tokenizer is its `tokenizer.json`; umT5's may be given as `spiece.model` instead.
+Both clean a caption as the reference does (`wan/modules/tokenizers.py`, `HuggingfaceTokenizer._clean`), and both keep
+umT5's conventions: pad 0, EOS 1, EOS appended to every caption. A tokenizer is its `tokenizer.json`; umT5's may be
+given as `spiece.model` instead.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
 def clean(caption: str) -> str:
-    """The reference's text cleaning: mojibake mended, HTML unescaped twice, whitespace collapsed, ends stripped."""
+    """The reference's text cleaning: `ftfy`, HTML unescaped twice, whitespace collapsed and stripped."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
 
 
@@ -116,7 +117,7 @@ class PieceTokenizer(_Wrapped):
     """umT5's own tokenizer; same ids as transformers' fast tokenizer on the same folder."""
 
     def encode(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `TextTokenizer`. A caption that does not fit is cut, its last token EOS (PyTorch reference)."""
+        """See `TextTokenizer`. A long caption is truncated, with EOS last (as transformers does)."""
         return _padded(
             [ids if len(ids) <= length else [*ids[: length - 1], EOS_ID] for ids in self._ids(captions)], length
         )
@@ -202,7 +203,7 @@ def _read_json(file: Path) -> Tokenizer:
 
 
 def _read_sentencepiece(file: Path) -> Tokenizer:
-    """spiece.model as the tokenizer.json that lies beside it in umT5's release, id for id.
+    """spiece.model as the tokenizer.json beside it in umT5's release, with the same ids.
 
     So there is no byte fallback, whatever the file says; runs of spaces are one space, which is a piece of its own at
     the end of a text and before a special token; those (and T5's sentinels, which the file lacks) are read in a caption
@@ -245,7 +246,7 @@ def _unigram(proto: Any, sentinels: Sequence[str]) -> Tokenizer:
 
 
 def _sentinel_count(file: Path) -> int:
-    """How many sentinels tokenizer_config.json tells of; umT5's number where that file is absent or says nothing."""
+    """Number of sentinels in tokenizer_config.json; umT5's if that file is absent or does not say."""
     if not file.exists():
         return SENTINELS
     try:

@@ -120,10 +120,10 @@ class Layer(nnx.Module):
         self, x_BSE: jax.Array, bucket_SS: jax.Array, mask_BS: jax.Array, config: UMT5Config, policy: Policy
     ) -> jax.Array:
         normed = self.attention_norm(x_BSE, config.eps)
-        x_BSE = x_BSE + policy.to_island(self.attend(normed, bucket_SS, mask_BS, config, policy))
+        x_BSE = x_BSE + policy.to_norm_dtype(self.attend(normed, bucket_SS, mask_BS, config, policy))
         normed = self.ffn_norm(x_BSE, config.eps)
         hidden = gelu_tanh(self.gate(normed, policy)) * self.up(normed, policy)
-        return x_BSE + policy.to_island(self.down(hidden, policy))
+        return x_BSE + policy.to_norm_dtype(self.down(hidden, policy))
 
 
 class UMT5(nnx.Module):
@@ -139,8 +139,8 @@ class UMT5(nnx.Module):
         self.final_norm = RMSNorm(config.dim)
 
     def embed(self, ids_BS: jax.Array, policy: Policy) -> jax.Array:
-        """The first residual stream x_BSE, in the island dtype."""
-        return policy.to_island(self.token_embedding[...][ids_BS])
+        """The first residual stream x_BSE, in the norm dtype."""
+        return policy.to_norm_dtype(self.token_embedding[...][ids_BS])
 
     def buckets_SS(self, length: int) -> jax.Array:
         """Bias buckets for `length` rows; the same for every layer, which has its own bias for each."""
@@ -171,7 +171,7 @@ def make_umt5(config: UMT5Config, key: jax.Array) -> UMT5:
 
 
 def zero_padding(rows_BSE: jax.Array, mask_BS: jax.Array) -> jax.Array:
-    """Rows of padding set to zero, as the video network expects them (PyTorch reference)."""
+    """Rows of padding set to zero, which the DiT expects (reference: `utils/wan_wrapper.py`, `WanTextEncoder`)."""
     return jnp.where(mask_BS.astype(bool)[..., None], rows_BSE, 0.0)
 
 
@@ -192,8 +192,8 @@ _finish = jax.jit(lambda model, x_BSE, mask_BS: zero_padding(model.finish(x_BSE)
 def encode_by_layer(model: UMT5, ids_BS: jax.Array, mask_BS: jax.Array, policy: Policy = F32) -> jax.Array:
     """`encode_text` as one compiled layer called once per layer, for weights that fill the memory.
 
-    Weights in bfloat16 are then widened, where the products need it, one layer at a time: inside one loop, XLA on CPU
-    widens the whole stack first, which for umT5-XXL is 22 GB on top of 11.
+    Weights in bfloat16 are then cast to float32, where the products need it, one layer at a time: inside one loop, XLA
+    on CPU casts the whole stack first, which for umT5-XXL takes 22 GB besides the 11.
     """
     x_BSE = _embed(model, ids_BS, policy=policy)
     for index in range(model.config.layers):

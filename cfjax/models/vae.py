@@ -1,9 +1,11 @@
-"""Wan2.1's causal 3-D video autoencoder (PyTorch reference): whole clips, streams and tiles with one set of layers.
+"""Wan2.1's causal 3-D video autoencoder: whole clips, streams and tiles with one set of layers.
 
-Time is causal everywhere, so a clip may be coded in any split of its frames: every layer is `step(x, past)`, where
-`past` holds the frames before x that the layer still looks at, and None means that nothing has been seen yet. A whole
-clip is one step with past None. The first frame stands alone: it is never resampled in time, neither does it enter a
-temporal upsampling, so 1 + 4 k pixel frames are 1 + k latent frames.
+Reference: `wan/modules/vae.py`, `WanVAE_`.
+
+Every layer is causal in time, so a clip may be coded in pieces: every layer is `step(x, past)`, where `past` holds the
+frames before x that are in the layer's receptive field, and None is the start of a clip. A whole clip is one step with
+past None. The first frame is special: it is never resampled in time and does not enter temporal upsampling, so
+1 + 4 k pixel frames are 1 + k latent frames.
 """
 
 from collections.abc import Iterable
@@ -24,14 +26,14 @@ from cfjax.nn.attention import dense
 from cfjax.nn.conv import Conv, conv_frames, draw_kernels
 from cfjax.nn.layers import Linear, align
 
-# Mean and standard deviation of Wan2.1's 16 latent channels over its training videos (PyTorch reference).
+# Mean and standard deviation of Wan2.1's latent channels (reference: `utils/wan_wrapper.py`, `WanVAEWrapper`).
 # fmt: off
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 # fmt: on
-MEMORY = 2  # frames that a window of three in time looks back
+MEMORY = 2  # frames before the current one in a temporal window of three
 
 Past = Any  # nested tuples of arrays, one per layer that remembers; None before the first frame
 
@@ -46,7 +48,7 @@ class VAEConfig:
       res_blocks: residual blocks per level of the encoder; the decoder has one more.
       temporal_downsample: whether the encoder also halves time after level i; one entry per level but the last.
       latents_mean, latents_std: of each latent channel; latents outside are (z - mean) / std.
-      precision: `compute` for convolutions and everything stored between layers, `island` for norms and softmax.
+      precision: `compute` for convolutions and activations between layers, `norm` for norms and softmax.
     """
 
     base_dim: int = 96
@@ -105,16 +107,16 @@ def _last_frames(x: jax.Array) -> jax.Array:
 
 
 class ChannelNorm(nnx.Module):
-    """x / max(|x|, 1e-12) * sqrt(C) * scale, |x| over the channels; in the island dtype, cast back."""
+    """x / max(|x|, 1e-12) * sqrt(C) * scale, |x| over the channels; in the norm dtype, cast back."""
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: jax.Array, policy: Policy) -> jax.Array:
-        wide = policy.to_island(x)
+        wide = policy.to_norm_dtype(x)
         square = jnp.sum(jnp.square(wide.astype(jnp.float32)), axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.maximum(square, 1e-24)).astype(wide.dtype)
-        scale = policy.to_island(self.scale[...]) * x.shape[-1] ** 0.5
+        scale = policy.to_norm_dtype(self.scale[...]) * x.shape[-1] ** 0.5
         return (wide * inverse * align(scale, x)).astype(x.dtype)
 
 
@@ -156,7 +158,7 @@ class Residual(nnx.Module):
 
 
 class FrameAttention(nnx.Module):
-    """Single-head attention among the pixels of each frame, added to its input; it remembers nothing."""
+    """Single-head attention among the pixels of each frame, added to its input; it has no past."""
 
     def __init__(self, dim: int, key: jax.Array):
         keys = jax.random.split(key)
@@ -275,7 +277,7 @@ class Decoder(nnx.Module):
 
 
 class StreamState(NamedTuple):
-    """What a stream remembers: latent frames so far, int32 [B], and each layer's past (None before the first)."""
+    """State of a stream: latent frames so far, int32 [B], and each layer's past (None before the first)."""
 
     frames_B: jax.Array
     past: Past
@@ -362,7 +364,7 @@ class WanVAE(nnx.Module):
         return np.asarray(self.config.latents_mean, np.float32), np.asarray(self.config.latents_std, np.float32)
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says about this codec; the fingerprint sees every bit of the weights."""
+        """The codec's description in a manifest; its fingerprint covers all weights."""
         config = self.config
         return {
             "name": "wan_vae",

@@ -1,6 +1,6 @@
 """Long and large clips through the Wan VAE in bounded memory: a few frames at a time, a tile at a time, or both.
 
-Steps in time are exact. Tiles are not (a tile does not see its neighbours, and the attention of each frame is cut), so
+Steps in time are exact. Tiles are not (a tile does not see its neighbours, nor does the attention of each frame), so
 they overlap and are blended linearly; with equal settings the result is that of diffusers' `AutoencoderKLWan`.
 """
 
@@ -158,7 +158,7 @@ def _mosaic(
     tile: tuple[int, int],
     stride: tuple[int, int],
 ) -> jax.Array:
-    """Codes the tiles of x and puts the results together; `cut` is (tile, stride) in x, the others in the result.
+    """Codes the tiles of x and joins the results; `cut` is (tile, stride) in x, the others in the result.
 
     Each tile is blended with the finished tile above it, then with the finished one on its left, as diffusers does.
     """

@@ -1,4 +1,6 @@
-"""Wan2.1's diffusion transformer, bidirectional and causal, with a timestep per frame (PyTorch reference).
+"""Wan2.1's diffusion transformer, bidirectional and causal, with a timestep per frame.
+
+Reference: `wan/modules/model.py`, `WanModel`, and `wan/modules/causal_model.py`, `CausalWanModel`.
 
 One set of weights, five uses, one backbone:
 
@@ -9,7 +11,7 @@ One set of weights, five uses, one backbone:
     replay(model, noisy, ..., context)   all blocks at once against such a context
 
 All take text as keys and values (`text_kv`), once per prompt, and return the flow v = eps - x0. They and `embed_text`
-dispatch on the network's class: others that register their own train and roll out all the same (`studies.toys`).
+dispatch on the network's class: other classes may register their own (`studies.toys`).
 """
 
 from collections.abc import Callable
@@ -24,10 +26,10 @@ from flax import nnx
 
 from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
-from cfjax.core.sharding import cut
+from cfjax.core.sharding import constrain
 from cfjax.models.cache import KVCache, visible_frames
 from cfjax.nn import layers
-from cfjax.nn.frames import attend_cached, attend_frames, attend_text, cut_kv
+from cfjax.nn.frames import attend_cached, attend_frames, attend_text, constrain_kv
 from cfjax.nn.rope import rope_table, rotate, sinusoid
 from cfjax.nn.visibility import FULL, Blocks, Visibility
 
@@ -111,8 +113,8 @@ def preset(name: str, **overrides: Any) -> WanConfig:
 class KV(NamedTuple):
     """The text's keys and values of every layer."""
 
-    k_LBTNK: jax.Array
-    v_LBTNK: jax.Array
+    k_LBSNK: jax.Array
+    v_LBSNK: jax.Array
 
 
 class FrameKV(NamedTuple):
@@ -189,14 +191,14 @@ def attend_by(visibility: Visibility, num_frames: int, config: WanConfig) -> Sel
 
 @partial(jax.jit, static_argnames="config")
 def make_wan(config: WanConfig, key: jax.Array) -> Wan:
-    """A randomly initialised network (PyTorch reference), compiled as one program, once per configuration."""
+    """A randomly initialised network (`WanModel.init_weights`), compiled as one program, once per configuration."""
     return Wan(config, key)
 
 
 @singledispatch
 @jax.named_scope("embed_text")
 def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
-    """Cross-attention keys and values of all layers, [L, B, S, N, K]; all rows are attended (reference quirk Q18)."""
+    """Cross-attention keys and values of all layers, [L, B, S, N, K]; padding rows are attended too (quirk Q18)."""
     config = model.config
     context = model.text_embedding(text_BSE, config.precision.compute)
 
@@ -218,10 +220,10 @@ def teacher_forced(
     *,
     clean_sigma_BF: jax.Array | None = None,
 ) -> jax.Array:
-    """Flow of every noisy block given the clean earlier blocks, in one pass over [clean, noisy] (PyTorch reference).
+    """Flow of every noisy block given the clean earlier blocks, in one pass over [clean, noisy].
 
-    Gradients flow through the clean half too. `clean_sigma_BF` (default zeros) is the clean half's own time embedding,
-    for noise augmentation.
+    Reference: `CausalWanModel._forward_train` with `_prepare_teacher_forcing_mask`. Gradients flow through the clean
+    half too. `clean_sigma_BF` (default zeros) is the clean half's own time embedding, for noise augmentation.
     """
     frames = noisy_BFHWC.shape[1]
     visibility = Visibility("teacher_forced", blocks)
@@ -249,7 +251,7 @@ def forward_block(
     start: jax.Array,
     blocks: Blocks,
 ) -> tuple[jax.Array, FrameKV]:
-    """One block, frames [start, start + F), against what the cache shows it (PyTorch reference).
+    """One block, frames [start, start + F), against the KV cache (`CausalWanModel._forward_inference`).
 
     Returns:
       The flow, and the block's own keys and values for `cache.write`. Reads the cache, never writes it.
@@ -270,7 +272,7 @@ def forward_block(
 def clean_context(
     model: Wan, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
 ) -> FrameKV:
-    """Keys and values of all frames in one block-causal pass: what committing block after block would leave."""
+    """Keys and values of all frames in one block-causal pass: equal to committing block after block."""
     frames = clean_BFHWC.shape[1]
     visibility = Visibility("block_causal", blocks)
     sigma = jnp.zeros(clean_BFHWC.shape[:2], jnp.float32) if sigma_BF is None else sigma_BF
@@ -293,9 +295,9 @@ def replay(
 ) -> jax.Array:
     """Flow of all blocks at once, each against the context keys of the blocks before it.
 
-    The values equal those of the sequential loop that left `context`. `kv_gradient` says what later blocks send back:
-    "detached" nothing; "straight_through" the gradient of each earlier block's own keys and values in this pass, i.e.
-    K = sg(K_context) + K_noisy - sg(K_noisy), which is what the PyTorch reference does (quirk Q6).
+    The values equal those of the sequential loop that made `context`. `kv_gradient`: the gradient from later blocks
+    into earlier ones: "detached" none; "straight_through" the gradient of each earlier block's own keys and values in
+    this pass, i.e. K = sg(K_context) + K_noisy - sg(K_noisy), as in `CausalWanSelfAttention.forward` (quirk Q6).
 
     Args:
       start: the noisy frames' first position, traced, when they are a stretch of a longer `context`; None: context and
@@ -349,10 +351,10 @@ def _attend_stretch(
 def embed_time(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """e [B, F, D] (head) and e0 [B, F, 6, D] (blocks); the only place where sigma becomes t = 1000 sigma."""
     config = model.config
-    island = config.precision.island
+    norm_dtype = config.precision.norm
     embedding = sinusoid(1000.0 * sigma_BF, config.freq_dim)
-    e = model.time_embedding(embedding, island)
-    e0 = model.time_projection(jax.nn.silu(e), island)
+    e = model.time_embedding(embedding, norm_dtype)
+    e0 = model.time_projection(jax.nn.silu(e), norm_dtype)
     return e, rearrange(e0, "b f (m d) -> b f m d", m=6)
 
 
@@ -366,26 +368,26 @@ def _block(
     self_attend: SelfAttend,
     config: WanConfig,
 ) -> tuple[jax.Array, FrameKV]:
-    """One transformer block on a stream of frames (PyTorch reference); returns its roped keys and values too."""
+    """One transformer block (`CausalWanAttentionBlock`) on a stream of frames; also its roped keys and values."""
     policy, compute = config.precision, config.precision.compute
-    modulation = policy.to_island(block.modulation[...])[None, None] + e0_BF6D
+    modulation = policy.to_norm_dtype(block.modulation[...])[None, None] + e0_BF6D
     shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(modulation, 6, axis=2)  # each [B, F, 1, D]
 
     with jax.named_scope("self_attention"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_a) + shift_a).astype(compute)
         q, (k, v) = block.self_attn.query(h, config), block.self_attn.key_value(h, config)
-        q, k, v = (cut(x, "batch", None, "tokens", "channels", None) for x in (q, k, v))
+        q, k, v = (constrain(x, "batch", None, "tokens", "channels", None) for x in (q, k, v))
         q, k = rotate(q, table), rotate(k, table)
         attended = block.self_attn.output(self_attend(q, k, v, past), config)
-        stream_BFTD = stream_BFTD + gate_a * policy.to_island(attended)
+        stream_BFTD = stream_BFTD + gate_a * policy.to_norm_dtype(attended)
     with jax.named_scope("cross_attention"):
         q_text = block.cross_attn.query(block.norm3(stream_BFTD, config.eps, policy).astype(compute), config)
         attended = block.cross_attn.output(attend_text(q_text, *text, backend=config.attention), config)
-        stream_BFTD = stream_BFTD + policy.to_island(attended)
+        stream_BFTD = stream_BFTD + policy.to_norm_dtype(attended)
     with jax.named_scope("feed_forward"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_f) + shift_f).astype(compute)
-        stream_BFTD = stream_BFTD + gate_f * policy.to_island(block.ffn(h, compute))
-    return cut(stream_BFTD, "batch", None, "tokens", None), FrameKV(cut_kv(k), cut_kv(v))
+        stream_BFTD = stream_BFTD + gate_f * policy.to_norm_dtype(block.ffn(h, compute))
+    return constrain(stream_BFTD, "batch", None, "tokens", None), FrameKV(constrain_kv(k), constrain_kv(v))
 
 
 def _remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -411,19 +413,19 @@ def backbone(
     """Patchify, scan the blocks, head, unpatchify: the flow, and what every layer emits (None: nothing).
 
     Args:
-      position_F: absolute frame index of each frame, for RoPE.  self_attend: how a layer's queries meet its keys.
-      layer_input: pytree with a leading layer axis, handed to `self_attend` layer by layer.
+      position_F: absolute frame index of each frame, for RoPE.  self_attend: the self-attention of one layer.
+      layer_input: pytree with a leading layer axis, passed to `self_attend` layer by layer.
       emit_kv: every layer emits its keys and values.
-      tap: or what this makes of the stream [B, F, T, D] that leaves the layer, and of its `layer_input`.
-      head_frames: only the last so many frames reach the head.
+      tap: maps a layer's output stream [B, F, T, D] and its `layer_input` to what it emits instead.
+      head_frames: the head is applied to the last so many frames only.
     """
     config = model.config
     ph, pw = config.patch
     height, width = latents_BFHWC.shape[2] // ph, latents_BFHWC.shape[3] // pw
     config.tokens_per_frame(*latents_BFHWC.shape[2:4])
     patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
-    patches = cut(patches, "batch", None, "tokens", None)
-    stream = config.precision.to_island(model.patch_embedding(patches, config.precision.compute))
+    patches = constrain(patches, "batch", None, "tokens", None)
+    stream = config.precision.to_norm_dtype(model.patch_embedding(patches, config.precision.compute))
     e_BFD, e0_BF6D = embed_time(model, sigma_BF)
     flat_table = rope_table(position_F, height, width, config.head_dim)
     table = tuple(rearrange(x, "(f t) k -> f t k", f=position_F.shape[0]) for x in flat_table)
@@ -438,10 +440,10 @@ def backbone(
     with jax.named_scope("head"):
         if head_frames is not None:
             stream, e_BFD = stream[:, -head_frames:], e_BFD[:, -head_frames:]
-        head_modulation = config.precision.to_island(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
+        head_modulation = config.precision.to_norm_dtype(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
         shift, scale = jnp.split(head_modulation, 2, axis=2)
         h = layers.layer_norm(stream, config.eps, config.precision) * (1 + scale) + shift
         out = model.head(h, config.precision.compute).astype(jnp.float32)
-    out = cut(out, "batch", None, None, None)
+    out = constrain(out, "batch", None, None, None)
     flow = rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height, p=ph, q=pw)
     return flow, emitted

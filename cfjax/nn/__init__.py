@@ -1,1 +1,1 @@
-"""L1: layers, and who may see whom."""
+"""L1: layers, and attention masks."""

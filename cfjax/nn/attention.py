@@ -1,4 +1,4 @@
-"""One `attend` for every visibility, on whichever kernel the platform has.
+"""One `attend` for every visibility, with the attention kernel of the platform.
 
 xla      dense rectangles, all scores in memory: the fastest on a CPU.
 cudnn    dense rectangles on cuDNN's flash kernel.

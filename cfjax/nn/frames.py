@@ -1,12 +1,13 @@
-"""Attention over frames of tokens, [B, F, T, N, K], wherever the active mesh has cut them; without a mesh, `attend`.
+"""Attention over frames of tokens, [B, F, T, N, K], sharded over the active mesh; without a mesh, `attend`.
 
-Tokens are cut inside frames over the context axis everywhere but here. Self-attention needs all keys, and takes them in
-one of two ways (`core.sharding.context_parts`):
+Outside attention, tokens are sharded inside frames over the context axis. Self-attention needs all keys, and gets them
+in one of two ways (`core.sharding.context_sharding`):
 
     heads    the axis changes from tokens to heads and back (all-to-all, DeepSpeed-Ulysses, arXiv 2309.14509): every
-             device runs the same kernel over all tokens of some heads. The KV cache lies by heads and never moves.
-    tokens   where the heads do not divide: keys are gathered, and every device has its part of each frame's queries.
-             The KV cache lies by tokens; a block's few queries meet every part of it, and the softmax is reduced.
+             device runs the same kernel over all tokens of some heads. The KV cache is sharded by heads, and not moved.
+    tokens   where the axis does not divide the heads: keys are gathered, and every device has a shard of each frame's
+             queries. The KV cache is sharded by tokens; a block's few queries attend to every shard of it, and the
+             softmax is reduced over shards.
 
 Either way all devices have the same work under every visibility.
 """
@@ -17,26 +18,26 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from cfjax.core.sharding import context_parts, cut, over_context, token_parts
+from cfjax.core.sharding import constrain, context_sharding, token_shards, vmap_over_context
 from cfjax.nn.attention import attend, dense
 from cfjax.nn.visibility import Visibility
 
 
 def _flat(x_BFTNK: jax.Array) -> jax.Array:
     """All tokens of some heads, [B, F * T, N, K]."""
-    return rearrange(cut(x_BFTNK, "batch", None, None, "heads", None), "b f t n k -> b (f t) n k")
+    return rearrange(constrain(x_BFTNK, "batch", None, None, "heads", None), "b f t n k -> b (f t) n k")
 
 
 def _framed(x_BTNK: jax.Array, frames: int) -> jax.Array:
-    """Back to a part of every frame's tokens, [B, F, T, N, K]."""
-    return cut(rearrange(x_BTNK, "b (f t) n k -> b f t n k", f=frames), "batch", None, "tokens", "channels", None)
+    """Back to tokens sharded inside frames, [B, F, T, N, K]."""
+    return constrain(rearrange(x_BTNK, "b (f t) n k -> b f t n k", f=frames), "batch", None, "tokens", "channels", None)
 
 
-def cut_kv(x_LBFTNK: jax.Array) -> jax.Array:
-    """Keys or values of clean frames, [..., B, F, T, N, K], as a cache holds them on the active mesh."""
-    kind, _ = context_parts(x_LBFTNK.shape[-2], x_LBFTNK.shape[-3])
-    words = ("tokens", "channels") if kind == "tokens" else (None, "heads")
-    return cut(x_LBFTNK, *(None,) * (x_LBFTNK.ndim - 5), "batch", None, *words, None)
+def constrain_kv(x_LBFTNK: jax.Array) -> jax.Array:
+    """Keys or values of clean frames, [..., B, F, T, N, K], with the sharding of a KV cache."""
+    kind, _ = context_sharding(x_LBFTNK.shape[-2], x_LBFTNK.shape[-3])
+    logical_axes = ("tokens", "channels") if kind == "tokens" else (None, "heads")
+    return constrain(x_LBFTNK, *(None,) * (x_LBFTNK.ndim - 5), "batch", None, *logical_axes, None)
 
 
 def attend_frames(
@@ -48,9 +49,9 @@ def attend_frames(
     num_frames: int,
     backend: str = "auto",
 ) -> jax.Array:
-    """`attend` on frames: both halves of `teacher_forced` stand along F, as do `replay`'s [context, noisy] keys."""
+    """`attend` on frames: both halves of `teacher_forced` are along F, as are `replay`'s [context, noisy] keys."""
     heads, tokens = q_BFTNK.shape[3], q_BFTNK.shape[2]
-    kind, parts = context_parts(heads, tokens)
+    kind, parts = context_sharding(heads, tokens)
     if kind != "tokens":
         q, k, v = _flat(q_BFTNK), _flat(k_BFTNK), _flat(v_BFTNK)
         return _framed(attend(q, k, v, visibility, num_frames=num_frames, backend=backend), q_BFTNK.shape[1])
@@ -58,7 +59,7 @@ def attend_frames(
     def attend_part(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attend(q, k, v, visibility, num_frames=num_frames, backend=backend)
 
-    k, v = (cut(x, "batch", None, None, "channels", None) for x in (k_BFTNK, v_BFTNK))
+    k, v = (constrain(x, "batch", None, None, "channels", None) for x in (k_BFTNK, v_BFTNK))
     k, v = (rearrange(x, "b f t n k -> b (f t) n k") for x in (k, v))
     return _by_parts(attend_part, q_BFTNK, k, v, parts)
 
@@ -73,37 +74,39 @@ def attend_cached(
     *,
     backend: str = "auto",
 ) -> jax.Array:
-    """A block's queries against its own keys and those slots of a cache that `seen_F` shows it."""
+    """A block's queries attend to its own keys and to the cache slots where `seen_F` (bool) is true."""
     frames, tokens, heads = q_BFTNK.shape[1:4]
     keys = jnp.concatenate([past_k_BFTNK.astype(k_BFTNK.dtype), k_BFTNK], axis=1)
     values = jnp.concatenate([past_v_BFTNK.astype(v_BFTNK.dtype), v_BFTNK], axis=1)
     mask_F = jnp.concatenate([seen_F, jnp.ones((frames,), bool)])
-    if context_parts(heads, tokens)[0] != "tokens":
+    if context_sharding(heads, tokens)[0] != "tokens":
         mask = jnp.repeat(mask_F, tokens)
         out = dense(_flat(q_BFTNK), _flat(keys), _flat(values), key_mask_T=mask, backend=backend)
         return _framed(out, frames)
-    q = rearrange(cut(q_BFTNK, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
-    k, v = (rearrange(cut_kv(x), "b f t n k -> b (t f) n k") for x in (keys, values))
+    q = rearrange(constrain(q_BFTNK, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
+    k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (keys, values))
     return _framed(dense(q, k, v, key_mask_T=jnp.tile(mask_F, tokens), backend=backend), frames)
 
 
 def attend_text(q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, *, backend: str = "auto") -> jax.Array:
-    """Every frame's tokens against all text rows."""
+    """Cross-attention: every frame's tokens attend to all text rows."""
 
     def attend_part(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return dense(q, k, v, backend=backend)
 
-    return _by_parts(attend_part, q_BFTNK, k_BTNK, v_BTNK, token_parts(q_BFTNK.shape[2]))
+    return _by_parts(attend_part, q_BFTNK, k_BTNK, v_BTNK, token_shards(q_BFTNK.shape[2]))
 
 
 def _by_parts(
     attend_part: Callable[..., jax.Array], q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, parts: int
 ) -> jax.Array:
-    """All queries against all keys, a part of each frame's queries per device."""
+    """All queries attend to all keys, with a shard of each frame's queries per device."""
     frames = q_BFTNK.shape[1]
     if parts == 1:
         flat = rearrange(q_BFTNK, "b f t n k -> b (f t) n k")
         return rearrange(attend_part(flat, k_BTNK, v_BTNK), "b (f t) n k -> b f t n k", f=frames)
     q = rearrange(q_BFTNK, "b f (c t) n k -> c b (f t) n k", c=parts)
-    out = over_context(attend_part, (0, None, None))(cut(q, "tokens", "batch", None, "channels", None), k_BTNK, v_BTNK)
+    out = vmap_over_context(attend_part, (0, None, None))(
+        constrain(q, "tokens", "batch", None, "channels", None), k_BTNK, v_BTNK
+    )
     return rearrange(out, "c b (f t) n k -> b f (c t) n k", f=frames)

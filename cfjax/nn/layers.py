@@ -57,7 +57,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def project(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
-    """x[..., i] @ kernel[i, o] in x's dtype, of a kernel that may rest in int8, or in the host's memory, or both."""
+    """x[..., i] @ kernel[i, o] in x's dtype, of a kernel that may be stored in int8, or in host memory, or both."""
     kernel = on_device(kernel)
     if not isinstance(kernel, Quantized):
         return matmul(x, kernel.astype(x.dtype))
@@ -103,8 +103,8 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, eps: float, policy: Policy) -> jax.Array:
-    """Affine-free LayerNorm over the last axis, in the island dtype."""
-    x = policy.to_island(x)
+    """Affine-free LayerNorm over the last axis, in the norm dtype."""
+    x = policy.to_norm_dtype(x)
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
 
@@ -118,11 +118,14 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, eps: float, policy: Policy) -> jax.Array:
         y = layer_norm(x, eps, policy)
-        return y * align(policy.to_island(self.scale[...]), y) + align(policy.to_island(self.bias[...]), y)
+        return y * align(policy.to_norm_dtype(self.scale[...]), y) + align(policy.to_norm_dtype(self.bias[...]), y)
 
 
 class RMSNorm(nnx.Module):
-    """x rsqrt(mean(x^2) + eps) in float32, cast back to the input's dtype, then times the scale (PyTorch reference)."""
+    """x rsqrt(mean(x^2) + eps) in float32, cast back to the input's dtype, then times the scale.
+
+    Reference: `wan/modules/model.py`, `WanRMSNorm`.
+    """
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))

@@ -1,9 +1,9 @@
 """JAX's splash attention, TPU's flash kernel that skips unseen blocks, under every visibility and for a KV cache.
 
-One kernel call per layer, whatever the visibility: a row of queries carries one number, the token at which its block
-ends, and the kernel compares keys with it (`Rule`). Blocks of scores that no row sees are neither fetched nor computed.
-JAX's own mask processing would look at every score (minutes at the 2 x 32760 tokens of teacher forcing), so the tables
-of blocks are made here, from the few different rows that there are.
+One kernel call per layer, whatever the visibility: each query carries one number, the token at which its block ends,
+and the kernel compares key positions with it (`Rule`). Blocks of scores that are all masked are neither fetched nor
+computed. JAX's own mask processing would visit every score (minutes at the 2 x 32760 tokens of teacher forcing), so the
+block tables are made here, from the few distinct rows of the mask.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ LARGEST = 1024  # block of scores: four megabytes in float32
 
 @dataclass(frozen=True)
 class Rule:
-    """Which keys a row of queries sees: a function that the kernel calls on blocks of (row's number, key's index).
+    """Which keys a query sees: a function that the kernel calls on blocks of (end of the query's block, key's index).
 
     Attributes:
       kind: "full", "block_causal" or "replay", see `nn.visibility`.
@@ -43,7 +43,7 @@ class Rule:
     sink: int = 0
 
     def __call__(self, end: Any, key: Any) -> Any:
-        """`end`: the token at which the row's block ends, in the video (not in [context, noisy])."""
+        """Whether a query sees `key`; `end`: token at which its block ends in the video (not in [context, noisy])."""
         if self.kind == "full":
             return key < self.keys
         recent = end - (self.window - self.sink)
@@ -67,15 +67,15 @@ def block_size(length: int) -> int:
 
 
 def block_ends(visibility: Visibility, num_frames: int, q_tokens: int, k_tokens: int) -> np.ndarray:
-    """Every query's number for `Rule`, int32 [num_frames * q_tokens]."""
+    """The token at which each query's block ends, int32 [num_frames * q_tokens]; see `Rule`."""
     spans = [(0, num_frames)] if visibility.kind == "full" else visibility.blocks.spans(num_frames)
     ends = [stop * k_tokens for start, stop in spans for _ in range(start, stop)]
     return np.repeat(np.asarray(ends, np.int32), q_tokens)
 
 
-def seen_blocks(rule: Rule, ends_Q: np.ndarray, q_size: int, k_size: int) -> np.ndarray:
+def seen_blocks(rule: Rule, ends_T: np.ndarray, q_size: int, k_size: int) -> np.ndarray:
     """Which blocks of scores hold any that is seen, bool [q blocks, k blocks]; the queries are padded already."""
-    values, which = np.unique(ends_Q, return_inverse=True)
+    values, which = np.unique(ends_T, return_inverse=True)
     k_blocks = -(-rule.keys // k_size)
     keys = np.arange(k_blocks * k_size, dtype=np.int32)
     some = np.stack([rule(end, keys).reshape(k_blocks, k_size).any(1) for end in values])
@@ -83,30 +83,30 @@ def seen_blocks(rule: Rule, ends_Q: np.ndarray, q_size: int, k_size: int) -> np.
 
 
 def _small(table: np.ndarray) -> np.ndarray:
-    """Scalar memory is scarce."""
+    """In the smallest integer dtype: scalar memory is scarce."""
     kind = next(k for k in (np.int8, np.int16, np.int32) if table.max() <= np.iinfo(k).max)
     return table.astype(kind)
 
 
 def _next_seen(seen: np.ndarray) -> np.ndarray:
-    """The column to fetch at every step of a walk along the rows: its own where it is seen, else the next one's."""
+    """The column to fetch at each step of an iteration over rows: its own if it is seen, else the next that is."""
     flat = seen.ravel()
-    places = np.flatnonzero(flat)
-    following = places[np.searchsorted(places, np.arange(flat.size)) % places.size]
+    positions = np.flatnonzero(flat)
+    following = positions[np.searchsorted(positions, np.arange(flat.size)) % positions.size]
     return (following % seen.shape[1]).reshape(seen.shape)
 
 
-def _tables(seen: np.ndarray, ends_Q: np.ndarray | None) -> tuple[MaskInfo, MaskInfo]:
-    """For the kernels that walk along the keys, and for the one that walks along the queries."""
+def _tables(seen: np.ndarray, ends_T: np.ndarray | None) -> tuple[MaskInfo, MaskInfo]:
+    """Mask tables of the kernels that iterate over keys, and of the one that iterates over queries."""
     mask = _small(seen.astype(np.int32)[None])
     along_keys = _small(_next_seen(seen)[None])
     along_queries = _small(_next_seen(seen.T).T[None])
-    return MaskInfo(along_keys, None, mask, None, ends_Q), MaskInfo(along_queries, None, mask, None, ends_Q)
+    return MaskInfo(along_keys, None, mask, None, ends_T), MaskInfo(along_queries, None, mask, None, ends_T)
 
 
-def _traced_tables(mask_K: jax.Array, q_blocks: int, k_size: int) -> tuple[MaskInfo, MaskInfo]:
-    """The same for a mask of keys known at run time only: whole blocks of unseen keys are skipped."""
-    seen = mask_K.reshape(-1, k_size).any(1)
+def _traced_tables(mask_T: jax.Array, q_blocks: int, k_size: int) -> tuple[MaskInfo, MaskInfo]:
+    """`_tables` for a traced mask of keys: blocks of keys that are all masked are skipped."""
+    seen = mask_T.reshape(-1, k_size).any(1)
     shape = (1, q_blocks, seen.size)
     column = jnp.where(seen, jnp.arange(seen.size, dtype=jnp.int32), seen.size)
     following = jax.lax.cummin(column, reverse=True)
@@ -161,7 +161,7 @@ def _on_device(
 
 
 def _everywhere(part: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array | None):
-    """`part` on every device of the active mesh: XLA cannot cut a kernel."""
+    """`part` on every device of the active mesh, by `shard_map`: XLA cannot partition a kernel."""
     if active_mesh() is None:
         return part(q, k, v, *mask)
     specs = [activation_spec(x.shape, ("batch", None, "heads", None)) for x in (q, k, v)]
@@ -178,7 +178,7 @@ def splash_attend(
     num_frames: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """`nn.attention.attend` by the kernel: one call, two for `teacher_forced` (its halves are the other two kinds)."""
+    """`nn.attention.attend` by the kernel: one call; two for `teacher_forced` ("block_causal", "replay")."""
     again = partial(splash_attend, num_frames=num_frames, interpret=interpret)
     if visibility.kind == "teacher_forced":
         q_half, k_half = q_BTNK.shape[1] // 2, k_BTNK.shape[1] // 2
@@ -201,7 +201,7 @@ def splash_dense(
     key_mask_T: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`nn.attention.dense` by the kernel; of a cache, whole blocks of unseen keys cost nothing."""
+    """`nn.attention.dense` by the kernel; blocks of keys that are all masked cost nothing."""
     if key_mask_T is not None:
         part = partial(_on_device, rows=None, interpret=interpret)
         return _everywhere(part, q_BTNK, k_BTNK, v_BTNK, key_mask_T)

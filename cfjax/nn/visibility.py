@@ -1,4 +1,4 @@
-"""Who may see whom, as a small static description at frame granularity.
+"""Attention masks as a small static description at frame granularity.
 
 One law ties the three uses together: a teacher-forced pass equals a KV-cached rollout over clean blocks, because both
 follow `Blocks.visible_before`. Every rule decomposes into rectangles (a block of queries against a few runs of keys),
@@ -16,12 +16,12 @@ Kind = Literal["full", "block_causal", "teacher_forced", "replay"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a video is cut into blocks, and how far back a block may look.
+    """How a video is divided into blocks, and how far back a block attends.
 
     Attributes:
       frames: latent frames per block (3 = "chunk-wise", 1 = "frame-wise").
       independent_first_frame: frame 0 is a block of its own (image conditioning).
-      window: visible frames measured back from the end of the query's block, sink and block included; 0 = all.
+      window: visible frames, counted back from the end of the query's block, sink and block included; 0 = all.
       sink: the first frames that stay visible inside the window's budget.
     """
 

@@ -1,9 +1,9 @@
 """Stage 2b: causal consistency distillation from the AR teacher (Causal Forcing++, arXiv 2605.15141).
 
 No ODE pairs: one guided Euler step of the AR teacher, given the clean past, links two neighbouring noise levels, and
-the student's prediction at the noisier one is pulled towards its own average's prediction at the cleaner one
-(consistency models, arXiv 2303.01469; PyTorch reference). As in stage 2a the map (noisy block, clean past) -> clean
-block is single-valued.
+the student's prediction at the noisier one regresses the prediction of its EMA at the cleaner one (consistency models,
+arXiv 2303.01469; reference: `model/naive_consistency.py`, `NaiveConsistency.generator_loss`). As in stage 2a the map
+(noisy block, clean past) -> clean block is single-valued.
 """
 
 from collections.abc import Mapping
@@ -37,8 +37,8 @@ class ConsistencyConfig:
         paper's asymmetric baseline (its Figure 10), whose averaged velocity is not the causal one.
       boundary: also train the last interval, whose target is the teacher's own end point. The reference draws
         n <= N - 2 and so never does (quirk Q23): it relies on the initialisation there.
-      bf16_timesteps: round the timesteps that the networks are told to bfloat16, convert flows with the nearest level
-        of the 1000-entry table, and form the step size from the rounded timesteps (quirk Q2).
+      bf16_timesteps: round the conditioning timesteps to bfloat16, convert flows with the nearest level of the
+        1000-entry table, and form the step size from the rounded timesteps (quirk Q2).
     """
 
     solver_steps: int = 48
@@ -72,18 +72,18 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: ConsistencyConfig) -> d
     }
 
 
-def _told(config: ConsistencyConfig, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what the networks are told, the level that converts their flow to x0)."""
+def _conditioning_sigma(config: ConsistencyConfig, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the level that the networks are conditioned on, the level that converts their flow to x0)."""
     if not config.bf16_timesteps:
         return sigma_BF, sigma_BF
-    told = round_timestep_bf16(sigma_BF)
-    return told, lookup(sigma_table(1000, config.shift), told)
+    conditioning_sigma = round_timestep_bf16(sigma_BF)
+    return conditioning_sigma, lookup(sigma_table(1000, config.shift), conditioning_sigma)
 
 
 def _teacher_step(
     teacher: Wan,
     x: jax.Array,
-    told_BF: jax.Array,
+    conditioning_sigma_BF: jax.Array,
     gap_BF: jax.Array,
     batch: Batch,
     config: ConsistencyConfig,
@@ -93,11 +93,11 @@ def _teacher_step(
     negative = jnp.broadcast_to(batch["negative_text_SE"][None], batch["text_BSE"].shape)
     text_kv = both_prompts(embed_text(teacher, batch["text_BSE"]), embed_text(teacher, negative))
     if config.teacher == "bidirectional":
-        v = guided(lambda a: teacher(*a, text_kv), (x, told_BF), config.guidance)
+        v = guided(lambda a: teacher(*a, text_kv), (x, conditioning_sigma_BF), config.guidance)
     else:
         clean = batch["latents_BFHWC"].astype(jnp.float32)
         flow = lambda a: teacher_forced(teacher, a[0], a[1], a[2], text_kv, blocks)
-        v = guided(flow, (x, told_BF, clean), config.guidance)
+        v = guided(flow, (x, conditioning_sigma_BF, clean), config.guidance)
     return x - expand(gap_BF, x) * v
 
 
@@ -118,14 +118,16 @@ def consistency(config: ConsistencyConfig, blocks: Blocks, role: str = "student"
         x = add_noise(clean, draws["eps_BFHWC"], sigma_BF)
 
         def predict(model: Wan, x: jax.Array, sigma_BF: jax.Array) -> jax.Array:
-            told_BF, convert_BF = _told(config, sigma_BF)
-            v = teacher_forced(model, x, told_BF, clean, embed_text(model, batch["text_BSE"]), blocks)
+            conditioning_sigma_BF, convert_BF = _conditioning_sigma(config, sigma_BF)
+            v = teacher_forced(model, x, conditioning_sigma_BF, clean, embed_text(model, batch["text_BSE"]), blocks)
             return x0_from_flow(v, x, convert_BF)
 
-        told_BF, _ = _told(config, sigma_BF)
-        x_next = stop_gradient(_teacher_step(models["teacher"], x, told_BF, gap_BF, batch, config, blocks))
+        conditioning_sigma_BF, _ = _conditioning_sigma(config, sigma_BF)
+        x_next = stop_gradient(
+            _teacher_step(models["teacher"], x, conditioning_sigma_BF, gap_BF, batch, config, blocks)
+        )
         target = stop_gradient(predict(models[f"{role}_ema"], x_next, next_BF))
-        if config.boundary:  # at sigma' = 0 the teacher's step is the answer, and no network is asked
+        if config.boundary:  # at sigma' = 0 the target is the teacher's step itself
             target = jnp.where(expand(next_BF, x) > 0.0, target, x_next)
         student = predict(models[role], x, sigma_BF)
         error = jnp.mean(jnp.square(student - target))

@@ -1,7 +1,7 @@
 """Stage 0 and 1: flow matching for the bidirectional teacher, and AR diffusion with teacher forcing (paper section 3).
 
-Both regress v* = eps - x0 with a weight per noise level; they differ in who sees whom and in whether a noise level is
-drawn per clip or per block. PyTorch reference: the trainer named `diffusion`.
+Both regress v* = eps - x0 with a weight per noise level; they differ in the attention mask and in whether a noise level
+is drawn per clip or per block. Reference: `model/diffusion.py`, `CausalDiffusion.generator_loss`.
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,12 @@ CORRECTIVE = "corrective_clips"  # scope of the conditional that spares real cli
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How noise levels are drawn and weighed.
+    """How noise levels are drawn and weighted.
 
     Attributes:
       shift: timestep shift of the 1000-level table (5 for Wan 1.3B at 480p).
-      weighting: "bsmntw" (PyTorch reference), "uniform", or "x0": sigma^2 / mean sigma^2, the error of the clean video.
+      weighting: "bsmntw" (`utils/scheduler.py`), "uniform", or "x0": sigma^2 / mean sigma^2, the error of the clean
+        video.
       text_dropout: chance of the negative prompt per clip (the reference drops none, quirk Q19).
       bf16_timesteps: round timesteps to bfloat16 as the reference does (quirk Q1).
       forcing: what an AR network's noisy block sees of the past: "teacher" clean blocks, "diffusion" noisy ones.
@@ -129,18 +130,18 @@ def drop_text(batch: Batch, drop_B: jax.Array) -> jax.Array:
 
 
 def _noised(config: DiffusionConfig, x0: jax.Array, draws: Draws, index_BF: jax.Array) -> tuple[jax.Array, ...]:
-    """x_sigma, the sigma the network is told, and the weight, for the drawn table indices."""
+    """x_sigma, the conditioning sigma, and the loss weight, for the drawn table indices."""
     levels = sigma_table(1000, config.shift)
     table = jnp.asarray(levels)
     sigma_BF = table[index_BF]
     if config.bf16_timesteps:  # Q1: the level is re-looked-up from the rounded timestep
-        told_BF = round_timestep_bf16(sigma_BF)
-        index_BF = nearest(table, told_BF)
+        conditioning_sigma_BF = round_timestep_bf16(sigma_BF)
+        index_BF = nearest(table, conditioning_sigma_BF)
         sigma_BF = table[index_BF]
     else:
-        told_BF = sigma_BF
+        conditioning_sigma_BF = sigma_BF
     weights = jnp.asarray(_weights(config, levels))[index_BF]
-    return add_noise(x0, draws["eps_BFHWC"], sigma_BF), told_BF, weights
+    return add_noise(x0, draws["eps_BFHWC"], sigma_BF), conditioning_sigma_BF, weights
 
 
 def _weighted_error(
@@ -162,9 +163,9 @@ def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
         x0 = batch["latents_BFHWC"].astype(jnp.float32)
         draws = draw(key, x0.shape, config) if draws is None else draws
         index_BF = jnp.broadcast_to(draws["index_BF"][:, :1], x0.shape[:2])
-        x, told_BF, weight_BF = _noised(config, x0, draws, index_BF)
+        x, conditioning_sigma_BF, weight_BF = _noised(config, x0, draws, index_BF)
         model = models[role]
-        v = model(x, told_BF, embed_text(model, drop_text(batch, draws["drop_B"])), FULL)
+        v = model(x, conditioning_sigma_BF, embed_text(model, drop_text(batch, draws["drop_B"])), FULL)
         return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF)
 
     return loss
@@ -179,13 +180,13 @@ def _past(
     draws: Draws,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """The clean half and the level it is told: the clip or what the network makes of it at 0, or a noisy copy.
+    """The clean half and its conditioning sigma: the clip or the network's version of it at 0, or a noisy copy.
 
-    `noisy` is the noisy half and the level it is told.
+    `noisy` is the noisy half and its conditioning sigma.
     """
     if config.noise_augmentation:
-        noised, told_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
-        return noised, told_BF
+        noised, conditioning_sigma_BF, _ = _noised(config, x0, draws, per_block(draws["augment_BF"], blocks))
+        return noised, conditioning_sigma_BF
     zero_BF = jnp.zeros(x0.shape[:2], jnp.float32)
     if config.history == "direct":
         return direct(model, *noisy, text_kv, blocks), zero_BF
@@ -204,13 +205,13 @@ def _aggregated(
     whose rollouts follow it. Real or corrective is drawn once per update, so that only corrective ones pay a rollout.
     """
     real = batch["latents_BFHWC"].astype(jnp.float32)
-    author = models.get(f"{role}_ema", models[role])
+    rollout_model = models.get(f"{role}_ema", models[role])
     sampler = ManyStep(steps=config.bagger_steps, shift=config.shift, guidance=config.bagger_guidance)
 
     def backwards() -> jax.Array:
-        words = batch["text_BSE"], batch["negative_text_SE"]
+        texts = batch["text_BSE"], batch["negative_text_SE"]
         noise, codec = draws["rollout_eps_BFHWC"], models.get("codec")
-        return corrective_clip(author, real, noise, *words, sampler, blocks, codec)
+        return corrective_clip(rollout_model, real, noise, *texts, sampler, blocks, codec)
 
     with jax.named_scope(CORRECTIVE):
         x0 = jax.lax.cond(draws["corrective"], backwards, lambda: real)
@@ -225,11 +226,11 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
     """Stage 1: AR diffusion, a noise level per block. Teacher forcing: noisy blocks see *clean* earlier ones.
 
     L = E w(sigma_b) |v(x_sigma^b, sigma_b, x0^{<b}, text) - (eps - x0)^b|^2; gradients flow through the clean half.
-    With `forcing="diffusion"` (diffusion forcing, arXiv 2407.01392) x_sigma^{<b} stands in x0^{<b}'s place.
+    With `forcing="diffusion"` (diffusion forcing, arXiv 2407.01392) x_sigma^{<b} takes the place of x0^{<b}.
 
-    With `bagger` a corrective clip's first blocks are clean, at level 0, outside the mean. The paper words the caption
-    anew ("a reversed video of ..."): a batch may hold such rows, reversed_text_BSE (`data.reversed`); without them the
-    clip keeps its own caption, which is then wrong about the direction of motion (the given blocks show it).
+    With `bagger` a corrective clip's first blocks are clean, at level 0, outside the mean. The paper changes the
+    caption ("a reversed video of ..."): a batch may hold such rows, reversed_text_BSE (`data.reversed`); without them
+    the clip keeps its own caption, whose direction of motion is then wrong (the given blocks show the right one).
     """
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
@@ -238,17 +239,20 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
         learned_F = None
         if config.bagger:
             x0, text_BSE, given_F = _aggregated(config, models, role, batch, draws, blocks)
-        x, told_BF, weight_BF = _noised(config, x0, draws, per_block(draws["index_BF"], blocks))
+        x, conditioning_sigma_BF, weight_BF = _noised(config, x0, draws, per_block(draws["index_BF"], blocks))
         if config.bagger:
-            x, told_BF = jnp.where(given_F[None, :, None, None, None], x0, x), jnp.where(given_F[None], 0.0, told_BF)
+            x, conditioning_sigma_BF = (
+                jnp.where(given_F[None, :, None, None, None], x0, x),
+                jnp.where(given_F[None], 0.0, conditioning_sigma_BF),
+            )
             learned_F = ~given_F
         model = models[role]
         text_kv = embed_text(model, drop_text({**batch, "text_BSE": text_BSE}, draws["drop_B"]))
         if config.forcing == "diffusion":
-            v = model(x, told_BF, text_kv, Visibility("block_causal", blocks))
+            v = model(x, conditioning_sigma_BF, text_kv, Visibility("block_causal", blocks))
         else:
-            past, past_BF = _past(config, model, x0, (x, told_BF), text_kv, draws, blocks)
-            v = teacher_forced(model, x, told_BF, past, text_kv, blocks, clean_sigma_BF=past_BF)
+            past, past_BF = _past(config, model, x0, (x, conditioning_sigma_BF), text_kv, draws, blocks)
+            v = teacher_forced(model, x, conditioning_sigma_BF, past, text_kv, blocks, clean_sigma_BF=past_BF)
         return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF, learned_F)
 
     return loss

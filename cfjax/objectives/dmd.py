@@ -1,7 +1,9 @@
-"""Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.3; PyTorch reference).
+"""Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.3).
+
+Reference: `model/dmd.py`, `DMD`.
 
 The causal student generates with its own cache; a frozen bidirectional teacher (the real score, with guidance) and a
-trained bidirectional critic (the fake score) say in which direction its videos should move.
+trained bidirectional critic (the fake score) give the direction in which its videos should move.
 
 The paper's baselines differ in two choices: what the student starts from (`student_input`; CausVid, arXiv 2412.07772,
 takes noised real clips), and how the scores become a gradient (DMD here, SiD in `objectives.sid`). One block of all
@@ -41,10 +43,10 @@ class DMDConfig:
       student_input: "self_rollout", or "noised_data": real clips noised at a few-step level per block, denoised in one
         pass (CausVid); their past is then noisy ("diffusion") or clean ("teacher"), as `forcing` says.
       real_guidance, fake_guidance: w in pos + w (pos - neg), the "dmd" convention (quirk Q7); 0 is no guidance.
-      score_shift, score_min, score_max: the level at which scores are compared (PyTorch reference).
+      score_shift, score_min, score_max: distribution of the level at which scores are compared, see `score_sigma`.
       score_table_shift: the reference converts the scores' flows with a shift-8 table although it noised with shift 5
         (quirk Q3), and noises at the nearest entry of its table: the bounds are not in it, so a tenth of the draws is
-        noised at 0.9799 or 0.0197 and told 0.98 or 0.02. None uses the exact level throughout, 8.0 is faithful.
+        noised at 0.9799 or 0.0197 and conditioned on 0.98 or 0.02. None uses the exact level, 8.0 is the reference's.
       long: rollouts longer than the scores' window; the losses then need a frozen role "codec". None is off.
     """
 
@@ -105,7 +107,7 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DMDConfig, blocks: Bloc
 
 
 def video_shape(shape: tuple[int, ...], config: DMDConfig) -> tuple[int, ...]:
-    """Of the student's video that the critics are shown, for clips of `shape`: long rollouts have a window's frames."""
+    """Shape of the student's video that the critics see, for clips of `shape`: long rollouts have a window's frames."""
     return (shape[0], config.long.window_frames, *shape[2:]) if config.long else shape
 
 
@@ -175,7 +177,7 @@ def guided_x0(
 
 
 def noising_level(sigma_BF: jax.Array, config: DMDConfig) -> jax.Array:
-    """The level that videos are noised at when the scores are told `sigma_BF`; see `score_table_shift`."""
+    """The level that videos are noised at when the scores are conditioned on `sigma_BF`; see `score_table_shift`."""
     if config.score_table_shift is None:
         return sigma_BF
     return lookup(sigma_table(1000, config.score_shift), sigma_BF)
@@ -220,7 +222,7 @@ def critic_loss(config: DMDConfig, blocks: Blocks, role: str = "critic", student
     """Flow matching of the critic on the student's videos: mean (v_f - (eps - x0))^2, unweighted.
 
     Raises:
-      UserError: `config.long` counts frames that are no whole blocks; told here, before anything runs.
+      UserError: `config.long` counts frames that are not whole blocks; raised here, before anything runs.
     """
     if config.long:
         config.long.counts(blocks)

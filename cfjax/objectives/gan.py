@@ -1,10 +1,10 @@
-"""Stage 3's alternative without scores: the student's videos against real clips, told apart by the critic's branch.
+"""Stage 3's alternative without scores: a GAN, whose discriminator is a classifier branch on the critic.
 
 The critic is a `models.discriminator.Discriminator`, network and branch trained together on noised clips: real ones of
-the batch and the student's own, at one level per pair of clips and under the same prompt (PyTorch reference; Self
-Forcing, arXiv 2506.08009, its GAN variant). There is no real score.
+the batch and the student's own, at one level per pair of clips and under the same prompt (reference: `model/gan.py`,
+`GAN`; Self Forcing, arXiv 2506.08009, its GAN variant). There is no real score.
 
-What is here is what the reference's trainer asks for; as committed it does not run (quirk Q24). Mended: the critic loss
+This is what the reference's trainer intends; as committed it does not run (quirk Q24). Fixed here: the critic loss
 unpacks the rollout's results; R2 off is 0 in place of an undefined value; with R1 or R2 the perturbed clips are
 classified under their own prompts, in the same call as the others. The levels are DMD's of the published configs, not
 bounded by the step at which the rollout stopped (the class's own default, `ts_schedule`).
@@ -28,7 +28,7 @@ from cfjax.objectives.stage import Batch, Loss, Models
 
 @dataclass(frozen=True)
 class GanConfig:
-    """The game.
+    """Weights and choices of the GAN losses.
 
     Attributes:
       generator_weight, critic_weight: of either side's loss.
@@ -78,22 +78,22 @@ def real_clips(batch: Batch, config: DMDConfig) -> jax.Array:
     return clips[:, :frames].astype(jnp.float32)
 
 
-def generator_value(fake_BC: jax.Array, real_BC: jax.Array, gan: GanConfig) -> jax.Array:
+def generator_value(fake_BY: jax.Array, real_BY: jax.Array, gan: GanConfig) -> jax.Array:
     """weight * mean softplus(-D(fake)), or with relativistic softplus(-(D(fake) - D(real)))."""
-    margin = fake_BC - real_BC if gan.relativistic else fake_BC
+    margin = fake_BY - real_BY if gan.relativistic else fake_BY
     return gan.generator_weight * jnp.mean(jax.nn.softplus(-margin))
 
 
-def critic_value(fake_BC: jax.Array, real_BC: jax.Array, gan: GanConfig) -> jax.Array:
+def critic_value(fake_BY: jax.Array, real_BY: jax.Array, gan: GanConfig) -> jax.Array:
     """weight * mean [softplus(-D(real)) + softplus(D(fake))], or with relativistic softplus(-(D(real) - D(fake)))."""
     if gan.relativistic:
-        return gan.critic_weight * jnp.mean(jax.nn.softplus(-(real_BC - fake_BC)))
-    return gan.critic_weight * jnp.mean(jax.nn.softplus(-real_BC) + jax.nn.softplus(fake_BC))
+        return gan.critic_weight * jnp.mean(jax.nn.softplus(-(real_BY - fake_BY)))
+    return gan.critic_weight * jnp.mean(jax.nn.softplus(-real_BY) + jax.nn.softplus(fake_BY))
 
 
-def slope(logits_BC: jax.Array, perturbed_BC: jax.Array, sigma: float) -> jax.Array:
+def slope(logits_BY: jax.Array, perturbed_BY: jax.Array, sigma: float) -> jax.Array:
     """mean ((D(x + sigma eps) - D(x)) / sigma)^2, the expectation of which is mean |grad D|^2 for small sigma."""
-    return jnp.mean(jnp.square((perturbed_BC - logits_BC) / sigma))
+    return jnp.mean(jnp.square((perturbed_BY - logits_BY) / sigma))
 
 
 def classify(critic: Discriminator, clips: Sequence[jax.Array], sigma_BF: jax.Array, batch: Batch) -> list[jax.Array]:
@@ -115,12 +115,12 @@ def generator_loss(config: DMDConfig, gan: GanConfig, blocks: Blocks, role: str 
         fake, sigma_BF = noised_for_scores(x0, draws, config)
         if gan.relativistic:
             noised, _ = noised_for_scores(real, {**draws, "score_eps_BFHWC": draws["real_eps_BFHWC"]}, config)
-            fake_BC, real_BC = classify(models["critic"], [fake, noised], sigma_BF, batch)
+            fake_BY, real_BY = classify(models["critic"], [fake, noised], sigma_BF, batch)
         else:
-            (fake_BC,) = classify(models["critic"], [fake], sigma_BF, batch)
-            real_BC = jnp.zeros_like(fake_BC)
-        metrics = {"fake_logit": jnp.mean(fake_BC), "sample_std": jnp.std(x0)}
-        return generator_value(fake_BC, real_BC, gan), stop_gradient(metrics)
+            (fake_BY,) = classify(models["critic"], [fake], sigma_BF, batch)
+            real_BY = jnp.zeros_like(fake_BY)
+        metrics = {"fake_logit": jnp.mean(fake_BY), "sample_std": jnp.std(x0)}
+        return generator_value(fake_BY, real_BY, gan), stop_gradient(metrics)
 
     return loss
 
@@ -133,7 +133,7 @@ def critic_loss(
     R1 and R2 are `slope`s at the noised real and generated clips.
 
     Raises:
-      UserError: `config.long` counts frames that are no whole blocks; told here, before anything runs.
+      UserError: `config.long` counts frames that are not whole blocks; raised here, before anything runs.
     """
     if config.long:
         config.long.counts(blocks)
@@ -158,7 +158,7 @@ def critic_loss(
         if gan.r2_weight:
             metrics["r2"] = slope(logits["fake"], logits["r2"], gan.r2_sigma)
             value += 0.5 * gan.r2_weight * metrics["r2"]
-        told_apart = jnp.mean(0.5 * (logits["real"] > 0) + 0.5 * (logits["fake"] < 0))
-        return value, stop_gradient({**metrics, "told_apart": told_apart})
+        accuracy = jnp.mean(0.5 * (logits["real"] > 0) + 0.5 * (logits["fake"] < 0))
+        return value, stop_gradient({**metrics, "told_apart": accuracy})
 
     return loss

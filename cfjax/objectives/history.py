@@ -1,4 +1,4 @@
-"""What stands in the clean past's place while an AR network trains: ways against exposure bias (paper's appendix).
+"""Replacements for the clean past in AR training, against exposure bias (paper's appendix).
 
 Teacher forcing shows a noisy block the *clean* past, but generation shows it the network's own. The first two degrade
 the past with the network being trained, without gradient, and keep the clean target; the third makes other clips:
@@ -15,10 +15,10 @@ the past with the network being trained, without gradient, and keep the clean ta
 Direct Forcing's network calls are its loss's own, one block after another; here they are repeated without gradient, so
 that the loss stays one pass over all blocks. With a block's own level and noise in both, the values are the same.
 
-Checked against published readings that give equations, algorithms and settings; the papers' PDFs were not at hand.
-Inferred: that Direct Forcing detaches its one-step estimates (clips are back-propagated one by one). Resampling Forcing
-warms up by teacher forcing (10K steps of 25K at 5 s), and BAgger, too, starts from a network that can generate: start
-either from a run of `ar_diffusion`. Not here: Resampling Forcing's history routing, MemoryPack.
+Checked against published summaries with equations, algorithms and settings, not against the papers. Inferred: that
+Direct Forcing detaches its one-step estimates (clips are back-propagated one by one). Resampling Forcing warms up by
+teacher forcing (10K steps of 25K at 5 s), and BAgger, too, starts from a network that can generate: start either from a
+run of `ar_diffusion`. Not here: Resampling Forcing's history routing, MemoryPack.
 """
 
 import jax
@@ -52,7 +52,7 @@ def direct(model: Wan, noised_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV
     """One-step estimates of all blocks, each given the earlier ones' estimates; without gradient.
 
     Args:
-      noised_BFHWC, sigma_BF: the noisy blocks of the loss, and the level the network is told.
+      noised_BFHWC, sigma_BF: the noisy blocks of the loss, and their conditioning sigma.
     """
     return _completed(model, noised_BFHWC, sigma_BF, text_kv, blocks, 1)
 
@@ -60,7 +60,7 @@ def direct(model: Wan, noised_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV
 def resampled(
     model: Wan, clean_BFHWC: jax.Array, text_kv: KV, draws: dict[str, jax.Array], blocks: Blocks, steps: int
 ) -> jax.Array:
-    """The past as the network itself would have left it, shaped like the clean clip; without gradient.
+    """The past as the network itself would generate it, shaped like the clean clip; without gradient.
 
     Args:
       draws: see `draw_history`.

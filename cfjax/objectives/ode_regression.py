@@ -1,10 +1,12 @@
-"""Stage 2a: causal ODE pairs from the AR teacher, and their regression (paper section 3.2; PyTorch reference).
+"""Stage 2a: causal ODE pairs from the AR teacher, and their regression (paper section 3.2).
+
+Reference: `get_causal_ode_data_chunkwise.py`, and `model/ode_regression.py`, `ODERegression`.
 
 The teacher's PF-ODE is solved block by block *given the clean past*, so that (noisy block, clean past) -> clean block
 is a function: the student can learn it. With a bidirectional teacher the same pairs would depend on unseen future
 noise, and regression would return their mean. Pairs are made by one full-sequence pass per network call
 (`method="full"`), or block by block against a KV cache (`method="cached"`); both are the same mathematics.
-`method="bidirectional"` makes that baseline's pairs (CausVid, Self Forcing), and `Regression` says how they are met.
+`method="bidirectional"` makes that baseline's pairs (CausVid, Self Forcing); `Regression` is how pairs are used.
 """
 
 from collections.abc import Mapping
@@ -37,7 +39,7 @@ class PairsConfig:
       steps: integer timesteps of the student, descending; the trajectory is stored at these levels.
       solver_steps: Euler steps from pure noise to 0; their table must contain the student's levels.
       shift: timestep shift of both tables.
-      guidance: scale in the sampling convention (the PyTorch reference takes 6 for pairs, 3 for sampling: quirk Q8).
+      guidance: scale in the sampling convention (the reference: 6 for pairs, 3 for sampling, quirk Q8).
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
@@ -91,7 +93,7 @@ def ode_pairs(
     """The AR teacher's trajectories given the clean past: [B, J + 1, F, H, W, C], the student's levels, then the end.
 
     Each guidance branch conditions both halves on its own prompt. With method "bidirectional" the model is a
-    bidirectional teacher: all frames are solved together from their noise and `clean` is not looked at.
+    bidirectional teacher: all frames are solved together from their noise and `clean` is not used.
 
     Raises:
       UserError: an unknown method.
@@ -162,10 +164,10 @@ def draw(
 
 @dataclass(frozen=True)
 class Regression:
-    """How the student meets the pairs; the default is the paper's causal ODE initialisation.
+    """How the student is trained on the pairs; the default is the paper's causal ODE initialisation.
 
     Attributes:
-      levels_per: "clip" (PyTorch reference, quirk Q9) or "block" (Self Forcing, CausVid).
+      levels_per: "clip" (the reference, quirk Q9) or "block" (Self Forcing, CausVid).
       past: what a block sees of the earlier ones: "clip", the clean clip that the AR teacher was given; "endpoint", the
         trajectory's own end (the only clean past that a bidirectional teacher's pairs have); "noisy", the earlier
         blocks at their own levels, as in diffusion forcing (Self Forcing, CausVid).
@@ -184,7 +186,7 @@ class Regression:
 def ode_regression(
     config: PairsConfig, blocks: Blocks, role: str = "student", *, how: Regression | None = None
 ) -> Loss:
-    """L = E_k |x_k - sigma_k v(x_k, sigma_k; clean past) - x_end|^2, plain mean square (PyTorch reference).
+    """L = E_k |x_k - sigma_k v(x_k, sigma_k; clean past) - x_end|^2, a plain mean square.
 
     The batch holds `trajectory_BJFHWC` from `ode_pairs` and `latents_BFHWC`, the clean past. Injectable: level_BF.
     """

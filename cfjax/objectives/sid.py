@@ -1,8 +1,8 @@
 """Stage 3's alternative: score identity distillation (SiD, arXiv 2404.04057) on the same rollout, scores and critic.
 
-Where DMD hands the student a constant direction, SiD differentiates through both score networks: its loss is an
-unbiased estimate of the Fisher divergence between the student's and the real distribution (PyTorch reference; Self
-Forcing's ablation).
+Where DMD gives the student a constant direction, SiD differentiates through both score networks: its loss is an
+unbiased estimate of the Fisher divergence between the student's and the real distribution (reference: `model/sid.py`,
+`SiD`; Self Forcing's ablation).
 """
 
 import jax

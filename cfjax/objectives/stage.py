@@ -1,4 +1,4 @@
-"""A stage of training is roles, losses and a cadence; nothing else is asked of an objective."""
+"""A stage of training: roles, losses and a cadence; objectives provide nothing else."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ Loss = Callable[[Models, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array
 
 @dataclass(frozen=True)
 class Ema:
-    """Shadow weights in float32: a copy of the role until iteration `start`, averaged with `decay` from there on."""
+    """An exponential moving average in float32: a copy of the weights until iteration `start`, then with `decay`."""
 
     decay: float = 0.99
     start: int = 0

@@ -1,9 +1,9 @@
 """Collectives of a compiled program, by kind: how many run, and how many bytes, from its optimised HLO text.
 
 Counted is the largest array of every collective (the gathered one of an all-gather, the unreduced one of a
-reduce-scatter) on one device: what a ring moves is (n - 1) / n of it, an all-reduce twice that. A loop's body counts as
-often as XLA notes that it runs, or as its condition "counter < constant" says (TPU); a loop of unknown length as often
-as the caller says, and so does the branch of a conditional that moves most (`trips`).
+reduce-scatter) on one device: what a ring moves is (n - 1) / n of it, an all-reduce twice that. A loop's trip count is
+XLA's `known_trip_count`, or the constant of its condition "counter < constant" (TPU); for a loop of unknown length, and
+for the branch of a conditional that moves most, it is the caller's (`trip_counts`).
 """
 
 import math
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cfjax.planning.trips import Trips, share_of, trips_of
+from cfjax.planning.trip_counts import TripCounts, branch_frequency, loop_trip_count
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8, "s8": 1, "u8": 1}
@@ -32,7 +32,7 @@ _SCATTERS = "all-reduce-scatter"  # TPU's name of a computation that is a reduce
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one kind: runs per update, and bytes of their largest arrays."""
+    """Collectives of one kind: number per update, and bytes of their largest arrays."""
 
     runs: float
     bytes: float
@@ -47,8 +47,8 @@ class _Computation:
     constants: list[int] = field(default_factory=list)
     counts: bool = False  # holds "counter < something"
 
-    def trips(self) -> float | None:
-        """As a loop's condition: how often the loop runs, if that is plain to see."""
+    def trip_counts(self) -> float | None:
+        """Of a loop's condition: the loop's trip count, if it is a constant."""
         return float(self.constants[0]) if self.counts and len(self.constants) == 1 else None
 
 
@@ -134,12 +134,12 @@ def _moved(traffic: Mapping[str, Traffic]) -> float:
     return sum(of.bytes for of in traffic.values())
 
 
-def collectives(text: str, *, trips: Trips | None = None) -> dict[str, Traffic]:
+def collectives(text: str, *, trip_counts: TripCounts | None = None) -> dict[str, Traffic]:
     """Traffic of one run of the program, by kind.
 
     Args:
       text: `compiled.as_text()`.
-      trips: runs of the loops and the conditionals whose course only their data tell.
+      trip_counts: of loops and conditionals that depend on data, see `planning.trip_counts`.
     """
     computations, entry = _parse(text)
     known: dict[str, dict[str, Traffic]] = {}
@@ -153,13 +153,13 @@ def collectives(text: str, *, trips: Trips | None = None) -> dict[str, Traffic]:
             total[kind][0] += 1
             total[kind][1] += size
         loops = [
-            (body, computations[condition].trips() or trips_of(stack, trips or {}))
+            (body, computations[condition].trip_counts() or loop_trip_count(stack, trip_counts or {}))
             for body, condition, stack in computation.loops
         ]
         branches = []
         for targets, stack in computation.branches:
             *_, most = ordered = sorted(targets, key=lambda branch: _moved(of(branch)))
-            share = share_of(stack, trips or {})
+            share = branch_frequency(stack, trip_counts or {})
             branches += [(most, share), (ordered[0], 1 - share)]
         for called, times in [*computation.calls, *loops, *branches]:
             for kind, traffic in of(called).items():

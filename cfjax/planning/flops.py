@@ -1,8 +1,8 @@
 """FLOPs of matrix products, counted on the program's jaxpr: XLA's own count takes a scan's body once and kernels as 0.
 
-Counted is every `dot_general` as 2 B M N K, times the length of the scans around it; a loop whose length only its data
-tell runs as often as the caller says, and so does a conditional's dearer branch (`trips`). A program is counted with
-dense attention, which spends exactly the rectangles that its visibility asks for (a KV cache: all of its slots).
+Counted is every `dot_general` as 2 B M N K, times the length of the scans around it; the trip count of a loop that
+depends on data is the caller's, and so is the frequency of a conditional's costlier branch (`trip_counts`). A program
+is counted with dense attention, which computes exactly the rectangles of its visibility (a KV cache: all slots).
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from cfjax.planning.trips import Trips, share_of, trips_of
+from cfjax.planning.trip_counts import TripCounts, branch_frequency, loop_trip_count
 
 
 def _inner(equation: Any) -> Iterator[Any]:
@@ -37,8 +37,8 @@ def _convolution(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_channels
 
 
-def count(jaxpr: Any, trips: Trips) -> float:
-    """FLOPs of one run of a jaxpr. Of a conditional of unknown course the dearest branch counts."""
+def count(jaxpr: Any, trip_counts: TripCounts) -> float:
+    """FLOPs of one run of a jaxpr. A conditional of unknown frequency counts as its costliest branch."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, stack = equation.primitive.name, str(equation.source_info.name_stack)
@@ -47,16 +47,22 @@ def count(jaxpr: Any, trips: Trips) -> float:
         elif name == "conv_general_dilated":
             total += _convolution(equation)
         else:
-            parts = [count(inner, trips) for inner in _inner(equation)]
+            parts = [count(inner, trip_counts) for inner in _inner(equation)]
             if name == "cond":
-                share = share_of(stack, trips)
+                share = branch_frequency(stack, trip_counts)
                 total += share * max(parts) + (1 - share) * min(parts)
                 continue
-            times = equation.params["length"] if name == "scan" else trips_of(stack, trips) if name == "while" else 1.0
+            times = (
+                equation.params["length"]
+                if name == "scan"
+                else loop_trip_count(stack, trip_counts)
+                if name == "while"
+                else 1.0
+            )
             total += sum(parts) * times
     return total
 
 
-def count_flops(fn: Callable[..., Any], *args: Any, trips: Trips | None = None) -> float:
+def count_flops(fn: Callable[..., Any], *args: Any, trip_counts: TripCounts | None = None) -> float:
     """FLOPs of one call on all devices together; arguments may be shapes."""
-    return count(jax.make_jaxpr(fn)(*args).jaxpr, trips or {})
+    return count(jax.make_jaxpr(fn)(*args).jaxpr, trip_counts or {})

@@ -1,4 +1,4 @@
-"""One update compiled for a machine that need not be there, and what the compiler says about it."""
+"""One update compiled ahead of time for a machine that need not be there, and the compiler's figures for it."""
 
 import gzip
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from cfjax.core.topology import GIB, Topology
 from cfjax.planning.collectives import Traffic, collectives
-from cfjax.planning.trips import Trips
+from cfjax.planning.trip_counts import TripCounts
 
 # Without a GPU to try them on, XLA finds no tile sizes for some odd shapes (32760 tokens) in its Triton kernels.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -22,15 +22,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Cost:
-    """One update on one device; bytes.
+    """Memory (bytes), FLOPs and collectives of one update on one device.
 
     Attributes:
-      arguments: everything that rests on the device, what only other updates read too.
-      temporaries: the one buffer that the program allocates besides.
+      arguments: everything stored on the device, also what only other updates read.
+      temporaries: the buffer that the program allocates besides.
       peak: both, and results that replace no argument.
-      live: the most that is of use at once, by the compiler's own figure: less, where the buffer has gaps. 0: untold.
+      live: most bytes in use at once, by the compiler; less than `peak` where the buffer has gaps. 0: unknown.
       fits: None on simulated devices, whose memory says nothing.
-      flops: what the mathematics asks of this device.  executed: recomputation included.
+      flops: of the mathematics, per device.  executed: recomputation included.
       kernels: see `kernels`.
       problem: why it does not compile, or "".
     """
@@ -87,14 +87,14 @@ def compile_update(
     topology: Topology,
     *,
     arguments: int,
-    trips: Trips,
+    trip_counts: TripCounts,
     keep: Path | None = None,
 ) -> Cost:
-    """Compiles one update; a program that needs more memory than there is, is a result, not an error.
+    """Compiles one update; running out of memory is a result, not an error.
 
     Args:
-      arguments: bytes of all arguments on a device, unread ones too (jit leaves them out, but they rest there).
-      trips: see `collectives`.
+      arguments: bytes of all arguments on a device, unread ones too (jit drops them, but they are stored there).
+      trip_counts: see `collectives`.
       keep: folder for the program's optimised HLO text, or None.
     """
     options = GPU_OPTIONS if topology.chip.platform == "gpu" else None
@@ -130,7 +130,7 @@ def compile_update(
         peak=peak,
         live=live and live + max(arguments - read, 0),
         fits=peak <= topology.memory if topology.memory else None,
-        traffic=collectives(text, trips=trips),
+        traffic=collectives(text, trip_counts=trip_counts),
         kernels=kernels(text),
         compile_seconds=seconds,
     )

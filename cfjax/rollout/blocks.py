@@ -1,7 +1,7 @@
-"""The two moves of block-autoregressive generation, and the scan that repeats them.
+"""The two operations of block-autoregressive generation, denoise and commit, and the scan over blocks.
 
 Everything that generates block by block (samplers, self-forcing, ODE pairs, the streaming session) is `scan_blocks`
-over a function of one block that calls `denoise_block` any number of times and `commit_block` once, if it is read.
+over a function of one block that calls `denoise_block` any number of times and `commit_block` at most once.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,9 +43,10 @@ def commit_block(
     *,
     sigma: float | jax.Array = 0.0,
 ) -> KVCache:
-    """The cache with a finished block added: one pass at timestep 0 whose keys and values are kept (PyTorch reference).
+    """The cache with a finished block added: its keys and values of one more forward pass, at timestep 0.
 
-    `sigma` is what the network is told; 0 except for context noise.
+    Reference: the cache update in `pipeline/causal_inference.py`, `CausalInferencePipeline.inference`. `sigma` is the
+    level that the network is conditioned on: 0 but for context noise.
     """
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
     _, kv = forward_block(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)

@@ -1,4 +1,4 @@
-"""Whole clips with every second accounted for: network, decoder and first frame apart, compiling left out."""
+"""Whole clips with timings: network, decoder and first frame separately, without compilation."""
 
 import time
 from collections import deque
@@ -22,7 +22,7 @@ from cfjax.rollout.stream import Noise, Pipeline, decode_step, prompt_kv, stream
 
 @dataclass(frozen=True)
 class Times:
-    """What a batch of videos cost in seconds, compiled.
+    """Seconds that a batch of videos took, without compilation.
 
     Attributes:
       text: the prompts' keys and values of all layers, once per batch.
@@ -39,7 +39,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Clips:
-    """Some videos (as `make_clips` was told to finish them), their latents, and what they cost."""
+    """Videos (as `finish` of `make_clips` returns them), their latents, and timings."""
 
     video_BPHWC: np.ndarray
     latents_BFHWC: np.ndarray
@@ -107,7 +107,7 @@ def make_clips(
     Args:
       noise: by block, see `stream_latents`.
       decode_whole: decodes finished latents (tiled, say) in place of the codec's stream.
-      finish: what is kept of a piece of video on the host, such as its bytes; not on the clock.
+      finish: maps a piece of video to what is kept on the host, such as its bytes; not timed.
       programs: keeps what is compiled for the next batch.
       progress: called after each block.
     """
@@ -189,7 +189,7 @@ class Timings:
         """Plain numbers, of one batch or more.
 
         Args:
-          videos, batch: in all, and at a time (a last batch that is filled up counts in full).
+          videos, batch: in all, and at a time (a padded last batch counts in full).
           pixel_frames: generated ones of each video.
         """
         frames = pixel_frames * batch * self._batches

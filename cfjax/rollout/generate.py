@@ -33,7 +33,9 @@ from cfjax.rollout.blocks import (
 
 @dataclass(frozen=True)
 class FewStep:
-    """The distilled student's sampler: predict x0, re-noise with fresh noise, repeat (PyTorch reference).
+    """The distilled student's sampler: predict x0, re-noise with fresh noise, repeat.
+
+    Reference: `pipeline/causal_inference.py`, `CausalInferencePipeline`.
 
     Attributes:
       steps: integer timesteps before warping, descending.
@@ -59,7 +61,10 @@ class FewStep:
 
 @dataclass(frozen=True)
 class ManyStep:
-    """A PF-ODE sampler with classifier-free guidance (PyTorch reference): UniPC, 50 steps, shift 5, scale 3."""
+    """A PF-ODE sampler with classifier-free guidance: UniPC, 50 steps, shift 5, scale 3.
+
+    Reference: `pipeline/causal_diffusion_inference.py`, `CausalDiffusionInferencePipeline`.
+    """
 
     solver: str = "unipc"
     steps: int = 50
@@ -71,7 +76,7 @@ class ManyStep:
             raise UserError(f"sampler.solver={self.solver!r}: use one of {', '.join(SOLVERS)}")
 
     def grid(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Solver sigmas [N + 1], and what the network is told if that differs."""
+        """Solver sigmas [N + 1], and the levels that the network is conditioned on if these differ."""
         if self.solver == "unipc":
             sigmas, timesteps = unipc_grid(self.steps, self.shift)
             return sigmas, timesteps / 1000.0
@@ -154,7 +159,7 @@ def _started(
 ) -> tuple[KVCache, int]:
     """The cache before the first generated block, and that block's first frame."""
     start = 0 if given_BFHWC is None else given_BFHWC.shape[1]
-    rows, num_frames, size = text_kv.k_LBTNK.shape[1], noise_BFHWC.shape[1], noise_BFHWC.shape[2:]
+    rows, num_frames, size = text_kv.k_LBSNK.shape[1], noise_BFHWC.shape[1], noise_BFHWC.shape[2:]
     cache = empty_cache(model.config, (rows, start + num_frames, *size), blocks)
     return cache if given_BFHWC is None else commit_given(model, given_BFHWC, text_kv, cache, blocks), start
 
@@ -180,13 +185,13 @@ def many_step_block(
     blocks: Blocks,
 ) -> jax.Array:
     """One block by a fresh ODE solve; text and cache hold both prompts (`both_prompts`)."""
-    sigmas, told = sampler.grid()
+    sigmas, model_sigmas = sampler.grid()
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         flow = lambda x: denoise_block(model, x, sigma, text_kv, cache, start, blocks)
         return guided(flow, x, sampler.guidance)
 
-    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=told)
+    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=model_sigmas)
 
 
 def generate_many_step(
@@ -220,13 +225,13 @@ def generate_bidirectional(
 ) -> jax.Array:
     """A whole video by the bidirectional teacher: one ODE solve over all frames."""
     text_kv = both_prompts(positive, negative)
-    sigmas, told = sampler.grid()
+    sigmas, model_sigmas = sampler.grid()
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         flow = lambda x: model(x, jnp.broadcast_to(sigma, x.shape[:2]), text_kv)
         return guided(flow, x, sampler.guidance)
 
-    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=told)
+    return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=model_sigmas)
 
 
 def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames: int, given: int = 0) -> int:

@@ -1,12 +1,14 @@
-"""Self-rollouts that are longer than what the scores can see (PyTorch reference; Rolling Forcing, arXiv 2509.25161).
+"""Self-rollouts that are longer than the scores' window (Rolling Forcing, arXiv 2509.25161).
 
-Errors that add up over a long video are not met by a student that only ever rolls out the window of its bidirectional
-scores. So it rolls out more, a drawn number of blocks, and the scores are shown the last `window_frames` latents. Cut
-out of a longer video, these do not begin as a video does: the first latent of Wan's autoencoder is one picture, the
-others are several frames. The first one is therefore made again: everything up to it is decoded, and the last picture
-is encoded as the beginning of a video.
+Reference: `model/base.py`, `SelfForcingModel._run_generator`.
 
-Gradient reaches the window's own blocks alone, and none that began before it.
+A student that only rolls out the window of its bidirectional scores never sees the errors that accumulate over a long
+video. So it rolls out a random number of blocks, and the scores get the last `window_frames` latents. These do not
+begin as a video does: the first latent of Wan's autoencoder is one picture, the others are several frames. The first
+latent of the window is therefore re-encoded: the latents up to it are decoded, and the last picture is encoded as the
+beginning of a video.
+
+Gradient reaches only the window's own blocks, and none that began before it.
 """
 
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.self_forcing import Rollout, SelfForcing, draw_rollout, replay_exit, rollout
 
-FIRST_ANEW = "first_latent_anew"  # scope of the conditional that spares a window from the start
+FIRST_REENCODED = "first_latent_anew"  # scope of the conditional that skips re-encoding for a window from the start
 LAST_PICTURE = "last_picture"  # scope of the loop over the latents before the window
 
 
@@ -52,7 +54,7 @@ class LongVideo:
         return (count - self.counts(blocks)[0]) * blocks.frames
 
     def counted_F(self, count: jax.Array, blocks: Blocks) -> jax.Array:
-        """Which frames of the window a loss counts, bool: not the first block where its first latent was made again."""
+        """Which frames of the window a loss counts, bool: not the first block if its first latent was re-encoded."""
         first = blocks.spans(self.window_frames)[0][1]
         return (jnp.arange(self.window_frames) >= first) | (self.start(count, blocks) == 0)
 
@@ -70,7 +72,7 @@ def draw_long(
 def last_picture(codec: Codec, latents_BFHWC: jax.Array, stop: jax.Array) -> jax.Array:
     """The last pixel frame, [B, 1, H, W, 3], of `codec.decode(latents[:, :stop])`; `stop` is traced, 1 or more.
 
-    A causal decoder gets there one latent at a time: memory for one, one program for every length, and time for `stop`.
+    A causal decoder decodes one latent at a time: memory for one, one program for every length, and time for `stop`.
     """
     video, state = codec.decode_step(latents_BFHWC[:, :1], codec.init_state(latents_BFHWC.shape[0]))
 
@@ -110,12 +112,12 @@ def roll_window(
     else:
         x0 = end(rolled.x0_BFHWC)
 
-    def anew(video: jax.Array) -> jax.Array:
+    def reencoded(video: jax.Array) -> jax.Array:
         return codec.encode(last_picture(codec, video, start + 1)).astype(video.dtype)
 
-    with jax.named_scope(FIRST_ANEW):
-        first = jax.lax.cond(start > 0, anew, lambda video: video[:, :1], rolled.x0_BFHWC)
+    with jax.named_scope(FIRST_REENCODED):
+        first = jax.lax.cond(start > 0, reencoded, lambda video: video[:, :1], rolled.x0_BFHWC)
     first = stop_gradient(first)
     counted = long.counted_F(draws["count"], blocks)[None, :, None, None, None]
-    made_anew = ((jnp.arange(frames) == 0) & (start > 0))[None, :, None, None, None]
-    return jnp.where(made_anew, first, jnp.where(counted, x0, stop_gradient(x0)))
+    was_reencoded = ((jnp.arange(frames) == 0) & (start > 0))[None, :, None, None, None]
+    return jnp.where(was_reencoded, first, jnp.where(counted, x0, stop_gradient(x0)))

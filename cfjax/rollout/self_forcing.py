@@ -1,8 +1,9 @@
 """Self-rollout for distribution matching, split in two: generate without gradient, then replay with gradient.
 
-Only each block's exit step carries gradient (paper section 3.3; PyTorch reference). So `rollout` runs the sequential
-loop without gradient and keeps what that step saw: its input and the committed keys and values. `replay_exit` then runs
-the exit steps of *all* blocks in one pass: the loop's gradient, from one large well-shaped pass.
+Only each block's exit step carries gradient (paper section 3.3; reference: `pipeline/self_forcing_training.py`,
+`SelfForcingTrainingPipeline.inference_with_trajectory`). So `rollout` runs the sequential loop without gradient and
+keeps the inputs of that step: its noisy latents and the committed keys and values. `replay_exit` then runs the exit
+steps of *all* blocks in one pass: the loop's gradient, from one large pass.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ class SelfForcing:
       sigmas: the few-step levels, descending.
       first_sigmas: another list for the first block, or empty.
       context_noise: sigma of the noise added before committing; the reference adds 0.00498 by accident (quirk Q4).
-      kv_gradient: what later blocks send back into earlier keys and values, see `models.wan.replay`.
+      kv_gradient: the gradient of later blocks into earlier keys and values, see `models.wan.replay`.
       same_exit: one exit step for all blocks (but the first when it has its own list), as in the reference.
     """
 
@@ -66,7 +67,7 @@ class SelfForcing:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rollout:
-    """What a self-rollout leaves behind, all without gradient.
+    """The results of a self-rollout, all without gradient.
 
     x_exit_BFHWC, sigma_exit_BF: input and level of each frame's exit step.
     x0_BFHWC: the generated video (prediction at the exit step).
@@ -82,7 +83,7 @@ class Rollout:
 def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, blocks: Blocks) -> dict[str, jax.Array]:
     """Random numbers of one rollout of shape [B, F, H, W, C].
 
-    noise_BFHWC; renoise_BFJHWC, the fresh noise between steps; context_BFHWC; exit_N, an exit step per block.
+    noise_BFHWC; renoise_BFJHWC, the fresh noise between steps; context_BFHWC; exit_G, an exit step per block.
     """
     num_blocks = len(blocks.spans(shape[1]))
     _, lengths = config.tables(num_blocks)
@@ -98,7 +99,7 @@ def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, bl
         "noise_BFHWC": normal(keys[0], shape),
         "renoise_BFJHWC": normal(keys[1], (*shape[:2], max(steps - 1, 1), *shape[2:])),
         "context_BFHWC": normal(keys[2], shape),
-        "exit_N": exits.astype(jnp.int32),
+        "exit_G": exits.astype(jnp.int32),
     }
 
 
@@ -120,9 +121,9 @@ def rollout(
     noise = draws["noise_BFHWC"]
     num_frames = noise.shape[1]
     spans = blocks.spans(num_frames)
-    levels_NJ, _ = config.tables(len(spans))
-    if draws["exit_N"].shape != (len(spans),):
-        raise UserError(f"exit_N has shape {draws['exit_N'].shape}; {len(spans)} blocks need ({len(spans)},)")
+    levels_GJ, _ = config.tables(len(spans))
+    if draws["exit_G"].shape != (len(spans),):
+        raise UserError(f"exit_G has shape {draws['exit_G'].shape}; {len(spans)} blocks need ({len(spans)},)")
     cache = empty_cache(model.config, noise.shape, Blocks(frames=blocks.frames))
     starts = jnp.asarray([start for start, _ in spans], jnp.int32)
     last = starts[(len(spans) if count is None else jnp.minimum(count, len(spans))) - 1]
@@ -148,7 +149,7 @@ def rollout(
         return cache, (x_exit, jnp.broadcast_to(levels[exit_step], x.shape[:2]), x0)
 
     frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])
-    work = (block, cache, frames, (levels_NJ, draws["exit_N"]), num_frames, blocks)
+    work = (block, cache, frames, (levels_GJ, draws["exit_G"]), num_frames, blocks)
     cache, (x_exit, sigma_exit, x0) = scan_blocks(*work) if count is None else loop_blocks(*work, count)
     return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)))
 

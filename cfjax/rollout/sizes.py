@@ -1,4 +1,4 @@
-"""From the pixels that a user asks for to latents that codec, patches and blocks divide; else the nearest that do."""
+"""From requested pixels to latents that codec, patches and blocks divide; errors name the nearest valid sizes."""
 
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ def latent_sizes(
 
 
 def default_given(available: int, total: int, blocks: Blocks) -> int:
-    """How many of `available` latent frames a video of `total` goes on from: whole blocks, at most half of it.
+    """How many of `available` latent frames a video of `total` continues: whole blocks, at most half of it.
 
     Raises:
       UserError: not one block is available.

@@ -1,4 +1,4 @@
-"""A stream: the same two moves as `generate`, one jitted call per block, pixels out as soon as a block is done.
+"""Streaming: `generate`'s two operations, one jitted call per block, pixels as soon as a block is done.
 
 Memory is constant when the blocks have a window; without one the cache holds `num_frames`. Every sampler streams:
 few-step, many-step with both prompts' caches side by side, and a bidirectional one as a single block.
@@ -34,7 +34,7 @@ Call = Callable[..., Any]
 
 
 class StreamCodec(Protocol):
-    """The half of a codec that streaming needs."""
+    """The part of a codec that streaming needs."""
 
     def init_state(self, batch: int) -> Any: ...
 
@@ -43,7 +43,7 @@ class StreamCodec(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What turns text into video: network, decoder, sampler and block layout (None: bidirectional, one block)."""
+    """From text to video: network, decoder, sampler and block layout (None: bidirectional, one block)."""
 
     model: Wan
     codec: StreamCodec
@@ -69,7 +69,7 @@ def _seeded(seeds_B: jax.Array, block: jax.Array, *, shape: tuple[int, ...], ste
 
 
 def plain(function: Callable[..., Any], *args: Any, **static: Any) -> Any:
-    """Just calls it."""
+    """Returns the function unchanged."""
     return function(*args, **static)
 
 
@@ -138,7 +138,7 @@ def stream_latents(
 
     Args:
       text_kv: see `prompt_kv`.
-      noise: where it comes from, by absolute block index: an extension meets the noise that the longer video met. A
+      noise: by absolute block index, so that an extended video has the noise of a longer one. A
         bidirectional sampler takes block 0 of all frames.
       num_frames: latent frames to generate, after the given ones.
       latent_shape: (H, W, C) of a latent frame.
@@ -153,7 +153,7 @@ def stream_latents(
     height, width, _ = latent_shape
     given = 0 if given_BFHWC is None else given_BFHWC.shape[1]
     before, layout = given_blocks(blocks, given), layout_from(blocks, given)
-    rows, tokens = text_kv.k_LBTNK.shape[1], model.config.tokens_per_frame(height, width)
+    rows, tokens = text_kv.k_LBSNK.shape[1], model.config.tokens_per_frame(height, width)
     cache = call(
         _empty_cache,
         config=model.config,

@@ -1,1 +1,1 @@
-"""The study's toy world: video laws with closed-form scores, toy networks that every objective takes, and measures."""
+"""The study's toy distributions: video laws with closed-form scores, toy networks for every objective, and measures."""

@@ -1,4 +1,4 @@
-"""The toy world's networks compared: tables, the paper's orderings as verdicts, what a teacher's pairs leave open."""
+"""Comparison of the toy world's networks: tables, the paper's orderings as tests, residual variance of ODE pairs."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -99,7 +99,7 @@ def verdicts(numbers: Numbers, opened: Opened) -> list[Verdict]:
 
 
 def _opened_claims(opened: Opened) -> list[Claim]:
-    """Whether the bidirectional teacher's pairs leave more open than the AR teacher's: without a past, and with one."""
+    """Claims on residual variance: bidirectional against AR teacher's pairs, in the first block and in later ones."""
     if not {"bi_pairs_ode", "ode"} <= opened.keys():
         return []
     texts = {
@@ -126,12 +126,12 @@ def _squares(
 def left_open(
     model: Wan, pairs: Sequence[Mapping[str, np.ndarray]], blocks: Blocks, *, past: str, batch: int = 64
 ) -> dict[str, list[float]]:
-    """What a student's prediction from pure noise and the clean past leaves of the end points, by block.
+    """The fraction of the end points' variance that a student's prediction leaves unexplained, by block.
 
-    left: E|f(x_1, past) - x_end|^2 over the variance of x_end over all pairs: at best the share that noise, past and
-    text do not determine (E Var), so an upper bound of it, with what training has not reached yet on top.
-    shuffled: the same with x_1 of another pair, so what past and text alone tell f. Where it is hardly more than
-    `left`, nothing was left to the noise to decide, and a small `left` says nothing of ambiguity. For
+    left: E|f(x_1, past) - x_end|^2 over the variance of x_end over all pairs: an upper bound of the share that noise,
+    past and text do not determine (E Var), as training error is included.
+    shuffled: the same with x_1 of another pair, so what past and text alone predict. Where it is hardly more than
+    `left`, the noise determines nothing, and a small `left` is no evidence against ambiguity. For
     f = E[x_end | x_1, past] and noise independent of the past, (left + shuffled) / 2 is the variance given past and
     text, by the law of total variance.
 
@@ -163,8 +163,8 @@ def _before_and_after(axes: Axes, numbers: Numbers, rows: Sequence[tuple[str, st
     for shift, column, colour, label in ((-0.2, 0, GREY, "before DMD"), (0.2, 1, GREEN, "after DMD")):
         by_seed = [[factor * v for v in values(numbers, row[column], measure)] for row in rows]
         means, reach = error_bars(by_seed, interval=True)
-        places = np.arange(len(rows)) + shift
-        axes.bar(places, means, 0.38, yerr=reach, color=colour, capsize=3, label=label)
+        positions = np.arange(len(rows)) + shift
+        axes.bar(positions, means, 0.38, yerr=reach, color=colour, capsize=3, label=label)
     axes.set_xticks(range(len(rows)), [before for before, _ in rows], rotation=30, ha="right", fontsize=8)
     axes.set_title(title, fontsize=10)
 

@@ -1,4 +1,4 @@
-"""From the exact part's raw numbers to tables; nothing is shown unless it was measured, whichever way it falls."""
+"""Tables of the exact part's raw numbers: all that were measured, whatever the result."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -170,7 +170,7 @@ def _settling_tables(results: Results) -> list[Table]:
         "Squared distances over the central 96 % of the noisy frame, E Var over the same. Floors: the solver's error; "
         "and the kernel fit's, whose bias is measured on AR pairs, where mean and map are one function. So an AR row's "
         "two distances are to the same thing but for that bias: between its branches the map is steep, fit and network "
-        "both smooth it, and the student may lie nearer to the smoothed fit. p: paired test of the two distances over "
+        "both smooth it, and the student may be nearer to the smoothed fit. p: paired test of the two distances over "
         "seeds, Holm-corrected over this table and the folded one."
     )
     first = len(plan["levels"]) * len(students)
@@ -266,9 +266,9 @@ def _dmd_tables(results: Results, verdicts: Sequence[Verdict]) -> list[Table]:
         rows = [[m, *(spread_of(gaps(results, m, at)) for at in points), washed_out(verdicts, m)] for m in WORSE]
         columns = [f"{at // cycle} student updates" for at in points[1:]]
         note = (
-            "bi_ode's excess over causal_ode in the direction that is worse. Washed out: DMD narrows the gap and what "
-            "is left is not told apart from none; in part: it is; over-corrected: the start ends better by it. By the "
-            "verdicts, so p < 0.05 after their correction."
+            "bi_ode's excess over causal_ode in the direction that is worse. Washed out: DMD narrows the gap, and the "
+            "rest is not significant; in part: the rest is significant; over-corrected: the start ends better by it. "
+            "By the verdicts, so p < 0.05 after their correction."
         )
         head = ["", "before DMD", *columns, "washed out?"]
         out.append(Table("What DMD leaves of the bidirectional start's harm", head, rows, note))

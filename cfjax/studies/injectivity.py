@@ -1,4 +1,4 @@
-"""The exact part of the study: parts that are computed once each, kept as JSON, and resumed by being there."""
+"""The exact part of the study: parts that are computed once each, stored as JSON, and skipped when they exist."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ FORMAT = 2  # of the parts: those of another are not read
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done.
+    """The size of the study.
 
     Attributes:
       seeds: how many; a seed is own data, networks, minibatches and sampling noise. 0 leaves what needs no training.
@@ -93,7 +93,7 @@ class Plan:
 
 
 def linear_part() -> dict[str, Any]:
-    """Everything that is exact: ambiguity by frame and level, and rollouts by correlation, length, look-ahead, CD."""
+    """The closed-form results: ambiguity by frame and level, and rollouts by correlation, length, look-ahead, CD."""
     law = LinearGaussian()
 
     def rollout(law: LinearGaussian, rows_at: Callable[[float], linear.Rows]) -> dict[str, float]:
@@ -170,7 +170,7 @@ def flow_error(student: Any, law: Walk, seed: int, count: int, sigma: float = 0.
     return float(error(student))
 
 
-def seed_part(plan: Plan, seed: int, told: Callable[[str], None]) -> dict[str, Any]:
+def seed_part(plan: Plan, seed: int, log: Callable[[str], None]) -> dict[str, Any]:
     """One seed: every initialisation's rollout, where the ODE students settled, the dose-response, both forcings."""
     law, budget = Walk(plan.frames), plan.budget
     pool = data_pool(law, seed, budget.pool)
@@ -179,20 +179,20 @@ def seed_part(plan: Plan, seed: int, told: Callable[[str], None]) -> dict[str, A
     out: dict[str, Any] = {"quality": {"real": measure(other, real, law)}, "settling": [], "dmd": {}}
     students: dict[str, Any] = {}
     for init in (*plan.inits, *(f"ahead_{k}" for k in plan.ahead)):
-        told(f"seed {seed}: {init}")
+        log(f"seed {seed}: {init}")
         students[init] = train_init(law, init, budget, seed, pool, ar)
         out["quality"][init] = measure(self_rollout(students[init], seed, plan.videos), real, law)
         for probe in _probes(plan, TEACHER_OF[init]) if init in TEACHER_OF else ():
             row = {"init": init, "frame": probe.frame + 1, "sigma": probe.sigma, **settling(students[init], probe)}
             out["settling"].append(row)
     if plan.forcing:
-        told(f"seed {seed}: diffusion forcing")
+        log(f"seed {seed}: diffusion forcing")
         df = train_ar(law, budget, seed, pool, "df")
         out["flow_error"] = {"teacher": flow_error(ar, law, seed, 4096), "diffusion": flow_error(df, law, seed, 4096)}
     if plan.dmd:
         critic = train_critic(law, budget, seed, pool)
         for init in plan.dmd:
-            told(f"seed {seed}: DMD from {init}")
+            log(f"seed {seed}: DMD from {init}")
             out["dmd"][init] = distilled(plan, seed, students[init], critic, pool, real)
     return out
 
@@ -212,8 +212,8 @@ def distilled(
     return out
 
 
-def run(plan: Plan, workdir: Path, told: Callable[[str], None], made: Mapping[str, str]) -> dict[str, Any]:
-    """All parts, each written to `workdir`/parts when it is done and not computed again.
+def run(plan: Plan, workdir: Path, log: Callable[[str], None], made: Mapping[str, str]) -> dict[str, Any]:
+    """All parts, each written to `workdir`/parts when done and not computed again.
 
     Args:
       made: commit and versions, kept with each part that is computed now.
@@ -233,7 +233,7 @@ def run(plan: Plan, workdir: Path, told: Callable[[str], None], made: Mapping[st
     def part(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         file = folder / f"{name}.json"
         if (found := read_if_whole(file)) is None:
-            told(name)
+            log(name)
             write_atomically(file, json.dumps({"made": dict(made), **make()}, indent=1))
             found = read_if_whole(file)
         return found
@@ -243,5 +243,5 @@ def run(plan: Plan, workdir: Path, told: Callable[[str], None], made: Mapping[st
         "collisions": part("collisions", lambda: collision_part(plan)),
         "truth": part("truth", lambda: truth_part(plan)),
     }
-    seeds = [part(f"seed{seed}", partial(seed_part, plan, seed, told)) for seed in range(plan.seeds)]
+    seeds = [part(f"seed{seed}", partial(seed_part, plan, seed, log)) for seed in range(plan.seeds)]
     return {"plan": asked, **out, "seeds": seeds}

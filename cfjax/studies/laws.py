@@ -15,10 +15,10 @@ import numpy as np
 
 
 class Mixture(NamedTuple):
-    """Components of a mixture, host constants in float64: means_KF, log_weights_K, and the covariance they share."""
+    """Components of a mixture, host constants in float64: means_MF, log_weights_M, and the covariance they share."""
 
-    means_KF: np.ndarray
-    log_weights_K: np.ndarray
+    means_MF: np.ndarray
+    log_weights_M: np.ndarray
     covariance_FF: np.ndarray
 
 
@@ -40,7 +40,7 @@ class LinearGaussian:
 class Walk:
     """A branching walk: x^1 ~ N(0, first^2), x^i = x^{i-1} +- step + noise w, each sign a fair coin.
 
-    The sign is the video's motion; a still or half-way step is what no sample of this law does.
+    The sign is the video's motion; samples of this law never have a still or half-way step.
     """
 
     frames: int = 5
@@ -62,24 +62,24 @@ Law = LinearGaussian | Walk
 
 
 class Conditional(NamedTuple):
-    """The law of frames [i, i + C) given the frames before i: a mixture whose means depend linearly on that past.
+    """The law of frames [i, i + F) given the I = i frames before: a mixture whose means depend linearly on that past.
 
-    past_means_KP, gain_CP, precision_PP: what weighs the components and moves their means; P = i.
-    values_C, vectors_CC: eigenvalues and eigenvectors of the covariance that is left.
+    past_means_MI, gain_FI, precision_II: determine the components' weights and means given the past.
+    values_F, vectors_FF: eigenvalues and eigenvectors of the conditional covariance.
     """
 
-    means_KC: np.ndarray
-    log_weights_K: np.ndarray
-    past_means_KP: np.ndarray
-    gain_CP: np.ndarray
-    precision_PP: np.ndarray
-    values_C: np.ndarray
-    vectors_CC: np.ndarray
+    means_MF: np.ndarray
+    log_weights_M: np.ndarray
+    past_means_MI: np.ndarray
+    gain_FI: np.ndarray
+    precision_II: np.ndarray
+    values_F: np.ndarray
+    vectors_FF: np.ndarray
 
 
 @lru_cache(maxsize=256)
 def conditional(law: Law, start: int, stop: int) -> Conditional:
-    """Frames [start, stop) given the clean frames before `start`; components that look alike there are merged."""
+    """Frames [start, stop) given the clean frames before `start`; components with equal means there are merged."""
     means, log_weights, covariance = law.mixture()
     seen, inverse = np.unique(means[:, :stop].round(12), axis=0, return_inverse=True)
     weights = np.bincount(inverse.ravel(), np.exp(log_weights), minlength=len(seen))
@@ -91,24 +91,24 @@ def conditional(law: Law, start: int, stop: int) -> Conditional:
     return Conditional(seen[:, window], np.log(weights), seen[:, past], gain, precision, values, vectors)
 
 
-def velocity(law: Law, start: int, x_BC: jax.Array, sigma_B: jax.Array, past_BP: jax.Array) -> jax.Array:
-    """E[eps - x0 | x_s, clean past] of frames [start, start + C), [B, C], in the dtype of `x`.
+def velocity(law: Law, start: int, x_BF: jax.Array, sigma_B: jax.Array, past_BI: jax.Array) -> jax.Array:
+    """E[eps - x0 | x_s, clean past] of frames [start, start + F), [B, F], in the dtype of `x`.
 
     Within a component, with d = x - (1-s) mu, S the covariance and S_s = (1-s)^2 S + s^2 I, it is
     (s I - (1-s) S) S_s^{-1} d - mu; components are weighed by their posterior given x_s and the past.
     """
-    part = conditional(law, start, start + x_BC.shape[1])
-    cast = lambda a: jnp.asarray(a, x_BC.dtype)
-    off_BKP = past_BP[:, None] - cast(part.past_means_KP)[None]
-    log_weights = cast(part.log_weights_K)[None]
-    log_weights -= 0.5 * jnp.einsum("bkp,pq,bkq->bk", off_BKP, cast(part.precision_PP), off_BKP)
-    vectors, values = cast(part.vectors_CC), cast(part.values_C)[None]
-    means = cast(part.means_KC @ part.vectors_CC)[None]
-    means += jnp.einsum("bkp,cp,cd->bkd", off_BKP, cast(part.gain_CP), vectors)
-    s_B1 = sigma_B.astype(x_BC.dtype)[:, None]
+    part = conditional(law, start, start + x_BF.shape[1])
+    cast = lambda a: jnp.asarray(a, x_BF.dtype)
+    off_BMI = past_BI[:, None] - cast(part.past_means_MI)[None]
+    log_weights = cast(part.log_weights_M)[None]
+    log_weights -= 0.5 * jnp.einsum("bkp,pq,bkq->bk", off_BMI, cast(part.precision_II), off_BMI)
+    vectors, values = cast(part.vectors_FF), cast(part.values_F)[None]
+    means = cast(part.means_MF @ part.vectors_FF)[None]
+    means += jnp.einsum("bkp,cp,cd->bkd", off_BMI, cast(part.gain_FI), vectors)
+    s_B1 = sigma_B.astype(x_BF.dtype)[:, None]
     keep = 1.0 - s_B1
-    inverse = 1.0 / (keep**2 * values + s_B1**2)  # [B, C], of S_s in its eigenbasis
-    y = x_BC @ vectors
+    inverse = 1.0 / (keep**2 * values + s_B1**2)  # [B, F], of S_s in its eigenbasis
+    y = x_BF @ vectors
     distance = y[:, None] - keep[:, :, None] * means
     posterior = jax.nn.softmax(log_weights - 0.5 * jnp.sum(inverse[:, None] * distance**2, axis=-1), axis=-1)
     mean = jnp.einsum("bk,bkc->bc", posterior, means)
@@ -121,14 +121,14 @@ def joint_velocity(law: Law, x_BF: jax.Array, sigma_B: jax.Array) -> jax.Array:
     return velocity(law, 0, x_BF, sigma_B, x_BF[:, :0])
 
 
-def sample(law: Law, rng: np.random.Generator, count: int, past_P: np.ndarray | None = None) -> np.ndarray:
+def sample(law: Law, rng: np.random.Generator, count: int, past_I: np.ndarray | None = None) -> np.ndarray:
     """Videos [count, F] in float64; with a past, whole videos that begin with it."""
-    past = np.zeros(0) if past_P is None else np.asarray(past_P, float)
+    past = np.zeros(0) if past_I is None else np.asarray(past_I, float)
     part = conditional(law, len(past), law.frames)
-    off = past[None] - part.past_means_KP
-    logits = part.log_weights_K - 0.5 * np.einsum("kp,pq,kq->k", off, part.precision_PP, off)
+    off = past[None] - part.past_means_MI
+    logits = part.log_weights_M - 0.5 * np.einsum("kp,pq,kq->k", off, part.precision_II, off)
     weights = np.exp(logits - logits.max())
     chosen = rng.choice(len(weights), count, p=weights / weights.sum())
     noise = rng.standard_normal((count, law.frames - len(past)))
-    fresh = (part.means_KC + off @ part.gain_CP.T)[chosen] + (noise * np.sqrt(part.values_C)) @ part.vectors_CC.T
+    fresh = (part.means_MF + off @ part.gain_FI.T)[chosen] + (noise * np.sqrt(part.values_F)) @ part.vectors_FF.T
     return np.concatenate([np.broadcast_to(past, (count, len(past))), fresh], axis=1)

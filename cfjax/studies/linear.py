@@ -1,4 +1,4 @@
-"""Linear-Gaussian videos, exactly: what a student of each teacher becomes, with no training and no sampling.
+"""Linear-Gaussian videos: the optimal student of each teacher in closed form, without training or sampling.
 
 Everything is affine here, so the optimum of each objective over all functions is a matrix: ODE regression's is a
 least-squares coefficient, consistency distillation's a recursion of them over the levels. A student is then a row
@@ -27,7 +27,7 @@ def noised(covariance: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _regress(target: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, float]:
-    """Best coefficients of `target` [Z] on the rows of `given` [R, Z], both linear in a white Z; what is left over."""
+    """Least-squares coefficients of `target` on the rows of `given`, both linear maps of white noise; the residual."""
     coefficients = target @ given.T @ np.linalg.pinv(given @ given.T, rcond=1e-12)
     return coefficients, float(np.sum((target - coefficients @ given) ** 2))
 
@@ -55,7 +55,7 @@ def ambiguity(law: LinearGaussian, sigma: float) -> np.ndarray:
 
 
 def innovation(law: LinearGaussian) -> np.ndarray:
-    """Var[x_0^i | x_0^{<i}], [F]: what is to be told apart at all."""
+    """Var[x_0^i | x_0^{<i}], [F]: the innovation variance of each frame."""
     half = root(law.mixture().covariance_FF)
     return np.array([_regress(half[i], half[:i])[1] for i in range(law.frames)])
 

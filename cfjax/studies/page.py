@@ -43,8 +43,8 @@ def provenance(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         names: dict[str, list[str]] = {}
         for part, made in parts.items():
             names.setdefault(made.get(key, "unknown"), []).append(part)
-        told = "; ".join(f"{value} ({', '.join(of)})" for value, of in names.items())
-        out[key] = next(iter(names)) if len(names) == 1 else told
+        listed = "; ".join(f"{value} ({', '.join(of)})" for value, of in names.items())
+        out[key] = next(iter(names)) if len(names) == 1 else listed
     return out
 
 
@@ -190,7 +190,7 @@ def verdict_list(found: Sequence[Verdict]) -> str:
     rows = (f"<li><b>{html.escape(v.claim)}</b> {html.escape(v.numbers)} <em>{v.outcome}.</em></li>" for v in found)
     rule = (
         f"A claim holds here if its direction is seen with p < {LEVEL:g}, it is reversed if the opposite is, and else "
-        "the two are not told apart. p: Welch's test over seeds, the paired test where both numbers are the same "
+        "it is not significant. p: Welch's test over seeds, the paired test where both numbers are the same "
         "network's or it stands alone; Holm-corrected over all claims of this page. Tables below are corrected each "
         "by itself."
     )

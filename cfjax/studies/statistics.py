@@ -54,29 +54,29 @@ def recorded(p: float) -> float | None:
     return p if np.isfinite(p) else None
 
 
-def energy_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
+def energy_distance(a_BF: np.ndarray, b_BF: np.ndarray) -> float:
     """2 E|a - b| - E|a - a'| - E|b - b'| of whole videos; unbiased, so it may be negative."""
-    return float(2.0 * cdist(a_NF, b_NF).mean() - pdist(a_NF).mean() - pdist(b_NF).mean())
+    return float(2.0 * cdist(a_BF, b_BF).mean() - pdist(a_BF).mean() - pdist(b_BF).mean())
 
 
-def _patterns(x_NF: np.ndarray) -> np.ndarray:
+def _patterns(x_BF: np.ndarray) -> np.ndarray:
     """How often each left/right pattern occurs, [2^(F-1)]."""
-    bits = (np.diff(x_NF, axis=1) > 0) @ (2 ** np.arange(x_NF.shape[1] - 1))
-    return np.bincount(bits, minlength=2 ** (x_NF.shape[1] - 1)) / len(x_NF)
+    bits = (np.diff(x_BF, axis=1) > 0) @ (2 ** np.arange(x_BF.shape[1] - 1))
+    return np.bincount(bits, minlength=2 ** (x_BF.shape[1] - 1)) / len(x_BF)
 
 
-def measure(x_NF: np.ndarray, real_NF: np.ndarray, law: Walk) -> dict[str, float]:
+def measure(x_BF: np.ndarray, real_BF: np.ndarray, law: Walk) -> dict[str, float]:
     """Generated walks against real ones, by name (`MEASURES`).
 
     energy: energy distance.  patterns: total variation between the frequencies of left/right patterns.
     spread: ratio of total variances.  motion: ratio of mean |step|.  static: fraction of steps shorter than half of the
     law's.  offmode: fraction of steps further than 3 noise deviations from either sign's.
     """
-    steps, real_steps = np.abs(np.diff(x_NF, axis=1)), np.abs(np.diff(real_NF, axis=1))
+    steps, real_steps = np.abs(np.diff(x_BF, axis=1)), np.abs(np.diff(real_BF, axis=1))
     return {
-        "energy": energy_distance(x_NF, real_NF),
-        "patterns": float(0.5 * np.abs(_patterns(x_NF) - _patterns(real_NF)).sum()),
-        "spread": float(x_NF.var(axis=0).sum() / real_NF.var(axis=0).sum()),
+        "energy": energy_distance(x_BF, real_BF),
+        "patterns": float(0.5 * np.abs(_patterns(x_BF) - _patterns(real_BF)).sum()),
+        "spread": float(x_BF.var(axis=0).sum() / real_BF.var(axis=0).sum()),
         "motion": float(steps.mean() / real_steps.mean()),
         "static": float((steps < 0.5 * law.step).mean()),
         "offmode": float((np.abs(steps - law.step) > 3.0 * law.noise).mean()),

@@ -41,7 +41,7 @@ Pool = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Budget:
-    """What each student of one seed is given; all have the same.
+    """Training budget, the same for every student.
 
     Attributes:
       ar_steps, ode_steps, cd_steps: updates of each stage; `ar_steps` also of DMD's critic before it meets a student.
@@ -69,7 +69,7 @@ def _video(x_BF: Any) -> jax.Array:
 
 
 def data_pool(law: Law, seed: int, count: int) -> Pool:
-    """Clean videos, and the text that nobody reads."""
+    """Clean videos, and text rows, which toy networks ignore."""
     clean = _video(sample(law, np.random.default_rng(seed), count))
     return {"latents_BFHWC": clean, "text_BSE": jnp.zeros((count, 1, 1)), "negative_text_SE": jnp.zeros((1, 1))}
 

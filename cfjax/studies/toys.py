@@ -1,7 +1,7 @@
-"""Toy networks that speak the protocol of `models.wan`, so that every objective and rollout takes them as they are.
+"""Toy networks with the interface of `models.wan`, so that every objective and rollout accepts them.
 
-A video is [B, F, 1, 1, C], a block is one frame. What a Wan network calls keys and values of the past are here the
-clean frames themselves and the level that they were told: the same caches carry them. Text is ignored.
+A video is [B, F, 1, 1, C], a block is one frame. In place of the keys and values of the past there
+are the clean frames themselves and their noise levels, in the same caches. Text is ignored.
 """
 
 from dataclasses import dataclass, field
@@ -39,16 +39,21 @@ class ToyConfig:
 
 
 class Toy:
-    """A network that is asked for frames given their clean past, or called on a whole video."""
+    """A network that predicts frames given their clean past, or is called on a whole video."""
 
     config: ToyConfig
 
     def given(
-        self, x_BFC: jax.Array, sigma_BF: jax.Array, past_BPC: jax.Array, told_BP: jax.Array, position_F: jax.Array
+        self,
+        x_BFC: jax.Array,
+        sigma_BF: jax.Array,
+        past_BIC: jax.Array,
+        past_sigma_BI: jax.Array,
+        position_F: jax.Array,
     ) -> jax.Array:
-        """Flow [B, F, C] of the frames at `position`, each given those of the P past frames that precede it.
+        """Flow [B, F, C] of the frames at `position`, each given those of the I past frames that precede it.
 
-        `told` is the level that the past is said to have: 0 when it is clean.
+        `past_sigma` is the noise level of the past: 0 when it is clean.
 
         Raises:
           UserError: a network that sees all frames at once.
@@ -57,8 +62,8 @@ class Toy:
 
 
 def _given(model: Toy, x: jax.Array, sigma_BF: jax.Array, past: FrameKV, position_F: jax.Array) -> jax.Array:
-    known, told = past.k_LBFTNK[0, :, :, 0, 0], past.v_LBFTNK[0, :, :, 0, 0, 0]
-    return model.given(x[:, :, 0, 0], sigma_BF, known, told, position_F)[:, :, None, None]
+    known, past_sigma = past.k_LBFTNK[0, :, :, 0, 0], past.v_LBFTNK[0, :, :, 0, 0, 0]
+    return model.given(x[:, :, 0, 0], sigma_BF, known, past_sigma, position_F)[:, :, None, None]
 
 
 def _frames(x_BFHWC: jax.Array, sigma_BF: jax.Array) -> FrameKV:
@@ -143,18 +148,23 @@ class Student(nnx.Module, Toy):
         self.mlp = Layers(2 + 3 * config.frames, config.width, 1, key)
 
     def given(
-        self, x_BFC: jax.Array, sigma_BF: jax.Array, past_BPC: jax.Array, told_BP: jax.Array, position_F: jax.Array
+        self,
+        x_BFC: jax.Array,
+        sigma_BF: jax.Array,
+        past_BIC: jax.Array,
+        past_sigma_BI: jax.Array,
+        position_F: jax.Array,
     ) -> jax.Array:
         """See `Toy.given`."""
-        index = jnp.arange(past_BPC.shape[1])
-        before = (index[None] < position_F[:, None]).astype(jnp.float32)[None]  # [1, F, P]
+        index = jnp.arange(past_BIC.shape[1])
+        before = (index[None] < position_F[:, None]).astype(jnp.float32)[None]  # [1, F, I]
         here = (index[None] == position_F[:, None]).astype(jnp.float32)[None]
         shape = (*x_BFC.shape[:2], index.shape[0])
         inputs = [
             x_BFC,
             sigma_BF[:, :, None],
-            past_BPC[:, None, :, 0] * before,
-            told_BP[:, None] * before,
+            past_BIC[:, None, :, 0] * before,
+            past_sigma_BI[:, None] * before,
             jnp.broadcast_to(here, shape),
         ]
         return self.mlp(jnp.concatenate(inputs, axis=-1))
@@ -226,7 +236,12 @@ class Exact(Toy):
         return ToyConfig(self.law.frames, head_dim=1)
 
     def given(
-        self, x_BFC: jax.Array, sigma_BF: jax.Array, past_BPC: jax.Array, told_BP: jax.Array, position_F: jax.Array
+        self,
+        x_BFC: jax.Array,
+        sigma_BF: jax.Array,
+        past_BIC: jax.Array,
+        past_sigma_BI: jax.Array,
+        position_F: jax.Array,
     ) -> jax.Array:
         """See `Toy.given`; all F frames of the law at once, whatever `position` says of them."""
         frames, channels = self.law.frames, x_BFC.shape[2]
@@ -234,7 +249,7 @@ class Exact(Toy):
         for i in range(frames):
             stop = min(i + self.ahead + 1, frames)
             window = x_BFC[:, i:stop, 0] if channels == 1 else x_BFC[:, i, : stop - i]
-            flow = velocity(self.law, i, window, sigma_BF[:, i], past_BPC[:, :i, 0])
+            flow = velocity(self.law, i, window, sigma_BF[:, i], past_BIC[:, :i, 0])
             flow = flow[:, :channels]
             flows.append(jnp.pad(flow, ((0, 0), (0, channels - flow.shape[1]))))
         return jnp.stack(flows, axis=1)

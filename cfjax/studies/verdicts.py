@@ -1,7 +1,7 @@
 """Claims, judged by one rule, and the claims of the exact part; none is judged unless its numbers were measured.
 
 The rule is stated before the numbers: a claim says that one number is larger than another. It holds if that is seen
-with p < 0.05, is reversed if the opposite is, and else the two are not told apart. All claims of a page are one family
+with p < 0.05, is reversed if the opposite is, and else is not significant. All claims of a page are one family
 of Holm's correction. With fewer than two seeds nothing is tested.
 """
 
@@ -14,7 +14,7 @@ from cfjax.studies.results import Results, after_dmd, early, number, quality, se
 from cfjax.studies.statistics import holm, paired, recorded, welch
 
 LEVEL = 0.05
-HOLDS, REVERSED, NOT_APART, NOT_TESTED = "holds", "reversed", "not told apart", "not tested"
+HOLDS, REVERSED, NOT_SIGNIFICANT, NOT_TESTED = "holds", "reversed", "not significant", "not tested"
 TESTS = {"welch": welch, "paired": paired}
 # measures by which a bidirectional start may be worse: +1 where more of it is worse, -1 where less is
 WORSE = {"energy": 1, "patterns": 1, "static": 1, "spread": -1, "motion": -1}
@@ -43,7 +43,7 @@ class Verdict:
     """A claim, the numbers that bear on it, what became of it, and its p (None: not tested).
 
     Attributes:
-      outcome: "holds", "reversed", "not told apart" or "not tested", by `p` alone.
+      outcome: "holds", "reversed", "not significant" or "not tested", by `p` alone.
       p, p_paired: of the primary and of the paired test, each Holm-corrected over the page.
     """
 
@@ -60,7 +60,7 @@ def outcome(larger: Sequence[float], smaller: Sequence[float], p: float) -> str:
     if not np.isfinite(p):
         return NOT_TESTED
     if p >= LEVEL:
-        return NOT_APART
+        return NOT_SIGNIFICANT
     return HOLDS if np.mean(larger) > np.mean(smaller) else REVERSED
 
 
@@ -221,5 +221,5 @@ def washed_out(found: Sequence[Verdict], measure: str) -> str:
     if left == REVERSED:
         return "over-corrected"
     if narrowed != HOLDS:
-        return "no" if left == HOLDS else NOT_APART
+        return "no" if left == HOLDS else NOT_SIGNIFICANT
     return "in part" if left == HOLDS else "washed out"

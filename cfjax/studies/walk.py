@@ -1,4 +1,4 @@
-"""The branching walk: what is ambiguous, exact collisions, and what a trained student ends at.
+"""The branching walk: ambiguity of a teacher's pairs, exact collisions, and predictions of a trained student.
 
 Conditioned on a clean past the couplings are exact: draw futures from the law given that past, and run the teacher's
 PF-ODE from data to noise. Then (x_s^i, x_0^i) of these videos are the teacher's pairs with that past. Solvers go from
@@ -23,7 +23,7 @@ from cfjax.studies.toys import FRAMEWISE, Student
 
 TEACHERS = ("bidirectional", "causal")
 TEACHER_OF = {"causal_ode": "causal", "bi_ode": "bidirectional"}  # of the students whose end is compared with its map
-STEPS = 96  # of rk4, equal in sigma: every few-step level lies on this grid
+STEPS = 96  # of rk4, equal in sigma: every few-step level is on this grid
 BANDWIDTH = 0.05  # of local-linear fits, in standard deviations of x_s^i
 CENTRAL = (0.02, 0.98)  # quantiles of x_s^i between which a student is judged
 RETURNED = 512  # videos per frame that are also solved back, for the solver's own error
@@ -41,14 +41,14 @@ def _backwards(flow: Flow) -> Flow:
 
 @lru_cache(maxsize=8)
 def noising(law: Law, steps: int = STEPS) -> Any:
-    """Compiled: videos [N, F] to the bidirectional PF-ODE's states at s = k / steps, [steps + 1, N, F]."""
+    """Compiled: videos [B, F] to the bidirectional PF-ODE's states at s = k / steps, [steps + 1, B, F]."""
     flow: Flow = lambda x, s: joint_velocity(law, x, jnp.broadcast_to(s, x.shape[:1]))
     return jax.jit(lambda x: rk4(_backwards(flow), x, _forward_grid(steps), trajectory=True)[1])
 
 
 @lru_cache(maxsize=32)
 def frame_noising(law: Law, frame: int, steps: int = STEPS) -> Any:
-    """Compiled: (past [N, i], x_0^i [N]) to the AR PF-ODE's states of that frame, [steps + 1, N]."""
+    """Compiled: (past [B, i], x_0^i [B]) to the AR PF-ODE's states of that frame, [steps + 1, B]."""
 
     def solve(past: jax.Array, end: jax.Array) -> jax.Array:
         flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past)
@@ -59,14 +59,14 @@ def frame_noising(law: Law, frame: int, steps: int = STEPS) -> Any:
 
 @lru_cache(maxsize=8)
 def denoising(law: Law, steps: int = STEPS) -> Any:
-    """Compiled: noise [N, F] to the bidirectional PF-ODE's end."""
+    """Compiled: noise [B, F] to the bidirectional PF-ODE's end."""
     flow: Flow = lambda x, s: joint_velocity(law, x, jnp.broadcast_to(s, x.shape[:1]))
     return jax.jit(lambda x: rk4(flow, x, _forward_grid(steps)))
 
 
 @lru_cache(maxsize=32)
 def frame_denoising(law: Law, frame: int, steps: int = STEPS) -> Any:
-    """Compiled: (past [N, i], noise of frame i [N]) to the AR PF-ODE's end [N]."""
+    """Compiled: (past [B, i], noise of frame i [B]) to the AR PF-ODE's end [B]."""
 
     def solve(past: jax.Array, noise: jax.Array) -> jax.Array:
         flow: Flow = lambda x, s: velocity(law, frame, x, jnp.broadcast_to(s, x.shape[:1]), past)
@@ -78,10 +78,10 @@ def frame_denoising(law: Law, frame: int, steps: int = STEPS) -> Any:
 
 @dataclass(frozen=True)
 class Probe:
-    """Pairs of one teacher with given pasts, by frame and level, and what is the best guess of each.
+    """Pairs of one teacher with given pasts, by frame and level, and an estimate of each end point's mean.
 
     All arrays [pasts, futures]: noisy x_s^i; end x_0^i; guess, a leave-one-out local-linear fit of the end on the noisy
-    frame; guess_error, that fit's own variance; inside, whether the point lies in the central quantiles.
+    frame; guess_error, that fit's own variance; inside, whether the point is in the central quantiles.
     clean [pasts, futures, F]: the videos.  solver_error: mean square of data -> noise -> data by the same solver.
     """
 
@@ -126,15 +126,15 @@ class Probe:
         return float(self.end.var(axis=1).mean())
 
 
-def local_linear(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def local_linear(x_B: np.ndarray, y_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Leave-one-out local-linear fit of y on x at every x (Gaussian kernel), and the sum of its squared weights."""
-    gap = x_N[None] - x_N[:, None]
-    kernel = np.exp(-0.5 * (gap / (BANDWIDTH * x_N.std())) ** 2)
+    gap = x_B[None] - x_B[:, None]
+    kernel = np.exp(-0.5 * (gap / (BANDWIDTH * x_B.std())) ** 2)
     np.fill_diagonal(kernel, 0.0)
     s0, s1, s2 = kernel.sum(1), (kernel * gap).sum(1), (kernel * gap**2).sum(1)
     weights = kernel * (s2[:, None] - s1[:, None] * gap)
     weights /= np.maximum(s0 * s2 - s1**2, 1e-12)[:, None]
-    return weights @ y_N, (weights**2).sum(1)
+    return weights @ y_B, (weights**2).sum(1)
 
 
 def _probe(frame: int, sigma: float, clean: np.ndarray, noisy: np.ndarray, solver_error: float) -> Probe:
@@ -172,7 +172,7 @@ def probes(
 
 
 def facts(probe: Probe, ar: Probe) -> dict[str, Any]:
-    """What is known of a teacher's pairs without any student.
+    """Statistics of a teacher's pairs, without any student.
 
     ambiguity, of_prior: E Var, and over the prior's.  by_past: the same by past.  central: E Var where students are
     judged.  monotone: see `Probe`.  floor_map: what the solver's error adds to a distance from the flow map (from pure
@@ -204,7 +204,7 @@ def _predict(student: Any, noisy: jax.Array, sigma: jax.Array, clean: jax.Array)
 
 
 def settling(student: Student, probe: Probe) -> dict[str, float]:
-    """Where a student's predictions lie.
+    """Distances of a student's predictions.
 
     dist_map, dist_mean: squared distances to the teacher's end points and to their conditional mean, over the central
     quantiles; their floors are among `facts`.  kept: the predictions' variance given the past over the data's, all

@@ -1,4 +1,4 @@
-"""A file that grows while a run goes on, and is never a reason for the run to end."""
+"""Appending to a log file of a run; write errors never end the run."""
 
 import os
 from collections import deque
@@ -13,17 +13,16 @@ MOST = 64_000_000  # bytes that wait for room on a disk, the newest ones
 
 
 class Appender:
-    """Appends to a file at once. What cannot be written waits, and is written in its place when that works again.
+    """Appends to a file at once. Data that cannot be written is buffered, and written in order when that works again.
 
-    A write that broke off leaves no torn piece: the next one begins where the last whole one ended. The first failure
-    is told.
+    A partial write is overwritten: the next one begins where the last complete one ended. The first failure is logged.
 
     Args:
       file: on this machine; made, with its folder, at the first write.
     """
 
     def __init__(self, file: Path) -> None:
-        self.file, self._told = file, False
+        self.file, self._warned = file, False
         self._size: int | None = None  # up to where the file is whole; None: as it is found
         self._waiting: deque[bytes] = deque()
 
@@ -33,7 +32,7 @@ class Appender:
         self.flush()
 
     def flush(self, *, sync: bool = False) -> None:
-        """Writes what waits. `sync`: it is also on the disk, should the machine lose its power."""
+        """Writes what is buffered; with `sync` also to the disk (fsync)."""
         if not self._waiting and not (sync and self.file.exists()):
             return
         data = b"".join(self._waiting)
@@ -49,20 +48,20 @@ class Appender:
                 if sync:
                     os.fsync(stream.fileno())
         except OSError as error:
-            self._tell(error)
+            self._warn(error)
             while sum(map(len, self._waiting)) > MOST:
                 self._waiting.popleft()
             return
         self._size += len(data)
         self._waiting.clear()
 
-    def _tell(self, error: OSError) -> None:
-        if not self._told:
-            self._told = True
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
             logging.warning("%s: cannot be written (%s); the run goes on and tries again", self.file, one_line(error))
 
     def rewrite(self, keep: Callable[[bytes], bool]) -> None:
-        """Keeps the lines of the file that are to be kept; all of them or none of the change."""
+        """Keeps the lines of the file for which `keep` is true; atomic."""
         temporary = self.file.with_suffix(".tmp")
         try:
             kept = [line + b"\n" for line in self.file.read_bytes().splitlines() if keep(line)]
@@ -72,4 +71,4 @@ class Appender:
         except FileNotFoundError:
             return
         except OSError as error:
-            self._tell(error)
+            self._warn(error)

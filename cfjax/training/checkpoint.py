@@ -1,4 +1,4 @@
-"""Checkpoints on Orbax: asynchronous, atomic, the newest few kept; a broken one is passed over, never a reason to die.
+"""Checkpoints with Orbax: asynchronous, atomic, the newest few kept; broken ones are skipped.
 
 A checkpoint holds the train state as a flat dict of named arrays ("params/student/blocks/..."), the data iterator's
 state, and a meta record (stage, step, and whatever the verb adds: model configs, codec, blocks).
@@ -37,7 +37,7 @@ from cfjax.core.paths import (
 )
 from cfjax.core.schema import anything, each_of, several, table, whole
 from cfjax.core.tree import named_leaves
-from cfjax.training.leaves import check_leaves, detached, flatten, unflatten
+from cfjax.training.leaves import check_leaves, flatten, host_copy, unflatten
 from cfjax.training.optim import current_names
 from cfjax.training.plain import from_json, to_json
 from cfjax.training.stored import read_back, stored_array
@@ -57,7 +57,7 @@ Found = tuple[dict[str, jax.Array], dict[str, Any]]  # arrays by name, record
 def _manager(
     directory: Path, *, keep: int | None = None, writes: bool = True, checksums: bool = True
 ) -> ocp.CheckpointManager:
-    """Orbax's manager: processes write together, and each reads alone, so that none waits for one that cannot read."""
+    """Orbax's manager: processes write together, and each reads by itself, so that none waits for one that cannot."""
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -71,7 +71,7 @@ def _manager(
     handlers = {STATE: ocp.PyTreeCheckpointHandler(), RECORD: RecordHandler(checksums=checksums)}
     try:
         for _ in range(RACES):
-            # There when the folder is listed, gone when it is looked at: an old one that a run beside this one removed.
+            # Listed, but absent when read: an old one that a concurrent run removed.
             with suppress(FileNotFoundError, NotADirectoryError):
                 return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
         return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
@@ -79,8 +79,8 @@ def _manager(
         raise unusable(error)(f"{directory} cannot be opened ({one_line(error)})") from error
 
 
-def _told_by_all(value: int) -> list[int]:
-    """The values of all processes, each of which has to ask."""
+def _all_gather(value: int) -> list[int]:
+    """The values of all processes; a collective call."""
     return multihost_utils.process_allgather(np.asarray(value, np.int32)).ravel().tolist()
 
 
@@ -99,7 +99,7 @@ def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 def _probe(folder: Path) -> None:
     """Reads the last byte of every stored array; raises when a file is cut short or gone.
 
-    Orbax reads all arrays at once, and after a first failure the others spill their errors on the terminal.
+    Orbax reads all arrays at once, and after a first failure prints the errors of the others on the terminal.
     """
     store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore(folder / STATE)}).result()
     keys = store.list().result()
@@ -119,7 +119,7 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str,
 
 
 def _unless_broken(folder: Path, read: Callable[[], T]) -> T | None:
-    """What `read` makes of a checkpoint, which it may refuse (UserError); None, with a warning, if that is broken."""
+    """The result of `read`, which may raise UserError; None, with a warning, if the checkpoint is broken."""
     try:
         return read()
     except UserError:
@@ -155,14 +155,14 @@ def _read(
 
 
 def _newest(steps: Iterable[int], read: Callable[[int], T | None], *, together: bool) -> tuple[T | None, list[int]]:
-    """What `read` finds at the newest step that is not broken, and the broken steps before it.
+    """The result of `read` at the newest step that is not broken, and the newer, broken steps.
 
     Args:
-      together: all processes call this, and what is broken for one of them is so for all.
+      together: all processes call this, and what is broken for one of them is broken for all.
     """
     untried = set(steps)
     broken: list[int] = []
-    ask = _told_by_all if together else lambda value: [value]
+    ask = _all_gather if together else lambda value: [value]
     while (step := max(ask(max(untried, default=-1)))) >= 0:  # a process may not see all of them
         found = read(step)
         if all(ask(found is not None)):
@@ -176,7 +176,7 @@ def _newest(steps: Iterable[int], read: Callable[[int], T | None], *, together: 
 
 
 def record_of(state: Mapping[str, Any], data_state: Any, meta: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What a checkpoint says of itself, as JSON: meta, the data's place, and every leaf's shape."""
+    """The record of a checkpoint, as JSON: meta, the data iterator's state, and every leaf's shape."""
     return {
         "meta": to_json({**meta, "step": step}),
         "data_state": to_json(data_state),
@@ -207,7 +207,7 @@ class CheckpointStore:
     def save(self, step: int, state: Any, data_state: Any, meta: Mapping[str, Any]) -> None:
         """Starts an asynchronous, atomic save; returns once `state` may be donated. A saved step stays as it is.
 
-        The first one of a workdir is waited for and read back: a storage that loses writes is told now, not days later.
+        The first one of a workdir is waited for and read back, to detect at once a storage that loses writes.
 
         Raises:
           Temporary: this save, or the one before it, could not be written (a full disk); older ones stay as they are.
@@ -216,7 +216,7 @@ class CheckpointStore:
         saved = self._manager.all_steps()
         if step in saved:
             return
-        arrays = {name: detached(leaf) for name, leaf in flatten(state).items()}
+        arrays = {name: host_copy(leaf) for name, leaf in flatten(state).items()}
         record = RecordSave(record_of(arrays, data_state, meta, step))
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=record)
         try:
@@ -228,9 +228,9 @@ class CheckpointStore:
             self._read_back(step, arrays)
 
     def _read_back(self, step: int, arrays: Mapping[str, Any]) -> None:
-        """All processes come here, and go on if the first checkpoint is good for each of them."""
+        """A collective call that raises unless every process can read the first checkpoint back."""
         problem = read_back(self._directory / str(step), arrays)
-        if any(_told_by_all(problem is not None)):
+        if any(_all_gather(problem is not None)):
             with suppress(Exception):  # whatever the storage does not do now either
                 self._set_aside([step])
             raise problem or UserError(f"{self._directory}: another process cannot read the first checkpoint back")
@@ -238,8 +238,8 @@ class CheckpointStore:
     def restore_latest(self, template: Any, *, stage: str | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
         """(state, data_state, meta) of the newest checkpoint that can be read, or None when there is none.
 
-        Broken ones are passed over with one warning line each and moved to `workdir/checkpoints_broken`. Of several
-        processes, all call this and take the same one: what one of them cannot read is broken for all. Arrays get the
+        Broken ones are skipped with a warning each and moved to `workdir/checkpoints_broken`. All processes call this
+        and use the same one: what one of them cannot read is broken for all. Arrays get the
         template's dtype and sharding.
 
         Raises:
@@ -259,12 +259,12 @@ class CheckpointStore:
             return unflatten(template, arrays), record["data_state"], record["meta"]
         if broken:
             raise UserError(
-                f"{self._directory}: all checkpoints are broken ({broken}); remove the folder to start anew"
+                f"{self._directory}: all checkpoints are broken ({broken}); remove the folder to start again"
             )
         return None
 
     def _set_aside(self, steps: Sequence[int]) -> None:
-        """Moves broken checkpoints away; all processes come here with the same ones."""
+        """Moves broken checkpoints away; a collective call."""
         if not steps:
             return
         if jax.process_index() == 0:
@@ -302,7 +302,7 @@ class CheckpointStore:
         )
 
     def close(self) -> None:
-        """Finishes the last save and frees the threads; a save that failed was told by `save` or `wait`."""
+        """Finishes the last save and stops the threads; failed saves were raised by `save` or `wait`."""
         try:
             self._manager.close()
         except Exception as error:
@@ -336,7 +336,7 @@ def _good_records(run_dir: Path) -> Generator[tuple[int, dict[str, Any]], None, 
 
 
 def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, Any]:
-    """The meta record of a run's newest readable checkpoint; what a verb needs to build the template for `load_role`.
+    """The meta record of a run's newest readable checkpoint; from which a verb builds the template for `load_role`.
 
     Raises:
       UserError: no run, nothing readable, or a stage not among `stages`.
@@ -350,10 +350,10 @@ def read_meta(run_dir: str | Path, *, stages: Sequence[str] = ()) -> dict[str, A
 
 
 def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = False, stages: Sequence[str] = ()) -> Any:
-    """One role's weights (or its float32 shadow, `ema`) from a run's newest readable checkpoint, in `template`'s form.
+    """One role's weights (or their float32 EMA, `ema`) from a run's newest readable checkpoint, as `template`.
 
     Nothing else of the checkpoint is read. Arrays get the template's dtype and sharding; where that spans processes,
-    all of them call this and take the same checkpoint.
+    all of them call this and use the same checkpoint.
 
     Args:
       run_dir: the `--workdir` of the other run.  stages: accepted stage names (empty: any).
@@ -381,7 +381,7 @@ def load_role(run_dir: str | Path, role: str, template: Any, *, ema: bool = Fals
 
 
 def stored_roles(run_dir: str | Path) -> list[tuple[str, bool]]:
-    """(role, whether its float32 shadow) of everything that the newest readable checkpoint of a run holds.
+    """(role, whether it is the float32 EMA) of all weights in the newest readable checkpoint of a run.
 
     Raises:
       UserError: no run, or nothing readable.
@@ -401,7 +401,7 @@ def open_role(
 
     Args:
       stages: accepted stage names (empty: any).
-      together: all processes call this, and take the same checkpoint.
+      together: all processes call this, and use the same checkpoint.
 
     Raises:
       UserError: no run, nothing readable, another stage, or no such role.

@@ -1,12 +1,12 @@
-"""Whether a loss has left all bounds: what it has come to is no state to go on from, even where every number is finite.
+"""Detection of diverging losses, whose weights are no state to resume from even if every number is finite.
 
-What counts is a role's own recent past: the median of the absolute losses of its last `WINDOW` updates. The median, as
+The bound of a role is relative to the median of the absolute losses of its last `WINDOW` updates. The median, as
 one odd batch does not move it; absolute, as a generator's loss may be negative; a running one, as a stage-3 loss that
 begins near nothing (both scores are one network) may grow as far as it likes within its first hundreds of updates. The
 median counts as `FLOOR` at least: latents and noise have unit variance, so a loss below a thousand times that, which is
 1, is an ordinary error, however small the losses before it were (a GAN's or SiD's cross zero).
 
-Losses beyond the bound do not enter the median, and a role is calm again after `CALM` updates within it.
+Losses beyond the bound do not enter the median, and a role counts as recovered after `CALM` updates within it.
 """
 
 from collections import deque
@@ -27,11 +27,11 @@ class LossWatch:
     def __init__(self, factor: float) -> None:
         self._factor = factor
         self._past: dict[str, deque[float]] = {}
-        self._left: dict[str, int] = {}  # updates until a role that was beyond its bound is calm
+        self._left: dict[str, int] = {}  # updates until a role that exceeded its bound has recovered
         self._what: dict[str, str] = {}
 
     def add(self, step: int, role: str, loss: float) -> None:
-        """A role's update at iteration `step` told a finite loss."""
+        """Records the finite loss of a role's update at iteration `step`."""
         past = self._past.setdefault(role, deque(maxlen=WINDOW))
         middle = median(past) if len(past) >= ENOUGH else float("inf")
         if self._factor and abs(loss) > self._factor * max(middle, FLOOR):
@@ -44,13 +44,13 @@ class LossWatch:
         self._left[role] = max(0, self._left.get(role, 0) - 1)
 
     def grown(self) -> str:
-        """What is said of a loss that left its bound and has not been calm since; "" if there is none."""
+        """The message about a loss that exceeded its bound and has not recovered; "" if there is none."""
         return next((self._what[role] for role, left in self._left.items() if left), "")
 
     def get_state(self) -> dict[str, list[float]]:
-        """The past, for the checkpoint: a resumed run judges as the uninterrupted one."""
+        """The recent losses, for the checkpoint: a resumed run then behaves as the uninterrupted one."""
         return {role: list(past) for role, past in self._past.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Takes what `get_state` gave."""
+        """Restores what `get_state` returned."""
         self._past = {role: deque(past, maxlen=WINDOW) for role, past in state.items()}

@@ -32,8 +32,8 @@ def unflatten(template: Any, named: Mapping[str, jax.Array]) -> Any:
     return from_named(template, filled)
 
 
-def detached(leaf: jax.Array) -> jax.Array:
-    """On CPU "host copies" alias the device buffer, which the next step donates; an asynchronous save needs its own."""
+def host_copy(leaf: jax.Array) -> jax.Array:
+    """A copy on the host: on CPU, `np.asarray` aliases the device buffer, which the next step donates."""
     on_cpu = all(device.platform == "cpu" for device in leaf.devices())
     return jnp.copy(leaf) if on_cpu else leaf
 

@@ -1,4 +1,4 @@
-"""The training loop: batches in, updates by cadence, curves and checkpoints out; it ends well and goes on exactly."""
+"""The training loop: batches in, updates by cadence, curves and checkpoints out; stops cleanly and resumes exactly."""
 
 import signal
 import threading
@@ -27,11 +27,11 @@ from cfjax.training.observe import StepClock, Tracer, Work
 from cfjax.training.placement import placement_of
 from cfjax.training.state import TrainState, advance
 from cfjax.training.step import Metrics, Update, make_update
-from cfjax.training.watchdog import Watchdog, failing_fast
+from cfjax.training.watchdog import Watchdog, exit_on_failure
 
 
 class DataIterator(Protocol):
-    """An endless iterator of numpy batches whose place can be saved and restored to the exact record (grain's)."""
+    """An endless iterator of numpy batches whose state can be saved and restored to the exact record (grain's)."""
 
     def __next__(self) -> Mapping[str, np.ndarray]: ...
     def get_state(self) -> Any: ...
@@ -55,8 +55,8 @@ ECHO_SECONDS = 5.0
 class StopSignal:
     """While active, SIGTERM and SIGINT are noted instead of killing; a second one kills. Main thread only.
 
-    A SIGTERM within `ECHO_SECONDS` of the first is the same one: a scheduler may tell a process and its launcher, which
-    passes it on. In a multi-host run JAX's preemption service listens instead, so that all processes stop at the same
+    A SIGTERM within `ECHO_SECONDS` of the first is the same one: a scheduler may signal both a process and
+    its launcher. In a multi-host run JAX's preemption service listens instead, so that all processes stop at the same
     step; it takes any number of signals for one.
     """
 
@@ -105,7 +105,7 @@ class _Meter:
         self._pending.append((step, role, metrics, ids))
 
     def drain(self, before: int | None = None) -> None:
-        """Fetches what iterations below `before` (default: all) have told.
+        """Fetches the metrics of iterations below `before` (default: all).
 
         Raises:
           NonFiniteLoss: an update of theirs was not finite.
@@ -216,10 +216,12 @@ class _RunIO:
         self._meter = _Meter(lambda: f"last checkpoint: step {max(store.steps(), default='none')}", self._watch)
 
     def resume(self, state: TrainState, *, going_on: bool) -> tuple[TrainState, int]:
-        """The state of the newest good checkpoint, or this one; data and curves go on from there too. Its step."""
+        """The state of the newest good checkpoint, or this one, and its step; data and curves resume there too."""
         restored = self.store.restore_latest(state, stage=self._meta["stage"])
         if restored is None and going_on:
-            raise UserError(f"{self.workdir}: its checkpoints are gone; run the same command again to start anew")
+            raise UserError(
+                f"{self.workdir}: its checkpoints are gone; run the same command again to start from step 0"
+            )
         if restored is None:
             return state, 0
         state, place, _ = restored
@@ -265,11 +267,11 @@ class _RunIO:
         if save:
             place = {"data": self._data.get_state(), "curves": self._meter.get_state()}
             with self.clock.outside():
-                self.writer.flush()  # a run that goes on from this checkpoint finds the curves up to it
+                self.writer.flush()  # a run that resumes from this checkpoint finds the curves up to it
                 self._save(done, state, {**place, "losses": self._watch.get_state()})
 
     def _save(self, done: int, state: TrainState, place: Mapping[str, Any]) -> None:
-        """Saves step `done`; aside, where no run goes on from, if a loss has left all bounds."""
+        """Saves step `done`; in a folder that no run resumes from, if a loss exceeds its bound."""
         if not self._watch.grown():
             self._aside = False
             return self.store.save(done, state, place, self._meta)
@@ -306,7 +308,7 @@ class _RunIO:
 
 @contextmanager
 def _naming_last_checkpoint(store: CheckpointStore) -> Iterator[None]:
-    """What a disk, a quota or a mount provokes anywhere within names the step that the run goes on from."""
+    """Context manager: storage errors inside name the step from which the run resumes."""
     try:
         yield
     except Exception as error:
@@ -389,19 +391,19 @@ def fit(
     Args:
       txs: role -> optimiser, as given to `init_state`.
       state: a fresh state (`init_state`), which is consumed; also the template of a restored one, shardings included,
-        so that a run may go on on another mesh or number of processes.
+        so that a run may resume on another mesh or number of processes.
       frozen: further models that the losses see; never saved.
       data: iterator of numpy batches, or a function that makes it.
       put_batch: places a batch on devices (default: the default device).
       sample_fn: called with (state, step, writer) when preview samples are due.
-      going_on: the run directory holds a checkpoint, and `state` is nothing but its template.
+      going_on: the run directory holds a checkpoint, and `state` is only its template.
 
     Raises:
       NonFiniteLoss: a loss or gradient is not finite.  GrownLoss: the run ended with a loss beyond its bound.
       Temporary: a checkpoint could not be written.
       UserError: the run directory holds another stage or other shapes; the data ended.
     """
-    with failing_fast():
+    with exit_on_failure():
         store = CheckpointStore(output.workdir, schedule.keep, checksums=schedule.checksums)
     own_writer = None if output.writer else EventWriter(output.workdir, enabled=jax.process_index() == 0)
     writer = output.writer or own_writer
@@ -410,7 +412,7 @@ def fit(
         named = replace(output, meta={**output.meta, "stage": stage.name})
         io = _RunIO(named, store, writer, data() if callable(data) else data, schedule)
         updates = _updates(stage, txs, schedule.accumulate, placement_of(state))
-        with failing_fast(), _naming_last_checkpoint(store), Watchdog(schedule.stall_seconds) as watchdog:
+        with exit_on_failure(), _naming_last_checkpoint(store), Watchdog(schedule.stall_seconds) as watchdog:
             with watchdog.restoring():
                 state, start = io.resume(state, going_on=going_on)
             if start >= schedule.steps:

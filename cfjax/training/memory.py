@@ -1,7 +1,7 @@
-"""What every role of a stage holds on each device, from shapes and shardings: told before anything is allocated.
+"""Memory of every role of a stage on each device, from shapes and shardings, before anything is allocated.
 
-Resting memory is counted exactly. Of one update at a time there are the gradients of the role that it trains, counted
-too; activations and the compiler's temporaries come on top and are the compiler's to tell.
+Weights, optimiser states and averages are counted exactly, and so are the gradients of the one role that is being
+updated. Activations and the compiler's temporaries come on top; only the compiler knows these.
 """
 
 import math
@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from cfjax.core.errors import UserError
-from cfjax.core.offload import rests_on_host
+from cfjax.core.offload import is_on_host
 from cfjax.core.quantize import Quantized, is_quantized
 from cfjax.core.tree import named_leaves
 from cfjax.objectives.stage import Stage
@@ -29,8 +29,8 @@ GIB = 1 << 30
 class RoleMemory:
     """One role's share of a device, in bytes.
 
-    parameters: their number, of the whole network.  stored: the dtype of most.  host: bytes that rest in the memory of
-    the device's host instead.  gradients: only while the role is updated.
+    parameters: their number, of the whole network.  stored: the dtype of most.  host: bytes in host memory instead.
+    gradients: only while the role is updated.
     """
 
     role: str
@@ -43,14 +43,14 @@ class RoleMemory:
     ema: int = 0
 
     @property
-    def resting(self) -> int:
-        """On the device between updates."""
+    def persistent(self) -> int:
+        """Bytes on the device between updates."""
         return self.weights + self.optimizer + self.ema
 
     @property
     def device(self) -> int:
-        """On the device while this role is updated."""
-        return self.resting + self.gradients
+        """Bytes on the device while this role is updated."""
+        return self.persistent + self.gradients
 
 
 def abstract_state(
@@ -79,13 +79,13 @@ def abstract_state(
 
 
 def device_bytes(tree: Any, *, on_host: bool = False) -> int:
-    """Bytes of arrays or shapes that rest in one device's memory, or its host's; without a sharding a leaf is whole."""
+    """Bytes of arrays or shapes in the memory of one device, or of its host; a leaf without a sharding counts fully."""
 
     def one(x: Any) -> int:
         shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
         return math.prod(shape) * x.dtype.itemsize
 
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree) if rests_on_host(leaf) == on_host)
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree) if is_on_host(leaf) == on_host)
 
 
 def _stored(model: Any) -> str:
@@ -114,7 +114,7 @@ def role_memory(
     """Every role's share of one device.
 
     Args:
-      models: role -> network as it will rest: `jax.ShapeDtypeStruct`s with shardings.
+      models: role -> network as it will be stored: `jax.ShapeDtypeStruct`s with shardings.
       mesh: None for one device.
       accumulate: microbatches per update of the trained roles; more than one keeps their sum beside each gradient.
     """
@@ -138,8 +138,8 @@ def role_memory(
 
 
 def needed_bytes(rows: Sequence[RoleMemory]) -> int:
-    """What all roles together hold on a device at least: everything that rests, and the largest role's gradients."""
-    return sum(row.resting for row in rows) + max((row.gradients for row in rows), default=0)
+    """Bytes that all roles need at least on a device: everything between updates, and the largest gradients."""
+    return sum(row.persistent for row in rows) + max((row.gradients for row in rows), default=0)
 
 
 def memory_table(rows: Sequence[RoleMemory]) -> list[str]:
@@ -162,23 +162,23 @@ def _gib(size: int) -> str:
 
 
 def memory_limit(device: jax.Device) -> int | None:
-    """Bytes that programs may use on this device, where its runtime tells (TPU, GPU)."""
+    """Bytes that programs may use on this device, if its runtime reports it (TPU, GPU)."""
     stats = device.memory_stats()
     return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
 
 
 def check_memory(rows: Sequence[RoleMemory], limit: int | None) -> None:
-    """Nothing is started that cannot end well.
+    """Checks that the roles fit into memory.
 
     Raises:
-      UserError: what rests on a device is more than its `limit` (None: unknown).
+      UserError: they need more than the `limit` of a device (None: unknown).
     """
     needed = needed_bytes(rows)
     if limit is not None and needed > limit:
         frozen = max((row for row in rows if not row.gradients), key=lambda row: row.weights, default=None)
         large = frozen is not None and frozen.weights > needed // 100
-        rest = f", or set roles.{frozen.role}.storage='int8' or .offload=True" if frozen and large else ""
+        hint = f", or set roles.{frozen.role}.storage='int8' or .offload=True" if frozen and large else ""
         raise UserError(
             f"the roles hold {needed / GIB:.1f} GiB per device, which has {limit / GIB:.1f} GiB; "
-            f"cut them over more devices with mesh.fsdp{rest}"
+            f"shard them over more devices with mesh.fsdp{hint}"
         )

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard event files written without TensorFlow, and the same scalars as JSON lines."""
+"""Metrics of a run: TensorBoard event files written without TensorFlow, and the same scalars as JSON lines."""
 
 import io
 import itertools
@@ -27,7 +27,7 @@ from cfjax.training.appender import Appender
 
 JSONL = "metrics.jsonl"
 PERFORMANCE = "performance.jsonl"  # what differs from machine to machine and from run to run
-FLUSH_SECONDS = 60.0  # after which what was told is on disk, or in the bucket
+FLUSH_SECONDS = 60.0  # after which points are on disk, or in the bucket
 LONGEST = 32e6  # bytes of an event file that goes to a bucket; it is sent whole, again and again, until the next begins
 
 _files = itertools.count()  # of this process, whose names may else be equal
@@ -48,7 +48,7 @@ def _pixels(frames: np.ndarray, what: str, ndim: int, scale: int) -> np.ndarray:
 
 
 def _is_before(step: int, line: bytes) -> bool:
-    """Whether a JSON line is whole and of an earlier step."""
+    """Whether a JSON line is complete and of an earlier step."""
     try:
         return json.loads(line)["step"] < step
     except (ValueError, KeyError, TypeError):
@@ -58,7 +58,7 @@ def _is_before(step: int, line: bytes) -> bool:
 class EventWriter:
     """Writes scalars, text, images and videos of one run into `workdir`; a context manager.
 
-    A disk that is full, read-only or gone is told once; what is told meanwhile is written when that works again.
+    A full, read-only or lost disk is logged once; points are buffered and written when that works again.
 
     Args:
       workdir: the run's folder, here or in a bucket; event files go to `workdir/events`, scalars also to
@@ -93,7 +93,7 @@ class EventWriter:
         self.close()
 
     def restart(self, step: int) -> None:
-        """The run goes on at `step`: what was told at or after it is withdrawn, so that no curve has a point twice."""
+        """Resumes at `step`: points at or after it are withdrawn, so that no curve has a point twice."""
         if not self._enabled:
             return
         for lines in self._lines.values():
@@ -141,7 +141,7 @@ class EventWriter:
         self._picture(step, name, pixels.shape[1:], gif)
 
     def flush(self) -> None:
-        """Brings the files up to date on disk, or in the bucket; what cannot be sent is sent next time."""
+        """Brings the files up to date on disk, or in the bucket; failed uploads are retried next time."""
         if not self._enabled:
             return
         self._flushed = time.monotonic()

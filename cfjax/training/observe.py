@@ -1,4 +1,4 @@
-"""Where a run's time goes: step time, tokens/s, utilisation, memory and data wait as curves; a trace on demand."""
+"""Performance of a run: step time, tokens/s, utilisation, memory and data wait as curves; a trace on demand."""
 
 import platform
 import re
@@ -24,14 +24,14 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Work:
-    """What the clock needs to know of a run.
+    """Figures of a run that `StepClock` needs.
 
     Attributes:
       tokens: latent tokens of one batch, all devices together.
       flops: role -> FLOPs of one update, all devices together, recomputation not counted.
       peak: FLOP/s of all devices together at their best; 0 is unknown.
       trace: iterations [first, end) to write a profiler trace of.
-      counts: further figures to tell with the clock's, such as how many records were found broken.
+      counts: further figures to log with the clock's, such as the number of broken records.
     """
 
     tokens: float = 0.0
@@ -49,7 +49,7 @@ class StepClock:
     perf/mfu                model FLOPs utilisation (PaLM, arXiv 2204.02311): the FLOPs that the mathematics asks for,
                             recomputation not counted, over what the devices could do; where both are known
     perf/data_wait          fraction of that time in which the loop waited for the data
-    perf/memory_gib         most memory in use so far on the fullest local device; where the backend tells
+    perf/memory_gib         peak memory of the fullest local device so far; where the backend reports it
     """
 
     def __init__(self, work: Work, now: Callable[[], float] = time.perf_counter) -> None:
@@ -67,7 +67,7 @@ class StepClock:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Around what is no training: sampling, saving, compiling."""
+        """Around what is not training: sampling, saving, compiling."""
         start = self._now()
         yield
         self._left_out += self._now() - start
@@ -103,7 +103,7 @@ class StepClock:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that was in use on the fullest local device; 0 where the backend does not tell (CPU)."""
+    """Peak bytes in use on the fullest local device; 0 where the backend does not report it (CPU)."""
     stats = (device.memory_stats() or {} for device in jax.local_devices())
     return max(int(s.get("peak_bytes_in_use", 0)) for s in stats)
 
@@ -123,10 +123,10 @@ def trace_window(text: str) -> tuple[int, int] | None:
 
 
 class Tracer:
-    """Writes an XProf trace of some iterations to `workdir`/profile and tells the share of collectives in it.
+    """Writes an XProf trace of some iterations to `workdir`/profile and computes the share of collectives.
 
-    Every host writes its own file; the first process tells the share, of its own host. A trace that fails is a warning:
-    a run matters more.
+    Every host writes its own file; the first process logs the share, of its own host. A failing trace is only a
+    warning.
 
     Args:
       window: iterations [first, end), or None for no trace.
@@ -169,7 +169,7 @@ class Tracer:
 
 @contextmanager
 def _warned(folder: Path) -> Iterator[None]:
-    """What goes wrong within is a warning of one line."""
+    """Context manager: errors inside become a one-line warning."""
     try:
         yield
     except Exception as error:  # whatever the profiler and a disk provoke

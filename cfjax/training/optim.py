@@ -15,7 +15,7 @@ from cfjax.core.tree import match
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
 MUON_EXCLUDE = r".*(embed|head|modulation).*"
-_CORE, _COURSE = 1, 3  # places in the chain of what has a state: moments, and the count of updates
+_CORE, _SCHEDULE = 1, 3  # positions in the chain of what has a state: moments, and the count of updates
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class OptimizerConfig:
 def make_schedule(
     name: str, lr: float, *, steps: int, warmup: int = 0, decay_fraction: float = 0.2, key: str = "optim"
 ) -> optax.Schedule:
-    """Learning rate by update count: a linear warm-up to `lr` over `warmup` updates, then the named course.
+    """Learning rate by update count: a linear warm-up to `lr` over `warmup` updates, then the named schedule.
 
     constant: stays.  cosine: falls to 0 at `steps`.  wsd (warm-up, stable, decay): stays, then falls linearly to 0 over
     the last `decay_fraction` of `steps`.  `steps` counts this role's updates, not iterations.  `key`: for messages.
@@ -150,7 +150,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, key: str = "optim") -
         config.schedule, config.lr, key=key, steps=steps, warmup=warmup, decay_fraction=decay_fraction
     )
     decay = _decay(config.weight_decay, tuple(config.decay_rules)) if config.weight_decay else optax.identity()
-    return optax.chain(  # in places that do not depend on what is turned off: `_CORE` and `_COURSE` have a state
+    return optax.chain(  # in positions that do not depend on what is turned off: `_CORE` and `_SCHEDULE` have a state
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         _adam(config) if config.name == "adamw" else _muon(config),
         decay,
@@ -165,11 +165,11 @@ def current_names(saved: Iterable[str]) -> dict[str, str]:
     """
     names = list(saved)
     found = {name: parts for name in names if (parts := re.fullmatch(r"(opt/[^/]+/)(\d+)(/.*)", name))}
-    places: dict[str, set[int]] = {}
+    positions: dict[str, set[int]] = {}
     for parts in found.values():
-        places.setdefault(parts[1], set()).add(int(parts[2]))
+        positions.setdefault(parts[1], set()).add(int(parts[2]))
     out = dict(zip(names, names, strict=True))
     for name, (head, place, tail) in ((name, parts.groups()) for name, parts in found.items()):
-        if len(places[head]) == 2:
-            out[name] = f"{head}{_CORE if int(place) == min(places[head]) else _COURSE}{tail}"
+        if len(positions[head]) == 2:
+            out[name] = f"{head}{_CORE if int(place) == min(positions[head]) else _SCHEDULE}{tail}"
     return out

@@ -1,4 +1,4 @@
-"""Where a train state lies: weights by the tables of `core.sharding`, and everything that is shaped like them, too."""
+"""Shardings of a train state: weights by the tables of `core.sharding`, and everything shaped like them likewise."""
 
 from typing import Any
 
@@ -14,37 +14,37 @@ FEW = 16  # elements of an optimiser's constants, such as Muon's three coefficie
 
 
 def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
-    """The sharding of every leaf: shadows and optimiser states lie like their weights, small constants on every device.
+    """The sharding of every leaf: averages and optimiser states like their weights; small constants are replicated.
 
     Raises:
-      UserError: an optimiser's array is shaped like no weight, so that nothing says where it lies.
+      UserError: an optimiser's array has no weight's shape, so that its sharding is unknown.
     """
     weights = {role: named_leaves(model) for role, model in state.params.items()}
-    cuts = {role: shardings(model, mesh) for role, model in state.params.items()}
+    by_role = {role: shardings(model, mesh) for role, model in state.params.items()}
 
     def where(name: str, leaf: Any) -> NamedSharding:
         part, _, rest = name.partition("/")
         role, _, rest = rest.partition("/")
         if part in ("params", "ema"):
-            return cuts[role][rest]
+            return by_role[role][rest]
         if part == "opt":
-            for own, sharding in cuts[role].items():
+            for own, sharding in by_role[role].items():
                 if rest.endswith(f"/{own}") and leaf.shape == weights[role][own].shape:
                     return sharding
         if leaf.size > FEW:
-            raise UserError(f"{name} {leaf.shape} is shaped like no weight of its role; nothing says where it lies")
+            raise UserError(f"{name} {leaf.shape} is shaped like no weight of its role; its sharding is unknown")
         return replicated(mesh)
 
     return map_named(where, state)
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state on the mesh; of many processes each holds all of `state` and gives its own shards."""
+    """The state on the mesh; each process holds all of `state` and provides its own shards."""
     return jax.tree.map(place, state, state_shardings(state, mesh))
 
 
 def placement_of(state: TrainState) -> TrainState | None:
-    """The shardings of a state that lies on a mesh, for `make_update`; None for one on a single device."""
+    """The shardings of a state on a mesh, for `make_update`; None for one on a single device."""
     leaves = jax.tree.leaves(state)
     on_mesh = all(isinstance(leaf.sharding, NamedSharding) for leaf in leaves)
     return jax.tree.map(lambda leaf: leaf.sharding, state) if on_mesh else None

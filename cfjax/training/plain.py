@@ -21,7 +21,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given, tuples as lists."""
+    """Inverse of `to_json`, with lists in place of tuples."""
     if isinstance(value, dict):
         if value.keys() == {"__bytes__"}:
             return base64.b64decode(value["__bytes__"])

@@ -1,4 +1,4 @@
-"""What a training run is made of: weights, optimiser states and shadows by role, a step, a key; all of it is saved."""
+"""The state of a training run: weights, optimiser states and averages by role, a step, a key; all of it is saved."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ class TrainState:
     """The whole of a run that a checkpoint must hold; frozen models are an argument of the step instead.
 
     step: int32 scalar, completed iterations.  key: typed PRNG key, never advanced (folded with the step instead).
-    params: role -> model.  opt: role -> optax state over the model's named leaves.  ema: role -> float32 shadow model.
+    params: role -> model.  opt: role -> optax state over the model's named leaves.  ema: role -> float32 averages.
     """
 
     step: jax.Array

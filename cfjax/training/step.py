@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from cfjax.core.errors import UserError
-from cfjax.core.sharding import cut_parameters
+from cfjax.core.sharding import constrain_parameters
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.objectives.stage import Batch, Ema, Models, Stage
 from cfjax.training.state import TrainState
@@ -60,8 +60,8 @@ def _grads(
     """Loss, metrics and gradient, averaged over `accumulate` microbatches in float32."""
 
     def value_and_grad(*args: Any) -> tuple[tuple[jax.Array, Metrics], Any]:
-        told, grads = jax.value_and_grad(loss_fn, has_aux=True)(*args)
-        return told, cut_parameters(grads)
+        loss_and_metrics, grads = jax.value_and_grad(loss_fn, has_aux=True)(*args)
+        return loss_and_metrics, constrain_parameters(grads)
 
     if accumulate == 1:
         (loss, metrics), grads = value_and_grad(params, batch, key)
@@ -82,7 +82,7 @@ def _grads(
     return loss, metrics, grads
 
 
-def _shadow(ema: Any, params: Any, rule: Ema, step: jax.Array) -> Any:
+def _updated_ema(ema: Any, params: Any, rule: Ema, step: jax.Array) -> Any:
     """A float32 copy of the new weights before iteration `start`, their running average from there on."""
     keep = jnp.where(step < rule.start, 0.0, rule.decay).astype(jnp.float32)
     return jax.tree.map(lambda e, p: keep * e + (1.0 - keep) * p.astype(jnp.float32), ema, params)
@@ -93,7 +93,7 @@ def make_update(
 ) -> Update:
     """The jitted update of one role: `(state, frozen, batch) -> (state, metrics)`; `state` is donated, its step kept.
 
-    The loss sees `{**frozen, **state.params, "{role}_ema": shadow}`. The update is skipped, and metrics["finite"] is
+    The loss sees `{**frozen, **state.params, "{role}_ema": average}`. The update is skipped, and metrics["finite"] is
     False, when the loss or the gradient's norm is not finite. Other metrics: "loss", "grad_norm" (before clipping) and
     the loss's own, all float32 scalars on the device.
 
@@ -112,8 +112,8 @@ def make_update(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if placement is None else (placement, None))
     def update(state: TrainState, frozen: Models, batch: Batch) -> tuple[TrainState, Metrics]:
-        shadows = {f"{name}_ema": shadow for name, shadow in state.ema.items()}
-        others: Mapping[str, Any] = {**frozen, **state.params, **shadows}
+        averages = {f"{name}_ema": average for name, average in state.ema.items()}
+        others: Mapping[str, Any] = {**frozen, **state.params, **averages}
 
         def loss_fn(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
             with jax.named_scope(f"{role}_loss"):
@@ -130,7 +130,7 @@ def make_update(
         new = map_named(lambda name, _: moved[name], old)
         ema = {}
         if role in stage.ema:
-            ema = {role: _shadow(state.ema[role], new, stage.ema[role], state.step)}
+            ema = {role: _updated_ema(state.ema[role], new, stage.ema[role], state.step)}
         fresh = (new, opt, ema)
         stale = (old, state.opt[role], {name: state.ema[name] for name in ema})
         new, opt, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), fresh, stale)

@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint as they lie on disk or in a bucket: opened one by one, compared with those in memory."""
+"""The arrays of a checkpoint in storage: opened one by one, compared with those in memory."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +44,8 @@ def read_back(folder: Path, arrays: Mapping[str, Any]) -> UserError | None:
     Memory holds one shard of one array beside those of the state.
 
     Returns:
-      what to raise when something is not as it was saved: `Temporary` when the machine or the network is in the way.
+      the error to raise when something differs from what was saved: `Temporary` when the machine or the network is in
+        the way.
     """
     started = time.monotonic()
     try:
@@ -53,14 +54,14 @@ def read_back(folder: Path, arrays: Mapping[str, Any]) -> UserError | None:
     except Exception as error:  # whatever a storage that loses writes provokes
         passing = in_bucket(folder) or isinstance(machine_failure(folder, error), Temporary)
         what = f"the first checkpoint cannot be read back ({one_line(error)})"
-        return (Temporary if passing else UserError)(f"{folder}: {what}; {_MEND}")
+        return (Temporary if passing else UserError)(f"{folder}: {what}; {_FIX}")
     if differs:
-        return UserError(f"{folder}: {differs} of the first checkpoint is not read back as it was saved; {_MEND}")
+        return UserError(f"{folder}: {differs} of the first checkpoint is not read back as it was saved; {_FIX}")
     logging.info("%s: read back in %.1f s", folder, time.monotonic() - started)
     return None
 
 
-_MEND = "the storage loses what is written, or the path has signs such as [ ] * ? in it: name another --workdir"
+_FIX = "the storage loses what is written, or the path has signs such as [ ] * ? in it: name another --workdir"
 
 
 def _until_visible(folder: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of arrays that are read as they are written: for networks that are larger than memory."""
+"""Checkpoints of lazy arrays, which are read while they are written: for networks larger than memory."""
 
 import asyncio
 import os
@@ -61,7 +61,7 @@ class _PartsHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_streamed(workdir: str | Path, arrays: Mapping[str, LazyArray], meta: Mapping[str, Any]) -> None:
-    """A checkpoint of step 0 in a new run directory, complete or not there at all.
+    """Writes a checkpoint of step 0 in a new run directory, atomically.
 
     Host memory holds one part of one array (see `LazyArray`) beside what the readers keep. Nothing is compressed.
 

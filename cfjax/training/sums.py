@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint: made before it counts, of the very files; compared before its arrays are believed."""
+"""Checksums of a checkpoint: computed from its files before it is committed, compared before its arrays are used."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ STATE, RECORD = "state", "record"
 _NOTES = ("commit_success.txt", "_CHECKPOINT_METADATA")
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _checked: set[tuple[Any, ...]] = set()  # folders and their files, as they were when all was well
-_told: set[str] = set()  # folders of checkpoints without sums
+_warned: set[str] = set()  # folders of checkpoints without sums
 
 
 class Damaged(Exception):
@@ -26,7 +26,7 @@ class Damaged(Exception):
 
 
 class RecordHandler(ocp.JsonCheckpointHandler):
-    """Orbax's handler of the record, the item that is finished last: then it sums up all files of the checkpoint.
+    """Orbax's handler of the record, the item that is finalised last; it then computes the checksums of all files.
 
     Args:
       checksums: False leaves the sums away.
@@ -37,7 +37,7 @@ class RecordHandler(ocp.JsonCheckpointHandler):
         self._checksums = checksums
 
     def finalize(self, directory: Path) -> None:
-        """Writes `SUMS` beside the items, before Orbax lets the checkpoint count; on the first process only."""
+        """Writes `SUMS` beside the items, before Orbax commits the checkpoint; on the first process only."""
         if self._checksums:
             step = path_of(str(directory.parent))
             found = measure(step, lambda name: not name.endswith(_NOTES))
@@ -47,13 +47,13 @@ class RecordHandler(ocp.JsonCheckpointHandler):
 @ocp.args.register_with_handler(RecordHandler, for_save=True)
 @dataclass
 class RecordSave(ocp.args.JsonSave):
-    """The record to be saved, as Orbax wants to be told."""
+    """Orbax's arguments for saving the record."""
 
 
 @ocp.args.register_with_handler(RecordHandler, for_restore=True)
 @dataclass
 class RecordRestore(ocp.args.JsonRestore):
-    """That it is to be read."""
+    """Orbax's arguments for restoring the record."""
 
 
 def faults(step_folder: Path, *, part: int = 0, parts: int = 1, items: tuple[str, ...] = ()) -> Iterator[str]:
@@ -62,7 +62,7 @@ def faults(step_folder: Path, *, part: int = 0, parts: int = 1, items: tuple[str
     A checkpoint without sums has none.
 
     Args:
-      part, parts: the share of the files that is looked at, of so many.  items: of these items alone.
+      part, parts: which share of the files is checked, of how many.  items: of these items alone.
 
     Raises:
       Temporary: the machine does not let a file be read.  UserError: the sums are damaged.
@@ -74,11 +74,11 @@ def faults(step_folder: Path, *, part: int = 0, parts: int = 1, items: tuple[str
     mine = sorted(chosen)[part::parts]
     yield from differing(step_folder, {name: chosen[name] for name in mine})
     if not items and part == 0:
-        yield from _spoilt_notes(step_folder)
+        yield from _unreadable_metadata(step_folder)
 
 
-def _spoilt_notes(folder: Path) -> Iterator[str]:
-    """Orbax's own notes, which have no sums: whether they can be read at all."""
+def _unreadable_metadata(folder: Path) -> Iterator[str]:
+    """Orbax's metadata files, which have no checksums: those that cannot be parsed."""
     for name in sorted(files_below(folder)):
         if name.rpartition("/")[2] in _NOTES:
             try:
@@ -90,7 +90,7 @@ def _spoilt_notes(folder: Path) -> Iterator[str]:
 
 
 def verify(step_folder: Path, *, together: bool = False, items: tuple[str, ...] = ()) -> None:
-    """Compares a checkpoint's files with their sums, unless this process did so and they have not been touched since.
+    """Compares a checkpoint's files with their checksums, unless this process did and they have not changed since.
 
     Args:
       together: all processes do so, each for its share of the files.  items: see `faults`.
@@ -103,10 +103,10 @@ def verify(step_folder: Path, *, together: bool = False, items: tuple[str, ...] 
     except ValueError as error:
         raise Damaged(f"{SUMS} is damaged") from error
     if sums is None:
-        _tell_unchecked(step_folder)
+        _warn_unchecked(step_folder)
         return
     share = (jax.process_index(), jax.process_count()) if together else (0, 1)
-    key = (str(step_folder), share, items, _stand(step_folder))
+    key = (str(step_folder), share, items, _file_states(step_folder))
     if key in _checked:
         return
     found = list(faults(step_folder, part=share[0], parts=share[1], items=items))
@@ -115,16 +115,16 @@ def verify(step_folder: Path, *, together: bool = False, items: tuple[str, ...] 
     _checked.add(key)
 
 
-def _stand(folder: Path) -> tuple[Any, ...]:
-    """Changes when a file of the folder does."""
+def _file_states(folder: Path) -> tuple[Any, ...]:
+    """The state of a folder's files: differs once one of them has changed."""
     out = []
-    for name, (size, told) in sorted(files_below(folder).items()):
-        out.append((name, size, told or (folder / name).stat().st_mtime_ns))
+    for name, (size, md5) in sorted(files_below(folder).items()):
+        out.append((name, size, md5 or (folder / name).stat().st_mtime_ns))
     return tuple(out)
 
 
-def _tell_unchecked(step_folder: Path) -> None:
+def _warn_unchecked(step_folder: Path) -> None:
     place = str(step_folder.parent)
-    if place not in _told:
-        _told.add(place)
+    if place not in _warned:
+        _warned.add(place)
         logging.warning("%s has no checksums (an older version's, or checksums=False): taken as it is", step_folder)

@@ -1,4 +1,4 @@
-"""A run that no longer moves ends with a line that says so, instead of holding its machines in silence."""
+"""A watchdog that ends a run which makes no progress, instead of occupying its machines."""
 
 import os
 import threading
@@ -11,16 +11,16 @@ import jax
 
 from cfjax.core.console import complain
 from cfjax.core.errors import Temporary, UserError
-from cfjax.core.peers import tell_the_others
+from cfjax.core.peers import notify_peers
 
 STALLED = Temporary.exit_code
 
 
 class Watchdog:
-    """While active, ends the process when no iteration ends, or no checkpoint is restored, for so many seconds.
+    """While active, exits the process when no iteration ends, or no checkpoint is restored, for `seconds`.
 
-    A process that died or hangs leaves the others waiting in a collective, where no exception reaches them: hence a
-    thread of its own, and an exit without clean-up. The time from there to the first iteration's end (compiling) and
+    A process that died or hangs leaves the others waiting in a collective, which no exception interrupts: hence a
+    separate thread, and an exit without clean-up. The time from there to the first iteration's end (compiling) and
     what runs within `paused` do not count.
 
     Args:
@@ -47,7 +47,7 @@ class Watchdog:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Around reading the checkpoint to go on from."""
+        """Around restoring a checkpoint."""
         self._last = (f"no checkpoint was restored in {self._seconds:g} s", time.monotonic())
         yield
         self._last = None
@@ -72,10 +72,11 @@ class Watchdog:
 
 
 @contextmanager
-def failing_fast() -> Iterator[None]:
-    """Ends a process of several at once when something breaks in it, such as a collective whose peer has died.
+def exit_on_failure() -> Iterator[None]:
+    """Exits a process of several at once on an error, such as a collective whose peer has died.
 
-    An ordinary exit waits for the others, which may wait for this one. A polite stop, which all make, is left to it.
+    An ordinary exit waits for the other processes, which may wait for this one. It is used for stops that all
+    processes make.
     """
     try:
         yield
@@ -90,5 +91,5 @@ def failing_fast() -> Iterator[None]:
             line = "another one died, or see above; the same command goes on from the last checkpoint"
             code = STALLED
         complain(f"{who}: {line}")
-        tell_the_others(line, code)
+        notify_peers(line, code)
         os._exit(code)

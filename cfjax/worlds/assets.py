@@ -9,5 +9,5 @@ META_FILE = "model.json"
 
 def asset(name: str, file: str) -> Path | None:
     """`file` of the exported model `name`: one that ships with the package, or a path; None if it is neither."""
-    places = (ASSETS / name / file, Path(name) / file)
-    return next((path for path in places if path.is_file()), None)
+    candidates = (ASSETS / name / file, Path(name) / file)
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,4 +1,4 @@
-"""Finding a world, and opening it as what its `world.json` says that it is."""
+"""Finding a world, and opening it by the kind in its `world.json`."""
 
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from cfjax.worlds.wan import WanWorld, load_codec
 from cfjax.worlds.world import RECORD, World, WorldParts
 
 
-def world_places(run: str | Path, recorded: str) -> list[Path]:
-    """Where a run's world may be: where its record points (beside the run, or a path of its own), or beside it."""
-    places = [path_of(run) / recorded, path_of(recorded)] if recorded else []
-    return [*places, path_of(run) / "world"]
+def candidate_world_paths(run: str | Path, recorded: str) -> list[Path]:
+    """Paths where a run's world may be: the recorded one (relative or absolute), or beside the run."""
+    candidates = [path_of(run) / recorded, path_of(recorded)] if recorded else []
+    return [*candidates, path_of(run) / "world"]
 
 
 def find_world(run: str | Path, recorded: str) -> Path | None:
     """The folder of a run's world, of either kind; None if there is none, as of a run whose config makes its own."""
-    return next((place for place in world_places(run, recorded) if (place / RECORD).is_file()), None)
+    return next((place for place in candidate_world_paths(run, recorded) if (place / RECORD).is_file()), None)
 
 
 def is_wan_world(path: str | Path, *, key: str = "world") -> bool:
-    """Whether the world there is Wan's; the toy's record names no kind.
+    """Whether the world there is Wan's; the toy's record has no kind.
 
     Raises:
       UserError: there is none, or its record cannot be read.
@@ -39,7 +39,7 @@ def is_wan_world(path: str | Path, *, key: str = "world") -> bool:
 
 
 def open_world(path: str | Path, parts: WorldParts = WorldParts(), *, key: str = "world") -> World:
-    """The world at `path`: the toy's, or Wan's with the parts that are asked for.
+    """The world at `path`: the toy's, or Wan's with the requested parts.
 
     Args:
       key: of the config, that the message names.

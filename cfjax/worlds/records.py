@@ -64,7 +64,7 @@ def config_from_record(cls: type[C], values: dict[str, Any], where: object = "th
 
     values = {key: tuples(value) for key, value in values.items()}
     if isinstance(values.get("precision"), dict):
-        values["precision"] = Policy(**values["precision"])
+        values["precision"] = Policy.from_record(values["precision"])
     return cls(**values)
 
 

@@ -1,7 +1,7 @@
 """The toy world: a fitted patch codec, a random text encoder, and where its clips come from.
 
 It is built in seconds (or read from the package, when it belongs to the shipped teacher) and stored as `<data>/world`;
-latent datasets lie beside it.
+latent datasets are beside it.
 """
 
 import hashlib
@@ -154,7 +154,7 @@ def make_world(shapes: ShapesConfig, *, channels: int, text_length: int) -> ToyW
 def open_toy_world(
     path: str | Path, *, assets: str, shapes: ShapesConfig, channels: int, text_length: int, keep: bool = True
 ) -> ToyWorld:
-    """The world at `path`, made there first if need be: a copy of the shipped `assets`, or a fresh one.
+    """The world at `path`, created there if absent: a copy of the shipped `assets`, or a fresh one.
 
     Args:
       keep: write one that was not there; without, where somebody else's record says `path`, nothing is written.

@@ -4,14 +4,14 @@
     world/{vae,tiny_vae,text_encoder}/      one-role run directories, their sizes in the checkpoint's record
     world/tokenizer/                        the tokenizer's own files
 
-Only what is asked for is read: the text encoder (11 GB in
+Only requested parts are read: the text encoder (11 GB in
 bfloat16) only when a caption is not in the embedding cache, and it is freed again after that.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ class WanWorld:
         assert isinstance(self.codec, WanVAE | TinyVAE)
         folder = self.path / self.decoder
         weights = checkpoint_hash(folder, int(read_meta(folder)["step"]))
-        return {"name": self.decoder, "precision": asdict(self.codec.config.precision), "weights": weights}
+        return {"name": self.decoder, "precision": self.codec.config.precision.to_record(), "weights": weights}
 
     def fingerprint(self) -> str:
         """Equal for two worlds iff models can move between them; reads no large file."""

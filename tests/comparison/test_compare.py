@@ -145,8 +145,8 @@ def complaint(capsys, *args: str, **keys: object) -> str:
 
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys):
     against, workdir = "--against=diffusers", f"--workdir={tmp_path}"
-    told = complaint(capsys, against, "--only=dit,vea", workdir)
-    assert "--only=dit,vea: no check 'vea'; use dit, gradients, vae" in told
+    message = complaint(capsys, against, "--only=dit,vea", workdir)
+    assert "--only=dit,vea: no check 'vea'; use dit, gradients, vae" in message
     assert "--against is missing" in complaint(capsys, workdir)
     assert "multiples of 16 pixels" in complaint(capsys, against, workdir, width=40)
     assert "--config.steps=0" in complaint(capsys, against, workdir, steps=0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cfjax.__main__ import main
-from cfjax.comparison.probe import NotThere, Probe, Subject
+from cfjax.comparison.probe import NotInReference, Probe, Subject
 from cfjax.comparison.reference import dense_attention, masked_attention, open_reference
 from cfjax.core.errors import UserError
 from tests.golden.record_reference import FOLDER, RECORDED, key, probes, subject, summary
@@ -88,7 +88,7 @@ def test_a_difference_is_a_failing_row_that_names_the_layer():
 
 def test_what_a_clone_lacks_is_said_and_does_not_fail():
     def absent(*_):
-        raise NotThere("not in this clone")
+        raise NotInReference("not in this clone")
 
     (row,) = Probe("part", "what", lambda _: {}, absent).compare(None, subject("forward"))
     assert row.ok and row.note == "not in this clone" and math.isnan(row.max_rel)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cfjax.comparison.report import (
-    Absent,
+    MissingPart,
     compare_arrays,
     compare_named,
     exit_code,
@@ -99,7 +99,7 @@ def test_rows_have_a_table_a_worst_and_an_exit_code():
     assert [exit_code(rows), exit_code(rows[:2]), exit_code([])] == [1, 0, 1]
 
 
-def test_what_the_other_side_lacks_is_told_and_neither_passes_nor_fails():
+def test_what_the_other_side_lacks_is_reported_and_neither_passes_nor_fails():
     lacking = replace(row(X * np.nan, note="no such loss in this clone"), ok=True)
     rows = [lacking, row(X + 1e-4)]
     assert exit_code(rows) == 0 and worst(rows) is rows[1] and table(rows).splitlines()[1].startswith("-  ")
@@ -129,7 +129,7 @@ def test_checks_are_picked_by_name_in_their_own_order():
 
 def test_a_check_without_its_part_is_left_out_unless_it_was_asked_for():
     def no_vae(_):
-        raise Absent("there is no VAE to compare")
+        raise MissingPart("there is no VAE to compare")
 
     checks, said = {"vae": no_vae, "dit": lambda factor: [row(X * factor)]}, []
     rows, seconds = run_checks(checks, 2.0, said.append, strict=False)

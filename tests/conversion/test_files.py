@@ -1,4 +1,4 @@
-"""Weight files: every layout is read as it is, every mistake is one line that names the file and the mend."""
+"""Weight files: every layout is read as it is, every mistake is one line that names the file and a fix."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_other_files_by_the_name_of_weights(tmp_path):
         assert "broken or cut short" in complaint(tmp_path / name)
 
 
-def test_what_is_no_tensor_is_told(tmp_path):
+def test_what_is_no_tensor_is_reported(tmp_path):
     state = {"a.weight": torch.zeros(2), "a.note": "trained on Tuesday"}
     assert "a.note is a str, not a plain tensor" in complaint(synthetic.save_pt(tmp_path / "x.pt", state))
     assert "holds a list, not a state dict" in complaint(synthetic.save_pt(tmp_path / "y.pt", [torch.zeros(2)]))
@@ -148,7 +148,7 @@ def test_shards_and_index_must_agree(release):
     index = index_of(release)
     index["metadata"]["total_size"] += 4
     rewrite(release, index)
-    assert "the index tells of" in complaint(release)
+    assert "the index says" in complaint(release)
     index["metadata"]["total_size"] -= 4
     index["weight_map"]["blocks.9.norm3.bias"] = f"{STEM}-00001-of-00003.safetensors"
     rewrite(release, index)
@@ -170,7 +170,7 @@ def broken(folder: Path, change) -> str:
     return complaint(folder)
 
 
-def test_misfits_are_told_before_anything_is_written(tmp_path):
+def test_misfits_are_reported_before_anything_is_written(tmp_path):
     synthetic.write_config(tmp_path)
     assert "missing ['blocks.1.norm3.bias']" in broken(tmp_path, lambda w: w.pop("blocks.1.norm3.bias"))
     assert "left over ['blocks.1.extra']" in broken(tmp_path, lambda w: w.update({"blocks.1.extra": np.zeros(3)}))
@@ -188,7 +188,7 @@ def test_misfits_are_told_before_anything_is_written(tmp_path):
 
 def test_config_json_must_agree(tmp_path):
     synthetic.save_safetensors(tmp_path, STEM, synthetic.dit_weights())
-    assert "no config.json tells the number of heads" in complaint(tmp_path)
+    assert "no config.json gives the number of heads" in complaint(tmp_path)
     for change, words in (
         ({"ffn_dim": 8960}, "ffn_dim is 8960, but the weights have 64"),
         ({"num_heads": 5}, "5 heads"),

@@ -88,7 +88,7 @@ def test_the_config_goes_round():
     assert config_json_vae(config, "original") is None
 
 
-def test_another_architecture_is_told():
+def test_another_architecture_is_reported():
     shapes = theirs("diffusers", 2)
     about = config_json_vae(CONFIG, "diffusers")
     with pytest.raises(UserError, match=r"is_residual is True; .* has False"):

@@ -1,4 +1,4 @@
-"""Checksums of files: damage is told by name, and what is no list of sums is told too."""
+"""Checksums of files: damage is reported by file, and so is an invalid list of checksums."""
 
 import json
 import os
@@ -39,12 +39,12 @@ def test_an_untouched_folder_is_as_it_was(folder):
         (lambda file: file.unlink(), "missing"),
     ],
 )
-def test_a_changed_file_is_told_by_its_name(folder, damage, line):
+def test_a_changed_file_is_reported_by_its_name(folder, damage, line):
     damage(folder / "a/one")
     assert list(differing(folder, read_sums(folder))) == [f"a/one: {line}"]
 
 
-def test_an_md5_that_a_bucket_told_holds_for_a_copy_on_this_machine(folder):
+def test_an_md5_that_a_bucket_reported_holds_for_a_copy_on_this_machine(folder):
     sums = {"two": FileSum(len(CONTENT), md5="MHUZ5EZ89DSETYFWwCesgQ==")}
     assert not list(differing(folder, sums))
     (folder / "two").write_bytes(CONTENT[::-1])
@@ -63,7 +63,7 @@ def test_an_md5_that_a_bucket_told_holds_for_a_copy_on_this_machine(folder):
         '{"version": 1, "files": {"two": {"bytes": 1, "crc32": "0", "more": 1}}}',
     ],
 )
-def test_what_is_no_list_of_sums_is_told(tmp_path, content):
+def test_what_is_no_list_of_sums_is_reported(tmp_path, content):
     (tmp_path / SUMS).write_text(content)
     with pytest.raises(UserError, match=f"{SUMS}: is damaged, or no list of checksums"):
         read_sums(tmp_path)

@@ -90,7 +90,7 @@ def test_config_overrides_workdir_and_flags_are_read_in_any_order(config):
         (("{config}", "extra"), "unexpected argument 'extra'"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(config, tmp_path, argv, message):
+def test_what_is_wrong_is_reported_in_one_line(config, tmp_path, argv, message):
     argv = [arg.replace("{config}", config).replace("{dir}", str(tmp_path)) for arg in argv]
     if message != "--workdir is missing":
         argv.append("--workdir=x")
@@ -147,7 +147,7 @@ def test_an_installed_package_carries_its_configs(installed, tmp_path):
         file.relative_to(ROOT).as_posix() for file in code
     }
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    for asked, told in (
+    for asked, output in (
         (["train", "--config=configs/dmd.py:toy", "--help"], "cfjax/configs/dmd.py:toy:"),
         (["generate", "--config=configs/generate.py", "--help"], "cfjax/configs/generate.py:"),
         (["convert", "--config=configs/convert.py:dmd", "--help"], "--config.experiment.stage='dmd'"),
@@ -155,7 +155,7 @@ def test_an_installed_package_carries_its_configs(installed, tmp_path):
         command = [sys.executable, "-m", "cfjax", *asked]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert told in done.stdout and str(ROOT) not in done.stdout
+        assert output in done.stdout and str(ROOT) not in done.stdout
     names = next(installed.glob("*.dist-info")) / "entry_points.txt"
     assert "cfjax = cfjax.__main__:main" in names.read_text()
 

@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 import cfjax.__main__ as entry
-from cfjax.core.console import complain, say, unfailing_output
+from cfjax.core.console import complain, say, tolerate_output_errors
 from tests.training.toy import run
 
 
@@ -54,7 +54,7 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
 
 
 def test_a_run_trains_on_unseen(tmp_path):
-    with unread(), unfailing_output():
+    with unread(), tolerate_output_errors():
         state = run(tmp_path, 6, progress=True)
         for _ in tqdm(range(3)):
             say()
@@ -70,7 +70,7 @@ def test_a_log_on_a_full_disk_ends_nothing(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    ("code", "exit_code", "mend"),
+    ("code", "exit_code", "fix"),
     [
         (errno.ENOSPC, 75, "no space left on device; see to the room"),
         (errno.EDQUOT, 75, "disk quota exceeded; see to the room"),
@@ -79,14 +79,14 @@ def test_a_log_on_a_full_disk_ends_nothing(monkeypatch, capfd):
         (errno.EACCES, 2, "permission denied; change its rights"),
     ],
 )
-def test_what_any_file_may_meet_is_told_in_one_line(monkeypatch, capsys, code, exit_code, mend):
+def test_what_any_file_may_meet_is_reported_in_one_line(monkeypatch, capsys, code, exit_code, fix):
     def fail(_):
         raise OSError(code, os.strerror(code), "some/file")
 
     verb(monkeypatch, fail)
     assert entry.main(["plan"]) == exit_code
-    told = capsys.readouterr().err
-    assert told.startswith(f"cfjax plan: some/file: {mend}") and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"cfjax plan: some/file: {fix}") and message.count("\n") == 1
 
 
 def test_what_is_none_of_the_storages_stays_an_error(monkeypatch):

@@ -1,4 +1,4 @@
-"""Joining processes: what the environment says, two real processes, and what a wrong environment is told."""
+"""Joining processes: what the environment says, two real processes, and errors for a wrong environment."""
 
 import os
 import socket
@@ -56,7 +56,7 @@ def test_a_process_alone_is_left_alone(environment):
 
 
 @pytest.mark.parametrize(
-    "environment, told",
+    "environment, message",
     [
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "needs JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS not set"),
@@ -66,20 +66,20 @@ def test_a_process_alone_is_left_alone(environment):
         ({"CFJAX_DISTRIBUTED": "yes"}, "use auto, off"),
     ],
 )
-def test_a_wrong_environment_is_told_in_one_line(environment, told):
-    with pytest.raises(UserError, match=told) as error:
+def test_a_wrong_environment_is_reported_in_one_line(environment, message):
+    with pytest.raises(UserError, match=message) as error:
         initialize(environment)
     assert "\n" not in str(error.value)
 
 
-def test_joining_after_jax_was_used_is_told():
+def test_joining_after_jax_was_used_is_reported():
     jax.devices()
     with pytest.raises(UserError, match=r"process 0 of 2.*before any JAX calls"):
         initialize({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
-def test_an_absent_coordinator_is_told(free_port, host):
+def test_an_absent_coordinator_is_reported(free_port, host):
     address = f"{host}:{free_port}"
     environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     with pytest.raises(UserError, match=rf"{address}.*process 1 of 2: nothing listens there") as error:
@@ -136,20 +136,20 @@ def start(script: str, index: int, port: int, *argv: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("dying", [0, 1])
-def test_a_process_that_ends_while_it_starts_is_told_by_the_other_in_a_line(free_port, dying):
+def test_a_process_that_ends_while_it_starts_is_reported_by_the_other_in_a_line(free_port, dying):
     """Within seconds, with its exit code, and not by XLA after its heartbeats are missed."""
     started = [start(DIES, index, free_port, str(dying)) for index in range(2)]
-    told = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [2, 2], told
-    assert told[dying].splitlines()[-1] == f"cfjax: process {dying} of 2 ends: the data is not on this machine"
+    message = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], message
+    assert message[dying].splitlines()[-1] == f"cfjax: process {dying} of 2 ends: the data is not on this machine"
     other = f"cfjax: process {dying} of 2 has ended, and so does this one, {1 - dying}: the data is not on this machine"
-    assert told[1 - dying].splitlines()[-1] == other
+    assert message[1 - dying].splitlines()[-1] == other
 
 
 def test_a_process_whose_peer_does_not_start_says_so(free_port):
     alone = start("from cfjax.core.distributed import initialize\ninitialize(timeout_seconds=2)", 0, free_port)
-    told = alone.communicate(timeout=300)[1]
-    assert alone.returncode == 75, told
-    assert told.splitlines()[-1].startswith(
+    message = alone.communicate(timeout=300)[1]
+    assert alone.returncode == 75, message
+    assert message.splitlines()[-1].startswith(
         "cfjax: this process waited 2 s for the others of its run, coordinator 127."
     )

@@ -1,9 +1,9 @@
-"""What a file calls another file lies in its own folder, and links lead nowhere else but into Hugging Face's cache."""
+"""File names read from a file stay inside its folder, and links lead only into the Hugging Face cache."""
 
 import pytest
 
 from cfjax.core.errors import UserError
-from cfjax.core.inside import inside, kept_inside
+from cfjax.core.inside import inside, resolved_inside
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_links_stay_in_their_folder(tmp_path):
     (home / "round").symlink_to(home / "round")
     (tmp_path / "named").symlink_to(home)
     assert inside(home, "a", "x") == home / "a" and inside(home, "below/near", "x").read_text() == "a"
-    assert kept_inside(tmp_path / "named" / "a", tmp_path / "named").read_text() == "a"
+    assert resolved_inside(tmp_path / "named" / "a", tmp_path / "named").read_text() == "a"
     assert inside(home, "new", "x") == home / "new"
     with pytest.raises(UserError, match=r"far leads to .*other/b, outside of"):
         inside(home, "far", "x")

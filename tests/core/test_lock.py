@@ -1,4 +1,4 @@
-"""One command at a time writes into a folder; one that is gone, here or on another machine, bars nobody for ever."""
+"""One command at a time writes into a folder; the lock of one that died, here or on another machine, expires."""
 
 import logging
 import os

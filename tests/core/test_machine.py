@@ -1,4 +1,4 @@
-"""Limits of the machine are looked at once, and its failures are told apart from a file's own."""
+"""Limits of the machine are checked, and its failures are distinguished from faults of a file."""
 
 import errno
 import os
@@ -40,8 +40,13 @@ def test_the_soft_limit_is_raised_as_far_as_is_sensible(limits, soft, hard, expe
 def test_a_limit_that_is_too_low_is_one_line_before_anything_is_done(limits, capsys):
     limits[:] = [64, 64]
     assert main(["plan", "--help"]) == 2
-    told = capsys.readouterr().err
-    assert "64 files open" in told and str(FILES_AT_LEAST) in told and "ulimit -n" in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert (
+        "64 files open" in message
+        and str(FILES_AT_LEAST) in message
+        and "ulimit -n" in message
+        and message.count("\n") == 1
+    )
 
 
 def test_a_system_that_does_not_raise_it_is_no_error(limits, monkeypatch):
@@ -54,7 +59,7 @@ def test_a_system_that_does_not_raise_it_is_no_error(limits, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "told"),
+    ("error", "kind", "message"),
     [
         (OSError(errno.EMFILE, "x"), UserError, "ulimit -n"),
         (RuntimeError("open() failed: Too many open files; opening a/part"), UserError, "ulimit -n"),
@@ -70,9 +75,9 @@ def test_a_system_that_does_not_raise_it_is_no_error(limits, monkeypatch):
         (PermissionError(errno.EACCES, "x"), UserError, "its rights"),
     ],
 )
-def test_the_machines_failures_come_with_their_own_mend(error, kind, told):
+def test_the_machines_failures_come_with_their_own_fix(error, kind, message):
     failure = machine_failure("a/part", error)
-    assert type(failure) is kind and str(failure).startswith("a/part: ") and told in str(failure)
+    assert type(failure) is kind and str(failure).startswith("a/part: ") and message in str(failure)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Frozen weights in the host's memory: the same numbers, from arrays that stay where they were."""
+"""Frozen weights in host memory: the same numbers, from arrays that stay there."""
 
 from dataclasses import replace
 from functools import cache
@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cfjax.core.lazy import as_lazy
-from cfjax.core.offload import HOST, has_host_memory, on_device, rests_on_host
+from cfjax.core.offload import HOST, has_host_memory, is_on_host, on_device
 from cfjax.core.sharding import batch_sharding, make_mesh, on_mesh, replicated
 from cfjax.core.tree import named_leaves
-from cfjax.models.resting import fill, placed, resting
 from cfjax.models.wan import Wan, embed_text
+from cfjax.models.weight_storage import fill, with_shardings, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.objectives.stage import Stage
@@ -32,9 +32,11 @@ BLOCKS = Blocks(3)
 GRADIENT = 0.02  # relative, by norm; 1.1e-2 was seen
 
 
-def resting_model(model: Wan, storage: str, mesh=None, *, offload: bool) -> Wan:
+def stored_model(model: Wan, storage: str, mesh=None, *, offload: bool) -> Wan:
     shapes = jax.eval_shape(lambda key: Wan(model.config, key), jax.random.key(0))
-    template = placed(resting(shapes, storage, model.config.precision.compute), mesh, offload=offload)
+    template = with_shardings(
+        with_storage_dtypes(shapes, storage, model.config.precision.compute), mesh, offload=offload
+    )
     return fill(template, as_lazy(named_leaves(model)))
 
 
@@ -51,7 +53,7 @@ def flow(model: Wan, latents: jax.Array, text: jax.Array) -> jax.Array:
 def test_a_network_on_the_host_computes_the_same_to_the_bit(storage):
     assert has_host_memory(jax.devices()[0])
     model, data = random_weights(CONFIG), (normal(1), normal(2, (2, TEXT_LEN, CONFIG.text_dim)))
-    here, there = (resting_model(model, storage, offload=offload) for offload in (False, True))
+    here, there = (stored_model(model, storage, offload=offload) for offload in (False, True))
     before = kinds(there)
     assert set(kinds(here).values()) == {"device"}
     for name, kind in before.items():
@@ -62,7 +64,7 @@ def test_a_network_on_the_host_computes_the_same_to_the_bit(storage):
 
 def test_a_layer_is_copied_when_it_is_reached():
     """In the program the stacked weights are on the host, and what is copied inside the scan is one layer's."""
-    there = resting_model(random_weights(CONFIG), "float32", offload=True)
+    there = stored_model(random_weights(CONFIG), "float32", offload=True)
     jaxpr = flow.trace(there, normal(1), normal(2, (2, TEXT_LEN, CONFIG.text_dim))).jaxpr
     copied = [eqn.invars[0].aval for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "device_put"]
     stacked = {leaf.shape for name, leaf in named_leaves(there).items() if name.startswith("blocks/")}
@@ -103,7 +105,7 @@ def updated(storage: str, *, offload: bool):
     stage = Stage("dmd", {"student": generator_loss(DMD, BLOCKS), "critic": critic_loss(DMD, BLOCKS)})
     txs = {role: optax.sgd(1.0) for role in stage.losses}
     state = place_state(init_state(stage, {role: models[role] for role in stage.losses}, txs, 0), mesh)
-    frozen = {"real_score": resting_model(models["real_score"], storage, mesh, offload=offload)}
+    frozen = {"real_score": stored_model(models["real_score"], storage, mesh, offload=offload)}
     before = kinds(frozen["real_score"])
     batch = {
         "latents_BFHWC": jax.device_put(jnp.zeros((8, FRAMES, SIDE, SIDE, 4)), batch_sharding(mesh)),
@@ -126,7 +128,7 @@ def test_dmd_with_a_larger_real_score_in_int8_on_the_host():
     low, low_student, real = updated("int8", offload=True)
     kernel = named_leaves(real)["blocks/ffn/up/kernel/int8"]
     assert (kernel.dtype, kernel.sharding.spec) == (jnp.int32, PartitionSpec(None, "fsdp", "tensor"))
-    assert rests_on_host(kernel) and kernel.addressable_shards[0].data.size * 8 == kernel.size
+    assert is_on_host(kernel) and kernel.addressable_shards[0].data.size * 8 == kernel.size
     assert plain["finite"] and low["finite"]
     errors = {name: abs(low[name] / plain[name] - 1) for name in ("loss", "grad_norm", "dmd_normaliser")}
     start = {name: np.asarray(leaf) for name, leaf in named_leaves(networks()["student"]).items()}

@@ -1,4 +1,4 @@
-"""Compiling ahead: once per shape and static argument, on a clock of its own."""
+"""Ahead-of-time compilation: once per shape and static argument, timed separately."""
 
 from functools import partial
 

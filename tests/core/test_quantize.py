@@ -24,8 +24,8 @@ from cfjax.core.quantize import (
 )
 from cfjax.core.tree import named_leaves
 from cfjax.experiment.networks import load_shipped
-from cfjax.models.resting import QUANTIZED, fill, placed, resting
 from cfjax.models.wan import Wan, WanConfig, embed_text, preset
+from cfjax.models.weight_storage import QUANTIZED, fill, with_shardings, with_storage_dtypes
 from cfjax.nn.layers import project
 from tests.tiny import CONFIG, normal, random_weights, relative
 
@@ -39,7 +39,9 @@ def shapes(config: WanConfig) -> Wan:
 
 def stored(model: Wan, storage: str) -> Wan:
     """The network as a frozen role holds it."""
-    template = placed(resting(shapes(model.config), storage, model.config.precision.compute), None, offload=False)
+    template = with_shardings(
+        with_storage_dtypes(shapes(model.config), storage, model.config.precision.compute), None, offload=False
+    )
     return fill(template, as_lazy(named_leaves(model)))
 
 
@@ -124,7 +126,7 @@ def test_bfloat16_weights_of_a_bfloat16_network_change_nothing():
 
 
 def test_what_is_quantised_is_the_bulk_and_the_rest_keeps_its_dtype():
-    template = resting(shapes(preset("wan_14b", in_dim=16)), "int8", "bfloat16")
+    template = with_storage_dtypes(shapes(preset("wan_14b", in_dim=16)), "int8", "bfloat16")
     leaves = named_leaves(template)
     bytes_of = {name: leaf.size * leaf.dtype.itemsize for name, leaf in leaves.items()}
     int8 = sum(size for name, size in bytes_of.items() if name.endswith("/int8"))
@@ -181,7 +183,7 @@ class Watched:
 def test_a_network_is_filled_without_ever_holding_its_float32_weights(storage):
     model = random_weights(CONFIG)
     watched = Watched(model)
-    template = placed(resting(shapes(CONFIG), storage, "float32"), None, offload=False)
+    template = with_shardings(with_storage_dtypes(shapes(CONFIG), storage, "float32"), None, offload=False)
     filled = fill(template, watched.arrays)
     largest = max(array.nbytes // len(array.parts) for array in watched.arrays.values())
     assert watched.alive == 0 and watched.peak <= 2 * largest, (watched.peak, largest)
@@ -191,8 +193,8 @@ def test_a_network_is_filled_without_ever_holding_its_float32_weights(storage):
 
 def test_misfits_are_named():
     with pytest.raises(UserError, match="storage='int4': use float32, bfloat16 or int8"):
-        resting(shapes(CONFIG), "int4", "float32")
-    template = resting(shapes(CONFIG), "int8", "float32")
+        with_storage_dtypes(shapes(CONFIG), "int4", "float32")
+    template = with_storage_dtypes(shapes(CONFIG), "int8", "float32")
     named = as_lazy(named_leaves(random_weights(CONFIG)))
     with pytest.raises(UserError, match=r"missing .*head/bias"):
         fill(template, {name: x for name, x in named.items() if name != "head/bias"})

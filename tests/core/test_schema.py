@@ -1,4 +1,4 @@
-"""JSON of other people: what is no plain value is told, and every rule holds to its type and its bounds."""
+"""Untrusted JSON: invalid values are reported, and every rule enforces its type and bounds."""
 
 import pytest
 
@@ -45,19 +45,19 @@ def test_what_fits_passes_unchanged():
         ({"dims": 8}, "dims is unknown; known are dim, eps"),
     ],
 )
-def test_what_does_not_fit_is_told_with_its_key_and_what_is_allowed(change, words):
+def test_what_does_not_fit_is_reported_with_its_key_and_what_is_allowed(change, words):
     with pytest.raises(UserError) as caught:
         checked(RULE, {**GOOD, **change}, "x.json")
     assert str(caught.value).startswith(f"x.json: {words}") and "\n" not in str(caught.value)
 
 
-def test_a_missing_key_is_told_with_its_place():
+def test_a_missing_key_is_reported_with_its_place():
     with pytest.raises(UserError, match=r"x\.json: world\.fps is missing"):
         checked(table({"world": table({"fps": number(0, 9)})}), {"world": {}}, "x.json")
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("document", "words"),
     [
         ("NaN", "NaN is no number of JSON"),
         ("[-Infinity]", "-Infinity is no number"),
@@ -72,9 +72,9 @@ def test_a_missing_key_is_told_with_its_place():
         ("", "Expecting value"),
     ],
 )
-def test_what_json_must_not_hold(told, words):
+def test_what_json_must_not_hold(document, words):
     with pytest.raises(ValueError, match=words):
-        parse_json(told)
+        parse_json(document)
 
 
 def test_numbers_that_others_write_pass():

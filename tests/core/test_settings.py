@@ -1,4 +1,4 @@
-"""The table of settings: every number of every shipped config has its range, and what lies outside is told at once."""
+"""The table of settings: every number of every shipped config has its range, and values outside are errors."""
 
 import importlib
 import math
@@ -75,7 +75,7 @@ def test_every_shipped_config_is_within():
 
 
 @pytest.mark.parametrize(
-    ("verb", "settings", "told"),
+    ("verb", "settings", "message"),
     [
         ("train", {"keep": 0}, "--config.keep=0: use 1 or more"),
         ("train", {"save_every": 0}, "save_every=0: use 1 or more"),
@@ -122,8 +122,8 @@ def test_every_shipped_config_is_within():
         ("quickstart", {"budget": "a", "budgets.a.evaluation": 61}, "evaluation=61: use up to 60"),
     ],
 )
-def test_what_is_outside_is_told(verb, settings, told):
-    with pytest.raises(UserError, match=told) as caught:
+def test_what_is_outside_is_reported(verb, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
         check_settings(verb, {"stage": "dmd", **settings})
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh, and a clear word about meshes and rules that do not fit."""
+"""Shardings of arrays on a mesh, and clear errors for meshes and rules that do not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ from cfjax.core.sharding import (
     active_mesh,
     batch_rows,
     batch_sharding,
-    context_parts,
-    cut,
+    constrain,
+    context_sharding,
     make_mesh,
     on_mesh,
-    over_context,
     place_rows,
     shard_model,
     shardings,
+    vmap_over_context,
 )
 from cfjax.core.tree import named_leaves
 from tests.tiny import tiny
@@ -48,9 +48,9 @@ def test_an_axis_that_does_not_divide_is_dropped():
 
 
 def test_misfits_are_named():
-    with pytest.raises(UserError, match=r"data=3 fsdp=1 context=1 tensor=2 has 6 places; .* 8 devices"):
+    with pytest.raises(UserError, match=r"data=3 fsdp=1 context=1 tensor=2 has size 6; .* 8 devices"):
         make_mesh(data=3, tensor=2)
-    with pytest.raises(UserError, match="has 0 places"):
+    with pytest.raises(UserError, match="has size 0"):
         make_mesh(data=0)
     mesh = make_mesh(data=8)
     with pytest.raises(UserError, match="no rule matches 'extra'"):
@@ -61,19 +61,19 @@ def test_misfits_are_named():
         shardings({"kernel": jnp.zeros((2, 4, 8))}, mesh, [("kernel", ("fsdp", "tensor"))])
 
 
-def test_activations_lie_as_their_words_say_and_without_a_mesh_where_they_are():
+def test_activations_are_sharded_by_their_logical_axes_and_unchanged_without_a_mesh():
     x = jnp.zeros((4, 3, 8, 12, 2))
-    words = ("batch", None, "tokens", "heads", None)
-    assert cut(x, *words) is x and active_mesh() is None and context_parts(12, 8) == ("heads", 1)
+    logical_axes = ("batch", None, "tokens", "heads", None)
+    assert constrain(x, *logical_axes) is x and active_mesh() is None and context_sharding(12, 8) == ("heads", 1)
     with on_mesh(make_mesh(data=2, context=2, tensor=2)):
-        assert activation_spec(x.shape, words) == PartitionSpec(
+        assert activation_spec(x.shape, logical_axes) == PartitionSpec(
             ("data", "fsdp"), None, ("context",), ("tensor", "context"), None
         )
-        assert activation_spec((3, 3, 7, 6, 2), words) == PartitionSpec(None, None, None, ("tensor",), None)
-        assert context_parts(12, 8) == ("heads", 1) and context_parts(6, 8) == ("tokens", 2)
-        assert context_parts(6, 7) == ("whole", 1)
-        with pytest.raises(ValueError, match="4 words"):
-            cut(x, "batch", None, None, None)
+        assert activation_spec((3, 3, 7, 6, 2), logical_axes) == PartitionSpec(None, None, None, ("tensor",), None)
+        assert context_sharding(12, 8) == ("heads", 1) and context_sharding(6, 8) == ("tokens", 2)
+        assert context_sharding(6, 7) == ("whole", 1)
+        with pytest.raises(ValueError, match="4 logical axes"):
+            constrain(x, "batch", None, None, None)
     assert active_mesh() is None
 
 
@@ -86,7 +86,7 @@ def test_inside_an_array_of_parts_the_context_axis_is_taken():
 
     mesh = make_mesh(data=2, context=2, tensor=2)
     with on_mesh(mesh):
-        jax.eval_shape(over_context(part, 1, 1), jax.ShapeDtypeStruct((4, 2, 8), jnp.float32))
+        jax.eval_shape(vmap_over_context(part, 1, 1), jax.ShapeDtypeStruct((4, 2, 8), jnp.float32))
         assert activation_spec((4, 8), ("batch", "heads"))[1] == ("tensor", "context")
     assert seen == [PartitionSpec(("data", "fsdp"), ("tensor",))]
 

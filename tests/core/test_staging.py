@@ -1,4 +1,4 @@
-"""Files take their places together or not at all, whenever a command is killed, and on whatever disk they lie."""
+"""Files are replaced together or not at all, whenever a command is killed, on any disk."""
 
 import errno
 import os

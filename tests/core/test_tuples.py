@@ -80,7 +80,7 @@ def test_spellings(default, text, expected):
         ((), "None", r"A,B, or \(\) for none"),
     ],
 )
-def test_what_is_refused_is_told_with_the_right_spelling(default, text, write):
+def test_what_is_refused_is_reported_with_the_right_spelling(default, text, write):
     with pytest.raises(UserError, match=rf"--config\.x=.*: needs a value of type tuple.*; write --config\.x={write}$"):
         parse_tuple("--config.x", text, default)
 

@@ -50,7 +50,7 @@ def test_columns_can_be_named():
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         ("file,text,caption", "text and caption may be meant; choose with --config.caption_column=NAME"),
         ("file,path,caption", "file and path may be meant; choose with --config.file_column=NAME"),
@@ -64,8 +64,8 @@ def test_columns_can_be_named():
         ),
     ],
 )
-def test_a_doubtful_column_is_not_guessed(names, told):
-    with pytest.raises(UserError, match=told):
+def test_a_doubtful_column_is_not_guessed(names, message):
+    with pytest.raises(UserError, match=message):
         Columns().of(TABLE, row(names), clips=True)
 
 
@@ -96,7 +96,7 @@ def test_one_of_several_captions_is_taken_by_a_named_rule(value, choice, caption
 
 
 @pytest.mark.parametrize(
-    ("value", "choice", "told"),
+    ("value", "choice", "message"),
     [
         (["a cat", "a dog"], "", "several captions: 2; choose with --config.caption_choice=first or longest"),
         (["a cat", "a dog"], "long", "several captions: 2; choose"),
@@ -115,8 +115,8 @@ def test_one_of_several_captions_is_taken_by_a_named_rule(value, choice, caption
         ("a \ud83d cat", "", "no caption: it holds half of a surrogate pair"),
     ],
 )
-def test_what_is_no_caption_is_told(value, choice, told):
-    with pytest.raises(Unusable, match=told):
+def test_what_is_no_caption_is_reported(value, choice, message):
+    with pytest.raises(Unusable, match=message):
         caption_of(value, choice)
 
 
@@ -143,7 +143,7 @@ def test_time_stamps_of_parts(value, spans):
 
 
 @pytest.mark.parametrize("value", ["", "soon", "[1]", "[2, 1]", "[-1, 3]", "[1, 2, 3]", "['1:2:3:4', 2]", None, "{}"])
-def test_other_time_stamps_are_told(value):
+def test_other_time_stamps_are_reported(value):
     with pytest.raises(Unusable, match=r"no part: .* is no \[start, stop\]"):
         spans_of(value)
 

@@ -159,7 +159,7 @@ def test_a_caption_with_a_byte_order_mark_is_read(folder, encoding, text):
 
 
 @pytest.mark.parametrize(("encoding", "text"), [("gbk", "一只猫在冲浪"), ("cp1252", "Café"), ("utf-16-le", "a cat")])
-def test_a_caption_of_another_encoding_is_told_or_read_by_name(folder, encoding, text):
+def test_a_caption_of_another_encoding_is_reported_or_read_by_name(folder, encoding, text):
     (folder / "b.txt").write_bytes(text.encode(encoding))
     assert listed(folder)["b.mp4"].startswith("unreadable caption: b.txt: it ")
     assert {c.name: c.caption for c in read_listing(folder, encoding=encoding).clips}["b.mp4"] == text.replace(
@@ -185,7 +185,7 @@ def test_every_file_that_is_passed_over_is_counted(folder):
     assert [clip.name for clip in listing.clips] == ["a.webm", "b.mp4", "deep/c.GIF"]
     assert listing.passed_over == Counter({".jpg": 2, "no suffix": 2, ".md": 1, ".txt": 1, "._*": 1})
     assert listing.columns == {"file": "file", "caption": "caption"}
-    assert listing.told() == {
+    assert listing.notes() == {
         "table": f"{folder / 'captions.csv'}: columns: caption by 'caption', file by 'file'",
         "passed over": "passed over, as neither clips nor their captions: 2 .jpg, 2 no suffix, 1 ._*, 1 .md, 1 .txt",
     }

@@ -149,24 +149,24 @@ def test_a_place_that_an_older_version_saved_is_the_same_place(dataset):
 
 
 @pytest.mark.parametrize(
-    ("saved", "told"),
+    ("saved", "output"),
     [
         ({"seed": 1}, "seed 1 -> 0"),
         ({"shuffle": False}, "shuffle False -> True"),
         ({"records": 22}, "records 22 -> 23"),
     ],
 )
-def test_another_order_is_refused_or_begins_at_its_first_record(dataset, saved, told):
+def test_another_order_is_refused_or_begins_at_its_first_record(dataset, saved, output):
     first, settings = make_iterator(dataset, 4, 0), {"batch_size": 4, "seed": 0}
     indices(first, 3)
     state = first.get_state()
     state["order"] |= saved
-    with pytest.raises(UserError, match=f"another order .*{told}; set it back, or .*accept_changes=True"):
+    with pytest.raises(UserError, match=f"another order .*{output}; set it back, or .*accept_changes=True"):
         make_iterator(dataset, **settings).set_state(state)
     lines: list[str] = []
-    iterator = make_iterator(dataset, **settings, accept_changes=True, tell=lines.append)
+    iterator = make_iterator(dataset, **settings, accept_changes=True, log=lines.append)
     iterator.set_state(state)
-    assert lines == [f"the data begins a new order at its first record: {told}"]
+    assert lines == [f"the data begins a new order at its first record: {output}"]
     assert indices(iterator, 8) == indices(make_iterator(dataset, **settings), 8)
 
 

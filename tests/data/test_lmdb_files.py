@@ -1,4 +1,4 @@
-"""LMDBs are mapped only when they are as long as their own header tells; few of many are open at a time.
+"""LMDBs are mapped only when they are as long as their own header says; few of many are open at a time.
 
 What is cut off here is shown to the check alone: LMDB itself would take the process down.
 """
@@ -55,14 +55,14 @@ def test_whole_files_pass_whatever_was_done_to_them(path):
 
 
 @pytest.mark.parametrize("size", [-1, -PAGE, 3 * PAGE, 2 * PAGE, PAGE + 200, PAGE, 200])
-def test_files_shorter_than_their_header_tells_are_refused_unopened(path, never_opened, size):
+def test_files_shorter_than_their_header_shows_are_refused_unopened(path, never_opened, size):
     before = cut(path, size)
     found = (path / "data.mdb").stat().st_size
     with pytest.raises(UserError, match="cut off, or is still being copied; copy it again") as caught:
         check_whole(path)
-    assert f"data.mdb: {found} bytes, but its header tells of " in str(caught.value)
+    assert f"data.mdb: {found} bytes, but its header says " in str(caught.value)
     if found > 2 * PAGE:  # then the newer of both headers is there
-        assert f"tells of {before}:" in str(caught.value)
+        assert f"says {before}:" in str(caught.value)
 
 
 def test_every_way_to_an_lmdb_passes_the_check(path, never_opened):
@@ -83,7 +83,7 @@ def test_the_newer_header_counts(path):
         with (path / "data.mdb").open("rb") as file:
             whole = file.read()
         cut(path, first + PAGE)
-        with pytest.raises(UserError, match=f"tells of {len(whole)}:"):
+        with pytest.raises(UserError, match=f"says {len(whole)}:"):
             check_whole(path)
         (path / "data.mdb").write_bytes(whole)
 
@@ -123,7 +123,7 @@ def test_a_forked_process_opens_its_own(path):
     assert os.waitpid(child, 0)[1] == 0 and rows.caption(3) == "d"
 
 
-def test_an_lmdb_is_known_by_its_rows_wherever_it_lies(path, tmp_path):
+def test_an_lmdb_is_identified_by_its_rows(path, tmp_path):
     known = LmdbRows(path).fingerprint()
     path.rename(tmp_path / "moved")
     assert LmdbRows(tmp_path / "moved").fingerprint() == known

@@ -77,7 +77,7 @@ def test_readers_share_a_file_and_travel(tmp_path):
     assert first.caption(0) == second.caption(0) == pickle.loads(pickle.dumps(first)).caption(0)
 
 
-def test_what_is_none_is_told(tmp_path):
+def test_what_is_none_is_reported(tmp_path):
     assert not is_lmdb(tmp_path) and not is_lmdb(tmp_path / "none")
     with pytest.raises(UserError, match="no LMDB here"):
         LmdbRows(tmp_path)

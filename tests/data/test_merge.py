@@ -1,4 +1,4 @@
-"""Sets are joined, or cut anew, bit for bit; what does not go together is refused in a line that names both."""
+"""Sets are merged, or written in other parts, bit for bit; incompatible sets give an error that names both."""
 
 import json
 from dataclasses import replace
@@ -9,13 +9,13 @@ import pytest
 from cfjax.core.errors import UserError
 from cfjax.data import merge as module
 from cfjax.data.check import check_dataset
-from cfjax.data.lmdb_places import describe_lmdb
+from cfjax.data.lmdb_paths import describe_lmdb
 from cfjax.data.lmdb_rows import LmdbRows
 from cfjax.data.merge import duplicates, merge, merge_writer, name_of, open_members
 from cfjax.data.parts import SetWriter
 from cfjax.data.precompute import LatentWriter
 from cfjax.data.records import Layout
-from cfjax.data.sets import has_ground_truth, identity, open_dataset, without_truth
+from cfjax.data.sets import has_ground_truth, identity, open_dataset, without_ground_truth
 from tests.data.lmdbs import rows_of, write_lmdb
 
 SHAPE, ROWS, WIDTH = (3, 4, 4, 16), 5, 4
@@ -133,7 +133,7 @@ def test_a_stopped_merge_goes_on_and_is_shared_whatever_its_sets_are_called_now(
         join([two, one], tmp_path / "all")
 
 
-def test_records_that_two_sets_share_are_told_and_kept(tmp_path):
+def test_records_that_two_sets_share_are_reported_and_kept(tmp_path):
     """What is the same by content, whatever it is called; a set's own repetitions are its own affair."""
     alike = lambda name: latents_of("x")
     make(tmp_path / "one", ["a", "b", "c"])
@@ -162,7 +162,7 @@ def test_latents_in_lmdbs_are_copied_and_ode_pairs_stay_what_they_are(tmp_path):
         expected = np.moveaxis(rows[i, :5], -3, -1).astype(np.float32)
         np.testing.assert_array_equal(joined[i]["trajectory_JFHWC"], expected)
     assert joined.record(3).name == "d" and has_ground_truth(joined.manifest)
-    assert without_truth(joined).trajectory_points == 6
+    assert without_ground_truth(joined).trajectory_points == 6
 
 
 def test_the_toys_arrays_become_records(tmp_path):
@@ -182,7 +182,7 @@ def test_the_toys_arrays_become_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ({"layout": replace(LAYOUT, latent_shape=(3, 4, 4, 8))}, "layout.latent_shape: (3, 4, 4, 16) and (3, 4, 4, 8)"),
         ({"layout": replace(LAYOUT, text_dtype="float32")}, "layout.text_dtype: bfloat16 and float32"),
@@ -192,13 +192,13 @@ def test_the_toys_arrays_become_records(tmp_path):
         ({"negative": 3.0}, "negative text: its rows and other rows"),
     ],
 )
-def test_sets_that_were_made_otherwise_are_refused(tmp_path, other, told):
+def test_sets_that_were_made_otherwise_are_refused(tmp_path, other, message):
     shape = other.get("layout", LAYOUT).latent_shape
     one = make(tmp_path / "one", ["a"])
     two = make(tmp_path / "two", ["b"], latents=lambda name: latents_of(name)[..., : shape[-1]], **other)
     with pytest.raises(UserError) as caught:
         join([one, two], tmp_path / "all")
-    assert f"{one} and {two} differ in {told}" in str(caught.value) and not (tmp_path / "all").exists()
+    assert f"{one} and {two} differ in {message}" in str(caught.value) and not (tmp_path / "all").exists()
 
 
 def test_pairs_of_other_objectives_are_refused(tmp_path):
@@ -214,7 +214,7 @@ def test_pairs_of_other_objectives_are_refused(tmp_path):
     assert open_dataset(tmp_path / "all").manifest["source"]["pairs"] == pairs
 
 
-def test_mistakes_of_naming_are_told(tmp_path):
+def test_mistakes_of_naming_are_reported(tmp_path):
     one, two = make(tmp_path / "one", ["a"]), make(tmp_path / "two", ["b"])
     cases = [
         ([one, one], tmp_path / "all", "named twice"),
@@ -223,8 +223,8 @@ def test_mistakes_of_naming_are_told(tmp_path):
         ([one, tmp_path / "none"], tmp_path / "all", "no dataset there"),
         (["gs://bucket/set"], tmp_path / "all", "--merge=gs://bucket/set: sets are read from this machine"),
     ]
-    for paths, output, told in cases:
-        with pytest.raises(UserError, match=told):
+    for paths, output, message in cases:
+        with pytest.raises(UserError, match=message):
             join(paths, output)
     with pytest.raises(UserError, match="names one LMDB"):
         open_members([one, two], lmdb=tmp_path)

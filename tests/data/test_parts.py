@@ -1,4 +1,4 @@
-"""Parts whose records were emptied or cut by a power failure are made again, and the set is the same."""
+"""Parts whose records were emptied or truncated by a power failure are written again, and the set is the same."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_what_a_power_failure_took_is_made_again(whole, tmp_path, name, cut):
     assert [open_dataset(folder).whole(i).item for i in range(len(USABLE))] == USABLE
 
 
-def test_a_job_that_lost_its_record_is_told_by_its_parts(whole, tmp_path):
+def test_a_job_that_lost_its_record_is_reported_by_its_parts(whole, tmp_path):
     """Another command does not go on with them, nor any with those of a version that did not note it."""
     folder = copied(whole, tmp_path / "out")
     (folder / "job.json").write_bytes(b"")

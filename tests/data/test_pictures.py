@@ -82,7 +82,7 @@ def cut(image: Image.Image, kind: str, part: float = 0.5) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"no picture at all", "unreadable"),
         (b"", "unreadable"),
@@ -94,9 +94,9 @@ def cut(image: Image.Image, kind: str, part: float = 0.5) -> bytes:
         (cut(Image.fromarray(RAMP.astype(np.int32) * 1000), "TIFF", 1), "32 bits, 0 to 255000; save it with 8 or 16"),
     ],
 )
-def test_what_cannot_be_shown_is_told(tmp_path, content, told):
+def test_what_cannot_be_shown_is_reported(tmp_path, content, message):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(Unusable, match=told):
+    with pytest.raises(Unusable, match=message):
         read_picture(tmp_path / "a")
 
 

@@ -55,7 +55,7 @@ def test_dataset_holds_every_record_caption_and_factor(tmp_path):
     assert len(set(dataset.captions)) == len(dataset.captions)
 
 
-def test_manifest_tells_where_the_data_come_from(tmp_path):
+def test_manifest_shows_where_the_data_come_from(tmp_path):
     make(tmp_path / "set", ShapesSource(CONFIG, 3, 4))
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert manifest["codec"] == {"name": "mean"} and manifest["text_encoder"] == {"name": "length"}
@@ -145,7 +145,7 @@ def test_a_digest_is_that_of_the_text_without_the_text_in_memory():
         tracemalloc.stop()
 
 
-def test_a_full_disk_is_told_before_a_mapped_file_is_written_to(tmp_path):
+def test_a_full_disk_is_reported_before_a_mapped_file_is_written_to(tmp_path):
     """Beyond what there is room for, writing to a map would end the process; nothing is left of the attempt."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

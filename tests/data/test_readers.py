@@ -12,7 +12,7 @@ import pytest
 from cfjax.core.errors import Temporary, UserError
 from cfjax.data import readers
 from cfjax.data.parts import SetWriter
-from cfjax.data.readers import BrokenRecord, Pool, most_open
+from cfjax.data.readers import BrokenRecord, Pool, max_open_readers
 from cfjax.data.records import Layout, RecordDataset
 from cfjax.data.tolerant import TolerantDataset
 
@@ -48,7 +48,7 @@ def open_parts() -> int:
 def few(monkeypatch):
     """A process that may hold eight times five files open."""
     monkeypatch.setattr(readers, "open_file_limit", lambda: 40)
-    assert most_open() == 5
+    assert max_open_readers() == 5
 
 
 def test_opening_a_set_opens_none_of_its_parts(path, monkeypatch):
@@ -73,13 +73,13 @@ def test_no_reader_has_threads_of_its_own(path):
     value(dataset, 0)
     before = count()
     assert [value(dataset, i) for i in range(PARTS)] == list(range(PARTS))
-    assert count() == before and dataset.files.open_readers == min(most_open(), PARTS)
+    assert count() == before and dataset.files.open_readers == min(max_open_readers(), PARTS)
 
 
 @pytest.mark.parametrize(("limit", "most"), [(64, 8), (256, 32), (1024, 128), (1 << 20, 128), (16, 4)])
 def test_the_bound_follows_the_processs_limit(monkeypatch, limit, most):
     monkeypatch.setattr(readers, "open_file_limit", lambda: limit)
-    assert most_open() == most
+    assert max_open_readers() == most
 
 
 def test_threads_read_at_once_what_is_closed_and_opened_under_them(path, few):
@@ -135,7 +135,7 @@ def test_records_are_counted_from_either_side_of_a_part(path):
 
 def test_too_many_open_files_break_no_record(path):
     """The limit is reached while training goes on; nothing is left out, and the line says what to raise."""
-    dataset, told = TolerantDataset(RecordDataset(path), 0.5, lambda line: told.append(line)), []
+    dataset, lines = TolerantDataset(RecordDataset(path), 0.5, lambda line: lines.append(line)), []
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
@@ -143,7 +143,7 @@ def test_too_many_open_files_break_no_record(path):
             dataset[7]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert not isinstance(caught.value, BrokenRecord) and not dataset.corrupt and not told
+    assert not isinstance(caught.value, BrokenRecord) and not dataset.corrupt and not lines
     assert value(dataset, 7) == 7, "with room again, the same record is there"
 
 
@@ -164,7 +164,7 @@ def test_what_the_disk_or_the_memory_refuses_breaks_no_record(path, monkeypatch,
         def ok(self):
             return True
 
-        def read(self, places):
+        def read(self, positions):
             raise raised
 
     monkeypatch.setattr(readers, "ArrayRecordReader", Refuses)

@@ -262,7 +262,7 @@ LISTING = [("a.mp4", "a cat"), ("b.mp4", "a dog"), ("c.mp4", "no caption: none")
 
 
 @pytest.mark.parametrize(
-    ("now", "told"),
+    ("now", "output"),
     [
         (
             [*LISTING, ("d.mp4", "a cow")],
@@ -273,7 +273,7 @@ LISTING = [("a.mp4", "a cat"), ("b.mp4", "a dog"), ("c.mp4", "no caption: none")
         ([(f"{i}.mp4", "") for i in range(9)], r"9 new \(0.mp4, 1.mp4, 2.mp4, ...\), 3 gone \(a.mp4, b.mp4, c.mp4\)"),
     ],
 )
-def test_a_folder_that_changed_is_told_clip_by_clip(tmp_path, now, told):
+def test_a_folder_that_changed_is_reported_clip_by_clip(tmp_path, now, output):
     def begin(listing):
         job = {"clips": digest({"clips": [list(item) for item in listing]})}
         about = {"job": job, "description": {}, "listing": listing}
@@ -281,7 +281,7 @@ def test_a_folder_that_changed_is_told_clip_by_clip(tmp_path, now, told):
 
     begin(LISTING)
     assert begin(LISTING).items == 3
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=output):
         begin(now)
     (tmp_path / "items.json").unlink()  # as older versions left it: then without names
     with pytest.raises(UserError, match="begun with another clips"):
@@ -329,7 +329,11 @@ def test_prompts_need_no_latents_and_little_disk(tmp_path):
     (tmp_path / "prompts.txt").write_text("one  \n\n  two\u2028too\n")
     source = PromptSource.read(tmp_path / "prompts.txt")
     prompts = source.prompts
-    assert prompts == ["one", "", "  two\u2028too"]  # only the end is stripped, blank lines stay (PyTorch reference)
+    assert prompts == [
+        "one",
+        "",
+        "  two\u2028too",
+    ]  # only the end is stripped, blank lines stay (reference: `TextDataset`)
     layout = Layout((21, 60, 104, 16), ROWS, WIDTH, kept_in="none")
     assert make(tmp_path / "set", source, layout=layout)
     dataset = open_dataset(tmp_path / "set")

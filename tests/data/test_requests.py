@@ -76,7 +76,7 @@ def test_a_published_table_is_read_by_the_column_of_its_prompts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.txt", "\n\n", "no prompts"),
         ("a.yaml", "- a", r"no table of a known kind; use \.txt, \.csv"),
@@ -94,13 +94,13 @@ def test_a_published_table_is_read_by_the_column_of_its_prompts(tmp_path):
         ("a.jsonl", '{"prompt": "a", "seed": -1}', "line 1: seed=-1: use 0 to 4294967295"),
     ],
 )
-def test_broken_prompt_files_are_told(tmp_path, name, content, told):
+def test_broken_prompt_files_are_reported(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_requests("", str(tmp_path / name))
 
 
-def test_missing_files_are_told():
+def test_missing_files_are_reported():
     for read in (lambda: read_requests("", "none.txt"), lambda: read_image("none.png", 8, 8)):
         with pytest.raises(UserError, match="none"):
             read()
@@ -110,7 +110,7 @@ def test_missing_files_are_told():
         read_latents("none.npz")
 
 
-def test_names_are_safe_and_tell_prompts_apart():
+def test_names_are_safe_and_differ_between_prompts():
     assert Request("A cat, surfing!", 3).slug() == "a_cat_surfing_seed3"
     chinese = [Request(text, 0).slug() for text in ("一只猫", "一只狗", "../一只狗")]
     long = [Request("word " * 30 + end, 0).slug() for end in ("a", "b")]
@@ -159,7 +159,7 @@ def test_latents_are_one_array_of_any_float(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "told"),
+    ("arrays", "message"),
     [
         ({"a": LATENTS, "b": LATENTS}, r"needs one array \[F, H, W, C\], found a \(3, 2, 2, 4\), b"),
         ({"a": LATENTS[0]}, r"needs one array \[F, H, W, C\], found a \(2, 2, 4\)"),
@@ -169,13 +169,13 @@ def test_latents_are_one_array_of_any_float(tmp_path, dtype):
         ({"a": np.array([[[[None]]]], object)}, "cannot read the latents"),
     ],
 )
-def test_other_latents_are_told(tmp_path, arrays, told):
+def test_other_latents_are_reported(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_latents(tmp_path / "a.npz")
 
 
-def test_a_cut_archive_of_latents_is_told(tmp_path):
+def test_a_cut_archive_of_latents_is_reported(tmp_path):
     np.savez(tmp_path / "a.npz", a=LATENTS)
     data = (tmp_path / "a.npz").read_bytes()
     for part in (0, 10, len(data) // 2):

@@ -168,6 +168,6 @@ def test_config_round_trips_through_json_values():
         ({"branching": 1.5}, "branching"),
     ],
 )
-def test_impossible_worlds_are_refused_with_the_mend(change, message):
+def test_impossible_worlds_are_refused_with_the_fix(change, message):
     with pytest.raises(UserError, match=message):
         ShapesConfig(**change)

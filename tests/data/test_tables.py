@@ -27,7 +27,7 @@ def values(path: Path, encoding: str = "") -> list[dict]:
     return [dict(row.values) for row in read_table(path, encoding)]
 
 
-def places(path: Path) -> list[str]:
+def positions(path: Path) -> list[str]:
     return [row.place for row in read_table(path)]
 
 
@@ -47,12 +47,12 @@ def test_every_kind_of_table_says_the_same(tmp_path):
 
 def test_a_row_knows_its_place(tmp_path):
     (tmp_path / "a.csv").write_text(CSV, encoding="utf-8")
-    assert places(tmp_path / "a.csv") == ["line 2", "line 3", "line 5"]  # where it begins: one takes two lines
+    assert positions(tmp_path / "a.csv") == ["line 2", "line 3", "line 5"]  # where it begins: one takes two lines
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
-    assert places(tmp_path / "a.jsonl") == ["line 1", "line 3"]
+    assert positions(tmp_path / "a.jsonl") == ["line 1", "line 3"]
     (tmp_path / "a.json").write_text('["x", {"a": 1}]')
-    assert places(tmp_path / "a.json") == ["entry 1", "entry 2"]
-    assert places(write_parquet(tmp_path / "a.parquet", ROWS)) == ["row 1", "row 2", "row 3"]
+    assert positions(tmp_path / "a.json") == ["entry 1", "entry 2"]
+    assert positions(write_parquet(tmp_path / "a.parquet", ROWS)) == ["row 1", "row 2", "row 3"]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
@@ -76,7 +76,7 @@ def test_unicode_is_known_by_its_mark(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(("encoding", "text"), [("gbk", "一只猫在冲浪"), ("cp1252", "Café"), ("shift_jis", "猫の波")])
-def test_other_encodings_are_read_by_their_names_and_told_without(tmp_path, encoding, text):
+def test_other_encodings_are_read_by_their_names_and_reported_without(tmp_path, encoding, text):
     for name, content in (("a.txt", f"first\n{text}\n"), ("a.json", json.dumps(["first", text], ensure_ascii=False))):
         (tmp_path / name).write_bytes(content.encode(encoding))
         assert values(tmp_path / name, encoding)[1] == {"prompt": text}
@@ -86,7 +86,7 @@ def test_other_encodings_are_read_by_their_names_and_told_without(tmp_path, enco
             values(tmp_path / name, "klingon")
 
 
-def test_text_of_another_encoding_that_happens_to_be_utf8_is_told(tmp_path):
+def test_text_of_another_encoding_that_happens_to_be_utf8_is_reported(tmp_path):
     """Three Chinese characters in GBK are a Cyrillic letter, a Hebrew point and a Latin letter in UTF-8."""
     (tmp_path / "a.txt").write_bytes("一只猫".encode("gbk"))
     with pytest.raises(UserError, match=r"line 1: as UTF-8 it reads .*--config.encoding=utf-8, else its own"):
@@ -98,7 +98,7 @@ def test_text_of_another_encoding_that_happens_to_be_utf8_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.yaml", "- a", r"no table of a known kind; use \.txt, \.csv"),
         ("a.txt", "a\rb\rc", "line 1: a carriage return alone ends no line"),
@@ -120,14 +120,14 @@ def test_text_of_another_encoding_that_happens_to_be_utf8_is_told(tmp_path):
         ("a.parquet", "no parquet", "cannot read it"),
     ],
 )
-def test_what_cannot_be_taken_whole_is_refused_with_its_line(tmp_path, name, content, told):
+def test_what_cannot_be_taken_whole_is_refused_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content.encode())
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         values(tmp_path / name)
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
-def test_a_missing_table_is_told(tmp_path):
+def test_a_missing_table_is_reported(tmp_path):
     for suffix in ("txt", "csv", "json", "jsonl", "parquet"):
         with pytest.raises(UserError, match="No such file"):
             values(tmp_path / f"none.{suffix}")

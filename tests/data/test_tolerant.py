@@ -1,4 +1,4 @@
-"""A few broken records do not end a run: told once with file and index, counted, stood in for, up to a fraction."""
+"""A few broken records do not end a run: reported once with file and index, counted, replaced, up to a fraction."""
 
 import numpy as np
 import pytest
@@ -45,17 +45,17 @@ def path(tmp_path):
     return folder
 
 
-def test_broken_records_are_told_once_with_file_and_index_and_stood_in_for(path):
-    told = []
-    dataset = TolerantDataset(RecordDataset(path), 0.1, told.append)
+def test_broken_records_are_reported_once_and_replaced(path):
+    lines = []
+    dataset = TolerantDataset(RecordDataset(path), 0.1, lines.append)
     for _ in range(2):
         seen = [int(dataset[i]["latents_FHWC"][0, 0, 0, 0]) for i in range(20)]
         assert seen == [0, 1, 2, 3, 4, 5, 6, 9, 9, 9, *range(10, 20)]
     assert [int(dataset[i]["index"]) for i in (7, 8)] == [9, 9]
-    assert sorted(dataset.corrupt) == [7, 8] and len(told) == 2
+    assert sorted(dataset.corrupt) == [7, 8] and len(lines) == 2
     part = sorted(path.glob("*.array_record"))[1]
-    assert str(part) in told[0] and "record 2" in told[0] and told[0].endswith("left out (1 of at most 2)")
-    batches = make_iterator(TolerantDataset(RecordDataset(path), 0.1, told.append), 4, 0, num_epochs=1)
+    assert str(part) in lines[0] and "record 2" in lines[0] and lines[0].endswith("left out (1 of at most 2)")
+    batches = make_iterator(TolerantDataset(RecordDataset(path), 0.1, lines.append), 4, 0, num_epochs=1)
     assert sum(len(batch["index_B"]) for batch in batches) == 20  # batches stay whole
 
 

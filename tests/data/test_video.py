@@ -214,7 +214,7 @@ def test_one_frame(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm", ".avi"])
-def test_a_broken_tail_is_told_and_a_whole_beginning_serves(tmp_path, suffix):
+def test_a_broken_tail_is_reported_and_a_whole_beginning_serves(tmp_path, suffix):
     video = np.random.default_rng(0).integers(0, 255, (60, 16, 32, 3), np.uint8)
     file = write_video(tmp_path / f"a{suffix}", 60, video=video, faststart=suffix == ".mp4")
     whole = read_clip(file, WANTED)
@@ -224,14 +224,14 @@ def test_a_broken_tail_is_told_and_a_whole_beginning_serves(tmp_path, suffix):
         read_end(file, WANTED)
 
 
-def test_two_recordings_in_one_file_are_told(tmp_path):
+def test_two_recordings_in_one_file_are_reported(tmp_path):
     one, other = (write_video(tmp_path / f"{name}.ts", 24, fps=16) for name in "ab")
     one.write_bytes(one.read_bytes() + other.read_bytes())
     with pytest.raises(Unusable, match="time stamps go back from"):
         read_clip(one, replace(WANTED, frames=40))
 
 
-def test_sound_alone_is_told_also_with_a_picture_on_its_cover(tmp_path):
+def test_sound_alone_is_reported_also_with_a_picture_on_its_cover(tmp_path):
     Image.new("RGB", (32, 32)).save(cover := io.BytesIO(), "JPEG")
     for file in (write_sound(tmp_path / "a.mp3"), write_sound(tmp_path / "b.mp3", cover.getvalue())):
         for read in (read_clip, read_end):

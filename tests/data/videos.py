@@ -1,4 +1,4 @@
-"""Small real video files for tests, written with PyAV: a picture whose colours tell the time."""
+"""Small real video files for tests, written with PyAV: pictures whose colours encode the time."""
 
 import struct
 from collections.abc import Sequence

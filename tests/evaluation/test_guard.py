@@ -1,7 +1,7 @@
 """The guard rails: every number on clips where it is known, and every warning on the collapse that it is for.
 
 Bounds of the warnings are measured on real toy clips through their codec: what is done to them is mild (20 % more
-chroma, a blur of 0.4 px, a third of the seeds alike) and silent, or a collapse and told.
+chroma, a blur of 0.4 px, a third of the seeds alike) and silent, or a collapse and reported.
 """
 
 import math
@@ -122,7 +122,7 @@ def test_diversity_is_the_seeds_share_of_the_distance():
     assert math.isnan(diversity(thumbs[:1])["diversity"])
 
 
-def test_what_cannot_be_told_is_left_out():
+def test_undefined_metrics_are_left_out():
     collector = Collector()
     with pytest.raises(UserError, match="no clips"):
         collector.values()
@@ -211,16 +211,16 @@ MILD = {
 }
 
 
-def told(lines):
+def metrics_in(lines):
     return {line.partition("(")[2].split()[0] for line in lines}
 
 
 @pytest.mark.parametrize("collapse", COLLAPSES)
-def test_a_collapse_is_told(real, baseline, collapse):
+def test_a_collapse_is_reported(real, baseline, collapse):
     captions, videos = real
     spoil, metrics = COLLAPSES[collapse]
     lines = warnings(Sample(7, values(captions, spoil(videos))), baseline, stage="dmd")
-    assert metrics <= told(lines), lines
+    assert metrics <= metrics_in(lines), lines
     for line in lines:
         assert line.startswith("step 7: ") and "in real clips)" in line and "; try: " in line and "\n" not in line
 
@@ -234,7 +234,7 @@ def test_what_is_mild_is_silent(real, baseline, case):
 def test_every_threshold_is_used_and_moves_its_warning(real, baseline):
     captions, videos = real
     sample = Sample(7, values(captions, chroma(videos, 1.6)))
-    assert told(warnings(sample, baseline)) == {"saturation"}
+    assert metrics_in(warnings(sample, baseline)) == {"saturation"}
     assert warnings(sample, baseline, Thresholds(saturation_high_ratio=1.6)) == []
     used = {key for _, metrics in COLLAPSES.values() for key in metrics}
     names = {
@@ -248,8 +248,8 @@ def test_a_runs_own_first_samples_forbid_no_gain():
     first = {"motion": 2.0, "sharpness": 0.01, "saturation": 0.3}
     later = {"motion": 5.0, "sharpness": 0.03, "saturation": 0.3}
     assert warnings(Sample(9, later), Baseline("step 0", False, first)) == []
-    assert told(warnings(Sample(9, later), Baseline("real clips", True, first))) == {"motion", "sharpness"}
-    assert told(warnings(Sample(9, first), Baseline("step 0", False, later))) == {"motion", "sharpness"}
+    assert metrics_in(warnings(Sample(9, later), Baseline("real clips", True, first))) == {"motion", "sharpness"}
+    assert metrics_in(warnings(Sample(9, first), Baseline("step 0", False, later))) == {"motion", "sharpness"}
 
 
 def test_without_a_baselines_diversity_there_is_a_floor():

@@ -182,7 +182,7 @@ def test_headline_compares_the_student_with_the_ar_teacher(written: tuple[Path, 
         assert line in text
 
 
-def test_a_student_that_is_worse_is_told_as_such(tmp_path: Path):
+def test_a_student_that_is_worse_is_reported_as_such(tmp_path: Path):
     worse = replace(stages()[3], network_calls=4000, frames_per_second=2.0)
     page = write(tmp_path / "page.html", stages=[stages()[1], worse])
     text = "\n".join(text for tag, text in page.texts if tag == "p")

@@ -34,7 +34,7 @@ def test_folders_of_one_name_are_seeds_of_one_row(tmp_path):
     assert "| ar | 1 | 50.0 | 1.50 |  |  |  | 408 |" in text
 
 
-def test_nothing_to_show_is_told(tmp_path):
+def test_nothing_to_show_is_reported(tmp_path):
     with pytest.raises(UserError, match="run cfjax evaluate first"):
         gather(f"{tmp_path}/*")
     for wrong in ("{", "{}", "[]", '{"summary": {}}'):

@@ -127,7 +127,7 @@ def test_frames_are_read_back(tmp_path: Path, scale: int):
         ((8, 9000, 8, 2), "18000 x 16 pixels, 16384 a side"),
     ],
 )
-def test_what_no_mp4_can_be_is_told_without_a_clip(asked, message: str):
+def test_what_no_mp4_can_be_is_reported_without_a_clip(asked, message: str):
     check_mp4(16, 15, 8, 2)
     with pytest.raises(UserError, match=message):
         check_mp4(*asked)

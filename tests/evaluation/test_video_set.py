@@ -1,4 +1,4 @@
-"""The record of a set of videos: what is kept, moved, made again, refused or told, whenever a command was killed."""
+"""The record of a set of videos: what is kept, renamed, made again or refused, whenever a command was killed."""
 
 import itertools
 import json
@@ -16,15 +16,15 @@ from cfjax.data.requests import Request
 from cfjax.evaluation.video_set import (
     DONE,
     SETTINGS,
-    Asked,
-    Survey,
+    RequestedVideo,
+    SetPlan,
     VideoSet,
-    asked_videos,
     check_free,
     check_same,
     latents_name,
-    look,
-    survey,
+    plan_set,
+    read_set,
+    requested_videos,
 )
 
 HASHES = {"a.png": "aaaa", "b.png": "bbbb", "c.png": "cccc"}
@@ -49,13 +49,13 @@ def go_on(
     latents: bool = False,
     resume: bool = True,
     **keys: Any,
-) -> Survey:
+) -> SetPlan:
     """Makes what is missing, as `cfjax generate` does, and stops after `stop` videos."""
-    asked = asked_videos(requests, HASHES)
-    found = look(folder, resume=resume)
+    asked = requested_videos(requests, HASHES)
+    found = read_set(folder, resume=resume)
     if resume and found.asked:
         check_same(found, SET, ("sampler", "blocks"))
-    plan = survey(found, asked, latents=latents, overwrite=keys.get("overwrite", False))
+    plan = plan_set(found, asked, latents=latents, overwrite=keys.get("overwrite", False))
     videos = VideoSet(folder, asked, SET)
     with videos.begin(found, plan):
         for done, number in enumerate(plan.make):
@@ -72,13 +72,13 @@ def go_on(
 
 def assert_whole(folder: Path, requests: Sequence[Request]) -> None:
     """Every file holds what its request asks for, and the record says so."""
-    asked = asked_videos(requests, HASHES)
+    asked = requested_videos(requests, HASHES)
     for video, request in zip(asked, requests, strict=True):
         assert (folder / video.file).read_bytes() == content(request), video.file
     settings = json.loads((folder / SETTINGS).read_text())
-    assert settings["complete"] and [Asked(**video) for video in settings["videos"]] == asked
+    assert settings["complete"] and [RequestedVideo(**video) for video in settings["videos"]] == asked
     assert settings["sampler"] == SET["sampler"]
-    again = survey(look(folder, resume=True), asked, latents=False, overwrite=False)
+    again = plan_set(read_set(folder, resume=True), asked, latents=False, overwrite=False)
     assert not again.make and not again.moves and len(again.keep) == len(requests)
 
 
@@ -109,7 +109,7 @@ def test_the_last_line_may_break_off_and_no_other(tmp_path):
     assert sorted((tmp_path / DONE).read_text().splitlines()) == sorted(whole.splitlines())
     (tmp_path / DONE).write_text("{}\n" + whole)
     with pytest.raises(UserError, match=r"videos\.jsonl, line 1: .* remove it, and its video is made again"):
-        look(tmp_path, resume=True)
+        read_set(tmp_path, resume=True)
 
 
 MENDED = [
@@ -125,7 +125,7 @@ MENDED = [
 
 @pytest.mark.parametrize(("rows", "made", "left"), MENDED)
 @pytest.mark.parametrize("latents", [False, True])
-def test_a_mended_file_keeps_what_it_still_asks_for(rows, made, left, latents, tmp_path):
+def test_a_corrected_file_keeps_what_it_still_asks_for(rows, made, left, latents, tmp_path):
     """Under the new numbers; what no request asks for any more stays, is told, and is found again once asked for."""
     go_on(tmp_path, [A, B, C], latents=latents)
     plan = go_on(tmp_path, rows, latents=latents)
@@ -133,7 +133,7 @@ def test_a_mended_file_keeps_what_it_still_asks_for(rows, made, left, latents, t
     assert_whole(tmp_path, rows)
     stay = [name for name in ("000_a_cat_seed0.mp4", "001_a_dog_seed0.mp4", "002_a_cow_seed0.mp4") if name in left]
     assert [name for name in plan.unasked if name in stay] == stay
-    for request, video in zip(rows, asked_videos(rows, HASHES), strict=True):
+    for request, video in zip(rows, requested_videos(rows, HASHES), strict=True):
         assert not latents or (tmp_path / latents_name(video.file)).read_bytes() == 2 * content(request)
     assert len(list(tmp_path.glob("*.mp4"))) == len(rows) + len(plan.unasked)
     assert not go_on(tmp_path, [request for request in (A, B, C) if request in rows or left], latents=latents).make
@@ -254,7 +254,7 @@ def test_videos_without_settings_are_in_the_way(tmp_path):
 
 
 def test_a_set_made_from_the_start_needs_free_names(tmp_path):
-    asked = asked_videos([A, B], HASHES)
+    asked = requested_videos([A, B], HASHES)
     check_free(tmp_path / "new", asked, latents=True)
     for name in ("001_a_dog_seed0.safetensors", "contact_sheet_012.png", DONE):
         (tmp_path / name).touch()
@@ -286,7 +286,7 @@ def test_contact_sheets_that_show_something_else_go(tmp_path):
     assert left == [".mine.77.partial", SUMS, "contact_sheets.png", SETTINGS, DONE]
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/videos: cannot be"):
         go_on(tmp_path / "file" / "videos", [A])

@@ -1,4 +1,4 @@
-"""A role's weights from wherever they come, resting as they are asked to, and read without room for float32."""
+"""A role's weights from any source, in the requested storage, and read without memory for float32."""
 
 import json
 
@@ -16,7 +16,7 @@ from cfjax.experiment import presets
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.networks import check_blocks, check_host_memory, network_role, roles_of
 from cfjax.experiment.stage import blocks_of
-from cfjax.models.resting import fill
+from cfjax.models.weight_storage import fill
 from cfjax.training.streamed import write_streamed
 from cfjax.worlds.assets import META_FILE
 from configs import dmd
@@ -76,7 +76,7 @@ def test_a_run_is_loaded_as_it_is_to_rest(run, storage, away, mesh):
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
 @pytest.mark.parametrize("branch", [False, True])
-def test_an_empty_network_lies_where_the_weights_that_will_fill_it_do(mesh, branch):
+def test_an_empty_network_has_the_weights_shardings(mesh, branch):
     on, role = make_mesh(**mesh) if mesh else None, network("critic", branch=presets.branch() if branch else None)
     empty, model = role.empty(SHAPES, on), role.initial(SHAPES, 0, on)
     assert jax.tree.structure(empty) == jax.tree.structure(model)
@@ -108,7 +108,7 @@ def test_an_exported_model_has_the_blocks_that_it_was_trained_with(tmp_path, sta
     check(c)
 
 
-def test_a_device_without_host_memory_is_told(monkeypatch):
+def test_a_device_without_host_memory_is_reported(monkeypatch):
     c = dmd.get_config("toy")
     c.roles.real_score.offload = True
     check_host_memory(roles_of(c))

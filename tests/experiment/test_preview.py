@@ -1,7 +1,6 @@
-"""What a run shows of itself: looks at a Wan world, their baselines, and that training never dies of one."""
+"""Previews while training: samples of a Wan world, their baselines, and that a failing preview never ends training."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 from cfjax.conversion.tiny_vae import import_tiny_vae
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
+from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh, on_mesh, shard_model
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.experiment import presets
@@ -56,7 +56,7 @@ def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("wan") / "world"
     codec = import_tiny_vae(random_weights(taehv_shapes(8, (16, 8, 8, 8), z_dim=CONFIG.in_dim)), CODEC)
     arrays = {f"params/tiny_vae/{name}": LazyArray.of(leaf) for name, leaf in named_leaves(codec).items()}
-    write_streamed(path / "tiny_vae", arrays, {"stage": "tiny_vae", "model": asdict(CODEC), "fingerprint": "0"})
+    write_streamed(path / "tiny_vae", arrays, {"stage": "tiny_vae", "model": to_record(CODEC), "fingerprint": "0"})
     (path / "world.json").write_text(json.dumps({"kind": "wan", "format": 1, "text_length": 3}))
     return path
 
@@ -114,7 +114,7 @@ def loud():
     return map_named(lambda name, x: 30 * x if name.startswith("head/") else x, tiny())
 
 
-def test_a_collapse_is_told_and_a_resumed_run_remembers_its_baseline(prompts_run, world, capsys, caplog):
+def test_a_collapse_is_reported_and_a_resumed_run_remembers_its_baseline(prompts_run, world, capsys, caplog):
     _, workdir = prompts_run
     again = make_monitor(config(), data(world, False), workdir)
     before = (workdir / "guard.json").read_bytes()
@@ -169,16 +169,16 @@ def test_training_goes_on_without_a_look(prompts_run, world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "message"),
     [
         ("nowhere", "guard: off from start on (nowhere/world.json: no world here ("),
         ("", "does not say which world it was made in; name it with --config.guard.world"),
     ],
 )
-def test_without_a_world_the_guard_is_off(tmp_path, capsys, place, told):
+def test_without_a_world_the_guard_is_off(tmp_path, capsys, place, message):
     monitor = make_monitor(config(), data(place, False), tmp_path)
     out = capsys.readouterr().out
-    assert monitor is None and told in out and out.count("\n") == 1 and out.endswith("; training goes on\n")
+    assert monitor is None and message in out and out.count("\n") == 1 and out.endswith("; training goes on\n")
 
 
 def test_a_guard_without_prompts_is_a_mistake():

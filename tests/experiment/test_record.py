@@ -1,4 +1,4 @@
-"""Records of strangers' runs: every number is held against a table, and nothing is written where a record points."""
+"""Untrusted records of runs: every number is validated, and nothing is written where a record points."""
 
 import json
 import shutil

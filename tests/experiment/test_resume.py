@@ -1,4 +1,4 @@
-"""A run that goes on tells what its command changes, and refuses what its checkpoint or its meaning does not allow."""
+"""A resumed run reports what its command changes, and refuses what its checkpoint or its meaning does not allow."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import match
-from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, ruled, tell_changes
+from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, report_changes, ruled
 from cfjax.experiment.stage import STAGES, stage_of
 from cfjax.models import wan
 from cfjax.training.checkpoint import read_meta
@@ -76,7 +76,7 @@ def recorded(c: ConfigDict) -> dict:
     return json.loads(json.dumps(c.to_dict()))
 
 
-def told(c: ConfigDict, record: dict, given: tuple[str, ...] = ()) -> dict[str, Kind]:
+def changed_kinds(c: ConfigDict, record: dict, given: tuple[str, ...] = ()) -> dict[str, Kind]:
     return {change.text: change.kind for change in changes(record, c, TRAINED, given)}
 
 
@@ -88,10 +88,10 @@ def test_what_json_made_of_a_config_is_no_change(path, arg):
         assert changes(recorded(c), c.to_dict(), stage_of(c).losses) == []
 
 
-def test_changes_are_told_with_both_values():
+def test_changes_are_reported_with_both_values():
     record = recorded(shipped("dmd:toy")) | {"steps": 600.0}  # which is 600
     c = shipped("dmd:toy", optim__student__lr=1e-5, objective__steps=(1000, 500), data__batch_size=8)
-    assert told(c, record) == {
+    assert changed_kinds(c, record) == {
         "data.batch_size 32 -> 8": Kind.FREE,
         "objective.steps (1000, 750, 500, 250) -> (1000, 500)": Kind.MEANING,
         "optim.student.lr 0.0002 -> 1e-05": Kind.FREE,
@@ -102,20 +102,20 @@ def test_a_key_that_an_older_record_lacks_differs_where_the_command_line_sets_it
     c = shipped("dmd:toy", objective__same_exit=False)
     record = recorded(c)
     del record["objective"]["same_exit"], record["accept_changes"], record["guard"]
-    assert told(c, record) == {}
+    assert changed_kinds(c, record) == {}
     given = ("objective.same_exit", "accept_changes", "guard.seeds")
-    assert told(c, record, given) == {
+    assert changed_kinds(c, record, given) == {
         "guard.seeds (not there then) -> 3": Kind.FREE,
         "objective.same_exit (not there then) -> False": Kind.MEANING,
     }
 
 
-def test_a_key_that_only_the_record_has_is_told():
+def test_a_key_that_only_the_record_has_is_reported():
     """By its rule where there is one; what no rule knows belonged to an older version."""
     c = shipped("dmd:toy")
     record = recorded(c)
     record["objective"]["lost"], record["warmth"], record["old"] = 1.0, 2, {"a": 3}
-    assert told(c, record) == {
+    assert changed_kinds(c, record) == {
         "objective.lost 1.0 -> (not there now)": Kind.MEANING,
         "old (not there now)": Kind.FREE,
         "warmth 2 -> (not there now)": Kind.FREE,
@@ -125,37 +125,37 @@ def test_a_key_that_only_the_record_has_is_told():
 def test_a_key_of_ones_own_config_changes_the_meaning():
     c = shipped("dmd:toy")
     c.my_note = "second"
-    assert told(c, recorded(c) | {"my_note": "first"}) == {"my_note 'first' -> 'second'": Kind.MEANING}
+    assert changed_kinds(c, recorded(c) | {"my_note": "first"}) == {"my_note 'first' -> 'second'": Kind.MEANING}
 
 
 def test_roles_averages_and_cadences_that_come_or_go_are_changes():
     full, c = shipped("dmd:toy"), shipped("dmd:toy")
     del c.roles.real_score, c.ema.student, c.cadence.student
-    assert told(c, recorded(full)) == {
+    assert changed_kinds(c, recorded(full)) == {
         "cadence.student 5 -> 1": Kind.MEANING,
         "ema.student (not there now)": Kind.FIXED,
         "roles.real_score (not there now)": Kind.MEANING,
     }
-    assert told(full, recorded(c)) == {
+    assert changed_kinds(full, recorded(c)) == {
         "cadence.student 1 -> 5": Kind.MEANING,
         "ema.student (not there then)": Kind.FIXED,
         "roles.real_score (not there then)": Kind.MEANING,
     }
 
 
-def test_a_refusal_names_the_first_keys_their_number_and_both_mends(capsys):
+def test_a_refusal_names_the_first_keys_their_number_and_both_fixes(capsys):
     meta = {"step": 7, "stage": "dmd"}
     four = {"objective__shift": 3.0, "objective__steps": (1000, 500), "blocks__sink": 3, "blocks__window": 6}
     found = changes(recorded(shipped("dmd:toy")), shipped("dmd:toy", **four), TRAINED)
     with pytest.raises(UserError) as caught:
-        tell_changes(found, meta, Path("runs/x"), accept=False)
+        report_changes(found, meta, Path("runs/x"), accept=False)
     assert str(caught.value) == (
         "--workdir=runs/x: blocks.sink 0 -> 3, blocks.window 0 -> 6, objective.shift 5.0 -> 3.0 and 1 more (4 in all) "
         "since its checkpoint of step 7, which changes what the run learns; set them back, or go on so with "
         "--config.accept_changes=True"
     )
     assert capsys.readouterr().out == ""
-    tell_changes(found, meta, Path("runs/x"), accept=True)
+    report_changes(found, meta, Path("runs/x"), accept=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "changed since step 7: objective.shift 5.0 -> 3.0 (accepted)" in lines
 
@@ -163,13 +163,13 @@ def test_a_refusal_names_the_first_keys_their_number_and_both_mends(capsys):
 def test_what_a_checkpoint_does_not_hold_is_refused_also_when_accepted():
     found = changes(recorded(shipped("dmd:toy")), shipped("dmd:toy", optim__student__name="muon"), TRAINED)
     with pytest.raises(UserError, match=r"step 7 does not fit optim\.student\.name 'adamw' -> 'muon'; set it back, or"):
-        tell_changes(found, {"step": 7, "stage": "dmd"}, Path("runs/x"), accept=True)
+        report_changes(found, {"step": 7, "stage": "dmd"}, Path("runs/x"), accept=True)
 
 
 def test_only_one_process_of_several_says_it(monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     found = changes({"steps": 1}, ConfigDict({"steps": 2}), ())
-    tell_changes(found, {"step": 1, "stage": "dmd"}, Path("runs/x"), accept=False)
+    report_changes(found, {"step": 1, "stage": "dmd"}, Path("runs/x"), accept=False)
     assert len(found) == 1 and capsys.readouterr().out == ""
 
 
@@ -283,7 +283,7 @@ def test_a_dataset_that_is_another_one_needs_a_word(run, copy, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_what_cannot_be_changed_is_refused_and_its_mend_works(run, copy, tmp_path, capsys):
+def test_what_cannot_be_changed_is_refused_and_its_fix_works(run, copy, tmp_path, capsys):
     changed = {"optim__student__name": "muon", "steps": 3, "accept_changes": True}
     assert cfjax("train", "bidirectional.py:toy", copy, **keys(run.parent, **changed)) == 2
     error = one_line(capsys)

@@ -94,8 +94,8 @@ def test_q1_bf16_timesteps_collapse_to_294_levels():
     rounded = jax.jit(schedule.round_timestep_bf16)(T5)
     timestep = (np.float32(1000) * T5).astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_allclose(rounded, timestep / np.float32(1000), rtol=1e-7)
-    told = jax.jit(lambda sigma: 1000.0 * schedule.round_timestep_bf16(sigma))(T5)
-    assert np.count_nonzero(np.asarray(told) != timestep) <= 3  # the network is told the reference's timestep itself
+    conditioning = jax.jit(lambda sigma: 1000.0 * schedule.round_timestep_bf16(sigma))(T5)
+    assert np.count_nonzero(np.asarray(conditioning) != timestep) <= 3  # the reference's timestep itself
     levels = np.asarray(schedule.lookup(T5, rounded))
     assert len(np.unique(levels)) == 294
     np.testing.assert_allclose(np.abs(levels - T5).max(), 0.00247, atol=5e-6)

@@ -103,8 +103,8 @@ def test_one_step_to_zero_is_the_x0_prediction(name):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_model_sigmas_reach_only_the_network(name):
-    grid, told = np.float32([0.9, 0.4, 0.0]), np.float32([0.5, 0.25])
-    end = SOLVERS[name](lambda x, s: s * jnp.ones_like(x), X, grid, model_sigmas=told)
+    grid, model_sigmas = np.float32([0.9, 0.4, 0.0]), np.float32([0.5, 0.25])
+    end = SOLVERS[name](lambda x, s: s * jnp.ones_like(x), X, grid, model_sigmas=model_sigmas)
     by_hand = SOLVERS[name](lambda x, s: jnp.where(s > 0.6, 0.5, 0.25) * jnp.ones_like(x), X, grid)
     if name == "heun":  # its second call is at 0.4 and is told 0.25, as both functions say
         np.testing.assert_allclose(end, X - 0.5 * (0.5 + 0.25) / 2 - 0.4 * 0.25, atol=1e-6)

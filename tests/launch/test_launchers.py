@@ -47,37 +47,41 @@ def options(script: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
 
 
-def worker(*command: str, told: bool, **environment: str) -> subprocess.CompletedProcess:
+def worker(*command: str, signalled: bool, **environment: str) -> subprocess.CompletedProcess:
     whole, line = {**os.environ, **environment}, ["bash", "launch/worker.sh", *command]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=whole)
-    if told:
+    if signalled:
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     return subprocess.CompletedProcess(command, process.returncode, out)
 
 
-def test_a_stopped_run_is_told_from_a_finished_one():
-    stopped = worker(*STOPS, told=True)
+def test_a_stopped_run_differs_from_a_finished_one():
+    stopped = worker(*STOPS, signalled=True)
     assert stopped.returncode == 75 and "saved" in stopped.stdout
-    assert worker("bash", "-c", "echo up; exec sleep 60 >/dev/null", told=True).returncode == 75  # not listening yet
-    assert worker("true", told=False).returncode == 0
-    assert worker("bash", "-c", "exit 2", told=False).returncode == 2
-    assert worker("bash", "-c", "trap 'exit 3' TERM; echo up; sleep 60 >/dev/null & wait", told=True).returncode == 3
+    assert (
+        worker("bash", "-c", "echo up; exec sleep 60 >/dev/null", signalled=True).returncode == 75
+    )  # not listening yet
+    assert worker("true", signalled=False).returncode == 0
+    assert worker("bash", "-c", "exit 2", signalled=False).returncode == 2
+    assert (
+        worker("bash", "-c", "trap 'exit 3' TERM; echo up; sleep 60 >/dev/null & wait", signalled=True).returncode == 3
+    )
 
 
 def test_a_slurm_step_passes_the_signal_on():
     """SLURM tells the children of its step's daemon only, unless cgroup.conf says otherwise."""
-    stopped = worker(*STOPS, told=True, SLURM_STEP_ID="0")
+    stopped = worker(*STOPS, signalled=True, SLURM_STEP_ID="0")
     assert stopped.returncode == 75 and "saved" in stopped.stdout
 
 
 def test_an_aborted_process_hides_no_other_ones_reason():
     """srun reports the highest code: 134 of a process whose peer has gone would hide the peer's 75."""
     dies = ("bash", "-c", "kill -ABRT $$")
-    assert worker(*dies, told=False).returncode == 134
-    assert worker(*dies, told=False, SLURM_PROCID="3").returncode == 1
-    assert worker("bash", "-c", "exit 75", told=False, SLURM_PROCID="0").returncode == 75
+    assert worker(*dies, signalled=False).returncode == 134
+    assert worker(*dies, signalled=False, SLURM_PROCID="3").returncode == 1
+    assert worker("bash", "-c", "exit 75", signalled=False, SLURM_PROCID="0").returncode == 75
 
 
 def test_what_a_process_is_given(tmp_path, monkeypatch):
@@ -121,11 +125,11 @@ def test_maintenance_stops_a_run():
     with HTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         where = {"CFJAX_MAINTENANCE_URL": f"http://127.0.0.1:{server.server_port}/event"}
-        stopped = worker(*STOPS, told=False, CFJAX_MAINTENANCE_SECONDS="0.1", **where)
+        stopped = worker(*STOPS, signalled=False, CFJAX_MAINTENANCE_SECONDS="0.1", **where)
         server.shutdown()
     assert stopped.returncode == 75 and "saved" in stopped.stdout and asked == [("/event", "Google")] * 3
     absent = {"CFJAX_MAINTENANCE_URL": "http://127.0.0.1:9/event", "CFJAX_MAINTENANCE_SECONDS": "0.05"}
-    assert worker("sleep", "0.3", told=False, **absent).returncode == 0  # no such server: no maintenance
+    assert worker("sleep", "0.3", signalled=False, **absent).returncode == 0  # no such server: no maintenance
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -147,9 +151,9 @@ def test_only_verbs_that_join_are_started_more_than_once(tmp_path, verb):
 def test_slurm_dry_run():
     shown = bash("launch/slurm.sh", "--dry-run", "--nodes=4", "--grace=120", "--sbatch=--partition=h100", "--", *TRAIN)
     assert shown.returncode == 0, shown.stderr
-    told = options(shown.stdout)
-    assert (told["nodes"], told["ntasks-per-node"], told["gres"]) == ("4", "8", "gpu:8")
-    assert told["signal"] == "TERM@120" and told["partition"] == "h100" and told["requeue"] == ""
+    message = options(shown.stdout)
+    assert (message["nodes"], message["ntasks-per-node"], message["gres"]) == ("4", "8", "gpu:8")
+    assert message["signal"] == "TERM@120" and message["partition"] == "h100" and message["requeue"] == ""
     assert f"set -- {TRAIN[0]} {TRAIN[1]} {TRAIN[2]} --workdir=/shared/runs/a\\ b\n" in shown.stdout
     assert subprocess.run(["bash", "-n"], input=shown.stdout, text=True).returncode == 0
     on_cpus = options(bash("launch/slurm.sh", "--dry-run", "--gpus=0", "--", *TRAIN).stdout)
@@ -191,7 +195,7 @@ def test_slurm_array_task_runs_its_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, argv, told",
+    "script, argv, message",
     [
         ("slurm.sh", ["--nodes=4"], "no command behind --"),
         ("slurm.sh", ["--nodes=four", "--", "x"], "--nodes=four: must be a whole number"),
@@ -225,15 +229,22 @@ def test_slurm_array_task_runs_its_line(tmp_path):
         ("setup.sh", ["cuda"], "tpu, gpu or cpu"),
     ],
 )
-def test_mistakes_are_told_in_one_line(script, argv, told):
+def test_mistakes_are_reported_in_one_line(script, argv, message):
     refused = bash(f"launch/{script}", *argv)
-    assert refused.returncode == 2 and told in refused.stderr and refused.stderr.count("\n") == 1
+    assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_numbers_are_read_as_people_write_them():
     """08 and 010 are no octal numbers."""
-    told = options(bash("launch/slurm.sh", "--dry-run", "--nodes=08", "--gpus=010", "--grace=0090", "--", "x").stdout)
-    assert (told["nodes"], told["gres"], told["ntasks-per-node"], told["signal"]) == ("8", "gpu:10", "10", "TERM@90")
+    message = options(
+        bash("launch/slurm.sh", "--dry-run", "--nodes=08", "--gpus=010", "--grace=0090", "--", "x").stdout
+    )
+    assert (message["nodes"], message["gres"], message["ntasks-per-node"], message["signal"]) == (
+        "8",
+        "gpu:10",
+        "10",
+        "TERM@90",
+    )
     place = ["--xpk", "--cluster=c", "--tpu-type=v5p-128", "--image=i"]
     shown = bash("launch/tpu_pod.sh", "--dry-run", "run", *place, "--slices=08", "--restarts=010", "--", "x").stdout
     assert {"--num-slices=8", "--max-restarts=10"} <= set(shlex.split(shown))
@@ -273,12 +284,12 @@ def test_tpu_pod_dry_runs():
     assert started[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
     assert {"--zone=us-east5-a", "--project=p", "--worker=all"} <= set(started)
     assert f" bash launch/worker.sh {TRAIN[0]} {TRAIN[1]}" in started[-1]
-    (told,) = re.findall(r"nohup env (.*) bash launch/worker.sh", started[-1])
+    (message,) = re.findall(r"nohup env (.*) bash launch/worker.sh", started[-1])
     page = "CFJAX_MAINTENANCE_URL=http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event"
-    assert shlex.split(told) == ["CFJAX_DISTRIBUTED=auto", "JAX_PLATFORMS=tpu,cpu", page]
+    assert shlex.split(message) == ["CFJAX_DISTRIBUTED=auto", "JAX_PLATFORMS=tpu,cpu", page]
     (more,) = shown("run", *place, "--env=A=b c", "--env=JAX_PLATFORMS=cpu", "--", *TRAIN)
-    (told,) = re.findall(r"nohup env (.*) bash launch/worker.sh", more[-1])
-    assert shlex.split(told)[-2:] == ["A=b c", "JAX_PLATFORMS=cpu"]  # the last one holds
+    (message,) = re.findall(r"nohup env (.*) bash launch/worker.sh", more[-1])
+    assert shlex.split(message)[-2:] == ["A=b c", "JAX_PLATFORMS=cpu"]  # the last one holds
     assert shown("stop", *place)[0][-1] == "--command=kill -TERM $(cat cfjax/logs/run.pid)"
     by_ssh = shown("run", "--hosts=me@h0,h1", "--port=1234", "--", *TRAIN)
     assert [words[3] for words in by_ssh] == ["me@h0", "h1"]
@@ -355,7 +366,7 @@ def test_jobset_on_gpus_names_its_coordinator():
 
 
 @pytest.mark.parametrize(
-    "name, machines, told",
+    "name, machines, message",
     [
         ("Big_Name", {"tpu": "v5p:2x2x2"}, "--name=Big_Name"),
         ("a", {"tpu": "v9:2x2x2"}, "--tpu=v9:2x2x2"),
@@ -373,19 +384,19 @@ def test_jobset_on_gpus_names_its_coordinator():
         ("a", {"gpu": "nvidia-h100-80gb", "restarts": -1}, "--restarts=-1: must be 0 or more"),
     ],
 )
-def test_jobset_mistakes(name, machines, told):
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_jobset_mistakes(name, machines, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         jobset.manifest(name, TRAIN, jobset.Machines(**{"image": "i", **machines}))
 
 
-@pytest.mark.parametrize("code, told", [(0, ""), (1, "kubectl delete jobset NAME")])
-def test_jobsets_are_created_anew(tmp_path, monkeypatch, code, told):
+@pytest.mark.parametrize("code, message", [(0, ""), (1, "kubectl delete jobset NAME")])
+def test_jobsets_are_created_again(tmp_path, monkeypatch, code, message):
     """To apply an ended JobSet once more would start nothing."""
     path = stand_in(tmp_path, kubectl=f'echo "$*" >{tmp_path}/asked; exit {code}')
     monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
     made = jobset.manifest("a", TRAIN, jobset.Machines(image="i", tpu="v5p:2x2x2"))
     if code:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             jobset.submit([made], dry_run=False)
     else:
         jobset.submit([made], dry_run=False)

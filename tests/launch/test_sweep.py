@@ -99,7 +99,7 @@ def test_sweep_yields_dicts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "body, overrides, told",
+    "body, overrides, message",
     [
         ("", [], "has no sweep: write get_hyper"),
         ("def sweep(): return []", [], "no points"),
@@ -113,8 +113,8 @@ def test_sweep_yields_dicts(tmp_path):
         ("def sweep(): return [{'steps': 0}]", [], "--config.steps=0: use 1 or more"),
     ],
 )
-def test_mistakes_are_told_by_key(tmp_path, body, overrides, told):
-    with pytest.raises(UserError, match=told) as error:
+def test_mistakes_are_reported_by_key(tmp_path, body, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
         sweep.runs_of(config(tmp_path, body), tmp_path, overrides)
     assert "\n" not in str(error.value)
 
@@ -200,8 +200,8 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
     """Two at a time; each run's output is in its own folder."""
     spec = config(tmp_path, "def sweep(): return [{'data.source': 'nowhere'}, {'data.source': 'elsewhere'}]")
     assert sweep.main(["run", f"--config={spec}", f"--workdir={tmp_path}/s", "--jobs=2"]) == 1
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == 2 and all("train.log" in line for line in told)
+    message = capfd.readouterr().err.splitlines()
+    assert len(message) == 2 and all("train.log" in line for line in message)
     assert "use 'shapes'" in (tmp_path / "s" / "data.source=nowhere" / "train.log").read_text()
 
 

@@ -84,7 +84,7 @@ def test_save_and_load_are_exact(codec, tmp_path):
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["codec.safetensors"]
 
 
-def test_fingerprint_tells_fits_apart(codec, source):
+def test_fingerprint_differs_between_fits(codec, source):
     other = fit_patch_codec(source[i]["video_PHWC"] for i in range(40))
     assert other.describe() != codec.describe()
 

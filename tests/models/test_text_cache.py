@@ -96,7 +96,7 @@ def test_what_the_key_depends_on(encoder, cache, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "bit", "empty", "other"])
-def test_a_broken_entry_is_told_and_remade(harm, encoder, text_BSE, cache, caplog):
+def test_a_broken_entry_is_reported_and_remade(harm, encoder, text_BSE, cache, caplog):
     cache.put_many(CAPTIONS, text_BSE)
     path = cache.path(CAPTIONS[1])
     content = bytearray(path.read_bytes())

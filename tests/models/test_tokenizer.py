@@ -112,13 +112,13 @@ def folder_without_json(folder, tmp_path_factory):
 
 
 def reference_clean(text):
-    """The steps as the PyTorch reference lists them."""
+    """The steps of the reference's `HuggingfaceTokenizer._clean` (`wan/modules/tokenizers.py`)."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
 def reference(tokenizer, captions):
-    """What the PyTorch reference asks of transformers."""
+    """The reference's call of transformers (`wan/modules/tokenizers.py`, `HuggingfaceTokenizer.__call__`)."""
     cleaned = [reference_clean(text) for text in captions]
     out = tokenizer(cleaned, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
     return out.input_ids, out.attention_mask
@@ -193,7 +193,7 @@ def test_any_mixture_gives_the_same_ids(folder, folder_without_json):
         np.testing.assert_array_equal(load_tokenizer(place).encode(texts, LENGTH)[0], expected)
 
 
-def test_sentinels_are_umt5s_where_nothing_tells_their_number(folder, tmp_path):
+def test_sentinels_default_to_umt5s_number(folder, tmp_path):
     (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
     alone = load_tokenizer(tmp_path)
     assert alone.vocab_size == vocab_size() - EXTRA_IDS + 300

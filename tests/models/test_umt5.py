@@ -96,13 +96,13 @@ def test_bfloat16_compute_stays_close(pair):
     model, _ = pair
     ids_BS, mask_BS = random_batch(12)
     exact = encode(model, ids_BS, mask_BS)
-    islands, everything = (
+    products_only, everything = (
         rms(np.asarray(encode(model, ids_BS, mask_BS, policy=policy) - exact)).max() / rms(np.asarray(exact)).max()
         for policy in (BF16, Policy("bfloat16", "bfloat16"))
     )
-    print(f"bfloat16 products: {islands:.1e}; bfloat16 residual stream and norms too: {everything:.1e}")
-    assert 0 < islands < 0.03
-    assert islands < everything < 0.06
+    print(f"bfloat16 products: {products_only:.1e}; bfloat16 residual stream and norms too: {everything:.1e}")
+    assert 0 < products_only < 0.03
+    assert products_only < everything < 0.06
 
 
 def test_bfloat16_weights_stay_so(pair):
@@ -168,7 +168,7 @@ def test_one_different_word_changes_its_row_most_and_the_others_a_little(encoder
     assert not empty[1:].any()
 
 
-def test_all_words_are_told_apart(encoder):
+def test_all_words_differ(encoder):
     rows = encoder.encode(["red blue circle square left up a"])[0, :7]
     distance = rms(rows[:, None] - rows[None])
     assert distance[~np.eye(7, dtype=bool)].min() > 0.7

@@ -193,27 +193,27 @@ def test_a_fresh_one_keeps_the_scale():
     assert 0.01 < float(jnp.std(whole(made, latents(1)))) < 2.0
 
 
-def test_mistakes_are_told(vae):
-    tell = partial(pytest.raises, UserError)
+def test_mistakes_are_reported(vae):
+    raises = partial(pytest.raises, UserError)
     for frames in (0, 2, 4, 6):
-        with tell(match=rf"{frames} frames do not encode; use 1 \+ 4 k"):
+        with raises(match=rf"{frames} frames do not encode; use 1 \+ 4 k"):
             vae.encode(jnp.zeros((1, frames, 16, 16, 3)))
-    with tell(match="H a multiple of 8 and W of 8"):
+    with raises(match="H a multiple of 8 and W of 8"):
         vae.encode(jnp.zeros((1, 1, 16, 20, 3)))
-    with tell(match=r"need \[B,F,H,W,16\]"):
+    with raises(match=r"need \[B,F,H,W,16\]"):
         vae.decode(jnp.zeros((1, 1, 2, 2, 4)))
-    with tell(match="a batch of 1 does not continue a stream of 2"):
+    with raises(match="a batch of 1 does not continue a stream of 2"):
         vae.decode_step(jnp.zeros((1, 1, 2, 2, 16)), vae.init_state(2))
     later = jax.eval_shape(vae.encode_step, video(1), vae.init_encode_state(BATCH))[1]
-    with tell(match="3 frames do not encode; use 4 k"):
+    with raises(match="3 frames do not encode; use 4 k"):
         vae.encode_step(video(3), later)
-    with tell(match=r"stride=\(24, 8\) leaves gaps between tiles of \(16, 16\)"):
+    with raises(match=r"stride=\(24, 8\) leaves gaps between tiles of \(16, 16\)"):
         decode_tiled(vae, latents(1), tile=(16, 16), stride=(24, 8))
-    with tell(match=r"tile=\(20, 16\) must be multiples of \(8, 8\) pixels"):
+    with raises(match=r"tile=\(20, 16\) must be multiples of \(8, 8\) pixels"):
         encode_tiled(vae, video(1), tile=(20, 16), stride=(8, 8))
-    with tell(match="frames=0 at a time"):
+    with raises(match="frames=0 at a time"):
         decode_in_steps(vae, latents(1), 0)
-    with tell(match="2 entries, one per downsampling"):
+    with raises(match="2 entries, one per downsampling"):
         VAEConfig(multipliers=(1, 2, 4))
-    with tell(match="need 8 entries, one per latent channel"):
+    with raises(match="need 8 entries, one per latent channel"):
         VAEConfig(z_dim=8)

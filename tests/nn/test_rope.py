@@ -60,7 +60,7 @@ def test_rotation_is_of_pairs():
 
 
 def test_sinusoid_golden_values():
-    # computed by the PyTorch reference in float64
+    # computed in float64 by the reference (`wan/modules/model.py`, `rope_params`)
     got = np.asarray(sinusoid(jnp.array(937.5), 256))
     np.testing.assert_allclose(got[[0, 1, 2, 127]], [0.262302, 0.580487, 0.257223, 0.994930], atol=2e-5)
     np.testing.assert_allclose(got[[128, 129, 130, 255]], [0.964986, -0.814269, 0.966352, 0.100574], atol=2e-5)

@@ -25,7 +25,8 @@ def frames_seen(mask_row: np.ndarray) -> list[int]:
 
 
 def test_local_window_example():
-    # PyTorch reference: l=3, nfb=2, F=6 -> frames (0,1) see {0,1}; (2,3) see {1,2,3}; (4,5) see {3,4,5}
+    # reference (`CausalWanModel._prepare_blockwise_causal_attn_mask`): l=3, nfb=2, F=6 -> frames (0,1) see {0,1}; (2,3)
+    # see {1,2,3}; (4,5) see {3,4,5}
     mask = seen(Visibility("block_causal", Blocks(2, window=3)), 6)
     assert [frames_seen(mask[f]) for f in (0, 1, 2, 3, 4, 5)] == [[0, 1]] * 2 + [[1, 2, 3]] * 2 + [[3, 4, 5]] * 2
 
@@ -45,7 +46,7 @@ def test_independent_first_frame_example():
     ],
 )
 def test_window_and_sink_examples(blocks, expected):
-    # PyTorch reference, worked cache examples
+    # reference (`CausalWanSelfAttention.forward`), worked examples of its KV cache
     mask = seen(Visibility("block_causal", blocks), blocks.frames * len(expected))
     for block, frames in enumerate(expected):
         if frames is not None:

@@ -87,7 +87,7 @@ def test_one_block_of_all_frames_is_bidirectional():
     """The few-step bidirectional student: no mask, every frame sees every frame."""
     whole = Blocks(SHAPE[1])
     draws = dict(draw(jax.random.key(3), SHAPE, DMD, whole))
-    draws["exit_N"] = jnp.zeros((1,), jnp.int32)
+    draws["exit_G"] = jnp.zeros((1,), jnp.int32)
     batch = {"latents_BFHWC": normal(1), "text_BSE": text()}
     video = jax.jit(lambda m: student_video(m, batch, draws, DMD, whole, gradient=True))(tiny())
     noise = draws["noise_BFHWC"]

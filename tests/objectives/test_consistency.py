@@ -24,8 +24,8 @@ T5 = 5.0 * (1 - np.arange(1000) / 1000) / (1 + 4.0 * (1 - np.arange(1000) / 1000
 def network(strength):
     """A model that is a function of everything it is given; no parameters, nothing to compile."""
 
-    def call(x, told_BF, clean, text_BSE):
-        offset = jnp.sin(7.0 * told_BF) + jnp.mean(text_BSE, axis=(1, 2))[:, None]
+    def call(x, conditioning_sigma_BF, clean, text_BSE):
+        offset = jnp.sin(7.0 * conditioning_sigma_BF) + jnp.mean(text_BSE, axis=(1, 2))[:, None]
         return strength * x - 0.2 * clean + offset[:, :, None, None, None]
 
     return call
@@ -54,19 +54,24 @@ def reference_loss(models, batch, levels, eps, guidance, *, bf16, boundary=False
         clip = {k: np.asarray(v, np.float64)[i : i + 1] for k, v in batch.items() if k != "negative_text_SE"}
         negative = np.asarray(batch["negative_text_SE"], np.float64)[None]
         sigma, below = T48[n], T48[n + 1]
-        told, told_below = (bf(1000 * sigma) / 1000, bf(1000 * below) / 1000) if bf16 else (sigma, below)
-        gap = bf(bf(1000 * told - 1000 * told_below) / 1000) if bf16 else sigma - below
-        convert = [T5[np.abs(T5 - t).argmin()] if bf16 else t for t in (told, told_below)]
+        conditioning_sigma, conditioning_sigma_below = (
+            (bf(1000 * sigma) / 1000, bf(1000 * below) / 1000) if bf16 else (sigma, below)
+        )
+        gap = bf(bf(1000 * conditioning_sigma - 1000 * conditioning_sigma_below) / 1000) if bf16 else sigma - below
+        convert = [T5[np.abs(T5 - t).argmin()] if bf16 else t for t in (conditioning_sigma, conditioning_sigma_below)]
         x0, noise = clip["latents_BFHWC"], np.asarray(eps, np.float64)[i : i + 1]
         x = (1 - sigma) * x0 + sigma * noise
 
         def flow(role, x, t, text_BSE, x0=x0):
             return np.asarray(models[role](x, jnp.full(SHAPE[1:2], t)[None], x0, text_BSE), np.float64)
 
-        v_pos, v_neg = flow("teacher", x, told, clip["text_BSE"]), flow("teacher", x, told, negative)
+        v_pos, v_neg = (
+            flow("teacher", x, conditioning_sigma, clip["text_BSE"]),
+            flow("teacher", x, conditioning_sigma, negative),
+        )
         x_next = x - gap * (v_neg + guidance * (v_pos - v_neg))
-        student = x - convert[0] * flow("student", x, told, clip["text_BSE"])
-        target = x_next - convert[1] * flow("student_ema", x_next, told_below, clip["text_BSE"])
+        student = x - convert[0] * flow("student", x, conditioning_sigma, clip["text_BSE"])
+        target = x_next - convert[1] * flow("student_ema", x_next, conditioning_sigma_below, clip["text_BSE"])
         if boundary and below == 0:
             target = x_next
         total += np.mean((student - target) ** 2) / len(levels)

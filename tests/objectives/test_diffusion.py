@@ -30,7 +30,7 @@ KEY = jax.random.key(0)
 
 
 def reference_timesteps() -> np.ndarray:
-    """The PyTorch reference's T5: float32, descending from 1000."""
+    """The reference's T5 (`utils/scheduler.py`, `FlowMatchScheduler`): float32, descending from 1000."""
     u = np.linspace(1.0, 0.0, 1001, dtype=np.float64)[:-1].astype(np.float32)
     return (1000.0 * (5.0 * u / (1.0 + 4.0 * u))).astype(np.float32)
 
@@ -45,12 +45,12 @@ def reference_loss(x0, draws, flow, weighting: str, bf16: bool, spans: list[tupl
     eps, index = np.asarray(draws["eps_BFHWC"]), np.array(draws["index_BF"])
     for start, stop in spans:
         index[:, start:stop] = index[:, start : start + 1]
-    told = timesteps[index]
+    conditioning_sigma = timesteps[index]
     if bf16:
-        told = told.astype(ml_dtypes.bfloat16).astype(np.float32)
-        index = np.abs(timesteps[None, None] - told[:, :, None]).argmin(-1)
+        conditioning_sigma = conditioning_sigma.astype(ml_dtypes.bfloat16).astype(np.float32)
+        index = np.abs(timesteps[None, None] - conditioning_sigma[:, :, None]).argmin(-1)
     sigma = (timesteps[index] / 1000.0)[:, :, None, None, None]
-    v = np.asarray(flow((1 - sigma) * x0 + sigma * eps, told / 1000.0))
+    v = np.asarray(flow((1 - sigma) * x0 + sigma * eps, conditioning_sigma / 1000.0))
     per_frame = np.mean((v - (eps - x0)) ** 2, axis=(2, 3, 4))
     return float(np.mean(weights[index] * per_frame))
 
@@ -61,7 +61,7 @@ class Stub:
     def __init__(self, monkeypatch):
         monkeypatch.setattr(diffusion, "embed_text", lambda model, text: text)
         monkeypatch.setattr(
-            diffusion, "teacher_forced", lambda model, x, s, clean, text, _, **told: model(x, s, text, clean)
+            diffusion, "teacher_forced", lambda model, x, s, clean, text, _, **others: model(x, s, text, clean)
         )
 
     def __call__(self, x, sigma_BF, text_BSE, past=None):
@@ -118,8 +118,8 @@ def test_diffusion_forcing_shows_the_noisy_past(monkeypatch):
     """The network gets one noised clip, block-causal; no clean half exists."""
     seen = {}
 
-    def network(x, told_BF, text, visibility):
-        seen.update(x=x, told=told_BF, visibility=visibility)
+    def network(x, conditioning_sigma_BF, text, visibility):
+        seen.update(x=x, conditioning_sigma=conditioning_sigma_BF, visibility=visibility)
         return 0.3 * x
 
     monkeypatch.setattr(diffusion, "embed_text", lambda model, text: text)
@@ -135,11 +135,11 @@ def test_diffusion_forcing_shows_the_noisy_past(monkeypatch):
 
 
 def test_noise_augmentation_noises_the_clean_half_with_the_same_noise(monkeypatch):
-    """Indices from a on, per block, the noisy half's eps, told as the clean half's time (PyTorch reference)."""
+    """Levels U{a..999} per block, the noisy half's eps (reference: `CausalDiffusion.generator_loss`)."""
     seen = {}
 
-    def network(model, x, told_BF, past, text, blocks, *, clean_sigma_BF):
-        seen.update(past=past, told=clean_sigma_BF)
+    def network(model, x, conditioning_sigma_BF, past, text, blocks, *, clean_sigma_BF):
+        seen.update(past=past, conditioning_sigma=clean_sigma_BF)
         return x
 
     monkeypatch.setattr(diffusion, "embed_text", lambda model, text: text)
@@ -151,7 +151,7 @@ def test_noise_augmentation_noises_the_clean_half_with_the_same_noise(monkeypatc
     sigma = (reference_timesteps() / 1000.0)[np.repeat(np.asarray(draws["augment_BF"])[:, ::3], 3, axis=1)]
     wide = sigma[:, :, None, None, None]
     past = (1 - wide) * np.asarray(batch["latents_BFHWC"]) + wide * np.asarray(draws["eps_BFHWC"])
-    np.testing.assert_allclose(seen["told"], sigma, rtol=1e-6)
+    np.testing.assert_allclose(seen["conditioning_sigma"], sigma, rtol=1e-6)
     np.testing.assert_allclose(seen["past"], past, atol=1e-6)
     with pytest.raises(UserError, match="only forcing=teacher has"):
         DiffusionConfig(noise_augmentation=600, forcing="diffusion")
@@ -161,8 +161,8 @@ def test_bf16_timesteps_collapse_the_table_and_keep_its_noise_near(monkeypatch):
     """Quirk Q1: 294 distinct levels; sigma moves by at most 0.00247; 1 % of the draws fall on weight 0."""
     seen = {}
 
-    def network(x, told_BF, text, visibility):
-        seen.update(sigma=np.asarray(x)[:, 0, 0, 0, 0], told=np.asarray(told_BF)[:, 0])
+    def network(x, conditioning_sigma_BF, text, visibility):
+        seen.update(sigma=np.asarray(x)[:, 0, 0, 0, 0], conditioning_sigma=np.asarray(conditioning_sigma_BF)[:, 0])
         return x
 
     monkeypatch.setattr(diffusion, "embed_text", lambda model, text: text)
@@ -171,7 +171,7 @@ def test_bf16_timesteps_collapse_the_table_and_keep_its_noise_near(monkeypatch):
     loss = flow_matching(DiffusionConfig(bf16_timesteps=True))
     loss({"student": network}, batch_of(jnp.zeros(shape)), KEY, draws)
     exact = reference_timesteps() / 1000.0
-    assert len(np.unique(seen["told"])) == 294
+    assert len(np.unique(seen["conditioning_sigma"])) == 294
     assert np.abs(seen["sigma"] - exact).max() == pytest.approx(0.00247, abs=1e-5)
     assert 8 <= np.sum(seen["sigma"] == 1.0) <= 12
 
@@ -186,7 +186,7 @@ def test_draws_have_their_distributions():
 
 
 def test_weights_average_to_one():
-    """So that the learning rate means the same whatever the weighting (bsmntw: PyTorch reference, sum 1000)."""
+    """So that the learning rate means the same whatever the weighting (bsmntw sums to 1000)."""
     for weighting in ("bsmntw", "uniform", "x0"):
         weights = diffusion._weights(DiffusionConfig(weighting=weighting), sigma_table(1000, 5.0))
         assert np.mean(weights) == pytest.approx(1.0, rel=1e-5)

@@ -52,7 +52,7 @@ class Score:
         self.slope = slope
 
     def __call__(self, x, sigma_BF, text_kv):
-        shift = sigma_BF + jnp.mean(text_kv.k_LBTNK, axis=(0, 2, 3, 4))[:, None]
+        shift = sigma_BF + jnp.mean(text_kv.k_LBSNK, axis=(0, 2, 3, 4))[:, None]
         return self.slope * x + shift[:, :, None, None, None]
 
 
@@ -63,7 +63,7 @@ def scores(monkeypatch) -> dict[str, Score]:
 
 
 def reference_gradient(x0, draws, batch, config: DMDConfig, slopes=(0.7, -0.4)) -> np.ndarray:
-    """PyTorch reference, clip by clip."""
+    """The reference's `DMD._compute_kl_grad` (`model/dmd.py`), clip by clip."""
     out = []
     for i, clip in enumerate(np.asarray(x0, np.float64)):
         sigma = float(draws["score_sigma_B"][i])
@@ -131,7 +131,7 @@ def test_shift_8_table_changes_scores_by_the_q3_ratio(scores):
 
 
 def test_score_levels_are_the_references():
-    """PyTorch reference: shift 5 of k / 1000, clamped; 9.2 % land on 0.98 and 0.5 % on 0.02."""
+    """Reference (`model/dmd.py`): shift 5 of k / 1000, clamped; 9.2 % land on 0.98 and 0.5 % on 0.02."""
     sigma = np.asarray(draw(KEY, (20000, 3, 1, 1, 1), DMD, BLOCKS)["score_sigma_B"])
     assert sigma.min() == pytest.approx(0.02) and sigma.max() == pytest.approx(0.98)
     assert np.mean(sigma >= 0.98) == pytest.approx(0.092, abs=0.008)
@@ -196,7 +196,7 @@ class Trained:
     state: TrainState
     counts: dict[str, int]
     exits: set[int]
-    early: list[dict[str, np.ndarray]]  # named weights and shadows after each of the first seven iterations
+    early: list[dict[str, np.ndarray]]  # named weights and averages after each of the first seven iterations
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def trained() -> Trained:
     state = init_state(stage, {"student": causal(), "critic": bidirectional()}, txs, 0)
     updates = {role: make_update(stage, role, txs[role]) for role in losses}
     frozen, batch = {"real_score": bidirectional()}, batch_of(jnp.zeros((64, 2, 2, 2, 1)))
-    exit_step = jax.jit(lambda key: draw(key, (1, 2, 1, 1, 1), config, FRAMEWISE)["exit_N"][0])
+    exit_step = jax.jit(lambda key: draw(key, (1, 2, 1, 1, 1), config, FRAMEWISE)["exit_G"][0])
     counts, exits, early = dict.fromkeys(losses, 0), set(), []
     for iteration in range(ITERATIONS):
         for role in stage.roles_at(iteration):
@@ -231,7 +231,7 @@ def test_one_compile_per_role_whatever_the_exit_step(trained):
     assert [update._cache_size() for update in trained.updates.values()] == [1, 1]
 
 
-def test_a_trace_is_told_in_the_papers_words(trained):
+def test_a_trace_shows_the_papers_terms(trained):
     frozen, batch = {"real_score": bidirectional()}, batch_of(jnp.zeros((64, 2, 2, 2, 1)))
     for role, words in {
         "student": ("self_rollout", "denoise_block", "commit_block", "replay_exit_steps", "fake_score", "real_score"),
@@ -242,7 +242,7 @@ def test_a_trace_is_told_in_the_papers_words(trained):
 
 
 def test_cadence(trained):
-    """PyTorch reference: the student at iterations 0, 5, 10 ..., before the critic, which learns at every one."""
+    """Reference (`trainer/distillation.py`): the student at iterations 0, 5, ..., before the critic, at every one."""
     assert trained.counts == {"student": ITERATIONS // CADENCE, "critic": ITERATIONS}
     assert [trained.stage.roles_at(n) for n in (0, 1, 5)] == [["student", "critic"], ["critic"], ["student", "critic"]]
     changed = {

@@ -72,7 +72,7 @@ class Judge:
         self.gain = gain
 
     def classify(self, x, sigma_BF, text_kv):
-        prompt_B = jnp.mean(text_kv.k_LBTNK, axis=(0, 2, 3, 4))
+        prompt_B = jnp.mean(text_kv.k_LBSNK, axis=(0, 2, 3, 4))
         return (self.gain * jnp.mean(jnp.sin(x), axis=(1, 2, 3, 4)) + sigma_BF[:, 0] + prompt_B)[:, None]
 
 
@@ -243,7 +243,7 @@ FAKE_MEAN = 0.5
 
 
 @pytest.mark.slow
-def test_a_critic_learns_to_tell_as_much_as_can_be_told(monkeypatch):
+def test_a_critic_learns_the_optimal_discriminator(monkeypatch):
     """Clips N(1, STD^2) against N(0.5, STD^2), noised: the best logit is log p(real) - log p(fake), linear in x."""
     fakes = lambda model, batch, draws, *_, gradient, codec: FAKE_MEAN + STD * draws["noise_BFHWC"]
     monkeypatch.setattr(module, "student_video", fakes)
@@ -285,7 +285,7 @@ def test_one_compile_per_role_and_each_changes_its_own_weights():
     batch, exits = batch_of(fresh(KEY, 4, REAL_MEAN)), set()
     for iteration in range(8):
         for role in stage.roles_at(iteration):
-            exits.add(int(draw(role_key(state, role), (1, 2, 1, 1, 1), DMD, FRAMEWISE)["exit_N"][0]))
+            exits.add(int(draw(role_key(state, role), (1, 2, 1, 1, 1), DMD, FRAMEWISE)["exit_G"][0]))
             before = {name: np.array(x) for name, x in named_leaves(state.params).items()}
             state, metrics = updates[role](state, {}, batch)
             assert np.isfinite([float(x) for x in metrics.values()]).all()

@@ -165,16 +165,18 @@ def test_bagger_learns_what_follows_the_drifted_prefix(monkeypatch, corrective, 
     """The average's rollout; prefix clean, told 0 and outside the mean; real clips are learned whole."""
     seen = {}
 
-    def network(x, told_BF, words, past, **_):
-        seen.update(x=x, told=told_BF, words=words)
+    def network(x, conditioning_sigma_BF, words, past, **_):
+        seen.update(x=x, conditioning_sigma=conditioning_sigma_BF, words=words)
         return 0.3 * x - 0.2 * (0.0 if isinstance(past, Visibility) else past)
 
-    def roll(author, real, noise, words, negative, sampler, blocks, codec):
-        seen.update(author=author, sampler=sampler)
+    def roll(rollout_model, real, noise, words, negative, sampler, blocks, codec):
+        seen.update(rollout_model=rollout_model, sampler=sampler)
         return jnp.flip(real + noise, axis=1)
 
     monkeypatch.setattr(diffusion, "embed_text", lambda model, text: text)
-    monkeypatch.setattr(diffusion, "teacher_forced", lambda m, x, s, past, words, _, **told: network(x, s, words, past))
+    monkeypatch.setattr(
+        diffusion, "teacher_forced", lambda m, x, s, past, words, _, **others: network(x, s, words, past)
+    )
     monkeypatch.setattr(diffusion, "corrective_clip", roll)
     config = DiffusionConfig(weighting="uniform", forcing=forcing, bagger=0.5, bagger_steps=7)
     batch = {"latents_BFHWC": normal(1), "text_BSE": text(), "negative_text_SE": text()[0]}
@@ -190,7 +192,7 @@ def test_bagger_learns_what_follows_the_drifted_prefix(monkeypatch, corrective, 
     x = (1 - wide) * x0 + wide * eps
     error = (0.3 * x - 0.2 * (x0 if forcing == "teacher" else 0.0) - (eps - x0))[:, given:] ** 2
     assert float(value) == pytest.approx(np.mean(error), rel=1e-5) == float(metrics["flow_error"])
-    np.testing.assert_allclose(seen["told"], sigma, atol=1e-6)
+    np.testing.assert_allclose(seen["conditioning_sigma"], sigma, atol=1e-6)
     np.testing.assert_array_equal(seen["words"], -text() if corrective else text())
     assert seen["author"] == "average" and seen["sampler"] == ManyStep(steps=7)
 
@@ -254,7 +256,7 @@ def test_frames_that_pass_the_network(monkeypatch, settings, frames):
 
     monkeypatch.setattr(diffusion, "embed_text", lambda *_: text_kv())
     monkeypatch.setattr(history, "embed_text", lambda *_: text_kv())
-    monkeypatch.setattr(diffusion, "teacher_forced", lambda m, x, *_, **told: count(jnp.tile(x, (2, 1, 1, 1, 1)), x))
+    monkeypatch.setattr(diffusion, "teacher_forced", lambda m, x, *_, **others: count(jnp.tile(x, (2, 1, 1, 1, 1)), x))
     for module in (history, generate):
         monkeypatch.setattr(module, "denoise_block", lambda m, x, *_: count(x, x))
         monkeypatch.setattr(module, "commit_block", lambda m, x, kv, cache, *_: count(x, cache))

@@ -109,7 +109,7 @@ def test_what_is_drawn_fits_the_longest_rollout_and_the_window():
     """Whatever the batch's own clips are long."""
     draws = jax.eval_shape(lambda key: draw(key, batch()["latents_BFHWC"].shape, LONG, BLOCKS), KEY)
     assert draws["noise_BFHWC"].shape[1] == draws["context_BFHWC"].shape[1] == FRAMES + 4
-    assert draws["exit_N"].shape == (5,) and draws["count"].shape == () and 3 <= int(any_count()["count"]) <= 5
+    assert draws["exit_G"].shape == (5,) and draws["count"].shape == () and 3 <= int(any_count()["count"]) <= 5
     assert draws["score_eps_BFHWC"].shape == SHAPE
 
 
@@ -124,6 +124,6 @@ def test_noised_clips_are_no_rollout():
         replace(LONG, student_input="noised_data")
 
 
-def test_frames_that_are_no_whole_blocks_are_told_before_anything_runs():
+def test_frames_that_are_no_whole_blocks_are_reported_before_anything_runs():
     with pytest.raises(UserError, match="7 latent frames do not divide into blocks"):
         critic_loss(replace(LONG, long=LongVideo(6, 7)), BLOCKS)

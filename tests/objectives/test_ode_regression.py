@@ -44,7 +44,7 @@ def test_layouts_have_trajectories_of_their_own():
 
 
 def test_trajectory_is_the_references_loop():
-    """48 Euler steps on T48, both prompts apart, the clean half recomputed each time (PyTorch reference)."""
+    """48 Euler steps on T48, both prompts apart, the clean half recomputed (`get_causal_ode_data_chunkwise.py`)."""
     clean, x, blocks = normal(2), normal(3), LAYOUTS["chunkwise"]
     flow = jax.jit(lambda m, x, s, kv: teacher_forced(m, x, s, clean, kv, blocks))
     positive, negative = embed_text(tiny(), text()), embed_text(tiny(), normal(102, text().shape))

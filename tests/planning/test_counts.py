@@ -24,7 +24,7 @@ def test_flops_of_a_scan_its_gradient_and_its_recomputation():
     assert again == pytest.approx(5 * product * (2 * 3 + 1), rel=0.07) and plain < again
 
 
-def test_a_loop_of_unknown_length_runs_as_often_as_told():
+def test_a_loop_of_unknown_length_has_the_given_trip_count():
     """By the scope around it, also inside another; one without a known scope runs once."""
 
     def fn(n, x):
@@ -37,11 +37,11 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
         with jax.named_scope("outer"):
             return jax.lax.fori_loop(0, n, outer, once)
 
-    trips = {"outer": 3.0, "inner": 1.5}
-    assert count_flops(fn, jnp.int32(3), jnp.zeros((8, 8)), trips=trips) == (1 + 3 * (1 + 1.5)) * 2 * 8**3
+    trip_counts = {"outer": 3.0, "inner": 1.5}
+    assert count_flops(fn, jnp.int32(3), jnp.zeros((8, 8)), trip_counts=trip_counts) == (1 + 3 * (1 + 1.5)) * 2 * 8**3
 
 
-def test_a_conditional_takes_its_dearer_branch_as_often_as_told():
+def test_a_costlier_branch_counts_by_its_frequency():
     """By the last scope around it, in gradients too; always, where nothing is known."""
 
     def fn(x, w):
@@ -53,8 +53,8 @@ def test_a_conditional_takes_its_dearer_branch_as_often_as_told():
 
     x, product = jnp.zeros((8, 8)), 2 * 8**3
     assert count_flops(fn, x, x) == 4 * 2 * product
-    assert count_flops(fn, x, x, trips={"sometimes": 0.5, "other": 9.0}) == 4 * 1.5 * product
-    assert count_flops(jax.grad(lambda x: fn(x, x).sum()), x, trips={"sometimes": 0.5}) == 3 * 4 * 1.5 * product
+    assert count_flops(fn, x, x, trip_counts={"sometimes": 0.5, "other": 9.0}) == 4 * 1.5 * product
+    assert count_flops(jax.grad(lambda x: fn(x, x).sum()), x, trip_counts={"sometimes": 0.5}) == 3 * 4 * 1.5 * product
 
 
 def test_a_convolution():
@@ -119,18 +119,18 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
 
 def test_trips_starts_and_scattered_parts():
     """As the compilers write them: loops of noted, readable and unknown length, starts, groups by lists and by axes."""
-    found = collectives(TPU_TEXT, trips={"rollout": 1.5})
+    found = collectives(TPU_TEXT, trip_counts={"rollout": 1.5})
     assert found["all-gather"] == Traffic(36.5, 36.5 * 8 * 4 * 2)
     assert found["reduce-scatter"] == Traffic(36.5 + 3, 36.5 * 8 * 4 * 2 + 3 * (8 * 4 * 4))
     assert "all-reduce" not in found
 
 
-def test_a_conditional_moves_as_often_as_told():
+def test_collectives_of_a_branch_count_by_its_frequency():
     branches = "branch_computations={%none, %body}"
     line = f'  %c = f32[2] conditional(%p), {branches}, metadata={{op_name="jit(f)/some/cond"}}'
     text = TPU_TEXT.replace("  %known =", f"{line}\n  %known =")
-    runs = [collectives(text, trips={"rollout": 1.5, "some": share})["all-gather"].runs for share in (0.0, 0.25)]
-    assert runs == [36.5, 36.75] and collectives(text, trips={"rollout": 1.5})["all-gather"].runs == 37.5
+    runs = [collectives(text, trip_counts={"rollout": 1.5, "some": share})["all-gather"].runs for share in (0.0, 0.25)]
+    assert runs == [36.5, 36.75] and collectives(text, trip_counts={"rollout": 1.5})["all-gather"].runs == 37.5
 
 
 def test_kernels_are_named_by_the_models_scopes():

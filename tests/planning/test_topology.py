@@ -48,9 +48,9 @@ def test_too_few_simulated_devices():
         open_topology(parse_topology("cpu:64"))
 
 
-def test_a_program_that_is_too_large_tells_its_size():
-    told = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded"
-    assert too_large(told) == int(23.5 * GIB) and too_large("INTERNAL: something else") is None
+def test_a_program_that_is_too_large_shows_its_size():
+    line = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded"
+    assert too_large(line) == int(23.5 * GIB) and too_large("INTERNAL: something else") is None
 
 
 def test_a_search_goes_from_small_to_large_with_whole_heads():

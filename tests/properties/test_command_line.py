@@ -1,4 +1,4 @@
-"""Any text behind an override: told in a line, or a value of the default's kind; and tuples come back as they were."""
+"""Any text behind an override: an error line, or a value of the default's kind; and tuples come back as they were."""
 
 import math
 
@@ -35,7 +35,7 @@ def config(tmp_path_factory) -> str:
     return f"--config={file}"
 
 
-def test_any_text_is_told_or_a_value_of_the_right_kind(config):
+def test_any_text_is_reported_or_a_value_of_the_right_kind(config):
     plain = keys_of(parse("train", [config, "--workdir=w"], description="")[0])
 
     @cases(250)
@@ -65,7 +65,7 @@ def test_any_text_is_told_or_a_value_of_the_right_kind(config):
         st.one_of(TEXT, st.sampled_from(["--help=", "--workdir", "-x", "--config.steps", "--noconfig.quiet"]))
     )
 )
-def test_any_command_line_is_told_or_read(config, words):
+def test_any_command_line_is_reported_or_read(config, words):
     try:
         parse("train", [config, "--workdir=w", *words], description="")
     except UserError as error:
@@ -94,7 +94,7 @@ def test_a_tuple_comes_back(value):
     kind=st.sampled_from([None, int, str]),
     text=TEXT,
 )
-def test_any_text_is_a_tuple_or_told(default, kind, text):
+def test_any_text_is_a_tuple_or_reported(default, kind, text):
     try:
         value = parse_tuple("--config.key", text, default, kind)
     except UserError as error:

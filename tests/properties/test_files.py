@@ -1,4 +1,4 @@
-"""A damaged file of any kind is told in a line, or read as what it could have meant; nothing else happens.
+"""A damaged file of any kind gives an error line, or is read as what it could have meant; nothing else happens.
 
 More cases: `python benchmarks/robustness.py`, which also tries single ones again (`--kind`, `--seed`).
 """
@@ -23,7 +23,7 @@ def child() -> Iterator[Child]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_told_or_right(child, kind):
+def test_a_damaged_file_is_reported_or_right(child, kind):
     """The first seeds of the benchmark's: the same files whatever else changes."""
     for seed in range(3 if KINDS[kind].slow else 12):
         outcome = child.outcome(kind, seed)
@@ -33,7 +33,7 @@ def test_a_damaged_file_is_told_or_right(child, kind):
 # ---- the instruments themselves
 
 
-def test_what_a_reader_does_is_told_apart(child, monkeypatch):
+def test_the_outcomes_of_a_reader_are_distinguished(child, monkeypatch):
     """A reader of each fault, in the process that judges them; then it works again."""
     monkeypatch.setattr(child, "seconds", 0.5)
     known = [name for name in OUTCOMES if name != "over memory" or STATM.exists()]

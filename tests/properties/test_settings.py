@@ -1,4 +1,4 @@
-"""Any number for any key of any config: told in a line, or the config becomes a stage, its sampler and optimisers."""
+"""Any number for any key of any config: an error line, or the config becomes a stage, its sampler and optimisers."""
 
 import random
 from typing import Any
@@ -41,7 +41,7 @@ def build(c: ConfigDict) -> None:
 
 
 @pytest.mark.parametrize("verb", RULES)
-def test_any_number_is_told_or_taken(verb):
+def test_any_number_is_reported_or_taken(verb):
     configs = read_by(verb)
 
     @cases(60)
@@ -67,7 +67,7 @@ def test_any_number_is_told_or_taken(verb):
 @cases(200)
 @given(verb=st.sampled_from(sorted(RULES)), name=st.text(), value=st.one_of(WHOLE, REAL, st.text(), st.none()))
 @example(verb="train", name="optim.student.lr", value=float("nan"))
-def test_any_setting_of_any_name_is_told_or_taken(verb, name, value):
+def test_any_setting_of_any_name_is_reported_or_taken(verb, name, value):
     try:
         check_settings(verb, {name: value, "budget": "none", "clips": 60, "batch": 60})
     except UserError as error:

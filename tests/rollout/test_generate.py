@@ -65,7 +65,7 @@ def few_step(sampler: FewStep, blocks: Blocks):
 
 @pytest.mark.parametrize("sampler", [FewStep(FOUR), FewStep(TWO, FOUR)], ids=["one_list", "first_list"])
 def test_few_step_is_the_references_loop(sampler):
-    """Predict x0, add fresh noise at the next level; after the last level commit x0 as it is (PyTorch reference)."""
+    """Predict x0, add fresh noise at the next level; commit the last x0 as it is (`CausalInferencePipeline`)."""
     noise, fresh = normal(1), normal(2, (BATCH, FRAMES, 3, *SHAPE[2:]))
     cache, clips = empty_cache(), []
     for start, stop in BLOCKS.spans(FRAMES):

@@ -67,8 +67,8 @@ def settings(name: str) -> tuple[SelfForcing, dict, jax.Array]:
     blocks, long, kv_gradient = LAYOUTS[name]
     config = SelfForcing(SIGMAS[:2], SIGMAS, context_noise=0.005, kv_gradient=kv_gradient)
     draws = quick_jit(lambda key: draw_long(key, SHAPE, config, long, blocks))(jax.random.key(3))
-    exits = np.array([0] + [1] * (draws["exit_N"].shape[0] - 1), np.int32)
-    return config, {**draws, "exit_N": exits}, normal(9, (BATCH, long.window_frames, *SHAPE[2:]))
+    exits = np.array([0] + [1] * (draws["exit_G"].shape[0] - 1), np.int32)
+    return config, {**draws, "exit_G": exits}, normal(9, (BATCH, long.window_frames, *SHAPE[2:]))
 
 
 def sequential(model, name: str, count: int, early: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ def sequential(model, name: str, count: int, early: jax.Array) -> jax.Array:
     blocks, long, kv_gradient = LAYOUTS[name]
     config, draws, _ = settings(name)
     spans = blocks.spans(long.max_frames)[:count]
-    frames, exits = spans[-1][1], draws["exit_N"].tolist()
+    frames, exits = spans[-1][1], draws["exit_G"].tolist()
     kv_text = embed_text(model, text())
     frozen, frozen_kv = jax.lax.stop_gradient((model, kv_text))
     clean = init_cache(CONFIG, BATCH, frames, TOKENS, Blocks(blocks.frames))
@@ -181,7 +181,7 @@ def test_the_shortest_rollout_is_the_window_itself():
     config, draws, weight = settings("blocks")
     count = long.counts(blocks)[0]
     short = {n: x[:, : long.window_frames] for n, x in draws.items() if n.endswith(("BFHWC", "BFJHWC"))}
-    short["exit_N"] = draws["exit_N"][:count]
+    short["exit_G"] = draws["exit_G"][:count]
 
     @quick_jit
     def plain(model):

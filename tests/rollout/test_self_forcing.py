@@ -22,7 +22,7 @@ SIGMAS = (1.0, 0.9375, 0.8333333, 0.625)
 
 
 def sequential(model, text_BSE, draws, config, exits, blocks):
-    """The reference's loop written out with Python control flow and differentiated directly (PyTorch reference)."""
+    """The loop of `SelfForcingTrainingPipeline.inference_with_trajectory` in Python, differentiated directly."""
     kv_text = embed_text(model, text_BSE)
     frozen, frozen_kv = jax.lax.stop_gradient((model, kv_text))
     clean = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)
@@ -73,7 +73,7 @@ def test_replay_is_the_sequential_gradient(kv_gradient, first):
     config = SelfForcing(SIGMAS[:3], first, context_noise=0.005, kv_gradient=kv_gradient)
     exits = [3, 1, 1] if first else [2, 2, 2]
     draws = draw_rollout(jax.random.key(3), SHAPE, config, BLOCKS)
-    draws["exit_N"] = jnp.array(exits, jnp.int32)
+    draws["exit_G"] = jnp.array(exits, jnp.int32)
     weight = normal(9)
 
     def by_loop(model):
@@ -123,7 +123,7 @@ def test_one_compile_for_every_exit_step():
     outs = []
     for exit_step in range(4):
         draws = draw_rollout(jax.random.key(3), SHAPE, config, BLOCKS)
-        draws["exit_N"] = jnp.full((3,), exit_step, jnp.int32)
+        draws["exit_G"] = jnp.full((3,), exit_step, jnp.int32)
         outs.append(run(tiny(), kv, draws))
     assert run._cache_size() == 1
     assert all(relative(a, b) > 1e-3 for a, b in itertools.pairwise(outs))
@@ -134,7 +134,7 @@ def test_exit_draws():
 
     def exits(config: SelfForcing, count: int) -> jax.Array:
         keys = jax.random.split(jax.random.key(0), count)
-        return jax.vmap(lambda key: draw_rollout(key, (1, 6, 1, 1, 1), config, BLOCKS)["exit_N"])(keys)
+        return jax.vmap(lambda key: draw_rollout(key, (1, 6, 1, 1, 1), config, BLOCKS)["exit_G"])(keys)
 
     draws = exits(SelfForcing(SIGMAS), 400)
     assert bool(jnp.all(draws == draws[:, :1]))
@@ -176,7 +176,7 @@ def test_the_network_is_called_for_each_step_and_each_commit_that_is_read(monkey
     monkeypatch.setattr(self_forcing, "denoise_block", counted("denoise_block", 1))
     monkeypatch.setattr(self_forcing, "commit_block", counted("commit_block", 3))
     config, number = SelfForcing(SIGMAS), len(blocks.spans(FRAMES))
-    draws = {**draw_rollout(jax.random.key(3), SHAPE, config, blocks), "exit_N": jnp.full((number,), 1, jnp.int32)}
+    draws = {**draw_rollout(jax.random.key(3), SHAPE, config, blocks), "exit_G": jnp.full((number,), 1, jnp.int32)}
     made = {} if count is None else {"count": jnp.int32(count)}
     jax.block_until_ready(rollout(tiny(), text_kv(), draws, config, blocks, **made))
     jax.effects_barrier()
@@ -191,7 +191,10 @@ def test_a_video_of_one_block_costs_its_steps_alone():
     step = lambda x: denoise_block(tiny(), x, jnp.float32(1.0), text_kv(), cache, jnp.int32(0), blocks)
     call = count_flops(step, normal(0))
     roll = lambda draws: rollout(tiny(), text_kv(), draws, config, blocks)
-    assert [count_flops(roll, draws, trips={self_forcing.BEFORE_EXIT: steps}) for steps in (0, 3)] == [call, 4 * call]
+    assert [count_flops(roll, draws, trip_counts={self_forcing.BEFORE_EXIT: steps}) for steps in (0, 3)] == [
+        call,
+        4 * call,
+    ]
 
 
 def test_generated_context_is_what_inference_would_cache():

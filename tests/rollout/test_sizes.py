@@ -32,7 +32,7 @@ def test_the_toys_frames_are_latent_frames():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"height": 490}, "height=490: needs a multiple of 16 pixels; use 480 or 496"),
         ({"width": 7}, "width=7: needs a multiple of 16 pixels; use 16"),
@@ -44,9 +44,9 @@ def test_the_toys_frames_are_latent_frames():
         ({"frames": 81, "blocks": IMAGE, "given": 1}, "use 73 or 85"),
     ],
 )
-def test_sizes_that_do_not_divide_are_told_with_the_nearest_that_do(change, told):
+def test_sizes_that_do_not_divide_are_reported_with_the_nearest_that_do(change, message):
     asked = {"frames": 81, "height": 480, "width": 832, "blocks": CHUNK, **change}
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         latent_sizes(**asked, **WAN)
 
 

@@ -86,18 +86,18 @@ def test_a_claim_holds_by_its_direction_and_p():
     numbers["bi_pairs_ode"]["diversity"], numbers["ode"]["diversity"] = worse, better
     found = verdicts(numbers, {})
     # lower and sure; higher and sure; less diverse; lower, but not sure
-    assert [v.outcome for v in found] == ["holds", "reversed", "holds", "not told apart"]
+    assert [v.outcome for v in found] == ["holds", "reversed", "holds", "not significant"]
     assert found[0].numbers.startswith("caption all right, %: 41.0 against 91.0, p ")
     bi, ar = (
         [[0.3, 0.1, 0.1], [0.31, 0.1, 0.12], [0.3, 0.1, 0.1]],
         [[0.1, 0.1, 0.1], [0.11, 0.1, 0.12], [0.1, 0.1, 0.1]],
     )
     both = verdicts(numbers, {"bi_pairs_ode": {"left": bi}, "ode": {"left": ar}})
-    assert [v.outcome for v in both[4:]] == ["holds", "not told apart"] and both[0].p > found[0].p  # one family
+    assert [v.outcome for v in both[4:]] == ["holds", "not significant"] and both[0].p > found[0].p  # one family
     assert len(verdicts(numbers, {"ode": {"left": ar}})) == 4
 
 
-def test_what_the_past_leaves_to_decide_stands_beside_what_is_left_open():
+def test_the_variance_given_the_past_is_shown_too():
     opened = {"ode": {"left": [[0.1, 0.02], [0.1, 0.04]], "shuffled": [[1.0, 0.04], [1.0, 0.04]]}}
     rows = open_table(opened, NAMES).rows
     assert [row[1] for row in rows] == ["left open", "the same with another pair's noise", "ratio of the two"]

@@ -204,10 +204,10 @@ def test_students_end_where_their_teachers_pairs_put_them(tmp_path):
     assert outcomes["Before DMD the bidirectional ODE initialisation is worse in spread."] == "holds"
     print("gaps after DMD", {m: (gaps(results, m), gaps(results, m, 50)) for m in WORSE})
     assert min(gaps(results, "static", 50)) > 0  # in-between frames outlive a little DMD
-    assert washed_out(found, "static") in ("no", "in part", "washed out", "over-corrected", "not told apart")
+    assert washed_out(found, "static") in ("no", "in part", "washed out", "over-corrected", "not significant")
     titles = [table.title for table in tables(results, found)]
     assert len(set(titles)) == len(titles) and "What DMD leaves of the bidirectional start's harm" in titles
-    again = run(SMALL, tmp_path, lambda told: pytest.fail(f"{told} is computed again"), {"commit": "second"})
+    again = run(SMALL, tmp_path, lambda message: pytest.fail(f"{message} is computed again"), {"commit": "second"})
     assert again == results and results["seeds"][1]["made"] == {"commit": "first"}
 
 
@@ -242,7 +242,7 @@ def test_one_rule_judges_every_claim():
             Claim("a gap", "4", high, low, test="paired"),
         ]
     )
-    assert [v.outcome for v in found] == ["holds", "reversed", "not told apart", "holds"]
+    assert [v.outcome for v in found] == ["holds", "reversed", "not significant", "holds"]
     assert found[0].p == pytest.approx(holm({"a": welch(high, low), "b": 0.0, "c": 1.0, "d": 1e-4})["a"], rel=0.5)
     assert found[0].numbers.startswith("1, p ") and "(paired " in found[0].numbers
     (alone,) = judge([Claim("of one seed", "", [1.0], [0.0])])
@@ -272,14 +272,14 @@ def test_a_page_names_the_commit_of_every_part():
         ("dmd_at", (7,)),
     ],
 )
-def test_a_plan_that_cannot_be_is_told_in_one_line(key, value):
-    with pytest.raises(UserError, match=key) as told:
+def test_a_plan_that_cannot_be_is_reported_in_one_line(key, value):
+    with pytest.raises(UserError, match=key) as message:
         Plan(**{"dmd": ("bi_ode",), key: value})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(message.value)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    for argv, told in (
+    for argv, message in (
         (["history"], "cfjax study injectivity or cfjax study ablation"),
         (["ablation", f"--config={ROOT}/configs/study.py", f"--workdir={tmp_path}"], "for the other study"),
         (["injectivity", f"--config={ROOT}/configs/study.py", "--config.inits=('ode',)"], "unknown initialisations"),
@@ -291,4 +291,4 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ),
     ):
         assert main(["study", *argv]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One process of a run of several: `cfjax` on a toy made tiny, one CPU device per process unless told otherwise.
+"""One process of a run of several: `cfjax` on a toy made tiny, one CPU device per process by default.
 
 process.py VERB ...    with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, as a launcher sets them,
                        TEST_PAUSE (seconds before every batch) and TEST_HANG (the process that stops at batch 5).

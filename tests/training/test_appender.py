@@ -1,4 +1,4 @@
-"""Curves on a disk that is full: the run goes on, and what was told meanwhile is written once there is room."""
+"""Curves on a disk that is full: the run goes on, and buffered points are written once there is room."""
 
 import json
 import resource
@@ -28,9 +28,9 @@ def full(size: int):
 
 @pytest.fixture
 def lines(monkeypatch) -> list[str]:
-    told: list[str] = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: told.append(message % args))
-    return told
+    warned: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda message, *args: warned.append(message % args))
+    return warned
 
 
 def test_what_had_no_room_is_written_later_without_a_torn_piece(tmp_path, lines):
@@ -72,8 +72,8 @@ def test_a_run_goes_on_while_its_curves_have_no_room(tmp_path, lines):
     with full(6_000):
         run(tmp_path / "run", 40, log_every=1, save_every=40, sample_every=39, sample_fn=room)
     assert lines and all("cannot be written (OSError" in line for line in lines)
-    told = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert told == list(range(40))
+    warned = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert warned == list(range(40))
     points = EventAccumulator(str(tmp_path / "run/events")).Reload().Scalars("critic/loss")
     assert [point.step for point in points] == list(range(40))
 

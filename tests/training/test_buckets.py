@@ -173,7 +173,7 @@ def test_old_ones_that_cannot_be_removed_are_left(bucket, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops futures that failed
-def test_a_bucket_that_refuses_is_told_in_one_line(bucket):
+def test_a_bucket_that_refuses_is_reported_in_one_line(bucket):
     with pytest.raises(
         UserError, match=r"^gs://other/run/checkpoints: files cannot be written and removed there"
     ) as caught:
@@ -321,11 +321,11 @@ def test_only_buckets_of_one_kind(monkeypatch):
         ("evaluate", "evaluate.py", "x", {"run": "gs://bucket/none"}, "no such run directory"),
     ],
 )
-def test_what_stays_on_this_machine_is_told_in_one_line(bucket, capsys, tmp_path, verb, config, workdir, keys, message):
+def test_what_cannot_be_in_a_bucket_is_refused(bucket, capsys, tmp_path, verb, config, workdir, keys, message):
     place = workdir if "://" in workdir else tmp_path / workdir
     assert cfjax(verb, config, place, **keys) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert message in output and output.count("\n") == 1
     assert not [name for name in bucket.objects if name.startswith(verb)] and not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit; what is broken, foreign or misfit is told in one line."""
+"""Checkpoints: what is saved comes back bit for bit; what is broken, foreign or unfit is an error of one line."""
 
 import os
 import resource
@@ -143,7 +143,7 @@ def test_a_broken_newest_is_passed_over_and_its_step_can_be_saved_again(tmp_path
     store.close()
 
 
-def test_when_all_are_broken_the_run_does_not_start_anew(tmp_path):
+def test_when_all_are_broken_the_run_does_not_start_again(tmp_path):
     fill(tmp_path, steps=2)
     for step in (1, 2):
         truncate(tmp_path / "checkpoints" / str(step))
@@ -209,7 +209,7 @@ def test_load_role_refuses_what_does_not_fit(tmp_path, role, width, kwargs, mess
         load_role(tmp_path / "elsewhere", role, Linear(jax.random.key(0)))
 
 
-def test_arrays_come_back_where_the_template_lies(tmp_path):
+def test_arrays_are_restored_with_the_templates_sharding(tmp_path):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     fill_value = jnp.arange(64.0).reshape(8, 8)

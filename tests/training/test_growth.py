@@ -1,4 +1,4 @@
-"""A loss that leaves all bounds: no good checkpoint is lost to it, and a resumed run takes the good one."""
+"""A diverging loss: no good checkpoint is lost to it, and a run resumes from the good one."""
 
 import re
 
@@ -18,12 +18,12 @@ def watched(losses, factor: float = 1000.0) -> LossWatch:
     return watch
 
 
-def test_a_thousandfold_loss_is_told_with_its_median_and_forgotten_when_it_is_calm():
+def test_a_thousandfold_loss_is_reported_with_its_median_and_forgotten_when_it_is_calm():
     calm = [0.5] * ENOUGH
     assert watched(calm).grown() == "" and watched([*calm, 499.0]).grown() == ""
-    told = "the loss of role 'student' was 501 at step 20, its running median 0.5"
-    assert watched([*calm, 501.0]).grown() == watched([*calm, -501.0]).grown().replace("-", "") == told
-    assert watched([*calm, 501.0, *calm[1:CALM]]).grown() == told
+    message = "the loss of role 'student' was 501 at step 20, its running median 0.5"
+    assert watched([*calm, 501.0]).grown() == watched([*calm, -501.0]).grown().replace("-", "") == message
+    assert watched([*calm, 501.0, *calm[1:CALM]]).grown() == message
     assert watched([*calm, 501.0, *calm[:CALM]]).grown() == ""
     assert watched([*calm, *[1e5] * WINDOW]).grown()  # what is beyond the bound does not move it
     assert watched([*calm, 501.0], factor=0.0).grown() == "" and watched([*calm, 6.0], factor=10.0).grown()
@@ -68,8 +68,8 @@ def test_a_run_whose_loss_explodes_keeps_its_good_checkpoints_and_goes_on_from_t
     with pytest.raises(GrownLoss, match=r"role '\w+' was .* goes on from that of step 40, with a lower") as caught:
         run(tmp_path / "run", 70, data=Exploding(52), save_every=10)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-    told = [line for line in capsys.readouterr().out.splitlines() if ASIDE in line]
-    assert len(told) == 1 and re.search(r"step 4\d, its running median", told[0])
+    message = [line for line in capsys.readouterr().out.splitlines() if ASIDE in line]
+    assert len(message) == 1 and re.search(r"step 4\d, its running median", message[0])
     for folder, steps in (("checkpoints", [30, 40]), (ASIDE, [70])):
         store = CheckpointStore(tmp_path / "run", folder=folder)
         assert store.steps() == steps
@@ -79,6 +79,6 @@ def test_a_run_whose_loss_explodes_keeps_its_good_checkpoints_and_goes_on_from_t
         np.testing.assert_array_equal(value, arrays(resumed)[name], err_msg=name)
 
 
-def test_a_run_may_be_told_to_save_whatever_comes(tmp_path):
+def test_a_run_may_save_whatever_the_loss(tmp_path):
     run(tmp_path, 50, data=Exploding(40), save_every=10, loss_growth=0.0)
     assert not (tmp_path / ASIDE).exists()

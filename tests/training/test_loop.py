@@ -165,7 +165,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     assert_same_run(tmp_path, resumed, tmp_path / "whole", whole)
 
 
-def test_data_that_ends_is_told(tmp_path):
+def test_data_that_ends_is_reported(tmp_path):
     class Short(Counted):
         def __next__(self):
             if self.position == 5:

@@ -1,4 +1,4 @@
-"""Memory per role, told from shapes: the shipped sizes without an allocation, and small ones against real arrays."""
+"""Memory per role, from shapes: the shipped sizes without an allocation, and small ones against real arrays."""
 
 import jax
 import pytest
@@ -39,7 +39,7 @@ def fsdp(size: int) -> AbstractMesh:
 
 
 def test_the_shipped_dmd_with_its_14b_real_score():
-    """Adam's two moments, gradient and shadow in float32; a frozen role has none of them."""
+    """Adam's two moments, gradient and average in float32; a frozen role has none of them."""
     rows = full_size()
     student, critic, real = rows["student"], rows["critic"], rows["real_score"]
     assert (student.parameters, critic.parameters, real.parameters) == (WAN_1_3B, WAN_1_3B, WAN_14B)
@@ -48,7 +48,7 @@ def test_the_shipped_dmd_with_its_14b_real_score():
     assert student.optimizer == pytest.approx(8 * WAN_1_3B, rel=1e-8)
     assert (student.stored, real.stored) == ("float32", "bfloat16")
     assert 2 * WAN_14B < real.weights < 2.05 * WAN_14B
-    assert needed_bytes(list(rows.values())) == sum(row.resting for row in rows.values()) + student.gradients
+    assert needed_bytes(list(rows.values())) == sum(row.persistent for row in rows.values()) + student.gradients
     assert full_size(accumulate=2)["student"].gradients == 2 * student.gradients
 
 
@@ -96,8 +96,8 @@ def held(tree) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves if leaf.sharding.memory_kind == "device")
 
 
-def test_what_is_told_is_what_is_held():
-    """Bytes and shardings of the abstract state are the real one's, optimiser and shadow with their weights."""
+def test_the_reported_memory_is_the_real_one():
+    """Bytes and shardings of the abstract state are the real one's, those of optimiser and average too."""
     stage, txs, models, state, rows, mesh = toy({"data": 1, "fsdp": 4, "context": 1, "tensor": 2})
     for role in stage.losses:
         assert rows[role].weights == held(state.params[role])
@@ -108,10 +108,10 @@ def test_what_is_told_is_what_is_held():
     on_host = [leaf for leaf in jax.tree.leaves(models["real_score"]) if leaf.sharding.memory_kind == "pinned_host"]
     assert real.host == sum(leaf.addressable_shards[0].data.nbytes for leaf in on_host) > 2 * real.weights
     shapes = {role: jax.eval_shape(lambda x: x, models[role]) for role in stage.losses}
-    told = named_leaves(abstract_state(stage, shapes, txs, mesh))
+    abstract = named_leaves(abstract_state(stage, shapes, txs, mesh))
     for name, leaf in named_leaves(state).items():
-        assert (told[name].shape, told[name].dtype) == (leaf.shape, leaf.dtype), name
-        assert told[name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), name
+        assert (abstract[name].shape, abstract[name].dtype) == (leaf.shape, leaf.dtype), name
+        assert abstract[name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), name
 
 
 def test_nothing_is_allocated():

@@ -1,4 +1,4 @@
-"""Every stage on every mesh: loss and gradients are the single device's, and what lies on a mesh is really cut."""
+"""Every stage on every mesh: loss and gradients are the single device's, and arrays on a mesh are really sharded."""
 
 import math
 from functools import cache, partial
@@ -10,7 +10,7 @@ import pytest
 
 from cfjax.core.sharding import (
     batch_sharding,
-    cut_parameters,
+    constrain_parameters,
     make_mesh,
     on_mesh,
     place,
@@ -101,7 +101,7 @@ def value_and_grad(stage, models, batch, key):
     def of(role):
         loss = STAGES[stage][role]
         value, grads = jax.value_and_grad(lambda own: loss({**models, role: own}, batch, key)[0])(models[role])
-        return value, cut_parameters(grads)
+        return value, constrain_parameters(grads)
 
     return {role: of(role) for role in STAGES[stage]}
 
@@ -117,8 +117,8 @@ def compare(stage: str, name: str, capfd) -> None:
     mesh = make_mesh(**sizes)
     with on_mesh(mesh):
         got = value_and_grad(stage, *on(mesh, models(heads), batch(), jax.random.key(7)))
-    told = [line for line in capfd.readouterr().err.splitlines() if "Involuntary full rematerialization" in line]
-    assert not [line for line in told if "while/body" in line], "XLA replicates an activation of the layers"
+    printed = [line for line in capfd.readouterr().err.splitlines() if "Involuntary full rematerialization" in line]
+    assert not [line for line in printed if "while/body" in line], "XLA replicates an activation of the layers"
     for role, (expected_loss, expected) in alone(stage, heads).items():
         loss, grads = got[role]
         errors, where = {}, shardings(models(heads)[role], mesh)
@@ -145,7 +145,7 @@ def test_every_stage_on_every_mesh(stage, mesh, capfd):
 
 
 def test_nothing_of_a_state_is_replicated_by_accident():
-    """Weights, moments and shadows are cut as the tables say, before an update and after it."""
+    """Weights, moments and averages are sharded by the tables, before an update and after it."""
     heads, sizes = MESHES["mixed_by_tokens"]
     mesh = make_mesh(**sizes)
     stage = Stage("bidirectional", STAGES["bidirectional"], ema={"student": Ema()})

@@ -49,7 +49,7 @@ def test_a_trace_window_is_two_numbers():
 
 
 @pytest.mark.parametrize("axes", [4, 1])
-def test_a_trace_tells_the_share_of_collectives(tmp_path, axes):
+def test_a_trace_shows_the_share_of_collectives(tmp_path, axes):
     mesh = Mesh(jax.devices()[:axes], ("data",))
     x = jax.device_put(jnp.ones((64, 64)), NamedSharding(mesh, PartitionSpec("data", None)))
     total = jax.jit(lambda x: jnp.sum(x @ x.T))
@@ -73,7 +73,7 @@ def traced(workdir):
     return tracer.after(0, jnp.ones(3) + 1)
 
 
-def test_of_many_hosts_the_first_one_tells_its_own_share(tmp_path, monkeypatch):
+def test_of_many_hosts_the_first_one_shows_its_own_share(tmp_path, monkeypatch):
     other = tmp_path / "profile/plugins/profile/9999_12_31_23_59_59/zz.xplane.pb"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"half written")

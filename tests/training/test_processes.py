@@ -106,7 +106,7 @@ class Run:
                 )
         self.workdir = workdir
 
-    def told(self, index: int = 0) -> str:
+    def output(self, index: int = 0) -> str:
         return (self.workdir.parent / f"{self.workdir.name}.{index}.log").read_text()
 
     def finish(self) -> list[int]:
@@ -122,7 +122,7 @@ class Run:
 
     def records(self, index: int) -> list[list[int]]:
         """Of every batch, the records that a process read; those of earlier runs in the folder too."""
-        return [list(map(int, line.split())) for line in re.findall("^records (.*)$", self.told(index), re.MULTILINE)]
+        return [list(map(int, line.split())) for line in re.findall("^records (.*)$", self.output(index), re.MULTILINE)]
 
     def until_saved(self, step: int) -> None:
         """Waits for a complete checkpoint of `step` or later."""
@@ -131,7 +131,7 @@ class Run:
             alive = all(process.poll() is None for process in self.processes)
             if not alive or time.monotonic() > limit:
                 self.kill()
-                raise AssertionError(self.told())
+                raise AssertionError(self.output())
             time.sleep(0.05)
 
     def kill_after(self, step: int) -> None:
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_all(tmp_path)
 def alone(data, tmp_path_factory):
     """The whole run in one process on one device."""
     run = Run(data, tmp_path_factory.mktemp("alone") / "run", 1)
-    assert run.finish() == [0], run.told()
+    assert run.finish() == [0], run.output()
     return run
 
 
@@ -205,8 +205,8 @@ def test_killed_and_gone_on_with_by_other_processes_it_is_the_same_run(data, alo
     Run(data, workdir, 2, mesh="data=2", TEST_PAUSE="0.5").kill_after(2)
     Run(data, workdir, 4, mesh="fsdp=2 context=2", TEST_PAUSE="0.5").kill_after(4)
     last = Run(data, workdir, 1, devices=2, mesh="tensor=2")
-    assert last.finish() == [0], last.told()
-    assert len(re.findall("going on from step", last.told())) == 2, last.told()
+    assert last.finish() == [0], last.output()
+    assert len(re.findall("going on from step", last.output())) == 2, last.output()
     assert_same(last, alone)
 
 
@@ -217,34 +217,34 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_goes_on(data,
     stopped.until_saved(2)
     stopped.processes[1].send_signal(signal.SIGTERM)
     codes = stopped.finish()
-    assert codes == [0, STALLED], (codes, stopped.told(0), stopped.told(1))  # 75 is the word of who was told
-    steps = [re.findall(r"SIGTERM: saved step (\d+) of 6", stopped.told(index)) for index in range(2)]
+    assert codes == [0, STALLED], (codes, stopped.output(0), stopped.output(1))  # 75 is the word of who was told
+    steps = [re.findall(r"SIGTERM: saved step (\d+) of 6", stopped.output(index)) for index in range(2)]
     assert steps[0] == steps[1] == [str(stopped.saved())] and 2 < stopped.saved() < STEPS
     resumed = Run(data, tmp_path / "run", 2, mesh="data=2", keys={"log_every": 2})
-    assert resumed.finish() == [0, 0], resumed.told()
+    assert resumed.finish() == [0, 0], resumed.output()
     changed = f"changed since step {steps[0][0]}: log_every 1 -> 2\n"
-    assert [resumed.told(index).count(changed) for index in range(2)] == [1, 0]  # the first says it for all
-    assert all(f"going on from step {steps[0][0]}\n" in resumed.told(index) for index in range(2))
+    assert [resumed.output(index).count(changed) for index in range(2)] == [1, 0]  # the first says it for all
+    assert all(f"going on from step {steps[0][0]}\n" in resumed.output(index) for index in range(2))
     assert_same(resumed, alone)
     first, second, whole = resumed.records(0), resumed.records(1), alone.records(0)
     assert [a + b for a, b in zip(first, second, strict=True)] == whole and all(len(set(batch)) == 4 for batch in whole)
 
     refused = Run(data, tmp_path / "run", 2, mesh="data=2", keys={"objective.shift": 3.0})
-    assert refused.finish() == [2, 2], refused.told()
+    assert refused.finish() == [2, 2], refused.output()
     line = f"objective.shift 5.0 -> 3.0 since its checkpoint of step {STEPS}, which changes what the run learns"
-    assert all(line in refused.told(index).splitlines()[-1] for index in range(2))
+    assert all(line in refused.output(index).splitlines()[-1] for index in range(2))
 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_or_dies_ends_the_others(data, tmp_path):
     run = Run(data, tmp_path / "hangs", 2, mesh="data=2", stall=20.0, TEST_HANG="1")
     codes = run.finish()
-    assert STALLED in codes and all(codes), (codes, run.told(0), run.told(1))
-    assert any("no iteration ended in 20 s after step" in run.told(i) for i in range(2)), run.told()
+    assert STALLED in codes and all(codes), (codes, run.output(0), run.output(1))
+    assert any("no iteration ended in 20 s after step" in run.output(i) for i in range(2)), run.output()
     run = Run(data, tmp_path / "dies", 2, mesh="data=2", TEST_PAUSE="0.5")
     run.until_saved(2)
     run.processes[1].send_signal(signal.SIGKILL)
     codes = run.finish()
-    assert codes == [STALLED, -signal.SIGKILL], (codes, run.told())
-    last = run.told().splitlines()[-1]  # a collective failed, perhaps one inside a save
+    assert codes == [STALLED, -signal.SIGKILL], (codes, run.output())
+    last = run.output().splitlines()[-1]  # a collective failed, perhaps one inside a save
     assert re.match("cfjax: process 0 of 2 ends: (another one died|.*checkpoint could not be written)", last), last

@@ -87,13 +87,13 @@ def test_keys_differ_by_step_and_role():
 def test_ema_copies_until_its_start_then_averages():
     stage = one_role(ema={"student": Ema(0.75, start=2)})
     state, txs = setup(stage)
-    update, data, shadow = make_update(stage, "student", txs["student"]), Counted(), None
+    update, data, average = make_update(stage, "student", txs["student"]), Counted(), None
     for step in range(5):
         state, _ = update(state, {}, next(data))
         state = advance(state)
         weights = np.array(state.params["student"].kernel[...])
-        shadow = weights if step < 2 else 0.75 * shadow + 0.25 * weights
-        np.testing.assert_allclose(state.ema["student"].kernel[...], shadow, rtol=1e-6)
+        average = weights if step < 2 else 0.75 * average + 0.25 * weights
+        np.testing.assert_allclose(state.ema["student"].kernel[...], average, rtol=1e-6)
     assert state.ema["student"].kernel[...].dtype == jnp.float32
 
 

@@ -1,4 +1,4 @@
-"""Bits of checkpoints: a flipped one anywhere is told by its file, and the first save of a run is read back."""
+"""Bits of checkpoints: a flipped one anywhere is reported by file, and the first save of a run is read back."""
 
 import os
 import shutil
@@ -29,9 +29,9 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def lines(monkeypatch) -> list[str]:
-    told: list[str] = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: told.append(message % args))
-    return told
+    warned: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda message, *args: warned.append(message % args))
+    return warned
 
 
 def flip(file: Path, count: int = 64) -> None:
@@ -47,7 +47,7 @@ def files_of(workdir: Path, step: int) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_flipped_bytes_in_any_file_are_told_and_the_checkpoint_before_is_used(run, tmp_path, lines):
+def test_flipped_bytes_in_any_file_are_reported_and_the_checkpoint_before_is_used(run, tmp_path, lines):
     names = files_of(run, 2)
     assert {SUMS, "record/metadata", "state/manifest.ocdbt"} <= set(names) and len(names) > 10
     for number, name in enumerate(names):
@@ -88,7 +88,7 @@ def test_every_process_compares_its_share(run, tmp_path):
     assert all(len(share) > 2 for share in shares)
 
 
-def test_a_checkpoint_without_sums_is_read_and_told_once(run, tmp_path, lines):
+def test_a_checkpoint_without_sums_is_read_and_reported_once(run, tmp_path, lines):
     shutil.copytree(run, tmp_path / "run")
     for file in tmp_path.rglob(SUMS):
         file.unlink()

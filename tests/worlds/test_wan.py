@@ -1,4 +1,4 @@
-"""What a Wan world costs to ask."""
+"""Costs of opening a Wan world."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Tables, clips and sets of strangers: one bad text or file costs its own record, and no size is believed."""
+"""Untrusted tables, clips and sets: a bad text or file costs only its own record, and sizes are bounded."""
 
 import json
 import os
@@ -79,12 +79,12 @@ def test_records_are_held_against_the_sets_shape(made):
 def test_a_part_of_zeros_costs_its_own_records(made):
     part = made / "part-00001.array_record"
     part.write_bytes(bytes(part.stat().st_size))
-    told: list[str] = []
-    dataset = TolerantDataset(open_dataset(made), 0.5, told.append)
+    lines: list[str] = []
+    dataset = TolerantDataset(open_dataset(made), 0.5, lines.append)
     lost = [i for i, item in enumerate(USABLE) if item // 4 == 1]
     read = [int(dataset[i]["latents_FHWC"][0, 0, 0, 0]) for i in range(len(dataset))]
     assert [read[i] for i in range(len(read)) if i not in lost] == [x for x in USABLE if x // 4 != 1]
-    assert sorted(dataset.corrupt) == lost and len(told) == len(lost)
+    assert sorted(dataset.corrupt) == lost and len(lines) == len(lost)
 
 
 def test_kept_listings():

@@ -1,4 +1,4 @@
-"""Weights of strangers: nothing is read outside their folder, no size is believed, and NaN is told by its tensor."""
+"""Untrusted weights: nothing is read outside their folder, sizes are bounded, and NaN is reported by tensor."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_a_tokenizers_links_are_not_followed_out_of_it(tmp_path):
     assert not (tmp_path / "another").exists()
 
 
-def test_numbers_that_are_not_finite_are_told_by_their_tensor(tmp_path):
+def test_numbers_that_are_not_finite_are_reported_by_their_tensor(tmp_path):
     synthetic.write_config(tmp_path)
     weights = synthetic.dit_weights()
     weights["blocks.1.ffn.0.weight"][3, 5] = np.nan

@@ -1,4 +1,4 @@
-"""The LMDB that holds a set's latents: what a manifest says of it, and finding it where both were moved to."""
+"""The LMDB that holds a set's latents: its description in the manifest, and finding it after both were moved."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -14,14 +14,14 @@ KEY = "--config.data.lmdb=PATH (cfjax train) or --config.lmdb=PATH (cfjax precom
 Misfit = Callable[[LmdbRows], str]
 
 
-def text_beside(path: str | Path) -> Path:
-    """Where the text rows of an LMDB are kept when no other place is named."""
+def default_text_path(path: str | Path) -> Path:
+    """Default folder of the text rows of an LMDB."""
     path = Path(path)
     return path.with_name(path.name + TEXT_SUFFIX)
 
 
 def describe_lmdb(rows: LmdbRows, folder: Path) -> dict[str, Any]:
-    """What the manifest of the set in `folder` says of its LMDB: where it is, also from there, and what it is."""
+    """The manifest's description of the LMDB of the set in `folder`: absolute and relative path, and fingerprint."""
     place = rows.path.resolve()
     return {
         "path": str(place),
@@ -32,14 +32,14 @@ def describe_lmdb(rows: LmdbRows, folder: Path) -> dict[str, Any]:
 
 
 def lmdb_job(rows: LmdbRows) -> dict[str, Any]:
-    """What an LMDB is to a job: its rows, wherever they lie."""
+    """An LMDB as part of a job's settings: its rows, independent of its path."""
     return {"fingerprint": rows.fingerprint(), "ground_truth": rows.ground_truth}
 
 
-def is_job_of(found: Any, rows: LmdbRows) -> bool:
-    """Whether a folder was begun with this LMDB: by what it is, or as older versions noted it, by where it lay.
+def is_same_job(found: Any, rows: LmdbRows) -> bool:
+    """Whether a folder was begun with this LMDB: by its fingerprint, or in records of older versions by its path.
 
-    Of an older job whose LMDB is no longer there, whole, rows and shapes decide, which the rest of its record holds.
+    For an older job whose LMDB is no longer there, the number of rows and the shapes in the rest of its record decide.
     """
     if not isinstance(found, Mapping) or found.get("ground_truth") != rows.ground_truth:
         return False
@@ -54,19 +54,19 @@ def is_job_of(found: Any, rows: LmdbRows) -> bool:
         return True
 
 
-def places(folder: Path, about: Mapping[str, Any], given: str | Path = "") -> list[Path]:
-    """Where the LMDB of the set in `folder` may be: the recorded place, beside the set, and as it lay from there.
+def candidate_paths(folder: Path, about: Mapping[str, Any], given: str | Path = "") -> list[Path]:
+    """Where the LMDB of the set in `folder` may be: the recorded path, beside the set, and the recorded relative path.
 
-    Places that are not beside the set are looked at only where its record also tells what the LMDB holds, as sets of
-    cfjax 0.1.0 do not: nobody else's record leads to an LMDB whose content it does not know.
+    Paths that are not beside the set are used only if its record also holds the LMDB's fingerprint, which sets of
+    cfjax 0.1.0 do not: the record of someone else must not lead to an arbitrary LMDB.
     """
     if given:
         return [Path(given)]
     beside = [folder.with_name(folder.name.removesuffix(TEXT_SUFFIX))] if folder.name.endswith(TEXT_SUFFIX) else []
     moved = [Path(os.path.normpath(folder / about["relative"]))] if "relative" in about else []
     found = dict.fromkeys([Path(about["path"]), *beside, *moved])
-    home = folder.resolve().parent
-    return [place for place in found if about.get("fingerprint") or place.resolve().is_relative_to(home)]
+    parent = folder.resolve().parent
+    return [place for place in found if about.get("fingerprint") or place.resolve().is_relative_to(parent)]
 
 
 def open_lmdb_of(
@@ -76,21 +76,21 @@ def open_lmdb_of(
     misfit: Misfit,
     given: str | Path = "",
 ) -> LmdbRows:
-    """The LMDB of the set in `folder`, at the first of its `places` that holds it.
+    """The LMDB of the set in `folder`, at the first of its `candidate_paths` that holds it.
 
     Args:
       about: the manifest's "lmdb".
       shape: (F, H, W, C) of the set.
       misfit: why an LMDB is not the set's, "" if it is.
-      given: its new place; no other is then looked at.
+      given: its new path; no other is then tried.
 
     Raises:
-      UserError: it is nowhere, or what is there is another; the line names the places and the key.
+      UserError: it is not found, or another one is there; the line names the paths and the key.
     """
-    looked: list[str] = []
-    for place in places(folder, about, given):
+    tried: list[str] = []
+    for place in candidate_paths(folder, about, given):
         if not is_lmdb(place):
-            looked.append(f"{place} (no LMDB there)")
+            tried.append(f"{place} (no LMDB there)")
             continue
         try:
             rows = LmdbRows(place, ground_truth=about["ground_truth"], fallback_shape=shape)
@@ -101,8 +101,8 @@ def open_lmdb_of(
             wrong = str(error)
         if not wrong:
             return rows
-        looked.append(f"{place} ({wrong})")
-    where = " nor at ".join(looked) or "its place"
+        tried.append(f"{place} ({wrong})")
+    where = " nor at ".join(tried) or "its place"
     raise UserError(
         f"{folder}: the LMDB with its latents is not at {where}; name its place with {KEY}, or precompute the set again"
     )
