@@ -137,8 +137,10 @@ CONVERSIONS: dict[str, tuple[str, Keys]] = {
         {"source": "student.safetensors", "world": "wan/world", "latents": "6,2,2", "progress": False},
     ),
 }
-# Whose compiled updates tell the named scopes.
-PLANS = RUNS | {
+# Whose compiled updates tell the named scopes; the other runs have no others.
+PLANS = {
+    "ar": RUNS["ar"],
+    "gan": RUNS["gan"],
     "bagger": ("ar_diffusion.py:toy,bagger", roles(student="") | {"objective.bagger_steps": 2}),
     "sid": ("dmd.py:toy,sid", roles(student="", critic="", real_score="")),
     "long": (
