@@ -5,8 +5,8 @@ tests/golden/record_old_outputs.py tells which commit that was, and its commands
 
 Last bits depend on the processor's vector instructions and on the versions of JAX and FFmpeg. Where these are the
 recording machine's (`machine`: processor, a digest of a few operations, versions), hashes are compared. Elsewhere
-names, shapes, integers, hashes of what is only copied, and settings are compared as well, but of what is computed some numbers
-of weights, averages and latents, within a tolerance.
+names, shapes, integers, hashes of what is only copied, and settings are compared as well, but of what is computed some
+numbers of weights, averages and latents, within a tolerance.
 """
 
 import contextlib
