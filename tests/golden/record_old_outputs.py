@@ -108,15 +108,8 @@ PAIRS: Keys = {
     "objective.solver_steps": 4,
 }
 PROMPT_SETS = {"prompts": "a red circle moving left\n", "more_prompts": "a blue square moving up\na red circle\n"}
-PROMPTS: Keys = {
-    "world": "data/world",
-    "frames": 9,
-    "height": 16,
-    "width": 32,
-    "latent_shape": "3,4,4,4",
-    "text_dtype": "float32",
-    "progress": False,
-}
+SIZES: Keys = {"frames": 9, "height": 16, "width": 32, "latent_shape": "3,4,4,4", "text_dtype": "float32"}
+PROMPTS: Keys = {"world": "data/world", "progress": False, **SIZES}
 # Videos of each run: how many frames, and what else.
 TOY_VIDEOS: Keys = {"prompt": PROMPT, "seeds": "3,4", "scale": 1, "save_latents": True, "progress": False}
 WAN_VIDEOS: Keys = {**TOY_VIDEOS, "prompt": "A cat", "frames": 21, "height": 16, "width": 16}
