@@ -10,6 +10,7 @@ so stages in common are trained once per seed, and what is done is not done agai
 under the root.
 """
 
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from measure import commit, parser, write
 
 from cfjax.__main__ import main as cfjax
 from cfjax.evaluation.tables import gather, markdown, summarise_seeds
-from cfjax.quickstart import TITLES, environment
+from cfjax.quickstart import environment
 
 RECIPES = ("causal_forcing", "causal_forcing_pp", "self_forcing", "causvid")
 COMMITS = "commits"  # in a seed's folder: recipe -> the commit that trained it
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
+TITLES = runpy.run_path(str(CONFIG))["TITLES"]  # network -> title, short title, a sentence
 
 
 def train(root: Path, seeds: Sequence[int], recipes: Sequence[str], budget: str) -> None:

@@ -135,13 +135,16 @@ def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
     for name in ("height", "width"):
         if c[name] % SIDE:
             raise UserError(f"--config.{name}={c[name]}: a video's sides are multiples of {SIDE} pixels")
-    nothing: dict[str, Any] = {"dit": None, "vae": None, "text_encoder": None, "tokenizer": "", "blocks": Blocks()}
     if c.run:
         parts = _run_parts(c)
     else:
         parts = _world_parts(path_of(c.world)) if c.world else random_parts(c.random, seed)
     return Case(
-        **(nothing | parts),
+        dit=parts.get("dit"),
+        vae=parts.get("vae"),
+        text_encoder=parts.get("text_encoder"),
+        tokenizer=parts.get("tokenizer", ""),
+        blocks=parts.get("blocks", Blocks()),
         frames=c.frames,
         height=c.height // VAE_STRIDE,
         width=c.width // VAE_STRIDE,

@@ -5,7 +5,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,12 @@ def networks(c: ConfigDict) -> list[str]:
     return [s.key for s in c.stages if s.verb == "train"]
 
 
+def titles_of(c: ConfigDict, key: str) -> Mapping[str, str]:
+    """A network's "title", "brief" title and "text"; its key where a config of one's own has none for it."""
+    found: Mapping[str, str] = c.get("titles", {}).get(key, {"title": key, "brief": key, "text": ""})
+    return found
+
+
 def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
     """Runs what is not done yet; returns seconds by step, summed over interruptions."""
     file = root / "seconds.json"
@@ -139,9 +145,9 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
     stages = [
         StageReport(
             key=key,
-            title=c.titles[key].title,
-            brief=c.titles[key].brief,
-            text=c.titles[key].text,
+            title=titles_of(c, key)["title"],
+            brief=titles_of(c, key)["brief"],
+            text=titles_of(c, key)["text"],
             videos=results[key]["videos"][:WALL_CLIPS],
             summary=results[key]["summary"],
             network_calls=results[key]["network_calls"],
@@ -175,7 +181,7 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
     for key in (student, against):
         result = results[key]
         correct, calls = 100 * result["summary"]["all_correct"], result["network_calls"]
-        say(f"{c.titles[key].title}: {correct:.1f} % of captions all right with {calls} network calls")
+        say(f"{titles_of(c, key)['title']}: {correct:.1f} % of captions all right with {calls} network calls")
     say(f"report: {page}")
     say(f'your own: cfjax generate --config.run={root}/{student} --config.prompt="a red circle moving left"')
 

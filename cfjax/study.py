@@ -18,7 +18,7 @@ from cfjax.evaluation.tables import gather, summarise_seeds
 from cfjax.experiment.measure import load_evaluation
 from cfjax.experiment.runs import open_run
 from cfjax.experiment.stage import blocks_of
-from cfjax.quickstart import environment, networks, recipe, run_steps
+from cfjax.quickstart import environment, networks, recipe, run_steps, titles_of
 from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, verdicts
 from cfjax.studies.injectivity import Plan, run
 from cfjax.studies.page import commit, page, provenance, table_html, verdict_list, write, write_study
@@ -161,7 +161,7 @@ def report_ablation(c: ConfigDict, root: Path, command: str, compared: Mapping[s
     """Writes report/index.html and study.json from what was trained and evaluated under `root`."""
     numbers = {key: summarise_seeds(found) for key, found in _gathered(c, root).items()}
     recipes = [_recipe_config(c, name, 0) for name in (*c.recipes, *c.forcings)]
-    titles = {key: entry.title for recipe_ in recipes for key, entry in recipe_.titles.items()}
+    titles = {key: titles_of(each, key)["title"] for each in recipes for key in ("teacher", *networks(each))}
     opened = _left_open(c, root)
     tables, tests = compare_networks(numbers, compared, titles)
     tables += [open_table(opened, titles)] if opened else []

@@ -142,10 +142,11 @@ STAGES = {
         "DMD of a student that sees all frames at once.",
     ),
 }  # fmt: skip
-TEACHER_TITLES = (
-    "Bidirectional teacher", "Teacher",
-    "Ships with the package. Sees all frames at once; 50 UniPC steps.",
-)  # fmt: skip
+# Network -> title, short title, a sentence.
+TITLES = {
+    TEACHER: ("Bidirectional teacher", "Teacher", "Ships with the package. Sees all frames at once; 50 UniPC steps."),
+    **{key: tuple(title) for key, (_, _, _, _, _, *title) in STAGES.items() if title},
+}
 
 RECIPES = {
     "causal_forcing": ("ar", "pairs", "ode", "dmd"),
@@ -179,20 +180,21 @@ def get_config(arg: str = ""):
     if not any(STAGES[key][1] == "dmd" for key in RECIPES[recipe]):  # no few-step student
         presets.one_of(words, recipe, "2step", "1step")
     joined = tuple(word for word in words if word not in RECIPES)
-    stages, titles = [], {TEACHER: TEACHER_TITLES}
+    stages = []
     for key in RECIPES[recipe]:
-        verb, config, own, amount, init, *title = STAGES[key]
+        verb, config, own, amount, init, *_ = STAGES[key]
         extra = tuple(word for word in joined if word == "framewise" or config == "dmd")
         name = f"configs/{config}.py:" + ",".join(("toy", *own, *extra))
         stages.append(ConfigDict({"key": key, "verb": verb, "config": name, "budget": amount, "init": init}))
-        if title:
-            titles[key] = tuple(title)
     return ConfigDict(
         {
             "recipe": recipe,
             "layout": ",".join(joined),
             "stages": tuple(stages),
-            "titles": {key: dict(zip(("title", "brief", "text"), texts, strict=True)) for key, texts in titles.items()},
+            "titles": {
+                key: dict(zip(("title", "brief", "text"), TITLES[key], strict=True))
+                for key in (TEACHER, *RECIPES[recipe]) if key in TITLES
+            },
             "budget": "default",
             "teacher": "toy_teacher",
             "seed": 0,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfjax.flow.guidance import doubled
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
@@ -96,7 +97,7 @@ def _next_block(
         x0 = few_step_block(model, noise, fresh, sigmas, text_kv, cache, start, blocks)
         return x0, commit_block(model, x0, text_kv, cache, start, blocks)
     x0 = many_step_block(model, noise, text_kv, cache, start, sampler, blocks)
-    return x0, commit_block(model, jnp.concatenate([x0, x0]), text_kv, cache, start, blocks)
+    return x0, commit_block(model, doubled(x0), text_kv, cache, start, blocks)
 
 
 _empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
@@ -109,7 +110,7 @@ decode_step = jax.jit(lambda codec, latents, state: codec.decode_step(latents, s
 @jax.jit
 def _both(positive: KV, negative: KV) -> KV:
     """Every prompt beside the one negative prompt."""
-    return both_prompts(positive, KV(*(jnp.broadcast_to(n, p.shape) for p, n in zip(positive, negative, strict=True))))
+    return both_prompts(positive, jax.tree.map(lambda p, n: jnp.broadcast_to(n, p.shape), positive, negative))
 
 
 def prompt_kv(

@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import json
 import os
+import platform
 import re
 import shutil
 import tarfile
@@ -137,8 +138,10 @@ CONVERSIONS: dict[str, tuple[str, Keys]] = {
         {"source": "student.safetensors", "world": "wan/world", "latents": "6,2,2", "progress": False},
     ),
 }
-# Whose compiled updates tell the named scopes.
-PLANS = RUNS | {
+# Whose compiled updates tell the named scopes; the other runs have no others.
+PLANS = {
+    "ar": RUNS["ar"],
+    "gan": RUNS["gan"],
     "bagger": ("ar_diffusion.py:toy,bagger", roles(student="") | {"objective.bagger_steps": 2}),
     "sid": ("dmd.py:toy,sid", roles(student="", critic="", real_score="")),
     "long": (
@@ -352,8 +355,7 @@ def scopes(name: str, folder: str) -> dict[str, list[str]]:
 def probe() -> str:
     """A digest of what this machine's compiler makes of the operations that networks are made of.
 
-    Where it is the recorded one, results are the recorded ones to the last bit; processors without the recording one's
-    vector instructions add in another order.
+    Where it is another than the recorded one, last bits of results will be too: sums go in another order there.
     """
 
     def loss(w_DE: jax.Array, x_BD: jax.Array) -> jax.Array:
@@ -370,9 +372,21 @@ def probe() -> str:
     return bits.hexdigest()[:16]
 
 
+def processor() -> str:
+    """Its make and vector instructions, and what XLA may use of them: small programs alone do not show these."""
+    wanted = ("vendor_id", "cpu family", "model", "flags")
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().partition("\n\n")[0].splitlines() if file.exists() else [platform.processor()]
+    known = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
+    known["flags"] = sorted(flag for flag in known.get("flags", ()) if flag.startswith(("avx", "fma")))
+    isa = re.findall(r"--xla_cpu_max_isa=\S+", os.environ.get("XLA_FLAGS", ""))
+    return " ".join([platform.machine(), *(word for key in wanted for word in known.get(key, ())), *isa])
+
+
 def machine() -> dict[str, str]:
     """What decides the last bits."""
-    return {"probe": probe()} | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "av")}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "av")}
+    return {"probe": probe(), "processor": processor(), **versions}
 
 
 # ---- the archive

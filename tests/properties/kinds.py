@@ -195,7 +195,7 @@ def _read_wan(folder: Path) -> Any:
     from cfjax.worlds.world import WorldParts
 
     world = WanWorld.load(folder / "world", WorldParts(with_text=False))
-    return {"length": world.text_length, "width": world.width, "negative": world.negative_prompt}
+    return {"length": world.text_length, "width": world.text_width, "negative": world.negative_prompt}
 
 
 # ---- record sets
@@ -433,10 +433,10 @@ def _video_set(folder: Path) -> None:
 
 
 def _look(folder: Path) -> Any:
-    from cfjax.evaluation.video_set import check_same, look
+    from cfjax.evaluation.video_set import check_same, read_set
     from tests.evaluation.test_video_set import SET
 
-    found = look(folder, resume=True)
+    found = read_set(folder, resume=True)
     if found.asked:
         check_same(found, SET, ("sampler", "blocks"))
     return {"asked": plain(found.asked), "done": plain(found.done)}

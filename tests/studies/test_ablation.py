@@ -13,9 +13,10 @@ from cfjax.__main__ import main
 from cfjax.core.cli import parse
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
-from cfjax.quickstart import TITLES, recipe
+from cfjax.quickstart import recipe
 from cfjax.studies.ablation import MEASURED, compare_networks, left_open, open_table, verdicts
 from cfjax.study import _gathered, _pairs_of, _recipe_config
+from configs.quickstart import TITLES
 from tests.commands import ROOT
 from tests.tiny import CONFIG, normal, random_weights, text
 

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cfjax.core import paths
 from cfjax.core.errors import Temporary, UserError
-from cfjax.evaluate import load_evaluation, save_evaluation
+from cfjax.experiment.measure import load_evaluation, save_evaluation
 from cfjax.models.tokenizer import PieceTokenizer, load_tokenizer
 from cfjax.training.checkpoint import CheckpointStore, load_role, open_role, read_meta, stored_roles
 from cfjax.training.metrics import EventWriter
