@@ -194,7 +194,7 @@ def test_bagger_learns_what_follows_the_drifted_prefix(monkeypatch, corrective, 
     assert float(value) == pytest.approx(np.mean(error), rel=1e-5) == float(metrics["flow_error"])
     np.testing.assert_allclose(seen["conditioning_sigma"], sigma, atol=1e-6)
     np.testing.assert_array_equal(seen["words"], -text() if corrective else text())
-    assert seen["author"] == "average" and seen["sampler"] == ManyStep(steps=7)
+    assert seen["rollout_model"] == "average" and seen["sampler"] == ManyStep(steps=7)
 
 
 def test_bagger_draws_the_share_of_corrective_updates():
