@@ -188,7 +188,7 @@ def test_words_that_the_toy_never_saw_are_reported_together(tmp_path, capsys, mo
         in error
     )
     assert "; line 4: prompt 'a red cat': this model never saw 'cat'; write" in error and error.count("\n") == 1
-    assert "; line 5: prompt: caption 'red red" in error and "has 9 tokens" in error
+    assert "; line 5: prompt 'red red" in error and "has 9 tokens" in error
     assert generate(tmp_path / "out", negative_prompt="blurry") == 2
     assert "negative_prompt 'blurry': this model never saw 'blurry'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -99,7 +99,7 @@ class ToyWorld:
         try:
             self.text.tokenizer.encode([prompt], self.text.length)
         except UserError as error:
-            return f"{prompt!r}: {error}"
+            return str(error).removeprefix("caption ")
         return ""
 
     def load_text(self) -> TextEncoder:
