@@ -12,13 +12,13 @@ VERBS = {
     "quickstart": "train and watch a tiny streaming video generator on this machine",
     "convert": "other people's weights into a run directory, and back out",
     "precompute": "render or encode a data set once: latents, captions, ODE pairs",
-    "train": "train one stage of an experiment, or go on with it",
+    "train": "train one stage of an experiment, or resume it",
     "generate": "generate videos from a trained run, block by block",
     "evaluate": "measure the videos that a trained run generates",
     "compare": "the same weights through cfjax and through PyTorch, one table of errors",
     "study": "the paper's claim on laws with exact scores, and on the toy world, over seeds",
-    "plan": "compile an experiment for a pod that need not be there: memory, FLOPs, collectives, a verdict",
-    "check": "whether a run, a set of records, an export or videos are still what was written, file by file",
+    "plan": "compile an experiment for a pod that need not be attached: memory, FLOPs, collectives, a verdict",
+    "check": "whether the files of a run, a set of records, an export or videos match their checksums",
     "export": "write a run's weights and world as one small folder",
 }
 SHARED = ("train", "precompute")  # verbs that several processes may work on together; the others are one process's
@@ -31,7 +31,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 2 after a user's mistake, 75 after what may pass by itself."""
+    """Runs one verb; returns the exit code: 0, 2 after a user's mistake, 75 after a temporary failure."""
     verb, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if verb in ("--help", "-h", "help"):
         with tolerate_output_errors():

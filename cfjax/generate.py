@@ -64,8 +64,8 @@ DESCRIPTION = """Generates videos with a run that was trained here or converted:
 continuation of a video. Writes mp4 files, contact sheets, settings.json with every setting and timing, and videos.jsonl
 with what is finished, which --config.resume=True resumes."""
 TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
-GIVEN_KEPT = 16  # beginnings that stay encoded: a picture's other videos mostly follow at once
-# What decides a request's video; a set is not gone on with under other values.
+GIVEN_KEPT = 16  # encoded inputs kept in memory; videos of one picture are usually adjacent
+# What decides a request's video; a set cannot be resumed with other values.
 DECIDING = (
     *("run.stage", "run.step", "run.averaged", "run.weights", "network", "world", "decoder"),
     *("frames", "given_frames", "height", "width", "latent_shape", "sampler", "blocks", "negative_prompt"),
@@ -116,7 +116,7 @@ def generate(c: ConfigDict, workdir: Path) -> None:
 
 
 def open_job(c: ConfigDict, workdir: Path) -> Job:
-    """The requests, the run without its weights, and both brought together.
+    """The requests, the run without its weights, and both combined into a job.
 
     Raises:
       UserError: they do not fit or cannot be read, or the workdir cannot be written to or holds what would be replaced.
@@ -158,7 +158,7 @@ def report_found(found: Found, todo: SetPlan, videos: VideoSet) -> bool:
     """Says what is there already; whether that is everything."""
     if todo.unasked:
         first = ", ".join(todo.unasked[:3]) + (", ..." if todo.unasked[3:] else "")
-        say(f"{len(todo.unasked)} videos in {found.folder} are asked for by no request any more and stay: {first}")
+        say(f"{len(todo.unasked)} videos in {found.folder} are no longer requested; kept: {first}")
     pages = todo.pages == sheet_pages(len(videos.asked)).keys()
     if found.settings.get("complete") and found.asked == videos.asked and not todo.make and pages:
         say(f"all {len(videos.asked)} videos are in {found.folder}; nothing to make")

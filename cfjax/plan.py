@@ -1,4 +1,4 @@
-"""`cfjax plan`: compiles an experiment's real updates for a machine that need not be there, and says what they cost."""
+"""`cfjax plan`: compiles an experiment's real updates for a machine that need not be attached; their cost."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -175,7 +175,7 @@ def changed(e: Experiment, candidate: Candidate) -> Experiment:
 
 
 def verdict(found: Plan) -> str:
-    """One word."""
+    """Whether it fits; simulated devices have no verdict."""
     return {True: "fits", False: "does not fit", None: "simulated, no verdict"}[found.fits]
 
 

@@ -107,7 +107,7 @@ def precompute_source(c: ConfigDict) -> Path:
     lmdb = is_lmdb(c.source)
     if not c.output and not lmdb:
         raise UserError("output='': give the folder of the new dataset, --config.output=data/wan/clips")
-    cache = c.text_cache or str(Path(c.world).with_name("text_cache"))
+    cache = c.text_cache or str(Path(c.world).absolute().parent / "text_cache")
     world = open_world(c.world, WorldParts(with_text=False, text_cache=cache))
     open_source = _open_lmdb if lmdb else _open_prompts if Path(c.source).is_file() else _open_clips
     source, layout, about, encode_video = open_source(c, world)

@@ -44,7 +44,7 @@ class Step:
     run: Callable[[Sequence[str]], int | None]
 
     def command(self) -> str:
-        """What one would type."""
+        """The shell command."""
         return shlex.join(["cfjax", self.verb, *self.argv])
 
 
@@ -187,7 +187,7 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
 
 
 def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves worth a panel."""
+    """The curves that the report shows."""
     wanted = ("student/loss", "critic/loss", "student/dmd_gradient_norm", "samples/all_correct")
     curves = read_curves(run)
     return {name: curves[name] for name in wanted if len(curves.get(name, ())) > 1}

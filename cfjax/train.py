@@ -67,17 +67,18 @@ def train(e: Experiment, workdir: Path) -> TrainState:
     mesh = e.make_mesh()
     _say_start(e, data, workdir, mesh)
     models = _models(e, data, mesh, going_on=earlier is not None)
+    monitor = make_monitor(e, data, workdir, mesh)  # reads a decoder for its stride, before more is allocated
     state = init_state(e.stage, {name: models[name] for name in e.stage.losses}, e.optimizers, e.seed)
-    monitor = make_monitor(e, data, workdir, mesh)
     rows = batch_rows(mesh, e.data.batch_size) if mesh else range(e.data.batch_size)
+    meta, frozen = e.meta(data, {name: models[name] for name in e.networks}), {name: models[name] for name in e.frozen}
+    del models  # the state holds copies of those that train
     with on_mesh(mesh), EventWriter(workdir, enabled=jax.process_index() == 0) as writer:
         writer.config(0, dict(e.config))
-        meta = e.meta(data, {name: models[name] for name in e.networks})
         return fit(
             e.stage,
             e.optimizers,
             place_state(state, mesh) if mesh else state,
-            {name: models[name] for name in e.frozen},
+            frozen,
             _batches(e, data, rows),
             replace(e.schedule, sample_first=monitor is not None and monitor.wants_start),
             RunOutput(workdir, writer, meta, work_of(e, data)),
@@ -91,7 +92,8 @@ def _earlier(e: Experiment, workdir: Path) -> dict[str, Any] | None:
     """The record of the checkpoint from which `workdir` resumes, if any; reports what changed since.
 
     Raises:
-      UserError: weights of other blocks, there or where a role starts from; a change that needs a word or cannot be.
+      UserError: weights of other blocks, there or where a role starts from; a change that needs accept_changes, or is
+        not allowed.
     """
     earlier = checkpoint_of(workdir, e.stage.name)
     if earlier is None:
@@ -135,7 +137,7 @@ def _batches(e: Experiment, data: Data, rows: Sequence[int]) -> LatentIterator:
 
 
 def work_of(e: Experiment, data: Data) -> Work:
-    """What the curves of time need to know; FLOPs are counted where the devices' peak is known."""
+    """Figures for the performance curves; FLOPs are counted where the devices' peak is known."""
     shape = data.dataset.latent_shape
     tokens = e.data.batch_size * shape[0] * preset(e.networks["student"].preset).tokens_per_frame(*shape[1:3])
     peak = sum(peak_flops(device.device_kind) for device in jax.devices())

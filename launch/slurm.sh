@@ -79,7 +79,7 @@ script() {
   fi
   for option in ${extra[@]+"${extra[@]}"}; do echo "#SBATCH $option"; done
   printf '\nset -uo pipefail\ncd %q || exit 2\n' "$PWD"
-  echo "trap : TERM # the run is told too, and this script has to outlive it"
+  echo "trap : TERM # the run gets it too, and this script has to outlive it"
   # An error where there is no GPU, instead of a run on CPUs.
   [ "$gpus" -eq 0 ] || echo 'export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"'
   if [ -n "$array" ]; then
@@ -92,7 +92,7 @@ script() {
   cat <<EOS
 srun --cpus-per-task=$cpus --kill-on-bad-exit=0 --wait=120 bash launch/worker.sh "\$@"
 status=\$?
-# 75: told to stop, saved. Running: nobody cancelled the job.
+# 75: stopped by a signal, saved. Running: nobody cancelled the job.
 if [ "\$status" -eq 75 ] && [ "\${SLURM_RESTART_COUNT:-0}" -lt $restarts ] && [ "\$(squeue -h -j "\$job" -o %T)" = RUNNING ]; then
   scontrol requeue "\$job" && sleep 60 # until the job is taken off the nodes
 fi

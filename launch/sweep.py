@@ -216,7 +216,7 @@ class Local:
         self._lock, self._stopped = threading.Lock(), False
 
     def run(self, runs: Sequence[Run], verb: str) -> list[Run]:
-        """Returns those that failed. Ctrl-C tells the running ones to save and end, and starts no more."""
+        """Returns those that failed. Ctrl-C stops the running ones, which save, and starts no more."""
         with ThreadPoolExecutor(max_workers=min(self._jobs, len(self._free))) as pool:
             futures = [pool.submit(self._one, run, verb) for run in runs]
             try:
@@ -282,7 +282,7 @@ def to_jobsets(runs: Sequence[Run], prefix: str, options: Sequence[str]) -> list
 
 
 def results_of(run: Run) -> dict[str, float]:
-    """What a run has told so far: the last value of each curve, its step, and its evaluation's summary.
+    """What a run has reported so far: the last value of each curve, its step, and its evaluation's summary.
 
     Raises:
       UserError: a file of results that can't be read.
@@ -300,7 +300,7 @@ def results_of(run: Run) -> dict[str, float]:
 
 
 def table_of(runs: Sequence[Run], shown: Sequence[str], sort: str) -> list[dict[str, Any]]:
-    """One row for each run: its overrides, its state, its numbers (None: not told yet), in the order of `sort`.
+    """One row for each run: its overrides, its state, its numbers (None: not there yet), in the order of `sort`.
 
     Args:
       shown: names of numbers; empty: all losses, and the evaluation's share of right captions.
@@ -314,7 +314,9 @@ def table_of(runs: Sequence[Run], shown: Sequence[str], sort: str) -> list[dict[
     by = sort.removeprefix("-")
     for name in (*shown, *((by,) if by else ())):
         if name not in known:
-            raise UserError(f"no run of this sweep has told {name!r}; there are {', '.join(known) or 'no results yet'}")
+            raise UserError(
+                f"no run of this sweep has reported {name!r}; there are {', '.join(known) or 'no results yet'}"
+            )
     names = list(shown) or [name for name in known if name.endswith("/loss") or name == "all_correct"]
     order = range(len(runs))
     if by:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One process of a run, as every launcher here starts it: `bash launch/worker.sh cfjax train ...`.
 #
-# A run that is told to stop (SIGTERM) saves and exits with 0, which a scheduler would take for the end of the work. This
+# A run that gets SIGTERM saves and exits with 0, which a scheduler would take for the end of the work. This
 # turns it into 75 ("try again later"): slurm.sh and the JobSet start such a run again, and it goes on from what it saved.
 # So does one that the signal killed before it could listen. A run that was at its last step anyway is started once more,
 # finds its work done, and exits with 0.
@@ -10,7 +10,7 @@
 #   XLA_CLIENT_MEM_FRACTION    share of a GPU's memory that JAX takes, 0.95 (JAX's own is 0.75; `cfjax plan` counts on more)
 #   JAX_COMPILATION_CACHE_DIR  compiled programs for the next start: of cfjax train in a folder, WORKDIR/.cache/jax
 #   CFJAX_MAINTENANCE_URL      a page that says NONE until its machine is to be taken away, asked every
-#   CFJAX_MAINTENANCE_SECONDS  10 seconds; the run is then told to stop
+#   CFJAX_MAINTENANCE_SECONDS  10 seconds; the run then gets SIGTERM
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 [ $# -gt 0 ] || { echo "launch/worker.sh: no command, as in launch/worker.sh cfjax train ..." >&2; exit 2; }
@@ -27,12 +27,12 @@ for word in "$@"; do
   esac
 done
 
-child="" stopped="" told=""
+child="" stopped="" signalled=""
 # Once: a second SIGTERM would kill without a save. Always: SLURM may signal this process alone (SignalChildrenProcesses
 # of its cgroup.conf is "no" by default), and where it signals the run too, the run takes the two for one.
 tell() {
-  if [ -n "$child" ] && [ -z "$told" ]; then
-    told=yes
+  if [ -n "$child" ] && [ -z "$signalled" ]; then
+    signalled=yes
     kill -TERM "$child" 2>/dev/null
   fi
 }

@@ -44,7 +44,7 @@ EXPERIMENT = (
     *("runs", "job", "measure"),  # what was trained, opened
 )
 ML_COLLECTIONS_IN_LIBRARY = {"core/cli.py"}  # besides experiment/: ConfigDict stops there
-# Where arrays are made contiguous for the library, which takes their memory as it lies. generate.py is to follow.
+# Where arrays are made contiguous for the library, which takes their memory as it lies.
 WRITES_SAFETENSORS = {"core/tensor_files.py"}
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 450, 60, 10
 

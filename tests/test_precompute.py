@@ -178,6 +178,7 @@ def test_one_shard_of_three_leaves_the_rest_to_the_others(clips, world, tmp_path
         ({"output": ""}, "output=''"),
         ({"source": "/nowhere"}, "no such folder"),
         ({"world": "/nowhere"}, "no world here"),
+        ({"world": ""}, "no world here"),
         ({"height": 20}, "multiples of 8 and 8"),
         ({"fit": "letterbox"}, "fit='letterbox'"),
         ({"dtype": "int8"}, "dtype='int8'"),
@@ -192,6 +193,13 @@ def test_mistakes_are_one_line(clips, world, encoded, tmp_path, capsys, keys, me
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("set/part*"))
+
+
+def test_the_current_folder_may_be_the_world(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    (tmp_path / "prompts.txt").write_text(CAPTION)
+    assert precompute(tmp_path / "prompts.txt", ".", tmp_path / "set") == 0
+    assert open_dataset(tmp_path / "set").caption(0) == CAPTION
 
 
 # ---- LMDBs and prompts

@@ -169,7 +169,7 @@ def test_more_and_fewer_requests(whole, tmp_path, capsys, monkeypatch):
     assert len(written) == 4 and kept.items() <= made(workdir).items()
     assert generate(workdir, resume=True, prompt="|".join(PROMPTS[1:])) == 0
     message = capsys.readouterr().out
-    assert f"8 videos in {workdir} are asked for by no request any more and stay: 000_a_red_circle" in message
+    assert f"8 videos in {workdir} are no longer requested; kept: 000_a_red_circle" in message
     assert f"all 8 videos are in {workdir}; contact sheets and settings" in message and len(written) == 4
     assert (workdir / "000_a_blue_square_moving_up_seed0.mp4").read_bytes() == kept[
         "004_a_blue_square_moving_up_seed0.mp4"

@@ -145,7 +145,7 @@ def simulate_devices(topology: Topology) -> None:
 
 
 def open_topology(topology: Topology) -> list[Any]:
-    """Devices to compile for, which need not be there.
+    """Devices to compile for, which need not be attached.
 
     Raises:
       UserError: the compiler of that platform is not installed, there is no such shape, or too few CPU devices.

@@ -1,7 +1,7 @@
 """`build`: a config becomes an `Experiment`, once; training, plans and preview samples see no ConfigDict."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -19,15 +19,15 @@ from cfjax.experiment.reference import apply_reference, unused_keys
 from cfjax.experiment.stage import (
     Objective,
     blocks_of,
-    losses_of,
     objective_of,
     optimizers_of,
     sampler_of,
     sampling_blocks,
+    stage_of,
 )
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
-from cfjax.objectives.stage import Ema, Stage
+from cfjax.objectives.stage import Stage
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.training.loop import Schedule
 from cfjax.training.observe import trace_window
@@ -124,7 +124,7 @@ class Experiment:
             "stage": self.stage.name,
             "config": dict(self.config),
             "models": {role: to_record(model.config) for role, model in models.items()},
-            "blocks": self.config["blocks"],
+            "blocks": asdict(self.blocks),
             "latent_shape": list(data.dataset.latent_shape),
             "records": len(data.dataset),
             "world": made.get("text_encoder", {}).get("world", ""),
@@ -142,14 +142,11 @@ def build(c: ConfigDict, given: Collection[str] = ()) -> Experiment:
       UserError: an unknown stage, something missing, or a value that it cannot have.
     """
     c = apply_reference(c, given)
-    objective = objective_of(c)
-    ema = {role: Ema(**values.to_dict()) for role, values in c.ema.items()}
-    stage = Stage(c.stage, losses_of(c, objective), cadence=c.cadence.to_dict(), ema=ema)
-    roles = roles_of(c)
+    stage, roles = stage_of(c), roles_of(c)
     check_roles(stage, roles)
     return Experiment(
         stage=stage,
-        objective=objective,
+        objective=objective_of(c),
         blocks=blocks_of(c),
         sampler=sampler_of(c),
         sampling_blocks=sampling_blocks(c),

@@ -149,7 +149,8 @@ def count_given(c: ConfigDict, run: Run, requests: Sequence[Request], blocks: Bl
     """Number of given latent frames: 1 with a picture, by `video` and `given_frames`, or 0.
 
     Raises:
-      UserError: a picture and a video, pictures for some prompts only, a bidirectional run, or frames amid a block.
+      UserError: a picture and a video, pictures for some prompts only, a bidirectional run, or frames that end inside a
+        block.
     """
     pictures = sum(bool(request.image) for request in requests)
     if pictures and c.video:

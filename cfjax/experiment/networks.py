@@ -1,4 +1,4 @@
-"""A stage's roles, from config to weights: sizes, dtype and place of the weights, what they start from."""
+"""A stage's roles, from config to weights: sizes, storage dtype, sharding and initialisation."""
 
 import json
 import zlib
@@ -39,7 +39,7 @@ from cfjax.worlds.wan import load_codec
 
 
 class Role(Protocol):
-    """A network of a stage, trained or frozen, before its weights are in memory."""
+    """Weights that a stage uses, trained or frozen, before they are in memory."""
 
     def template(self, shapes: Shapes, mesh: Mesh | None = None) -> Any:
         """Its arrays as shapes, each with the dtype it is stored in and its sharding; allocates nothing."""
@@ -209,9 +209,17 @@ class CodecRole:
 
 
 def roles_of(c: ConfigDict) -> dict[str, Role]:
-    """The roles of a config by name: its networks, and the frozen codec where the objective needs one."""
+    """The roles of a config by name: its networks, and the frozen codec where the objective needs one.
+
+    Raises:
+      UserError: a network has the codec's name.
+    """
     roles: dict[str, Role] = {name: network_role(name, values) for name, values in c.roles.items()}
     codec = codec_role(c)
+    if codec is not None and "codec" in roles:
+        raise UserError(
+            f"roles.codec: {codec.asked_by} has a frozen role of this name; call the network something else"
+        )
     return roles if codec is None else {**roles, "codec": codec}
 
 

@@ -14,7 +14,7 @@ def idle_devices(mesh: Mesh | None, devices: Sequence[jax.Device]) -> str:
     count = len(devices)
     if count == 1 or devices[0].platform == "cpu" or mesh is not None:
         return ""
-    return f"note: the mesh has one place and {count} devices are here; --config.mesh.fsdp={count} uses them all"
+    return f"note: the mesh has size 1 and {count} devices are here; --config.mesh.fsdp={count} uses them all"
 
 
 def differing_levels(e: Experiment) -> str:

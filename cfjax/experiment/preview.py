@@ -199,7 +199,7 @@ class Monitor:
             calls = network_calls(e.sampler, blocks, frames)
             against = "real clips" if scene.real else "the run's first samples"
             clips = f"{len(scene.rows.watched())} clips of {calls} network calls"
-            say(f"guard: {clips} every {e.schedule.sample_every} steps, held against {against}")
+            say(f"guard: {clips} every {e.schedule.sample_every} steps, compared with {against}")
 
     @property
     def wants_start(self) -> bool:
@@ -207,7 +207,7 @@ class Monitor:
         return bool(self._e.preview.guard and self._scene.real is None)
 
     def __call__(self, state: TrainState, step: int, writer: EventWriter) -> None:
-        if jax.process_count() > 1:  # sampling needs every process: the first one's word counts
+        if jax.process_count() > 1:  # sampling needs every process: process 0 decides
             self._alive = bool(multihost_utils.broadcast_one_to_all(np.asarray(self._alive)))
         if not self._alive:
             return

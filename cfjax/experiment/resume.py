@@ -32,18 +32,18 @@ class Kind(Enum):
     FREE = "how fast, how long, where, how often"
     MEANING = "what is learned, or from what"
     FIXED = "which arrays a checkpoint holds"
-    INERT = "nothing"
-    UNTOLD = "nothing, nor is it worth a line"
+    NO_EFFECT = "nothing"
+    UNREPORTED = "nothing, nor is it worth a line"
 
 
 # First match wins. Roles that the stage trains are "trained" here, the others "frozen", in place of "roles.NAME".
 CHANGES = (
-    (r"accept_changes", Kind.UNTOLD),
+    (r"accept_changes", Kind.UNREPORTED),
     (r"stage|roles|optim|ema", Kind.FIXED),
     (r"trained(\.preset|\.branch(\..+)?)?", Kind.FIXED),
     (r"optim\.\w+(\.name)?", Kind.FIXED),
     (r"ema\.\w+", Kind.FIXED),
-    (r"trained\.init(_role|_ema|_stages)?", Kind.INERT),
+    (r"trained\.init(_role|_ema|_stages)?", Kind.NO_EFFECT),
     (r"steps|log_every|save_every|keep|checksums|loss_growth", Kind.FREE),
     (r"sample_every|sample_clips|progress|profile|stall_seconds", Kind.FREE),
     (r"(mesh|guard|sampler)(\..+)?", Kind.FREE),
@@ -72,18 +72,18 @@ class Change:
 
     def line(self, step: int) -> str:
         """The line that reports it."""
-        notes = {Kind.MEANING: " (accepted)", Kind.INERT: " (without effect: the run goes on with its own weights)"}
+        notes = {Kind.MEANING: " (accepted)", Kind.NO_EFFECT: " (without effect: the run goes on with its own weights)"}
         return f"changed since step {step}: {self.text}{notes.get(self.kind, '')}"
 
 
-def ruled(key: str, trained: Collection[str]) -> str:
+def rule_name(key: str, trained: Collection[str]) -> str:
     """The name of a key in `CHANGES`."""
     return re.sub(r"^roles\.(\w+)", lambda found: "trained" if found[1] in trained else "frozen", key)
 
 
 def kind_of(key: str, trained: Collection[str]) -> Kind | None:
     """The kind of a key; None where the table does not know it."""
-    name = ruled(key, trained)
+    name = rule_name(key, trained)
     return next((kind for pattern, kind in CHANGES if re.fullmatch(pattern, name)), None)
 
 
@@ -117,22 +117,22 @@ def changes(
     Args:
       trained: roles that the stage trains.  given: keys that the command line set.
     """
-    theirs, own = (_keys(values, trained) for values in (recorded, from_json(to_json(dict(config)))))
+    recorded_values, own = (_keys(values, trained) for values in (recorded, from_json(to_json(dict(config)))))
     out: list[Change] = []
-    for key in [*own, *(key for key in theirs if key not in own)]:
+    for key in [*own, *(key for key in recorded_values if key not in own)]:
         known = kind_of(key, trained)
-        if known is Kind.UNTOLD or any(key.startswith(f"{change.key}.") for change in out):
+        if known is Kind.UNREPORTED or any(key.startswith(f"{change.key}.") for change in out):
             continue
-        if key not in theirs:
+        if key not in recorded_values:
             if key in given:
                 out.append(Change(key, f"{key} (not there then) -> {own[key]!r}", known or Kind.MEANING))
             elif re.fullmatch(_CHOSEN, key):
                 out.append(Change(key, f"{key} (not there then)", known or Kind.MEANING))
         elif key not in own:
-            was = "" if isinstance(theirs[key], ConfigDict) else f"{theirs[key]!r} -> "
+            was = "" if isinstance(recorded_values[key], ConfigDict) else f"{recorded_values[key]!r} -> "
             out.append(Change(key, f"{key} {was}(not there now)", known or Kind.FREE))
-        elif not isinstance(own[key], ConfigDict) and own[key] != theirs[key]:
-            out.append(Change(key, f"{key} {theirs[key]!r} -> {own[key]!r}", known or Kind.MEANING))
+        elif not isinstance(own[key], ConfigDict) and own[key] != recorded_values[key]:
+            out.append(Change(key, f"{key} {recorded_values[key]!r} -> {own[key]!r}", known or Kind.MEANING))
     return out
 
 
@@ -177,10 +177,14 @@ def report_dataset(meta: Mapping[str, Any], data: Data, workdir: Path, *, accept
         "records": len(data.dataset),
         "world": data.dataset.manifest.get("text_encoder", {}).get("world", ""),
     }
-    theirs = {"clip shape": tuple(meta["latent_shape"]), "records": meta.get("records"), "world": meta["world"]}
+    recorded_values = {
+        "clip shape": tuple(meta["latent_shape"]),
+        "records": meta.get("records"),
+        "world": meta["world"],
+    }
     found = [
         Change(name, f"{name} of {data.dataset.path} {was!r} -> {own[name]!r}", Kind.MEANING)
-        for name, was in theirs.items()
+        for name, was in recorded_values.items()
         if was and own[name] and was != own[name]
     ]
     if found and not accept:

@@ -81,12 +81,21 @@ class Run:
         """Videos of some captions, block after block: the pixels that `cfjax generate` makes of the same seed.
 
         Args:
-          seed: of every caption's noise.
+          seed: of every caption's noise, 0 to 2**32 - 1.
           latent_frames: to generate; 0 is what the run was trained on.
+
+        Raises:
+          UserError: a caption that the text encoder cannot take, a string in place of a list, or no such seed.
 
         Yields:
           video_BPHWC of each block, float32 (not clipped), as soon as it is decoded; all frames of a bidirectional run.
         """
+        if isinstance(captions, str):
+            raise UserError(f"captions={captions!r}: give a list of captions, such as [{captions!r}]")
+        if wrong := next(filter(None, map(self.world.prompt_fault, captions)), ""):
+            raise UserError(f"caption {wrong}")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed={seed}: use 0 to 2**32 - 1")
         frames, height, width, channels = self.latent_shape
         text, negative = self.world.encode_prompts(captions), self.world.negative_text_SE()
         text_kv = prompt_kv(self.model, jnp.asarray(text), jnp.asarray(negative), self.sampler)
@@ -135,7 +144,7 @@ def open_run(
     _check_asked(name, meta, blocks, stage, block_frames)
     opened_world = _opened_world(name, meta, c, world, parts)
     if not exported and meta["world"] and meta["world"] != opened_world.fingerprint():
-        raise UserError(f"run={name!r} was trained in another world than {opened_world.place} now holds")
+        raise UserError(f"run={name!r} was trained in another world than {opened_world.folder} now holds")
     run = Run(
         name=name,
         stage=meta["stage"],

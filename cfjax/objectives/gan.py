@@ -159,6 +159,6 @@ def critic_loss(
             metrics["r2"] = slope(logits["fake"], logits["r2"], gan.r2_sigma)
             value += 0.5 * gan.r2_weight * metrics["r2"]
         accuracy = jnp.mean(0.5 * (logits["real"] > 0) + 0.5 * (logits["fake"] < 0))
-        return value, stop_gradient({**metrics, "told_apart": accuracy})
+        return value, stop_gradient({**metrics, "told_apart": accuracy})  # the curve's name, as older runs have it
 
     return loss

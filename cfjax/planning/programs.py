@@ -1,4 +1,4 @@
-"""One update compiled ahead of time for a machine that need not be there, and the compiler's figures for it."""
+"""One update compiled ahead of time for a machine that need not be attached, and the compiler's figures for it."""
 
 import gzip
 import re

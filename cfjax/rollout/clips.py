@@ -62,7 +62,7 @@ class _Clock:
         return self._last - before
 
 
-class _Pieces:
+class _BlockBuffer:
     """The blocks of a batch as they are made, and what each cost."""
 
     def __init__(self, clock: _Clock, finish: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -78,7 +78,7 @@ class _Pieces:
         self.network.append(self._clock.lap())
 
     def add_pixels(self, video_BPHWC: jax.Array) -> None:
-        """A decoded block; what `finish` makes of it is not on the clock."""
+        """A decoded block; what `finish` makes of it is not timed."""
         pixels = np.asarray(video_BPHWC)
         self.decode.append(self._clock.lap())
         self.video.append(self._finish(pixels))
@@ -115,7 +115,7 @@ def make_clips(
     clock, batch, model, codec = _Clock(programs), len(text_BSE), pipeline.model, pipeline.codec
     text_kv = prompt_kv(model, jnp.asarray(text_BSE), jnp.asarray(negative_SE), pipeline.sampler, programs)
     jax.block_until_ready(text_kv)
-    text_seconds, first, pieces = clock.lap(), 0.0, _Pieces(clock, finish)
+    text_seconds, first, pieces = clock.lap(), 0.0, _BlockBuffer(clock, finish)
     given = None if given_BFHWC is None else jnp.asarray(given_BFHWC)
     blocks = stream_latents(
         pipeline,

@@ -69,7 +69,7 @@ def _seeded(seeds_B: jax.Array, block: jax.Array, *, shape: tuple[int, ...], ste
 
 
 def plain(function: Callable[..., Any], *args: Any, **static: Any) -> Any:
-    """Returns the function unchanged."""
+    """Calls the function as it is."""
     return function(*args, **static)
 
 

@@ -57,7 +57,7 @@ class StopSignal:
 
     A SIGTERM within `ECHO_SECONDS` of the first is the same one: a scheduler may signal both a process and
     its launcher. In a multi-host run JAX's preemption service listens instead, so that all processes stop at the same
-    step; it takes any number of signals for one.
+    step; it treats repeated signals as one.
     """
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ class RunOutput:
       workdir: the run directory: checkpoints, curves, traces.
       writer: of the curves; None is one of its own in `workdir`.
       meta: JSON record for later verbs (model configs, codec, blocks ...); "stage" and "step" are added.
-      work: what the curves of time and rates need to know, and what to trace (`training.observe`).
+      work: figures for the performance curves, and what to trace (`training.observe`).
     """
 
     workdir: Path
@@ -265,10 +265,10 @@ class _RunIO:
             self.writer.scalars(step, self._meter.means())
         self.writer.performance(step, traced | (self.clock.values() if log else {}))
         if save:
-            place = {"data": self._data.get_state(), "curves": self._meter.get_state()}
+            loop_state = {"data": self._data.get_state(), "curves": self._meter.get_state()}
             with self.clock.outside():
                 self.writer.flush()  # a run that resumes from this checkpoint finds the curves up to it
-                self._save(done, state, {**place, "losses": self._watch.get_state()})
+                self._save(done, state, {**loop_state, "losses": self._watch.get_state()})
 
     def _save(self, done: int, state: TrainState, place: Mapping[str, Any]) -> None:
         """Saves step `done`; in a folder that no run resumes from, if a loss exceeds its bound."""
@@ -294,7 +294,7 @@ class _RunIO:
         start = "none is good yet" if good is None else f"the same command goes on from that of step {good}"
         return (
             f"{grown}: checkpoints are kept aside in {ASIDE}; {start}, with a lower --config.optim.ROLE.lr if the loss "
-            "grows again; --config.loss_growth=0 saves whatever comes"
+            "grows again; --config.loss_growth=0 always saves"
         )
 
     def exit_on_signal(self, signal_name: str, done: int, bar: tqdm) -> NoReturn:

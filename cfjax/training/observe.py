@@ -60,7 +60,7 @@ class StepClock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around reading a batch."""
+        """Context manager: the time within counts as data wait."""
         start = self._now()
         yield
         self._wait += self._now() - start
@@ -73,7 +73,7 @@ class StepClock:
         self._left_out += self._now() - start
 
     def updated(self, role: str) -> None:
-        """One role's update was sent off."""
+        """One role's update was dispatched."""
         self._tokens += self._work.tokens
         self._flops += self._work.flops.get(role, 0.0)
 
@@ -172,7 +172,7 @@ def _warned(folder: Path) -> Iterator[None]:
     """Context manager: errors inside become a one-line warning."""
     try:
         yield
-    except Exception as error:  # whatever the profiler and a disk provoke
+    except Exception as error:  # any error of the profiler or the storage
         logging.warning("%s: no trace, or no share of collectives (%s)", folder, one_line(error))
 
 

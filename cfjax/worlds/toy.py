@@ -39,7 +39,7 @@ class ToyWorld:
     shapes: ShapesConfig
     codec: PatchCodec
     text: TextEncoder
-    place: str = "its world's folder"
+    folder: str = "its world's folder"
 
     def save(self, path: str | Path) -> None:
         """Writes the folder `path`; world.json last, so that a half-written world is not one."""
@@ -134,13 +134,13 @@ def as_toy(world: World, what: str) -> ToyWorld:
     """The world, if it is the toy's.
 
     Args:
-      what: is opened in it, for the message.
+      what: names the run in the message.
 
     Raises:
       UserError: it is another.
     """
     if not isinstance(world, ToyWorld):
-        raise UserError(f"{what}: this needs a run of the toy world, whose clips can be measured")
+        raise UserError(f"{what}: this needs a run of the toy world, whose clips can be measured; name one")
     return world
 
 

@@ -161,7 +161,7 @@ class WanWorld:
         )
 
     @property
-    def place(self) -> str:
+    def folder(self) -> str:
         """The folder it was read from."""
         return str(self.path)
 
@@ -233,7 +233,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: no Wan world here ({error}); make one with cfjax convert") from None
     if (kind, version) != (KIND, FORMAT):
-        raise UserError(f"{file}: kind {kind!r} format {version}, this version reads {KIND!r} format {FORMAT}")
+        raise UserError(
+            f"{file}: kind {kind!r} format {version}, this version reads {KIND!r} format {FORMAT}; convert it again"
+        )
     return checked(WORLD_RULE, record, file)
 
 

@@ -60,7 +60,7 @@ class World(Protocol):
         """What classifier-free guidance leads away from."""
 
     @property
-    def place(self) -> str:
+    def folder(self) -> str:
         """The folder it was read from, for messages."""
 
     def encode_prompts(self, captions: Sequence[str]) -> np.ndarray:

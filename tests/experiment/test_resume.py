@@ -14,7 +14,7 @@ from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
 from cfjax.core.tree import match
-from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, report_changes, ruled
+from cfjax.experiment.resume import CHANGES, Kind, changes, checkpoint_of, kind_of, report_changes, rule_name
 from cfjax.experiment.stage import STAGES, stage_of
 from cfjax.models import wan
 from cfjax.training.checkpoint import read_meta
@@ -35,7 +35,7 @@ def test_every_key_of_every_shipped_config_has_a_kind():
         except UserError:
             continue
         if c.get("stage") in STAGES:
-            names |= dict.fromkeys(ruled(key, stage_of(c).losses) for key in keys_of(c))
+            names |= dict.fromkeys(rule_name(key, stage_of(c).losses) for key in keys_of(c))
     kinds = match(CHANGES, names)
     assert set(kinds.values()) == set(Kind)
 
@@ -47,7 +47,7 @@ def test_every_key_of_every_shipped_config_has_a_kind():
         ("roles.student.preset", Kind.FIXED),
         ("roles.critic.branch.layers", Kind.FIXED),
         ("optim.critic.name", Kind.FIXED),
-        ("roles.critic.init_ema", Kind.INERT),
+        ("roles.critic.init_ema", Kind.NO_EFFECT),
         ("roles.real_score.init_ema", Kind.MEANING),
         ("roles.real_score.preset", Kind.MEANING),
         ("roles.real_score.storage", Kind.FREE),
@@ -63,7 +63,7 @@ def test_every_key_of_every_shipped_config_has_a_kind():
         ("optim.student.warmup", Kind.FREE),
         ("sampler.guidance", Kind.FREE),
         ("mesh.fsdp", Kind.FREE),
-        ("accept_changes", Kind.UNTOLD),
+        ("accept_changes", Kind.UNREPORTED),
         ("my_note", None),
     ],
 )
