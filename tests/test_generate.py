@@ -160,7 +160,7 @@ def test_image_to_video_begins_with_the_encoded_picture(root, run, tmp_path):
     keys = {"image": tmp_path / "picture.png", "frames": 13, "independent_first_frame": True}
     assert generate(root, tmp_path / "out", **keys) == 0
     latents = read_latents(written(tmp_path / "out", ".safetensors")[0])
-    world = WanWorld.load(root / "wan" / "world", WorldParts(with_text=False))
+    world = WanWorld.load(root / "wan" / "world", with_text=False)
     assert latents.shape == (4, 4, 4, 16)
     encoded = world.encode(jnp.asarray(read_image(tmp_path / "picture.png", SIDE, SIDE)[None]))
     np.testing.assert_array_equal(latents[:1], encoded[0])
@@ -182,7 +182,7 @@ def test_the_bidirectional_release_generates_with_its_own_decoder(root, tmp_path
     record = json.loads((tmp_path / "settings.json").read_text())
     assert (record["network_calls"], record["kv_cache_bytes"], record["blocks"]) == (4, 0, None)
     assert frames_of(written(tmp_path, ".mp4")[0]).shape == (1, SIDE, SIDE, 3)
-    world = WanWorld.load(root / "wan" / "world", WorldParts(with_text=False))
+    world = WanWorld.load(root / "wan" / "world", with_text=False)
     latents = jnp.asarray(read_latents(written(tmp_path, ".safetensors")[0]))[None]
     pixels = to_uint8(np.asarray(decode_step(world.codec, latents, world.codec.init_state(1))[0]))[0]
     with Image.open(tmp_path / "contact_sheet.png") as sheet:

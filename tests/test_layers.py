@@ -32,8 +32,10 @@ MAY_IMPORT = {
     "studies": {"core", "flow", "nn", "models", "rollout", "objectives", "training", "evaluation"},
     "comparison": {"core", "flow", "nn", "models", "rollout", "objectives", "conversion"},
 }
-# Top-level files of cfjax are verbs, but for these: the entry point, and configs' building blocks under their old name.
-NOT_VERBS = {"__init__.py", "__main__.py", "presets.py"}
+# Top-level files of cfjax are verbs, but for the entry point, and for modules under names that scripts and configs of
+# one's own may import, which hold nothing but imports.
+OLD_NAMES = {"presets.py", "runs.py", "world.py", "wan_world.py"}
+NOT_VERBS = {"__init__.py", "__main__.py", *OLD_NAMES}
 MADE_OF_VERBS = {"quickstart.py", "study.py"}
 # Training, plans and preview samples take an `Experiment`; only what makes one, or opens a run, reads a ConfigDict.
 WITHOUT_CONFIG = {"train.py", "plan.py", "experiment/preview.py", "experiment/programs.py", "experiment/notes.py"}
@@ -127,6 +129,15 @@ def test_top_level_files_are_verbs():
     assert verbs == set(VERBS)
     for verb in verbs:
         assert any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in FILES[f"{verb}.py"].body), verb
+
+
+def test_old_names_are_imports_alone_that_nothing_of_ours_uses():
+    for file in OLD_NAMES:
+        docstring, *rest = FILES[file].body
+        assert isinstance(docstring, ast.Expr) and all(isinstance(node, ast.ImportFrom) for node in rest), file
+    old = {f"cfjax.{file.removesuffix('.py')}" for file in OLD_NAMES}
+    trees = {**FILES, **CONFIGS}
+    assert not [file for file, tree in trees.items() if old & {".".join(n.split(".")[:2]) for n in imports(tree)}]
 
 
 def test_a_verb_imports_no_verb():

@@ -47,7 +47,15 @@ def open_world(path: str | Path, parts: WorldParts = WorldParts(), *, key: str =
     Raises:
       UserError: there is none, or it is broken.
     """
-    return WanWorld.load(path, parts) if is_wan_world(path, key=key) else ToyWorld.load(path)
+    if not is_wan_world(path, key=key):
+        return ToyWorld.load(path)
+    return WanWorld.load(
+        path,
+        decoder=parts.decoder,
+        decoder_precision=parts.decoder_precision,
+        with_text=parts.with_text,
+        text_cache=parts.text_cache,
+    )
 
 
 def open_decoder(path: str | Path, *, key: str = "world") -> Codec:

@@ -35,7 +35,7 @@ from cfjax.models.vae import VAEConfig, WanVAE
 from cfjax.models.vae_tiling import encode_in_steps
 from cfjax.training.checkpoint import FOLDER, checkpoint_hash, load_role, read_meta
 from cfjax.worlds.records import config_from_record, placed_template
-from cfjax.worlds.world import RECORD, WorldParts
+from cfjax.worlds.world import RECORD
 
 KIND, FORMAT = "wan", 1
 DECODERS = ("vae", "tiny_vae")
@@ -140,8 +140,16 @@ class WanWorld:
     text_name = "umt5"
 
     @classmethod
-    def load(cls, path: str | Path, parts: WorldParts = WorldParts()) -> "WanWorld":
-        """Reads what `cfjax convert` wrote.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        decoder: str = "vae",
+        decoder_precision: str = "",
+        with_text: bool = True,
+        text_cache: str | Path = "",
+    ) -> "WanWorld":
+        """Reads what `cfjax convert` wrote; the arguments are those of `WorldParts`.
 
         Raises:
           UserError: no world there, or a part is missing.
@@ -150,14 +158,14 @@ class WanWorld:
         length = int(record["text_length"])
         return cls(
             path=folder,
-            codec=load_codec(folder, parts.decoder, parts.decoder_precision),
-            text=load_text(folder, length) if parts.with_text else None,
+            codec=load_codec(folder, decoder, decoder_precision),
+            text=load_text(folder, length) if with_text else None,
             text_length=length,
             text_width=int(_text_record(folder)["model"]["dim"]),
             negative_prompt=record["negative_prompt"],
             fps=float(record["fps"]),
-            decoder=parts.decoder,
-            text_cache=parts.text_cache,
+            decoder=decoder,
+            text_cache=str(text_cache),
         )
 
     @property
@@ -207,6 +215,10 @@ class WanWorld:
         """video_BPHWC in [-1, 1] to latents_BFHWC by the VAE, a latent frame at a time; read if it is not in use."""
         vae = self.codec if isinstance(self.codec, WanVAE) else load_codec(self.path, "vae")
         return partial(jax.jit(encode_in_steps, static_argnames="frames"), vae, frames=1)
+
+    def encode(self, video_BPHWC: jax.Array) -> jax.Array:
+        """Normalised latents_BFHWC of clips; `open_encoder` for many of them."""
+        return self.open_encoder()(video_BPHWC)
 
     def decoder_record(self) -> dict[str, Any]:
         """The decoder's name, precision, and a hash of its checkpoint's files."""

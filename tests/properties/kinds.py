@@ -192,9 +192,8 @@ def _open_run(folder: Path) -> Any:
 
 def _read_wan(folder: Path) -> Any:
     from cfjax.worlds.wan import WanWorld
-    from cfjax.worlds.world import WorldParts
 
-    world = WanWorld.load(folder / "world", WorldParts(with_text=False))
+    world = WanWorld.load(folder / "world", with_text=False)
     return {"length": world.text_length, "width": world.text_width, "negative": world.negative_prompt}
 
 
