@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 from cfjax.core.console import complain, say, tolerate_output_errors
 from cfjax.core.errors import UserError
@@ -22,6 +23,7 @@ VERBS = {
     "export": "write a run's weights and world as one small folder",
 }
 SHARED = ("train", "precompute")  # verbs that several processes may work on together; the others are one process's
+COMPILES_NOTHING = ("check",)
 
 
 def _usage() -> str:
@@ -48,16 +50,25 @@ def _run(verb: str, argv: Sequence[str]) -> int:
     """The exit code of a verb; errors are printed as one line."""
     try:
         ensure_open_files()
-        if verb in SHARED and importlib.import_module("cfjax.core.distributed").initialize():
-            with importlib.import_module("cfjax.training.watchdog").exit_on_failure():
-                return importlib.import_module(f"cfjax.{verb}").main(argv) or 0
-        return importlib.import_module(f"cfjax.{verb}").main(argv) or 0
+        with ExitStack() as around:
+            joined = verb in SHARED and importlib.import_module("cfjax.core.distributed").initialize()
+            if joined:
+                around.enter_context(importlib.import_module("cfjax.training.watchdog").exit_on_failure())
+            if verb not in COMPILES_NOTHING:
+                around.enter_context(_compile_cache(argv, joined))
+            return importlib.import_module(f"cfjax.{verb}").main(argv) or 0
     except Exception as error:
         failure = error if isinstance(error, UserError) else storage_failure(error)
         if failure is None:
             raise
         complain(f"cfjax {verb}: {' '.join(str(failure).split())}")
         return failure.exit_code
+
+
+def _compile_cache(argv: Sequence[str], joined: bool) -> AbstractContextManager[None]:
+    """Around a verb, before JAX compiles anything."""
+    where, _ = importlib.import_module("cfjax.core.cli").take_flag("compile_cache", argv, "FOLDER")
+    return importlib.import_module("cfjax.core.compile_cache").compile_cache(where or "", joined=joined)
 
 
 if __name__ == "__main__":

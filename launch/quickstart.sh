@@ -6,5 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 make_environment .venv "."
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 exec .venv/bin/cfjax quickstart "$@"

@@ -59,6 +59,17 @@ def test_plans_are_those_of_the_record(monkeypatch):
     assert len(shown) == 3 and set(shown) <= known
 
 
+def test_second_starts_are_those_of_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = runpy.run_path(str(ROOT / "benchmarks" / "second_starts.py"))["table"]
+    sys.modules.pop("measure", None)
+    first, second = rows = record("second_starts.json")["rows"]
+    assert table(rows) in text_of("docs/performance.md")
+    assert second["read"] == first["kept"] > 0
+    for seconds in ("compile_seconds", "printed_seconds"):
+        assert second[seconds] <= 0.2 * first[seconds]
+
+
 def test_the_smallest_slice_is_that_of_the_record():
     last = record("fit.json")["plans"][-1]
     peak = max(cost["peak"] for cost in last["costs"]) / 2**30

@@ -187,7 +187,7 @@ sys.exit(main(sys.argv[1:]))
 
 def shrunk(argv: list[str], workdir: Path) -> list[dict]:
     """A documented command at toy depth, width and resolution, in a process with devices of its own."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     small = ["--height=64", "--width=64", "--text=8", f"--workdir={workdir}"]
     command = [sys.executable, "-c", SHRINK, "plan", *argv, *small]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -42,6 +42,13 @@ class Flag:
     choices: tuple[str, ...] = ()
 
 
+COMPILE_CACHE = Flag(
+    "compile_cache",
+    "folder of compiled programs for the next start (docs/performance.md); off: none; '': ~/.cache/cfjax",
+    default="",
+)
+
+
 def _define(values: flags.FlagValues, flag: Flag) -> None:
     if flag.choices:
         flags.DEFINE_enum(flag.name, flag.default, list(flag.choices), flag.help, flag_values=values)
@@ -60,11 +67,15 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(the value of --config, the rest)."""
+def take_flag(name: str, argv: Sequence[str], example: str) -> tuple[str | None, list[str]]:
+    """(the value of --NAME or None, the rest).
+
+    Raises:
+      UserError: there is no value.
+    """
     value, rest, index = None, [], 0
     while index < len(argv):
-        found = re.fullmatch(r"--?config(?:=(.*))?", argv[index], re.DOTALL)
+        found = re.fullmatch(rf"--?{name}(?:=(.*))?", argv[index], re.DOTALL)
         if found is None:
             rest.append(argv[index])
         elif found[1] is not None:
@@ -73,7 +84,7 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
             index += 1
             value = argv[index]
         else:
-            raise UserError("--config needs a file: --config=configs/NAME.py")
+            raise UserError(f"--{name} needs a value: --{name}={example}")
         index += 1
     return value, rest
 
@@ -205,7 +216,7 @@ def _help(verb: str, description: str, own: Sequence[Flag], spec: str | None, de
     head = "[--config=configs/NAME.py[:arg]]" if default_config else "--config=configs/NAME.py[:arg]"
     say(f"usage: cfjax {verb} {head} [--config.KEY=value ...] [--FLAG=value ...]\n\n{description}\n\nflags:")
     for flag in own:
-        tail = "required" if flag.required else f"default: {flag.default}"
+        tail = "required" if flag.required else f"default: {flag.default if flag.default != '' else repr('')}"
         say(f"  --{flag.name}: {flag.help} ({tail})")
     if spec is None:
         return say("\nadd --config=FILE to see that config's purpose and keys")
@@ -281,7 +292,8 @@ def parse(
     """
     about = "folder of this run" + (", here or in a bucket (gs://BUCKET/FOLDER)" if bucket else "")
     own = [Flag("workdir", about, default=default_workdir, required=default_workdir is None), *extra_flags]
-    spec, rest = _take_config(argv)
+    own.append(COMPILE_CACHE)  # for `cfjax.__main__`, which has read it
+    spec, rest = take_flag("config", argv, "configs/NAME.py")
     spec = spec or default_config
     if {"--help", "-h", "-help"} & set(rest):
         _help(verb, description, own, spec and _located(spec), default_config)
@@ -292,6 +304,7 @@ def parse(
             raise UserError(f"{arg}: write the value behind an equals sign, as {arg}=value")
     extras = _own_values(verb, [arg for arg in rest if arg not in overrides], own)
     workdir = _workdir(extras.pop("workdir"), verb, bucket)
+    del extras[COMPILE_CACHE.name]
     if spec is None:
         raise UserError("--config is missing: name an experiment, as --config=configs/NAME.py")
     spec = _located(spec)

@@ -3,10 +3,12 @@
 import gzip
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfjax.core.compile_cache import no_compile_cache
 from cfjax.core.topology import GIB, Topology
 from cfjax.planning.collectives import Traffic, collectives
 from cfjax.planning.trip_counts import TripCounts
@@ -100,7 +102,8 @@ def compile_update(
     options = GPU_OPTIONS if topology.chip.platform == "gpu" else None
     begun = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=options)
+        with nullcontext() if topology.chip.platform == "cpu" else no_compile_cache():
+            compiled = lowered.compile(compiler_options=options)
     except Exception as error:
         used = too_large(str(error))
         if used is None:
