@@ -400,7 +400,7 @@ def test_memory_does_not_grow_with_the_requests(root, tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(tmp_path / f"{n}.png")
     times = Times(0.1, [0.1] * 7, [0.1] * 7, 0.2)
 
-    def clips(model: Any, codec: Any, text_BSE: np.ndarray, *_: Any, given_BFHWC: np.ndarray, **__: Any) -> Clips:
+    def clips(pipeline: Any, text_BSE: np.ndarray, *_: Any, given_BFHWC: np.ndarray, **__: Any) -> Clips:
         assert text_BSE.shape[0] == 1 and given_BFHWC.shape == (1, 1, 4, 4, 16)
         if next(made) in (10, 110, 210):
             gc.collect()
