@@ -1,5 +1,6 @@
 """Second starts: compiled programs are kept by default, whatever else happens to their folder."""
 
+import errno
 import json
 import os
 import subprocess
@@ -218,10 +219,15 @@ def homeless(root: Path, monkeypatch) -> None:
 
 
 def read_only(root: Path, monkeypatch) -> None:
-    root.parent.mkdir()
-    root.parent.chmod(0o500)
-    if os.access(root.parent, os.W_OK):
-        pytest.skip("this user may write anywhere")
+    """As a mount is: for any user, the one that tests run as too."""
+    make = os.mkdir
+
+    def refused(path, *args, **kwargs):
+        if Path(path).is_relative_to(root.parent):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", refused)
 
 
 @pytest.mark.parametrize("trouble", [unwritable, foreign, no_locks, homeless, read_only])
