@@ -206,7 +206,7 @@ def _source_record(network: Network) -> dict[str, Any]:
 
 
 def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: Path) -> dict[str, Any]:
-    """What `experiment.run_meta` writes of a trained run, and where the weights come from."""
+    """What `Experiment.meta` records of a trained run, and where the weights come from."""
     experiment = c.experiment.copy_and_resolve_references()
     models = {}
     for each in transformers:

@@ -4,8 +4,8 @@
     world/{vae,tiny_vae,text_encoder}/      one-role run directories, their sizes in the checkpoint's record
     world/tokenizer/                        the tokenizer's own files
 
-Only requested parts are read: the text encoder (11 GB in
-bfloat16) only when a caption is not in the embedding cache, and it is freed again after that.
+Only requested parts are read: the text encoder (11 GB in bfloat16) only when a caption is not in the embedding cache,
+and it is freed again after that.
 """
 
 import hashlib
@@ -175,7 +175,6 @@ class WanWorld:
 
     def encode_prompts(self, captions: Sequence[str]) -> np.ndarray:
         """Text rows, float32 [n, S, E]; from the cache where they are there, else by the text encoder."""
-
         if not self.text_cache:
             return self.load_text().encode(captions)
         return encode_cached(self.load_text, self._cache, captions)
@@ -190,7 +189,7 @@ class WanWorld:
         return self.encode_prompts([self.negative_prompt])[0]
 
     def prompt_fault(self, prompt: str) -> str:
-        """Nothing: umT5 takes any prompt, and the tokenizer truncates a long one."""
+        """Always "": umT5 takes any prompt, and the tokenizer truncates a long one."""
         return ""
 
     def load_text(self) -> TextEncoder:
