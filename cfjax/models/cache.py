@@ -7,12 +7,13 @@ absolute RoPE position.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cfjax.nn.frames import constrain_kv
+from cfjax.nn.frames import attend_prefix, constrain_kv
 from cfjax.nn.visibility import Blocks
 
 
@@ -47,6 +48,93 @@ def visible_frames(cache: KVCache, start: jax.Array, stop: jax.Array, blocks: Bl
         return past
     recent = frame >= stop - (blocks.window - blocks.sink)
     return past & (recent | (frame < blocks.sink))
+
+
+MOST_LENGTHS = 12  # of a prefix: with more, the next longer one is computed, on average less than 1/12 too much
+
+
+@dataclass(frozen=True)
+class View:
+    """What one block reads: a layer's slots with the block's own frames written into them, visible up to a point.
+
+    With its own frames in their slots (those of frames that no later block sees), a block sees a prefix of the slots,
+    whatever the window: no mask, and no concatenation. See `nn.frames.attend_prefix`.
+
+    Attributes:
+      stop: the frame that the block ends before, traced.
+      slots: of the cache.
+      blocks: layout and window.
+      lengths: every length that the visible prefix may have, in frames, ascending; grouped if they are many.
+      exact: whether they are not grouped.
+    """
+
+    stop: jax.Array
+    slots: int
+    blocks: Blocks
+    lengths: tuple[int, ...]
+    exact: bool
+
+    @property
+    def oldest(self) -> jax.Array:
+        """First frame behind the sink that is read: not 0 where more frames than the window are kept (self-rollout)."""
+        blocks = self.blocks
+        if not blocks.window or self.slots <= blocks.window:
+            return jnp.int32(blocks.sink)
+        return jnp.maximum(blocks.sink, self.stop - (blocks.window - blocks.sink))
+
+    @property
+    def visible(self) -> jax.Array:
+        """Number of first frames of `read`'s result that the block sees."""
+        return jnp.minimum(self.stop - (self.oldest - self.blocks.sink), self.lengths[-1])
+
+    def read(self, past_BFTNK: jax.Array, own_BFTNK: jax.Array) -> jax.Array:
+        """Keys or values of a layer, [B, lengths[-1], T, N, K]: the past, and the own frames, which end at `stop`.
+
+        There may be more own frames than the block's: the ones before it, which are not in the cache yet.
+        """
+        blocks, oldest = self.blocks, self.oldest
+        past, own = past_BFTNK.astype(own_BFTNK.dtype), own_BFTNK
+        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+        if blocks.window and self.slots > blocks.window:
+            recent = jax.lax.dynamic_slice_in_dim(past, oldest, blocks.window - blocks.sink, 1)
+            past = jnp.concatenate([past[:, : blocks.sink], recent], axis=1) if blocks.sink else recent
+        elif blocks.window:
+            own = own[:, -(self.slots - blocks.sink) :]
+            for i in range(own.shape[1]):  # the ring may wrap inside a block
+                slot = slot_of(self.stop - own.shape[1] + i, self.slots, blocks)
+                past = write(past, own[:, i : i + 1], slot)
+            return past
+        return write(past, own, self.stop - own.shape[1] - (oldest - blocks.sink))
+
+
+def view(slots: int, stop: jax.Array, blocks: Blocks, *, first_stop: int = 0) -> View:
+    """What the block that ends before frame `stop` (traced, where a block of `blocks` ends) reads of a cache.
+
+    Args:
+      slots: of the cache: all frames, or `blocks.window` (a ring).
+      first_stop: the least `stop` that occurs.
+    """
+    capacity = min(slots, blocks.window) if blocks.window else slots
+    first = 1 if blocks.independent_first_frame else blocks.frames
+    stops = [stop for stop in range(first, capacity, blocks.frames) if stop >= min(first_stop, capacity)]
+    lengths = [*stops, capacity]
+    groups = min(len(lengths), MOST_LENGTHS)
+    kept = tuple(lengths[-(-(i + 1) * len(lengths) // groups) - 1] for i in range(groups))
+    return View(stop, slots, blocks, kept, groups == len(lengths))
+
+
+def attend_past(
+    q_BFTNK: jax.Array,
+    k_BFTNK: jax.Array,
+    v_BFTNK: jax.Array,
+    past: Any,
+    seen: View,
+    *,
+    backend: str = "auto",
+) -> jax.Array:
+    """A block's queries attend to what they see of the `past` (a layer's keys and values) and to the own frames."""
+    k, v = seen.read(past[0], k_BFTNK), seen.read(past[1], v_BFTNK)
+    return attend_prefix(q_BFTNK, k, v, seen.visible, seen.lengths, exact=seen.exact, backend=backend)
 
 
 def slot_of(frame: jax.Array, slots: int, blocks: Blocks) -> jax.Array:

@@ -27,9 +27,9 @@ from flax import nnx
 from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
 from cfjax.core.sharding import constrain
-from cfjax.models.cache import KVCache, visible_frames
+from cfjax.models.cache import KVCache, attend_past, view
 from cfjax.nn import layers
-from cfjax.nn.frames import attend_cached, attend_frames, attend_text, constrain_kv
+from cfjax.nn.frames import attend_frames, attend_text, constrain_kv
 from cfjax.nn.rope import rope_table, rotate, sinusoid
 from cfjax.nn.visibility import FULL, Blocks, Visibility
 
@@ -257,10 +257,10 @@ def forward_block(
       The flow, and the block's own keys and values for `cache.write`. Reads the cache, never writes it.
     """
     frames = latents_BFHWC.shape[1]
-    seen_F = visible_frames(cache, start, start + frames, blocks)
+    seen = view(cache.frame_F.shape[0], start + frames, blocks)
 
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
-        return attend_cached(q, k, v, *past, seen_F, backend=model.config.attention)
+        return attend_past(q, k, v, past, seen, backend=model.config.attention)
 
     positions = start + jnp.arange(frames)
     past = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
@@ -340,11 +340,10 @@ def _attend_stretch(
     """Every block of the frames from a traced `start` on against its own keys and those of one layer's longer past."""
     outputs = []
     for a, b in blocks.spans(q.shape[1]):
-        latest = past.k_LBFTNK.shape[1] - q.shape[1] + a  # no start makes this block begin later
-        known_k, known_v = past.k_LBFTNK[:, :latest], past.v_LBFTNK[:, :latest]
-        seen_F = visible_frames(KVCache(known_k, known_v, jnp.arange(latest)), start + a, start + b, blocks)
-        out = attend_cached(q[:, a:b], k[:, a:b], v[:, a:b], known_k, known_v, seen_F, backend=backend)
-        outputs.append(out)
+        last_stop = past.k_LBFTNK.shape[1] - q.shape[1] + b  # no start makes this block end later
+        known = FrameKV(past.k_LBFTNK[:, :last_stop], past.v_LBFTNK[:, :last_stop])
+        seen = view(last_stop, start + b, blocks, first_stop=b)
+        outputs.append(attend_past(q[:, a:b], k[:, a:b], v[:, a:b], known, seen, backend=backend))
     return jnp.concatenate(outputs, axis=1)
 
 

@@ -1,25 +1,32 @@
 """One `attend` for every visibility, with the attention kernel of the platform.
 
-xla      dense rectangles, all scores in memory: the fastest on a CPU.
-cudnn    dense rectangles on cuDNN's flash kernel.
-splash   TPU's flash kernel, one call per visibility (`nn.splash`); "splash_interpreted" runs it on a CPU, slowly.
-chunked  dense rectangles, the scores of a few queries at a time: little memory on any platform.
+xla       dense rectangles, all scores in memory.
+cudnn     dense rectangles on cuDNN's flash kernel.
+splash    TPU's flash kernel, one call per visibility (`nn.splash`); "splash_interpreted" runs it on a CPU, slowly.
+chunked   dense rectangles, the scores of a few queries at a time: little memory on any platform.
+per_head  dense rectangles, the scores of a few queries of one head at a time, which stay in a CPU core's cache: the
+          fastest on a CPU. Small rectangles, and those of a sharded program, are xla's.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from cfjax.core.errors import UserError
+from cfjax.core.sharding import active_mesh
 from cfjax.nn.splash import splash_attend, splash_dense
 from cfjax.nn.visibility import Span, Visibility
 
-BACKENDS = ("auto", "xla", "cudnn", "splash", "splash_interpreted", "chunked")
+BACKENDS = ("auto", "xla", "cudnn", "splash", "splash_interpreted", "chunked", "per_head")
 CHUNK = 128  # queries whose scores exist at a time
+HEAD_SCORES = 2**20  # the most scores of one head at a time: four megabytes
+SMALL = 2**20  # scores of all heads that are computed at once: a loop costs more
 
 
 def pick_backend(name: str, dtype: jnp.dtype, platform: str | None = None) -> str:
-    """Resolves "auto" once, by platform: splash on TPU, cuDNN for half precision on GPU, XLA elsewhere.
+    """Resolves "auto" once, by platform: splash on TPU; cuDNN for half precision on GPU, else XLA; per_head on CPU.
 
     Args:
       platform: "cpu", "gpu" or "tpu"; None is the one that this process runs on.
@@ -34,7 +41,7 @@ def pick_backend(name: str, dtype: jnp.dtype, platform: str | None = None) -> st
     platform = platform or jax.default_backend()
     if platform == "gpu" and dtype not in (jnp.bfloat16, jnp.float16):
         return "xla"
-    return {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+    return {"tpu": "splash", "gpu": "cudnn", "cpu": "per_head"}.get(platform, "xla")
 
 
 def dense(
@@ -43,34 +50,62 @@ def dense(
     v_BTNK: jax.Array,
     *,
     key_mask_T: jax.Array | None = None,
+    num_keys: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over all keys, or over those where `key_mask_T` is true; softmax in float32."""
+    """softmax(q k^T / sqrt(K)) v over all keys, or some of them; softmax in float32.
+
+    Args:
+      key_mask_T: bool; keys where it is false are not seen.
+      num_keys: instead of a mask: only so many first keys are seen (traced, 1 or more). The flash kernels compute no
+        tile behind them; the other backends mask them.
+    """
     backend = pick_backend(backend, q_BTNK.dtype)
+    if backend == "cudnn":
+        lengths = None if num_keys is None else jnp.full(q_BTNK.shape[:1], num_keys, jnp.int32)
+        mask = None if key_mask_T is None else key_mask_T[None, None, None, :]
+        return jax.nn.dot_product_attention(
+            q_BTNK, k_BTNK, v_BTNK, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+    if num_keys is not None:
+        key_mask_T = jnp.arange(k_BTNK.shape[1]) < num_keys
     if backend.startswith("splash"):
         interpret = backend == "splash_interpreted"
         return splash_dense(q_BTNK, k_BTNK, v_BTNK, key_mask_T=key_mask_T, interpret=interpret)
-    if backend == "chunked":
-        return _chunked(q_BTNK, k_BTNK, v_BTNK, key_mask_T)
-    if backend == "cudnn":
-        mask = None if key_mask_T is None else key_mask_T[None, None, None, :]
-        return jax.nn.dot_product_attention(q_BTNK, k_BTNK, v_BTNK, mask=mask, implementation="cudnn")
-    # Head-major batched matrix products: XLA's CPU backend runs these 1.4 times faster than BTNK einsums.
+    # Head-major matrix products: XLA's CPU backend runs these 1.4 times faster than BTNK einsums.
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTNK, k_BTNK, v_BTNK))
-    scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-    if key_mask_T is not None:
-        scores = jnp.where(key_mask_T[None, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    if backend == "chunked":
+        out = _chunked(q, k, v, key_mask_T, CHUNK)
+    elif backend == "per_head" and q.size // q.shape[-1] * k.shape[2] > SMALL and active_mesh() is None:
+        size = max(CHUNK // 2, min(2 * CHUNK, HEAD_SCORES // k.shape[2]))
+        flat = (rearrange(x, "b n t k -> (b n) t k") for x in (q, k, v))
+        one_head: Callable[..., jax.Array] = lambda qkv: _chunked(*qkv, key_mask_T, size)
+        out = jax.lax.map(one_head, tuple(flat)).reshape(q.shape)
+    else:
+        out = _scored(q, k, v, key_mask_T)
+    return out.swapaxes(1, 2)
+
+
+def _scored(q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None) -> jax.Array:
+    """Attention [..., T, K] with all its scores in memory."""
+    scale = q.shape[-1] ** -0.5
+    scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32) * scale
+    if mask_T is not None:
+        scores = jnp.where(mask_T.reshape((1,) * (scores.ndim - 1) + (-1,)), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.matmul(weights, v).swapaxes(1, 2)
+    # XLA's CPU backend multiplies bfloat16 as it is only where float32 is asked for, and widens it first elsewhere.
+    return jnp.matmul(weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
 
 
-def _chunked(q_BTNK: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None) -> jax.Array:
-    """`dense` over chunks of queries; the backward pass computes a chunk's scores again."""
-    queries = q_BTNK.shape[1]
-    padded = jnp.pad(q_BTNK, ((0, 0), (0, -queries % CHUNK), (0, 0), (0, 0)))
-    chunks = rearrange(padded, "b (c t) n k -> c b t n k", t=CHUNK)
-    one = jax.checkpoint(lambda q: dense(q, k, v, key_mask_T=mask_T, backend="xla"))
-    return rearrange(jax.lax.map(one, chunks), "c b t n k -> b (c t) n k")[:, :queries]
+def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None, size: int) -> jax.Array:
+    """`_scored` over chunks of `size` queries; the backward pass computes a chunk's scores again."""
+    queries = q.shape[-2]
+    chunks = -(-queries // size)
+    size = -(-queries // chunks)  # as even as they come: less padding
+    widths = [(0, 0)] * (q.ndim - 2) + [(0, chunks * size - queries), (0, 0)]
+    padded = rearrange(jnp.pad(q, widths), "... (c t) k -> c ... t k", t=size)
+    one = jax.checkpoint(lambda q: _scored(q, k, v, mask_T))
+    return rearrange(jax.lax.map(one, padded), "c ... t k -> ... (c t) k")[..., :queries, :]
 
 
 @jax.named_scope("attention")

@@ -13,13 +13,14 @@ Either way all devices have the same work under every visibility.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from cfjax.core.sharding import constrain, context_sharding, token_shards, vmap_over_context
-from cfjax.nn.attention import attend, dense
+from cfjax.nn.attention import attend, dense, pick_backend
 from cfjax.nn.visibility import Visibility
 
 
@@ -64,28 +65,50 @@ def attend_frames(
     return _by_parts(attend_part, q_BFTNK, k, v, parts)
 
 
-def attend_cached(
+def attend_prefix(
     q_BFTNK: jax.Array,
     k_BFTNK: jax.Array,
     v_BFTNK: jax.Array,
-    past_k_BFTNK: jax.Array,
-    past_v_BFTNK: jax.Array,
-    seen_F: jax.Array,
+    visible: jax.Array,
+    lengths: tuple[int, ...],
     *,
+    exact: bool = False,
     backend: str = "auto",
 ) -> jax.Array:
-    """A block's queries attend to its own keys and to the cache slots where `seen_F` (bool) is true."""
+    """A block's queries attend to the first `visible` frames (traced, 1 or more) of the keys.
+
+    Flash kernels skip the other frames. XLA's programs have static shapes: there, this is a `lax.switch` over the
+    lengths that the prefix may have, each of them without the frames behind it.
+
+    Args:
+      lengths: ascending, in frames; the last one holds every prefix.
+      exact: `visible` is one of the lengths; else the next longer one is computed, and masked.
+    """
     frames, tokens, heads = q_BFTNK.shape[1:4]
-    keys = jnp.concatenate([past_k_BFTNK.astype(k_BFTNK.dtype), k_BFTNK], axis=1)
-    values = jnp.concatenate([past_v_BFTNK.astype(v_BFTNK.dtype), v_BFTNK], axis=1)
-    mask_F = jnp.concatenate([seen_F, jnp.ones((frames,), bool)])
-    if context_sharding(heads, tokens)[0] != "tokens":
-        mask = jnp.repeat(mask_F, tokens)
-        out = dense(_flat(q_BFTNK), _flat(keys), _flat(values), key_mask_T=mask, backend=backend)
-        return _framed(out, frames)
-    q = rearrange(constrain(q_BFTNK, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
-    k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (keys, values))
-    return _framed(dense(q, k, v, key_mask_T=jnp.tile(mask_F, tokens), backend=backend), frames)
+    backend = pick_backend(backend, q_BFTNK.dtype)
+    whole_heads = context_sharding(heads, tokens)[0] != "tokens"
+    skips = backend == "cudnn" or backend.startswith("splash")
+    if skips and whole_heads and len(lengths) > 1:
+        flat = (_flat(x) for x in (q_BFTNK, k_BFTNK, v_BFTNK))
+        return _framed(dense(*flat, num_keys=visible * tokens, backend=backend), frames)
+
+    def attend_first(length: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = k[:, :length], v[:, :length]
+        seen_F = None if exact else jnp.arange(length) < visible
+        if whole_heads:
+            mask = None if seen_F is None else jnp.repeat(seen_F, tokens)
+            return _framed(dense(_flat(q), _flat(k), _flat(v), key_mask_T=mask, backend=backend), frames)
+        q = rearrange(constrain(q, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
+        k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (k, v))
+        mask = None if seen_F is None else jnp.tile(seen_F, tokens)
+        return _framed(dense(q, k, v, key_mask_T=mask, backend=backend), frames)
+
+    branches = [partial(attend_first, length) for length in lengths]
+    if len(branches) == 1:
+        return branches[0](q_BFTNK, k_BFTNK, v_BFTNK)
+    index = jnp.sum(jnp.asarray(lengths[:-1]) < visible)
+    # A conditional would save the intermediate values of every branch for the backward pass: it saves its inputs alone.
+    return jax.checkpoint(lambda *qkv: jax.lax.switch(index, branches, *qkv))(q_BFTNK, k_BFTNK, v_BFTNK)
 
 
 def attend_text(q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, *, backend: str = "auto") -> jax.Array:

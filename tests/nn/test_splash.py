@@ -133,9 +133,9 @@ def test_blocks_pad_little():
 
 def test_the_platform_picks_the_kernel():
     half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-    assert [pick_backend("auto", half, p) for p in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
+    assert [pick_backend("auto", half, p) for p in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "per_head"]
     assert pick_backend("auto", single, "gpu") == "xla" and pick_backend("splash", half, "cpu") == "splash"
-    with pytest.raises(UserError, match="attention='flash': use one of auto, xla, cudnn, splash"):
+    with pytest.raises(UserError, match="attention='flash': use one of auto, xla, cudnn, splash, splash_interpreted"):
         pick_backend("flash", half)
 
 
