@@ -7,7 +7,6 @@ absolute RoPE position.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -94,7 +93,6 @@ class View:
         """
         blocks, oldest = self.blocks, self.oldest
         past, own = past_BFTNK.astype(own_BFTNK.dtype), own_BFTNK
-        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
         if blocks.window and self.slots > blocks.window:
             recent = jax.lax.dynamic_slice_in_dim(past, oldest, blocks.window - blocks.sink, 1)
             past = jnp.concatenate([past[:, : blocks.sink], recent], axis=1) if blocks.sink else recent
@@ -102,9 +100,34 @@ class View:
             own = own[:, -(self.slots - blocks.sink) :]
             for i in range(own.shape[1]):  # the ring may wrap inside a block
                 slot = slot_of(self.stop - own.shape[1] + i, self.slots, blocks)
-                past = write(past, own[:, i : i + 1], slot)
+                past = put_frames(past, own[:, i : i + 1], slot)
             return past
-        return write(past, own, self.stop - own.shape[1] - (oldest - blocks.sink))
+        return put_frames(past, own, self.stop - own.shape[1] - (oldest - blocks.sink))
+
+
+@jax.custom_vjp
+def put_frames(past_BFTNK: jax.Array, own_BFTNK: jax.Array, at: jax.Array) -> jax.Array:
+    """The past with frames written over those from `at` on.
+
+    In the bits of bfloat16: XLA's CPU backend would widen the past to write into it, all layers of a cache at once.
+    """
+    if own_BFTNK.dtype == jnp.bfloat16:
+        past, own = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (past_BFTNK, own_BFTNK))
+        return jax.lax.bitcast_convert_type(put_frames(past, own, at), jnp.bfloat16)
+    return jax.lax.dynamic_update_slice_in_dim(past_BFTNK, own_BFTNK, at, 1)
+
+
+def _put_forward(past: jax.Array, own: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
+    return put_frames(past, own, at), (own[..., :0], at)  # of which the shape is wanted
+
+
+def _put_backward(kept: Any, grad_BFTNK: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    own, at = kept
+    own = jax.lax.dynamic_slice_in_dim(grad_BFTNK, at, own.shape[1], 1)
+    return jax.lax.dynamic_update_slice_in_dim(grad_BFTNK, jnp.zeros_like(own), at, 1), own, None
+
+
+put_frames.defvjp(_put_forward, _put_backward)
 
 
 def view(slots: int, stop: jax.Array, blocks: Blocks, *, first_stop: int = 0) -> View:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
 from cfjax.core.sharding import constrain
@@ -429,12 +430,13 @@ def backbone(
     flat_table = rope_table(position_F, height, width, config.head_dim)
     table = tuple(rearrange(x, "(f t) k -> f t k", f=position_F.shape[0]) for x in flat_table)
 
-    def layer(stream: jax.Array, inputs: tuple[Block, KV, Any]) -> tuple[jax.Array, Any]:
-        block, text, past = inputs
+    def layer(stream: jax.Array, inputs: tuple[tuple[Block, Any], KV]) -> tuple[jax.Array, Any]:
+        (block, past), text = from_bits(inputs[0]), inputs[1]
         stream, kv = _block(block, stream, e0_BF6D, text, past, table, self_attend, config)
         return stream, tap(stream, past) if tap else kv if emit_kv else None
 
-    stream, emitted = jax.lax.scan(_remat(layer, config.remat), stream, (model.blocks, text_kv, layer_input))
+    stacks = to_bits((model.blocks, layer_input)), text_kv
+    stream, emitted = jax.lax.scan(_remat(layer, config.remat), stream, stacks)
 
     with jax.named_scope("head"):
         if head_frames is not None:

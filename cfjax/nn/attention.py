@@ -9,6 +9,7 @@ per_head  dense rectangles, the scores of a few queries of one head at a time, w
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,19 +78,59 @@ def dense(
     if backend == "chunked":
         out = _chunked(q, k, v, key_mask_T, CHUNK)
     elif backend == "per_head" and q.size // q.shape[-1] * k.shape[2] > SMALL and active_mesh() is None:
-        size = max(CHUNK // 2, min(2 * CHUNK, HEAD_SCORES // k.shape[2]))
-        flat = (rearrange(x, "b n t k -> (b n) t k") for x in (q, k, v))
-        one_head: Callable[..., jax.Array] = lambda qkv: _chunked(*qkv, key_mask_T, size)
-        out = jax.lax.map(one_head, tuple(flat)).reshape(q.shape)
+        out = _per_head(q, k, v, key_mask_T)
     else:
         out = _scored(q, k, v, key_mask_T)
     return out.swapaxes(1, 2)
 
 
-def _scored(q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None) -> jax.Array:
-    """Attention [..., T, K] with all its scores in memory."""
-    scale = q.shape[-1] ** -0.5
-    scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32) * scale
+@jax.custom_vjp
+def _per_head(q_BNTK: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None) -> jax.Array:
+    """`_scored` for some queries of one head at a time.
+
+    XLA's CPU backend multiplies bfloat16 natively only if the second factor is not transposed, and else widens it, far
+    ahead of the loop: all heads, or all of the cache that they come from. It cannot where the loop gets their bits.
+    """
+    if q_BNTK.dtype != jnp.bfloat16:
+        return _each_head(lambda q, k, v: _chunked(q, k, v, mask_T, _queries(k.shape[0])), q_BNTK, k, v)
+
+    def one_head(*bits: jax.Array) -> jax.Array:
+        q, k_KT, v = (jax.lax.bitcast_convert_type(x, jnp.bfloat16) for x in bits)
+        return _chunked(q, k_KT, v, mask_T, _queries(v.shape[0]), transposed=True)
+
+    bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (q_BNTK, k.swapaxes(2, 3), v)]
+    return _each_head(one_head, *bits)
+
+
+def _each_head(one_head: Callable[..., jax.Array], *heads_BN: jax.Array) -> jax.Array:
+    out = jax.lax.map(lambda qkv: one_head(*qkv), tuple(x.reshape(-1, *x.shape[2:]) for x in heads_BN))
+    return out.reshape(*heads_BN[0].shape[:2], *out.shape[1:])
+
+
+def _queries(keys: int) -> int:
+    """How many queries at a time, for scores that stay in a CPU core's cache."""
+    return max(CHUNK // 2, min(2 * CHUNK, HEAD_SCORES // keys))
+
+
+def _per_head_forward(*qkvm: Any) -> tuple[jax.Array, Any]:
+    return _per_head(*qkvm), qkvm
+
+
+def _per_head_backward(qkvm: Any, grad: jax.Array) -> Any:
+    *qkv, mask_T = qkvm
+    one_head = lambda q, k, v: _chunked(q, k, v, mask_T, _queries(k.shape[0]))
+    return *jax.vjp(lambda *qkv: _each_head(one_head, *qkv), *qkv)[1](grad), None
+
+
+_per_head.defvjp(_per_head_forward, _per_head_backward)
+
+
+def _scored(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None, *, transposed: bool = False
+) -> jax.Array:
+    """Attention [..., T, K] with all its scores in memory; `transposed`: k is [..., K, T]."""
+    k_KT = k if transposed else k.swapaxes(-1, -2)
+    scores = jnp.matmul(q, k_KT, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask_T is not None:
         scores = jnp.where(mask_T.reshape((1,) * (scores.ndim - 1) + (-1,)), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -97,14 +138,22 @@ def _scored(q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None) 
     return jnp.matmul(weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
 
 
-def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None, size: int) -> jax.Array:
+def _chunked(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask_T: jax.Array | None,
+    size: int,
+    *,
+    transposed: bool = False,
+) -> jax.Array:
     """`_scored` over chunks of `size` queries; the backward pass computes a chunk's scores again."""
     queries = q.shape[-2]
     chunks = -(-queries // size)
     size = -(-queries // chunks)  # as even as they come: less padding
     widths = [(0, 0)] * (q.ndim - 2) + [(0, chunks * size - queries), (0, 0)]
     padded = rearrange(jnp.pad(q, widths), "... (c t) k -> c ... t k", t=size)
-    one = jax.checkpoint(lambda q: _scored(q, k, v, mask_T))
+    one = jax.checkpoint(lambda q: _scored(q, k, v, mask_T, transposed=transposed))
     return rearrange(jax.lax.map(one, padded), "c ... t k -> ... (c t) k")[..., :queries, :]
 
 
