@@ -2,12 +2,11 @@
 
 Reference: `wan/modules/model.py`, `WanModel`, and `wan/modules/causal_model.py`, `CausalWanModel`.
 
-One set of weights, five uses, one backbone:
+One set of weights, four uses, one backbone (`models.context` has those that make the context):
 
     model(latents, sigma, text)          bidirectional or diffusion forcing: the visibility decides
     teacher_forced(model, noisy, ...)    noisy blocks against clean earlier blocks, both computed here
     forward_block(model, block, ...)     one block against a KV cache; also returns the block's own keys and values
-    clean_context(model, clean, ...)     the keys and values that a cache would hold for these clean blocks
     replay(model, noisy, ..., context)   all blocks at once against such a context
 
 All take text as keys and values (`text_kv`), once per prompt, and return the flow v = eps - x0. They and `embed_text`
@@ -268,20 +267,6 @@ def forward_block(
 
 
 @singledispatch
-@jax.named_scope("clean_context")
-def clean_context(
-    model: Wan, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
-) -> FrameKV:
-    """Keys and values of all frames in one block-causal pass: equal to committing block after block."""
-    frames = clean_BFHWC.shape[1]
-    visibility = Visibility("block_causal", blocks)
-    sigma = jnp.zeros(clean_BFHWC.shape[:2], jnp.float32) if sigma_BF is None else sigma_BF
-
-    self_attend = attend_by(visibility, frames, model.config)
-    return backbone(model, clean_BFHWC, sigma, text_kv, jnp.arange(frames), self_attend, emit_kv=True)[1]
-
-
-@singledispatch
 def replay(
     model: Wan,
     noisy_BFHWC: jax.Array,
@@ -358,7 +343,7 @@ def embed_time(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
     return e, rearrange(e0, "b f (m d) -> b f m d", m=6)
 
 
-def _block(
+def apply_block(
     block: Block,
     stream_BFTD: jax.Array,
     e0_BF6D: jax.Array,
@@ -420,6 +405,25 @@ def backbone(
       head_frames: the head is applied to the last so many frames only.
     """
     config = model.config
+    stream, e_BFD, e0_BF6D, table = embed_frames(model, latents_BFHWC, sigma_BF, position_F)
+
+    def layer(stream: jax.Array, inputs: tuple[Block, KV, Any]) -> tuple[jax.Array, Any]:
+        block, text, past = inputs
+        stream, kv = apply_block(block, stream, e0_BF6D, text, past, table, self_attend, config)
+        return stream, tap(stream, past) if tap else kv if emit_kv else None
+
+    stream, emitted = jax.lax.scan(_remat(layer, config.remat), stream, (model.blocks, text_kv, layer_input))
+
+    if head_frames is not None:
+        stream, e_BFD = stream[:, -head_frames:], e_BFD[:, -head_frames:]
+    return flow_of(model, stream, e_BFD, *latents_BFHWC.shape[2:4]), emitted
+
+
+def embed_frames(
+    model: Wan, latents_BFHWC: jax.Array, sigma_BF: jax.Array, position_F: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """What the blocks take: the stream [B, F, T, D], `embed_time`'s two, and the rotary table [F, T, K/2] of each."""
+    config = model.config
     ph, pw = config.patch
     height, width = latents_BFHWC.shape[2] // ph, latents_BFHWC.shape[3] // pw
     config.tokens_per_frame(*latents_BFHWC.shape[2:4])
@@ -429,21 +433,16 @@ def backbone(
     e_BFD, e0_BF6D = embed_time(model, sigma_BF)
     flat_table = rope_table(position_F, height, width, config.head_dim)
     table = tuple(rearrange(x, "(f t) k -> f t k", f=position_F.shape[0]) for x in flat_table)
+    return stream, e_BFD, e0_BF6D, table
 
-    def layer(stream: jax.Array, inputs: tuple[Block, KV, Any]) -> tuple[jax.Array, Any]:
-        block, text, past = inputs
-        stream, kv = _block(block, stream, e0_BF6D, text, past, table, self_attend, config)
-        return stream, tap(stream, past) if tap else kv if emit_kv else None
 
-    stream, emitted = jax.lax.scan(_remat(layer, config.remat), stream, (model.blocks, text_kv, layer_input))
-
-    with jax.named_scope("head"):
-        if head_frames is not None:
-            stream, e_BFD = stream[:, -head_frames:], e_BFD[:, -head_frames:]
-        head_modulation = config.precision.to_norm_dtype(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
-        shift, scale = jnp.split(head_modulation, 2, axis=2)
-        h = layers.layer_norm(stream, config.eps, config.precision) * (1 + scale) + shift
-        out = model.head(h, config.precision.compute).astype(jnp.float32)
-    out = constrain(out, "batch", None, None, None)
-    flow = rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height, p=ph, q=pw)
-    return flow, emitted
+@jax.named_scope("head")
+def flow_of(model: Wan, stream_BFTD: jax.Array, e_BFD: jax.Array, height: int, width: int) -> jax.Array:
+    """The head: from the last stream to the flow of latents of this height and width, float32."""
+    config = model.config
+    head_modulation = config.precision.to_norm_dtype(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
+    shift, scale = jnp.split(head_modulation, 2, axis=2)
+    h = layers.layer_norm(stream_BFTD, config.eps, config.precision) * (1 + scale) + shift
+    out = constrain(model.head(h, config.precision.compute).astype(jnp.float32), "batch", None, None, None)
+    ph, pw = config.patch
+    return rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height // ph, w=width // pw, p=ph, q=pw)

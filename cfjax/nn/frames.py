@@ -74,11 +74,14 @@ def attend_cached(
     *,
     backend: str = "auto",
 ) -> jax.Array:
-    """A block's queries attend to its own keys and to the cache slots where `seen_F` (bool) is true."""
+    """A block's queries attend to its own keys and to the cache slots where `seen_F` (bool) is true.
+
+    Own keys may be of more frames than the queries: all of them are seen.
+    """
     frames, tokens, heads = q_BFTNK.shape[1:4]
     keys = jnp.concatenate([past_k_BFTNK.astype(k_BFTNK.dtype), k_BFTNK], axis=1)
     values = jnp.concatenate([past_v_BFTNK.astype(v_BFTNK.dtype), v_BFTNK], axis=1)
-    mask_F = jnp.concatenate([seen_F, jnp.ones((frames,), bool)])
+    mask_F = jnp.concatenate([seen_F, jnp.ones(k_BFTNK.shape[1:2], bool)])
     if context_sharding(heads, tokens)[0] != "tokens":
         mask = jnp.repeat(mask_F, tokens)
         out = dense(_flat(q_BFTNK), _flat(keys), _flat(values), key_mask_T=mask, backend=backend)

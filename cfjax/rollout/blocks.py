@@ -1,7 +1,8 @@
 """The two operations of block-autoregressive generation, denoise and commit, and the scan over blocks.
 
 Everything that generates block by block (samplers, self-forcing, ODE pairs, the streaming session) is `scan_blocks`
-over a function of one block that calls `denoise_block` any number of times and `commit_block` at most once.
+over a function of one block that calls `denoise_block` any number of times and `commit_block` at most once. Where the
+two are fused, a block begins by `commit_and_denoise`: one pass that commits the block before it and is its first step.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from einops import rearrange
 
 from cfjax.core.errors import UserError
 from cfjax.models.cache import KVCache, init_cache, write
+from cfjax.models.context import forward_fused, forward_kv
 from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
 
@@ -49,8 +51,34 @@ def commit_block(
     level that the network is conditioned on: 0 but for context noise.
     """
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
-    _, kv = forward_block(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
+    kv = forward_kv(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
     return write(cache, kv, start, clean_BFHWC.shape[1], blocks)
+
+
+@jax.named_scope("commit_and_denoise")
+def commit_and_denoise(
+    model: Wan,
+    clean_BFHWC: jax.Array,
+    x_BFHWC: jax.Array,
+    sigma: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+    *,
+    commit_sigma: float | jax.Array = 0.0,
+) -> tuple[jax.Array, KVCache]:
+    """`commit_block` of the clean block before `start`, and `denoise_block` of the block there, as one pass over both.
+
+    Returns:
+      The flow of `x`, and the cache with the clean block added.
+    """
+    known, frames = clean_BFHWC.shape[:2], clean_BFHWC.shape[1]
+    levels = [(commit_sigma, known), (sigma, x_BFHWC.shape[:2])]
+    clean_sigma, sigma_BF = (jnp.broadcast_to(jnp.asarray(s, jnp.float32), shape) for s, shape in levels)
+    before = start - frames
+    flow, kv = forward_fused(model, clean_BFHWC, clean_sigma, x_BFHWC, sigma_BF, text_kv, cache, before, blocks)
+    return flow, write(cache, kv, before, frames, blocks)
 
 
 def empty_cache(config: Any, shape: Sequence[int], blocks: Blocks) -> KVCache:
