@@ -141,9 +141,7 @@ def _views(
     return attend_clean, attend_noisy
 
 
-def block_kv(
-    block: Block, stream_BFTD: jax.Array, e0_BF6D: jax.Array, table: Table, config: WanConfig
-) -> FrameKV:
+def block_kv(block: Block, stream_BFTD: jax.Array, e0_BF6D: jax.Array, table: Table, config: WanConfig) -> FrameKV:
     """The keys and values that `apply_block` would return, of one layer, [B, F, T, N, K], and nothing else of it."""
     policy = config.precision
     modulation = policy.to_norm_dtype(block.modulation[:2])[None, None] + e0_BF6D[:, :, :2]

@@ -7,7 +7,7 @@ two are fused, a block begins by `commit_and_denoise`: one pass that commits the
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,11 @@ from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
 
 COUNTED_BLOCKS = "counted_blocks"  # scope of the loop over a traced number of blocks
+COMMIT = "commit_unless_last"  # scope of the conditional that spares the last block's commit
+
+FusedCommit = bool | Literal["auto"]
+# Where "auto" fuses a commit with the next block's first step; elsewhere it is off.
+FUSED_ON = ("gpu", "tpu")
 
 # step(cache, start, inputs of this block) -> (cache, outputs of this block)
 BlockStep = Callable[[KVCache, jax.Array, Any], tuple[KVCache, Any]]
@@ -81,6 +86,34 @@ def commit_and_denoise(
     return flow, write(cache, kv, before, frames, blocks)
 
 
+def fuses(choice: FusedCommit, platform: str | None = None) -> bool:
+    """Resolves "auto" by platform.
+
+    Raises:
+      UserError: neither True, False nor "auto".
+    """
+    if choice not in (True, False, "auto"):
+        raise UserError(f"fused_commit={choice!r}: use True, False or auto")
+    return (platform or jax.default_backend()) in FUSED_ON if choice == "auto" else bool(choice)
+
+
+def commit_unless_last(
+    model: Wan,
+    clean_BFHWC: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+    last: jax.Array | int,
+    *,
+    sigma: float | jax.Array = 0.0,
+) -> KVCache:
+    """`commit_block`, but for the block that starts at `last`: nothing reads its keys and values."""
+    commit = lambda cache: commit_block(model, clean_BFHWC, text_kv, cache, start, blocks, sigma=sigma)
+    with jax.named_scope(COMMIT):
+        return jax.lax.cond(start < last, commit, lambda cache: cache, cache)
+
+
 def empty_cache(config: Any, shape: Sequence[int], blocks: Blocks) -> KVCache:
     """The cache of a network with this config before the first block of latents of `shape` [B, F, H, W, C]."""
     batch, num_frames, height, width, _ = shape
@@ -110,6 +143,13 @@ def given_blocks(blocks: Blocks, given: int) -> int:
         ) from None
 
 
+def last_block_of(given_BFHWC: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """The given frames before their last block, perhaps none, and that block. Raises as `given_blocks` does."""
+    given_blocks(blocks, given_BFHWC.shape[1])
+    first = blocks.spans(given_BFHWC.shape[1])[-1][0]
+    return given_BFHWC[:, :first], given_BFHWC[:, first:]
+
+
 def commit_given(model: Wan, given_BFHWC: jax.Array, text_kv: KV, cache: KVCache, blocks: Blocks) -> KVCache:
     """The cache after frames that were not generated here, committed block by block from frame 0, without noise."""
     given_blocks(blocks, given_BFHWC.shape[1])
@@ -127,6 +167,7 @@ def scan_blocks(
 
     Args:
       step: the work of one block; gets `(frames of this block, per-block inputs)`.
+      cache: what `step` takes and returns first: a cache, or a pytree with one.
       per_frame: pytree of arrays [B, F, ...], cut into blocks along F.
       per_block: pytree of arrays with a leading block axis.
       start: absolute index of the first frame, after given ones.

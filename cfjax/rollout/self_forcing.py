@@ -19,9 +19,8 @@ from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.models.cache import KVCache
 from cfjax.models.wan import KV, FrameKV, KvGradient, Wan, replay
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, denoise_block, empty_cache, loop_blocks, scan_blocks
+from cfjax.rollout.blocks import commit_unless_last, denoise_block, empty_cache, loop_blocks, scan_blocks
 
-COMMIT = "commit_unless_last"  # scope of the conditional that spares the last block's commit
 BEFORE_EXIT = "steps_before_exit"  # scope of the loop whose length is drawn
 
 
@@ -142,10 +141,8 @@ def rollout(
             x_exit = jax.lax.fori_loop(0, exit_step, step, x)
         x0 = predict(x_exit, levels[exit_step])
         seen = add_noise(x0, context_eps, config.context_noise)
-        commit = lambda cache: commit_block(model, seen, text_kv, cache, start, blocks)
-        if len(spans) > 1:  # nothing reads the keys and values of the last block: it is not committed
-            with jax.named_scope(COMMIT):
-                cache = jax.lax.cond(start < last, commit, lambda cache: cache, cache)
+        if len(spans) > 1:
+            cache = commit_unless_last(model, seen, text_kv, cache, start, blocks, last)
         return cache, (x_exit, jnp.broadcast_to(levels[exit_step], x.shape[:2]), x0)
 
     frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])

@@ -12,8 +12,8 @@ from cfjax.models.cache import init_cache
 from cfjax.models.context import clean_context
 from cfjax.models.wan import teacher_forced
 from cfjax.nn.visibility import FULL, Blocks, Visibility
-from cfjax.rollout.blocks import commit_and_denoise, commit_block, denoise_block, scan_blocks
 from cfjax.planning.flops import count_flops
+from cfjax.rollout.blocks import commit_and_denoise, commit_block, denoise_block, scan_blocks
 from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, normal, relative, text_kv, tiny
 
 TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
