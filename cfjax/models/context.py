@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cfjax.models.cache import KVCache, visible_frames
+from cfjax.models.ends import embed_frames, flow_of
 from cfjax.models.wan import (
     KV,
     Block,
@@ -25,8 +26,6 @@ from cfjax.models.wan import (
     WanConfig,
     apply_block,
     attend_by,
-    embed_frames,
-    flow_of,
 )
 from cfjax.nn import layers
 from cfjax.nn.frames import attend_cached, constrain_kv
@@ -107,7 +106,7 @@ def forward_fused(
     cut = lambda kv: FrameKV(*(x[:, :frames] for x in kv))
     stream, kv = _but_last(model, stream, e0, text_kv, table, attend_both, past, cut)
 
-    block, text, past = _layer((model.blocks, text_kv, past), -1)
+    block, text, past = layer_of((model.blocks, text_kv, past), -1)
     (e0_clean, *table_clean), (e0_noisy, *table_noisy) = (
         (e0[:, part], *(x[part] for x in table)) for part in (slice(frames), slice(frames, None))
     )
@@ -164,7 +163,7 @@ def _keys_and_values(
     """`models.wan.backbone` up to the last layer's keys and values."""
     stream, _, e0, table = embed_frames(model, clean_BFHWC, sigma_BF, position_F)
     stream, kv = _but_last(model, stream, e0, text_kv, table, self_attend, layer_input, lambda kv: kv)
-    return _appended(kv, block_kv(_layer(model.blocks, -1), stream, e0, table, model.config))
+    return _appended(kv, block_kv(layer_of(model.blocks, -1), stream, e0, table, model.config))
 
 
 def _but_last(
@@ -181,14 +180,14 @@ def _but_last(
 
     def layer(stream: jax.Array, index: jax.Array) -> tuple[jax.Array, FrameKV]:
         # By index, not as inputs of the scan: all layers but the last would be a copy of the weights.
-        block, text, past = _layer((model.blocks, text_kv, layer_input), index)
+        block, text, past = layer_of((model.blocks, text_kv, layer_input), index)
         stream, kv = apply_block(block, stream, e0_BF6D, text, past, table, self_attend, model.config)
         return stream, keep(kv)
 
     return jax.lax.scan(layer, stream_BFTD, jnp.arange(model.config.num_layers - 1))
 
 
-def _layer(stacked: Any, index: Any) -> Any:
+def layer_of(stacked: Any, index: Any) -> Any:
     """One layer of pytrees with a leading layer axis."""
     pick = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     return jax.tree.map(pick if isinstance(index, jax.Array) else lambda x: x[index], stacked)

@@ -27,9 +27,10 @@ from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
 from cfjax.core.sharding import constrain
 from cfjax.models.cache import KVCache, visible_frames
+from cfjax.models.ends import embed_frames, flow_of
 from cfjax.nn import layers
 from cfjax.nn.frames import attend_cached, attend_frames, attend_text, constrain_kv
-from cfjax.nn.rope import rope_table, rotate, sinusoid
+from cfjax.nn.rope import rotate
 from cfjax.nn.visibility import FULL, Blocks, Visibility
 
 KvGradient = Literal["detached", "straight_through"]
@@ -288,9 +289,18 @@ def replay(
       start: the noisy frames' first position, traced, when they are a stretch of a longer `context`; None: context and
         noisy frames are the same ones. One program for every start, at the price of masked keys.
     """
+    frames = noisy_BFHWC.shape[1]
+    self_attend = replay_attend(model.config, frames, blocks, kv_gradient, start)
+    positions = (0 if start is None else start) + jnp.arange(frames)
+    return backbone(model, noisy_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=context)[0]
+
+
+def replay_attend(
+    config: WanConfig, frames: int, blocks: Blocks, kv_gradient: KvGradient, start: jax.Array | None
+) -> SelfAttend:
+    """`replay`'s self-attention of one layer, whose extra input is that layer's context."""
     if kv_gradient not in ("detached", "straight_through"):
         raise UserError(f"kv_gradient={kv_gradient!r}: use detached or straight_through")
-    frames = noisy_BFHWC.shape[1]
     visibility = Visibility("replay", blocks)
 
     def with_gradient(known: jax.Array, own: jax.Array) -> jax.Array:
@@ -307,16 +317,13 @@ def replay(
 
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
         keys, values = with_gradient(past.k_LBFTNK, k), with_gradient(past.v_LBFTNK, v)
-        backend = model.config.attention
+        backend = config.attention
         if start is None:
             keys, values = jnp.concatenate([keys, k], axis=1), jnp.concatenate([values, v], axis=1)
             return attend_frames(q, keys, values, visibility, num_frames=frames, backend=backend)
         return _attend_stretch(q, k, v, FrameKV(keys, values), start, blocks, backend)
 
-    first = 0 if start is None else start
-    positions = first + jnp.arange(frames)
-    flow, _ = backbone(model, noisy_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=context)
-    return flow
+    return self_attend
 
 
 def _attend_stretch(
@@ -331,16 +338,6 @@ def _attend_stretch(
         out = attend_cached(q[:, a:b], k[:, a:b], v[:, a:b], known_k, known_v, seen_F, backend=backend)
         outputs.append(out)
     return jnp.concatenate(outputs, axis=1)
-
-
-def embed_time(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """e [B, F, D] (head) and e0 [B, F, 6, D] (blocks); the only place where sigma becomes t = 1000 sigma."""
-    config = model.config
-    norm_dtype = config.precision.norm
-    embedding = sinusoid(1000.0 * sigma_BF, config.freq_dim)
-    e = model.time_embedding(embedding, norm_dtype)
-    e0 = model.time_projection(jax.nn.silu(e), norm_dtype)
-    return e, rearrange(e0, "b f (m d) -> b f m d", m=6)
 
 
 def apply_block(
@@ -417,32 +414,3 @@ def backbone(
     if head_frames is not None:
         stream, e_BFD = stream[:, -head_frames:], e_BFD[:, -head_frames:]
     return flow_of(model, stream, e_BFD, *latents_BFHWC.shape[2:4]), emitted
-
-
-def embed_frames(
-    model: Wan, latents_BFHWC: jax.Array, sigma_BF: jax.Array, position_F: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    """What the blocks take: the stream [B, F, T, D], `embed_time`'s two, and the rotary table [F, T, K/2] of each."""
-    config = model.config
-    ph, pw = config.patch
-    height, width = latents_BFHWC.shape[2] // ph, latents_BFHWC.shape[3] // pw
-    config.tokens_per_frame(*latents_BFHWC.shape[2:4])
-    patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
-    patches = constrain(patches, "batch", None, "tokens", None)
-    stream = config.precision.to_norm_dtype(model.patch_embedding(patches, config.precision.compute))
-    e_BFD, e0_BF6D = embed_time(model, sigma_BF)
-    flat_table = rope_table(position_F, height, width, config.head_dim)
-    table = tuple(rearrange(x, "(f t) k -> f t k", f=position_F.shape[0]) for x in flat_table)
-    return stream, e_BFD, e0_BF6D, table
-
-
-@jax.named_scope("head")
-def flow_of(model: Wan, stream_BFTD: jax.Array, e_BFD: jax.Array, height: int, width: int) -> jax.Array:
-    """The head: from the last stream to the flow of latents of this height and width, float32."""
-    config = model.config
-    head_modulation = config.precision.to_norm_dtype(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
-    shift, scale = jnp.split(head_modulation, 2, axis=2)
-    h = layers.layer_norm(stream_BFTD, config.eps, config.precision) * (1 + scale) + shift
-    out = constrain(model.head(h, config.precision.compute).astype(jnp.float32), "batch", None, None, None)
-    ph, pw = config.patch
-    return rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height // ph, w=width // pw, p=ph, q=pw)

@@ -14,7 +14,7 @@ from cfjax.models.wan import teacher_forced
 from cfjax.nn.visibility import FULL, Blocks, Visibility
 from cfjax.planning.flops import count_flops
 from cfjax.rollout.blocks import commit_and_denoise, commit_block, denoise_block, scan_blocks
-from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, normal, relative, text_kv, tiny
+from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, TEXT_LEN, normal, relative, text_kv, tiny
 
 TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
 LAYOUTS = {
@@ -106,14 +106,19 @@ def test_a_fused_pass_is_a_commit_and_a_step(layout):
 
 
 def test_what_nobody_reads_of_a_commit_is_not_computed():
-    """By XLA's count: of the last layer keys and values alone, and no head; a fused pass costs no more than the two."""
-    blocks = Blocks(2)
+    """Of the last layer keys and values alone, and no head: counted in products, and by XLA on what is left of them."""
+    blocks, x, at, frames = Blocks(2), normal(1)[:, :2], jnp.int32(2), 2
     cache = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)
-    x, at = normal(1)[:, :2], jnp.int32(2)
     step = count_flops(lambda: denoise_block(tiny(), x, 0.7, text_kv(), cache, at, blocks))
     commit = count_flops(lambda: commit_block(tiny(), x, text_kv(), cache, at, blocks))
     fused = count_flops(lambda: commit_and_denoise(tiny(), x, x, 0.7, text_kv(), cache, at, blocks))
-    print(step, commit, fused)
+    rows, dim = BATCH * frames * TOKENS, CONFIG.dim
+    linear = 2 * rows * (2 * dim * dim + 2 * dim * dim + 2 * dim * CONFIG.ffn_dim)  # q, o; of the text; feed-forward
+    attention = 2 * 2 * rows * dim * ((FRAMES + frames) * TOKENS + TEXT_LEN)
+    head = 2 * rows * dim * CONFIG.out_dim * CONFIG.patch[0] * CONFIG.patch[1]
+    assert step - commit == linear + attention + head
+    clean_keys = 2 * 2 * rows * dim * frames * TOKENS * CONFIG.num_layers  # which a cache of every frame holds already
+    assert fused <= step + commit + clean_keys
 
 
 def test_cache_holds_the_block_causal_pass():
