@@ -7,7 +7,7 @@ two are fused, a block begins by `commit_and_denoise`: one pass that commits the
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from cfjax.nn.visibility import Blocks
 COUNTED_BLOCKS = "counted_blocks"  # scope of the loop over a traced number of blocks
 COMMIT = "commit_unless_last"  # scope of the conditional that spares the last block's commit
 
-FusedCommit = bool | Literal["auto"]
+FusedCommit = Literal["auto", "on", "off"]
 # Where "auto" fuses a commit with the next block's first step; elsewhere it is off.
 FUSED_ON = ("gpu", "tpu")
 
@@ -90,11 +90,11 @@ def fuses(choice: FusedCommit, platform: str | None = None) -> bool:
     """Resolves "auto" by platform.
 
     Raises:
-      UserError: neither True, False nor "auto".
+      UserError: none of the three.
     """
-    if choice not in (True, False, "auto"):
-        raise UserError(f"fused_commit={choice!r}: use True, False or auto")
-    return (platform or jax.default_backend()) in FUSED_ON if choice == "auto" else bool(choice)
+    if choice not in get_args(FusedCommit):
+        raise UserError(f"fused_commit={choice!r}: use one of {', '.join(get_args(FusedCommit))}")
+    return (platform or jax.default_backend()) in FUSED_ON if choice == "auto" else choice == "on"
 
 
 def commit_unless_last(

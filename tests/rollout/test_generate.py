@@ -54,7 +54,7 @@ def negative_kv() -> KV:
 
 
 @cache
-def few_step(sampler: FewStep, blocks: Blocks, fused: bool = False):
+def few_step(sampler: FewStep, blocks: Blocks, fused: str = "off"):
     """The compiled sampler; noise and fresh noise [B, F, J, H, W, C] are given, and perhaps the first frames."""
 
     def sample(noise, fresh, given=None):
@@ -144,8 +144,8 @@ def test_fused_commits_make_the_same_video(name):
     noise, fresh = (x[:, given:frames] for x in (normal(1), normal(2, (BATCH, FRAMES, 3, *SHAPE[2:]))))
     first = normal(3)[:, :given] if given else None
     plain = few_step(sampler, blocks)(noise, fresh, first)
-    fused = few_step(sampler, blocks, fused=True)(noise, fresh, first)
-    pipeline = Pipeline(tiny(), Plain(), sampler, blocks, fused_commit=True)
+    fused = few_step(sampler, blocks, fused="on")(noise, fresh, first)
+    pipeline = Pipeline(tiny(), Plain(), sampler, blocks, fused_commit="on")
     starts = [start for start, _ in layout_from(blocks, given).spans(frames - given)]
 
     def drawn(index: int, shape: tuple[int, ...], steps: int) -> tuple[jax.Array, jax.Array]:
@@ -161,8 +161,8 @@ def test_fused_commits_make_the_same_video(name):
 
 def test_where_commits_are_fused():
     assert [fuses("auto", platform) for platform in ("cpu", "gpu", "tpu")] == [False, True, True]
-    assert fuses(True) and not fuses(False, "tpu")
-    with pytest.raises(UserError, match="fused_commit='always': use True, False or auto"):
+    assert fuses("on") and not fuses("off", "tpu")
+    with pytest.raises(UserError, match="fused_commit='always': use one of auto, on, off"):
         fuses("always")
 
 
@@ -269,7 +269,7 @@ def test_network_calls_are_what_a_sampler_makes(calls, name):
 def test_a_fused_pass_counts_as_a_commit_and_a_step(calls, given):
     sampler = FewStep(TWO, FOUR)
     first = normal(3)[:, :given] if given else None
-    sample = partial(generate_few_step, sampler=sampler, blocks=BLOCKS, fused_commit=True, given_BFHWC=first)
+    sample = partial(generate_few_step, sampler=sampler, blocks=BLOCKS, fused_commit="on", given_BFHWC=first)
     jax.block_until_ready(jax.jit(sample)(tiny(), normal(1)[:, given:], text_kv(), KEY))
     jax.effects_barrier()
     blocks = (FRAMES - given) // 2
@@ -341,7 +341,7 @@ STREAMS = {
 
 def test_a_block_is_there_before_its_commit():
     """And the last one has none: between two blocks one commit, in a program of its own or as the next one's first."""
-    for fused in (False, True):
+    for fused in ("off", "on"):
         called = []
 
         def call(function, *args, called=called, **static):
@@ -353,8 +353,8 @@ def test_a_block_is_there_before_its_commit():
         made = stream_latents(pipeline, text_kv(), partial(block_noise, KEY), **sizes, call=call)
         done = [len(called) for _ in made]
         one, other, both = stream_module._next_block, stream_module._commit, stream_module._commit_and_next_block
-        assert called[1:] == ([one, both, both] if fused else [one, other, one, other, one])
-        assert done == ([2, 3, 4] if fused else [2, 4, 6])
+        assert called[1:] == ([one, both, both] if fused == "on" else [one, other, one, other, one])
+        assert done == ([2, 3, 4] if fused == "on" else [2, 4, 6])
 
 
 @pytest.mark.parametrize("name", STREAMS)
