@@ -78,10 +78,10 @@ def commit_and_denoise(
     Returns:
       The flow of `x`, and the cache with the clean block added.
     """
-    known, frames = clean_BFHWC.shape[:2], clean_BFHWC.shape[1]
-    levels = [(commit_sigma, known), (sigma, x_BFHWC.shape[:2])]
-    clean_sigma, sigma_BF = (jnp.broadcast_to(jnp.asarray(s, jnp.float32), shape) for s, shape in levels)
+    frames = clean_BFHWC.shape[1]
     before = start - frames
+    levels = [(commit_sigma, clean_BFHWC), (sigma, x_BFHWC)]
+    clean_sigma, sigma_BF = (jnp.broadcast_to(jnp.asarray(s, jnp.float32), x.shape[:2]) for s, x in levels)
     flow, kv = forward_fused(model, clean_BFHWC, clean_sigma, x_BFHWC, sigma_BF, text_kv, cache, before, blocks)
     return flow, write(cache, kv, before, frames, blocks)
 

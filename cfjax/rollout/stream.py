@@ -95,6 +95,11 @@ def _levels(sampler: FewStep, first: bool) -> np.ndarray:
     return sampler.first_sigmas() if first else sampler.sigmas()
 
 
+def _per_prompt(clean: jax.Array, text_kv: KV) -> jax.Array:
+    """The frames as often as each video has prompts: twice for a guided sampler."""
+    return jnp.concatenate([clean] * (text_kv.k_LBSNK.shape[1] // clean.shape[0]))
+
+
 @partial(jax.jit, static_argnames=("sampler", "first", "blocks"))
 def _next_block(
     model: Wan,
@@ -115,8 +120,13 @@ def _next_block(
 
 @partial(jax.jit, static_argnames="blocks", donate_argnames="cache")
 def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: KVCache, start: jax.Array, *, blocks: Blocks) -> KVCache:
-    rows = text_kv.k_LBSNK.shape[1] // clean.shape[0]  # 2 for a guided sampler
-    return commit_block(model, jnp.concatenate([clean] * rows), text_kv, cache, start, blocks)
+    """The cache with the block before `start`."""
+    return commit_block(model, _per_prompt(clean, text_kv), text_kv, cache, start - clean.shape[1], blocks)
+
+
+@partial(jax.jit, static_argnames="blocks", donate_argnames="cache")
+def _commit_given(model: Wan, given: jax.Array, text_kv: KV, cache: KVCache, *, blocks: Blocks) -> KVCache:
+    return commit_given(model, _per_prompt(given, text_kv), text_kv, cache, blocks)
 
 
 @partial(jax.jit, static_argnames=("sampler", "first", "blocks"), donate_argnames="cache")
@@ -137,7 +147,6 @@ def _commit_and_next_block(
 
 
 _empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
-_commit_given = jax.jit(commit_given, static_argnames="blocks", donate_argnames="cache")
 _bidirectional = jax.jit(generate_bidirectional, static_argnames="sampler")
 _embed = jax.jit(embed_text)
 decode_step = jax.jit(lambda codec, latents, state: codec.decode_step(latents, state))
@@ -201,24 +210,22 @@ def stream_latents(
         blocks=blocks,
     )
     fused = isinstance(sampler, FewStep) and fuses(pipeline.fused_commit)
-    to_commit, clean = given_BFHWC, None  # before the first block; by it
-    if fused and given_BFHWC is not None:
-        to_commit, clean = last_block_of(given_BFHWC, blocks)
-    if to_commit is not None and to_commit.shape[1]:
-        both = jnp.concatenate([to_commit] * (rows // batch))
-        cache = call(_commit_given, model, both, text_kv, cache, blocks=blocks)
+    clean = None  # the finished block that is not committed yet
+    if given_BFHWC is not None:
+        committed, clean = last_block_of(given_BFHWC, blocks) if fused else (given_BFHWC, None)
+        if committed.shape[1]:
+            cache = call(_commit_given, model, committed, text_kv, cache, blocks=blocks)
     for index, (start, stop) in enumerate(layout.spans(num_frames)):
         first = isinstance(sampler, FewStep) and index == 0 and bool(sampler.first_steps)
         steps = len(_levels(sampler, first)) if isinstance(sampler, FewStep) else 1
         own, fresh = noise(before + index, (batch, stop - start, *latent_shape), steps)
-        at, static = jnp.int32(given + start), {"sampler": sampler, "first": first, "blocks": blocks}
+        at, next_block = jnp.int32(given + start), partial(call, sampler=sampler, first=first, blocks=blocks)
         if fused and clean is not None:
-            x0, cache = call(_commit_and_next_block, model, clean, own, fresh, text_kv, cache, at, **static)
+            x0, cache = next_block(_commit_and_next_block, model, clean, own, fresh, text_kv, cache, at)
         else:
             if clean is not None:
-                done = jnp.int32(given + start - clean.shape[1])
-                cache = call(_commit, model, clean, text_kv, cache, done, blocks=blocks)
-            x0 = call(_next_block, model, own, fresh, text_kv, cache, at, **static)
+                cache = call(_commit, model, clean, text_kv, cache, at, blocks=blocks)
+            x0 = next_block(_next_block, model, own, fresh, text_kv, cache, at)
         clean = x0
         yield x0
 
