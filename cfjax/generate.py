@@ -294,7 +294,7 @@ def generate_batches(
             first = [latents for request in rows if (latents := given(request)) is not None]
             guided = isinstance(job.sampler, ManyStep)
             clips = make_clips(
-                Pipeline(job.run.model, job.run.world.codec, job.sampler, job.blocks),
+                Pipeline(job.run.model, job.run.world.codec, job.sampler, job.blocks, c.fused_commit),
                 read_rows(texts, [request.prompt for request in rows]),
                 read_rows(texts, [job.negative_prompt if guided else rows[0].prompt])[0],
                 seeded_noise(np.array([request.seed for request in rows], np.uint32), programs),

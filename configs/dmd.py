@@ -124,6 +124,7 @@ def objective(words: list[str], window: int) -> ConfigDict:
         "context_noise": 0.0,
         "kv_gradient": "detached",
         "same_exit": True,
+        "save_activations": False,  # exit steps keep what their gradient needs: less time, memory as under full remat
         "real_guidance": 1.0 if toy else 3.0,
         "fake_guidance": 0.0,
         "score_shift": 5.0,

@@ -66,6 +66,7 @@ def get_config(arg: str = ""):
             "window": -1,  # latent frames that stay visible; 0: all; -1: the run's own
             "sink": -1,  # first frames that stay visible inside the window
             "independent_first_frame": False,  # the first latent frame is a block of its own
+            "fused_commit": "auto",  # a few-step block's first pass commits the block before it: on, off; auto
             "batch": 1 if wan else 8,  # videos at a time
             "tile": 0,  # decode in tiles of so many pixels; 0: whole frames, block by block
             "text_cache": "",  # a folder of text embeddings; the text encoder is read for what it lacks

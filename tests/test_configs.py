@@ -373,7 +373,7 @@ def test_generate_writes_videos(chain, tmp_path):
     assert cfjax("generate", "generate.py", tmp_path, run=chain / "dmd", videos=2) == 0
     assert len(list(tmp_path.glob("*_a_red_circle_moving_left_seed?.mp4"))) == 2
     settings = json.loads((tmp_path / "settings.json").read_text())
-    assert settings["network_calls"] == 10 and len(settings["timings"]["seconds_per_block"]) == 2
+    assert settings["network_calls"] == 9 and len(settings["timings"]["seconds_per_block"]) == 2
 
 
 def test_evaluate_writes_figures(chain, tmp_path):

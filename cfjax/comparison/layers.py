@@ -8,7 +8,8 @@ import numpy as np
 from einops import rearrange
 from jax.typing import ArrayLike
 
-from cfjax.models.wan import KV, Wan, attend_by, backbone, embed_text, embed_time
+from cfjax.models.ends import embed_time
+from cfjax.models.wan import KV, Wan, attend_by, backbone, embed_text
 from cfjax.nn.visibility import FULL, Visibility
 
 

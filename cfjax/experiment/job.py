@@ -21,7 +21,7 @@ from cfjax.experiment.runs import Run
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import given_blocks
+from cfjax.rollout.blocks import fuses, given_blocks
 from cfjax.rollout.generate import FewStep, ManyStep, network_calls
 from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
 from cfjax.training.checkpoint import checkpoint_hash
@@ -81,6 +81,7 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
         given=given,
     )
     sampler, pixels = sampler_of(c, run), sizes.pixels()
+    fuses(c.fused_commit)
     check_mp4(*pixels[1:], c.fps, c.scale)
     ClipFormat(*pixels, c.fps, c.fit)
     tiled_decoder(c, run)

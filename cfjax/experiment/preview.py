@@ -6,7 +6,7 @@ baseline becomes a line on the terminal and in the log. The baseline is real cli
 decoder, where the data holds clips; for sets of prompts alone it is what the run samples before its first step. It is
 stored in `guard.json`, so that a resumed run is compared with the same numbers.
 
-One preview costs `prompts` x `seeds` clips of the run's own sampler (12 of 35 network calls for a chunk-wise
+One preview costs `prompts` x `seeds` clips of the run's own sampler (12 of 34 network calls for a chunk-wise
 4-step student, where a step of stage 3 rolls out its whole batch), their decoding, and 0.6 s of numpy for 81 frames of
 480 x 832; `guard/seconds` has the sum. A Wan system's clips are sampled as many at a time as the batch has
 shards, so that memory stays below the step's own rollout, and decoded one latent frame at a time, by the tiny

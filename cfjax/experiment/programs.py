@@ -17,9 +17,9 @@ from cfjax.nn.attention import pick_backend
 from cfjax.objectives.diffusion import CORRECTIVE, DiffusionConfig
 from cfjax.objectives.dmd import DMDConfig
 from cfjax.planning.flops import count_flops
-from cfjax.rollout.blocks import COUNTED_BLOCKS
+from cfjax.rollout.blocks import COMMIT, COUNTED_BLOCKS
 from cfjax.rollout.long_video import FIRST_REENCODED, LAST_PICTURE
-from cfjax.rollout.self_forcing import BEFORE_EXIT, COMMIT
+from cfjax.rollout.self_forcing import BEFORE_EXIT
 from cfjax.training.memory import RoleMemory, abstract_state, device_bytes, role_memory
 from cfjax.training.placement import state_shardings
 from cfjax.training.state import TrainState

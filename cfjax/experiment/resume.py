@@ -52,7 +52,7 @@ CHANGES = (
     (r"(trained|frozen)\.(remat|attention|storage|offload)", Kind.FREE),
     (r"frozen\.init_stages", Kind.FREE),
     (r"data\.(path|lmdb|batch_size|max_corrupt)", Kind.FREE),
-    (r"objective\.codec_world", Kind.FREE),
+    (r"objective\.(codec_world|save_activations)", Kind.FREE),
     (r"(objective|blocks|data|cadence)(\..+)?", Kind.MEANING),
     (r"ema\.\w+\.(decay|start)", Kind.MEANING),
     (r"seed|reference", Kind.MEANING),

@@ -78,6 +78,7 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
         context_noise=o.context_noise,
         kv_gradient=o.kv_gradient,
         same_exit=o.same_exit,
+        save_activations=o.save_activations,
     )
     return DMDConfig(
         self_forcing=rollout,

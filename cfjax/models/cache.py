@@ -93,16 +93,23 @@ class View:
         """
         blocks, oldest = self.blocks, self.oldest
         past, own = past_BFTNK.astype(own_BFTNK.dtype), own_BFTNK
-        if blocks.window and self.slots > blocks.window:
+        if not blocks.window:
+            return put_frames(past, own, self.stop - own.shape[1])
+        if self.slots > blocks.window:
             recent = jax.lax.dynamic_slice_in_dim(past, oldest, blocks.window - blocks.sink, 1)
             past = jnp.concatenate([past[:, : blocks.sink], recent], axis=1) if blocks.sink else recent
-        elif blocks.window:
-            own = own[:, -(self.slots - blocks.sink) :]
-            for i in range(own.shape[1]):  # the ring may wrap inside a block
-                slot = slot_of(self.stop - own.shape[1] + i, self.slots, blocks)
-                past = put_frames(past, own[:, i : i + 1], slot)
-            return past
-        return put_frames(past, own, self.stop - own.shape[1] - (oldest - blocks.sink))
+        for i in range(own.shape[1]):  # a ring may wrap inside a block
+            frame, last = self.stop - own.shape[1] + i, own[:, i : i + 1]
+            if self.slots > blocks.window:
+                slot = jnp.where(frame < blocks.sink, frame, frame - (oldest - blocks.sink))
+            else:
+                slot = slot_of(frame, self.slots, blocks)
+            if i < own.shape[1] - (blocks.window - blocks.sink):  # outside the window, unless it is of the sink
+                slot = jnp.minimum(frame, max(blocks.sink - 1, 0))
+                known = jax.lax.dynamic_slice_in_dim(past, slot, 1, 1)
+                last = jnp.where(frame < blocks.sink, last, known)
+            past = put_frames(past, last, slot)
+        return past
 
 
 @jax.custom_vjp

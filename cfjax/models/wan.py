@@ -2,12 +2,11 @@
 
 Reference: `wan/modules/model.py`, `WanModel`, and `wan/modules/causal_model.py`, `CausalWanModel`.
 
-One set of weights, five uses, one backbone:
+One set of weights, four uses, one backbone (`models.context` has those that make the context):
 
     model(latents, sigma, text)          bidirectional or diffusion forcing: the visibility decides
     teacher_forced(model, noisy, ...)    noisy blocks against clean earlier blocks, both computed here
     forward_block(model, block, ...)     one block against a KV cache; also returns the block's own keys and values
-    clean_context(model, clean, ...)     the keys and values that a cache would hold for these clean blocks
     replay(model, noisy, ..., context)   all blocks at once against such a context
 
 All take text as keys and values (`text_kv`), once per prompt, and return the flow v = eps - x0. They and `embed_text`
@@ -29,9 +28,10 @@ from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
 from cfjax.core.sharding import constrain
 from cfjax.models.cache import KVCache, attend_past, view
+from cfjax.models.ends import embed_frames, flow_of
 from cfjax.nn import layers
 from cfjax.nn.frames import attend_frames, attend_text, constrain_kv
-from cfjax.nn.rope import rope_table, rotate, sinusoid
+from cfjax.nn.rope import rotate
 from cfjax.nn.visibility import FULL, Blocks, Visibility
 
 KvGradient = Literal["detached", "straight_through"]
@@ -269,20 +269,6 @@ def forward_block(
 
 
 @singledispatch
-@jax.named_scope("clean_context")
-def clean_context(
-    model: Wan, clean_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, *, sigma_BF: jax.Array | None = None
-) -> FrameKV:
-    """Keys and values of all frames in one block-causal pass: equal to committing block after block."""
-    frames = clean_BFHWC.shape[1]
-    visibility = Visibility("block_causal", blocks)
-    sigma = jnp.zeros(clean_BFHWC.shape[:2], jnp.float32) if sigma_BF is None else sigma_BF
-
-    self_attend = attend_by(visibility, frames, model.config)
-    return backbone(model, clean_BFHWC, sigma, text_kv, jnp.arange(frames), self_attend, emit_kv=True)[1]
-
-
-@singledispatch
 def replay(
     model: Wan,
     noisy_BFHWC: jax.Array,
@@ -304,9 +290,18 @@ def replay(
       start: the noisy frames' first position, traced, when they are a stretch of a longer `context`; None: context and
         noisy frames are the same ones. One program for every start, at the price of masked keys.
     """
+    frames = noisy_BFHWC.shape[1]
+    self_attend = replay_attend(model.config, frames, blocks, kv_gradient, start)
+    positions = (0 if start is None else start) + jnp.arange(frames)
+    return backbone(model, noisy_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=context)[0]
+
+
+def replay_attend(
+    config: WanConfig, frames: int, blocks: Blocks, kv_gradient: KvGradient, start: jax.Array | None
+) -> SelfAttend:
+    """`replay`'s self-attention of one layer, whose extra input is that layer's context."""
     if kv_gradient not in ("detached", "straight_through"):
         raise UserError(f"kv_gradient={kv_gradient!r}: use detached or straight_through")
-    frames = noisy_BFHWC.shape[1]
     visibility = Visibility("replay", blocks)
 
     def with_gradient(known: jax.Array, own: jax.Array) -> jax.Array:
@@ -323,16 +318,13 @@ def replay(
 
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
         keys, values = with_gradient(past.k_LBFTNK, k), with_gradient(past.v_LBFTNK, v)
-        backend = model.config.attention
+        backend = config.attention
         if start is None:
             keys, values = jnp.concatenate([keys, k], axis=1), jnp.concatenate([values, v], axis=1)
             return attend_frames(q, keys, values, visibility, num_frames=frames, backend=backend)
         return _attend_stretch(q, k, v, FrameKV(keys, values), start, blocks, backend)
 
-    first = 0 if start is None else start
-    positions = first + jnp.arange(frames)
-    flow, _ = backbone(model, noisy_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=context)
-    return flow
+    return self_attend
 
 
 def _attend_stretch(
@@ -348,17 +340,7 @@ def _attend_stretch(
     return jnp.concatenate(outputs, axis=1)
 
 
-def embed_time(model: Wan, sigma_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """e [B, F, D] (head) and e0 [B, F, 6, D] (blocks); the only place where sigma becomes t = 1000 sigma."""
-    config = model.config
-    norm_dtype = config.precision.norm
-    embedding = sinusoid(1000.0 * sigma_BF, config.freq_dim)
-    e = model.time_embedding(embedding, norm_dtype)
-    e0 = model.time_projection(jax.nn.silu(e), norm_dtype)
-    return e, rearrange(e0, "b f (m d) -> b f m d", m=6)
-
-
-def _block(
+def apply_block(
     block: Block,
     stream_BFTD: jax.Array,
     e0_BF6D: jax.Array,
@@ -420,31 +402,16 @@ def backbone(
       head_frames: the head is applied to the last so many frames only.
     """
     config = model.config
-    ph, pw = config.patch
-    height, width = latents_BFHWC.shape[2] // ph, latents_BFHWC.shape[3] // pw
-    config.tokens_per_frame(*latents_BFHWC.shape[2:4])
-    patches = rearrange(latents_BFHWC, "b f (h p) (w q) c -> b f (h w) (c p q)", p=ph, q=pw)
-    patches = constrain(patches, "batch", None, "tokens", None)
-    stream = config.precision.to_norm_dtype(model.patch_embedding(patches, config.precision.compute))
-    e_BFD, e0_BF6D = embed_time(model, sigma_BF)
-    flat_table = rope_table(position_F, height, width, config.head_dim)
-    table = tuple(rearrange(x, "(f t) k -> f t k", f=position_F.shape[0]) for x in flat_table)
+    stream, e_BFD, e0_BF6D, table = embed_frames(model, latents_BFHWC, sigma_BF, position_F)
 
     def layer(stream: jax.Array, inputs: tuple[tuple[Block, Any], KV]) -> tuple[jax.Array, Any]:
         (block, past), text = from_bits(inputs[0]), inputs[1]
-        stream, kv = _block(block, stream, e0_BF6D, text, past, table, self_attend, config)
+        stream, kv = apply_block(block, stream, e0_BF6D, text, past, table, self_attend, config)
         return stream, tap(stream, past) if tap else kv if emit_kv else None
 
     stacks = to_bits((model.blocks, layer_input)), text_kv
     stream, emitted = jax.lax.scan(_remat(layer, config.remat), stream, stacks)
 
-    with jax.named_scope("head"):
-        if head_frames is not None:
-            stream, e_BFD = stream[:, -head_frames:], e_BFD[:, -head_frames:]
-        head_modulation = config.precision.to_norm_dtype(model.head_modulation[...])[None, None] + e_BFD[:, :, None]
-        shift, scale = jnp.split(head_modulation, 2, axis=2)
-        h = layers.layer_norm(stream, config.eps, config.precision) * (1 + scale) + shift
-        out = model.head(h, config.precision.compute).astype(jnp.float32)
-    out = constrain(out, "batch", None, None, None)
-    flow = rearrange(out, "b f (h w) (p q c) -> b f (h p) (w q) c", h=height, p=ph, q=pw)
-    return flow, emitted
+    if head_frames is not None:
+        stream, e_BFD = stream[:, -head_frames:], e_BFD[:, -head_frames:]
+    return flow_of(model, stream, e_BFD, *latents_BFHWC.shape[2:4]), emitted

@@ -136,8 +136,9 @@ def student_video(
             raise UserError("rollouts longer than the window need a frozen role 'codec', which makes its first latent")
         return roll_window(model, text_kv, draws, config.self_forcing, config.long, blocks, codec, gradient=gradient)
     if config.student_input == "self_rollout":
-        rolled = rollout(stop_gradient(model), stop_gradient(text_kv), dict(draws), config.self_forcing, blocks)
-        return replay_exit(model, text_kv, rolled, config.self_forcing, blocks) if gradient else rolled.x0_BFHWC
+        how, frozen = config.self_forcing, stop_gradient((model, text_kv))
+        rolled = rollout(*frozen, dict(draws), how, blocks, save=gradient and how.save_activations)
+        return replay_exit(model, text_kv, rolled, how, blocks) if gradient else rolled.x0_BFHWC
     clean = batch["latents_BFHWC"].astype(jnp.float32)
     sigma_BF = jnp.asarray(config.self_forcing.sigmas, jnp.float32)[draws["level_BF"]]
     x = add_noise(clean, draws["noise_BFHWC"], sigma_BF)

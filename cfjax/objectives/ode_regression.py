@@ -23,7 +23,8 @@ from cfjax.flow.path import x0_from_flow
 from cfjax.flow.schedule import check_steps, sigma_table, warp_steps
 from cfjax.flow.solvers import euler
 from cfjax.models.cache import KVCache
-from cfjax.models.wan import KV, Wan, clean_context, embed_text, replay, teacher_forced
+from cfjax.models.context import clean_context
+from cfjax.models.wan import KV, Wan, embed_text, replay, teacher_forced
 from cfjax.nn.visibility import Blocks, Visibility
 from cfjax.objectives.diffusion import per_block
 from cfjax.objectives.stage import Batch, Loss, Models

@@ -1,12 +1,13 @@
 """The two operations of block-autoregressive generation, denoise and commit, and the scan over blocks.
 
 Everything that generates block by block (samplers, self-forcing, ODE pairs, the streaming session) is `scan_blocks`
-over a function of one block that calls `denoise_block` any number of times and `commit_block` at most once.
+over a function of one block that calls `denoise_block` any number of times and `commit_block` at most once. Where the
+two are fused, a block begins by `commit_and_denoise`: one pass that commits the block before it and is its first step.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,16 @@ from einops import rearrange
 
 from cfjax.core.errors import UserError
 from cfjax.models.cache import KVCache, init_cache, write
+from cfjax.models.context import forward_fused, forward_kv
 from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
 
 COUNTED_BLOCKS = "counted_blocks"  # scope of the loop over a traced number of blocks
+COMMIT = "commit_unless_last"  # scope of the conditional that spares the last block's commit
+
+FusedCommit = Literal["auto", "on", "off"]
+# Where "auto" fuses a commit with the next block's first step; elsewhere it is off.
+FUSED_ON = ("gpu", "tpu")
 
 # step(cache, start, inputs of this block) -> (cache, outputs of this block)
 BlockStep = Callable[[KVCache, jax.Array, Any], tuple[KVCache, Any]]
@@ -49,8 +56,62 @@ def commit_block(
     level that the network is conditioned on: 0 but for context noise.
     """
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
-    _, kv = forward_block(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
+    kv = forward_kv(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
     return write(cache, kv, start, clean_BFHWC.shape[1], blocks)
+
+
+@jax.named_scope("commit_and_denoise")
+def commit_and_denoise(
+    model: Wan,
+    clean_BFHWC: jax.Array,
+    x_BFHWC: jax.Array,
+    sigma: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+    *,
+    commit_sigma: float | jax.Array = 0.0,
+) -> tuple[jax.Array, KVCache]:
+    """`commit_block` of the clean block before `start`, and `denoise_block` of the block there, as one pass over both.
+
+    Returns:
+      The flow of `x`, and the cache with the clean block added.
+    """
+    frames = clean_BFHWC.shape[1]
+    before = start - frames
+    levels = [(commit_sigma, clean_BFHWC), (sigma, x_BFHWC)]
+    clean_sigma, sigma_BF = (jnp.broadcast_to(jnp.asarray(s, jnp.float32), x.shape[:2]) for s, x in levels)
+    flow, kv = forward_fused(model, clean_BFHWC, clean_sigma, x_BFHWC, sigma_BF, text_kv, cache, before, blocks)
+    return flow, write(cache, kv, before, frames, blocks)
+
+
+def fuses(choice: FusedCommit, platform: str | None = None) -> bool:
+    """Resolves "auto" by platform.
+
+    Raises:
+      UserError: none of the three.
+    """
+    if choice not in get_args(FusedCommit):
+        raise UserError(f"fused_commit={choice!r}: use one of {', '.join(get_args(FusedCommit))}")
+    return (platform or jax.default_backend()) in FUSED_ON if choice == "auto" else choice == "on"
+
+
+def commit_unless_last(
+    model: Wan,
+    clean_BFHWC: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+    last: jax.Array | int,
+    *,
+    sigma: float | jax.Array = 0.0,
+) -> KVCache:
+    """`commit_block`, but for the block that starts at `last`: nothing reads its keys and values."""
+    commit = lambda cache: commit_block(model, clean_BFHWC, text_kv, cache, start, blocks, sigma=sigma)
+    with jax.named_scope(COMMIT):
+        return jax.lax.cond(start < last, commit, lambda cache: cache, cache)
 
 
 def empty_cache(config: Any, shape: Sequence[int], blocks: Blocks) -> KVCache:
@@ -82,6 +143,13 @@ def given_blocks(blocks: Blocks, given: int) -> int:
         ) from None
 
 
+def last_block_of(given_BFHWC: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """The given frames before their last block, perhaps none, and that block. Raises as `given_blocks` does."""
+    given_blocks(blocks, given_BFHWC.shape[1])
+    first = blocks.spans(given_BFHWC.shape[1])[-1][0]
+    return given_BFHWC[:, :first], given_BFHWC[:, first:]
+
+
 def commit_given(model: Wan, given_BFHWC: jax.Array, text_kv: KV, cache: KVCache, blocks: Blocks) -> KVCache:
     """The cache after frames that were not generated here, committed block by block from frame 0, without noise."""
     given_blocks(blocks, given_BFHWC.shape[1])
@@ -99,6 +167,7 @@ def scan_blocks(
 
     Args:
       step: the work of one block; gets `(frames of this block, per-block inputs)`.
+      cache: what `step` takes and returns first: a cache, or a pytree with one.
       per_frame: pytree of arrays [B, F, ...], cut into blocks along F.
       per_block: pytree of arrays with a leading block axis.
       start: absolute index of the first frame, after given ones.

@@ -26,7 +26,7 @@ class Times:
 
     Attributes:
       text: the prompts' keys and values of all layers, once per batch.
-      network: of each block; the first one's include committing the given frames.
+      network: of each block, with the commit of what precedes it: of the given frames, or of the block before it.
       decode: of each block (and of the given frames), or one figure for a clip that is decoded whole.
       first_frame: from the start to the first generated pixels on the host.
     """

@@ -1,11 +1,14 @@
 """Samplers: few-step and many-step causal, and bidirectional. Pure functions of noise; jit them whole.
 
-Network calls for a video of n blocks (`network_calls` counts them): few-step n (steps + 1); many-step n (2 steps + 2)
-with guidance's two branches counted; bidirectional 2 steps.
+Network calls for a video of n blocks (`network_calls` counts them): few-step n (steps + 1) - 1, as the last block is
+not committed; many-step 2 n (steps + 1) - 2 with guidance's two branches counted; bidirectional 2 steps. Where commits
+are fused (`rollout.blocks.commit_and_denoise`), few-step makes them in n steps passes. Many-step does not fuse: it
+would save one pass of 51 per block.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,11 +24,15 @@ from cfjax.models.cache import KVCache
 from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import (
-    commit_block,
+    FusedCommit,
+    commit_and_denoise,
     commit_given,
+    commit_unless_last,
     denoise_block,
     empty_cache,
+    fuses,
     given_blocks,
+    last_block_of,
     layout_from,
     scan_blocks,
 )
@@ -92,8 +99,13 @@ def few_step_block(
     cache: KVCache,
     start: jax.Array,
     blocks: Blocks,
+    *,
+    first_flow: jax.Array | None = None,
 ) -> jax.Array:
-    """One block by few-step sampling; `renoise` [J - 1 or more, B, ...] is the fresh noise between steps."""
+    """One block by few-step sampling; `renoise` [J - 1 or more, B, ...] is the fresh noise between steps.
+
+    `first_flow` is the flow at the first level, if that is known already.
+    """
     levels = jnp.asarray(np.append(np.asarray(sigmas, np.float32), np.float32(0.0)))
     steps = len(levels) - 1
     # After the last step the next level is 0 and the noise vanishes.
@@ -104,7 +116,29 @@ def few_step_block(
         v = denoise_block(model, x, sigma, text_kv, cache, start, blocks)
         return add_noise(x0_from_flow(v, x, sigma), eps, sigma_next), None
 
-    return jax.lax.scan(step, noise_BFHWC, (levels[:-1], levels[1:], fresh))[0]
+    todo = (levels[:-1], levels[1:], fresh)
+    if first_flow is None:
+        return jax.lax.scan(step, noise_BFHWC, todo)[0]
+    x = add_noise(x0_from_flow(first_flow, noise_BFHWC, levels[0]), fresh[0], levels[1])
+    return x if steps == 1 else jax.lax.scan(step, x, jax.tree.map(lambda x: x[1:], todo))[0]
+
+
+def fused_block(
+    model: Wan,
+    clean_BFHWC: jax.Array,
+    noise_BFHWC: jax.Array,
+    renoise_JBFHWC: jax.Array,
+    sigmas: Sequence[float] | np.ndarray,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+) -> tuple[jax.Array, KVCache]:
+    """`few_step_block`, whose first pass commits the clean block before it as well; also the cache with that block."""
+    level = np.float32(sigmas[0])
+    flow, cache = commit_and_denoise(model, clean_BFHWC, noise_BFHWC, level, text_kv, cache, start, blocks)
+    work = (model, noise_BFHWC, renoise_JBFHWC, sigmas, text_kv, cache, start, blocks)
+    return few_step_block(*work, first_flow=flow), cache
 
 
 def renoise_draws(key: jax.Array, noise_BFHWC: jax.Array, steps: int) -> jax.Array:
@@ -123,6 +157,7 @@ def generate_few_step(
     *,
     renoise_BFJHWC: jax.Array | None = None,
     given_BFHWC: jax.Array | None = None,
+    fused_commit: FusedCommit = "auto",
 ) -> jax.Array:
     """A whole video by few-step causal sampling: latents_BFHWC, float32.
 
@@ -131,37 +166,55 @@ def generate_few_step(
       renoise_BFJHWC: the fresh noise between steps (None: drawn from `key`).
       given_BFHWC: frames that precede them (an encoded image, the end of another video) and are part of the result.
         The first generated block is then the one with `first_steps`.
+      fused_commit: whether a block's first pass commits the one before it; the same video.
     """
-    sigmas, first = sampler.sigmas(), sampler.first_sigmas()
+    sigmas, first, fused = sampler.sigmas(), sampler.first_sigmas(), fuses(fused_commit)
     steps = max(len(sigmas), len(first))
-    renoise = renoise_draws(key, noise_BFHWC, steps) if renoise_BFJHWC is None else renoise_BFJHWC
-    cache, start = _started(model, noise_BFHWC, text_kv, blocks, given_BFHWC)
+    draws = (noise_BFHWC, renoise_draws(key, noise_BFHWC, steps) if renoise_BFJHWC is None else renoise_BFJHWC)
+    num_frames, parts, done = noise_BFHWC.shape[1], [given_BFHWC], 0
+    cache, start, known = _started(model, noise_BFHWC, text_kv, blocks, given_BFHWC, fused=fused)
+    spans = layout_from(blocks, start).spans(num_frames)
 
-    def block(levels: np.ndarray, cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
-        (noise, fresh), _ = inputs
-        x0 = few_step_block(model, noise, jnp.moveaxis(fresh, 2, 0), levels, text_kv, cache, start, blocks)
-        return commit_block(model, x0, text_kv, cache, start, blocks), x0
+    def block(levels: np.ndarray, carry: Any, start_: jax.Array, inputs: Any) -> tuple[Any, jax.Array]:
+        (cache, known), ((noise, fresh), _) = carry, inputs
+        work = (noise, jnp.moveaxis(fresh, 2, 0), levels, text_kv, cache, start_, blocks)
+        if known is not None:
+            x0, cache = fused_block(model, known, *work)
+            return (cache, x0), x0
+        x0 = few_step_block(model, *work)
+        if fused or len(spans) == 1:
+            return (cache, x0 if fused else None), x0
+        return (commit_unless_last(model, x0, text_kv, cache, start_, blocks, start + spans[-1][0]), None), x0
 
-    draws, num_frames, parts = (noise_BFHWC, renoise), noise_BFHWC.shape[1], []
-    size = layout_from(blocks, start).spans(num_frames)[0][1] if sampler.first_steps else 0
-    if size:
-        head, draws = jax.tree.map(lambda x: x[:, :size], draws), jax.tree.map(lambda x: x[:, size:], draws)
-        cache, x0 = block(first, cache, jnp.int32(start), (head, None))
-        parts.append(x0)
-    if num_frames > size:
-        rest = (cache, draws, None, num_frames - size, blocks)
-        parts.append(scan_blocks(lambda *a: block(sigmas, *a), *rest, start=start + size)[1])
-    return _joined(given_BFHWC, *parts)
+    carry: Any = (cache, known)
+    for number, (a, b) in enumerate(spans):  # the blocks before those that are all alike
+        alike = not fused or (carry[1] is not None and carry[1].shape[1] == b - a == blocks.frames)
+        if alike and not (number == 0 and sampler.first_steps):
+            break
+        own = jax.tree.map(lambda x, a=a, b=b: x[:, a:b], draws)
+        carry, x0 = block(sigmas if number else first, carry, jnp.int32(start + a), (own, None))
+        parts, done = [*parts, x0], b
+    if done < num_frames:
+        rest = jax.tree.map(lambda x: x[:, done:], draws)
+        work = (carry, rest, None, num_frames - done, blocks)
+        parts.append(scan_blocks(partial(block, sigmas), *work, start=start + done)[1])
+    return _joined(*parts)
 
 
 def _started(
-    model: Wan, noise_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, given_BFHWC: jax.Array | None
-) -> tuple[KVCache, int]:
-    """The cache before the first generated block, and that block's first frame."""
+    model: Wan, noise_BFHWC: jax.Array, text_kv: KV, blocks: Blocks, given_BFHWC: jax.Array | None, *, fused: bool
+) -> tuple[KVCache, int, jax.Array | None]:
+    """The cache before the first generated block, that block's first frame, and the block that it is to commit."""
     start = 0 if given_BFHWC is None else given_BFHWC.shape[1]
     rows, num_frames, size = text_kv.k_LBSNK.shape[1], noise_BFHWC.shape[1], noise_BFHWC.shape[2:]
-    cache = empty_cache(model.config, (rows, start + num_frames, *size), blocks)
-    return cache if given_BFHWC is None else commit_given(model, given_BFHWC, text_kv, cache, blocks), start
+    cache, known = empty_cache(model.config, (rows, start + num_frames, *size), blocks), None
+    if given_BFHWC is None:
+        return cache, start, None
+    if fused:
+        given_BFHWC, known = last_block_of(given_BFHWC, blocks)
+    if given_BFHWC.shape[1]:
+        cache = commit_given(model, given_BFHWC, text_kv, cache, blocks)
+    return cache, start, known
 
 
 def _joined(*parts: jax.Array | None) -> jax.Array:
@@ -210,13 +263,17 @@ def generate_many_step(
     """
     text_kv = both_prompts(positive, negative)
     given = None if given_BFHWC is None else doubled(given_BFHWC)
-    cache, start = _started(model, noise_BFHWC, text_kv, blocks, given)
+    cache, start, _ = _started(model, noise_BFHWC, text_kv, blocks, given, fused=False)
+    num_frames = noise_BFHWC.shape[1]
+    last = start + layout_from(blocks, start).spans(num_frames)[-1][0]
 
     def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, jax.Array]:
         x0 = many_step_block(model, inputs[0], text_kv, cache, start, sampler, blocks)
-        return commit_block(model, doubled(x0), text_kv, cache, start, blocks), x0
+        if num_frames > blocks.frames:  # two blocks or more
+            cache = commit_unless_last(model, doubled(x0), text_kv, cache, start, blocks, last)
+        return cache, x0
 
-    x0 = scan_blocks(block, cache, noise_BFHWC, None, noise_BFHWC.shape[1], blocks, start=start)[1]
+    x0 = scan_blocks(block, cache, noise_BFHWC, None, num_frames, blocks, start=start)[1]
     return _joined(given_BFHWC, x0)
 
 
@@ -237,6 +294,8 @@ def generate_bidirectional(
 def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames: int, given: int = 0) -> int:
     """Network evaluations per video, guidance branches and cache commits counted; `blocks=None` is bidirectional.
 
+    A pass that is a commit and a step at once counts as both. The last block is not committed.
+
     Args:
       num_frames: frames to generate.  given: frames before them, whose blocks are committed only.
     """
@@ -247,8 +306,8 @@ def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames
         return 2 * per_solve
     commits, count = given_blocks(blocks, given), len(layout_from(blocks, given).spans(num_frames))
     if isinstance(sampler, FewStep):
-        return commits + len(sampler.first_sigmas()) + 1 + (count - 1) * (len(sampler.sigmas()) + 1)
-    return 2 * commits + count * 2 * (per_solve + 1)
+        return commits + len(sampler.first_sigmas()) + (count - 1) * (len(sampler.sigmas()) + 1)
+    return 2 * (commits + count * (per_solve + 1) - 1)
 
 
 def generate(

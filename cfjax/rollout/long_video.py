@@ -99,15 +99,17 @@ def roll_window(
     One program whatever the count. With `gradient`, the frames that a loss counts (`LongVideo.counted_F`) carry it.
     """
     frames, start = long.window_frames, long.start(draws["count"], blocks)
-    rolled = rollout(*stop_gradient((model, text_kv)), dict(draws), config, blocks, count=draws["count"])
+    frozen = stop_gradient((model, text_kv))
+    save = gradient and config.save_activations
+    rolled = rollout(*frozen, dict(draws), config, blocks, count=draws["count"], save=save)
 
     def end(x: jax.Array) -> jax.Array:
         return dynamic_slice_in_dim(x, start, frames, axis=1)
 
     if gradient:
-        stretch: Rollout = replace(
-            rolled, x_exit_BFHWC=end(rolled.x_exit_BFHWC), sigma_exit_BF=end(rolled.sigma_exit_BF)
-        )
+        per_frame = (rolled.x_exit_BFHWC, rolled.sigma_exit_BF, rolled.saved)
+        x, sigma_BF, saved = jax.tree.map(end, per_frame)
+        stretch: Rollout = replace(rolled, x_exit_BFHWC=x, sigma_exit_BF=sigma_BF, saved=saved)
         x0 = replay_exit(model, text_kv, stretch, config, blocks, start=start)
     else:
         x0 = end(rolled.x0_BFHWC)

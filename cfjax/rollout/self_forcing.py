@@ -17,11 +17,11 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.models.cache import KVCache
+from cfjax.models.saved import Saved, forward_saving, replay_saved
 from cfjax.models.wan import KV, FrameKV, KvGradient, Wan, replay
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, denoise_block, empty_cache, loop_blocks, scan_blocks
+from cfjax.rollout.blocks import commit_unless_last, denoise_block, empty_cache, loop_blocks, scan_blocks
 
-COMMIT = "commit_unless_last"  # scope of the conditional that spares the last block's commit
 BEFORE_EXIT = "steps_before_exit"  # scope of the loop whose length is drawn
 
 
@@ -35,6 +35,7 @@ class SelfForcing:
       context_noise: sigma of the noise added before committing; the reference adds 0.00498 by accident (quirk Q4).
       kv_gradient: the gradient of later blocks into earlier keys and values, see `models.wan.replay`.
       same_exit: one exit step for all blocks (but the first when it has its own list), as in the reference.
+      save_activations: the exit steps keep each layer's output, so that the replay has no forward pass of its own.
     """
 
     sigmas: tuple[float, ...]
@@ -42,6 +43,7 @@ class SelfForcing:
     context_noise: float = 0.0
     kv_gradient: KvGradient = "detached"
     same_exit: bool = True
+    save_activations: bool = False
 
     def __post_init__(self) -> None:
         for name, levels in (("steps", self.sigmas), ("first_steps", self.first_sigmas)):
@@ -72,12 +74,14 @@ class Rollout:
     x_exit_BFHWC, sigma_exit_BF: input and level of each frame's exit step.
     x0_BFHWC: the generated video (prediction at the exit step).
     context: committed keys and values, the replay's context; zeros for the last block, which no other block sees.
+    saved: every layer's output in the exit steps, if they were kept.
     """
 
     x_exit_BFHWC: jax.Array
     sigma_exit_BF: jax.Array
     x0_BFHWC: jax.Array
     context: FrameKV
+    saved: Saved | None = None
 
 
 def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, blocks: Blocks) -> dict[str, jax.Array]:
@@ -112,11 +116,13 @@ def rollout(
     blocks: Blocks,
     *,
     count: jax.Array | None = None,
+    save: bool = False,
 ) -> Rollout:
     """Generates a video with the student's own cache, each block stopped at its exit step; no gradient.
 
     One compile whatever the exit steps: they are traced, and the loop before the exit is a `fori_loop`. The number of
     blocks may be traced too: `count` stops after so many, and leaves zeros behind them; None makes all that were drawn.
+    With `save`, the exit steps keep what their gradient needs.
     """
     noise = draws["noise_BFHWC"]
     num_frames = noise.shape[1]
@@ -140,18 +146,23 @@ def rollout(
 
         with jax.named_scope(BEFORE_EXIT):
             x_exit = jax.lax.fori_loop(0, exit_step, step, x)
-        x0 = predict(x_exit, levels[exit_step])
+        sigma_BF = jnp.broadcast_to(levels[exit_step], x.shape[:2])
+        if save:
+            with jax.named_scope("denoise_block"):
+                saved = forward_saving(model, x_exit, sigma_BF, text_kv, cache, start, blocks)
+            x0 = x0_from_flow(saved.flow_BFHWC, x_exit, sigma_BF)
+        else:
+            saved, x0 = None, predict(x_exit, levels[exit_step])
         seen = add_noise(x0, context_eps, config.context_noise)
-        commit = lambda cache: commit_block(model, seen, text_kv, cache, start, blocks)
-        if len(spans) > 1:  # nothing reads the keys and values of the last block: it is not committed
-            with jax.named_scope(COMMIT):
-                cache = jax.lax.cond(start < last, commit, lambda cache: cache, cache)
-        return cache, (x_exit, jnp.broadcast_to(levels[exit_step], x.shape[:2]), x0)
+        if len(spans) > 1:
+            cache = commit_unless_last(model, seen, text_kv, cache, start, blocks, last)
+        return cache, (x_exit, sigma_BF, x0, saved)
 
     frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])
     work = (block, cache, frames, (levels_GJ, draws["exit_G"]), num_frames, blocks)
-    cache, (x_exit, sigma_exit, x0) = scan_blocks(*work) if count is None else loop_blocks(*work, count)
-    return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)))
+    cache, (x_exit, sigma_exit, x0, saved) = scan_blocks(*work) if count is None else loop_blocks(*work, count)
+    context = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
+    return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, context, saved))
 
 
 @jax.named_scope("replay_exit_steps")
@@ -162,14 +173,9 @@ def replay_exit(
 
     With a `start`, traced, `rolled` holds a stretch of a longer video (but its context whole), see `models.wan.replay`.
     """
-    v = replay(
-        model,
-        rolled.x_exit_BFHWC,
-        rolled.sigma_exit_BF,
-        text_kv,
-        rolled.context,
-        blocks,
-        kv_gradient=config.kv_gradient,
-        start=start,
-    )
+    given = (model, rolled.x_exit_BFHWC, rolled.sigma_exit_BF, text_kv, rolled.context)
+    if rolled.saved is None:
+        v = replay(*given, blocks, kv_gradient=config.kv_gradient, start=start)
+    else:
+        v = replay_saved(*given, rolled.saved, blocks, kv_gradient=config.kv_gradient, start=start)
     return x0_from_flow(v, rolled.x_exit_BFHWC, rolled.sigma_exit_BF)

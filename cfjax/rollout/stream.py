@@ -1,4 +1,4 @@
-"""Streaming: `generate`'s two operations, one jitted call per block, pixels as soon as a block is done.
+"""Streaming: `generate`'s two operations, a jitted call or two per block, pixels as soon as a block is done.
 
 Memory is constant when the blocks have a window; without one the cache holds `num_frames`. Every sampler streams:
 few-step, many-step with both prompts' caches side by side, and a bidirectional one as a single block.
@@ -13,16 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfjax.flow.guidance import doubled
 from cfjax.models.cache import KVCache, init_cache
 from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, commit_given, given_blocks, layout_from
+from cfjax.rollout.blocks import (
+    FusedCommit,
+    commit_block,
+    commit_given,
+    fuses,
+    given_blocks,
+    last_block_of,
+    layout_from,
+)
 from cfjax.rollout.generate import (
     FewStep,
     ManyStep,
     both_prompts,
     few_step_block,
+    fused_block,
     generate_bidirectional,
     many_step_block,
 )
@@ -43,12 +51,16 @@ class StreamCodec(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """From text to video: network, decoder, sampler and block layout (None: bidirectional, one block)."""
+    """From text to video: network, decoder, sampler and block layout (None: bidirectional, one block).
+
+    `fused_commit`: whether a few-step block's first pass commits the block before it; "auto" is by platform.
+    """
 
     model: Wan
     codec: StreamCodec
     sampler: FewStep | ManyStep
     blocks: Blocks | None
+    fused_commit: FusedCommit = "auto"
 
 
 def block_noise(
@@ -79,7 +91,16 @@ def seeded_noise(seeds_B: np.ndarray, call: Call = plain) -> Noise:
     return lambda block, shape, steps: call(_seeded, seeds, jnp.int32(block), shape=shape[1:], steps=steps)
 
 
-@partial(jax.jit, static_argnames=("sampler", "first", "blocks"), donate_argnames="cache")
+def _levels(sampler: FewStep, first: bool) -> np.ndarray:
+    return sampler.first_sigmas() if first else sampler.sigmas()
+
+
+def _per_prompt(clean: jax.Array, text_kv: KV) -> jax.Array:
+    """The frames as often as each video has prompts: twice for a guided sampler."""
+    return jnp.concatenate([clean] * (text_kv.k_LBSNK.shape[1] // clean.shape[0]))
+
+
+@partial(jax.jit, static_argnames=("sampler", "first", "blocks"))
 def _next_block(
     model: Wan,
     noise: jax.Array,
@@ -91,17 +112,41 @@ def _next_block(
     sampler: FewStep | ManyStep,
     first: bool,
     blocks: Blocks,
-) -> tuple[jax.Array, KVCache]:
+) -> jax.Array:
     if isinstance(sampler, FewStep):
-        sigmas = sampler.first_sigmas() if first else sampler.sigmas()
-        x0 = few_step_block(model, noise, fresh, sigmas, text_kv, cache, start, blocks)
-        return x0, commit_block(model, x0, text_kv, cache, start, blocks)
-    x0 = many_step_block(model, noise, text_kv, cache, start, sampler, blocks)
-    return x0, commit_block(model, doubled(x0), text_kv, cache, start, blocks)
+        return few_step_block(model, noise, fresh, _levels(sampler, first), text_kv, cache, start, blocks)
+    return many_step_block(model, noise, text_kv, cache, start, sampler, blocks)
+
+
+@partial(jax.jit, static_argnames="blocks", donate_argnames="cache")
+def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: KVCache, start: jax.Array, *, blocks: Blocks) -> KVCache:
+    """The cache with the block before `start`."""
+    return commit_block(model, _per_prompt(clean, text_kv), text_kv, cache, start - clean.shape[1], blocks)
+
+
+@partial(jax.jit, static_argnames="blocks", donate_argnames="cache")
+def _commit_given(model: Wan, given: jax.Array, text_kv: KV, cache: KVCache, *, blocks: Blocks) -> KVCache:
+    return commit_given(model, _per_prompt(given, text_kv), text_kv, cache, blocks)
+
+
+@partial(jax.jit, static_argnames=("sampler", "first", "blocks"), donate_argnames="cache")
+def _commit_and_next_block(
+    model: Wan,
+    clean: jax.Array,
+    noise: jax.Array,
+    fresh: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    *,
+    sampler: FewStep,
+    first: bool,
+    blocks: Blocks,
+) -> tuple[jax.Array, KVCache]:
+    return fused_block(model, clean, noise, fresh, _levels(sampler, first), text_kv, cache, start, blocks)
 
 
 _empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
-_commit_given = jax.jit(commit_given, static_argnames="blocks", donate_argnames="cache")
 _bidirectional = jax.jit(generate_bidirectional, static_argnames="sampler")
 _embed = jax.jit(embed_text)
 decode_step = jax.jit(lambda codec, latents, state: codec.decode_step(latents, state))
@@ -136,6 +181,8 @@ def stream_latents(
 ) -> Iterator[jax.Array]:
     """Yields the latents_BFHWC of one generated block after another; `given` frames are committed, not yielded.
 
+    A block is yielded before its commit, which begins when the next block is asked for; the last one has none.
+
     Args:
       text_kv: see `prompt_kv`.
       noise: by absolute block index, so that an extended video has the noise of a longer one. A
@@ -162,19 +209,24 @@ def stream_latents(
         tokens_per_frame=tokens,
         blocks=blocks,
     )
+    fused = isinstance(sampler, FewStep) and fuses(pipeline.fused_commit)
+    clean = None  # the finished block that is not committed yet
     if given_BFHWC is not None:
-        clean = jnp.concatenate([given_BFHWC] * (rows // batch))
-        cache = call(_commit_given, model, clean, text_kv, cache, blocks=blocks)
+        committed, clean = last_block_of(given_BFHWC, blocks) if fused else (given_BFHWC, None)
+        if committed.shape[1]:
+            cache = call(_commit_given, model, committed, text_kv, cache, blocks=blocks)
     for index, (start, stop) in enumerate(layout.spans(num_frames)):
-        first, steps = False, 1
-        if isinstance(sampler, FewStep):
-            first = index == 0 and bool(sampler.first_steps)
-            steps = len(sampler.first_sigmas() if first else sampler.sigmas())
+        first = isinstance(sampler, FewStep) and index == 0 and bool(sampler.first_steps)
+        steps = len(_levels(sampler, first)) if isinstance(sampler, FewStep) else 1
         own, fresh = noise(before + index, (batch, stop - start, *latent_shape), steps)
-        at = jnp.int32(given + start)
-        x0, cache = call(
-            _next_block, model, own, fresh, text_kv, cache, at, sampler=sampler, first=first, blocks=blocks
-        )
+        at, next_block = jnp.int32(given + start), partial(call, sampler=sampler, first=first, blocks=blocks)
+        if fused and clean is not None:
+            x0, cache = next_block(_commit_and_next_block, model, clean, own, fresh, text_kv, cache, at)
+        else:
+            if clean is not None:
+                cache = call(_commit, model, clean, text_kv, cache, at, blocks=blocks)
+            x0 = next_block(_next_block, model, own, fresh, text_kv, cache, at)
+        clean = x0
         yield x0
 
 

@@ -13,8 +13,9 @@ from flax import nnx
 
 from cfjax.core.errors import UserError
 from cfjax.core.precision import Policy
-from cfjax.models.cache import KVCache
-from cfjax.models.wan import KV, FrameKV, clean_context, embed_text, forward_block, replay, teacher_forced
+from cfjax.models.cache import KVCache, write
+from cfjax.models.context import clean_context, forward_fused, forward_kv
+from cfjax.models.wan import KV, FrameKV, embed_text, forward_block, replay, teacher_forced
 from cfjax.nn.layers import Init, Linear, xavier_uniform, zeros
 from cfjax.nn.visibility import FULL, Blocks, Visibility
 from cfjax.studies.laws import Law, joint_velocity, velocity
@@ -138,6 +139,37 @@ def _(  # type: ignore[misc]  # a Wan is expected
     past = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
     flow = _given(model, latents_BFHWC, sigma_BF, past, start + jnp.arange(latents_BFHWC.shape[1]))
     return flow, _frames(latents_BFHWC, sigma_BF)
+
+
+@forward_kv.register
+def _(  # type: ignore[misc]  # a Wan is expected
+    model: Toy,
+    clean_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+) -> FrameKV:
+    _framewise(blocks)
+    return _frames(clean_BFHWC, sigma_BF)
+
+
+@forward_fused.register
+def _(  # type: ignore[misc]  # a Wan is expected
+    model: Toy,
+    clean_BFHWC: jax.Array,
+    clean_sigma_BF: jax.Array,
+    noisy_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    text_kv: KV,
+    cache: KVCache,
+    start: jax.Array,
+    blocks: Blocks,
+) -> tuple[jax.Array, FrameKV]:
+    own = _frames(clean_BFHWC, clean_sigma_BF)
+    known = write(cache, own, start, clean_BFHWC.shape[1], blocks)
+    return forward_block(model, noisy_BFHWC, sigma_BF, text_kv, known, start + 1, blocks)[0], own  # type: ignore[arg-type]
 
 
 class Student(nnx.Module, Toy):

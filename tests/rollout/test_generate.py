@@ -18,8 +18,9 @@ from cfjax.models import wan
 from cfjax.models.cache import init_cache
 from cfjax.models.wan import KV, FrameKV, embed_text
 from cfjax.nn.visibility import Blocks
+from cfjax.rollout import blocks as blocks_module
 from cfjax.rollout import stream as stream_module
-from cfjax.rollout.blocks import commit_block, denoise_block
+from cfjax.rollout.blocks import commit_block, denoise_block, fuses, layout_from
 from cfjax.rollout.generate import (
     FewStep,
     ManyStep,
@@ -29,7 +30,7 @@ from cfjax.rollout.generate import (
     generate_many_step,
     network_calls,
 )
-from cfjax.rollout.stream import Pipeline, block_noise, seeded_noise, stream
+from cfjax.rollout.stream import Pipeline, block_noise, seeded_noise, stream, stream_latents
 from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, TEXT_LEN, normal, relative, text, text_kv, tiny
 
 BLOCKS, WINDOW = Blocks(2), Blocks(2, window=4, sink=1)
@@ -53,11 +54,11 @@ def negative_kv() -> KV:
 
 
 @cache
-def few_step(sampler: FewStep, blocks: Blocks):
+def few_step(sampler: FewStep, blocks: Blocks, fused: str = "off"):
     """The compiled sampler; noise and fresh noise [B, F, J, H, W, C] are given, and perhaps the first frames."""
 
     def sample(noise, fresh, given=None):
-        draws = {"renoise_BFJHWC": fresh, "given_BFHWC": given}
+        draws = {"renoise_BFJHWC": fresh, "given_BFHWC": given, "fused_commit": fused}
         return generate_few_step(tiny(), noise, text_kv(), KEY, sampler, blocks, **draws)
 
     return jax.jit(sample)
@@ -129,6 +130,42 @@ def test_bidirectional_is_one_solve_over_all_frames():
     assert relative(sample(tiny(), normal(1), text(), NEGATIVE, KEY), x) < 1e-5
 
 
+FUSED = {
+    "chunkwise": (FewStep(FOUR), BLOCKS, FRAMES, 0),
+    "first_list_window_sink_given": (FewStep(TWO, FOUR), WINDOW, FRAMES, 2),
+    "one_step_first_frame": (FewStep((1000,)), Blocks(2, independent_first_frame=True), 5, 0),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_commits_make_the_same_video(name):
+    """In the sampler and in the stream, whose programs are as many: one in the steady state."""
+    sampler, blocks, frames, given = FUSED[name]
+    noise, fresh = (x[:, given:frames] for x in (normal(1), normal(2, (BATCH, FRAMES, 3, *SHAPE[2:]))))
+    first = normal(3)[:, :given] if given else None
+    plain = few_step(sampler, blocks)(noise, fresh, first)
+    fused = few_step(sampler, blocks, fused="on")(noise, fresh, first)
+    pipeline = Pipeline(tiny(), Plain(), sampler, blocks, fused_commit="on")
+    starts = [start for start, _ in layout_from(blocks, given).spans(frames - given)]
+
+    def drawn(index: int, shape: tuple[int, ...], steps: int) -> tuple[jax.Array, jax.Array]:
+        own = slice(starts[index - bool(given)], starts[index - bool(given)] + shape[1])
+        return noise[:, own], jnp.moveaxis(fresh[:, own], 2, 0)[: steps - 1]
+
+    sizes = {"num_frames": frames - given, "latent_shape": SHAPE[2:], "batch": BATCH, "given_BFHWC": first}
+    streamed = np.concatenate([x0 for _, x0 in stream(pipeline, text_kv(), drawn, **sizes)], axis=1)
+    errors = relative(fused, plain), relative(streamed, plain)
+    print(f"{name}: fused sampler {errors[0]:.1e}, fused stream {errors[1]:.1e}")
+    assert max(errors) < 1e-6
+
+
+def test_where_commits_are_fused():
+    assert [fuses("auto", platform) for platform in ("cpu", "gpu", "tpu")] == [False, True, True]
+    assert fuses("on") and not fuses("off", "tpu")
+    with pytest.raises(UserError, match="fused_commit='always': use one of auto, on, off"):
+        fuses("always")
+
+
 # ---- given frames: image to video, extension of a video
 
 GIVEN = {
@@ -189,13 +226,19 @@ def calls(monkeypatch):
     """Counts evaluations of the network per clip, at run time, through a network that costs nothing to compile."""
     counted = []
 
-    def backbone(model, latents, sigma_BF, text_kv, position_F, self_attend, *, layer_input=None, emit_kv=False):
-        jax.debug.callback(lambda: counted.append(latents.shape[0] // BATCH))
+    def kv_of(latents: jax.Array) -> FrameKV:
         shape = (*latents.shape[:2], TOKENS, CONFIG.num_heads, CONFIG.head_dim)
         kv = jnp.zeros((CONFIG.num_layers, *shape))
-        return latents, FrameKV(kv, kv)
+        return FrameKV(kv, kv)
 
-    monkeypatch.setattr(wan, "backbone", backbone)
+    def called(latents: jax.Array, number: int = 1) -> jax.Array:
+        jax.debug.callback(lambda: counted.append(number * latents.shape[0] // BATCH))
+        return latents
+
+    monkeypatch.setattr(wan, "backbone", lambda model, x, *_, **__: (called(x), kv_of(x)))
+    monkeypatch.setattr(blocks_module, "forward_kv", lambda model, x, *_: kv_of(called(x)))
+    fused = lambda model, clean, level, x, *_: (called(x, 2), kv_of(clean))
+    monkeypatch.setattr(blocks_module, "forward_fused", fused)
     return counted
 
 
@@ -222,14 +265,26 @@ def test_network_calls_are_what_a_sampler_makes(calls, name):
     assert sum(calls) == network_calls(sampler, blocks, FRAMES - given, given)
 
 
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_fused_pass_counts_as_a_commit_and_a_step(calls, given):
+    sampler = FewStep(TWO, FOUR)
+    first = normal(3)[:, :given] if given else None
+    sample = partial(generate_few_step, sampler=sampler, blocks=BLOCKS, fused_commit="on", given_BFHWC=first)
+    jax.block_until_ready(jax.jit(sample)(tiny(), normal(1)[:, given:], text_kv(), KEY))
+    jax.effects_barrier()
+    blocks = (FRAMES - given) // 2
+    assert sum(calls) == network_calls(sampler, BLOCKS, FRAMES - given, given)
+    assert len(calls) == len(FOUR) + (blocks - 1) * len(TWO)  # passes
+
+
 def test_network_calls_of_the_published_models():
-    """Reference 0.1, 21 latent frames."""
+    """Reference 0.1, 21 latent frames, but for the last block's commit, which the reference makes."""
     chunk, frame = Blocks(3), Blocks(1)
-    assert network_calls(FewStep(FOUR), chunk, 21) == 35
-    assert network_calls(FewStep(FOUR), frame, 21) == 105
-    assert network_calls(FewStep(TWO, FOUR), frame, 21) == 65
-    assert network_calls(FewStep((1000,), FOUR), frame, 21) == 45
-    assert network_calls(ManyStep(), chunk, 21) == 7 * (50 * 2 + 2)
+    assert network_calls(FewStep(FOUR), chunk, 21) == 35 - 1
+    assert network_calls(FewStep(FOUR), frame, 21) == 105 - 1
+    assert network_calls(FewStep(TWO, FOUR), frame, 21) == 65 - 1
+    assert network_calls(FewStep((1000,), FOUR), frame, 21) == 45 - 1
+    assert network_calls(ManyStep(), chunk, 21) == 7 * (50 * 2 + 2) - 2
     assert network_calls(ManyStep(), None, 21) == 100
 
 
@@ -282,6 +337,24 @@ STREAMS = {
     "first_list": (FewStep(TWO, FOUR), BLOCKS, 2),
     "window_sink": (FewStep(FOUR), WINDOW, 1),
 }
+
+
+def test_a_block_is_there_before_its_commit():
+    """And the last one has none: between two blocks one commit, in a program of its own or as the next one's first."""
+    for fused in ("off", "on"):
+        called = []
+
+        def call(function, *args, called=called, **static):
+            called.append(function)
+            return function(*args, **static)
+
+        pipeline = Pipeline(tiny(), Plain(), FewStep(FOUR), BLOCKS, fused_commit=fused)
+        sizes = {"num_frames": FRAMES, "latent_shape": SHAPE[2:], "batch": BATCH}
+        made = stream_latents(pipeline, text_kv(), partial(block_noise, KEY), **sizes, call=call)
+        done = [len(called) for _ in made]
+        one, other, both = stream_module._next_block, stream_module._commit, stream_module._commit_and_next_block
+        assert called[1:] == ([one, both, both] if fused == "on" else [one, other, one, other, one])
+        assert done == ([2, 3, 4] if fused == "on" else [2, 4, 6])
 
 
 @pytest.mark.parametrize("name", STREAMS)

@@ -1,14 +1,20 @@
 """Streaming equals one masked pass: the laws that tie training to inference (float32, tolerance 1e-5)."""
 
+from functools import partial
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cfjax.models.cache import init_cache
-from cfjax.models.wan import clean_context, teacher_forced
+from cfjax.models.context import clean_context
+from cfjax.models.wan import teacher_forced
 from cfjax.nn.visibility import FULL, Blocks, Visibility
-from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
-from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, normal, relative, text_kv, tiny
+from cfjax.planning.flops import count_flops
+from cfjax.rollout.blocks import commit_and_denoise, commit_block, denoise_block, scan_blocks
+from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, TEXT_LEN, normal, relative, text_kv, tiny
 
 TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
 LAYOUTS = {
@@ -18,6 +24,8 @@ LAYOUTS = {
     "window": (Blocks(2, window=4), FRAMES),
     "window_sink": (Blocks(2, window=4, sink=1), FRAMES),
     "window_sink_first_frame": (Blocks(2, independent_first_frame=True, window=4, sink=2), 7),
+    "narrow": (Blocks(2, window=2), FRAMES),
+    "narrow_sink": (Blocks(2, window=5, sink=3), FRAMES),
 }
 
 
@@ -71,6 +79,46 @@ def test_diffusion_forcing_pass_is_a_rollout_over_noisy_blocks(layout):
     error = relative(streamed, full)
     print(f"diffusion forcing vs KV cache: {error:.2e}")
     assert error < 1e-5
+
+
+@partial(jax.jit, static_argnames="blocks")
+def two_ways(model, kv, clean, x, cache, start, noise, *, blocks):
+    """A commit and a step as one pass, and as two: each a flow and a cache."""
+    before = start - clean.shape[1]
+    apart = commit_block(model, clean, kv, cache, before, blocks, sigma=noise)
+    flow = denoise_block(model, x, 0.7, kv, apart, start, blocks)
+    fused = commit_and_denoise(model, clean, x, 0.7, kv, cache, start, blocks, commit_sigma=noise)
+    return fused, (flow, apart)
+
+
+def test_a_fused_pass_is_a_commit_and_a_step(layout):
+    """The flow of the next block, and every slot of the cache, also where the window does not hold both blocks."""
+    blocks, frames, noisy, clean, _ = layout
+    cache, worst = init_cache(CONFIG, BATCH, frames, TOKENS, blocks), 0.0
+    for (a, b), (_, c) in pairwise(blocks.spans(frames)):
+        given = clean[:, a:b], noisy[:, b:c], cache, jnp.int32(b), jnp.float32(0.1 * a)
+        fused, apart = two_ways(tiny(), text_kv(), *given, blocks=blocks)
+        np.testing.assert_array_equal(fused[1].frame_F, apart[1].frame_F)
+        pairs = [(fused[0], apart[0]), (fused[1].k_LBFTNK, apart[1].k_LBFTNK), (fused[1].v_LBFTNK, apart[1].v_LBFTNK)]
+        worst, cache = max(worst, *(relative(one, two) for one, two in pairs)), apart[1]
+    print(f"one pass vs two: {worst:.1e}")
+    assert worst < 1e-6
+
+
+def test_what_nobody_reads_of_a_commit_is_not_computed():
+    """Of the last layer keys and values alone, and no head: counted in products, and by XLA on what is left of them."""
+    blocks, x, at, frames = Blocks(2), normal(1)[:, :2], jnp.int32(2), 2
+    cache = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)
+    step = count_flops(lambda: denoise_block(tiny(), x, 0.7, text_kv(), cache, at, blocks))
+    commit = count_flops(lambda: commit_block(tiny(), x, text_kv(), cache, at, blocks))
+    fused = count_flops(lambda: commit_and_denoise(tiny(), x, x, 0.7, text_kv(), cache, at, blocks))
+    rows, dim = BATCH * frames * TOKENS, CONFIG.dim
+    linear = 2 * rows * (2 * dim * dim + 2 * dim * dim + 2 * dim * CONFIG.ffn_dim)  # q, o; of the text; feed-forward
+    attention = 2 * 2 * rows * dim * ((FRAMES + frames) * TOKENS + TEXT_LEN)
+    head = 2 * rows * dim * CONFIG.out_dim * CONFIG.patch[0] * CONFIG.patch[1]
+    assert step - commit == linear + attention + head
+    clean_keys = 2 * 2 * rows * dim * frames * TOKENS * CONFIG.num_layers  # which a cache of every frame holds already
+    assert fused <= step + commit + clean_keys
 
 
 def test_cache_holds_the_block_causal_pass():

@@ -58,6 +58,7 @@ LAYOUTS = {
     "blocks": (Blocks(2), LongVideo(4, 8), "detached"),
     "attention_window": (Blocks(2, window=4, sink=1), LongVideo(4, 8), "straight_through"),
     "first_frame": (Blocks(2, independent_first_frame=True), LongVideo(5, 9), "straight_through"),
+    "saved": (Blocks(2, independent_first_frame=True), LongVideo(5, 9), "straight_through"),
 }
 
 
@@ -65,7 +66,8 @@ LAYOUTS = {
 def settings(name: str) -> tuple[SelfForcing, dict, jax.Array]:
     """The rollout, its draws (exit at step 1 of the first block, 2 of the others), the weights of the window's sum."""
     blocks, long, kv_gradient = LAYOUTS[name]
-    config = SelfForcing(SIGMAS[:2], SIGMAS, context_noise=0.005, kv_gradient=kv_gradient)
+    saves = {"save_activations": name == "saved"}
+    config = SelfForcing(SIGMAS[:2], SIGMAS, context_noise=0.005, kv_gradient=kv_gradient, **saves)
     draws = quick_jit(lambda key: draw_long(key, SHAPE, config, long, blocks))(jax.random.key(3))
     exits = np.array([0] + [1] * (draws["exit_G"].shape[0] - 1), np.int32)
     return config, {**draws, "exit_G": exits}, normal(9, (BATCH, long.window_frames, *SHAPE[2:]))
@@ -136,7 +138,7 @@ def worst(a, b) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("blocks", marks=SLOW), "attention_window", pytest.param("first_frame", marks=SLOW)]
+    "name", ["attention_window", *(pytest.param(name, marks=SLOW) for name in ("blocks", "first_frame", "saved"))]
 )
 def test_the_windows_gradient_is_the_sequential_loops(name):
     """For a rollout between the shortest and the longest; the frames left out of the loss hand nothing on themselves.

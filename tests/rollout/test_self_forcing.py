@@ -1,6 +1,8 @@
 """Parallel replay: the gradient of the sequential loop, in one pass, with one compile whatever the exit step."""
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,10 @@ import pytest
 
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.models.cache import KVCache, init_cache
-from cfjax.models.wan import FrameKV, embed_text, forward_block
+from cfjax.models.wan import FrameKV, Wan, embed_text, forward_block, replay
 from cfjax.nn.visibility import Blocks
 from cfjax.planning.flops import count_flops
+from cfjax.rollout import blocks as blocks_module
 from cfjax.rollout import self_forcing
 from cfjax.rollout.blocks import commit_block, denoise_block
 from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
@@ -61,15 +64,15 @@ def sequential(model, text_BSE, draws, config, exits, blocks):
 
 
 @pytest.mark.parametrize(
-    ("kv_gradient", "first"),
+    ("kv_gradient", "first", "saves"),
     [
-        pytest.param("detached", (), id="one_list-detached"),
-        pytest.param("straight_through", SIGMAS, id="first_list-straight_through"),
-        pytest.param("straight_through", (), id="one_list-straight_through", marks=pytest.mark.slow),
-        pytest.param("detached", SIGMAS, id="first_list-detached", marks=pytest.mark.slow),
+        pytest.param("detached", (), (False,), id="one_list-detached"),
+        pytest.param("straight_through", SIGMAS, (False, True), id="first_list-straight_through"),
+        pytest.param("straight_through", (), (False,), id="one_list-straight_through", marks=pytest.mark.slow),
+        pytest.param("detached", SIGMAS, (True,), id="first_list-detached", marks=pytest.mark.slow),
     ],
 )
-def test_replay_is_the_sequential_gradient(kv_gradient, first):
+def test_replay_is_the_sequential_gradient(kv_gradient, first, saves):
     config = SelfForcing(SIGMAS[:3], first, context_noise=0.005, kv_gradient=kv_gradient)
     exits = [3, 1, 1] if first else [2, 2, 2]
     draws = draw_rollout(jax.random.key(3), SHAPE, config, BLOCKS)
@@ -80,23 +83,46 @@ def test_replay_is_the_sequential_gradient(kv_gradient, first):
         x0 = sequential(model, text(), draws, config, exits, BLOCKS)
         return jnp.sum(x0 * weight), x0
 
-    def by_replay(model):
+    def by_replay(model, save):
         kv = embed_text(model, text())
-        rolled = rollout(jax.lax.stop_gradient(model), jax.lax.stop_gradient(kv), draws, config, BLOCKS)
+        rolled = rollout(jax.lax.stop_gradient(model), jax.lax.stop_gradient(kv), draws, config, BLOCKS, save=save)
         x0 = replay_exit(model, kv, rolled, config, BLOCKS)
         return jnp.sum(x0 * weight), (x0, rolled.x0_BFHWC)
 
     grad_loop, x0_loop = jax.jit(jax.grad(by_loop, has_aux=True))(tiny())
-    grad_replay, (x0_replay, x0_rolled) = jax.jit(jax.grad(by_replay, has_aux=True))(tiny())
-    assert relative(x0_rolled, x0_loop) < 1e-5
-    assert relative(x0_replay, x0_loop) < 1e-5
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(grad_loop))
-    worst = max(
-        float(jnp.max(jnp.abs(a - b)))
-        for a, b in zip(jax.tree.leaves(grad_replay), jax.tree.leaves(grad_loop), strict=True)
-    )
-    print(f"{kv_gradient}: gradient error {worst / scale:.2e}")
-    assert worst < 1e-5 * scale
+    for save in saves:
+        found = jax.jit(partial(jax.grad(by_replay, has_aux=True), save=save))(tiny())
+        grad_replay, (x0_replay, x0_rolled) = found
+        assert relative(x0_rolled, x0_loop) < 1e-5
+        assert relative(x0_replay, x0_loop) < 1e-5
+        worst = max(
+            float(jnp.max(jnp.abs(a - b)))
+            for a, b in zip(jax.tree.leaves(grad_replay), jax.tree.leaves(grad_loop), strict=True)
+        )
+        print(f"{kv_gradient}, {save=}: gradient error {worst / scale:.2e}")
+        assert worst < 1e-5 * scale
+
+
+def test_saved_activations_spare_the_replays_forward_pass():
+    """Of a network with full rematerialisation, whose replay has two; the blocks' part of it, counted in products."""
+    model = jax.eval_shape(lambda key: Wan(replace(CONFIG, remat="full"), key), jax.random.key(0))
+    config, x = SelfForcing(SIGMAS), jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    draws = draw_rollout(jax.random.key(3), SHAPE, config, BLOCKS)
+
+    def value(model, kv, save):
+        rolled = rollout(*jax.lax.stop_gradient((model, kv)), draws, config, BLOCKS, save=save)
+        return jnp.sum(replay_exit(model, kv, rolled, config, BLOCKS))
+
+    def forward(model, kv, x):
+        sigma, context = jnp.ones(SHAPE[:2]), rollout(model, kv, draws, config, BLOCKS).context
+        return context, replay(model, x, sigma, kv, context, BLOCKS)
+
+    kv = jax.eval_shape(embed_text, model, text())
+    plain, saved = (count_flops(partial(jax.grad(value), save=save), model, kv) for save in (False, True))
+    loop = count_flops(lambda model, kv: rollout(model, kv, draws, config, BLOCKS).context, model, kv)
+    one_pass = count_flops(forward, model, kv, x) - loop
+    assert saved < plain - 0.9 * one_pass
 
 
 @pytest.mark.slow
@@ -167,14 +193,14 @@ def test_the_network_is_called_for_each_step_and_each_commit_that_is_read(monkey
     calls = {"denoise_block": [], "commit_block": []}
 
     def counted(name: str, given: int):
-        def call(*args):
+        def call(*args, **_):
             jax.debug.callback(lambda start: calls[name].append(int(start)), args[-2])
             return args[given]
 
         return call
 
     monkeypatch.setattr(self_forcing, "denoise_block", counted("denoise_block", 1))
-    monkeypatch.setattr(self_forcing, "commit_block", counted("commit_block", 3))
+    monkeypatch.setattr(blocks_module, "commit_block", counted("commit_block", 3))
     config, number = SelfForcing(SIGMAS), len(blocks.spans(FRAMES))
     draws = {**draw_rollout(jax.random.key(3), SHAPE, config, blocks), "exit_G": jnp.full((number,), 1, jnp.int32)}
     made = {} if count is None else {"count": jnp.int32(count)}

@@ -11,7 +11,8 @@ import pytest
 from cfjax.__main__ import main
 from cfjax.core.errors import UserError
 from cfjax.models.cache import init_cache, write
-from cfjax.models.wan import clean_context, embed_text, forward_block, replay, teacher_forced
+from cfjax.models.context import clean_context
+from cfjax.models.wan import embed_text, forward_block, replay, teacher_forced
 from cfjax.studies.findings import tables
 from cfjax.studies.injectivity import Plan, run
 from cfjax.studies.laws import LinearGaussian, Walk, joint_velocity, sample, velocity
