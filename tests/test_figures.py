@@ -70,6 +70,13 @@ def test_second_starts_are_those_of_the_record(monkeypatch):
         assert second[seconds] <= 0.2 * first[seconds]
 
 
+def test_fused_commits_are_those_of_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = runpy.run_path(str(ROOT / "benchmarks" / "fused_commit.py"))["table"]
+    sys.modules.pop("measure", None)
+    assert table(record("fused_commit.json")["rows"]) in text_of("docs/results.md")
+
+
 def test_the_smallest_slice_is_that_of_the_record():
     last = record("fit.json")["plans"][-1]
     peak = max(cost["peak"] for cost in last["costs"]) / 2**30
