@@ -142,14 +142,19 @@ def status_mib(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_mib(make: Callable[[], Side]) -> dict[str, float]:
-    """What a side holds in this process, above what was held before: after its first call, and at the most in a second."""
-    before = status_mib("VmRSS")
-    side = make()
-    side.run()
+def resting_mib() -> float:
+    """What this process holds, after what is free was given back."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    resting = status_mib("VmRSS") - before
+    return status_mib("VmRSS")
+
+
+def peak_mib(make: Callable[[], Side]) -> dict[str, float]:
+    """What a side holds in this process above what was held before: after a first call, and at most during another."""
+    before = resting_mib()
+    side = make()
+    side.run()
+    resting = resting_mib() - before
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what is held now
     side.run()
     return {"resting_mib": resting, "peak_mib": status_mib("VmHWM") - before}
