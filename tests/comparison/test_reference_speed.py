@@ -13,6 +13,7 @@ import torch
 
 from cfjax.comparison import reference_speed
 from cfjax.comparison.reference_speed import Pair, Side, Work, our_stream, our_video
+from cfjax.comparison.turns import take_turns
 from cfjax.core.errors import UserError
 from cfjax.models.wan import WanConfig
 from cfjax.nn.visibility import Blocks
@@ -60,9 +61,9 @@ def test_ratios_are_of_the_same_round(script):
     assert script["ratios"](seconds) == {"reference_float32 / cfjax_float32": {"median": 2.0, "min": 1.0, "max": 4.0}}
 
 
-def test_sides_take_turns(script):
+def test_sides_take_turns():
     order = []
-    script["alternate"]({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
     assert "".join(order) == "abbaab"
 
 
