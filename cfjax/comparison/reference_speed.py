@@ -143,7 +143,7 @@ def our_stream(work: Work, compute: str) -> Side:
     fresh = jnp.moveaxis(jnp.asarray(renoise_of(subject, setup)[:1]), 2, 0)
     count = len(setup.steps) - 1
     cut = [(start[:, a:b], fresh[:count, :, a:b]) for a, b in work.blocks.spans(work.frames)]
-    text, shape = jnp.asarray(subject.text()[:1]), start.shape[2:]
+    text, shape = jnp.asarray(subject.text()[:1]), (work.height, work.width, subject.config.in_dim)
 
     def run() -> list[jax.Array]:
         text_kv = prompt_kv(pipeline.model, text, text[0], pipeline.sampler)

@@ -10,7 +10,7 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     """Seconds of every call in every round; the order is turned around from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
-        for name in list(calls) if number % 2 == 0 else reversed(calls):
+        for name in list(calls) if number % 2 == 0 else reversed(list(calls)):
             start = time.perf_counter()
             calls[name]()
             seconds[name].append(time.perf_counter() - start)

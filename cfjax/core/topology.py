@@ -173,7 +173,9 @@ def open_topology(topology: Topology) -> list[Any]:
         raise UserError(f"--topology={topology.name} needs TPU's compiler: pip install 'cfjax[tpu]'")
     shape = "x".join(map(str, topology.shape))
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip: one may be training beside it
-    more = {"chip_config_name": topology.chip.config} if topology.chip.config else {}
+    more: dict[str, Any] = {"chip_config_name": topology.chip.config} if topology.chip.config else {}
+    if topology.chips == 1:  # a part of a host
+        more["chips_per_host_bounds"] = (1, 1, 1)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.chip.name}:{shape}", **more)
     except Exception as error:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.programs import Programs
+from cfjax.core.quantize import is_quantized
 from cfjax.core.topology import peak_bandwidth, peak_flops
+from cfjax.core.tree import map_named, named_leaves
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.planning.flops import count_flops
@@ -41,29 +43,35 @@ class NoDecoder:
         return latents_BFHWC, state
 
 
-class CountedPrograms(Programs):
-    """Programs that remember how often each was called."""
+class CallLog:
+    """Calls of jitted functions by what is compiled for them: function, shapes, static arguments.
+
+    Attributes:
+      times: how often each was called since the last `restart`.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.calls: dict[Any, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {}
         self.times: dict[Any, int] = {}
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
-        """See `Programs`."""
+    def note(self, function: Callable[..., Any], args: tuple[Any, ...], static: dict[str, Any]) -> tuple[Any, ...]:
+        """Counts a call; returns its arguments' shapes."""
         shapes = jax.eval_shape(lambda *given: given, *args)
         key = (function, jax.tree.structure(shapes), *jax.tree.leaves(shapes), *sorted(static.items()))
         self.calls.setdefault(key, (function, shapes, static))
         self.times[key] = self.times.get(key, 0) + 1
-        return super().__call__(function, *args, **static)
+        return shapes
+
+    def flops_of(self, key: Any) -> float:
+        """FLOPs of one call."""
+        function, shapes, static = self.calls[key]
+        return count_flops(lambda *args: function(*args, **static), *map(_dense, shapes))
 
     def flops(self) -> dict[str, float]:
         """FLOPs of all calls since the last `restart`: of the network, and of the decoder."""
         out = {"network": 0.0, "decoder": 0.0}
-        for key, (function, shapes, static) in self.calls.items():
-            if times := self.times.get(key, 0):
-                one = count_flops(lambda *args: function(*args, **static), *map(_dense, shapes))  # noqa: B023
-                out["decoder" if function is decode_step else "network"] += times * one
+        for key, times in self.times.items():
+            out["decoder" if self.calls[key][0] is decode_step else "network"] += times * self.flops_of(key)
         return out
 
     def restart(self) -> None:
@@ -71,14 +79,27 @@ class CountedPrograms(Programs):
         self.times.clear()
 
 
+class CountedPrograms(Programs):
+    """Programs with a log of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = CallLog()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """See `Programs`."""
+        self.log.note(function, args, static)
+        return super().__call__(function, *args, **static)
+
+
 def _dense(argument: Any) -> Any:
     """A network with the attention whose FLOPs `count_flops` sees: kernels have none in a jaxpr."""
     if not isinstance(argument, Wan):
         return argument
     config = replace(argument.config, attention="xla")
-    other = jax.tree.structure(jax.eval_shape(lambda: Wan(config, jax.random.key(0))))
-    leaves = jax.tree.leaves(argument)
-    return jax.tree.unflatten(other, leaves) if other.num_leaves == len(leaves) else argument
+    other = jax.eval_shape(lambda: Wan(config, jax.random.key(0)))
+    named = named_leaves(argument, is_quantized)
+    return map_named(lambda name, _: named[name], other)
 
 
 @dataclass(frozen=True)
@@ -116,7 +137,7 @@ def network_size(model: Wan) -> NetworkSize:
 
 
 def passes_of(sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, tokens_per_frame: int) -> list[Pass]:
-    """Every network call of one video: denoising steps (guidance: twice) and commits, given frames' among them."""
+    """The network calls that one video needs: denoising steps, commits of all blocks but the last; guided: twice."""
     twice, total = (2 if isinstance(sampler, ManyStep) else 1), sizes.frames
     if blocks is None:
         calls = network_calls(sampler, None, total)
@@ -129,13 +150,15 @@ def passes_of(sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, 
     out: list[Pass] = []
     before = blocks.spans(sizes.given)[: given_blocks(blocks, sizes.given)] if sizes.given else []
     out += [call(*span, True) for span in before for _ in range(twice)]
-    for index, (start, stop) in enumerate(layout_from(blocks, sizes.given).spans(sizes.generated)):
+    spans = layout_from(blocks, sizes.given).spans(sizes.generated)
+    for index, (start, stop) in enumerate(spans):
         if isinstance(sampler, FewStep):
             steps = len(sampler.first_sigmas() if index == 0 else sampler.sigmas())
         else:
             steps = network_calls(sampler, None, total)
         span = sizes.given + start, sizes.given + stop
-        out += [call(*span, False)] * steps + [call(*span, True)] * twice
+        commits = twice if index + 1 < len(spans) else 0
+        out += [call(*span, False)] * steps + [call(*span, True)] * commits
     return out
 
 
@@ -241,9 +264,9 @@ def measure_stream(stream: Stream, *, batches: int = 3, seed: int = 0) -> Speed:
     cold = time.perf_counter() - start
     warm = []
     for number in range(batches):
-        programs.restart()
+        programs.log.restart()
         warm.append(run_once(stream, seed + (1 + number) * stream.batch, programs))
-    executed = programs.flops()
+    executed = programs.log.flops()
     tokens = pipeline.model.config.tokens_per_frame(sizes.height, sizes.width)
     size, rows = network_size(pipeline.model), stream.text_BSE.shape[1]
     passes = passes_of(pipeline.sampler, pipeline.blocks, sizes, tokens)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -24,7 +25,7 @@ from cfjax.models.wan import Wan
 from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep
-from cfjax.rollout.sizes import latent_sizes, pixel_frames
+from cfjax.rollout.sizes import Sizes, latent_sizes, pixel_frames
 from cfjax.rollout.stream import Pipeline
 from cfjax.worlds.world import World, WorldParts
 
@@ -65,10 +66,26 @@ def open_stream(c: ConfigDict) -> Opened:
     """
     if c.decoder not in ("", *DECODERS):
         raise UserError(f"--config.decoder={c.decoder!r}: use {', '.join(DECODERS)}")
-    run = _opened_run(c) if c.run else random_run(c)
-    blocks, stride = blocks_of(c, run.blocks), run.world.codec.stride
+    run = _opened_run(c) if c.run else random_run(random_parts_of(c), c)
+    blocks = blocks_of(c, run.blocks)
+    sizes = sizes_of(c, run, blocks)
+    codec: Any = NoDecoder() if c.decoder == "none" else run.world.codec
+    rows = np.random.default_rng(c.seed).standard_normal((c.batch, run.world.text_length, run.world.text_width))
+    text = rows.astype(np.float32)
+    pipeline = Pipeline(run.model, codec, sampler_of(c, run), blocks)
+    decoder = c.decoder or ("toy" if isinstance(codec, PatchCodec) else "vae")
+    return Opened(Stream(pipeline, text, text[0], sizes), run.name, decoder, _prompt_encoder(c, run))
+
+
+def sizes_of(c: ConfigDict, run: Run, blocks: Blocks | None) -> Sizes:
+    """The sizes that a config asks for; 0 is the run's own.
+
+    Raises:
+      UserError: codec, patches or blocks do not divide them.
+    """
     frames, height, width, _ = run.latent_shape
-    sizes = latent_sizes(
+    stride = run.world.codec.stride
+    return latent_sizes(
         c.frames or pixel_frames(frames, stride[0]),
         c.height or height * stride[1],
         c.width or width * stride[2],
@@ -76,12 +93,6 @@ def open_stream(c: ConfigDict) -> Opened:
         patch=run.model.config.patch,
         blocks=blocks,
     )
-    codec: Any = NoDecoder() if c.decoder == "none" else run.world.codec
-    rows = np.random.default_rng(c.seed).standard_normal((c.batch, run.world.text_length, run.world.text_width))
-    text = rows.astype(np.float32)
-    pipeline = Pipeline(run.model, codec, sampler_of(c, run), blocks)
-    decoder = c.decoder or ("toy" if isinstance(codec, PatchCodec) else "vae")
-    return Opened(Stream(pipeline, text, text[0], sizes), run.name, decoder, _prompt_encoder(c, run))
 
 
 def _opened_run(c: ConfigDict) -> Run:
@@ -92,37 +103,69 @@ def _opened_run(c: ConfigDict) -> Run:
     return open_run(c.run, ema=c.ema, world=c.world, parts=parts, precision=c.precision, attention=c.attention)
 
 
-def random_run(c: ConfigDict, *, shapes: bool = False) -> Run:
+@dataclass(frozen=True)
+class RandomParts:
+    """A network of a preset's sizes and what is around it, where there is no run; "" is the preset's own.
+
+    Attributes:
+      decoder: "vae", "tiny_vae", "toy", or "".
+      block_frames: latent frames of a block.
+    """
+
+    preset: str
+    precision: str = ""
+    storage: str = ""
+    attention: str = ""
+    decoder: str = ""
+    decoder_precision: str = ""
+    text_rows: int = 512
+    block_frames: int = 3
+    seed: int = 0
+
+    @property
+    def toy(self) -> bool:
+        """Whether it is the toy's."""
+        return self.preset == "toy"
+
+
+def random_parts_of(c: ConfigDict) -> RandomParts:
+    """The part of a config like `configs/bench.py` that says so."""
+    named = {name: c[name] for name in RandomParts.__dataclass_fields__}
+    return RandomParts(**{**named, "decoder": "" if c.decoder == "none" else c.decoder})
+
+
+def random_run(parts: RandomParts, config: ConfigDict, *, shapes: bool = False) -> Run:
     """A run that never was: the preset's network, few-step sampler, blocks and decoder.
 
     Args:
-      shapes: leave the weights away, for `cfjax plan`.
+      shapes: shapes in place of all weights, for `cfjax plan`.
+
+    Raises:
+      UserError: there is no such preset, storage or decoder.
     """
-    network = wan.preset(c.preset, remat="none")
-    policy = replace(network.precision, compute=c.precision) if c.precision else network.precision
-    network = replace(network, precision=policy, attention=c.attention or network.attention)
+    network = wan.preset(parts.preset, remat="none")
+    policy = replace(network.precision, compute=parts.precision) if parts.precision else network.precision
+    network = replace(network, precision=policy, attention=parts.attention or network.attention)
     template = jax.eval_shape(lambda: Wan(network, jax.random.key(0)))
-    template = with_storage_dtypes(template, c.storage or policy.compute, policy.compute)
-    toy = c.preset == "toy"
-    if not toy and c.decoder == "toy":
-        raise UserError(
-            f"--config.decoder=toy decodes the toy's latents, not those of preset={c.preset!r}; use vae or tiny_vae"
-        )
-    name = "toy" if toy and c.decoder in ("", "none") else c.decoder
-    codec = jax.eval_shape if shapes else lambda make: make()
-    world = _RandomWorld(
-        codec(lambda: random_codec(name, Policy(c.decoder_precision or policy.compute))), c.text_rows, network.text_dim
+    template = with_storage_dtypes(template, parts.storage or policy.compute, policy.compute)
+    if not parts.toy and parts.decoder == "toy":
+        raise UserError(f"decoder=toy decodes the toy's latents, not those of {parts.preset!r}; use vae or tiny_vae")
+    make = partial(
+        random_codec,
+        parts.decoder or ("toy" if parts.toy else "vae"),
+        Policy(parts.decoder_precision or policy.compute),
     )
+    world = _RandomWorld(jax.eval_shape(make) if shapes else make(), parts.text_rows, network.text_dim)
     return Run(
-        name=f"random {c.preset}",
+        name=f"random {parts.preset}",
         stage="random",
         step=0,
-        model=template if shapes else random_model(template, c.seed),
+        model=template if shapes else random_model(template, parts.seed),
         world=cast(World, world),
         sampler=FewStep(),
-        blocks=Blocks(c.block_frames),
-        latent_shape=(*(TOY_LATENTS if toy else WAN_LATENTS), network.in_dim),
-        config=c,
+        blocks=Blocks(parts.block_frames),
+        latent_shape=(*(TOY_LATENTS if parts.toy else WAN_LATENTS), network.in_dim),
+        config=config,
     )
 
 
