@@ -41,6 +41,7 @@ from measure import parser, write
 from cfjax.comparison.reference import Reference, open_reference
 from cfjax.comparison.reference_speed import PAIRS, Pair, Side, Work
 from cfjax.comparison.report import compare_named, relative_error
+from cfjax.comparison.turns import round_ratios, take_turns
 from cfjax.core.console import say
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
@@ -90,17 +91,6 @@ def make_side(pair: Pair, name: str, work: Work, reference: Reference) -> Side:
     return pair.ours(work, dtype) if who == "cfjax" else pair.theirs(reference, work, dtype)
 
 
-def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round; the order is turned around from round to round."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
-        for name in list(calls) if number % 2 == 0 else reversed(calls):
-            start = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def errors(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
     """Largest relative error of the output, and of the worst parameter's gradient."""
     found = {"output": relative_error(ours[""], theirs[""])}
@@ -115,8 +105,7 @@ def ratios(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     found = {}
     for theirs, ours in ((BASE, "cfjax_float32"), (BASE, "cfjax_bfloat16"), ("reference_bfloat16", "cfjax_bfloat16")):
         if theirs in seconds and ours in seconds:
-            each = [a / b for a, b in zip(seconds[theirs], seconds[ours], strict=True)]
-            found[f"{theirs} / {ours}"] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
+            found[f"{theirs} / {ours}"] = round_ratios(seconds[theirs], seconds[ours])
     return found
 
 
@@ -142,14 +131,19 @@ def status_mib(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_mib(make: Callable[[], Side]) -> dict[str, float]:
-    """What a side holds in this process, above what was held before: after its first call, and at the most in a second."""
-    before = status_mib("VmRSS")
-    side = make()
-    side.run()
+def resting_mib() -> float:
+    """What this process holds, after what is free was given back."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    resting = status_mib("VmRSS") - before
+    return status_mib("VmRSS")
+
+
+def peak_mib(make: Callable[[], Side]) -> dict[str, float]:
+    """What a side holds in this process above what was held before: after a first call, and at most during another."""
+    before = resting_mib()
+    side = make()
+    side.run()
+    resting = resting_mib() - before
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what is held now
     side.run()
     return {"resting_mib": resting, "peak_mib": status_mib("VmHWM") - before}
@@ -177,7 +171,7 @@ def measure(case: str, work: Work, sides: list[str], rounds: int, reference: Ref
     del found
     row: dict[str, Any] = {"case": case, "work": describe(work), "first_call_s": first, "error": apart}
     with others(row):
-        seconds = alternate({name: side.run for name, side in made.items()}, rounds)
+        seconds = take_turns({name: side.run for name, side in made.items()}, rounds)
     row |= {"seconds": seconds, "median_s": {name: statistics.median(s) for name, s in seconds.items()}}
     return row | {"ratio": ratios(seconds)}
 

@@ -18,6 +18,7 @@ from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, si
 from cfjax.experiment.build import Experiment, build
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.programs import expected_trip_counts, lower_update, stage_memory, whole_flops, with_attention
+from cfjax.experiment.stream_plan import plan_stream, stream_table
 from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.search import Candidate, candidates, overrides
 from cfjax.training.memory import memory_table, needed_bytes
@@ -25,7 +26,9 @@ from cfjax.training.memory import memory_table, needed_bytes
 DESCRIPTION = """Compiles every update of a training stage for a slice, a cluster or simulated devices, without them and
 without allocating anything, and prints what each device needs: arguments, temporaries, peak against its memory, FLOPs
 and their time at the chip's peak, collectives by kind, a verdict. --fit=N compiles up to N more machines of the same
-chip to find the smallest that holds it. Exit code 1: it does not fit. Takes minutes for full networks."""
+chip to find the smallest that holds it. Exit code 1: it does not fit. Takes minutes for full networks.
+With configs/generate.py or configs/bench.py: the programs of a stream and its decoders on one device of the machine,
+what the chip's peak allows in frames/s, and the smallest slice for real time."""
 FLAGS = (
     Flag("topology", "v4|v5e|v5p|v6e|tpu7x:SHAPE, h100:HOSTSxGPUS or cpu:N, such as v5p:4x4x4", required=True),
     Flag("fit", "compile up to so many more machines of this chip to find the smallest that fits", kind=int, default=0),
@@ -62,10 +65,13 @@ class Plan:
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and plans; 0 if it fits, else 1."""
     c, workdir, flags = parse("plan", argv, description=DESCRIPTION, extra_flags=FLAGS, default_workdir="runs/plan")
-    if "roles" not in c or "optim" not in c or not c.optim:
-        raise UserError("cfjax plan compiles training stages: give the config of one, such as configs/dmd.py")
+    streams = "sampler" in c and "window" in c
+    if not streams and ("roles" not in c or "optim" not in c or not c.optim):
+        raise UserError("cfjax plan compiles training stages and streams: give configs/dmd.py, say, or generate.py")
     topology = parse_topology(flags["topology"])
     simulate_devices(topology)
+    if streams:
+        return plan_streaming(c, argv, topology, flags["text"], workdir / "plan.json")
     e = build(c, given_keys(argv))
     shapes, only = shapes_of(e, flags), [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
@@ -75,6 +81,26 @@ def main(argv: Sequence[str]) -> int:
         plans += smallest(e, shapes, plans[0], flags["fit"], only)
     record(workdir / "plan.json", argv, e, plans)
     return 1 if plans[0].fits is False else 0
+
+
+def plan_streaming(c: Any, argv: Sequence[str], topology: Topology, text_rows: int, file: Path) -> int:
+    """Plans a stream, prints and records it; 0 if it fits with one of the decoders, or on simulated devices."""
+    found = plan_stream(c, topology, open_topology(topology)[0], text_rows=text_rows)
+    say("\n".join(stream_table(found)))
+    bounds = [
+        {
+            "decoder": decoder.name,
+            "memory": found.memory(decoder),
+            "fits": found.fits(decoder),
+            "frames_per_second": found.frames_per_second(decoder),
+            "smallest": found.smallest(decoder),
+        }
+        for decoder in found.decoders
+    ]
+    made = {"command": ["cfjax", "plan", *argv], "jax": jax.__version__, "stream": asdict(found), "bounds": bounds}
+    write_atomically(file, json.dumps(made, indent=1))
+    say(f"{file}")
+    return 0 if any(bound["fits"] is not False for bound in bounds) else 1
 
 
 def shapes_of(e: Experiment, flags: Mapping[str, Any]) -> Shapes:

@@ -109,7 +109,7 @@ def test_a_simulated_plan_counts_the_real_arguments(tmp_path, capsys):
     ("argv", "message"),
     [
         (["--config=configs/dmd.py:toy"], "--topology is missing"),
-        (["--config=configs/generate.py", "--topology=cpu:8"], "give the config of one, such as configs/dmd.py"),
+        (["--config=configs/evaluate.py", "--topology=cpu:8"], "give configs/dmd.py, say, or generate.py"),
         (["--config=configs/dmd.py:toy", "--topology=cpu:8"], "mesh data=1 fsdp=1 context=1 tensor=1 has size 1"),
         (["--config=configs/dmd.py", "--topology=cpu:8", "--frames=80"], "--frames=80: use 1 + a multiple of 4"),
         (["--config=configs/dmd.py", "--topology=cpu:8", "--width=830"], "--width=830: use a multiple of 16"),

@@ -1,12 +1,13 @@
 """The same work for cfjax and for the PyTorch reference, ready to be timed: a few-step video, a step of two stages.
 
-Both sides have the same weights, inputs and random draws, one clip each. What is done once (building networks, compiling)
-is done by `Side`'s maker; what is done at every call (the text's embedding, empty caches, zeroed gradients) is inside
-`Side.run`. A training step here is the loss and the gradient of every parameter; the optimiser's update is left out.
+Both sides have the same weights, inputs and random draws, one clip each. What is done once (building networks,
+compiling) is done by a `Side`'s maker or in its first call; what is done at every call (the text's embedding, empty
+caches, zeroed gradients) is inside `Side.run`. A training step here is the loss and the gradient of every parameter;
+the optimiser's update is left out.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ class Work:
     frames: int = 21
     height: int = 32
     width: int = 32
-    blocks: Blocks = Blocks()
+    blocks: Blocks = field(default_factory=Blocks)
     steps: int = 4
     text_rows: int = 64
     quirks: bool = True
@@ -142,7 +143,7 @@ def our_stream(work: Work, compute: str) -> Side:
     fresh = jnp.moveaxis(jnp.asarray(renoise_of(subject, setup)[:1]), 2, 0)
     count = len(setup.steps) - 1
     cut = [(start[:, a:b], fresh[:count, :, a:b]) for a, b in work.blocks.spans(work.frames)]
-    text, shape = jnp.asarray(subject.text()[:1]), start.shape[2:]
+    text, shape = jnp.asarray(subject.text()[:1]), (work.height, work.width, subject.config.in_dim)
 
     def run() -> list[jax.Array]:
         text_kv = prompt_kv(pipeline.model, text, text[0], pipeline.sampler)

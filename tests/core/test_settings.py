@@ -20,6 +20,7 @@ from tests.test_configs import CASES, get_config
 
 STAGES = ("ar_diffusion", "bidirectional", "consistency", "dmd", "ode_regression")
 EMPTY = {"generate": {"seeds", "sampler.steps", "sampler.first_steps"}, "train": {"roles.critic.branch.layers"}}
+EMPTY["bench"] = EMPTY["generate"] - {"seeds"}
 EMPTY |= dict.fromkeys(("plan", "precompute"), EMPTY["train"])
 READS = {  # the configs that a verb takes
     "train": STAGES,
