@@ -11,9 +11,11 @@ from cfjax.core.sharding import batch_sharding, on_mesh, replicated
 from cfjax.experiment.build import Experiment
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.networks import NetworkRole
+from cfjax.models.cache import longest_share
 from cfjax.models.discriminator import TAP, tapped_layers
 from cfjax.models.wan import preset
 from cfjax.nn.attention import pick_backend
+from cfjax.nn.frames import VISIBLE_PREFIX
 from cfjax.objectives.diffusion import CORRECTIVE, DiffusionConfig
 from cfjax.objectives.dmd import DMDConfig
 from cfjax.planning.flops import count_flops
@@ -70,7 +72,8 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
     """Mean trip counts of loops and branches that depend on random draws, by scope (`planning.trip_counts`).
 
     Loops: steps before the exit; a long rollout's blocks, and the latents before its window. Conditionals: all blocks
-    but the last are committed; windows after the start, of all; a branch's layers, of all; corrective clips, of all.
+    but the last are committed; windows after the start, of all; a branch's layers, of all; corrective clips, of all;
+    blocks that see the longest prefix of the cache, of all.
 
     Args:
       frames: latent frames of the clips.
@@ -93,6 +96,7 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
         runs[LAST_PICTURE] = (most - least + 1) / 2 * blocks.frames  # of windows after the start
     number = (least + most) / 2 if long else len(blocks.spans(frames))
     runs[COMMIT] = (number - 1) / number
+    runs[VISIBLE_PREFIX] = longest_share(long.max_frames if long else frames, blocks)
     return runs
 
 

@@ -153,6 +153,13 @@ def view(slots: int, stop: jax.Array, blocks: Blocks, *, first_stop: int = 0) ->
     return View(stop, slots, blocks, kept, groups == len(lengths))
 
 
+def longest_share(num_frames: int, blocks: Blocks) -> float:
+    """Share of the blocks of a video that see the longest prefix of its cache; the others see each of the rest."""
+    number = len(blocks.spans(num_frames))
+    shorter = len(view(num_frames, jnp.int32(0), blocks).lengths) - 1
+    return (number - shorter) / number if number > shorter and blocks.window else 1 / (shorter + 1)
+
+
 def attend_past(
     q_BFTNK: jax.Array,
     k_BFTNK: jax.Array,

@@ -23,6 +23,8 @@ from cfjax.core.sharding import constrain, context_sharding, token_shards, vmap_
 from cfjax.nn.attention import attend, dense, pick_backend
 from cfjax.nn.visibility import Visibility
 
+VISIBLE_PREFIX = "visible_prefix"  # scope of the conditional over the lengths of what a block sees
+
 
 def _flat(x_BFTNK: jax.Array) -> jax.Array:
     """All tokens of some heads, [B, F * T, N, K]."""
@@ -107,8 +109,13 @@ def attend_prefix(
     if len(branches) == 1:
         return branches[0](q_BFTNK, k_BFTNK, v_BFTNK)
     index = jnp.sum(jnp.asarray(lengths[:-1]) < visible)
-    # A conditional would save the intermediate values of every branch for the backward pass: it saves its inputs alone.
-    return jax.checkpoint(lambda *qkv: jax.lax.switch(index, branches, *qkv))(q_BFTNK, k_BFTNK, v_BFTNK)
+
+    @jax.checkpoint  # a conditional would save the intermediate values of every branch for the backward pass
+    def attend_visible(*qkv: jax.Array) -> jax.Array:
+        with jax.named_scope(VISIBLE_PREFIX):
+            return jax.lax.switch(index, branches, *qkv)
+
+    return attend_visible(q_BFTNK, k_BFTNK, v_BFTNK)
 
 
 def attend_text(q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, *, backend: str = "auto") -> jax.Array:

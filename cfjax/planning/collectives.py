@@ -158,9 +158,9 @@ def collectives(text: str, *, trip_counts: TripCounts | None = None) -> dict[str
         ]
         branches = []
         for targets, stack in computation.branches:
-            *_, most = ordered = sorted(targets, key=lambda branch: _moved(of(branch)))
+            *others, most = sorted(targets, key=lambda branch: _moved(of(branch)))
             share = branch_frequency(stack, trip_counts or {})
-            branches += [(most, share), (ordered[0], 1 - share)]
+            branches += [(most, share), *((branch, (1 - share) / len(others)) for branch in others)]
         for called, times in [*computation.calls, *loops, *branches]:
             for kind, traffic in of(called).items():
                 total[kind][0] += times * traffic.runs

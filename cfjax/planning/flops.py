@@ -2,7 +2,7 @@
 
 Counted is every `dot_general` as 2 B M N K, times the length of the scans around it; the trip count of a loop that
 depends on data is the caller's, and so is the frequency of a conditional's costlier branch (`trip_counts`). A program
-is counted with dense attention, which computes exactly the rectangles of its visibility (a KV cache: all slots).
+is counted with dense attention, which computes exactly the rectangles of its visibility.
 """
 
 import math
@@ -50,7 +50,8 @@ def count(jaxpr: Any, trip_counts: TripCounts) -> float:
             parts = [count(inner, trip_counts) for inner in _inner(equation)]
             if name == "cond":
                 share = branch_frequency(stack, trip_counts)
-                total += share * max(parts) + (1 - share) * min(parts)
+                *others, most = sorted(parts)
+                total += share * most + (1 - share) * sum(others) / max(len(others), 1)
                 continue
             times = (
                 equation.params["length"]

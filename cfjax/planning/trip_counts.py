@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-# Named scope -> mean trip count of a loop, or frequency of a conditional's costlier branch.
+# Named scope -> mean trip count of a loop, or frequency of a conditional's costliest branch (the others: equally often).
 TripCounts = Mapping[str, float]
 _WORDS = re.compile(r"[/()]+")
 
@@ -14,7 +14,7 @@ def loop_trip_count(stack: str, trip_counts: TripCounts) -> float:
 
 
 def branch_frequency(stack: str, trip_counts: TripCounts) -> float:
-    """How often a conditional takes its costlier branch, by the last scope of its name stack; 1 if that is unknown.
+    """How often a conditional takes its costliest branch, by the last scope of its name stack; 1 if that is unknown.
 
     Outer scopes, such as that of a loop around it, do not count. XLA's name stacks end with the operation itself.
     """

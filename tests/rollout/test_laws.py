@@ -114,7 +114,7 @@ def test_what_nobody_reads_of_a_commit_is_not_computed():
     fused = count_flops(lambda: commit_and_denoise(tiny(), x, x, 0.7, text_kv(), cache, at, blocks))
     rows, dim = BATCH * frames * TOKENS, CONFIG.dim
     linear = 2 * rows * (2 * dim * dim + 2 * dim * dim + 2 * dim * CONFIG.ffn_dim)  # q, o; of the text; feed-forward
-    attention = 2 * 2 * rows * dim * ((FRAMES + frames) * TOKENS + TEXT_LEN)
+    attention = 2 * 2 * rows * dim * (FRAMES * TOKENS + TEXT_LEN)
     head = 2 * rows * dim * CONFIG.out_dim * CONFIG.patch[0] * CONFIG.patch[1]
     assert step - commit == linear + attention + head
     clean_keys = 2 * 2 * rows * dim * frames * TOKENS * CONFIG.num_layers  # which a cache of every frame holds already
