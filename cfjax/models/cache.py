@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cfjax.core.bits import from_bits
 from cfjax.nn.frames import attend_prefix, constrain_kv
 from cfjax.nn.visibility import Blocks
 
@@ -86,21 +87,32 @@ class View:
         """Number of first frames of `read`'s result that the block sees."""
         return jnp.minimum(self.stop - (self.oldest - self.blocks.sink), self.lengths[-1])
 
-    def read(self, past_BFTNK: jax.Array, own_BFTNK: jax.Array) -> jax.Array:
-        """Keys or values of a layer, [B, lengths[-1], T, N, K]: the past, and the own frames, which end at `stop`.
+    def read(self, past_LBFTNK: jax.Array, layer: jax.Array | int, own_BFTNK: jax.Array, length: int) -> jax.Array:
+        """The first `length` frames of a layer's keys or values, [B, length, T, N, K]: past ones and own.
 
-        There may be more own frames than the block's: the ones before it, which are not in the cache yet.
+        Args:
+          own_BFTNK: the frames before `stop`. There may be more than the block's: those of the block before it, which
+            is not in the cache yet.
+          length: one of `lengths` that is no less than `visible`.
         """
-        blocks, oldest = self.blocks, self.oldest
-        past, own = past_BFTNK.astype(own_BFTNK.dtype), own_BFTNK
+        blocks, oldest, own = self.blocks, self.oldest, own_BFTNK
+
+        def cut(start: jax.Array | int, frames: int) -> jax.Array:
+            sizes = (1, past_LBFTNK.shape[1], frames, *past_LBFTNK.shape[3:])
+            return jax.lax.dynamic_slice(past_LBFTNK, (layer, 0, start, 0, 0, 0), sizes)[0]
+
+        kept_whole = bool(blocks.window) and self.slots > blocks.window
+        if kept_whole:
+            recent = cut(oldest, length - blocks.sink)
+            past = jnp.concatenate([cut(0, blocks.sink), recent], axis=1) if blocks.sink else recent
+        else:
+            past = cut(0, length)
+        past = from_bits(past).astype(own.dtype)
         if not blocks.window:
             return put_frames(past, own, self.stop - own.shape[1])
-        if self.slots > blocks.window:
-            recent = jax.lax.dynamic_slice_in_dim(past, oldest, blocks.window - blocks.sink, 1)
-            past = jnp.concatenate([past[:, : blocks.sink], recent], axis=1) if blocks.sink else recent
         for i in range(own.shape[1]):  # a ring may wrap inside a block
             frame, last = self.stop - own.shape[1] + i, own[:, i : i + 1]
-            if self.slots > blocks.window:
+            if kept_whole:
                 slot = jnp.where(frame < blocks.sink, frame, frame - (oldest - blocks.sink))
             else:
                 slot = slot_of(frame, self.slots, blocks)
@@ -164,14 +176,22 @@ def attend_past(
     q_BFTNK: jax.Array,
     k_BFTNK: jax.Array,
     v_BFTNK: jax.Array,
-    past: Any,
+    past: tuple[Any, Any, jax.Array | int],
     seen: View,
     *,
     backend: str = "auto",
 ) -> jax.Array:
-    """A block's queries attend to what they see of the `past` (a layer's keys and values) and to the own frames."""
-    k, v = seen.read(past[0], k_BFTNK), seen.read(past[1], v_BFTNK)
-    return attend_prefix(q_BFTNK, k, v, seen.visible, seen.lengths, exact=seen.exact, backend=backend)
+    """A block's queries attend to what they see of the past, and to the own frames.
+
+    Args:
+      past: keys and values of all layers, [L, B, F, T, N, K] (their bits: `core.bits`), and the layer.
+    """
+    keys, values, layer = past
+
+    def read(length: int) -> tuple[jax.Array, jax.Array]:
+        return seen.read(keys, layer, k_BFTNK, length), seen.read(values, layer, v_BFTNK, length)
+
+    return attend_prefix(q_BFTNK, read, seen.visible, seen.lengths, exact=seen.exact, backend=backend)
 
 
 def slot_of(frame: jax.Array, slots: int, blocks: Blocks) -> jax.Array:

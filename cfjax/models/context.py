@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cfjax.core.bits import from_bits, to_bits
-from cfjax.models.cache import KVCache, attend_past, view
+from cfjax.models.cache import KVCache
 from cfjax.models.ends import embed_frames, flow_of
 from cfjax.models.wan import (
     KV,
@@ -27,6 +27,7 @@ from cfjax.models.wan import (
     WanConfig,
     apply_block,
     attend_by,
+    attend_cached,
 )
 from cfjax.nn import layers
 from cfjax.nn.frames import constrain_kv
@@ -61,13 +62,8 @@ def forward_kv(
 ) -> FrameKV:
     """The keys and values that `forward_block` returns besides the flow, which is not computed."""
     frames = clean_BFHWC.shape[1]
-    seen = view(cache.frame_F.shape[0], start + frames, blocks)
-
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
-        return attend_past(q, k, v, past, seen, backend=model.config.attention)
-
-    past = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
-    return _keys_and_values(model, clean_BFHWC, sigma_BF, text_kv, start + jnp.arange(frames), self_attend, past)
+    self_attend, numbers = attend_cached(model.config, cache, start + frames, blocks)
+    return _keys_and_values(model, clean_BFHWC, sigma_BF, text_kv, start + jnp.arange(frames), self_attend, numbers)
 
 
 @singledispatch
@@ -90,12 +86,12 @@ def forward_fused(
       The noisy block's flow, and the clean block's keys and values for `cache.write`. Reads the cache alone.
     """
     config, frames = model.config, clean_BFHWC.shape[1]
-    attend_clean, attend_noisy = _views(cache, start, frames, noisy_BFHWC.shape[1], blocks, config.attention)
+    attend_clean, attend_noisy = _views(config, cache, start, frames, noisy_BFHWC.shape[1], blocks)
 
-    def attend_both(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
+    def attend_both(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
         one, other = ([x[:, :frames] for x in (q, k, v)], [x[:, frames:] for x in (q, k, v)])
-        clean = attend_clean(*one, past)
-        return jnp.concatenate([clean, attend_noisy(*other, FrameKV(*one[1:]), past)], axis=1)
+        clean = attend_clean(*one, layer)
+        return jnp.concatenate([clean, attend_noisy(*other, FrameKV(*one[1:]), layer)], axis=1)
 
     stream, e_BFD, e0, table = embed_frames(
         model,
@@ -103,33 +99,32 @@ def forward_fused(
         jnp.concatenate([clean_sigma_BF, sigma_BF], axis=1),
         start + jnp.arange(frames + noisy_BFHWC.shape[1]),
     )
-    past = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
     cut = lambda kv: FrameKV(*(x[:, :frames] for x in kv))
-    stream, kv = _but_last(model, stream, e0, text_kv, table, attend_both, past, cut)
+    stream, kv = _but_last(model, stream, e0, text_kv, table, attend_both, jnp.arange(config.num_layers), cut)
 
-    block, text, past = layer_of((model.blocks, text_kv, past), -1)
+    block, text = layer_of((model.blocks, text_kv), -1)
     (e0_clean, *table_clean), (e0_noisy, *table_noisy) = (
         (e0[:, part], *(x[part] for x in table)) for part in (slice(frames), slice(frames, None))
     )
     own = block_kv(block, stream[:, :frames], e0_clean, tuple(table_clean), config)
-    last = lambda q, k, v, past: attend_noisy(q, k, v, own, past)
-    noisy, _ = apply_block(block, stream[:, frames:], e0_noisy, text, past, tuple(table_noisy), last, config)
+    last = lambda q, k, v, layer: attend_noisy(q, k, v, own, layer)
+    noisy, _ = apply_block(
+        block, stream[:, frames:], e0_noisy, text, jnp.int32(config.num_layers - 1), tuple(table_noisy), last, config
+    )
     return flow_of(model, noisy, e_BFD[:, frames:], *noisy_BFHWC.shape[2:4]), _appended(kv, own)
 
 
 def _views(
-    cache: KVCache, start: jax.Array, frames: int, following: int, blocks: Blocks, backend: str
+    config: WanConfig, cache: KVCache, start: jax.Array, frames: int, following: int, blocks: Blocks
 ) -> tuple[SelfAttend, Callable[..., jax.Array]]:
     """One layer's attention of a clean block, and of the `following` noisy frames (which takes the clean keys too)."""
-    slots, middle = cache.frame_F.shape[0], start + frames
-    seen_clean, seen_noisy = view(slots, middle, blocks), view(slots, middle + following, blocks)
+    stop = start + frames + following
+    attend_clean, _ = attend_cached(config, cache, start + frames, blocks)
+    attend_own, _ = attend_cached(config, cache, stop, blocks)
 
-    def attend_clean(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
-        return attend_past(q, k, v, past, seen_clean, backend=backend)
-
-    def attend_noisy(q: jax.Array, k: jax.Array, v: jax.Array, own: FrameKV, past: FrameKV) -> jax.Array:
+    def attend_noisy(q: jax.Array, k: jax.Array, v: jax.Array, own: FrameKV, layer: jax.Array) -> jax.Array:
         keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(own, (k, v), strict=True))
-        return attend_past(q, keys, values, past, seen_noisy, backend=backend)
+        return attend_own(q, keys, values, layer)
 
     return attend_clean, attend_noisy
 

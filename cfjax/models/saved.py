@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from cfjax.models.cache import KVCache, attend_past, view
+from cfjax.models.cache import KVCache
 from cfjax.models.context import layer_of
 from cfjax.models.ends import embed_frames, flow_of
 from cfjax.models.wan import (
@@ -21,6 +21,7 @@ from cfjax.models.wan import (
     KvGradient,
     Wan,
     apply_block,
+    attend_cached,
     backbone,
     replay_attend,
 )
@@ -47,15 +48,11 @@ def forward_saving(
 ) -> Saved:
     """`models.wan.forward_block` without its keys and values, but with every layer's output."""
     frames = latents_BFHWC.shape[1]
-    seen = view(cache.frame_F.shape[0], start + frames, blocks)
-
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
-        return attend_past(q, k, v, past, seen, backend=model.config.attention)
-
-    past, positions = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK), start + jnp.arange(frames)
+    self_attend, numbers = attend_cached(model.config, cache, start + frames, blocks)
+    positions = start + jnp.arange(frames)
     leaving = lambda stream, _: stream
     work = (model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend)
-    flow, stream_LBFTD = backbone(*work, layer_input=past, tap=leaving)
+    flow, stream_LBFTD = backbone(*work, layer_input=numbers, tap=leaving)
     return Saved(jnp.moveaxis(stream_LBFTD, 0, 2), flow)
 
 

@@ -258,14 +258,23 @@ def forward_block(
       The flow, and the block's own keys and values for `cache.write`. Reads the cache, never writes it.
     """
     frames = latents_BFHWC.shape[1]
-    seen = view(cache.frame_F.shape[0], start + frames, blocks)
-
-    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
-        return attend_past(q, k, v, past, seen, backend=model.config.attention)
-
+    self_attend, numbers = attend_cached(model.config, cache, start + frames, blocks)
     positions = start + jnp.arange(frames)
-    past = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
-    return backbone(model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=past, emit_kv=True)
+    return backbone(model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=numbers, emit_kv=True)
+
+
+def attend_cached(config: WanConfig, cache: KVCache, stop: jax.Array, blocks: Blocks) -> tuple[SelfAttend, jax.Array]:
+    """Self-attention of a block that ends at `stop` against the cache, and its extra input: every layer's number.
+
+    So a layer reads what it sees of the stacked keys and values, and no more. No gradient passes into the cache.
+    """
+    seen = view(cache.frame_F.shape[0], stop, blocks)
+    keys, values = to_bits((cache.k_LBFTNK, cache.v_LBFTNK))
+
+    def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
+        return attend_past(q, k, v, (keys, values, layer), seen, backend=config.attention)
+
+    return self_attend, jnp.arange(config.num_layers)
 
 
 @singledispatch
@@ -334,7 +343,7 @@ def _attend_stretch(
     outputs = []
     for a, b in blocks.spans(q.shape[1]):
         last_stop = past.k_LBFTNK.shape[1] - q.shape[1] + b  # no start makes this block end later
-        known = FrameKV(past.k_LBFTNK[:, :last_stop], past.v_LBFTNK[:, :last_stop])
+        known = (past.k_LBFTNK[None, :, :last_stop], past.v_LBFTNK[None, :, :last_stop], 0)
         seen = view(last_stop, start + b, blocks, first_stop=b)
         outputs.append(attend_past(q[:, a:b], k[:, a:b], v[:, a:b], known, seen, backend=backend))
     return jnp.concatenate(outputs, axis=1)

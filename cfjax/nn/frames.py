@@ -69,20 +69,20 @@ def attend_frames(
 
 def attend_prefix(
     q_BFTNK: jax.Array,
-    k_BFTNK: jax.Array,
-    v_BFTNK: jax.Array,
+    read: Callable[[int], tuple[jax.Array, jax.Array]],
     visible: jax.Array,
     lengths: tuple[int, ...],
     *,
     exact: bool = False,
     backend: str = "auto",
 ) -> jax.Array:
-    """A block's queries attend to the first `visible` frames (traced, 1 or more) of the keys.
+    """A block's queries attend to the first `visible` frames (traced, 1 or more) of keys and values.
 
     Flash kernels skip the other frames. XLA's programs have static shapes: there, this is a `lax.switch` over the
-    lengths that the prefix may have, each of them without the frames behind it.
+    lengths that the prefix may have, each of which reads and computes no frame behind it.
 
     Args:
+      read: a number of frames -> so many first keys and values, [B, F, T, N, K].
       lengths: ascending, in frames; the last one holds every prefix.
       exact: `visible` is one of the lengths; else the next longer one is computed, and masked.
     """
@@ -91,11 +91,11 @@ def attend_prefix(
     whole_heads = context_sharding(heads, tokens)[0] != "tokens"
     skips = backend == "cudnn" or backend.startswith("splash")
     if skips and whole_heads and len(lengths) > 1:
-        flat = (_flat(x) for x in (q_BFTNK, k_BFTNK, v_BFTNK))
-        return _framed(dense(*flat, num_keys=visible * tokens, backend=backend), frames)
+        k, v = (_flat(x) for x in read(lengths[-1]))
+        return _framed(dense(_flat(q_BFTNK), k, v, num_keys=visible * tokens, backend=backend), frames)
 
-    def attend_first(length: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        k, v = k[:, :length], v[:, :length]
+    def attend_first(length: int, q: jax.Array) -> jax.Array:
+        k, v = read(length)
         seen_F = None if exact else jnp.arange(length) < visible
         if whole_heads:
             mask = None if seen_F is None else jnp.repeat(seen_F, tokens)
@@ -107,15 +107,15 @@ def attend_prefix(
 
     branches = [partial(attend_first, length) for length in lengths]
     if len(branches) == 1:
-        return branches[0](q_BFTNK, k_BFTNK, v_BFTNK)
+        return branches[0](q_BFTNK)
     index = jnp.sum(jnp.asarray(lengths[:-1]) < visible)
 
     @jax.checkpoint  # a conditional would save the intermediate values of every branch for the backward pass
-    def attend_visible(*qkv: jax.Array) -> jax.Array:
+    def attend_visible(q: jax.Array) -> jax.Array:
         with jax.named_scope(VISIBLE_PREFIX):
-            return jax.lax.switch(index, branches, *qkv)
+            return jax.lax.switch(index, branches, q)
 
-    return attend_visible(q_BFTNK, k_BFTNK, v_BFTNK)
+    return attend_visible(q_BFTNK)
 
 
 def attend_text(q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, *, backend: str = "auto") -> jax.Array:

@@ -38,8 +38,8 @@ def align(vector: jax.Array, like: jax.Array) -> jax.Array:
 def _dot(x: jax.Array, y: jax.Array, dimensions: Any = None) -> jax.Array:
     """A product in the dtype of its arguments, summed in float32.
 
-    XLA's CPU backend widens bfloat16 arguments, unless the result is asked for in float32: twice as fast, and no float32
-    copy of the weights. On a mesh the partial sums of tensor parallelism would be twice as large: there it is not asked.
+    XLA's CPU backend widens bfloat16 arguments, unless the result is asked for in float32: that is twice as fast, and
+    makes no float32 copy of the weights. Not on a mesh, where the partial sums of tensor parallelism would be larger.
     """
     wide = x.dtype == jnp.bfloat16 and active_mesh() is None
     dimensions = dimensions or (((x.ndim - 1,), (0,)), ((), ()))
