@@ -95,7 +95,8 @@ class View:
             is not in the cache yet.
           length: one of `lengths` that is no less than `visible`.
         """
-        blocks, oldest, own = self.blocks, self.oldest, own_BFTNK
+        blocks, oldest = self.blocks, self.oldest
+        own = own_BFTNK[:, -length:]  # a shorter prefix is the first, single frame's, which no longer block reads
 
         def cut(start: jax.Array | int, frames: int) -> jax.Array:
             sizes = (1, past_LBFTNK.shape[1], frames, *past_LBFTNK.shape[3:])
@@ -103,8 +104,8 @@ class View:
 
         kept_whole = bool(blocks.window) and self.slots > blocks.window
         if kept_whole:
-            recent = cut(oldest, length - blocks.sink)
-            past = jnp.concatenate([cut(0, blocks.sink), recent], axis=1) if blocks.sink else recent
+            parts = [cut(0, min(blocks.sink, length)), cut(oldest, max(length - blocks.sink, 0))]
+            past = jnp.concatenate(parts, axis=1) if blocks.sink else parts[1]
         else:
             past = cut(0, length)
         past = from_bits(past).astype(own.dtype)

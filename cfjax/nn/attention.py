@@ -64,7 +64,9 @@ def dense(
     backend = pick_backend(backend, q_BTNK.dtype)
     if backend == "cudnn":
         lengths = None if num_keys is None else jnp.full(q_BTNK.shape[:1], num_keys, jnp.int32)
-        mask = None if key_mask_T is None else key_mask_T[None, None, None, :]
+        # cuDNN takes no mask that is broadcast over the queries (jax-ml/jax#28974).
+        rows = (1, 1, q_BTNK.shape[1], k_BTNK.shape[1])
+        mask = None if key_mask_T is None else jnp.broadcast_to(key_mask_T, rows)
         return jax.nn.dot_product_attention(
             q_BTNK, k_BTNK, v_BTNK, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
         )

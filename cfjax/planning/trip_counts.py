@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-# Named scope -> mean trip count of a loop, or frequency of a conditional's costliest branch (the others share the rest).
+# Named scope -> mean trip count of a loop, or frequency of a conditional's costliest branch (others share the rest).
 TripCounts = Mapping[str, float]
 _WORDS = re.compile(r"[/()]+")
 
