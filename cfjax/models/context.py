@@ -92,9 +92,10 @@ def forward_fused(
     attend_clean, attend_noisy = _views(cache, start, frames, noisy_BFHWC.shape[1], blocks, config.attention)
 
     def attend_both(q: jax.Array, k: jax.Array, v: jax.Array, past: FrameKV) -> jax.Array:
-        one, other = ([x[:, :frames] for x in (q, k, v)], [x[:, frames:] for x in (q, k, v)])
-        clean = attend_clean(*one, past)
-        return jnp.concatenate([clean, attend_noisy(*other, FrameKV(*one[1:]), past)], axis=1)
+        own = FrameKV(k[:, :frames], v[:, :frames])
+        clean = attend_clean(q[:, :frames], *own, past)
+        noisy = attend_noisy(q[:, frames:], k[:, frames:], v[:, frames:], own, past)
+        return jnp.concatenate([clean, noisy], axis=1)
 
     stream, e_BFD, e0, table = embed_frames(
         model,
