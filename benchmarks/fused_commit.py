@@ -72,8 +72,8 @@ def compare(size: tuple[int, int, int], block: int, pairs: int) -> dict[str, Any
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as markdown, apart -> fused in each cell."""
     lines = [
-        "| width | tokens | block | ms | speed-up (min, max) | in CPU time | temp MiB | compile s | difference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| width | tokens | block | ms | speed-up (min, max) | in CPU time | temp MiB | difference |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         before, after = row["apart"], row["fused"]
@@ -83,7 +83,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             "{median:.2f} ({min:.2f}, {max:.2f})".format(**row["speedup"]),
             "{median:.2f}".format(**row["cpu_speedup"]),
             f"{before['temp_mib']:.1f} -> {after['temp_mib']:.1f}",
-            f"{before['compile_s']:.1f} -> {after['compile_s']:.1f}",
             f"{row['difference']:.0e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

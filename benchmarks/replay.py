@@ -131,8 +131,8 @@ def compare(frames: int, block: int, batch: int, pairs: int) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as markdown: sequential -> replay -> saved; speed-ups of replay over the loop, of saved over replay."""
     lines = [
-        "| frames | block | ms | replay (min, max) | saved (min, max) | CPU time | temp MiB | compile s | error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| frames | block | ms | replay (min, max) | saved (min, max) | CPU time | temp MiB | error |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         sides = [row[name] for name in SIDES]
@@ -144,7 +144,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             "{median:.2f} ({min:.2f}, {max:.2f})".format(**row["saved_speedup"]),
             f"{row['cpu_speedup']['median']:.2f}, {row['saved_cpu_speedup']['median']:.2f}",
             " -> ".join(f"{side['temp_mib']:.1f}" for side in sides),
-            " -> ".join(f"{side['compile_s']:.1f}" for side in sides),
             f"{max(row['gradient_difference'], row['saved_difference']):.0e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

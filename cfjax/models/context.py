@@ -89,9 +89,10 @@ def forward_fused(
     attend_clean, attend_noisy = _views(config, cache, start, frames, noisy_BFHWC.shape[1], blocks)
 
     def attend_both(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
-        one, other = ([x[:, :frames] for x in (q, k, v)], [x[:, frames:] for x in (q, k, v)])
-        clean = attend_clean(*one, layer)
-        return jnp.concatenate([clean, attend_noisy(*other, FrameKV(*one[1:]), layer)], axis=1)
+        own = FrameKV(k[:, :frames], v[:, :frames])
+        clean = attend_clean(q[:, :frames], *own, layer)
+        noisy = attend_noisy(q[:, frames:], k[:, frames:], v[:, frames:], own, layer)
+        return jnp.concatenate([clean, noisy], axis=1)
 
     stream, e_BFD, e0, table = embed_frames(
         model,

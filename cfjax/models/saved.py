@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from cfjax.core.sharding import constrain
 from cfjax.models.cache import KVCache
 from cfjax.models.context import layer_of
 from cfjax.models.ends import embed_frames, flow_of
@@ -53,7 +54,12 @@ def forward_saving(
     leaving = lambda stream, _: stream
     work = (model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend)
     flow, stream_LBFTD = backbone(*work, layer_input=numbers, tap=leaving)
-    return Saved(jnp.moveaxis(stream_LBFTD, 0, 2), flow)
+    return Saved(_placed(jnp.moveaxis(stream_LBFTD, 0, 2)), flow)
+
+
+def _placed(stream_BFLTD: jax.Array) -> jax.Array:
+    """Sharded as a stream is."""
+    return constrain(stream_BFLTD, "batch", None, None, "tokens", None)
 
 
 def replay_saved(
@@ -70,6 +76,7 @@ def replay_saved(
 ) -> jax.Array:
     """`models.wan.replay` whose value is the saved flow; its gradient reaches the network and the text alone."""
     first = jnp.int32(0) if start is None else start
+    saved = Saved(_placed(saved.stream_BFLTD), saved.flow_BFHWC)
     given = (noisy_BFHWC, sigma_BF, context, saved, first)
     return _flow((blocks, kv_gradient, start is None), model, model.blocks, text_kv, jax.lax.stop_gradient(given))
 

@@ -135,7 +135,7 @@ def fused_block(
     blocks: Blocks,
 ) -> tuple[jax.Array, KVCache]:
     """`few_step_block`, whose first pass commits the clean block before it as well; also the cache with that block."""
-    level = np.float32(sigmas[0])
+    level = jnp.float32(sigmas[0])
     flow, cache = commit_and_denoise(model, clean_BFHWC, noise_BFHWC, level, text_kv, cache, start, blocks)
     work = (model, noise_BFHWC, renoise_JBFHWC, sigmas, text_kv, cache, start, blocks)
     return few_step_block(*work, first_flow=flow), cache

@@ -134,7 +134,7 @@ def rollout(
     starts = jnp.asarray([start for start, _ in spans], jnp.int32)
     last = starts[(len(spans) if count is None else jnp.minimum(count, len(spans))) - 1]
 
-    def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, tuple[jax.Array, ...]]:
+    def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, tuple[Any, ...]]:
         (x, renoise, context_eps), (levels, exit_step) = inputs
 
         def predict(x: jax.Array, sigma: jax.Array) -> jax.Array:

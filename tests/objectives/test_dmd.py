@@ -141,7 +141,7 @@ def test_score_levels_are_the_references():
 def test_generator_gradient_is_g_over_numel(scores, monkeypatch):
     """By every number of the video; that the replay hands it on to the weights is test_self_forcing's."""
     video = normal(4)
-    monkeypatch.setattr(module, "rollout", lambda *_: rolled_out(video))
+    monkeypatch.setattr(module, "rollout", lambda *_, save: rolled_out(video))
     monkeypatch.setattr(module, "replay_exit", lambda student, text_kv, rolled, *_: rolled.x0_BFHWC + student)
     loss = generator_loss(DMD, BLOCKS)
     value = lambda student: loss({**scores, "student": student}, tiny_batch(), KEY, fixed_draws())[0]
@@ -160,7 +160,7 @@ def rolled_out(video: jax.Array) -> Rollout:
 def test_critic_loss_is_flow_matching_on_the_students_video(scores, monkeypatch, shift):
     """And with the shift-8 table the critic's flow is scaled by S8 / sigma before it is compared (quirk Q3)."""
     video, index = normal(4), np.array([500, 900])
-    monkeypatch.setattr(module, "rollout", lambda *_: rolled_out(video))
+    monkeypatch.setattr(module, "rollout", lambda *_, save: rolled_out(video))
     draws = {**fixed_draws(), "score_sigma_B": jnp.asarray(TABLE5[index])}
     models, config = {**scores, "student": None}, replace(DMD, score_table_shift=shift)
     loss, _ = critic_loss(config, BLOCKS)(models, tiny_batch(), KEY, draws)

@@ -122,7 +122,7 @@ def test_saved_activations_spare_the_replays_forward_pass():
     plain, saved = (count_flops(partial(jax.grad(value), save=save), model, kv) for save in (False, True))
     loop = count_flops(lambda model, kv: rollout(model, kv, draws, config, BLOCKS).context, model, kv)
     one_pass = count_flops(forward, model, kv, x) - loop
-    assert saved < plain - 0.9 * one_pass
+    assert saved < plain - 0.8 * one_pass  # a sixth of so small a network is patches and the time embedding
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from tests.tiny import normal
 
 BLOCKS = Blocks(2)
 DMD = DMDConfig(SelfForcing((1.0, 0.6), kv_gradient="straight_through"))
+SAVING = DMDConfig(SelfForcing((1.0, 0.6), kv_gradient="straight_through", save_activations=True))
 # The losses of a stage; both of DMD's draw the same numbers here, so that the self-rollout is compiled once.
 STAGES = {
     "bidirectional": {"student": flow_matching(DiffusionConfig())},
@@ -42,6 +43,7 @@ STAGES = {
     "ode_regression": {"student": ode_regression(PairsConfig(steps=(1000, 500)), BLOCKS)},
     "consistency": {"student": consistency(ConsistencyConfig(solver_steps=4), BLOCKS)},
     "dmd": {"student": generator_loss(DMD, BLOCKS), "critic": critic_loss(DMD, BLOCKS)},
+    "dmd_saving": {"student": generator_loss(SAVING, BLOCKS)},
 }
 # Eight heads divide by every axis: self-attention by heads. Six do not: by tokens, keys gathered, caches cut by tokens.
 MESHES = {
