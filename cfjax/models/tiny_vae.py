@@ -26,7 +26,7 @@ from flax import nnx
 from cfjax.core.errors import UserError
 from cfjax.core.fingerprint import fingerprint
 from cfjax.core.precision import Policy
-from cfjax.nn.conv import Conv, conv_frames, draw_kernels, fold_frames
+from cfjax.nn.conv import Conv, conv_doubled, conv_frames, draw_kernels, fold_frames
 
 BLOCKS = 3  # memory blocks per stage
 SPACE = 8  # three stages, each halving or doubling height and width
@@ -120,17 +120,6 @@ class Shrink(nnx.Module):
         return conv_frames(self.down, conv_frames(self.pool, groups, dtype), dtype, strides=(2, 2), padding=AROUND)
 
 
-def _pair_taps(kernel: jax.Array, axis: int) -> jax.Array:
-    """A 3-tap window on doubled pixels as two 2-tap windows on the pixels: stacked first, for even and odd outputs.
-
-    Doubled pixel 2 i + a is pixel i: the even output 2 i sees pixels i - 1, i, i; the odd one sees i, i, i + 1.
-    """
-    first, middle, last = jnp.split(kernel, 3, axis)
-    even = jnp.concatenate([first, middle + last], axis)
-    odd = jnp.concatenate([first + middle, last], axis)
-    return jnp.stack([even, odd])
-
-
 class Grow(nnx.Module):
     """Doubles height and width (nearest), makes `time` frames of one (1x1), then mixes channels (3x3); all linear.
 
@@ -146,25 +135,15 @@ class Grow(nnx.Module):
         self.up = Conv(in_dim, out_dim, (3, 3), key_up, use_bias=False)
 
     def kernel(self) -> jax.Array:
-        """[2, 2, in, time * 2 * 2 * out], float32."""
+        """[3, 3, in, time * out], float32: of the doubled frames."""
         grow = rearrange(self.grow.kernel[...].astype(jnp.float32), "1 1 i (t c) -> i t c", t=self.time)
         composed = jnp.einsum("itc,hwco->hwito", grow, self.up.kernel[...].astype(jnp.float32))
-        cells = _pair_taps(_pair_taps(composed, 0), 2)  # [column, row, 2, 2, in, time, out]
-        return rearrange(cells, "q p h w i t o -> h w i (t p q o)")
+        return rearrange(composed, "h w i t o -> h w i (t o)")
 
     def __call__(self, x_BFHWC: jax.Array, dtype: str) -> jax.Array:
-        y = jax.lax.conv_general_dilated(
-            fold_frames(x_BFHWC).astype(dtype),
-            self.kernel().astype(dtype),
-            (1, 1),
-            AROUND,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        # Window j covers pixels j - 1 and j: pixel i's even output is in window i, its odd one in window i + 1.
-        y = rearrange(y, "n h w (t p q o) -> p q n h w t o", t=self.time, p=2, q=2)
-        (batch, _, height, width, _), cell = x_BFHWC.shape, ((0, 0), (0, 1), (1, 0), (1, 1))
-        y = jnp.stack([y[p, q, :, p : height + p, q : width + q] for p, q in cell])
-        return rearrange(y, "(p q) (b f) h w t o -> b (f t) (h p) (w q) o", p=2, b=batch)
+        y = conv_doubled(fold_frames(x_BFHWC), self.kernel(), dtype)
+        b, t = x_BFHWC.shape[0], self.time
+        return rearrange(y, "p q (b f) h w (t o) -> b (f t) (h p) (w q) o", b=b, t=t)
 
 
 class EncoderStage(nnx.Module):

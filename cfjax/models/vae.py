@@ -23,7 +23,8 @@ from cfjax.core.errors import UserError
 from cfjax.core.fingerprint import fingerprint
 from cfjax.core.precision import Policy
 from cfjax.nn.attention import dense
-from cfjax.nn.conv import Conv, conv_frames, draw_kernels
+from cfjax.nn.conv import Conv, conv_doubled, conv_frames, draw_kernels, fold_frames
+from cfjax.nn.cpu_conv import causal_conv, for_cpu, strided_in_time
 from cfjax.nn.layers import Linear, align
 
 # Mean and standard deviation of Wan2.1's latent channels (reference: `utils/wan_wrapper.py`, `WanVAEWrapper`).
@@ -95,6 +96,9 @@ def _causal(conv: Conv, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.A
     Without a past the zeros are the convolution's own padding and x is not copied.
     """
     seen = x if past is None else jnp.concatenate([past, x], axis=1)
+    if for_cpu(policy.compute):
+        y = causal_conv(x, past, conv.kernel[...].astype(policy.compute))
+        return conv.shift(y, policy.compute), _last_frames(seen)
     before = MEMORY if past is None else 0
     sides = [((n - 1) // 2, (n - 1) // 2) for n in conv.kernel.shape[1:3]]
     y = conv(seen, policy.compute, padding=[(before, 0), *sides])
@@ -193,7 +197,11 @@ class Downsample(nnx.Module):
         seen = x if past is None else jnp.concatenate([past, x], axis=1)
         parts = [x[:, :1]] if past is None else []
         if seen.shape[1] > 1:
-            parts.append(self.time_conv(seen, policy.compute, strides=(2, 1, 1), padding="VALID"))
+            if for_cpu(policy.compute):
+                y = strided_in_time(seen, self.time_conv.kernel[...])
+                parts.append(self.time_conv.shift(y, policy.compute))
+            else:
+                parts.append(self.time_conv(seen, policy.compute, strides=(2, 1, 1), padding="VALID"))
         return jnp.concatenate(parts, axis=1), x[:, -1:]
 
 
@@ -211,6 +219,10 @@ class Upsample(nnx.Module):
     def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
         """x [B, F, H, W, D] -> [B, G, 2 H, 2 W, D/2]; G = 2 F - 1 without a past, else 2 F."""
         x, past = (x, ()) if self.time_conv is None else self._double_time(self.time_conv, x, past, policy)
+        if for_cpu(policy.compute):  # elsewhere it was not measured
+            y = conv_doubled(fold_frames(x), self.conv.kernel[...], policy.compute)
+            y = rearrange(y, "p q (b f) h w o -> b f (h p) (w q) o", b=x.shape[0])
+            return self.conv.shift(y, policy.compute), past
         wide = repeat(x, "b f h w c -> b f (h 2) (w 2) c")
         return conv_frames(self.conv, wide, policy.compute, padding=[(1, 1), (1, 1)]), past
 

@@ -10,6 +10,8 @@ from einops import rearrange
 from flax import nnx
 
 from cfjax.core.tree import map_named, named_leaves
+from cfjax.nn import cpu_conv
+from cfjax.nn.cpu_conv import for_cpu
 from cfjax.nn.layers import align
 
 M = TypeVar("M")
@@ -44,6 +46,9 @@ class Conv(nnx.Module):
         """Convolves x [B, *axes, in]; strides default to 1. Padding is "SAME", "VALID" or (before, after) per axis."""
         kernel = self.kernel[...].astype(dtype)
         axes = AXES[kernel.ndim - 2]
+        pads = _pads(kernel, padding)
+        if for_cpu(dtype) and len(axes) == 2 and pads and (strides or (1, 1)) == (1, 1):
+            return self.shift(cpu_conv.conv_pictures(x.astype(dtype), kernel, pads), dtype)
         y = jax.lax.conv_general_dilated(
             x.astype(dtype),
             kernel,
@@ -51,7 +56,19 @@ class Conv(nnx.Module):
             padding,
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         )
+        return self.shift(y, dtype)
+
+    def shift(self, y: jax.Array, dtype: str) -> jax.Array:
+        """y + bias."""
         return y if self.bias is None else y + align(self.bias[...].astype(dtype), y)
+
+
+def _pads(kernel: jax.Array, padding: Padding) -> Sequence[tuple[int, int]]:
+    """Zeros (before, after) per axis; of windows of odd sizes, where it is "SAME"."""
+    windows = kernel.shape[:-2]
+    if padding == "SAME":
+        return [((n - 1) // 2, (n - 1) // 2) for n in windows] if all(n % 2 for n in windows) else []
+    return [(0, 0)] * len(windows) if isinstance(padding, str) else list(padding)
 
 
 def fold_frames(x_BFHWC: jax.Array) -> jax.Array:
@@ -65,6 +82,37 @@ def conv_frames(
     """A 2-D convolution of every frame; see `Conv`."""
     y = conv(fold_frames(x_BFHWC), dtype, strides=strides, padding=padding)
     return y.reshape(*x_BFHWC.shape[:2], *y.shape[1:])
+
+
+def pair_taps(kernel: jax.Array, axis: int) -> jax.Array:
+    """A 3-tap window on doubled pixels as two 2-tap windows on the pixels: stacked first, for even and odd outputs.
+
+    Doubled pixel 2 i + a is pixel i: the even output 2 i sees pixels i - 1, i, i; the odd one sees i, i, i + 1.
+    """
+    first, middle, last = jnp.split(kernel, 3, axis)
+    even = jnp.concatenate([first, middle + last], axis)
+    odd = jnp.concatenate([first + middle, last], axis)
+    return jnp.stack([even, odd])
+
+
+def conv_doubled(x_NHWC: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
+    """[2, 2, N, H, W, out]: 3x3 on x with height and width doubled (nearest); its even and odd pixels apart.
+
+    One 2x2 window on the small pictures, four times the channels: 4/9 of the multiplications, the same zeros around.
+    """
+    cells = pair_taps(pair_taps(kernel.astype(jnp.float32), 0), 2)  # [column, row, 2, 2, in, out]
+    cells = rearrange(cells, "q p h w i o -> h w i (p q o)").astype(dtype)
+    around = ((1, 1), (1, 1))
+    if for_cpu(dtype):
+        y = cpu_conv.conv_pictures(x_NHWC.astype(dtype), cells, around)
+    else:
+        names = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x_NHWC.astype(dtype), cells, (1, 1), around, dimension_numbers=names)
+    # Window j covers pixels j - 1 and j: pixel i's even output is in window i, its odd one in window i + 1.
+    y = rearrange(y, "n h w (p q o) -> p q n h w o", p=2, q=2)
+    height, width = x_NHWC.shape[1:3]
+    cut = lambda p, q: y[p, q, :, p : height + p, q : width + q]
+    return jnp.stack([jnp.stack([cut(p, q) for q in (0, 1)]) for p in (0, 1)])
 
 
 def draw_kernels(template: M, key: jax.Array) -> M:
