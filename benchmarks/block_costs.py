@@ -15,7 +15,7 @@ Prints a table and writes it as JSON.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,9 @@ from measure import parser, write
 
 from cfjax.core.console import say
 from cfjax.core.topology import CHIPS
-from cfjax.models.cache import init_cache
 from cfjax.models.wan import KV, PRESETS, Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.planning.flops import count_flops
-from cfjax.rollout.blocks import denoise_block
 
 TEXT_ROWS = 512
 LATENT = (60, 104)  # of 480 x 832 pixels
@@ -101,20 +99,14 @@ def block_bytes(config: WanConfig, blocks: Blocks, steps: int, start: int, token
     return (steps + 1) * (weight_bytes * weights_in_products(config) + past * per_token) + once
 
 
-def counted_flops(config: WanConfig, blocks: Blocks, num_frames: int, latent: tuple[int, int], text_rows: int) -> float:
-    """FLOPs that one pass over a block holds by the program itself: against all slots of a cache of `num_frames`."""
+def counted_flops(config: WanConfig, frames: int, latent: tuple[int, int], text_rows: int) -> float:
+    """FLOPs of the products in the program of one pass over frames that all see each other, without a cache."""
+    config = replace(config, attention="xla")
     model = jax.eval_shape(lambda key: Wan(config, key), jax.random.key(0))
-    tokens = config.tokens_per_frame(*latent)
-    cache = jax.eval_shape(lambda: init_cache(config, 1, num_frames, tokens, blocks))
-    shape = (config.num_layers, 1, text_rows, config.num_heads, config.head_dim)
-    text = KV(*(jax.ShapeDtypeStruct(shape, config.precision.compute) for _ in range(2)))
-    x = jax.ShapeDtypeStruct((1, blocks.frames, *latent, config.in_dim), jnp.float32)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-
-    def step(model: Wan, x: Any, sigma: Any, text: KV, cache: Any, start: Any) -> Any:
-        return denoise_block(model, x, sigma, text, cache, start, blocks)
-
-    return count_flops(step, model, x, scalar[0], text, cache, scalar[1])
+    text = (config.num_layers, 1, text_rows, config.num_heads, config.head_dim)
+    shapes = [((1, frames, *latent, config.in_dim), jnp.float32), ((1, frames), jnp.float32)]
+    x, sigma, k, v = (jax.ShapeDtypeStruct(*of) for of in (*shapes, *[(text, config.precision.compute)] * 2))
+    return count_flops(lambda model, x, sigma, text: model(x, sigma, text), model, x, sigma, KV(k, v))
 
 
 def decoder_flops(record: Path) -> dict[str, dict[int, float]]:
@@ -177,11 +169,11 @@ def main() -> None:
     config = PRESETS["wan_1_3b"]
     decoders = decoder_flops(Path(__file__).parent / "results" / "decoders.json")
     rows = [row_of(mode, config, decoders) for mode in MODES]
-    tokens, blocks = config.tokens_per_frame(*LATENT), Blocks(3)
-    counted = counted_flops(config, blocks, FRAMES, LATENT, TEXT_ROWS)
-    formula = pass_flops(config, blocks.frames, tokens, (FRAMES + blocks.frames) * tokens)
+    tokens = config.tokens_per_frame(*LATENT)
+    counted = counted_flops(config, FRAMES, LATENT, TEXT_ROWS)
+    formula = pass_flops(config, FRAMES, tokens, FRAMES * tokens)
     say(tables(rows))
-    say(f"one pass against all {FRAMES} slots: {counted / formula:.6f} of the formula's FLOPs are in the program")
+    say(f"one pass over {FRAMES} frames: {counted / formula:.6f} of the formula's FLOPs are in the program")
     write(options.out, rows, counted_over_formula=counted / formula, share=SHARE, ran="calculated; nothing was run")
 
 

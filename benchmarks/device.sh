@@ -11,8 +11,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}" wheels=benchmarks/wheels minutes=8 download="" flags=()
 # What cfjax's networks, streams and updates import: module, package.
-needed="absl:absl-py cloudpickle:cloudpickle einops:einops etils:etils filelock:filelock flax:flax fsspec:fsspec
-  msgpack:msgpack optax:optax orbax:orbax-checkpoint rich:rich safetensors:safetensors treescope:treescope yaml:pyyaml"
+needed="absl:absl-py einops:einops etils:etils filelock:filelock flax:flax fsspec:fsspec
+  msgpack:msgpack optax:optax rich:rich safetensors:safetensors treescope:treescope yaml:pyyaml"
 for argument in "$@"; do
   case "$argument" in
     --download) download=yes ;;

@@ -1,0 +1,179 @@
+"""benchmarks/device.sh and benchmarks/block_costs.py: every case at tiny scale, what it records, what it survives."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cfjax.models.wan import WanConfig
+from cfjax.nn.visibility import Blocks
+from tests.commands import ROOT
+
+TINY = WanConfig(32, 64, 2, 3, text_dim=16, freq_dim=16)
+# Quick to compile; the programs run for milliseconds.
+FLAGS = "--xla_backend_optimization_level=0"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The scripts' folder, importable."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(f"{ROOT}/benchmarks")]:
+        del sys.modules[name]
+
+
+def start(out: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+    """device.sh with this Python, on one CPU device."""
+    environment = {**os.environ, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, **variables}
+    command = ["bash", str(ROOT / "benchmarks" / "device.sh"), "--scale=tiny", f"--out={out}", *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def record(out: Path) -> dict:
+    return json.loads((out / "device.json").read_text())
+
+
+def check_stream(result: dict, blocks: int) -> None:
+    assert result["frames_per_second"] > 0 and result["first_frames_s"] > 0
+    assert len(result["network_ms"]) == len(result["decoder_ms"]) == blocks
+    assert result["network"]["tflops"] > 0 and result["network"]["of_peak"] is None  # a CPU's peak is not known
+
+
+def test_streams_decoders_and_caches_are_measured(tmp_path):
+    ran = start(tmp_path, "--only=machine,streams,vae,caches and weights")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    known = record(tmp_path)
+    assert {name: case["status"] for name, case in known["cases"].items() if case["status"] != "measured"} == {
+        "fp8 weights": "skipped"
+    }
+    cases = {name: case["result"] for name, case in known["cases"].items() if case["status"] == "measured"}
+    for name in ("Wan VAE", "tiny decoder", "tiny decoder, int8 weights", "tiny decoder, sink"):
+        check_stream(cases[f"chunk-wise, 4 steps, {name}"], 2)
+    slowest = cases["chunk-wise, 4 steps, Wan VAE"]["kernels"]["slowest"]
+    assert len(slowest) == 3 and slowest[0]["ms"] >= slowest[1]["ms"] > 0 and 0 < slowest[0]["share"] <= 1
+    assert all(program["done"] and program["compile_s"] > 0 for program in known["programs"])
+    assert {goal["what"] for goal in known["goals"]} >= {"frames_per_second", "first_frames_s", "network.of_peak"}
+    assert "goal > 17" in ran.stdout and "goal > 35" in ran.stdout
+
+
+@pytest.mark.slow
+def test_every_case_is_measured(tmp_path):
+    """The whole script, as it would run on a GPU."""
+    ran = start(tmp_path, "--minutes=20")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    cases = record(tmp_path)["cases"]
+    assert [name for name, case in cases.items() if case["status"] != "measured"] == ["fp8 weights"]
+    for name in ("attention", "network"):
+        print(name, cases[name]["result"])
+        assert cases[name]["result"]["right"]
+    stage_1 = cases["stage 1 step, teacher forcing, 1 clip"]["result"]["student"]
+    dmd = cases["DMD step, real score in int8, 1 clip"]["result"]
+    for row in (stage_1, dmd["student"], dmd["critic"]):
+        assert row["finite"] and row["tflops"] > 0 and row["kernels"]["slowest"]
+    assert dmd["student"]["exit_step"] in range(4)
+
+
+def test_too_little_time_is_recorded_and_an_interrupted_case_is_not_tried_again(tmp_path, benchmarks):
+    import device
+    from device_cases import Case, Context, nothing
+    from device_parts import SCALES, Ahead
+
+    file = tmp_path / "device.json"
+    file.write_text(json.dumps({"cases": {"first": {"section": "machine", "status": "begun"}}}))
+    found = device.Record(file, time.time(), 60.0, {"scale": "tiny"})
+    found.resume()
+    cases = [Case("machine", name, 0, nothing, lambda context: {"x": 1.0}) for name in ("first", "second")]
+    device.run(found, Context(SCALES["tiny"], Ahead(1)), cases)
+    known = record(tmp_path)["cases"]
+    assert known["first"] == {"section": "machine", "status": "failed", "problem": "the process ended in this case"}
+    assert known["second"]["status"] == "skipped" and "no time" in known["second"]["problem"]
+
+
+def test_a_missing_package_is_named_in_a_line(tmp_path):
+    blind = tmp_path / "python"
+    blind.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without installed packages, pip too
+    blind.chmod(0o755)
+    ran = start(tmp_path, PYTHON=str(blind))
+    assert ran.returncode == 2 and "missing here:" in ran.stderr and "--download" in ran.stderr
+
+
+def test_unknown_sections_are_refused(tmp_path):
+    ran = start(tmp_path, "--only=stream")
+    assert ran.returncode == 2 and "--only=stream: sections are machine" in ran.stderr
+
+
+def test_a_failure_costs_its_case_alone(tmp_path, benchmarks):
+    import device
+    from device_cases import Case, Context, nothing
+    from device_parts import SCALES, Ahead
+
+    def broken(context):
+        raise RuntimeError("out of memory")
+
+    found = device.Record(tmp_path / "device.json", time.time() + 60, 60.0, {"scale": "tiny"})
+    cases = [
+        Case("machine", "broken", 0, broken, broken),
+        Case("machine", "fine", 0, nothing, lambda context: {"x": 1.0}),
+    ]
+    device.run(found, Context(SCALES["tiny"], Ahead(1)), cases)
+    known = record(tmp_path)["cases"]
+    assert known["broken"]["status"] == "failed" and "RuntimeError: out of memory" in known["broken"]["problem"]
+    assert "broken(context)" in known["broken"]["trace"] or "raise RuntimeError" in known["broken"]["trace"]
+    assert "out of memory" in known["broken"]["while_compiling"]
+    assert known["fine"]["result"] == {"x": 1.0}
+
+
+def test_random_weights_are_stored_as_asked_and_spread_like_xaviers(benchmarks):
+    from device_parts import hashed_uniform, random_like
+
+    from cfjax.core.quantize import dequantize
+    from cfjax.models.wan import Wan
+    from cfjax.models.weight_storage import with_storage_dtypes
+
+    template = jax.eval_shape(lambda key: Wan(replace(TINY, dim=128, ffn_dim=256), key), jax.random.key(0))
+    model = jax.jit(lambda: random_like(with_storage_dtypes(template, "int8", "bfloat16")))()
+    up = model.blocks.ffn.up.kernel.get_value()
+    assert up.int8.dtype == np.int8 and np.abs(np.asarray(up.int8)).max() == 127
+    expected = (2 / (128 + 256)) ** 0.5
+    assert np.std(dequantize(up)) == pytest.approx(expected, rel=0.02)
+    x = np.asarray(hashed_uniform((2, 50_000), 7))
+    correlation = np.corrcoef(x[0], x[1])[0, 1]
+    print(f"variance {x.var():.4f}, correlation of halves {correlation:.4f}")
+    assert x.var() == pytest.approx(1, rel=0.02) and abs(correlation) < 0.02
+
+
+def test_the_formula_counts_what_the_program_holds(benchmarks):
+    from block_costs import counted_flops, pass_flops
+
+    frames, latent, rows = 6, (4, 6), 8
+    tokens = TINY.tokens_per_frame(*latent)
+    formula = pass_flops(TINY, frames, tokens, frames * tokens, rows)
+    assert counted_flops(TINY, frames, latent, rows) == pytest.approx(formula, rel=1e-9)
+
+
+def test_a_block_sees_its_past_and_its_own(benchmarks):
+    from block_costs import visible_keys
+
+    assert visible_keys(Blocks(3), 18, 10) == 210 and visible_keys(Blocks(3), 0, 10) == 30
+    assert visible_keys(Blocks(3, window=12, sink=3), 18, 10) == visible_keys(Blocks(3, window=12), 18, 10) == 120
+
+
+def test_block_costs_on_the_page_are_those_of_the_record(benchmarks):
+    from block_costs import DECODERS, MODES, TEXT_ROWS, decoder_flops, row_of, tables
+
+    from cfjax.models.wan import PRESETS
+
+    results = ROOT / "benchmarks" / "results"
+    known = json.loads((results / "block_costs.json").read_text())
+    assert tables(known["rows"]) in (ROOT / "docs" / "performance.md").read_text()
+    decoders = decoder_flops(results / "decoders.json")
+    again = [row_of(mode, PRESETS["wan_1_3b"], decoders) for mode in MODES]
+    assert json.loads(json.dumps(again)) == known["rows"] and set(decoders) == set(DECODERS) and TEXT_ROWS == 512
