@@ -16,6 +16,7 @@ VERBS = {
     "train": "train one stage of an experiment, or resume it",
     "generate": "generate videos from a trained run, block by block",
     "evaluate": "measure the videos that a trained run generates",
+    "bench": "how fast a run streams: frames/s, latencies, FLOPs, memory, beside PyTorch if asked",
     "compare": "the same weights through cfjax and through PyTorch, one table of errors",
     "study": "the paper's claim on laws with exact scores, and on the toy world, over seeds",
     "plan": "compile an experiment for a pod that need not be attached: memory, FLOPs, collectives, a verdict",

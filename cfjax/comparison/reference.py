@@ -240,10 +240,10 @@ def _sizes(args: Sequence[Any]) -> tuple[int, ...]:
     return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
 
 
-def zero_caches(sizes: Sizes, batch: int) -> tuple[list[dict], list[dict]]:
+def zero_caches(sizes: Sizes, batch: int, dtype: torch.dtype = torch.float32) -> tuple[list[dict], list[dict]]:
     """The reference's empty self- and cross-attention caches, of these sizes."""
     heads = (sizes.config.num_heads, sizes.config.head_dim)
-    zeros = lambda n: torch.zeros(batch, n, *heads)
+    zeros = lambda n: torch.zeros(batch, n, *heads, dtype=dtype)
     index = lambda: torch.zeros(1, dtype=torch.long)
     layers, n = range(sizes.config.num_layers), sizes.cache_tokens
     own = [{"k": zeros(n), "v": zeros(n), "global_end_index": index(), "local_end_index": index()} for _ in layers]

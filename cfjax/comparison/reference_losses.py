@@ -26,15 +26,22 @@ from cfjax.objectives.stage import Loss
 AUGMENT_FROM = 400
 
 
-def our_loss(loss: Loss, role: str, models: dict[str, Any], batch: dict, draws: dict) -> Arrays:
-    """Value of a loss and its gradient with respect to one role."""
+def value_of(
+    loss: Loss, role: str, models: dict[str, Any], batch: dict, draws: dict
+) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
+    """A loss as a function of one role's network and what else it needs, and these arguments, on the device."""
     others = {name: model for name, model in models.items() if name != role}
 
     def value(model: Any, others: Any, batch: Any, draws: Any) -> jax.Array:
         return loss({**others, role: model}, batch, jax.random.key(0), draws=draws)[0]  # type: ignore[call-arg]
 
-    given = jax.tree.map(jnp.asarray, (others, batch, draws))
-    result, gradient = jit_once(jax.value_and_grad(value))(models[role], *given)
+    return value, (models[role], *jax.tree.map(jnp.asarray, (others, batch, draws)))
+
+
+def our_loss(loss: Loss, role: str, models: dict[str, Any], batch: dict, draws: dict) -> Arrays:
+    """Value of a loss and its gradient with respect to one role."""
+    value, given = value_of(loss, role, models, batch, draws)
+    result, gradient = jit_once(jax.value_and_grad(value))(*given)
     return {"": np.asarray(result)} | gradients(gradient)
 
 
@@ -105,7 +112,8 @@ def tokens_fit(subject: Subject, tokens: int) -> None:
 # AR diffusion
 
 
-def _diffusion_draws(subject: Subject, frames: int) -> dict[str, np.ndarray]:
+def diffusion_draws(subject: Subject, frames: int) -> dict[str, np.ndarray]:
+    """Random numbers of an AR diffusion loss, as ours take them."""
     return {
         "eps_BFHWC": subject.latents("eps", frames),
         "index_BF": subject.index("index", 0, 1000, BATCH, frames),
@@ -117,7 +125,7 @@ def _diffusion_draws(subject: Subject, frames: int) -> dict[str, np.ndarray]:
 def _ours_diffusion(subject: Subject, config: DiffusionConfig, blocks: Blocks) -> Arrays:
     frames = subject.case.frames
     loss = ar_diffusion(config, blocks)
-    batch, draws = batch_of(subject, frames), _diffusion_draws(subject, frames)
+    batch, draws = batch_of(subject, frames), diffusion_draws(subject, frames)
     return our_loss(loss, "student", {"student": subject.student}, batch, draws)
 
 
@@ -130,7 +138,7 @@ def _theirs_diffusion(reference: Reference, subject: Subject, config: DiffusionC
     fit(model.generator, subject.weights(), sizes)
     if config.bf16_timesteps:
         model.dtype = torch.bfloat16  # read for the timesteps only
-    draws = _diffusion_draws(subject, frames)
+    draws = diffusion_draws(subject, frames)
     eps, clip = to_torch(draws["eps_BFHWC"]), to_torch(subject.latents("clip", frames))
     indices = [torch.tensor(draws["index_BF"])]
     indices += [torch.tensor(draws["augment_BF"])] if config.noise_augmentation else []

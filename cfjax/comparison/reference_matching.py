@@ -53,7 +53,8 @@ class RolloutSetup:
     max_frames: int = DMD_FRAMES
 
 
-def _dmd_draws(subject: Subject, exits: RolloutSetup) -> dict[str, np.ndarray]:
+def dmd_draws(subject: Subject, exits: RolloutSetup) -> dict[str, np.ndarray]:
+    """Random numbers of one loss with self-rollout, as ours take them (`objectives.dmd.draw`)."""
     count = len(exits.blocks.spans(exits.max_frames))
     steps = max(len(exits.steps), len(exits.first_steps))
     latents = lambda name, frames=exits.max_frames: subject.latents(name, frames)[:DMD_BATCH]
@@ -69,7 +70,7 @@ def _dmd_draws(subject: Subject, exits: RolloutSetup) -> dict[str, np.ndarray]:
     }
 
 
-def _recorded(draws: dict[str, np.ndarray], exits: RolloutSetup) -> Iterator[torch.Tensor]:
+def recorded_draws(draws: dict[str, np.ndarray], exits: RolloutSetup) -> Iterator[torch.Tensor]:
     """The same draws in the order and the shapes in which the reference asks for them."""
     spans = exits.blocks.spans(exits.frames)
     yield torch.tensor([len(spans)])
@@ -87,7 +88,8 @@ def _recorded(draws: dict[str, np.ndarray], exits: RolloutSetup) -> Iterator[tor
     yield to_torch(draws["score_eps_BFHWC"])
 
 
-def _ours_dmd(subject: Subject, exits: RolloutSetup, which: str) -> Arrays:
+def dmd_config(exits: RolloutSetup) -> tuple[DMDConfig, Blocks]:
+    """What our losses need to do the same."""
     levels = lambda steps: tuple(map(float, warp_steps(steps, 5.0))) if steps else ()
     rolled = SelfForcing(levels(exits.steps), levels(exits.first_steps))
     config = DMDConfig(rolled)
@@ -98,15 +100,23 @@ def _ours_dmd(subject: Subject, exits: RolloutSetup, which: str) -> Arrays:
     if exits.max_frames > DMD_FRAMES:  # where the reference's attention looks back 21 frames
         config = replace(config, long=LongVideo(DMD_FRAMES, exits.max_frames))
         blocks = replace(blocks, window=DMD_FRAMES)
+    return config, blocks
+
+
+def _ours_dmd(subject: Subject, exits: RolloutSetup, which: str) -> Arrays:
+    config, blocks = dmd_config(exits)
     make: Any = {"dmd": generator_loss, "sid": sid_loss, "critic": critic_loss}[which]
     role = "critic" if which == "critic" else "student"
     models: dict[str, Any] = {name: subject.role(name) for name in ("student", "critic", "real_score")}
     models["codec"] = FadingCodec(subject.config.in_dim)
-    batch, draws = batch_of(subject, DMD_FRAMES, DMD_BATCH), _dmd_draws(subject, exits)
+    batch, draws = batch_of(subject, DMD_FRAMES, DMD_BATCH), dmd_draws(subject, exits)
     return our_loss(make(config, blocks), role, models, batch, draws)
 
 
-def _theirs_dmd(reference: Reference, subject: Subject, exits: RolloutSetup, which: str) -> Arrays:
+def build_dmd(
+    reference: Reference, subject: Subject, exits: RolloutSetup, which: str = "dmd", dtype: torch.dtype = torch.float32
+) -> Any:
+    """The reference's DMD (or SiD) with the subject's networks in `dtype`; every loss starts from empty caches."""
     sizes = reference_sizes(subject, DMD_FRAMES, exits.blocks)
     args = arguments(
         sizes, denoising_step_list=list(exits.steps), denoising_step_list_first_chunk=list(exits.first_steps) or None,
@@ -115,25 +125,34 @@ def _theirs_dmd(reference: Reference, subject: Subject, exits: RolloutSetup, whi
     )  # fmt: skip
     module, name = ("model.sid", "SiD") if which == "sid" else ("model.dmd", "DMD")
     model = build_model(reference, module, name, sizes, args)
-    model.vae = FadingVAE()
+    model.vae, model.dtype = FadingVAE(), dtype
     model.num_training_frames, model.min_score_timestep = exits.max_frames, 0  # SiD leaves them out (quirk Q24)
     if exits.first_steps and not hasattr(model, "denoising_step_list_first_chunk"):
         raise NotInReference(f"not in this clone ({reference.name}): a step list of its own for the first block")
     for network, name in ((model.generator, "student"), (model.fake_score, "critic"), (model.real_score, "real_score")):
-        fit(network, subject.weights(name), sizes)
+        fit(network, subject.weights(name), sizes).model.to(dtype)
     # Without recomputation the reference's cache writes make its backward pass fail (quirk Q6).
     model.generator.model.gradient_checkpointing = True
     model._initialize_inference_pipeline()
     pipeline = model.inference_pipeline
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = subject.config.num_layers, sizes.tokens_per_frame
-    own, text = zero_caches(replace(sizes, frames=exits.max_frames), DMD_BATCH)
-    pipeline._initialize_kv_cache = lambda **_: setattr(pipeline, "kv_cache1", own)
-    pipeline._initialize_crossattn_cache = lambda **_: setattr(pipeline, "crossattn_cache", text)
+    own: list[dict[str, torch.Tensor]] = []
+
+    def empty(**_: Any) -> None:
+        own[:], pipeline.crossattn_cache = zero_caches(replace(sizes, frames=exits.max_frames), DMD_BATCH, dtype)
+        pipeline.kv_cache1 = own
+
+    pipeline._initialize_kv_cache, pipeline._initialize_crossattn_cache = empty, lambda **_: None
     if not exits.quirks:
         _without_quirks(model, own)
+    return model
+
+
+def _theirs_dmd(reference: Reference, subject: Subject, exits: RolloutSetup, which: str) -> Arrays:
+    model = build_dmd(reference, subject, exits, which)
     compute: Callable[..., Any] = model.critic_loss if which == "critic" else model.generator_loss
     shape = [DMD_BATCH, DMD_FRAMES, subject.config.in_dim, subject.case.height, subject.case.width]
-    with reference.draws(*_recorded(_dmd_draws(subject, exits), exits)):
+    with reference.draws(*recorded_draws(dmd_draws(subject, exits), exits)):
         loss, _ = compute(shape, clean_latent=None, **texts_of(subject, DMD_BATCH))
         return their_loss(loss, (model.fake_score if which == "critic" else model.generator).model)
 
@@ -161,7 +180,7 @@ def _causvid_draws(subject: Subject, blocks: Blocks) -> dict[str, np.ndarray]:
     """The blocks' levels run through the list."""
     spans = enumerate(blocks.spans(DMD_FRAMES))
     levels = np.concatenate([np.full(stop - start, number % len(STEPS)) for number, (start, stop) in spans])
-    score = _dmd_draws(subject, RolloutSetup(blocks))
+    score = dmd_draws(subject, RolloutSetup(blocks))
     return {
         "noise_BFHWC": score["noise_BFHWC"],
         "level_BF": np.broadcast_to(levels[None], (DMD_BATCH, DMD_FRAMES)).astype(np.int32),

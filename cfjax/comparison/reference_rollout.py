@@ -42,7 +42,8 @@ def _sizes(subject: Subject, roll: SamplingSetup) -> Sizes:
     return reference_sizes(subject, subject.case.frames + roll.given, roll.blocks)
 
 
-def _pipeline_args(subject: Subject, roll: SamplingSetup) -> SimpleNamespace:
+def pipeline_args(roll: SamplingSetup) -> SimpleNamespace:
+    """The reference's config, as far as its samplers read it."""
     return SimpleNamespace(
         denoising_step_list=list(roll.steps), denoising_step_list_first_chunk=list(roll.first_steps) or None,
         warp_denoising_step=True, context_noise=0, independent_first_frame=False,
@@ -51,13 +52,13 @@ def _pipeline_args(subject: Subject, roll: SamplingSetup) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def _renoise(subject: Subject, roll: SamplingSetup) -> np.ndarray:
+def renoise_of(subject: Subject, roll: SamplingSetup) -> np.ndarray:
     """Fresh noise between the steps, [B, F, J, H, W, C]."""
     count = max(len(roll.steps), len(roll.first_steps)) - 1
     return np.stack([subject.latents(f"renoise {j}") for j in range(max(count, 1))], axis=2)
 
 
-def _recorded(renoise: np.ndarray, roll: SamplingSetup) -> Iterator[torch.Tensor]:
+def recorded_renoise(renoise: np.ndarray, roll: SamplingSetup) -> Iterator[torch.Tensor]:
     """The same noise in the order and the shapes in which the pipeline asks for it."""
     for number, (start, stop) in enumerate(roll.blocks.spans(renoise.shape[1])):
         steps = roll.first_steps if number == 0 and roll.first_steps else roll.steps
@@ -76,19 +77,19 @@ def _theirs_few(reference: Reference, subject: Subject, roll: SamplingSetup) -> 
     rows = NoEncoder(_rows(subject))
     with reference.quiet():
         pipeline = pipelines.CausalInferencePipeline(
-            _pipeline_args(subject, roll), "cpu", generator=wrapper, text_encoder=rows, vae=NoEncoder()
+            pipeline_args(roll), "cpu", generator=wrapper, text_encoder=rows, vae=NoEncoder()
         )
     if roll.first_steps and not hasattr(pipeline, "denoising_step_list_first_chunk"):
         raise NotInReference(f"not in this clone ({reference.name}): a step list of its own for the first block")
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = subject.config.num_layers, subject.tokens_per_frame
-    given, noise, renoise = _given(subject, roll), subject.latents("noise"), _renoise(subject, roll)
+    given, noise, renoise = _given(subject, roll), subject.latents("noise"), renoise_of(subject, roll)
     latents = []
     # The reference converts the flow of several given frames with one level per clip: it takes them one clip at a time.
     size = 1 if roll.given else BATCH
     for i in range(0, BATCH, size):
         clips = slice(i, i + size)
         pipeline.kv_cache1, pipeline.crossattn_cache = zero_caches(sizes, size)
-        with torch.no_grad(), reference.draws(*_recorded(renoise[clips], roll)):
+        with torch.no_grad(), reference.draws(*recorded_renoise(renoise[clips], roll)):
             _, made = pipeline.inference(
                 to_torch(noise[clips]), PROMPTS[clips], return_latents=True,
                 initial_latent=None if given is None else to_torch(given[clips]),
@@ -107,7 +108,7 @@ def _ours_few(subject: Subject, roll: SamplingSetup) -> Arrays:
             model, noise, text_kv, key, sampler, roll.blocks, renoise_BFJHWC=renoise, given_BFHWC=given
         )
 
-    draws = (subject.latents("noise"), subject.text(), _renoise(subject, roll))
+    draws = (subject.latents("noise"), subject.text(), renoise_of(subject, roll))
     return {"": np.asarray(jax.jit(sample)(subject.student, *draws, given))}
 
 
@@ -117,7 +118,7 @@ def _theirs_many(reference: Reference, subject: Subject, roll: SamplingSetup) ->
     wrapper = reference.wrapper(subject.weights(), sizes, causal=True)
     with reference.quiet():
         pipeline = pipelines.CausalDiffusionInferencePipeline(
-            _pipeline_args(subject, roll), "cpu",
+            pipeline_args(roll), "cpu",
             generator=wrapper, text_encoder=NoEncoder(_rows(subject)), vae=NoEncoder(),
         )  # fmt: skip
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = subject.config.num_layers, subject.tokens_per_frame

@@ -165,6 +165,18 @@ RULES: dict[str, Rules] = {
         ("fps", FPS),
         ("scale", whole(1, SIDE)),
     ],
+    "bench": [
+        ("seed", whole(0, 2**31 - 1)),
+        ("batch|batches", whole(1, 1_000_000)),
+        ("text_rows|block_frames", whole(1, 65536)),
+        ("frames", whole(0, FRAMES)),
+        ("height|width", whole(0, SIDE)),
+        ("window|sink", whole(-1, FRAMES)),
+        (r"sampler\.(steps|first_steps)", STEPS),
+        (r"sampler\.solver_steps", whole(0, LEVELS)),
+        (r"sampler\.shift", SHIFT_OR_OWN),
+        (r"sampler\.guidance", GUIDANCE),
+    ],
     "evaluate": [("seed", whole(0)), ("clips|batch", whole(1)), ("kept", whole(0))],
     "export": [("clips", whole(1))],
     "compare": [

@@ -30,7 +30,7 @@ class Chip:
     """One kind of chip; all numbers are per chip.
 
     Attributes:
-      memory: bytes.  flops: bfloat16 FLOP/s at its peak.  interconnect: bytes/s.
+      memory: bytes.  flops: bfloat16 FLOP/s at its peak.  interconnect, bandwidth (of the memory): bytes/s.
       devices: JAX devices per chip (TPU7x shows its two cores as two).
       dimensions: of a slice's shape.
       config: libtpu's setting for cores that work as one device, where that is not its default for the chip.
@@ -41,6 +41,7 @@ class Chip:
     memory: int
     flops: float
     interconnect: float
+    bandwidth: float = 0.0
     devices: int = 1
     dimensions: int = 1
     config: str = ""
@@ -49,14 +50,14 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", 32 * GIB, 275e12, 300e9, dimensions=3, config="megacore"),
-        Chip("v5e", "tpu", 16 * GIB, 197e12, 400e9, dimensions=2),
-        Chip("v5p", "tpu", 95 * GIB, 459e12, 1200e9, dimensions=3),
-        Chip("v6e", "tpu", 32 * GIB, 918e12, 800e9, dimensions=2),
-        Chip("tpu7x", "tpu", 192 * GIB, 2307e12, 1200e9, devices=2, dimensions=3),
+        Chip("v4", "tpu", 32 * GIB, 275e12, 300e9, 1228e9, dimensions=3, config="megacore"),
+        Chip("v5e", "tpu", 16 * GIB, 197e12, 400e9, 819e9, dimensions=2),
+        Chip("v5p", "tpu", 95 * GIB, 459e12, 1200e9, 2765e9, dimensions=3),
+        Chip("v6e", "tpu", 32 * GIB, 918e12, 800e9, 1638e9, dimensions=2),
+        Chip("tpu7x", "tpu", 192 * GIB, 2307e12, 1200e9, 7380e9, devices=2, dimensions=3),
         # What JAX's pool holds at least: launch/worker.sh gives it 0.95 of the 84.94e9 bytes that the driver shows,
         # 80.7e9; the rest is for CUDA's context, NCCL's buffers and CUDA graphs. JAX's own share is 0.75: 63.7e9.
-        Chip("h100", "gpu", 80 * 10**9, 989e12, 900e9, dimensions=2),
+        Chip("h100", "gpu", 80 * 10**9, 989e12, 900e9, 3352e9, dimensions=2),
         Chip("cpu", "cpu", 0, 0.0, 0.0),
     )
 }
@@ -79,6 +80,14 @@ def peak_flops(device_kind: str) -> float:
     """bfloat16 FLOP/s at the peak of one JAX device of this kind; 0 is unknown."""
     name = next((chip for part, chip in _KINDS if part in device_kind), "cpu")
     return CHIPS[name].flops / CHIPS[name].devices
+
+
+def peak_bandwidth(device_kind: str) -> float:
+    """Bytes/s of the memory of one JAX device of this kind; 0 is unknown. An H200's is 4.8e12."""
+    if "H200" in device_kind:
+        return 4800e9
+    name = next((chip for part, chip in _KINDS if part in device_kind), "cpu")
+    return CHIPS[name].bandwidth / CHIPS[name].devices
 
 
 @dataclass(frozen=True)

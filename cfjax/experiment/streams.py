@@ -1,0 +1,168 @@
+"""What `cfjax bench` streams: a run's network and world, or random weights of a preset's sizes with random parts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from cfjax.core.errors import UserError
+from cfjax.core.precision import Policy
+from cfjax.core.tree import map_named
+from cfjax.experiment.job import blocks_of, sampler_of
+from cfjax.experiment.runs import Run, open_run
+from cfjax.experiment.speed import NoDecoder, Stream
+from cfjax.models import umt5, wan
+from cfjax.models.codec import Codec, PatchCodec
+from cfjax.models.tiny_vae import TinyVAEConfig, make_tiny_vae
+from cfjax.models.umt5 import encode_by_layer
+from cfjax.models.vae import VAEConfig, make_vae
+from cfjax.models.wan import Wan
+from cfjax.models.weight_storage import with_storage_dtypes
+from cfjax.nn.visibility import Blocks
+from cfjax.rollout.generate import FewStep
+from cfjax.rollout.sizes import latent_sizes, pixel_frames
+from cfjax.rollout.stream import Pipeline
+from cfjax.worlds.world import World, WorldParts
+
+DECODERS = ("vae", "tiny_vae", "toy", "none")
+TOY_LATENTS, WAN_LATENTS = (9, 4, 4), (21, 60, 104)  # frames, height, width where the config names none
+TOY_SIDE = 8  # pixels of a patch
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A stream, and what a record says of it.
+
+    Attributes:
+      decoder: its name; "none" where latents are handed on.
+      encode_prompt: the text encoder's work for a prompt; None if it is not asked for.
+    """
+
+    stream: Stream
+    name: str
+    decoder: str
+    encode_prompt: Callable[[], np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class _RandomWorld:
+    """The parts of a world that a stream needs."""
+
+    codec: Codec
+    text_length: int
+    text_width: int
+
+
+def open_stream(c: ConfigDict) -> Opened:
+    """The stream of a config like `configs/bench.py`.
+
+    Raises:
+      UserError: there is no such run, preset or decoder, or the sizes do not fit.
+    """
+    if c.decoder not in ("", *DECODERS):
+        raise UserError(f"--config.decoder={c.decoder!r}: use {', '.join(DECODERS)}")
+    run = _opened_run(c) if c.run else random_run(c)
+    blocks, stride = blocks_of(c, run.blocks), run.world.codec.stride
+    frames, height, width, _ = run.latent_shape
+    sizes = latent_sizes(
+        c.frames or pixel_frames(frames, stride[0]),
+        c.height or height * stride[1],
+        c.width or width * stride[2],
+        stride=stride,
+        patch=run.model.config.patch,
+        blocks=blocks,
+    )
+    codec: Any = NoDecoder() if c.decoder == "none" else run.world.codec
+    rows = np.random.default_rng(c.seed).standard_normal((c.batch, run.world.text_length, run.world.text_width))
+    text = rows.astype(np.float32)
+    pipeline = Pipeline(run.model, codec, sampler_of(c, run), blocks)
+    decoder = c.decoder or ("toy" if isinstance(codec, PatchCodec) else "vae")
+    return Opened(Stream(pipeline, text, text[0], sizes), run.name, decoder, _prompt_encoder(c, run))
+
+
+def _opened_run(c: ConfigDict) -> Run:
+    if c.storage:
+        raise UserError(f"--config.storage={c.storage!r}: a run's weights are as they are; leave it out, or the run")
+    decoder = c.decoder if c.decoder in ("vae", "tiny_vae") else "vae"
+    parts = WorldParts(decoder=decoder, decoder_precision=c.decoder_precision, with_text=c.text)
+    return open_run(c.run, ema=c.ema, world=c.world, parts=parts, precision=c.precision, attention=c.attention)
+
+
+def random_run(c: ConfigDict, *, shapes: bool = False) -> Run:
+    """A run that never was: the preset's network, few-step sampler, blocks and decoder.
+
+    Args:
+      shapes: leave the weights away, for `cfjax plan`.
+    """
+    network = wan.preset(c.preset, remat="none")
+    policy = replace(network.precision, compute=c.precision) if c.precision else network.precision
+    network = replace(network, precision=policy, attention=c.attention or network.attention)
+    template = jax.eval_shape(lambda: Wan(network, jax.random.key(0)))
+    template = with_storage_dtypes(template, c.storage or policy.compute, policy.compute)
+    toy = c.preset == "toy"
+    if not toy and c.decoder == "toy":
+        raise UserError(
+            f"--config.decoder=toy decodes the toy's latents, not those of preset={c.preset!r}; use vae or tiny_vae"
+        )
+    name = "toy" if toy and c.decoder in ("", "none") else c.decoder
+    codec = jax.eval_shape if shapes else lambda make: make()
+    world = _RandomWorld(
+        codec(lambda: random_codec(name, Policy(c.decoder_precision or policy.compute))), c.text_rows, network.text_dim
+    )
+    return Run(
+        name=f"random {c.preset}",
+        stage="random",
+        step=0,
+        model=template if shapes else random_model(template, c.seed),
+        world=cast(World, world),
+        sampler=FewStep(),
+        blocks=Blocks(c.block_frames),
+        latent_shape=(*(TOY_LATENTS if toy else WAN_LATENTS), network.in_dim),
+        config=c,
+    )
+
+
+def random_model(template: Any, seed: int) -> Any:
+    """Weights for shapes, in their dtypes: kernels of unit gain, small biases, scales of 1; int8 kernels too."""
+
+    def leaf(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), len(name) + x.size % 65521)
+        if x.dtype == jnp.int8:
+            return jax.random.randint(key, x.shape, -127, 128, jnp.int8)
+        if name.endswith("kernel/scale"):
+            return jnp.full(x.shape, 1e-3, x.dtype)
+        if name.endswith("scale"):
+            return jnp.ones(x.shape, x.dtype)
+        gain = x.shape[-2] ** -0.5 if name.endswith("kernel") else 0.02
+        return (gain * jax.random.normal(key, x.shape, jnp.bfloat16)).astype(x.dtype)
+
+    return map_named(leaf, template)
+
+
+def random_codec(name: str, precision: Policy) -> Any:
+    """A decoder of the published sizes: "vae" (or ""), "tiny_vae", "toy"."""
+    key = jax.random.key(0)
+    if name == "toy":
+        size = TOY_SIDE**2 * 3
+        return PatchCodec(jnp.zeros(size), jax.random.normal(key, (size, 16)) * size**-0.5, jnp.ones(16))
+    if name == "tiny_vae":
+        return make_tiny_vae(TinyVAEConfig(precision=precision), key)
+    return make_vae(VAEConfig(precision=precision), key)
+
+
+def _prompt_encoder(c: ConfigDict, run: Run) -> Callable[[], np.ndarray] | None:
+    if not c.text:
+        return None
+    if c.run:
+        return lambda: run.world.encode_prompts([c.prompt])
+    config = umt5.PRESETS["toy" if c.preset == "toy" else "umt5_xxl"]
+    template = jax.eval_shape(lambda: umt5.UMT5(config, jax.random.key(0)))
+    wide = jnp.float32 if c.preset == "toy" else jnp.bfloat16
+    model = random_model(jax.tree.map(lambda x: x.update(dtype=wide), template), c.seed)
+    ids = jnp.asarray(np.random.default_rng(c.seed).integers(2, config.vocab_size, (1, c.text_rows)), jnp.int32)
+    policy = Policy(compute=jnp.dtype(wide).name)
+    return lambda: np.asarray(encode_by_layer(model, ids, jnp.ones_like(ids), policy))
