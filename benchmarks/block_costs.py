@@ -2,15 +2,10 @@
 
     python benchmarks/block_costs.py
 
-Nothing is run and no chip is needed. A pass over q tokens that see k tokens costs, with width d and L layers,
-
-    2 q L (6 d^2 + 2 d ffn)  products with weights     4 q k d L  self-attention     4 q S d L  attention to S text rows
-
-plus patches, head and time embedding. A block is a pass per step and one that commits it. The formula is compared with
-the products that `cfjax.planning.flops` counts in the program itself. Bytes are the least that any program moves
-through the chip's memory: weights once a pass, the visible cache once a pass, the block's own keys and values once;
-activations are taken to stay on the chip. Decoders' FLOPs are XLA's, of compiled programs (benchmarks/decoders.py).
-Prints a table and writes it as JSON.
+Nothing is run and no chip is needed: the arithmetic is `cfjax.planning.stream_cost`'s, compared here with the products
+that `cfjax.planning.flops` counts in the program itself. A block is a pass per step, and one that commits it. Bytes are
+the least that any program moves through the chip's memory, with bfloat16 weights; activations are taken to stay on the
+chip. Decoders' FLOPs are XLA's, of compiled programs (benchmarks/decoders.py). Prints tables and writes them as JSON.
 """
 
 import json
@@ -25,16 +20,21 @@ from measure import parser, write
 
 from cfjax.core.console import say
 from cfjax.core.topology import CHIPS
+from cfjax.experiment.speed import network_size, passes_of
 from cfjax.models.wan import KV, PRESETS, Wan, WanConfig
+from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.planning.flops import count_flops
+from cfjax.planning.stream_cost import NetworkSize, Pass, pass_flops, stream_need
+from cfjax.rollout.generate import FewStep
+from cfjax.rollout.sizes import Sizes
 
 TEXT_ROWS = 512
 LATENT = (60, 104)  # of 480 x 832 pixels
 FRAMES = 21  # latent frames of 81 pixel frames
-# Bytes/s of the chip's memory, from the pages that `cfjax.core.topology` names; H200's from its data sheet.
-BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9, "tpu7x": 7380e9, "h100": 3350e9, "h200": 4800e9}
-PEAKS = {name: CHIPS["h100" if name == "h200" else name].flops for name in BANDWIDTH}
+# FLOP/s in bfloat16 and bytes/s of the memory, at their peaks. An H200 computes what an H100 does.
+RATES = {name: (CHIPS[name].flops, CHIPS[name].bandwidth) for name in ("v5e", "v5p", "v6e", "tpu7x", "h100")}
+STEPS = {4: (1000, 750, 500, 250), 2: (1000, 500), 1: (1000,)}
 SHARE = 0.4  # of the peak that good programs of this kind reach
 DECODERS = {"wan": "Wan VAE", "tiny": "tiny"}
 
@@ -65,38 +65,10 @@ MODES = (
 )
 
 
-def weights_in_products(config: WanConfig) -> float:
-    """Weights of all layers that a token is multiplied with (the text's keys and values are made once a prompt)."""
-    return config.num_layers * (6.0 * config.dim**2 + 2.0 * config.dim * config.ffn_dim)
-
-
-def pass_flops(config: WanConfig, frames: int, tokens: int, keys: int, text_rows: int = TEXT_ROWS) -> float:
-    """FLOPs of one pass over `frames` frames of `tokens` tokens that see `keys` tokens, their own included."""
-    queries, dim = frames * tokens, config.dim
-    attention = 4.0 * queries * (keys + text_rows) * dim * config.num_layers
-    patch = config.patch[0] * config.patch[1]
-    ends = 2.0 * queries * dim * patch * (config.in_dim + config.out_dim)
-    time = 2.0 * frames * (config.freq_dim * dim + 7.0 * dim**2)
-    return 2.0 * queries * weights_in_products(config) + attention + ends + time
-
-
-def visible_keys(blocks: Blocks, start: int, tokens: int) -> int:
-    """Tokens that the block from frame `start` on sees: those before it and its own."""
-    stop = start + blocks.frames
-    return tokens * (blocks.frames + sum(b - a for a, b in blocks.visible_before(start, stop)))
-
-
-def block_flops(config: WanConfig, blocks: Blocks, steps: int, start: int, tokens: int) -> float:
-    """FLOPs of the block from frame `start` on: its steps, and the pass that commits it."""
-    return (steps + 1) * pass_flops(config, blocks.frames, tokens, visible_keys(blocks, start, tokens))
-
-
-def block_bytes(config: WanConfig, blocks: Blocks, steps: int, start: int, tokens: int, weight_bytes: int = 2) -> float:
-    """Least bytes of the same block, keys and values in two bytes each."""
-    per_token = 2 * 2 * config.dim * config.num_layers
-    past = visible_keys(blocks, start, tokens) - blocks.frames * tokens
-    once = blocks.frames * tokens * per_token
-    return (steps + 1) * (weight_bytes * weights_in_products(config) + past * per_token) + once
+def sizes_of(config: WanConfig) -> NetworkSize:
+    """The network with its weights in bfloat16."""
+    shapes = jax.eval_shape(lambda key: Wan(config, key), jax.random.key(0))
+    return network_size(with_storage_dtypes(shapes, "bfloat16", "bfloat16"))
 
 
 def counted_flops(config: WanConfig, frames: int, latent: tuple[int, int], text_rows: int) -> float:
@@ -116,27 +88,23 @@ def decoder_flops(record: Path) -> dict[str, dict[int, float]]:
 
 
 def row_of(mode: Mode, config: WanConfig, decoders: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """The last block of a video of `FRAMES` latent frames."""
-    tokens, start = config.tokens_per_frame(*LATENT), FRAMES - mode.frames
-    keys = visible_keys(mode.blocks, start, tokens)
-    flops = block_flops(config, mode.blocks, mode.steps, start, tokens)
-    moved = block_bytes(config, mode.blocks, mode.steps, start, tokens)
-    linear = 2.0 * mode.frames * tokens * weights_in_products(config) * (mode.steps + 1)
-    row: dict[str, Any] = {"mode": mode.name, "keys": keys, "passes": mode.steps + 1, "pixel_frames": 4 * mode.frames}
-    starts = range(0, FRAMES, mode.frames)
-    video = sum(block_flops(config, mode.blocks, mode.steps, begin, tokens) for begin in starts)
-    row |= {"flops": flops, "video_flops": video, "bytes": moved, "in_attention": 1 - linear / flops, "chips": {}}
+    """The last block of a video of `FRAMES` latent frames, and the whole video."""
+    size, tokens = sizes_of(config), config.tokens_per_frame(*LATENT)
+    video = Sizes(FRAMES, 0, *LATENT, (4, 8, 8))
+    passes = passes_of(FewStep(STEPS[mode.steps]), mode.blocks, video, tokens)
+    last = passes[-(mode.steps + 1) :]
+    block, whole = (stream_need(size, part, TEXT_ROWS) for part in (last, passes))
+    unseen = sum(pass_flops(size, replace(work, keys=0), TEXT_ROWS) for work in last)
+    row: dict[str, Any] = {"mode": mode.name, "keys": last[-1].keys, "passes": len(last), "flops": block.flops}
+    row |= {"bytes": block.bytes, "video_flops": whole.flops, "in_attention": 1 - unseen / block.flops, "chips": {}}
     row["decoder_flops"] = {name: decoders[name][mode.frames] for name in DECODERS}
-    for chip, bandwidth in BANDWIDTH.items():
-        compute, memory = flops / PEAKS[chip], moved / bandwidth
-        rate = lambda extra, seconds=max(compute, memory), chip=chip: (
-            4 * mode.frames / (seconds / SHARE + extra / PEAKS[chip] / SHARE)
-        )
+    for chip, (flops, bandwidth) in RATES.items():
+        least, memory = block.seconds(flops, bandwidth), block.bytes / bandwidth
+        extra = {"none": 0.0, **row["decoder_flops"]}
         row["chips"][chip] = {
-            "seconds_at_peak": max(compute, memory),
-            "bound": "compute" if compute >= memory else "memory",
-            "memory_over_compute": memory / compute,
-            "frames_per_second": {"none": rate(0.0), **{n: rate(row["decoder_flops"][n]) for n in DECODERS}},
+            "seconds_at_peak": least,
+            "memory_over_compute": memory / (block.flops / flops),
+            "frames_per_second": {n: 4 * mode.frames * SHARE / (least + more / flops) for n, more in extra.items()},
         }
     return row
 
@@ -154,9 +122,9 @@ def tables(rows: Iterable[dict[str, Any]]) -> str:
         cells += [f"{100 * row['in_attention']:.0f} %", f"{row['bytes'] / 1e9:.1f}"]
         cells += [f"{row['chips']['h100']['memory_over_compute']:.2f}", f"{row['video_flops'] / 1e12:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| stream | " + " | ".join(BANDWIDTH) + " |", "|---" * (1 + len(BANDWIDTH)) + "|"]
+    lines += ["", "| stream | " + " | ".join(RATES) + " |", "|---" * (1 + len(RATES)) + "|"]
     for row in rows:
-        rates = [row["chips"][chip]["frames_per_second"] for chip in BANDWIDTH]
+        rates = [row["chips"][chip]["frames_per_second"] for chip in RATES]
         cells = [f"{rate['none']:.1f}, {rate['tiny']:.1f}, {rate['wan']:.1f}" for rate in rates]
         lines.append(f"| {' | '.join([row['mode'], *cells])} |")
     return "\n".join(lines)
@@ -169,9 +137,9 @@ def main() -> None:
     config = PRESETS["wan_1_3b"]
     decoders = decoder_flops(Path(__file__).parent / "results" / "decoders.json")
     rows = [row_of(mode, config, decoders) for mode in MODES]
-    tokens = config.tokens_per_frame(*LATENT)
+    tokens = FRAMES * config.tokens_per_frame(*LATENT)
     counted = counted_flops(config, FRAMES, LATENT, TEXT_ROWS)
-    formula = pass_flops(config, FRAMES, tokens, FRAMES * tokens)
+    formula = pass_flops(sizes_of(config), Pass(FRAMES, tokens, tokens), TEXT_ROWS)
     say(tables(rows))
     say(f"one pass over {FRAMES} frames: {counted / formula:.6f} of the formula's FLOPs are in the program")
     write(options.out, rows, counted_over_formula=counted / formula, share=SHARE, ran="calculated; nothing was run")

@@ -54,19 +54,19 @@ RESTART = 75  # exit code: the device does not answer any more, a new process ma
 # Section -> share of the time. What a section leaves is there for those behind it.
 SHARES = {
     "machine": 0.04,
-    "parity": 0.08,
-    "streams": 0.20,
-    "stage 1": 0.08,
+    "streams": 0.22,
+    "stage 1": 0.07,
     "dmd": 0.16,
-    "vae": 0.06,
+    "vae": 0.05,
     "caches and weights": 0.08,
+    "parity": 0.08,
 }
 # What it should reach: case, key of its result, at least or at most.
 GOALS: tuple[tuple[str, str, str, float], ...] = (
     ("chunk-wise, 4 steps, Wan VAE", "frames_per_second", ">", 17.0),
     ("chunk-wise, 4 steps, tiny decoder", "frames_per_second", ">", 35.0),
-    ("chunk-wise, 4 steps, Wan VAE", "first_frames_s", "<", 0.3),
-    ("frame-wise, 4 steps, Wan VAE", "first_frames_s", "<", 0.3),
+    ("chunk-wise, 4 steps, Wan VAE", "first_frame_s", "<", 0.3),
+    ("frame-wise, 4 steps, Wan VAE", "first_frame_s", "<", 0.3),
     ("chunk-wise, 4 steps, tiny decoder", "network.of_peak", ">", 0.4),
     ("chunk-wise, 4 steps, tiny decoder", "network_steady.of_peak", ">", 0.4),
 )
@@ -77,7 +77,7 @@ def all_cases() -> list[Case]:
     full, tiny = ("wan", "tiny")
     return [
         Case("machine", "rates", 5, nothing, rates),
-        Case("parity", "attention", 8, nothing, attention_parity),
+        Case("machine", "attention", 8, nothing, attention_parity),
         *stream_cases(
             "streams",
             Stream(3, FOUR, full, profile=True),
@@ -153,19 +153,19 @@ class Record:
     def write(self) -> None:
         """Writes the file."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        goals = goals_of(self.cases)
+        goals = goals_of(self.cases, full=self.about.get("scale") == "full")
         write_atomically(self.file, json.dumps({**self.about, "goals": goals, "cases": self.cases}, indent=1))
 
 
-def goals_of(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each goal with what was measured, None where nothing was."""
+def goals_of(cases: dict[str, dict[str, Any]], *, full: bool) -> list[dict[str, Any]]:
+    """Each goal with what was measured, None where nothing was; only full sizes meet one."""
     out = []
     for name, key, sign, bound in GOALS:
         value: Any = cases.get(name, {}).get("result")
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         met = None if value is None else value > bound if sign == ">" else value < bound
-        out.append({"case": name, "what": key, "goal": f"{sign} {bound:g}", "measured": value, "met": met})
+        out.append({"case": name, "what": key, "goal": f"{sign} {bound:g}", "measured": value, "met": met and full})
     return out
 
 
@@ -223,7 +223,7 @@ def outline(entry: dict[str, Any]) -> str:
     if "frames_per_second" in found:
         share = found.get("network", found).get("of_peak")
         parts = [f"{found['frames_per_second']:.1f} frames/s"]
-        parts += [f"first {found['first_frames_s']:.2f} s"] if "first_frames_s" in found else []
+        parts += [f"first {found['first_frame_s']:.2f} s"] if "first_frame_s" in found else []
         return ", ".join(parts + ([f"{100 * share:.0f} % of the peak"] if share else []))
     if "right" in found:
         return "right" if found["right"] else "WRONG, or not to be had: see the JSON"
@@ -312,9 +312,10 @@ def main() -> None:
     cases = [case for case in all_cases() if not options.only or case.section in options.only]
     cases = [case for case in cases if options.scale == "full" or not case.variant]
     run(record, context, cases)
-    for goal in goals_of(record.cases):
+    full = options.scale == "full"
+    for goal in goals_of(record.cases, full=full):
         measured = "not measured" if goal["measured"] is None else f"{goal['measured']:.3g}"
-        met = {True: "met", False: "NOT met", None: ""}[goal["met"]]
+        met = {True: "met", False: "NOT met" if full else "(of full sizes)", None: ""}[goal["met"]]
         say(f"{goal['case']}, {goal['what']}: {measured}, goal {goal['goal']}  {met}".rstrip())
     say(str(record.file))
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,19 +11,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from block_costs import block_flops
-from device_parts import Ahead, Sizes, decode_pixels, hashed_uniform, random_like, traced
+from device_parts import Ahead, Scale, hashed_uniform, random_like, traced
 
 from cfjax.core.quantize import dequantize, is_quantized
 from cfjax.core.topology import peak_flops
+from cfjax.experiment.speed import Stream as Videos
+from cfjax.experiment.speed import network_size, passes_of, percentiles, run_once
 from cfjax.models.tiny_vae import TinyVAE
 from cfjax.models.vae import WanVAE
 from cfjax.models.wan import Wan, WanConfig, embed_text
 from cfjax.models.weight_storage import STORAGES, with_storage_dtypes
 from cfjax.nn.attention import dense, pick_backend
 from cfjax.nn.visibility import Blocks
+from cfjax.planning.stream_cost import stream_need
+from cfjax.rollout.clips import Times
 from cfjax.rollout.generate import FewStep
-from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream_latents
+from cfjax.rollout.sizes import Sizes
+from cfjax.rollout.stream import Pipeline, decode_step, prompt_kv, seeded_noise, stream_latents
 
 FOUR, TWO, ONE = (1000, 750, 500, 250), (1000, 500), (1000,)
 WAYS = {3: "chunk-wise", 1: "frame-wise"}
@@ -46,7 +50,7 @@ class Context:
       held: weights in memory.  makers: jitted functions by name, so that each is compiled once.
     """
 
-    sizes: Sizes
+    sizes: Scale
     ahead: Ahead
     cached_attention: str = "auto"
     rate: float = 0.0
@@ -252,6 +256,23 @@ def decoder_parity(context: Context) -> dict[str, Any]:
 # ---- streams
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bytes:
+    """A decoder whose pixels are uint8 before they leave the device."""
+
+    codec: Any
+
+    def init_state(self, batch: int) -> Any:
+        """The decoder's."""
+        return self.codec.init_state(batch)
+
+    def decode_step(self, latents_BFHWC: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """The next frames of a stream."""
+        video, state = self.codec.decode_step(latents_BFHWC, state)
+        return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8), state
+
+
 @dataclass(frozen=True)
 class Stream:
     """One way to stream: latent frames per block, steps, decoder ("": latents only), cache, storage of the weights."""
@@ -271,78 +292,61 @@ class Stream:
         parts += [self.policy] if self.policy != "full" else []
         return ", ".join([*parts, *([f"{self.storage} weights"] if self.storage != "bfloat16" else [])])
 
-    def blocks(self, sizes: Sizes) -> Blocks:
+    def blocks(self, sizes: Scale) -> Blocks:
         """The block layout."""
         bounds = {"full": (0, 0), "window": (sizes.window, 0), "sink": (sizes.window, sizes.sink)}[self.policy]
         return Blocks(self.frames, window=bounds[0], sink=bounds[1])
 
-    def latents(self, context: Context, *, arrays: bool) -> tuple[Any, Iterator[Any]]:
-        """The decoder, and the iterator over blocks of latents; on shapes, both only name the programs."""
-        sizes, call = context.sizes, context.ahead if arrays else context.ahead.prepare
+    def opened(self, context: Context, *, arrays: bool) -> Videos:
+        """The stream with its weights on the device, or their shapes while what makes them is compiled."""
+        sizes = context.sizes
         model = context.network("student", context.student(), self.storage, arrays=arrays)
         codec, text = context.codec(self.decoder, arrays=arrays), context.text(arrays=arrays)
-        sampler = FewStep(self.steps)
-        text_kv = jax.block_until_ready(prompt_kv(model, text, text, sampler, call))
-        return codec, stream_latents(
-            Pipeline(model, codec, sampler, self.blocks(sizes)),
-            text_kv,
-            seeded_noise(np.zeros(1, np.uint32), call),
-            num_frames=sizes.frames,
-            latent_shape=(*sizes.latent, CHANNELS),
-            call=call,
-        )
+        pipeline = Pipeline(model, Bytes(codec), FewStep(self.steps), self.blocks(sizes))
+        return Videos(pipeline, text, text[0] if arrays else text, Sizes(sizes.frames, 0, *sizes.latent, codec.stride))
 
     def prepare(self, context: Context) -> None:
         """Names the programs of a whole video."""
-        codec, latents = self.latents(context, arrays=False)
-        state = codec.init_state(1)
-        for x0 in latents:
-            _, state = context.ahead.prepare(decode_pixels, codec, x0, state)
-
-    def video(self, context: Context, kernels: dict[str, Any] | None = None) -> list[tuple[float, float, int]]:
-        """(s of the network, s of decoder and copy to the host, frames) of every block; profiles the last, if asked."""
-        codec, latents = self.latents(context, arrays=True)
-        state, rows = codec.init_state(1), []
-        count = len(self.blocks(context.sizes).spans(context.sizes.frames))
-        for index in range(count):
-            last = kernels is not None and index == count - 1
-            with traced(kernels) if last and kernels is not None else nullcontext():
-                begun = time.perf_counter()
-                x0 = jax.block_until_ready(next(latents))
-                middle = time.perf_counter()
-                pixels, state = context.ahead(decode_pixels, codec, x0, state)
-                pixels = np.asarray(pixels)
-                rows.append((middle - begun, time.perf_counter() - middle, pixels.shape[1]))
-        return rows
+        videos, call = self.opened(context, arrays=False), context.ahead.prepare
+        pipeline, sizes = videos.pipeline, videos.sizes
+        text_kv = prompt_kv(pipeline.model, videos.text_BSE, videos.negative_SE, pipeline.sampler, call)
+        shape, state = (sizes.height, sizes.width, CHANNELS), pipeline.codec.init_state(1)
+        noise = seeded_noise(np.zeros(1, np.uint32), call)
+        for x0 in stream_latents(pipeline, text_kv, noise, num_frames=sizes.frames, latent_shape=shape, call=call):
+            _, state = call(decode_step, pipeline.codec, x0, state)
 
     def run(self, context: Context) -> dict[str, Any]:
-        """A video to warm up (with the profiler on its last block), and one that is measured."""
+        """A video to warm up (with the profiler, if asked), and one that is measured."""
         context.free(f"make_student_{self.storage}", "make_wan", "make_tiny", "make_text")
-        kernels: dict[str, Any] = {}
-        self.video(context, kernels if self.profile else None)
-        rows = self.video(context)
-        return {**stream_figures(context, self, rows), **({"kernels": kernels} if self.profile else {})}
+        videos, kernels = self.opened(context, arrays=True), {}
+        with traced(kernels) if self.profile else nullcontext():
+            run_once(videos, 0, context.ahead)
+        figures = stream_figures(context, videos, run_once(videos, 1, context.ahead))
+        return {**figures, **({"kernels": kernels} if self.profile else {})}
 
 
-def stream_figures(context: Context, stream: Stream, rows: list[tuple[float, float, int]]) -> dict[str, Any]:
-    """Rates and shares from the times of every block; "steady" is the median over the last third of the blocks."""
-    sizes, blocks, config = context.sizes, stream.blocks(context.sizes), context.sizes.student
-    tokens, spans = config.tokens_per_frame(*sizes.latent), blocks.spans(sizes.frames)
-    flops = [block_flops(config, blocks, len(stream.steps), start, tokens) for start, _ in spans]
-    network, decoder, frames = (np.array(column) for column in zip(*rows, strict=True))
-    whole, late = network + decoder, slice(-max(1, len(rows) // 3), None)
-    steady, percent = float(np.median(whole[late])), lambda q: float(1e3 * np.percentile(whole[1:], q))
+def stream_figures(context: Context, videos: Videos, times: Times) -> dict[str, Any]:
+    """Rates and shares, named as `cfjax bench` names them; "steady" is the last third of the blocks."""
+    pipeline, sizes = videos.pipeline, videos.sizes
+    size, rows = network_size(pipeline.model), videos.text_BSE.shape[1]
+    tokens = pipeline.model.config.tokens_per_frame(sizes.height, sizes.width)
+    passes = passes_of(pipeline.sampler, pipeline.blocks, sizes, tokens)
+    network, whole = np.array(times.network), np.array(times.network) + np.array(times.decode)
+    late = max(1, len(network) // 3)
+    needed, last = (stream_need(size, part, rows) for part in (passes, passes[-late * len(passes) // len(network) :]))
+    frames = sizes.pixels()[0]
     return {
-        "frames_per_second": float(frames.sum() / whole.sum()),
-        "steady_frames_per_second": float(frames[-1] / steady),
-        "network_alone_frames_per_second": float(frames.sum() / network.sum()),
-        "first_frames_s": float(whole[0]),
-        "block_ms": {"p50": percent(50), "p95": percent(95), "p99": percent(99)},
-        "network_ms": [1e3 * float(x) for x in network],
-        "decoder_ms": [1e3 * float(x) for x in decoder],
-        "network": context.share(sum(flops), float(network.sum())),
-        "network_steady": context.share(sum(flops[late]), float(network[late].sum())),
-        "included": "decoder, copy of uint8 pixels to the host, commits; not: text encoder, compiling",
+        "frames_per_second": frames / float(whole.sum()),
+        "steady_frames_per_second": 4 * pipeline.blocks.frames / float(np.median(whole[-late:])),
+        "frames_per_second_without_decoder": frames / float(network.sum()),
+        "first_frame_s": times.first_frame,
+        "block_s": percentiles(list(whole[1:])),
+        "network_s": times.network,
+        "decoder_s": times.decode,
+        "network": context.share(needed.flops, float(network.sum())),
+        "network_steady": context.share(last.flops, float(network[-late:].sum())),
+        "included": "the prompt's keys and values (first frame), decoder, copy of uint8 pixels to the host, commits; "
+        "not: text encoder, compiling",
     }
 
 
@@ -353,24 +357,24 @@ def decoder_alone(name: str, frames: int) -> Case:
     """A later step of a decoder's stream, several times."""
 
     def later(context: Context, *, arrays: bool) -> tuple[Any, Any, Any]:
-        codec = context.codec(name, arrays=arrays)
+        codec = Bytes(context.codec(name, arrays=arrays))
         z = hashed_uniform((1, frames, *context.sizes.latent, CHANNELS), 5)
         state = codec.init_state(1)
         for _ in range(2):
-            state = jax.eval_shape(decode_pixels, codec, z, state)[1]
+            state = jax.eval_shape(decode_step, codec, z, state)[1]
         return codec, z, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
 
     def prepare(context: Context) -> None:
         codec, z, state = later(context, arrays=False)
-        context.ahead.prepare(decode_pixels, codec, z, state)
+        context.ahead.prepare(decode_step, codec, z, state)
 
     def run(context: Context) -> dict[str, Any]:
         codec, z, state = later(context, arrays=True)
-        flops = (context.ahead.compiled(decode_pixels, codec, z, state).cost_analysis() or {}).get("flops", 0.0)
+        flops = (context.ahead.compiled(decode_step, codec, z, state).cost_analysis() or {}).get("flops", 0.0)
 
         def step() -> Any:
             nonlocal state
-            video, state = context.ahead(decode_pixels, codec, z, state)
+            video, state = context.ahead(decode_step, codec, z, state)
             return video
 
         ms, kernels = median_ms(step), {}

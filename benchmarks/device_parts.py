@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ TOP = 3  # kernels of each case
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Scale:
     """Everything that `--scale` changes.
 
     Attributes:
@@ -60,7 +59,7 @@ def _small(layers: int) -> WanConfig:
 
 
 SCALES = {
-    "full": Sizes(
+    "full": Scale(
         student=PRESETS["wan_1_3b"],
         score=PRESETS["wan_14b"],
         vae=VAEConfig(precision=BF16),
@@ -75,7 +74,7 @@ SCALES = {
         attention=(4680, 14040, 12, 128),
         layers=4,
     ),
-    "tiny": Sizes(
+    "tiny": Scale(
         student=_small(2),
         score=_small(3),
         vae=VAEConfig(base_dim=4, multipliers=(1, 1, 1, 1), res_blocks=1, precision=BF16),
@@ -155,6 +154,7 @@ class Ahead:
     """
 
     def __init__(self, workers: int) -> None:
+        self.seconds = 0.0  # that calls waited for compiling, as `cfjax.core.programs` counts them
         self._pool = ThreadPoolExecutor(workers)
         self._programs: dict[Any, Program] = {}
 
@@ -183,10 +183,13 @@ class Ahead:
 
     def compiled(self, function: Any, *args: Any, **static: Any) -> Any:
         """The compiled program."""
+        begun = time.perf_counter()
         program = self._program(function, args, static)
         if program.future.exception() is not None:
             program.future = self._pool.submit(self._compile, program)
-        return program.future.result()
+        compiled = program.future.result()
+        self.seconds += time.perf_counter() - begun
+        return compiled
 
     def _program(self, function: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Program:
         leaves, treedef = jax.tree.flatten(args)
@@ -270,10 +273,3 @@ def slowest(folder: Path, wall_s: float, top: int = TOP) -> dict[str, Any]:
         if busy
     ]
     return {"kernels_ms": busy, "wall_ms": 1e3 * wall_s, "slowest": rows}
-
-
-@partial(jax.jit, donate_argnums=2)
-def decode_pixels(codec: Any, latents_BFHWC: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-    """The next frames of a stream as uint8, and the decoder's state."""
-    video, state = codec.decode_step(latents_BFHWC, state)
-    return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8), state
