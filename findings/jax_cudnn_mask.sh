@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # JAX 0.10.2: cuDNN attention refuses a mask over keys, [1, 1, 1, S], though masks are said to broadcast.
 #
+# Known: https://github.com/jax-ml/jax/issues/28974, open, and as it was in 0.11.2.
 # The other implementation takes it. So a program that masks keys the short way runs on a CPU and fails on a GPU; a
 # prefix of keys can be had by key_value_seq_lengths, any other mask by broadcasting it over the queries first. The check
 # is made while tracing, before anything needs a GPU: only the question which cuDNN is installed is answered here.
