@@ -34,10 +34,8 @@ fi
 
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
-missing=()
-for pair in $needed; do
-  "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('${pair%%:*}') is None)" || missing+=("${pair#*:}")
-done
+missing=($("$python" -c "import importlib.util, sys
+print(*(pair.split(':')[1] for pair in sys.argv[1:] if not importlib.util.find_spec(pair.split(':')[0])))" $needed))
 if [ ${#missing[@]} -gt 0 ]; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --find-links "$wheels" --target "$folder/packages" \
     "${missing[@]}" || {

@@ -18,7 +18,7 @@ from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion
 from cfjax.objectives.dmd import DMDConfig, critic_loss, draw, generator_loss
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.planning.flops import count_flops
-from cfjax.rollout.self_forcing import BEFORE_EXIT, COMMIT, SelfForcing
+from cfjax.rollout.self_forcing import BEFORE_EXIT, SelfForcing
 from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import init_state
 from cfjax.training.step import make_update, role_key
@@ -123,8 +123,7 @@ class Training:
         state = jax.eval_shape(partial(self.make_state, configs))
         frozen = {name: jax.eval_shape(partial(Wan, configs[name]), jax.random.key(0)) for name, _ in self.frozen}
         batch = jax.eval_shape(partial(self.make_batch, context))
-        count = len(BLOCKS.spans(context.sizes.frames))
-        times = {BEFORE_EXIT: float(exit_step or 0), COMMIT: (count - 1) / count}
+        times = {BEFORE_EXIT: float(exit_step or 0)}
         update = make_update(self.stage, role, self.optimizers()[role])
         return count_flops(update, state, shapes_of(frozen), batch, trip_counts=times)
 
