@@ -180,6 +180,9 @@ def test_block_costs_on_the_page_are_those_of_the_record(benchmarks):
     known = json.loads((results / "block_costs.json").read_text())
     page = (ROOT / "docs" / "performance.md").read_text()
     assert all(table in page for table in tables(known["rows"]).split("\n\n"))
+    framewise = next(row["chips"] for row in known["rows"] if row["mode"] == "frame-wise, 4 steps")
+    shares = [f"{framewise[chip]['memory_over_compute']:.2f}" for chip in ("h100", "v6e")]
+    assert "{} of the computing's time on an H100 and {} on a v6e".format(*shares) in " ".join(page.split())
     decoders = decoder_flops(results / "decoders.json")
     again = [row_of(mode, PRESETS["wan_1_3b"], decoders) for mode in MODES]
     assert json.loads(json.dumps(again)) == known["rows"] and set(decoders) == set(DECODERS) and TEXT_ROWS == 512
