@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from device_parts import Ahead, Scale, hashed_uniform, random_like, traced
+from device_parts import Ahead, Scale, hashed_uniform, random_like, traced, zeros_if
 
 from cfjax.core.quantize import dequantize, is_quantized
 from cfjax.core.topology import peak_flops
@@ -381,11 +381,11 @@ def decoder_alone(name: str, frames: int) -> Case:
 
     def later(context: Context, *, arrays: bool) -> tuple[Any, Any, Any]:
         codec = Bytes(context.codec(name, arrays=arrays))
-        z = hashed_uniform((1, frames, *context.sizes.latent, CHANNELS), 5)
-        state = codec.init_state(1)
+        shape = (1, frames, *context.sizes.latent, CHANNELS)
+        z, state = jax.ShapeDtypeStruct(shape, jnp.float32), codec.init_state(1)
         for _ in range(2):
             state = jax.eval_shape(decode_step, codec, z, state)[1]
-        return codec, z, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+        return codec, hashed_uniform(shape, 5) if arrays else z, zeros_if(arrays, state)
 
     def prepare(context: Context) -> None:
         codec, z, state = later(context, arrays=False)
@@ -417,10 +417,10 @@ def encoder_alone() -> Case:
     def later(context: Context, *, arrays: bool) -> tuple[Any, Any, Any, Any]:
         codec = context.codec("wan", arrays=arrays)
         height, width = (8 * side for side in context.sizes.latent)
-        video = hashed_uniform((1, 13, height, width, 3), 6, 1.0)
-        state = jax.eval_shape(step, codec, video, codec.init_encode_state(1))[1]
-        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
-        return context.jitted("encode_step", step), codec, video[:, 1:], state
+        first, rest = (jax.ShapeDtypeStruct((1, n, height, width, 3), jnp.float32) for n in (1, 12))
+        state = jax.eval_shape(step, codec, first, codec.init_encode_state(1))[1]
+        video = hashed_uniform(rest.shape, 6, 1.0) if arrays else rest
+        return context.jitted("encode_step", step), codec, video, zeros_if(arrays, state)
 
     def prepare(context: Context) -> None:
         context.ahead.prepare(*later(context, arrays=False))

@@ -134,6 +134,11 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
+def zeros_if(arrays: bool, shapes: Any) -> Any:
+    """Arrays of zeros in these shapes, or the shapes."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes) if arrays else shapes
+
+
 @dataclass
 class Program:
     """One program: what compiling took, and what it needs."""
