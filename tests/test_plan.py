@@ -17,7 +17,9 @@ from cfjax.core.topology import GIB, parse_topology
 from cfjax.experiment.build import build
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.stage import STAGES
+from cfjax.experiment.stream_plan import Part, ProgramCost, StreamPlan
 from cfjax.planning.programs import Cost
+from cfjax.planning.stream_cost import Need
 from tests.commands import ROOT
 
 SMALL = ["--config.data.shapes.frames=6", "--config.data.batch_size=8"]
@@ -233,3 +235,55 @@ def test_on_tpu_training_scores_and_rollout_call_the_splash_kernel(tmp_path):
     assert called(cost, "real_score") == called(cost, "fake_score") == {"fwd_no_residuals"}
     made = shrunk([*V5E, "--config=configs/ar_diffusion.py", "--config.mesh.tensor=2"], tmp_path)
     assert called(made[0]["costs"][0], "teacher_forced") == TRAINED
+
+
+def test_a_stream_is_planned_from_shapes(tmp_path, capsys):
+    """Toy's streaming programs and decoder for a simulated device; the network's are what `stream_latents` calls."""
+    argv = ["plan", f"--config={ROOT}/configs/generate.py", "--topology=cpu:1", f"--workdir={tmp_path}"]
+    assert main([*argv, "--config.frames=6", "--config.height=16", "--config.width=16", "--config.batch=2"]) == 0
+    output = capsys.readouterr().out
+    assert "simulated, no verdict" in output and "frames/s at the most" not in output
+    made = json.loads((tmp_path / "plan.json").read_text())
+    stream, (bound,) = made["stream"], made["bounds"]
+    (decode,) = stream["decoders"][0]["programs"]
+    assert decode["calls"] == 2 and decode["flops"] == 2 * 2 * 3 * 4 * 192 * 16  # blocks of three frames of 4 patches
+    network = {program["name"]: program for program in stream["network"]["programs"]}
+    assert network["embed_text"]["calls"] == 1 and sum(p["calls"] * p["flops"] for p in network.values()) > 0
+    assert bound["memory"] > stream["network"]["resident"] > 4 * 1_248_192 and bound["fits"] is None
+
+
+def part(name: str, flops: float, resident: float, working: float = 0.0) -> Part:
+    cost = Cost(name, arguments=0, temporaries=int(working * GIB), peak=int(working * GIB))
+    return Part(name, [ProgramCost(name, 1, flops, cost)], int(resident * GIB), Need(flops, 0.0))
+
+
+def test_the_bound_and_the_smallest_slice_of_a_stream():
+    """v5e: 197e12 FLOP/s, 16 GiB. 197e13 FLOPs take ten seconds; memory and rate both decide how many chips."""
+    network, decoder = part("network", 177.3e13, 3.0, 2.0), part("vae", 19.7e13, 1.0, 4.0)
+    plan = StreamPlan(parse_topology("v5e:1x1"), "run", (80, 480, 832), 1, "splash", network, [decoder])
+    assert plan.memory(decoder) == 8 * GIB and plan.fits(decoder)
+    assert plan.frames_per_second(decoder) == pytest.approx(8.0) and plan.frames_per_second() == pytest.approx(80 / 9)
+    assert plan.smallest(decoder) == "v5e:2x2" and plan.smallest(decoder, 8.0 * 0.99) == "v5e:1x1"
+    large = part("vae", 19.7e13, 40.0)
+    assert plan.fits(large) is False and plan.smallest(large, 1.0) == "v5e:2x2"
+    assert plan.smallest(part("vae", 1e20, 0.0)) == ""
+
+
+def test_a_bidirectional_run_has_no_stream_to_plan(tmp_path, capsys):
+    argv = ["plan", f"--config={ROOT}/configs/generate.py", "--topology=cpu:1", f"--workdir={tmp_path}"]
+    assert main([*argv, "--config.run=toy_teacher"]) == 2
+    assert "run='toy_teacher' is bidirectional, and does not stream" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v6e:1x1", "v5p:1x1x1", "tpu7x:1x1x1"])
+def test_a_stream_compiles_for_one_chip(topology, tmp_path):
+    """In a process of its own, as every machine is opened once: the toy with the flash kernel."""
+    argv = ["plan", "--config=configs/bench.py", f"--topology={topology}", f"--workdir={tmp_path}"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "cfjax", *argv]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert made["stream"]["attention"] == "splash"
+    assert made["bounds"][0]["fits"] and made["bounds"][0]["smallest"] == topology
