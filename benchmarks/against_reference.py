@@ -1,4 +1,4 @@
-"""cfjax and the PyTorch reference (a clone of Causal-Forcing), the same work in turn in one process, on this machine.
+"""The PyTorch reference (a clone of Causal-Forcing) beside cfjax: the same work in turn, on this machine.
 
     python benchmarks/against_reference.py --reference_dir=CLONE --cases=stream,small
 

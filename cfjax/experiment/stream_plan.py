@@ -143,7 +143,7 @@ def plan_stream(c: ConfigDict, topology: Topology, device: Any, *, text_rows: in
     for name, codec in decoders_of(run, parts).items():
         log, state = record_decoder(codec, latents, batch)
         programs, own = compiled(log, topology, device), bytes_of((codec, state))
-        moved = sum(program.calls * (program.cost.arguments + own) for program in programs)
+        moved = sum(program.calls * (program.cost.arguments + bytes_of(state)) for program in programs)
         need = Need(sum(program.calls * program.flops for program in programs), float(moved))
         decoders.append(Part(name, programs, own, need))
     return StreamPlan(topology, run.name, sizes.pixels(), batch, backend, network, decoders)
