@@ -12,7 +12,8 @@ sums of frames, where frame by frame it would be 3 m. It adds 2 to 3 times the r
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def _three_frames(seen_BFHWC: jax.Array, kernel: jax.Array) -> jax.Array:
         return conv_frames(taps, jnp.concatenate(list(kernel), axis=2), pads)
     if outputs < FEW_CHANNELS:
         y = conv_frames(seen_BFHWC, jnp.concatenate(list(kernel), axis=3), pads)
-        return sum(y[:, i : i + frames, ..., i * outputs : (i + 1) * outputs] for i in range(3))
+        return reduce(add, (y[:, i : i + frames, ..., i * outputs : (i + 1) * outputs] for i in range(3)))
     pixels = frames * seen_BFHWC[:, 0, ..., 0].size
     tile = next(m for m in (4, 3, 2, 1) if frames % m == 0 and (m == 1 or pixels >= FEWEST_PIXELS))
     if tile == 1:
@@ -135,7 +136,7 @@ def filter_matrices(frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     inputs = np.zeros((frames + 2, frames + 2))
     for row, rest in enumerate([*others, points]):
         inputs[row, : len(rest) + 1] = np.poly(rest)[::-1]
-    return tuple(x.astype(np.float32) for x in (after, kernels, inputs))
+    return after.astype(np.float32), kernels.astype(np.float32), inputs.astype(np.float32)
 
 
 def _filter_time(seen_BFHWC: jax.Array, kernel: jax.Array, tile: int) -> jax.Array:
@@ -145,7 +146,7 @@ def _filter_time(seen_BFHWC: jax.Array, kernel: jax.Array, tile: int) -> jax.Arr
     products: list[jax.Array] = []
     for i, row in enumerate(inputs):
         weights = _tap(jnp.asarray(kernels), i, products[-1] if products else seen_BFHWC)
-        summed = sum(weights[t] * kernel[t] for t in range(3))
+        summed = reduce(add, (weights[t] * kernel[t] for t in range(3)))
         products.append(conv_frames(_sum(row, cut), summed, _same(kernel)))
     y = jnp.stack([_sum(row, products) for row in after], axis=2)
     return y.reshape(batch, frames, *y.shape[3:])
@@ -163,4 +164,4 @@ def _tap(table: jax.Array, index: int, after: jax.Array) -> jax.Array:
 def _sum(weights: np.ndarray, terms: Sequence[jax.Array]) -> jax.Array:
     """The weighted sum, without the terms of weight zero and without products by one."""
     kept = [(w, x) for w, x in zip(weights, terms, strict=True) if w]
-    return sum(x if w == 1 else -x if w == -1 else w * x for w, x in kept)
+    return reduce(add, (x if w == 1 else -x if w == -1 else w * x for w, x in kept))
