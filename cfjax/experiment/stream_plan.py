@@ -23,8 +23,10 @@ from cfjax.experiment.runs import Run, open_run
 from cfjax.experiment.speed import CallLog, network_size, passes_of
 from cfjax.experiment.streams import RandomParts, random_codec, random_parts_of, random_run, sizes_of
 from cfjax.nn.attention import pick_backend
+from cfjax.nn.cpu_conv import traced_for
 from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.stream_cost import Need, stream_need
+from cfjax.rollout.blocks import FusedCommit, fuses
 from cfjax.rollout.clips import cache_bytes
 from cfjax.rollout.sizes import Sizes
 from cfjax.rollout.stream import Pipeline, decode_step, prompt_kv, seeded_noise, stream_latents
@@ -131,7 +133,8 @@ def plan_stream(c: ConfigDict, topology: Topology, device: Any, *, text_rows: in
     config, platform = run.model.config, topology.chip.platform
     backend = pick_backend("auto", jnp.dtype(config.precision.compute), platform) if platform == "tpu" else "chunked"
     model = with_backend(run.model, backend)
-    pipeline = Pipeline(model, run.world.codec, sampler_of(c, run), blocks_of(c, run.blocks))
+    fused: FusedCommit = "on" if fuses("auto", platform) else "off"
+    pipeline = Pipeline(model, run.world.codec, sampler_of(c, run), blocks_of(c, run.blocks), fused)
     rows, batch = run.world.text_length, c.batch
     log, latents = record_network(pipeline, sizes, (batch, rows, config.text_dim))
     tokens = config.tokens_per_frame(sizes.height, sizes.width)
@@ -140,12 +143,13 @@ def plan_stream(c: ConfigDict, topology: Topology, device: Any, *, text_rows: in
     resident = size.weight_bytes + cache_bytes(model, pipeline.sampler, pipeline.blocks, sizes, batch)
     network = Part("network", compiled(log, topology, device), resident, stream_need(size, passes, rows, batch))
     decoders = []
-    for name, codec in decoders_of(run, parts).items():
-        log, state = record_decoder(codec, latents, batch)
-        programs, own = compiled(log, topology, device), bytes_of((codec, state))
-        moved = sum(program.calls * (program.cost.arguments + bytes_of(state)) for program in programs)
-        need = Need(sum(program.calls * program.flops for program in programs), float(moved))
-        decoders.append(Part(name, programs, own, need))
+    with traced_for(platform):
+        for name, codec in decoders_of(run, parts).items():
+            log, state = record_decoder(codec, latents, batch)
+            programs, own = compiled(log, topology, device), bytes_of((codec, state))
+            moved = sum(program.calls * (program.cost.arguments + bytes_of(state)) for program in programs)
+            need = Need(sum(program.calls * program.flops for program in programs), float(moved))
+            decoders.append(Part(name, programs, own, need))
     return StreamPlan(topology, run.name, sizes.pixels(), batch, backend, network, decoders)
 
 

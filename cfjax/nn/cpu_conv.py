@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfjax.core.sharding import active_mesh
+
 WIDE = 24576  # numbers in a row that keep two cores busy
 FEWEST_ROWS = 8  # of a block: two more are computed for nothing
 POINTS = (0.0, 1.0, -1.0, 2.0, -0.5)  # m + 1 of them, and infinity, for m frames: these have the least rounding error
@@ -40,8 +42,9 @@ def traced_for(platform: str) -> Iterator[None]:
 
 
 def for_cpu(dtype: str) -> bool:
-    """Whether convolutions take the forms of this module: on a CPU, in float32."""
-    return jnp.dtype(dtype) == jnp.float32 and (_PLATFORM.get() or jax.default_backend()) == "cpu"
+    """Whether convolutions take the forms of this module: on a CPU, in float32, and not on a mesh."""
+    here = (_PLATFORM.get() or jax.default_backend()) == "cpu"
+    return here and jnp.dtype(dtype) == jnp.float32 and active_mesh() is None
 
 
 def conv_pictures(x_NHWC: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
