@@ -130,7 +130,7 @@ def test_a_collapse_is_reported_and_a_resumed_run_remembers_its_baseline(prompts
 def test_real_clips_are_the_baseline_where_there_are_any(world, tmp_path, capsys):
     monitor = make_monitor(config(), data(world, True), tmp_path)
     said = capsys.readouterr().out
-    assert said == "guard: 4 clips of 4 network calls every 100 steps, compared with real clips\n"
+    assert said == "guard: 4 clips of 3 network calls every 100 steps, compared with real clips\n"
     assert not monitor.wants_start
     look(monitor, tmp_path, 100)
     kept = json.loads((tmp_path / "guard.json").read_text())["baseline"]
