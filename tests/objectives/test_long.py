@@ -40,11 +40,11 @@ MODELS = {"critic": Score(0.7), "real_score": Score(-0.4), "codec": "a codec"}
 @pytest.fixture(autouse=True)
 def the_window_is_the_student(monkeypatch):
     """The student stands for the window that it would have rolled out; what a rollout is, test_long_video says."""
-    rolled = lambda model, *_, gradient: model if gradient else jax.lax.stop_gradient(model)
+    rolled = lambda model, *_, gradient, **__: model if gradient else jax.lax.stop_gradient(model)
     monkeypatch.setattr(dmd, "roll_window", rolled)
     monkeypatch.setattr(dmd, "embed_text", lambda model, text: KV(text, text))
-    monkeypatch.setattr(dmd, "rollout", lambda *_: None)
-    monkeypatch.setattr(dmd, "replay_exit", lambda model, *_: model)
+    monkeypatch.setattr(dmd, "rollout", lambda *_, **__: None)
+    monkeypatch.setattr(dmd, "replay_exit", lambda model, *_, **__: model)
 
 
 def batch() -> dict[str, jax.Array]:
