@@ -58,7 +58,7 @@ class View:
     """What one block reads: a layer's slots with the block's own frames written into them, visible up to a point.
 
     With its own frames in their slots (those of frames that no later block sees), a block sees a prefix of the slots,
-    whatever the window: no mask, and no concatenation. See `nn.frames.attend_prefix`.
+    whatever the window: no mask (unless lengths are grouped), no concatenation. See `nn.frames.attend_prefix`.
 
     Attributes:
       stop: the frame that the block ends before, traced.
