@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cfjax.core.bits import from_bits
-from cfjax.nn.frames import attend_prefix, constrain_kv
+from cfjax.nn.frames import attend_prefix, constrain_kv, group_lengths, put_frames
 from cfjax.nn.visibility import Blocks
 
 
@@ -27,12 +27,16 @@ class KVCache:
     frame_F: jax.Array
 
 
-def init_cache(config: Any, batch: int, num_frames: int, tokens_per_frame: int, blocks: Blocks) -> KVCache:
+def init_cache(config: Any, batch: int, num_frames: int, tokens_per_frame: int, blocks: Blocks) -> Any:
     """An empty cache for videos of `num_frames` latent frames (only `blocks.window` slots when there is a window).
+
+    With a memory policy, its state.
 
     Args:
       config: a WanConfig (layers, heads, head dim, compute dtype).
     """
+    if blocks.memory is not None:
+        return blocks.memory.init(config, batch, tokens_per_frame, blocks)
     slots = min(blocks.window, num_frames) if blocks.window else num_frames
     shape = (config.num_layers, batch, slots, tokens_per_frame, config.num_heads, config.head_dim)
     # Two buffers: a cache is donated, and one buffer cannot be donated twice.
@@ -48,9 +52,6 @@ def visible_frames(cache: KVCache, start: jax.Array, stop: jax.Array, blocks: Bl
         return past
     recent = frame >= stop - (blocks.window - blocks.sink)
     return past & (recent | (frame < blocks.sink))
-
-
-MOST_LENGTHS = 12  # of a prefix: with more, the next longer one is computed, on average less than 1/12 too much
 
 
 @dataclass(frozen=True)
@@ -125,31 +126,6 @@ class View:
         return past
 
 
-@jax.custom_vjp
-def put_frames(past_BFTNK: jax.Array, own_BFTNK: jax.Array, at: jax.Array) -> jax.Array:
-    """The past with frames written over those from `at` on.
-
-    In the bits of bfloat16: XLA's CPU backend would widen the past to write into it, all layers of a cache at once.
-    """
-    if own_BFTNK.dtype == jnp.bfloat16:
-        past, own = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (past_BFTNK, own_BFTNK))
-        return jax.lax.bitcast_convert_type(put_frames(past, own, at), jnp.bfloat16)
-    return jax.lax.dynamic_update_slice_in_dim(past_BFTNK, own_BFTNK, at, 1)
-
-
-def _put_forward(past: jax.Array, own: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
-    return put_frames(past, own, at), (own[..., :0], at)  # of which the shape is wanted
-
-
-def _put_backward(kept: Any, grad_BFTNK: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    own, at = kept
-    own = jax.lax.dynamic_slice_in_dim(grad_BFTNK, at, own.shape[1], 1)
-    return jax.lax.dynamic_update_slice_in_dim(grad_BFTNK, jnp.zeros_like(own), at, 1), own, None
-
-
-put_frames.defvjp(_put_forward, _put_backward)
-
-
 def view(slots: int, stop: jax.Array, blocks: Blocks, *, first_stop: int = 0) -> View:
     """What the block that ends before frame `stop` (traced, where a block of `blocks` ends) reads of a cache.
 
@@ -160,10 +136,7 @@ def view(slots: int, stop: jax.Array, blocks: Blocks, *, first_stop: int = 0) ->
     capacity = min(slots, blocks.window) if blocks.window else slots
     first = 1 if blocks.independent_first_frame else blocks.frames
     stops = [stop for stop in range(first, capacity, blocks.frames) if stop >= min(first_stop, capacity)]
-    lengths = [*stops, capacity]
-    groups = min(len(lengths), MOST_LENGTHS)
-    kept = tuple(lengths[-(-(i + 1) * len(lengths) // groups) - 1] for i in range(groups))
-    return View(stop, slots, blocks, kept, groups == len(lengths))
+    return View(stop, slots, blocks, *group_lengths([*stops, capacity]))
 
 
 def longest_share(num_frames: int, blocks: Blocks) -> float:
@@ -203,6 +176,8 @@ def slot_of(frame: jax.Array, slots: int, blocks: Blocks) -> jax.Array:
 
 def write(cache: KVCache, kv: Any, start: jax.Array, num_frames: int, blocks: Blocks) -> KVCache:
     """The cache after committing the block [start, start + num_frames) with keys and values `kv`."""
+    if blocks.memory is not None:
+        return blocks.memory.commit(cache, kv.k_LBFTNK, kv.v_LBFTNK, start)
     slots = cache.frame_F.shape[0]
     k, v, frame_F = cache.k_LBFTNK, cache.v_LBFTNK, cache.frame_F
 

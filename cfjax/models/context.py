@@ -28,6 +28,7 @@ from cfjax.models.wan import (
     apply_block,
     attend_by,
     attend_cached,
+    frame_positions,
 )
 from cfjax.nn import layers
 from cfjax.nn.frames import constrain_kv
@@ -62,8 +63,9 @@ def forward_kv(
 ) -> FrameKV:
     """The keys and values that `forward_block` returns besides the flow, which is not computed."""
     frames = clean_BFHWC.shape[1]
-    self_attend, numbers = attend_cached(model.config, cache, start + frames, blocks)
-    return _keys_and_values(model, clean_BFHWC, sigma_BF, text_kv, start + jnp.arange(frames), self_attend, numbers)
+    self_attend, numbers = attend_cached(model.config, cache, start, frames, blocks)
+    positions = frame_positions(cache, start, frames, blocks)
+    return _keys_and_values(model, clean_BFHWC, sigma_BF, text_kv, positions, self_attend, numbers)
 
 
 @singledispatch
@@ -119,9 +121,8 @@ def _views(
     config: WanConfig, cache: KVCache, start: jax.Array, frames: int, following: int, blocks: Blocks
 ) -> tuple[SelfAttend, Callable[..., jax.Array]]:
     """One layer's attention of a clean block, and of the `following` noisy frames (which takes the clean keys too)."""
-    stop = start + frames + following
-    attend_clean, _ = attend_cached(config, cache, start + frames, blocks)
-    attend_own, _ = attend_cached(config, cache, stop, blocks)
+    attend_clean, _ = attend_cached(config, cache, start, frames, blocks)
+    attend_own, _ = attend_cached(config, cache, start, frames + following, blocks)
 
     def attend_noisy(q: jax.Array, k: jax.Array, v: jax.Array, own: FrameKV, layer: jax.Array) -> jax.Array:
         keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(own, (k, v), strict=True))

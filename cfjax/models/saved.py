@@ -24,6 +24,7 @@ from cfjax.models.wan import (
     apply_block,
     attend_cached,
     backbone,
+    frame_positions,
     replay_attend,
 )
 from cfjax.nn.visibility import Blocks
@@ -49,8 +50,8 @@ def forward_saving(
 ) -> Saved:
     """`models.wan.forward_block` without its keys and values, but with every layer's output."""
     frames = latents_BFHWC.shape[1]
-    self_attend, numbers = attend_cached(model.config, cache, start + frames, blocks)
-    positions = start + jnp.arange(frames)
+    self_attend, numbers = attend_cached(model.config, cache, start, frames, blocks)
+    positions = frame_positions(cache, start, frames, blocks)
     leaving = lambda stream, _: stream
     work = (model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend)
     flow, stream_LBFTD = backbone(*work, layer_input=numbers, tap=leaving)

@@ -258,17 +258,28 @@ def forward_block(
       The flow, and the block's own keys and values for `cache.write`. Reads the cache, never writes it.
     """
     frames = latents_BFHWC.shape[1]
-    self_attend, numbers = attend_cached(model.config, cache, start + frames, blocks)
-    positions = start + jnp.arange(frames)
+    self_attend, numbers = attend_cached(model.config, cache, start, frames, blocks)
+    positions = frame_positions(cache, start, frames, blocks)
     return backbone(model, latents_BFHWC, sigma_BF, text_kv, positions, self_attend, layer_input=numbers, emit_kv=True)
 
 
-def attend_cached(config: WanConfig, cache: KVCache, stop: jax.Array, blocks: Blocks) -> tuple[SelfAttend, jax.Array]:
-    """Self-attention of a block that ends at `stop` against the cache, and its extra input: every layer's number.
+def frame_positions(cache: Any, start: jax.Array, frames: int, blocks: Blocks) -> jax.Array:
+    """Time positions of the frames of a block: their indices, unless a memory policy says otherwise."""
+    if blocks.memory is not None:
+        return blocks.memory.own_positions(cache, start, frames)
+    return start + jnp.arange(frames)
+
+
+def attend_cached(
+    config: WanConfig, cache: KVCache, start: jax.Array, frames: int, blocks: Blocks
+) -> tuple[SelfAttend, jax.Array]:
+    """Self-attention of the block from `start` on against the cache, and its extra input: every layer's number.
 
     So a layer reads what it sees of the stacked keys and values, and no more. No gradient passes into the cache.
     """
-    seen = view(cache.frame_F.shape[0], stop, blocks)
+    if blocks.memory is not None:
+        return blocks.memory.attention(config, cache, start, frames, blocks), jnp.arange(config.num_layers)
+    seen = view(cache.frame_F.shape[0], start + frames, blocks)
     keys, values = to_bits((cache.k_LBFTNK, cache.v_LBFTNK))
 
     def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:

@@ -51,6 +51,7 @@ def dense(
     v_BTNK: jax.Array,
     *,
     key_mask_T: jax.Array | None = None,
+    key_bias_T: jax.Array | None = None,
     num_keys: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
@@ -58,6 +59,8 @@ def dense(
 
     Args:
       key_mask_T: bool; keys where it is false are not seen.
+      key_bias_T: instead of a mask: float32, added to the logits of each key; -inf is not seen. (Splash has no such
+        bias: "chunked" computes it there.)
       num_keys: instead of a mask: only so many first keys are seen (traced, 1 or more). The flash kernels compute no
         tile behind them; the other backends mask them.
     """
@@ -67,11 +70,14 @@ def dense(
         # cuDNN takes no mask that is broadcast over the queries (jax-ml/jax#28974).
         rows = (1, 1, q_BTNK.shape[1], k_BTNK.shape[1])
         mask = None if key_mask_T is None else jnp.broadcast_to(key_mask_T, rows)
+        bias = None if key_bias_T is None else jnp.broadcast_to(_finite(key_bias_T).astype(q_BTNK.dtype), rows)
         return jax.nn.dot_product_attention(
-            q_BTNK, k_BTNK, v_BTNK, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
+            q_BTNK, k_BTNK, v_BTNK, bias=bias, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
         )
     if num_keys is not None:
         key_mask_T = jnp.arange(k_BTNK.shape[1]) < num_keys
+    if key_bias_T is not None:
+        key_mask_T, backend = _finite(key_bias_T), "chunked" if backend.startswith("splash") else backend
     if backend.startswith("splash"):
         interpret = backend == "splash_interpreted"
         return splash_dense(q_BTNK, k_BTNK, v_BTNK, key_mask_T=key_mask_T, interpret=interpret)
@@ -84,6 +90,11 @@ def dense(
     else:
         out = _scored(q, k, v, key_mask_T)
     return out.swapaxes(1, 2)
+
+
+def _finite(bias_T: jax.Array) -> jax.Array:
+    """A bias whose -inf is a large number, which no arithmetic turns into NaN."""
+    return jnp.maximum(bias_T, -1e30)
 
 
 @jax.custom_vjp
@@ -130,11 +141,13 @@ _per_head.defvjp(_per_head_forward, _per_head_backward)
 def _scored(
     q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None, *, transposed: bool = False
 ) -> jax.Array:
-    """Attention [..., T, K] with all its scores in memory; `transposed`: k is [..., K, T]."""
+    """Attention [..., T, K] with all its scores in memory; `transposed`: k is [..., K, T]; `mask_T`: or a bias."""
     k_KT = k if transposed else k.swapaxes(-1, -2)
     scores = jnp.matmul(q, k_KT, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask_T is not None:
-        scores = jnp.where(mask_T.reshape((1,) * (scores.ndim - 1) + (-1,)), scores, jnp.finfo(jnp.float32).min)
+        row = mask_T.reshape((1,) * (scores.ndim - 1) + (-1,))
+        unseen = jnp.finfo(jnp.float32).min
+        scores = jnp.where(row, scores, unseen) if row.dtype == jnp.bool_ else scores + row
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     # XLA's CPU backend multiplies bfloat16 as it is only where float32 is asked for, and widens it first elsewhere.
     return jnp.matmul(weights, v, preferred_element_type=jnp.float32).astype(v.dtype)

@@ -12,8 +12,9 @@ in one of two ways (`core.sharding.context_sharding`):
 Either way all devices have the same work under every visibility.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from cfjax.nn.attention import attend, dense, pick_backend
 from cfjax.nn.visibility import Visibility
 
 VISIBLE_PREFIX = "visible_prefix"  # scope of the conditional over the lengths of what a block sees
+MOST_LENGTHS = 12  # of a prefix: with more, the next longer one is computed, on average less than 1/12 too much
 
 
 def _flat(x_BFTNK: jax.Array) -> jax.Array:
@@ -116,6 +118,88 @@ def attend_prefix(
             return jax.lax.switch(index, branches, q)
 
     return attend_visible(q_BFTNK)
+
+
+def group_lengths(lengths: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+    """At most MOST_LENGTHS of ascending lengths, the last one among them; and whether they are all of them."""
+    groups = min(len(lengths), MOST_LENGTHS)
+    kept = tuple(lengths[-(-(i + 1) * len(lengths) // groups) - 1] for i in range(groups))
+    return kept, groups == len(lengths)
+
+
+def attend_slots(
+    q_BFTNK: jax.Array,
+    k_BFTNK: jax.Array,
+    v_BFTNK: jax.Array,
+    read: Callable[[int], tuple[jax.Array, jax.Array]],
+    count: jax.Array,
+    counts: Sequence[int],
+    *,
+    bias_F: jax.Array | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """A block's queries attend to the first `count` (traced) of some slots, and to the own frames.
+
+    Args:
+      read: a number of slots -> the keys and values of so many first ones, [B, slots, T, N, K].
+      counts: what `count` may be, ascending.
+      bias_F: added to the logits of each slot's keys (-inf: not seen); then all slots are computed.
+    """
+    own = k_BFTNK.shape[1]
+    if bias_F is not None:
+        bias_F = jnp.where(jnp.arange(len(bias_F)) < count, bias_F, -jnp.inf)
+        keys, values = (jnp.concatenate(x, axis=1) for x in zip(read(counts[-1]), (k_BFTNK, v_BFTNK), strict=True))
+        return _attend_biased(q_BFTNK, keys, values, jnp.pad(bias_F, (0, own)), backend)
+
+    def read_both(length: int) -> tuple[jax.Array, jax.Array]:
+        known = read(length - own)
+        both = [jnp.concatenate(x, axis=1) for x in zip(known, (k_BFTNK, v_BFTNK), strict=True)]
+        if len(counts) > 1:  # fewer may be filled than are read
+            both = [put_frames(x, new, count) for x, new in zip(both, (k_BFTNK, v_BFTNK), strict=True)]
+        return both[0], both[1]
+
+    lengths, exact = group_lengths([number + own for number in counts])
+    return attend_prefix(q_BFTNK, read_both, count + own, lengths, exact=exact, backend=backend)
+
+
+def _attend_biased(
+    q_BFTNK: jax.Array, k_BFTNK: jax.Array, v_BFTNK: jax.Array, bias_F: jax.Array, backend: str
+) -> jax.Array:
+    """All queries attend to all keys, with a number per frame added to the logits."""
+    frames, tokens, heads = q_BFTNK.shape[1:4]
+    if context_sharding(heads, tokens)[0] != "tokens":
+        bias_T = jnp.repeat(bias_F, tokens)
+        return _framed(
+            dense(_flat(q_BFTNK), _flat(k_BFTNK), _flat(v_BFTNK), key_bias_T=bias_T, backend=backend), frames
+        )
+    q = rearrange(constrain(q_BFTNK, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
+    k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (k_BFTNK, v_BFTNK))
+    return _framed(dense(q, k, v, key_bias_T=jnp.tile(bias_F, tokens), backend=backend), frames)
+
+
+@jax.custom_vjp
+def put_frames(past_BFTNK: jax.Array, own_BFTNK: jax.Array, at: jax.Array) -> jax.Array:
+    """The past with frames written over those from `at` on.
+
+    In the bits of bfloat16: XLA's CPU backend would widen the past to write into it, all layers of a cache at once.
+    """
+    if own_BFTNK.dtype == jnp.bfloat16:
+        past, own = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (past_BFTNK, own_BFTNK))
+        return jax.lax.bitcast_convert_type(put_frames(past, own, at), jnp.bfloat16)
+    return jax.lax.dynamic_update_slice_in_dim(past_BFTNK, own_BFTNK, at, 1)
+
+
+def _put_forward(past: jax.Array, own: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
+    return put_frames(past, own, at), (own[..., :0], at)  # of which the shape is wanted
+
+
+def _put_backward(kept: Any, grad_BFTNK: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    own, at = kept
+    own = jax.lax.dynamic_slice_in_dim(grad_BFTNK, at, own.shape[1], 1)
+    return jax.lax.dynamic_update_slice_in_dim(grad_BFTNK, jnp.zeros_like(own), at, 1), own, None
+
+
+put_frames.defvjp(_put_forward, _put_backward)
 
 
 def attend_text(q_BFTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, *, backend: str = "auto") -> jax.Array:

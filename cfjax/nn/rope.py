@@ -53,6 +53,24 @@ def rotate(x: jax.Array, table: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos], axis=-1).astype(x.dtype)
 
 
+def rotate_time(x_BFTNK: jax.Array, position_F: jax.Array) -> jax.Array:
+    """Rotates every frame's time axis by its position, in float32; rotations add up, so 0 leaves a frame as it is.
+
+    Only the time pairs change: keys that were rotated at time 0 (`rope_table`) come out as at `position_F`.
+
+    Args:
+      position_F: integer positions, perhaps negative; may be traced.
+    """
+    pairs = axis_pairs(x_BFTNK.shape[-1])[0]
+    angle = _angles(position_F, pairs)[None, :, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    real, imag = jnp.split(x_BFTNK, 2, axis=-1)
+    wide_real, wide_imag = (part[..., :pairs].astype(jnp.float32) for part in (real, imag))
+    turned = (wide_real * cos - wide_imag * sin, wide_real * sin + wide_imag * cos)
+    parts = [(t.astype(x_BFTNK.dtype), part[..., pairs:]) for t, part in zip(turned, (real, imag), strict=True)]
+    return jnp.concatenate([x for pair in parts for x in pair], axis=-1)
+
+
 def sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
     """[cos(t w_0..), sin(t w_0..)] with w_k = 10000^(-k / (dim / 2)); cosines first. [...] -> [..., dim] float32."""
     angle = _angles(timestep.astype(jnp.float32), dim // 2)

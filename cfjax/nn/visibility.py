@@ -6,7 +6,7 @@ so no mask is ever built and no masked score is ever computed.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cfjax.core.errors import UserError
 
@@ -23,14 +23,18 @@ class Blocks:
       independent_first_frame: frame 0 is a block of its own (image conditioning).
       window: visible frames, counted back from the end of the query's block, sink and block included; 0 = all.
       sink: the first frames that stay visible inside the window's budget.
+      memory: a policy of `cfjax.memory`, in place of window and sink; None: none.
     """
 
     frames: int = 3
     independent_first_frame: bool = False
     window: int = 0
     sink: int = 0
+    memory: Any = None
 
     def __post_init__(self) -> None:
+        if self.memory is not None and (self.window or self.sink):
+            raise UserError("blocks.window and blocks.sink are those of a memory policy here: set them there")
         if self.frames < 1:
             raise UserError(f"blocks.frames={self.frames}: use 1 or more")
         for name in ("window", "sink"):
@@ -88,6 +92,10 @@ class Visibility:
 
     kind: Kind = "full"
     blocks: Blocks = field(default_factory=Blocks)
+
+    def __post_init__(self) -> None:
+        if self.blocks.memory is not None:
+            raise UserError("a memory policy is for generation, block by block: leave it out of passes over all frames")
 
     def rectangles(self, num_frames: int) -> list[Rectangle]:
         """The rectangles for a video of `num_frames` (each half's length when there are two); queries in order."""

@@ -86,14 +86,18 @@ def commit_and_denoise(
     return flow, write(cache, kv, before, frames, blocks)
 
 
-def fuses(choice: FusedCommit, platform: str | None = None) -> bool:
-    """Resolves "auto" by platform.
+def fuses(choice: FusedCommit, platform: str | None = None, *, memory: Any = None) -> bool:
+    """Resolves "auto" by platform; never with a memory policy, whose commits decide what the next block sees.
 
     Raises:
-      UserError: none of the three.
+      UserError: none of the three, or "on" with a memory policy.
     """
     if choice not in get_args(FusedCommit):
         raise UserError(f"fused_commit={choice!r}: use one of {', '.join(get_args(FusedCommit))}")
+    if memory is not None:
+        if choice == "on":
+            raise UserError("fused_commit='on': not with a memory policy; use auto or off")
+        return False
     return (platform or jax.default_backend()) in FUSED_ON if choice == "auto" else choice == "on"
 
 

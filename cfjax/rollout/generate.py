@@ -168,7 +168,7 @@ def generate_few_step(
         The first generated block is then the one with `first_steps`.
       fused_commit: whether a block's first pass commits the one before it; the same video.
     """
-    sigmas, first, fused = sampler.sigmas(), sampler.first_sigmas(), fuses(fused_commit)
+    sigmas, first, fused = sampler.sigmas(), sampler.first_sigmas(), fuses(fused_commit, memory=blocks.memory)
     steps = max(len(sigmas), len(first))
     draws = (noise_BFHWC, renoise_draws(key, noise_BFHWC, steps) if renoise_BFJHWC is None else renoise_BFJHWC)
     num_frames, parts, done = noise_BFHWC.shape[1], [given_BFHWC], 0

@@ -124,6 +124,8 @@ def rollout(
     blocks may be traced too: `count` stops after so many, and leaves zeros behind them; None makes all that were drawn.
     With `save`, the exit steps keep what their gradient needs.
     """
+    if blocks.memory is not None:
+        raise UserError("self-rollout has no memory policies yet: train with blocks.window and blocks.sink")
     noise = draws["noise_BFHWC"]
     num_frames = noise.shape[1]
     spans = blocks.spans(num_frames)

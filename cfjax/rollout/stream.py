@@ -209,7 +209,7 @@ def stream_latents(
         tokens_per_frame=tokens,
         blocks=blocks,
     )
-    fused = isinstance(sampler, FewStep) and fuses(pipeline.fused_commit)
+    fused = isinstance(sampler, FewStep) and fuses(pipeline.fused_commit, memory=blocks.memory)
     clean = None  # the finished block that is not committed yet
     if given_BFHWC is not None:
         committed, clean = last_block_of(given_BFHWC, blocks) if fused else (given_BFHWC, None)

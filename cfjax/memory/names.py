@@ -1,0 +1,91 @@
+"""Memory policies by name: `--config.memory=infinity_rope`, or with settings, `"deep_sink(window=16, codec=int8)"`."""
+
+import re
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from cfjax.core.errors import UserError
+from cfjax.memory.codecs import Codec
+from cfjax.memory.policies import DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
+from cfjax.memory.slots import Memory
+
+
+@dataclass(frozen=True)
+class Named:
+    """A policy with its published settings, and a line for documentation."""
+
+    policy: Memory
+    about: str
+
+
+POLICIES = {
+    "window": Named(
+        Memory(21, 3), "a sliding window with a sink; positions are frame indices (LongLive, Self-Forcing)"
+    ),
+    "infinity_rope": Named(SlotRelative(6, 1), "positions are slot numbers, a window of 6 (Infinity-RoPE)"),
+    "longlive_infinity": Named(SlotRelative(12, 3), "positions are slot numbers, a window of 12 (LongLive, infinity)"),
+    "deep_sink": Named(DeepSink(), "a sink of 10 frames that moves along (Deep Forcing, without its compression)"),
+    "ema_sink": Named(EmaSink(), "what leaves is averaged into the sink (Reward Forcing)"),
+    "memory_tokens": Named(MemoryTokens(), "two moving averages of what leaves (MemRoPE)"),
+    "rolling_sink": Named(RollingSink(), "the first frames over and over, the newest block (Rolling Sink)"),
+}
+FULL = "full"  # every frame: no policy
+CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+def parse_memory(text: str) -> Memory | None:
+    """The policy that a text such as `ema_sink` or `ema_sink(window=12, alpha=0.99, codec=int8)` names.
+
+    Returns:
+      None for "full": no policy.
+
+    Raises:
+      UserError: no such policy or setting, or a value that it cannot have.
+    """
+    found = CALL.fullmatch(text)
+    name, inside = found.groups() if found else (text, None)
+    if name == FULL and not inside:
+        return None
+    if not found or name not in POLICIES:
+        near = get_close_matches(name, [*POLICIES, FULL], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"memory={text!r}: use {FULL}, {', '.join(POLICIES)}, or NAME(setting=value, ...){hint}")
+    policy = POLICIES[name].policy
+    known = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    changes: dict[str, Any] = {}
+    for part in filter(str.strip, (inside or "").split(",")):
+        key, equals, value = (x.strip() for x in part.partition("="))
+        if not equals or key not in known:
+            raise UserError(f"memory={text!r}: {part.strip()!r} is no setting of {name}; it has {', '.join(known)}")
+        changes[key] = (
+            Codec(value.strip("'\"")) if key == "codec" else _number(value, known[key], f"memory={text!r}: {key}")
+        )
+    return replace(policy, **changes)
+
+
+T = TypeVar("T", int, float)
+
+
+def _number(value: str, like: T, where: str) -> T:
+    """A number of the same type."""
+    try:
+        return type(like)(value)
+    except ValueError:
+        kind = "a whole number" if isinstance(like, int) else "a number"
+        raise UserError(f"{where}={value!r} is not {kind}") from None
+
+
+def memory_name(memory: Memory | None) -> str:
+    """The text that `parse_memory` makes this policy of."""
+    if memory is None:
+        return FULL
+    same = [(name, n.policy) for name, n in POLICIES.items() if type(n.policy) is type(memory)]
+    values = {f.name: getattr(memory, f.name) for f in fields(memory)}
+
+    def changed(policy: Memory) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if value != getattr(policy, key)}
+
+    name, policy = min(same, key=lambda item: len(changed(item[1])))
+    settings = [f"{k}={v.name if isinstance(v, Codec) else v}" for k, v in changed(policy).items()]
+    return f"{name}({', '.join(settings)})" if settings else name

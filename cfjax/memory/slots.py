@@ -1,0 +1,329 @@
+"""Slots of remembered frames: the base of all memory policies.
+
+A slot holds one latent frame's keys and values of every layer, and slots are in order: protected ones first, then the
+others from the oldest to the newest. After a commit they hold what the next block sees and nothing else, so a block
+always sees the first `count` slots and its own frames.
+
+Keys are stored with the space axes of RoPE rotated and the time axis not. The time axis is rotated when a block reads
+them, to positions that the policy chooses: rotations add up, so these need not be frame indices. (Raw keys in
+`causal_model.py` of Infinity-RoPE, Reward Forcing and LongLive's infinity variant, which rotate all axes when reading.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfjax.core.bits import from_bits, to_bits
+from cfjax.core.errors import UserError
+from cfjax.memory.codecs import Codec
+from cfjax.nn.frames import attend_slots, constrain_kv
+from cfjax.nn.rope import rotate_time
+
+EMPTY, MERGED = -1, -2  # in `State.frame_F`: no frame; several frames, merged
+# (q, k, v [B, F, T, N, K], layer) -> attended values
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Network(Protocol):
+    """What a policy needs to know of a network; `models.wan.WanConfig` is one."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    attention: str
+    precision: Any
+
+
+class Layout(Protocol):
+    """How a video is divided into blocks; `nn.visibility.Blocks` is one."""
+
+    frames: int
+    independent_first_frame: bool
+
+    def spans(self, num_frames: int) -> list[tuple[int, int]]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What a stream remembers.
+
+    Attributes:
+      k, v: stored keys (time axis not rotated) and values: [L, B, slots, T, N, K], or what a codec makes of them, with
+        the same first three axes.
+      frame_F: the frame in each slot, EMPTY or MERGED.
+      position_F: the time position at which each slot's frame was committed.
+      count: how many slots are filled.
+      stop: the frame after the last committed one.
+      offset: what is added to the time positions of new frames (after a cut of the scene).
+      jump: the own time position of the next block, if it is not the policy's; else -1.
+      extra: what a policy keeps besides.
+    """
+
+    k: Any
+    v: Any
+    frame_F: jax.Array
+    position_F: jax.Array
+    count: jax.Array
+    stop: jax.Array
+    offset: jax.Array
+    jump: jax.Array
+    extra: Any = None
+
+
+class Seen(NamedTuple):
+    """What one block sees, as `Memory.plan` says.
+
+    span: its frames.  frames: in the slots that it sees (MERGED for merged ones).  positions: the time positions at
+    which it reads these.  own: the time positions of its own frames.
+    """
+
+    span: tuple[int, int]
+    frames: tuple[int, ...]
+    positions: tuple[int, ...]
+    own: tuple[int, ...]
+
+
+class Labels(NamedTuple):
+    """The part of a state that positions follow from; NumPy's in a plan, traced in a program."""
+
+    frame_F: Any
+    position_F: Any
+    count: Any
+    stop: Any
+    offset: Any
+    jump: Any
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A sliding window with a sink, and the base of the other policies.
+
+    Frames keep the positions at which they were committed. Source: `local_attn_size` and `sink_size` in
+    `wan/modules/causal_model.py` of Self-Forcing and LongLive.
+
+    Attributes:
+      window: frames that a block sees at most, its own included.
+      sink: the first frames, which stay.
+      codec: how keys and values are stored.
+    """
+
+    window: int = 21
+    sink: int = 0
+    codec: Codec = field(default_factory=Codec)
+
+    def __post_init__(self) -> None:
+        if self.sink < 0:
+            raise UserError(f"memory: sink={self.sink}: use 0 (none) or more")
+        if self.window <= self.protected:
+            raise UserError(f"memory: window={self.window} must hold {self.protected} protected frames and a block")
+
+    # ---- what a policy may say otherwise
+
+    @property
+    def protected(self) -> int:
+        """First slots that are never moved."""
+        return self.sink
+
+    def positions(self, at: Labels, start: Any, frames: int, xp: Any = jnp) -> tuple[Any, Any]:
+        """Time positions: of the slots, [slots], and of the block's own frames, [frames]. `xp`: numpy or jax.numpy."""
+        return at.position_F, start + at.offset + xp.arange(frames)
+
+    def extra(self, network: Network, batch: int, tokens: int, layout: Layout) -> Any:
+        """`State.extra` of an empty state."""
+        return None
+
+    def before_commit(self, state: State, new: "Incoming") -> State:
+        """The state before the new frames are put into it: merges what leaves, or writes over what is there."""
+        return state
+
+    def bias(self, state: State) -> jax.Array | None:
+        """Added to the logits of each slot's keys, [slots]; None: nothing."""
+        return None
+
+    def cut(self, state: State, distance: int) -> State:
+        """The state after a cut of the scene: new frames are `distance` further from all before them, from now on.
+
+        Source: `rope_temporal_offset` of LongLive 2.0 (8 for every shot).
+        """
+        return replace(state, offset=state.offset + distance)
+
+    # ---- the interface
+
+    def slots(self, layout: Layout) -> int:
+        """Slots of a state.
+
+        Raises:
+          UserError: the window does not hold what it has to.
+        """
+        slots = self.window - layout.frames
+        if slots < max(self.protected, 1):
+            least = max(self.protected, 1) + layout.frames
+            raise UserError(
+                f"memory: window={self.window} must hold the protected frames and one block: at least {least}"
+            )
+        return slots
+
+    def init(self, network: Network, batch: int, tokens: int, layout: Layout) -> State:
+        """The state before the first block.
+
+        Args:
+          batch: rows, twice the videos for a guided sampler.  tokens: of a frame.
+        """
+        slots = self.slots(layout)
+        shape = (network.num_layers, batch, slots, tokens, network.num_heads, network.head_dim)
+        k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
+        empty = jnp.full((slots,), EMPTY, jnp.int32)
+        return State(
+            self.codec.encode_keys(k),
+            self.codec.encode_values(v),
+            empty,
+            empty,
+            jnp.int32(0),
+            jnp.int32(0),
+            jnp.int32(0),
+            jnp.int32(-1),
+            self.extra(network, batch, tokens, layout),
+        )
+
+    def own_positions(self, state: State, start: jax.Array, frames: int) -> jax.Array:
+        """Time positions of the block's own frames, [frames]."""
+        return self.positions(labels(state), start, frames)[1]
+
+    def attention(self, network: Network, state: State, start: jax.Array, frames: int, layout: Layout) -> Attend:
+        """The self-attention of a block that begins at `start`, against a layer of the state. Reads only."""
+        slots, rows = state.frame_F.shape[0], to_bits((state.k, state.v))
+        key_F, own_F = self.positions(labels(state), start, frames)
+        bias_F = self.bias(state)
+
+        def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
+            def read(count: int) -> tuple[jax.Array, jax.Array]:
+                keys, values = (from_bits(_layer(x, layer, count)) for x in rows)
+                keys = rotate_time(self.codec.decode(keys, k.dtype), key_F[:count])
+                return keys, self.codec.decode(values, v.dtype)
+
+            return attend_slots(
+                q, k, v, read, state.count, counts(slots, layout), bias_F=bias_F, backend=network.attention
+            )
+
+        return self_attend
+
+    def commit(self, state: State, k_LBFTNK: jax.Array, v_LBFTNK: jax.Array, start: jax.Array) -> State:
+        """The state after a finished block; committing a block again changes nothing.
+
+        Args:
+          k_LBFTNK: rotated at the block's own positions.
+        """
+        frames, slots = k_LBFTNK.shape[2], state.frame_F.shape[0]
+        own_F = self.own_positions(state, start, frames)
+        raw = jax.vmap(rotate_time, (0, None))(k_LBFTNK, -own_F)
+        k, v = self.codec.encode_keys(raw), self.codec.encode_values(v_LBFTNK)
+        new = Incoming(k, v, start, frames, state, start >= state.stop)
+        state = self.before_commit(state, new)
+        order = arrangement(state.count, slots, self.protected, frames)
+        order = jnp.where(new.is_new, order, jnp.arange(slots))
+        pick = lambda old, own: _placed(jnp.take(jnp.concatenate([old, own], axis=2), order, axis=2))
+        label = lambda old, own: jnp.concatenate([old, own.astype(jnp.int32)])[order]
+        at = lambda then, now: jnp.where(new.is_new, then, now).astype(jnp.int32)
+        return replace(
+            state,
+            k=jax.tree.map(pick, state.k, k),
+            v=jax.tree.map(pick, state.v, v),
+            frame_F=label(state.frame_F, start + jnp.arange(frames)),
+            position_F=label(state.position_F, own_F),
+            count=at(jnp.minimum(state.count + frames, slots), state.count),
+            stop=at(start + frames, state.stop),
+            jump=at(jnp.int32(-1), state.jump),
+        )
+
+    def plan(self, num_frames: int, layout: Layout) -> list[Seen]:
+        """What every block of a video sees, without a network: the mirror of `attention` and `commit`."""
+        slots, found = self.slots(layout), []
+        empty = np.full(slots, EMPTY)
+        at = Labels(empty, empty, 0, 0, 0, -1)
+        for start, stop in layout.spans(num_frames):
+            key_F, own_F = self.positions(at, start, stop - start, np)
+            shown = [tuple(int(x) for x in row[: at.count]) for row in (at.frame_F, key_F)]
+            found.append(Seen((start, stop), *shown, tuple(int(x) for x in own_F)))
+            at = self.next_labels(at, start, stop, own_F)
+        return found
+
+    def next_labels(self, at: Labels, start: int, stop: int, own_F: np.ndarray) -> Labels:
+        """`plan`'s commit."""
+        frames, slots = stop - start, len(at.frame_F)
+        order = arrangement(at.count, slots, self.protected, frames, np)
+        put = lambda old, own: np.concatenate([old, own])[order]
+        count = min(at.count + frames, slots)
+        return Labels(put(at.frame_F, np.arange(start, stop)), put(at.position_F, own_F), count, stop, at.offset, -1)
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Frames that are about to be committed.
+
+    k, v: as stored.  start: their first frame.  state: before them.  is_new: whether they are not in it yet.
+    """
+
+    k: Any
+    v: Any
+    start: jax.Array
+    frames: int
+    state: State
+    is_new: jax.Array
+
+    def leaving(self, protected: int) -> tuple[Any, Any, jax.Array, jax.Array]:
+        """The frames that leave, oldest first: keys, values (as stored), their frames, and whether each does leave."""
+        slots = self.state.frame_F.shape[0]
+        source = protected + jnp.arange(self.frames)
+        index = _in_sequence(source, self.state.count, slots)
+        pick = lambda old, own: jnp.take(jnp.concatenate([old, own], axis=2), index, axis=2, mode="clip")
+        k, v = jax.tree.map(pick, self.state.k, self.k), jax.tree.map(pick, self.state.v, self.v)
+        own_F = self.start + jnp.arange(self.frames)
+        frame_F = jnp.take(jnp.concatenate([self.state.frame_F, own_F]), index, mode="clip")
+        overflow = self.state.count + self.frames - slots
+        return k, v, frame_F, (jnp.arange(self.frames) < overflow) & self.is_new
+
+
+def labels(state: State) -> Labels:
+    """A state without keys and values."""
+    return Labels(state.frame_F, state.position_F, state.count, state.stop, state.offset, state.jump)
+
+
+def arrangement(count: Any, slots: int, protected: int, frames: int, xp: Any = jnp) -> Any:
+    """Which of [slots, own frames] are in the slots after a commit, [slots]: behind the protected, the newest."""
+    overflow = xp.maximum(0, count + frames - slots)
+    slot = xp.arange(slots)
+    return xp.minimum(
+        _in_sequence(xp.where(slot < protected, slot, slot + overflow), count, slots, xp), slots + frames - 1
+    )
+
+
+def _in_sequence(number: Any, count: Any, slots: int, xp: Any = jnp) -> Any:
+    """Where the frame of this number in the filled slots, followed by the own frames, is in [slots, own frames]."""
+    return xp.where(number < count, number, slots + number - count)
+
+
+def counts(slots: int, layout: Layout) -> tuple[int, ...]:
+    """How many slots may be filled when a block begins, ascending."""
+    first = (0, 1) if layout.independent_first_frame else (0,)
+    found = {*first, *range(first[-1], slots, layout.frames), slots}
+    return tuple(sorted(found))
+
+
+def _layer(stored: Any, layer: jax.Array | int, count: int) -> Any:
+    """One layer's first `count` slots, [B, count, ...]."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        sizes = (1, x.shape[1], count, *x.shape[3:])
+        return jax.lax.dynamic_slice(x, (layer, *(0,) * (x.ndim - 1)), sizes)[0]
+
+    return jax.tree.map(cut, stored)
+
+
+def _placed(x: jax.Array) -> jax.Array:
+    """Sharded as keys and values are, where it has their axes."""
+    return constrain_kv(x) if x.ndim == 6 and min(x.shape[3], x.shape[-1]) > 1 else x
