@@ -42,8 +42,8 @@ class SlotRelative(Memory):
         first = xp.where(at.jump >= 0, at.jump, at.count)
         return xp.arange(len(at.frame_F)), first + xp.arange(frames)
 
-    def cut(self, state: State, distance: int) -> State:
-        """The next block's own frames are at positions from `distance` on (RoPE cut; 45 in Infinity-RoPE)."""
+    def cut(self, state: State, distance: int = 45) -> State:
+        """The next block's own frames are at positions from `distance` on, once: RoPE cut (`transition_from`)."""
         if distance < self.window:
             raise UserError(f"memory: a cut to position {distance} is inside the window of {self.window} frames")
         return replace(state, jump=jnp.int32(distance))
@@ -173,6 +173,7 @@ class RollingSink(Memory):
     """
 
     window: int = 21
+    recaches = False  # what is replayed was made under the first prompt
 
     def __post_init__(self) -> None:
         super().__post_init__()

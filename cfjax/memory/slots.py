@@ -145,12 +145,25 @@ class Memory:
         """Added to the logits of each slot's keys, [slots]; None: nothing."""
         return None
 
-    def cut(self, state: State, distance: int) -> State:
+    # Whether blocks can be committed again under another prompt.
+    recaches = True
+
+    def cut(self, state: State, distance: int = 8) -> State:
         """The state after a cut of the scene: new frames are `distance` further from all before them, from now on.
 
-        Source: `rope_temporal_offset` of LongLive 2.0 (8 for every shot).
+        Source: `rope_temporal_offset` of LongLive 2.0.
         """
         return replace(state, offset=state.offset + distance)
+
+    def forget(self, state: State) -> State:
+        """The state before its blocks are committed again: empty, or with what is protected if something has left."""
+        left = state.stop > state.count
+        slot = jnp.arange(len(state.frame_F))
+        count = jnp.where(left, self.protected, 0).astype(jnp.int32)
+        gone = lambda x: jnp.where(slot < count, x, EMPTY)
+        return replace(
+            state, frame_F=gone(state.frame_F), position_F=gone(state.position_F), count=count, stop=jnp.int32(0)
+        )
 
     # ---- the interface
 
@@ -259,6 +272,11 @@ class Memory:
         put = lambda old, own: np.concatenate([old, own])[order]
         count = min(at.count + frames, slots)
         return Labels(put(at.frame_F, np.arange(start, stop)), put(at.position_F, own_F), count, stop, at.offset, -1)
+
+
+@dataclass(frozen=True)
+class Everything(Memory):
+    """All frames of a video of `window` frames, which ends there."""
 
 
 @dataclass(frozen=True)

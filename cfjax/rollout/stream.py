@@ -91,17 +91,18 @@ def seeded_noise(seeds_B: np.ndarray, call: Call = plain) -> Noise:
     return lambda block, shape, steps: call(_seeded, seeds, jnp.int32(block), shape=shape[1:], steps=steps)
 
 
-def _levels(sampler: FewStep, first: bool) -> np.ndarray:
+def levels_of(sampler: FewStep, first: bool) -> np.ndarray:
+    """A block's noise levels; `first`: those of the first generated one."""
     return sampler.first_sigmas() if first else sampler.sigmas()
 
 
-def _per_prompt(clean: jax.Array, text_kv: KV) -> jax.Array:
+def per_prompt(clean: jax.Array, text_kv: KV) -> jax.Array:
     """The frames as often as each video has prompts: twice for a guided sampler."""
     return jnp.concatenate([clean] * (text_kv.k_LBSNK.shape[1] // clean.shape[0]))
 
 
 @partial(jax.jit, static_argnames=("sampler", "first", "blocks"))
-def _next_block(
+def next_block(
     model: Wan,
     noise: jax.Array,
     fresh: jax.Array,
@@ -114,19 +115,19 @@ def _next_block(
     blocks: Blocks,
 ) -> jax.Array:
     if isinstance(sampler, FewStep):
-        return few_step_block(model, noise, fresh, _levels(sampler, first), text_kv, cache, start, blocks)
+        return few_step_block(model, noise, fresh, levels_of(sampler, first), text_kv, cache, start, blocks)
     return many_step_block(model, noise, text_kv, cache, start, sampler, blocks)
 
 
 @partial(jax.jit, static_argnames="blocks", donate_argnames="cache")
 def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: KVCache, start: jax.Array, *, blocks: Blocks) -> KVCache:
     """The cache with the block before `start`."""
-    return commit_block(model, _per_prompt(clean, text_kv), text_kv, cache, start - clean.shape[1], blocks)
+    return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start - clean.shape[1], blocks)
 
 
 @partial(jax.jit, static_argnames="blocks", donate_argnames="cache")
 def _commit_given(model: Wan, given: jax.Array, text_kv: KV, cache: KVCache, *, blocks: Blocks) -> KVCache:
-    return commit_given(model, _per_prompt(given, text_kv), text_kv, cache, blocks)
+    return commit_given(model, per_prompt(given, text_kv), text_kv, cache, blocks)
 
 
 @partial(jax.jit, static_argnames=("sampler", "first", "blocks"), donate_argnames="cache")
@@ -143,7 +144,7 @@ def _commit_and_next_block(
     first: bool,
     blocks: Blocks,
 ) -> tuple[jax.Array, KVCache]:
-    return fused_block(model, clean, noise, fresh, _levels(sampler, first), text_kv, cache, start, blocks)
+    return fused_block(model, clean, noise, fresh, levels_of(sampler, first), text_kv, cache, start, blocks)
 
 
 _empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
@@ -217,15 +218,15 @@ def stream_latents(
             cache = call(_commit_given, model, committed, text_kv, cache, blocks=blocks)
     for index, (start, stop) in enumerate(layout.spans(num_frames)):
         first = isinstance(sampler, FewStep) and index == 0 and bool(sampler.first_steps)
-        steps = len(_levels(sampler, first)) if isinstance(sampler, FewStep) else 1
+        steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
         own, fresh = noise(before + index, (batch, stop - start, *latent_shape), steps)
-        at, next_block = jnp.int32(given + start), partial(call, sampler=sampler, first=first, blocks=blocks)
+        at, make_block = jnp.int32(given + start), partial(call, sampler=sampler, first=first, blocks=blocks)
         if fused and clean is not None:
-            x0, cache = next_block(_commit_and_next_block, model, clean, own, fresh, text_kv, cache, at)
+            x0, cache = make_block(_commit_and_next_block, model, clean, own, fresh, text_kv, cache, at)
         else:
             if clean is not None:
                 cache = call(_commit, model, clean, text_kv, cache, at, blocks=blocks)
-            x0 = next_block(_next_block, model, own, fresh, text_kv, cache, at)
+            x0 = make_block(next_block, model, own, fresh, text_kv, cache, at)
         clean = x0
         yield x0
 

@@ -1,4 +1,4 @@
-"""Memory policies: who sees whom at which positions (golden tables of the public codes), and what is really attended."""
+"""Memory policies: who sees whom at which positions (golden tables of public codes), and what is really attended."""
 
 from dataclasses import replace
 from functools import partial
@@ -175,7 +175,7 @@ def test_plan_is_what_is_attended(name):
         rotated = lambda x, at: turn(jnp.asarray(x), jnp.asarray(at, jnp.int32))
         own_q, own_k = rotated(q[:, start:stop], told.own), rotated(raw_k[:, start:stop], told.own)
         known = [
-            (state.k[0][:, i], state.v[0][:, i]) if frame == MERGED or isinstance(memory, EmaSink) and i < memory.sink
+            (state.k[0][:, i], state.v[0][:, i]) if frame == MERGED or (isinstance(memory, EmaSink) and i < memory.sink)
             else (raw_k[:, frame], v[:, frame]) for i, frame in enumerate(told.frames)
         ]  # fmt: skip
         past_k = [np.asarray(rotated(k[:, None], [at])) for (k, _), at in zip(known, told.positions, strict=True)]

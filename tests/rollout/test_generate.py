@@ -352,7 +352,7 @@ def test_a_block_is_there_before_its_commit():
         sizes = {"num_frames": FRAMES, "latent_shape": SHAPE[2:], "batch": BATCH}
         made = stream_latents(pipeline, text_kv(), partial(block_noise, KEY), **sizes, call=call)
         done = [len(called) for _ in made]
-        one, other, both = stream_module._next_block, stream_module._commit, stream_module._commit_and_next_block
+        one, other, both = stream_module.next_block, stream_module._commit, stream_module._commit_and_next_block
         assert called[1:] == ([one, both, both] if fused == "on" else [one, other, one, other, one])
         assert done == ([2, 3, 4] if fused == "on" else [2, 4, 6])
 
@@ -361,9 +361,9 @@ def test_a_block_is_there_before_its_commit():
 def test_stream_is_the_sampler_block_by_block(name):
     """The same video from the same noise; one compile per block function, whatever the length of the stream."""
     sampler, blocks, compiles = STREAMS[name]
-    stream_module._next_block.clear_cache()
+    stream_module.next_block.clear_cache()
     chunks = streamed(sampler, blocks)
-    assert stream_module._next_block._cache_size() == compiles
+    assert stream_module.next_block._cache_size() == compiles
     assert [video.shape[1] for video, _ in chunks] == [2, 2, 2]
     error = relative(joined(chunks), few_step(sampler, blocks)(*stream_noise(sampler, blocks)))
     print(f"{name}: stream vs sampler {error:.1e}")
@@ -374,9 +374,9 @@ def test_stream_is_the_sampler_block_by_block(name):
 
 def test_a_second_stream_compiles_nothing():
     streamed(FewStep(FOUR), BLOCKS)
-    before = stream_module._next_block._cache_size()
+    before = stream_module.next_block._cache_size()
     streamed(FewStep(FOUR), BLOCKS)
-    assert stream_module._next_block._cache_size() == before
+    assert stream_module.next_block._cache_size() == before
 
 
 def test_a_stream_goes_on_from_given_frames():
@@ -411,10 +411,10 @@ def test_a_video_follows_its_own_seed_alone():
 def test_a_windowed_stream_of_any_length_is_one_program():
     """Its cache has the window's slots, so a longer video begins as the shorter one does and compiles nothing."""
     short = streamed(FewStep(FOUR), WINDOW)
-    before = stream_module._next_block._cache_size()
+    before = stream_module.next_block._cache_size()
     sizes = {"num_frames": 2 * FRAMES, "latent_shape": SHAPE[2:], "batch": BATCH}
     pipeline = Pipeline(tiny(), Plain(), FewStep(FOUR), WINDOW)
     long = list(stream(pipeline, text_kv(), partial(block_noise, KEY), **sizes))
-    assert stream_module._next_block._cache_size() == before
+    assert stream_module.next_block._cache_size() == before
     assert joined(long).shape[1] == 2 * FRAMES
     np.testing.assert_array_equal(joined(long)[:, :FRAMES], joined(short))

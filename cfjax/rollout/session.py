@@ -1,0 +1,402 @@
+"""A live stream: blocks without end, whose prompt, memory and course can change between any two of them.
+
+    session = Session(pipeline, encode, "a red circle moving left", latent_shape=(16, 16, 4), seed=0)
+    block = session.next()                          # pixels first; the block is committed when the next is asked for
+    session.set_prompt("a blue square moving up", mode="recache", blend_blocks=2)
+    before = session.snapshot()                     # a value: nothing is copied
+    other = session.fork(seed=1)
+
+All that a session is lies in a `SessionState`, which `next` replaces. Blocks equal those of `rollout.generate` with the
+same noise, whatever the sampler.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfjax.core.errors import UserError
+from cfjax.memory.names import memory_name, parse_memory
+from cfjax.memory.slots import Everything, Memory, State
+from cfjax.models.wan import KV, Wan
+from cfjax.nn.visibility import Blocks
+from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
+from cfjax.rollout.generate import FewStep, ManyStep
+from cfjax.rollout.prompts import Blend, blend_rows
+from cfjax.rollout.stream import (
+    Call,
+    Pipeline,
+    decode_step,
+    levels_of,
+    next_block,
+    per_prompt,
+    plain,
+    prompt_kv,
+    seeded_noise,
+)
+
+Mode = Literal["recache", "keep", "cut"]
+# A prompt, or several with weights
+Prompt = str | Sequence[tuple[str, float]]
+# Prompts -> text rows [n, S, E], float32
+Encode = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Made:
+    """One block of a stream.
+
+    Attributes:
+      index: its number, from 0; given frames count.  start: its first latent frame.
+      video_BPHWC: pixels, on the host.  latents_BFHWC: on the device.
+      prompt: the one that it was made with.
+    """
+
+    index: int
+    start: int
+    video_BPHWC: np.ndarray
+    latents_BFHWC: jax.Array
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A change of the prompt that is under way: text rows from and to, and how many blocks of how many are made."""
+
+    rows_from: np.ndarray
+    rows_to: np.ndarray
+    blocks: int
+    done: int
+    mode: Mode
+    blend: Blend
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """Everything that decides how a stream goes on. Arrays are never written to: a state can be kept and gone back to.
+
+    Attributes:
+      cache: what is remembered.  memory: the policy of it.  decoder: the codec's state.
+      text_kv: keys and values of the prompt, for all layers.  rows: its text rows [S, E].  prompt: in words.
+      block: the next block's number.  frame: its first latent frame.  generated: how many blocks were made here.
+      pending: the finished block that is not committed yet, or None.
+      recent: the latest committed blocks, (first frame, latents_BFHWC), which a change of the prompt commits again.
+      transition: a change of the prompt that is under way.
+      seed: of the noise of all later blocks.
+    """
+
+    cache: State
+    memory: Memory
+    decoder: Any
+    text_kv: KV
+    rows: np.ndarray
+    prompt: Prompt
+    block: int
+    frame: int
+    generated: int
+    pending: tuple[int, jax.Array] | None
+    recent: tuple[tuple[int, jax.Array], ...]
+    transition: Transition | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state, and the pipeline that it belongs to."""
+
+    pipeline: Pipeline
+    state: SessionState
+
+
+# Not donated: a snapshot may hold the same cache.
+@partial(jax.jit, static_argnames="blocks")
+def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: State, start: jax.Array, *, blocks: Blocks) -> State:
+    return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start, blocks)
+
+
+class Session:
+    """One stream of one video. See the module.
+
+    Args:
+      encode: prompts to text rows; raises UserError for a prompt that it cannot take.
+      latent_shape: (H, W, C) of a latent frame.
+      negative: text rows [S, E] of the negative prompt, for a guided sampler.
+      memory: a policy or its name (`memory.names`); None: the pipeline's own, or its window and sink.
+      max_frames: latent frames that a memory of everything ("full") holds; its stream ends there.
+      given_BFHWC: latent frames to go on from, such as an encoded picture.
+      hold: how many of the latest block boundaries `seek` can go back to; each holds a cache.
+      call: calls the jitted functions, as `stream_latents` has it.
+
+    Raises:
+      UserError: a bidirectional pipeline, a prompt or policy that there is none of, a seed out of range.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        encode: Encode,
+        prompt: Prompt,
+        *,
+        latent_shape: tuple[int, int, int],
+        negative: np.ndarray | None = None,
+        seed: int = 0,
+        memory: Memory | str | None = None,
+        max_frames: int = 21,
+        given_BFHWC: jax.Array | None = None,
+        hold: int = 0,
+        call: Call = plain,
+    ) -> None:
+        if pipeline.blocks is None:
+            raise UserError("a bidirectional network makes all frames at once: it has no session; use generate")
+        if isinstance(pipeline.sampler, ManyStep) and negative is None:
+            raise UserError("a guided sampler needs the text rows of a negative prompt")
+        self._pipeline, self._encode, self._negative, self._call = pipeline, encode, negative, call
+        self._shape, self._max_frames = latent_shape, max_frames
+        self._held: deque[SessionState] = deque(maxlen=hold)
+        self._state: SessionState | None = None
+        chosen = self._memory(memory)
+        rows = self._rows(prompt)
+        state = SessionState(
+            self._empty(chosen), chosen, pipeline.codec.init_state(1), self._text(rows), rows, prompt,
+            0, 0, 0, None, (), None, _checked_seed(seed),
+        )  # fmt: skip
+        self._state = state if given_BFHWC is None else self._given(state, jnp.asarray(given_BFHWC))
+
+    # ---- what a builder calls
+
+    @property
+    def state(self) -> SessionState:
+        """The stream as it is now.
+
+        Raises:
+          UserError: it was closed.
+        """
+        if self._state is None:
+            raise UserError("this session is closed: open another one")
+        return self._state
+
+    def next(self) -> Made:
+        """The next block.
+
+        Raises:
+          UserError: the session is closed, or a memory of everything is full.
+        """
+        before = self.state
+        state, start = before, before.frame
+        layout = layout_from(self._pipeline.blocks, start)  # type: ignore[arg-type]
+        frames = 1 if layout.independent_first_frame else layout.frames
+        if isinstance(state.memory, Everything) and start + frames > state.memory.window:
+            raise UserError(
+                f"the stream has {start} latent frames and remembers all of at most {state.memory.window}: give "
+                f"max_frames, or a memory policy such as longlive_infinity for a stream without end"
+            )
+        state = self._committed(state)
+        state = self._turned(state)
+        sampler = self._pipeline.sampler
+        # The first generated block has a program of its own only where its steps are its own.
+        first = isinstance(sampler, FewStep) and bool(sampler.first_steps) and not state.generated
+        steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
+        noise = seeded_noise(np.array([state.seed], np.uint32), self._call)
+        own, fresh = noise(state.block, (1, frames, *self._shape), steps)
+        given = (self._pipeline.model, own, fresh, state.text_kv, state.cache, jnp.int32(start))
+        x0 = self._call(next_block, *given, sampler=sampler, first=first, blocks=self._blocks(state.memory))
+        video, decoder = self._call(decode_step, self._pipeline.codec, x0, state.decoder)
+        pixels = np.asarray(video)
+        numbers = {"block": state.block + 1, "frame": start + frames, "generated": state.generated + 1}
+        after = replace(state, decoder=decoder, pending=(start, x0), **numbers)
+        self._held.append(before)
+        self._state = after
+        return Made(state.block, start, pixels, x0, state.prompt)
+
+    def set_prompt(
+        self, prompt: Prompt, mode: Mode = "recache", blend_blocks: int = 0, blend: Blend = "linear"
+    ) -> None:
+        """Another prompt, from the next block on.
+
+        Args:
+          mode: "recache" commits the remembered blocks again under the new prompt (LongLive); "keep" leaves what is
+            remembered as it is; "cut" also moves the next block away in time (RoPE cut of Infinity-RoPE, or a lasting
+            gap of 8 positions as in LongLive 2.0, as the policy has it).
+          blend_blocks: the prompt goes over to the new one during so many blocks; "recache" is done at the last.
+
+        Raises:
+          UserError: an unknown prompt or mode. The stream goes on as before.
+        """
+        state = self.state
+        if mode not in get_args(Mode):
+            raise UserError(f"mode={mode!r}: use one of {', '.join(get_args(Mode))}")
+        if blend_blocks < 0:
+            raise UserError(f"blend_blocks={blend_blocks}: use 0 (at once) or more")
+        if mode == "recache" and not state.memory.recaches:
+            raise UserError(f"{memory_name(state.memory)}: nothing to commit again; use mode='keep' or 'cut'")
+        rows = self._rows(prompt)
+        blend_rows([state.rows, rows], [0.5, 0.5], blend)
+        change = Transition(state.rows, rows, max(blend_blocks, 1), 0, mode, blend)
+        self._state = replace(state, prompt=prompt, transition=change)
+
+    def set_memory(self, memory: Memory | str) -> None:
+        """Another policy, from the next block on: what the session still has the latents of is committed to it.
+
+        Raises:
+          UserError: there is no such policy, or it does not fit. The stream goes on as before.
+        """
+        chosen = self._memory(memory)
+        state = self._committed(self.state)
+        self._state = self._recommitted(replace(state, memory=chosen, cache=self._empty(chosen)))
+
+    def snapshot(self) -> Snapshot:
+        """The stream as it is now; costs nothing until the session goes on, and then holds one more cache."""
+        return Snapshot(self._pipeline, self.state)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from a snapshot, of this session or of another one of the same pipeline.
+
+        Raises:
+          UserError: it belongs to another model, codec, sampler or layout.
+        """
+        self._check(snapshot)
+        self._state = snapshot.state
+
+    def fork(self, seed: int | None = None) -> "Session":
+        """Another session from here on; with the same seed (None) it makes the same blocks."""
+        other = object.__new__(Session)
+        other.__dict__.update(self.__dict__)
+        other._held = deque(self._held, maxlen=self._held.maxlen)
+        state = self.state
+        other._state = state if seed is None else replace(state, seed=_checked_seed(seed))
+        return other
+
+    def seek(self, block: int) -> None:
+        """Goes back to the beginning of a block that is held.
+
+        Raises:
+          UserError: it is not.
+        """
+        states = {state.block: state for state in (*self._held, self.state)}
+        if block not in states:
+            known = ", ".join(map(str, sorted(states)))
+            raise UserError(f"block {block} is not held: the session can go to {known} (hold= keeps more)")
+        self._state = states[block]
+        while self._held and self._held[-1].block >= block:
+            self._held.pop()
+
+    def close(self) -> None:
+        """Lets go of all memory."""
+        self._state = None
+        self._held.clear()
+
+    # ---- how
+
+    def _memory(self, memory: Memory | str | None) -> Memory:
+        blocks = self._pipeline.blocks
+        assert blocks is not None
+        if isinstance(memory, str):
+            memory = parse_memory(memory) or Everything(self._max_frames)
+        if memory is None:
+            own = Memory(blocks.window, blocks.sink) if blocks.window else Everything(self._max_frames)
+            memory = blocks.memory or own
+        memory.slots(blocks)
+        return memory
+
+    def _blocks(self, memory: Memory) -> Blocks:
+        blocks = self._pipeline.blocks
+        assert blocks is not None
+        return replace(blocks, window=0, sink=0, memory=memory)
+
+    def _empty(self, memory: Memory) -> State:
+        config, (height, width, _) = self._pipeline.model.config, self._shape
+        rows = 2 if isinstance(self._pipeline.sampler, ManyStep) else 1
+        return memory.init(config, rows, config.tokens_per_frame(height, width), self._blocks(memory))
+
+    def _rows(self, prompt: Prompt) -> np.ndarray:
+        if isinstance(prompt, str):
+            return np.asarray(self._encode([prompt]))[0]
+        if not prompt:
+            raise UserError("no prompt: give one, or a list of (prompt, weight)")
+        return blend_rows(list(np.asarray(self._encode([text for text, _ in prompt]))), [w for _, w in prompt])
+
+    def _text(self, rows: np.ndarray) -> KV:
+        negative = rows if self._negative is None else self._negative
+        pipeline = self._pipeline
+        return prompt_kv(pipeline.model, jnp.asarray(rows[None]), jnp.asarray(negative), pipeline.sampler, self._call)
+
+    def _given(self, state: SessionState, given_BFHWC: jax.Array) -> SessionState:
+        blocks = self._pipeline.blocks
+        assert blocks is not None
+        given_blocks(blocks, given_BFHWC.shape[1])
+        for start, stop in blocks.spans(given_BFHWC.shape[1]):
+            own = given_BFHWC[:, start:stop]
+            _, decoder = self._call(decode_step, self._pipeline.codec, own, state.decoder)
+            state = replace(state, decoder=decoder, block=state.block + 1, frame=stop, pending=(start, own))
+            state = self._committed(state)
+        return state
+
+    def _put(self, state: SessionState, start: int, own: jax.Array) -> State:
+        """The cache with one more block."""
+        work = (self._pipeline.model, own, state.text_kv, state.cache, jnp.int32(start))
+        return self._call(_commit, *work, blocks=self._blocks(state.memory))
+
+    def _committed(self, state: SessionState) -> SessionState:
+        """With the pending block in the cache."""
+        if state.pending is None:
+            return state
+        start, own = state.pending
+        recent = (*state.recent, state.pending)[-self._recent_blocks(state.memory) :]
+        return replace(state, cache=self._put(state, start, own), pending=None, recent=recent)
+
+    def _recent_blocks(self, memory: Memory) -> int:
+        """How many blocks' latents are kept: those that are in slots, or would be in those of another policy."""
+        blocks = self._pipeline.blocks
+        assert blocks is not None
+        frames = max(memory.slots(blocks), self._max_frames - blocks.frames)
+        return -(-frames // blocks.frames) + int(blocks.independent_first_frame)
+
+    def _turned(self, state: SessionState) -> SessionState:
+        """One block further in a change of the prompt."""
+        change = state.transition
+        if change is None:
+            return state
+        done = change.done + 1
+        last = done >= change.blocks
+        share = done / change.blocks
+        rows = (
+            change.rows_to if last else blend_rows([change.rows_from, change.rows_to], [1 - share, share], change.blend)
+        )
+        state = replace(
+            state, rows=rows, text_kv=self._text(rows), transition=None if last else replace(change, done=done)
+        )
+        if change.mode == "cut" and done == 1 and state.frame:
+            state = replace(state, cache=state.memory.cut(state.cache))
+        if change.mode == "recache" and last:
+            state = self._recommitted(replace(state, cache=state.memory.forget(state.cache)))
+        return state
+
+    def _recommitted(self, state: SessionState) -> SessionState:
+        """The remembered blocks once more, oldest first, into a cache that has forgotten them."""
+        room = state.cache.frame_F.shape[0] - int(state.cache.count)
+        kept: list[tuple[int, jax.Array]] = []
+        for start, own in reversed(state.recent):
+            if room <= 0:
+                break
+            kept, room = [(start, own), *kept], room - own.shape[1]
+        for start, own in kept:
+            state = replace(state, cache=self._put(state, start, own))
+        return state
+
+    def _check(self, snapshot: Snapshot) -> None:
+        ours, theirs = self._pipeline, snapshot.pipeline
+        for name in ("model", "codec", "sampler", "blocks"):
+            mine, other = getattr(ours, name), getattr(theirs, name)
+            if mine is not other and (name in ("model", "codec") or mine != other):
+                raise UserError(f"this snapshot is of a session with another {name}: restore it there")
+
+
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed}: use 0 to 2**32 - 1")
+    return int(seed)
