@@ -53,6 +53,7 @@ from cfjax.experiment.job import (
     weights_hash,
 )
 from cfjax.experiment.runs import load_weights, open_run
+from cfjax.memory.names import blocks_record
 from cfjax.models.text_cache import TextCache, fill, read_rows
 from cfjax.rollout.clips import Clips, Timings, cache_bytes, make_clips
 from cfjax.rollout.generate import ManyStep
@@ -357,7 +358,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
         "width": width,
         "latent_shape": [sizes.frames, sizes.height, sizes.width, run.model.config.in_dim],
         "sampler": asdict(job.sampler),
-        "blocks": asdict(job.blocks) if job.blocks else None,
+        "blocks": blocks_record(job.blocks) if job.blocks else None,
         "negative_prompt": job.negative_prompt,
         "video_sha256": job.hashes[c.video] if c.video else "",
         "fit": c.fit,

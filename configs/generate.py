@@ -5,6 +5,7 @@
     ... --config.image=photo.jpg --config.independent_first_frame=True            image to video, chunk-wise
     ... --config.video=clip.mp4 --config.given_frames=9 --config.frames=81        the video's end, and 12 latents more
     ... --config.frames=321 --config.window=21 --config.sink=3                    a longer video, constant memory
+    ... --config.frames=321 --config.memory=longlive_infinity                     the same by a policy (docs/memory.md)
 
     ... --config.prompts=requests.jsonl --config.videos=5 --config.resume=True    a video set; resumable
 
@@ -63,6 +64,7 @@ def get_config(arg: str = ""):
                     "shift": 0.0,
                 }
             ),
+            "memory": "",  # what is remembered: full, infinity_rope, ema_sink ... (docs/memory.md); "": the run's
             "window": -1,  # latent frames that stay visible; 0: all; -1: the run's own
             "sink": -1,  # first frames that stay visible inside the window
             "independent_first_frame": False,  # the first latent frame is a block of its own

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "core": set(),
     "flow": {"core"},
     "nn": {"core"},
+    "memory": {"core", "nn"},
     "models": {"core", "flow", "nn"},
-    "rollout": {"core", "flow", "nn", "models"},
+    "rollout": {"core", "flow", "nn", "memory", "models"},
     "objectives": {"core", "flow", "nn", "models", "rollout"},
     "training": {"core", "flow", "nn", "models", "rollout", "objectives"},
     "data": {"core"},
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "evaluation": {"core", "flow", "data"},
     "planning": {"core"},
     "worlds": {"core", "data", "models", "training"},
-    "experiment": {"core", "flow", "nn", "models", "rollout", "objectives", "training"}
+    "experiment": {"core", "flow", "nn", "memory", "models", "rollout", "objectives", "training"}
     | {"data", "evaluation", "planning", "worlds"},
     "studies": {"core", "flow", "nn", "models", "rollout", "objectives", "training", "evaluation"},
     "comparison": {"core", "flow", "nn", "models", "rollout", "objectives", "conversion"},

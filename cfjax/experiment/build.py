@@ -1,7 +1,7 @@
 """`build`: a config becomes an `Experiment`, once; training, plans and preview samples see no ConfigDict."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from cfjax.experiment.stage import (
     sampling_blocks,
     stage_of,
 )
+from cfjax.memory.names import blocks_record
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.stage import Stage
@@ -124,7 +125,7 @@ class Experiment:
             "stage": self.stage.name,
             "config": dict(self.config),
             "models": {role: to_record(model.config) for role, model in models.items()},
-            "blocks": asdict(self.blocks),
+            "blocks": blocks_record(self.blocks),
             "latent_shape": list(data.dataset.latent_shape),
             "records": len(data.dataset),
             "world": made.get("text_encoder", {}).get("world", ""),

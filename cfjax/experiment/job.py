@@ -18,6 +18,7 @@ from cfjax.data.requests import LATENTS, Request, read_image, read_latents, read
 from cfjax.data.video import ClipFormat
 from cfjax.evaluation.video import check_mp4
 from cfjax.experiment.runs import Run
+from cfjax.memory.names import with_memory
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.nn.visibility import Blocks
@@ -81,7 +82,7 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
         given=given,
     )
     sampler, pixels = sampler_of(c, run), sizes.pixels()
-    fuses(c.fused_commit)
+    fuses(c.fused_commit, memory=blocks.memory if blocks else None)
     check_mp4(*pixels[1:], c.fps, c.scale)
     ClipFormat(*pixels, c.fps, c.fit)
     tiled_decoder(c, run)
@@ -102,11 +103,16 @@ def blocks_of(c: ConfigDict, own: Blocks | None) -> Blocks | None:
       UserError: they do not fit, or the run is bidirectional.
     """
     changes: dict[str, Any] = {name: c[name] for name in ("window", "sink") if c[name] >= 0}
+    if c.memory:
+        changes["memory"] = c.memory
     if c.independent_first_frame:
         changes["independent_first_frame"] = True
     if own is None and changes:
         raise UserError(f"{', '.join(changes)}: this run is bidirectional, it has no blocks; leave them out")
-    return replace(own, **changes) if own else None
+    if own is None or not c.memory:
+        return replace(own, **changes) if own else None
+    layout = replace(own, independent_first_frame=own.independent_first_frame or c.independent_first_frame)
+    return with_memory(layout, c.memory, window=c.window, sink=c.sink)
 
 
 def sampler_of(c: ConfigDict, run: Run) -> FewStep | ManyStep:

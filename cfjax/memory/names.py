@@ -9,6 +9,7 @@ from cfjax.core.errors import UserError
 from cfjax.memory.codecs import Codec
 from cfjax.memory.policies import DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
 from cfjax.memory.slots import Memory
+from cfjax.nn.visibility import Blocks
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def parse_memory(text: str) -> Memory | None:
         raise UserError(f"memory={text!r}: use {FULL}, {', '.join(POLICIES)}, or NAME(setting=value, ...){hint}")
     policy = POLICIES[name].policy
     known = {f.name: getattr(policy, f.name) for f in fields(policy)}
-    changes: dict[str, Any] = {}
+    changes = dict[str, Any]()
     for part in filter(str.strip, (inside or "").split(",")):
         key, equals, value = (x.strip() for x in part.partition("="))
         if not equals or key not in known:
@@ -62,6 +63,34 @@ def parse_memory(text: str) -> Memory | None:
             Codec(value.strip("'\"")) if key == "codec" else _number(value, known[key], f"memory={text!r}: {key}")
         )
     return replace(policy, **changes)
+
+
+def with_memory(blocks: Blocks, text: str, *, window: int = -1, sink: int = -1) -> Blocks:
+    """A block layout with the memory that a text names; `window` and `sink` of 0 or more replace the policy's.
+
+    "full" and a plain "window" are the layout's own, which has programs of its own for them.
+
+    Raises:
+      UserError: see `parse_memory`; or they do not fit the layout.
+    """
+    plain = replace(blocks, window=0, sink=0, memory=None)
+    memory = parse_memory(text)
+    given = {name: value for name, value in (("window", window), ("sink", sink)) if value >= 0}
+    if memory is None:
+        if given:
+            raise UserError(f"{', '.join(given)}: memory={FULL!r} holds all frames; leave them out")
+        return plain
+    memory = replace(memory, **given)
+    if memory == Memory(memory.window, memory.sink):
+        return replace(plain, window=memory.window, sink=memory.sink)
+    memory.slots(plain)
+    return replace(plain, memory=memory)
+
+
+def blocks_record(blocks: Blocks) -> dict[str, Any]:
+    """A block layout as plain values; a memory policy as its text, and no such key without one."""
+    record = {f.name: getattr(blocks, f.name) for f in fields(blocks) if f.name != "memory"}
+    return record | ({} if blocks.memory is None else {"memory": memory_name(blocks.memory)})
 
 
 T = TypeVar("T", int, float)

@@ -184,8 +184,8 @@ class RollingSink(Memory):
         slots = super().slots(layout)
         if slots % layout.frames or layout.independent_first_frame:
             raise UserError(
-                f"memory: a rolling sink needs a window of whole blocks of {layout.frames} frames, and no first frame of "
-                f"its own; window={self.window}"
+                f"memory: a rolling sink needs a window of whole blocks of {layout.frames} frames, and no first "
+                f"frame of its own; window={self.window}"
             )
         return slots
 

@@ -210,7 +210,7 @@ class Memory:
     def attention(self, network: Network, state: State, start: jax.Array, frames: int, layout: Layout) -> Attend:
         """The self-attention of a block that begins at `start`, against a layer of the state. Reads only."""
         slots, rows = state.frame_F.shape[0], to_bits((state.k, state.v))
-        key_F, own_F = self.positions(labels(state), start, frames)
+        key_F, _ = self.positions(labels(state), start, frames)
         bias_F = self.bias(state)
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:

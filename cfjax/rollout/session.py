@@ -1,6 +1,6 @@
 """A live stream: blocks without end, whose prompt, memory and course can change between any two of them.
 
-    session = Session(pipeline, encode, "a red circle moving left", latent_shape=(16, 16, 4), seed=0)
+    session = Session(pipeline, Text(encode), "a red circle moving left", latent_shape=(16, 16, 4), seed=0)
     block = session.next()                          # pixels first; the block is committed when the next is asked for
     session.set_prompt("a blue square moving up", mode="recache", blend_blocks=2)
     before = session.snapshot()                     # a value: nothing is copied
@@ -43,8 +43,19 @@ from cfjax.rollout.stream import (
 Mode = Literal["recache", "keep", "cut"]
 # A prompt, or several with weights
 Prompt = str | Sequence[tuple[str, float]]
-# Prompts -> text rows [n, S, E], float32
-Encode = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Text:
+    """How prompts become text rows.
+
+    Attributes:
+      encode: prompts -> rows [n, S, E], float32; raises UserError for a prompt that it cannot take.
+      negative_SE: rows of the negative prompt, for a guided sampler.
+    """
+
+    encode: Callable[[Sequence[str]], np.ndarray]
+    negative_SE: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -123,9 +134,7 @@ class Session:
     """One stream of one video. See the module.
 
     Args:
-      encode: prompts to text rows; raises UserError for a prompt that it cannot take.
       latent_shape: (H, W, C) of a latent frame.
-      negative: text rows [S, E] of the negative prompt, for a guided sampler.
       memory: a policy or its name (`memory.names`); None: the pipeline's own, or its window and sink.
       max_frames: latent frames that a memory of everything ("full") holds; its stream ends there.
       given_BFHWC: latent frames to go on from, such as an encoded picture.
@@ -139,11 +148,10 @@ class Session:
     def __init__(
         self,
         pipeline: Pipeline,
-        encode: Encode,
+        text: Text,
         prompt: Prompt,
         *,
         latent_shape: tuple[int, int, int],
-        negative: np.ndarray | None = None,
         seed: int = 0,
         memory: Memory | str | None = None,
         max_frames: int = 21,
@@ -153,16 +161,16 @@ class Session:
     ) -> None:
         if pipeline.blocks is None:
             raise UserError("a bidirectional network makes all frames at once: it has no session; use generate")
-        if isinstance(pipeline.sampler, ManyStep) and negative is None:
+        if isinstance(pipeline.sampler, ManyStep) and text.negative_SE is None:
             raise UserError("a guided sampler needs the text rows of a negative prompt")
-        self._pipeline, self._encode, self._negative, self._call = pipeline, encode, negative, call
+        self._pipeline, self._text, self._call = pipeline, text, call
         self._shape, self._max_frames = latent_shape, max_frames
         self._held: deque[SessionState] = deque(maxlen=hold)
         self._state: SessionState | None = None
         chosen = self._memory(memory)
         rows = self._rows(prompt)
         state = SessionState(
-            self._empty(chosen), chosen, pipeline.codec.init_state(1), self._text(rows), rows, prompt,
+            self._empty(chosen), chosen, pipeline.codec.init_state(1), self._keys_of(rows), rows, prompt,
             0, 0, 0, None, (), None, _checked_seed(seed),
         )  # fmt: skip
         self._state = state if given_BFHWC is None else self._given(state, jnp.asarray(given_BFHWC))
@@ -207,8 +215,14 @@ class Session:
         x0 = self._call(next_block, *given, sampler=sampler, first=first, blocks=self._blocks(state.memory))
         video, decoder = self._call(decode_step, self._pipeline.codec, x0, state.decoder)
         pixels = np.asarray(video)
-        numbers = {"block": state.block + 1, "frame": start + frames, "generated": state.generated + 1}
-        after = replace(state, decoder=decoder, pending=(start, x0), **numbers)
+        after = replace(
+            state,
+            decoder=decoder,
+            pending=(start, x0),
+            block=state.block + 1,
+            frame=start + frames,
+            generated=state.generated + 1,
+        )
         self._held.append(before)
         self._state = after
         return Made(state.block, start, pixels, x0, state.prompt)
@@ -315,13 +329,13 @@ class Session:
 
     def _rows(self, prompt: Prompt) -> np.ndarray:
         if isinstance(prompt, str):
-            return np.asarray(self._encode([prompt]))[0]
+            return np.asarray(self._text.encode([prompt]))[0]
         if not prompt:
             raise UserError("no prompt: give one, or a list of (prompt, weight)")
-        return blend_rows(list(np.asarray(self._encode([text for text, _ in prompt]))), [w for _, w in prompt])
+        return blend_rows(list(np.asarray(self._text.encode([text for text, _ in prompt]))), [w for _, w in prompt])
 
-    def _text(self, rows: np.ndarray) -> KV:
-        negative = rows if self._negative is None else self._negative
+    def _keys_of(self, rows: np.ndarray) -> KV:
+        negative = rows if self._text.negative_SE is None else self._text.negative_SE
         pipeline = self._pipeline
         return prompt_kv(pipeline.model, jnp.asarray(rows[None]), jnp.asarray(negative), pipeline.sampler, self._call)
 
@@ -368,7 +382,7 @@ class Session:
             change.rows_to if last else blend_rows([change.rows_from, change.rows_to], [1 - share, share], change.blend)
         )
         state = replace(
-            state, rows=rows, text_kv=self._text(rows), transition=None if last else replace(change, done=done)
+            state, rows=rows, text_kv=self._keys_of(rows), transition=None if last else replace(change, done=done)
         )
         if change.mode == "cut" and done == 1 and state.frame:
             state = replace(state, cache=state.memory.cut(state.cache))

@@ -114,6 +114,7 @@ def next_block(
     first: bool,
     blocks: Blocks,
 ) -> jax.Array:
+    """A block from its noise, by whichever sampler. Reads the cache."""
     if isinstance(sampler, FewStep):
         return few_step_block(model, noise, fresh, levels_of(sampler, first), text_kv, cache, start, blocks)
     return many_step_block(model, noise, text_kv, cache, start, sampler, blocks)
