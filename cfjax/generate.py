@@ -50,15 +50,18 @@ from cfjax.experiment.job import (
     plan,
     read_given,
     tiled_decoder,
+    timed_requests,
     weights_hash,
 )
 from cfjax.experiment.runs import load_weights, open_run
 from cfjax.memory.names import blocks_record
 from cfjax.models.text_cache import TextCache, fill, read_rows
-from cfjax.rollout.clips import Clips, Timings, cache_bytes, make_clips
+from cfjax.rollout.clips import Clips, Timings, cache_bytes, make_clips, timed_clips
 from cfjax.rollout.generate import ManyStep
+from cfjax.rollout.session import Session, Text
 from cfjax.rollout.sizes import pixel_frames
 from cfjax.rollout.stream import Pipeline, seeded_noise
+from cfjax.rollout.timeline import Timeline
 from cfjax.worlds.world import WorldParts
 
 DESCRIPTION = """Generates videos with a run that was trained here or converted: text to video, image to video, and the
@@ -122,16 +125,7 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
     Raises:
       UserError: they do not fit or cannot be read, or the workdir cannot be written to or holds what would be replaced.
     """
-    requests = read_requests(
-        c.prompt,
-        c.prompts,
-        image=c.image,
-        seed=c.seed,
-        seeds=tuple(c.seeds),
-        videos=c.videos,
-        columns=Columns(caption=c.prompt_column, choice=c.caption_choice),
-        encoding=c.encoding,
-    )
+    requests = timed_requests(c) if c.timeline else plain_requests(c)
     check_writable(workdir)
     if not (c.resume or c.overwrite):
         check_free(workdir, requested_videos(requests, {}), latents=c.save_latents)
@@ -147,6 +141,20 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
         attention=c.attention,
     )
     return plan(c, run, requests)
+
+
+def plain_requests(c: ConfigDict) -> list[Request]:
+    """The requests of `c.prompt` or `c.prompts`."""
+    return read_requests(
+        c.prompt,
+        c.prompts,
+        image=c.image,
+        seed=c.seed,
+        seeds=tuple(c.seeds),
+        videos=c.videos,
+        columns=Columns(caption=c.prompt_column, choice=c.caption_choice),
+        encoding=c.encoding,
+    )
 
 
 def batches_of(count: int, batch: int, make: set[int]) -> list[range]:
@@ -201,8 +209,7 @@ def make_videos(
     )
     with text_rows(c, job, videos.folder) as texts:
         if batches:
-            prompts = {job.requests[n].prompt: None for numbers in batches for n in numbers}
-            seconds["text"] = encode_texts(job, texts, list(prompts))
+            seconds["text"] = encode_texts(job, texts, job.prompts(n for numbers in batches for n in numbers))
             loading = time.perf_counter()
             job = replace(job, run=load_weights(job.run))
             seconds["open"] += time.perf_counter() - loading
@@ -294,8 +301,12 @@ def generate_batches(
             rows = [job.requests[min(numbers.start + i, numbers.stop - 1)] for i in range(job.batch)]
             first = [latents for request in rows if (latents := given(request)) is not None]
             guided = isinstance(job.sampler, ManyStep)
+            pipeline = Pipeline(job.run.model, job.run.world.codec, job.sampler, job.blocks, c.fused_commit)
+            if timeline := job.timelines.get(rows[0].prompt):
+                yield numbers, timed_video(c, job, pipeline, timeline, rows[0].seed, texts, first, programs, bar.update)
+                continue
             clips = make_clips(
-                Pipeline(job.run.model, job.run.world.codec, job.sampler, job.blocks, c.fused_commit),
+                pipeline,
                 read_rows(texts, [request.prompt for request in rows]),
                 read_rows(texts, [job.negative_prompt if guided else rows[0].prompt])[0],
                 seeded_noise(np.array([request.seed for request in rows], np.uint32), programs),
@@ -307,6 +318,34 @@ def generate_batches(
                 progress=bar.update,
             )
             yield numbers, clips
+
+
+def timed_video(
+    c: ConfigDict,
+    job: Job,
+    pipeline: Pipeline,
+    timeline: Timeline,
+    seed: int,
+    texts: TextCache,
+    given: Sequence[np.ndarray],
+    programs: Programs,
+    progress: Callable[[], Any],
+) -> Clips:
+    """A video whose prompt changes over time; a batch of one."""
+    negative = read_rows(texts, [job.negative_prompt])[0] if isinstance(job.sampler, ManyStep) else None
+    session = Session(
+        pipeline,
+        Text(lambda prompts: np.asarray(read_rows(texts, list(prompts))), negative),
+        timeline.switches[0].prompt,
+        latent_shape=(job.sizes.height, job.sizes.width, job.run.model.config.in_dim),
+        seed=seed,
+        max_frames=job.sizes.frames,
+        given_BFHWC=jnp.asarray(np.stack(given)) if given else None,
+        call=programs,
+    )
+    return timed_clips(
+        session, timeline, job.sizes, decode_whole=tiled_decoder(c, job.run), finish=to_uint8, progress=progress
+    )
 
 
 # ---- what is written

@@ -7,6 +7,7 @@
     ... --config.frames=321 --config.window=21 --config.sink=3                    a longer video, constant memory
     ... --config.frames=321 --config.memory=longlive_infinity                     the same by a policy (docs/memory.md)
 
+    ... --config.timeline="a red circle moving left[3s] | a blue square moving up"  the prompt changes on the way
     ... --config.prompts=requests.jsonl --config.videos=5 --config.resume=True    a video set; resumable
 
 Everything possible is checked before weights are read: all errors of a prompt file are in one line. Writes one mp4
@@ -42,6 +43,7 @@ def get_config(arg: str = ""):
             "prompt_column": "",  # of that file; "": known by its name; when it is named, other columns are passed over
             "caption_choice": "",  # of several prompts in a row: first, longest, or the name of one
             "encoding": "",  # of that file, if it is not UTF-8: gbk, cp1252 ...
+            "timeline": "",  # instead: prompts over time, "a[5s] | b[10s#]", or a .jsonl or .json file (docs/memory.md)
             "negative_prompt": "",  # "": the world's own
             "videos": 1 if wan else 4,  # of each prompt
             "seed": 0,  # of a prompt's first video

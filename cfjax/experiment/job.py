@@ -1,7 +1,7 @@
 """The job of `cfjax generate`: requests and a run, with everything checked that can be before it starts."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import fuses, given_blocks
 from cfjax.rollout.generate import FewStep, ManyStep, network_calls
 from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
+from cfjax.rollout.timeline import Clock, Timeline, read_timelines
 from cfjax.training.checkpoint import checkpoint_hash
 from cfjax.worlds.assets import MODEL_FILE, asset
 
@@ -39,6 +40,7 @@ class Job:
     Attributes:
       hashes: of the content of every picture, and of the video to continue, by path.
       faults: numbers of requests that cannot be met, with the reason; see `check_requests`.
+      timelines: of requests whose prompts change over time, by their text.
     """
 
     run: Run
@@ -50,6 +52,13 @@ class Job:
     negative_prompt: str
     hashes: Mapping[str, str] = field(default_factory=dict)
     faults: Sequence[tuple[int, str]] = ()
+    timelines: Mapping[str, Timeline] = field(default_factory=dict)
+
+    def prompts(self, numbers: Iterable[int]) -> list[str]:
+        """The prompts of some requests, those of their timelines in place of these, each once."""
+        texts = (self.requests[n].prompt for n in numbers)
+        known = (self.timelines[t].prompts() if t in self.timelines else [t] for t in texts)
+        return list(dict.fromkeys(prompt for some in known for prompt in some))
 
     def calls(self) -> int:
         """Network evaluations per video."""
@@ -87,13 +96,47 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
     ClipFormat(*pixels, c.fps, c.fit)
     tiled_decoder(c, run)
     hashes, faults = hash_pictures(requests)
-    faults = [*check_prompts(run, requests, c.negative_prompt), *faults]
+    timelines = timelines_of(c, requests, run, sizes, blocks)
+    batch = 1 if timelines else min(c.batch, len(requests))
     negative = c.negative_prompt or run.world.negative_prompt
-    job = Job(run, requests, sampler, blocks, sizes, min(c.batch, len(requests)), negative, hashes, faults)
+    job = Job(run, requests, sampler, blocks, sizes, batch, negative, hashes, (), timelines)
+    job = replace(job, faults=[*check_prompts(job, c.negative_prompt), *faults])
     if not c.video:
         return job
     read_given(c, job, c.video)
     return replace(job, hashes={**hashes, c.video: hash_file(c.video)})
+
+
+def timed_requests(c: ConfigDict) -> list[Request]:
+    """One request per timeline of `c.timeline` and video; the prompt is the timeline as it was written.
+
+    Raises:
+      UserError: other prompts beside it, or it cannot be read.
+    """
+    if c.prompts:
+        raise UserError("timeline and prompts: give one of them; a .jsonl timeline has a video per line")
+    found = read_timelines(c.timeline, Clock(c.fps, 1, 1))
+    seeds = tuple(c.seeds) or tuple(range(c.seed, c.seed + c.videos))
+    places = [f"timeline {number}" for number in range(1, len(found) + 1)]
+    return [Request(t.text, seed, c.image, place) for t, place in zip(found, places, strict=True) for seed in seeds]
+
+
+def timelines_of(
+    c: ConfigDict, requests: Sequence[Request], run: Run, sizes: Sizes, blocks: Blocks | None
+) -> dict[str, Timeline]:
+    """The timelines of the requests, in blocks of this run.
+
+    Raises:
+      UserError: they do not fit the video, or the run makes all frames at once.
+    """
+    if not c.timeline:
+        return {}
+    if blocks is None:
+        raise UserError("timeline: this run is bidirectional, its prompt cannot change; use a causal one")
+    found = read_timelines(c.timeline, Clock(c.fps, blocks.frames, run.world.codec.stride[0]))
+    for timeline in found:
+        timeline.check(len(blocks.spans(sizes.frames)))
+    return {timeline.text: timeline for timeline in found}
 
 
 def blocks_of(c: ConfigDict, own: Blocks | None) -> Blocks | None:
@@ -230,17 +273,18 @@ def weights_hash(run: Run) -> str:
 # ---- requests, one by one
 
 
-def check_prompts(run: Run, requests: Sequence[Request], negative_prompt: str) -> list[tuple[int, str]]:
-    """The requests whose prompt the text encoder cannot take.
+def check_prompts(job: Job, negative_prompt: str) -> list[tuple[int, str]]:
+    """The requests with a prompt that the text encoder cannot take.
 
     Raises:
       UserError: it cannot take the negative prompt.
     """
-    fault = run.world.prompt_fault
+    fault = job.run.world.prompt_fault
     if wrong := fault(negative_prompt):
         raise UserError(f"negative_prompt {wrong}")
-    by_prompt = {prompt: fault(prompt) for prompt in {request.prompt for request in requests}}
-    return [(n, f"prompt {by_prompt[r.prompt]}") for n, r in enumerate(requests) if by_prompt[r.prompt]]
+    by_prompt = {prompt: fault(prompt) for prompt in job.prompts(range(len(job.requests)))}
+    wrong_in = [(n, next(filter(None, map(by_prompt.get, job.prompts([n]))), "")) for n in range(len(job.requests))]
+    return [(n, f"prompt {wrong}") for n, wrong in wrong_in if wrong]
 
 
 def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:

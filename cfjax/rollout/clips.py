@@ -16,8 +16,10 @@ from cfjax.models.cache import init_cache
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep
+from cfjax.rollout.session import Session
 from cfjax.rollout.sizes import Sizes
 from cfjax.rollout.stream import Noise, Pipeline, decode_step, prompt_kv, stream_latents
+from cfjax.rollout.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,36 @@ def make_clips(
         first = text_seconds + pieces.seconds()
     times = Times(text_seconds, pieces.network, pieces.decode, first)
     return Clips(np.concatenate(pieces.video, axis=1), np.asarray(whole), times)
+
+
+def timed_clips(
+    session: Session,
+    timeline: Timeline,
+    sizes: Sizes,
+    *,
+    decode_whole: Callable[[jax.Array], jax.Array] | None = None,
+    finish: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
+    progress: Callable[[], Any] = lambda: None,
+) -> Clips:
+    """One video whose prompt changes over time, from a session that was opened with its first prompt.
+
+    `finish`, `decode_whole` and `progress` as in `make_clips`. Times hold what was compiled meanwhile.
+    """
+    latents, video, network, decode = [], [], [], []
+    switches = {switch.block: switch for switch in timeline.switches[1:]}
+    while session.state.frame < sizes.frames:
+        if switch := switches.get(session.state.block):
+            session.set_prompt(switch.prompt, switch.mode, switch.blend_blocks)
+        made = session.next()
+        latents.append(np.asarray(made.latents_BFHWC))
+        video.append(finish(made.video_BPHWC))
+        network.append(made.network_s)
+        decode.append(made.decode_s)
+        progress()
+    whole = np.concatenate(latents, axis=1)
+    if decode_whole is not None:
+        video = [finish(np.asarray(decode_whole(jnp.asarray(whole))))]
+    return Clips(np.concatenate(video, axis=1), whole, Times(0.0, network, decode, network[0] + decode[0]))
 
 
 def cache_bytes(model: Wan, sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, batch: int) -> int:

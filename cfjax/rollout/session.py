@@ -10,6 +10,7 @@ All that a session is lies in a `SessionState`, which `next` replaces. Blocks eq
 same noise, whatever the sampler.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ class Made:
       index: its number, from 0; given frames count.  start: its first latent frame.
       video_BPHWC: pixels, on the host.  latents_BFHWC: on the device.
       prompt: the one that it was made with.
+      network_s, decode_s: seconds that its network passes (with the commit before it) and its decoding took.
     """
 
     index: int
@@ -73,6 +75,8 @@ class Made:
     video_BPHWC: np.ndarray
     latents_BFHWC: jax.Array
     prompt: Prompt
+    network_s: float
+    decode_s: float
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class Session:
         Raises:
           UserError: the session is closed, or a memory of everything is full.
         """
-        before = self.state
+        begun, before = time.perf_counter(), self.state
         state, start = before, before.frame
         layout = layout_from(self._pipeline.blocks, start)  # type: ignore[arg-type]
         frames = 1 if layout.independent_first_frame else layout.frames
@@ -213,6 +217,8 @@ class Session:
         own, fresh = noise(state.block, (1, frames, *self._shape), steps)
         given = (self._pipeline.model, own, fresh, state.text_kv, state.cache, jnp.int32(start))
         x0 = self._call(next_block, *given, sampler=sampler, first=first, blocks=self._blocks(state.memory))
+        jax.block_until_ready(x0)
+        made = time.perf_counter()
         video, decoder = self._call(decode_step, self._pipeline.codec, x0, state.decoder)
         pixels = np.asarray(video)
         after = replace(
@@ -225,7 +231,7 @@ class Session:
         )
         self._held.append(before)
         self._state = after
-        return Made(state.block, start, pixels, x0, state.prompt)
+        return Made(state.block, start, pixels, x0, state.prompt, made - begun, time.perf_counter() - made)
 
     def set_prompt(
         self, prompt: Prompt, mode: Mode = "recache", blend_blocks: int = 0, blend: Blend = "linear"

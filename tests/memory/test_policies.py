@@ -17,6 +17,7 @@ from cfjax.models.cache import init_cache
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from tests.memory.states import LAYOUT, committed, layout
 from tests.tiny import BATCH, CONFIG, SIDE, normal, relative, text_kv, tiny
 
 TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
@@ -113,12 +114,8 @@ SMALL = {
     "rolling_sink": RollingSink(6),
     "int8": SlotRelative(5, 1, Codec("int8")),
 }
-FRAMES, LAYOUT = 12, Blocks(2)
+FRAMES = 12
 SHAPE = (BATCH, FRAMES, SIDE, SIDE, CONFIG.in_dim)
-
-
-def layout(memory: Memory | None) -> Blocks:
-    return replace(LAYOUT, memory=memory)
 
 
 @partial(jax.jit, static_argnames="blocks")
@@ -252,25 +249,6 @@ def test_what_left_is_forgotten(name):
     states = [jax.tree.leaves((s.k, s.v)) for s in (committed(memory, x, 7) for x in (numbers, changed))]
     same = all(np.array_equal(a, b) for a, b in zip(*states, strict=True))
     assert same != isinstance(memory, EmaSink | MemoryTokens)
-
-
-def committed(memory: Memory, numbers: np.ndarray, count: int, *, again: bool = False):
-    """A state after `count` blocks of one layer whose keys and values are `numbers`, [F], in every channel."""
-    config, blocks = replace(CONFIG, num_layers=1), layout(memory)
-    state = memory.init(config, 1, 1, blocks)
-    shape = (1, 1, 2, 1, CONFIG.num_heads, CONFIG.head_dim)
-
-    @jax.jit
-    def commit(state, own, start):
-        values = jnp.broadcast_to(own.reshape(1, 1, 2, 1, 1, 1), shape)
-        at = memory.own_positions(state, start, 2)
-        return memory.commit(state, jax.vmap(rotate_time, (0, None))(values, at), values, start)
-
-    for start in range(0, 2 * count, 2):
-        own = jnp.asarray(numbers[start : start + 2], jnp.float32)
-        for _ in range(2 if again else 1):
-            state = commit(state, own, jnp.int32(start))
-    return state
 
 
 def test_an_ema_sink_is_the_closed_form():
