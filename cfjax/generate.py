@@ -344,7 +344,13 @@ def timed_video(
         call=programs,
     )
     return timed_clips(
-        session, timeline, job.sizes, decode_whole=tiled_decoder(c, job.run), finish=to_uint8, progress=progress
+        session,
+        timeline,
+        job.sizes,
+        given_BFHWC=np.stack(given) if given else None,
+        decode_whole=tiled_decoder(c, job.run),
+        finish=to_uint8,
+        progress=progress,
     )
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 from pathlib import Path
 
 from tests.commands import ROOT
@@ -60,9 +61,9 @@ def lines_of(block: str) -> list[str]:
 
 def _command(where: str, line: str, whole: bool) -> list[Command]:
     """Commands of a line, which `&&` parts; a pipe's first."""
-    out = []
-    for part in line.split(" && "):
-        words = shlex.split(part.split(" | ")[0], comments=True)
+    out, tokens = [], shlex.split(line, comments=True)
+    for _, part in groupby(tokens, key=lambda token: token == "&&"):
+        words = list(takewhile(lambda token: token not in ("|", "&&"), part))
         left_out = next((place for place, word in enumerate(words) if word.endswith("...")), len(words))
         kept = [*words[:left_out], *(word for word in words[left_out:] if word == "--help")]
         if kept:

@@ -30,7 +30,8 @@ from cfjax.models.wan import Wan, embed_text
 from cfjax.models.weight_storage import STORAGE_DTYPES
 from cfjax.rollout.clips import Clips, Times
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
-from cfjax.rollout.stream import decode_step, seeded_noise
+from cfjax.rollout.session import Session, Text
+from cfjax.rollout.stream import Pipeline, decode_step, seeded_noise
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
 from cfjax.worlds.records import placed_template
 from cfjax.worlds.wan import WanWorld
@@ -149,6 +150,35 @@ def test_an_extension_is_the_longer_video_and_the_text_encoder_stays_on_disk(roo
     assert error < 1e-5 < relative(other[3:], same[3:])  # another prompt goes on elsewhere
     record = json.loads((tmp_path / "settings.json").read_text())
     assert (record["given_frames"], record["network_calls"], len(frames_of(written(tmp_path, ".mp4")[0]))) == (9, 5, 21)
+
+
+def test_prompts_over_time_and_a_memory_policy(root, run, tmp_path, capsys):
+    """0.75 s are a block. The video is a session's, the first block the first prompt's own video's."""
+    keys = {"seed": 5, "memory": "infinity_rope(window=5)"}
+    timeline = f"{PROMPTS[0]}[0.75s] | {PROMPTS[1]}"
+    assert generate(root, tmp_path / "timed", timeline=timeline, **keys) == 0
+    found = read_latents(written(tmp_path / "timed", ".safetensors")[0])
+    text = Text(run.world.encode_prompts)
+    pipeline = Pipeline(run.model, run.world.codec, run.sampler, run.blocks)
+    session = Session(pipeline, text, PROMPTS[0], latent_shape=(4, 4, 16), seed=5, memory=keys["memory"])
+    first = session.next()
+    session.set_prompt(PROMPTS[1], "keep")
+    wanted = np.concatenate([first.latents_BFHWC, session.next().latents_BFHWC], axis=1)[0]
+    print(f"verb vs session: {relative(found, wanted):.1e}")
+    assert relative(found, wanted) < 1e-5
+    assert len(frames_of(written(tmp_path / "timed", ".mp4")[0])) == FRAMES
+    record = json.loads((tmp_path / "timed" / "settings.json").read_text())
+    assert record["blocks"]["memory"] == "infinity_rope(window=5)" and record["videos"][0]["prompt"] == timeline
+    capsys.readouterr()
+    for wrong, message in (
+        ({"memory": "infinty_rope"}, "did you mean infinity_rope"),
+        ({"memory": "full", "window": 6}, "window: memory='full' holds all frames"),
+        ({"timeline": "A surfer[9s] | A cat"}, "begins at block 12, the video has 2: ask for more frames"),
+        ({"timeline": "A surfer | A cat"}, "has no duration: write A surfer[5s]"),
+        ({"timeline": timeline, "run": root / "wan"}, "this run is bidirectional"),
+    ):
+        assert generate(root, tmp_path / "wrong", **wrong) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "wrong" / "settings.json").exists()
 
 
 @pytest.mark.slow

@@ -18,10 +18,12 @@ from cfjax.experiment.data import toy_source
 from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
+from cfjax.memory.slots import Memory
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
+from cfjax.rollout.session import Prompt, Session, Text
 from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
 from cfjax.training.checkpoint import load_role
 from cfjax.worlds.assets import META_FILE, asset
@@ -108,6 +110,45 @@ class Run:
             batch=len(captions),
         )
         yield from (video_BPHWC for video_BPHWC, _ in blocks)
+
+    def session(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int = 0,
+        memory: Memory | str | None = None,
+        max_frames: int = 0,
+        given_BFHWC: np.ndarray | None = None,
+        hold: int = 0,
+    ) -> Session:
+        """A live stream whose prompt and memory can change between any two blocks, see `rollout.session`.
+
+        Args:
+          memory: a policy, its name (docs/memory.md) or None, which is the run's own.
+          max_frames: of a memory of everything; 0 is what the run was trained on.
+          given_BFHWC: latents to go on from, such as an encoded picture.
+
+        Raises:
+          UserError: a prompt that the text encoder cannot take, no such policy or seed, or a bidirectional run.
+        """
+        frames, height, width, channels = self.latent_shape
+
+        def encode(prompts: Sequence[str]) -> np.ndarray:
+            if wrong := next(filter(None, map(self.world.prompt_fault, prompts)), ""):
+                raise UserError(f"prompt {wrong}")
+            return self.world.encode_prompts(prompts)
+
+        return Session(
+            Pipeline(self.model, self.world.codec, self.sampler, self.blocks),
+            Text(encode, self.world.negative_text_SE() if isinstance(self.sampler, ManyStep) else None),
+            prompt,
+            latent_shape=(height, width, channels),
+            seed=seed,
+            memory=memory,
+            max_frames=max_frames or frames,
+            given_BFHWC=None if given_BFHWC is None else jnp.asarray(given_BFHWC),
+            hold=hold,
+        )
 
 
 def open_run(

@@ -158,15 +158,18 @@ def timed_clips(
     timeline: Timeline,
     sizes: Sizes,
     *,
+    given_BFHWC: np.ndarray | None = None,
     decode_whole: Callable[[jax.Array], jax.Array] | None = None,
     finish: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
     progress: Callable[[], Any] = lambda: None,
 ) -> Clips:
     """One video whose prompt changes over time, from a session that was opened with its first prompt.
 
-    `finish`, `decode_whole` and `progress` as in `make_clips`. Times hold what was compiled meanwhile.
+    `given_BFHWC` are the frames that it goes on from, which are part of the result; the others as in `make_clips`.
+    Times hold what was compiled meanwhile.
     """
-    latents, video, network, decode = [], [], [], []
+    given, pixels = ([] if x is None else [x] for x in (given_BFHWC, session.given_video_BPHWC))
+    latents, video, network, decode = given, [finish(x) for x in pixels], list[float](), list[float]()
     switches = {switch.block: switch for switch in timeline.switches[1:]}
     while session.state.frame < sizes.frames:
         if switch := switches.get(session.state.block):

@@ -145,6 +145,9 @@ class Session:
       hold: how many of the latest block boundaries `seek` can go back to; each holds a cache.
       call: calls the jitted functions, as `stream_latents` has it.
 
+    Attributes:
+      given_video_BPHWC: the given frames' pixels, if there are any.
+
     Raises:
       UserError: a bidirectional pipeline, a prompt or policy that there is none of, a seed out of range.
     """
@@ -177,6 +180,7 @@ class Session:
             self._empty(chosen), chosen, pipeline.codec.init_state(1), self._keys_of(rows), rows, prompt,
             0, 0, 0, None, (), None, _checked_seed(seed),
         )  # fmt: skip
+        self.given_video_BPHWC: np.ndarray | None = None
         self._state = state if given_BFHWC is None else self._given(state, jnp.asarray(given_BFHWC))
 
     # ---- what a builder calls
@@ -349,11 +353,14 @@ class Session:
         blocks = self._pipeline.blocks
         assert blocks is not None
         given_blocks(blocks, given_BFHWC.shape[1])
+        videos = []
         for start, stop in blocks.spans(given_BFHWC.shape[1]):
             own = given_BFHWC[:, start:stop]
-            _, decoder = self._call(decode_step, self._pipeline.codec, own, state.decoder)
+            video, decoder = self._call(decode_step, self._pipeline.codec, own, state.decoder)
             state = replace(state, decoder=decoder, block=state.block + 1, frame=stop, pending=(start, own))
             state = self._committed(state)
+            videos.append(np.asarray(video))
+        self.given_video_BPHWC = np.concatenate(videos, axis=1)
         return state
 
     def _put(self, state: SessionState, start: int, own: jax.Array) -> State:

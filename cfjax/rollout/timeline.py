@@ -52,10 +52,8 @@ class Timeline:
         """Raises UserError if a switch is after the video's end."""
         last = self.switches[-1]
         if last.block >= num_blocks:
-            raise UserError(
-                f"timeline: the prompt {_short(last.prompt)!r} begins at block {last.block}, the video has {num_blocks}: "
-                "ask for more frames, or shorten it"
-            )
+            where = f"begins at block {last.block}, the video has {num_blocks}"
+            raise UserError(f"timeline: {_short(last.prompt)!r} {where}: ask for more frames, or shorten it")
 
 
 @dataclass(frozen=True)

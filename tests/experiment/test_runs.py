@@ -10,7 +10,9 @@ from cfjax.evaluation.video import to_uint8
 from cfjax.experiment import presets
 from cfjax.experiment.networks import roles_of
 from cfjax.experiment.runs import open_run
+from cfjax.nn.visibility import Blocks
 from cfjax.rollout.clips import make_clips
+from cfjax.rollout.generate import FewStep
 from cfjax.rollout.sizes import Sizes
 from cfjax.rollout.stream import Pipeline, seeded_noise
 from configs import dmd
@@ -33,6 +35,18 @@ def test_a_stream_is_what_generate_makes(run):
     clips = make_clips(pipeline, text, world.negative_text_SE(), noise, sizes, finish=to_uint8)
     streamed = np.concatenate([to_uint8(block) for block in run.stream(CAPTIONS, seed=3)], axis=1)
     np.testing.assert_array_equal(streamed, clips.video_BPHWC)
+
+
+def test_a_session_is_for_causal_runs_and_known_words():
+    with pytest.raises(UserError, match="it has no session"):
+        open_run("toy_teacher").session(CAPTIONS[0])
+    run = open_run("toy_teacher")
+    causal = replace(run, sampler=FewStep((1000,)), blocks=Blocks(3))
+    with pytest.raises(UserError, match="prompt 'a red dog moving left': this model never saw 'dog'"):
+        causal.session("a red dog moving left")
+    session = causal.session(CAPTIONS[0], seed=3, memory="infinity_rope")
+    streamed = next(iter(causal.stream(CAPTIONS[:1], seed=3)))
+    np.testing.assert_allclose(session.next().video_BPHWC, streamed, atol=1e-5)
 
 
 @pytest.mark.parametrize(

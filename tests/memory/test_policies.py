@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -303,6 +304,14 @@ def test_a_policy_is_named_by_a_text(name):
     other = parse_memory(f"{name}(window=30, codec=int8)")
     assert other == replace(POLICIES[name].policy, window=30, codec=Codec("int8"))
     assert parse_memory(memory_name(other)) == other
+
+
+def test_the_documentation_has_every_policy_and_its_settings():
+    page = Path("docs/memory.md").read_text()
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    for name, named in POLICIES.items():
+        told = rows[name].rsplit("|", 2)[1]
+        assert parse_memory(f"{name}({told.strip().strip('`')})") == named.policy
 
 
 @pytest.mark.parametrize(
