@@ -6,32 +6,27 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import av
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cfjax.core.cli import parse
 from cfjax.core.console import say
-from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, reporting_storage_errors, unusable
 from cfjax.core.precision import to_record
 from cfjax.core.programs import Programs
 from cfjax.core.tensor_files import save_tensors
 from cfjax.data.captions import Columns
-from cfjax.data.requests import LATENTS, Request, read_requests
+from cfjax.data.requests import Request, read_requests
 from cfjax.evaluation.pages import SheetPages, sheet_pages
-from cfjax.evaluation.video import to_uint8, write_mp4
+from cfjax.evaluation.video import write_mp4
 from cfjax.evaluation.video_set import (
     Found,
     SetPlan,
@@ -43,32 +38,27 @@ from cfjax.evaluation.video_set import (
     read_set,
     requested_videos,
 )
+from cfjax.experiment.batches import generate_batches
 from cfjax.experiment.job import (
     Job,
     check_requests,
-    hash_file,
     plan,
-    read_given,
-    tiled_decoder,
+    sampler_record,
     timed_requests,
     weights_hash,
 )
 from cfjax.experiment.runs import load_weights, open_run
 from cfjax.memory.names import blocks_record
-from cfjax.models.text_cache import TextCache, fill, read_rows
-from cfjax.rollout.clips import Clips, Timings, cache_bytes, make_clips, timed_clips
+from cfjax.models.text_cache import TextCache, fill
+from cfjax.rollout.clips import Clips, Timings, cache_bytes
 from cfjax.rollout.generate import ManyStep
-from cfjax.rollout.session import Session, Text
 from cfjax.rollout.sizes import pixel_frames
-from cfjax.rollout.stream import Pipeline, seeded_noise
-from cfjax.rollout.timeline import Timeline
 from cfjax.worlds.world import WorldParts
 
 DESCRIPTION = """Generates videos with a run that was trained here or converted: text to video, image to video, and the
 continuation of a video. Writes mp4 files, contact sheets, settings.json with every setting and timing, and videos.jsonl
 with what is finished, which --config.resume=True resumes."""
 TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
-GIVEN_KEPT = 16  # encoded inputs kept in memory; videos of one picture are usually adjacent
 # What decides a request's video; a set cannot be resumed with other values.
 DECIDING = (
     *("run.stage", "run.step", "run.averaged", "run.weights", "network", "world", "decoder"),
@@ -257,103 +247,6 @@ def encode_texts(job: Job, texts: TextCache, prompts: Sequence[str]) -> float:
     return time.perf_counter() - begun
 
 
-def given_latents(c: ConfigDict, job: Job, batches: Sequence[range]) -> Callable[[Request], np.ndarray | None]:
-    """What each request's video begins with, latents_FHWC; the newest few stay encoded, the encoder while it is needed.
-
-    Raises:
-      UserError: a file that cannot be read or does not fit any more.
-    """
-    world = job.run.world
-    left = {job.requests[n].image or c.video for numbers in batches for n in numbers}
-    encoders: list[Callable[[jax.Array], jax.Array]] = []
-
-    def encode(video_PHWC: np.ndarray) -> np.ndarray:
-        if not encoders:
-            encoders.append(world.open_encoder())
-        return np.asarray(encoders[0](jnp.asarray(video_PHWC[None])))[0]
-
-    @lru_cache(maxsize=GIVEN_KEPT)
-    def read(file: str) -> np.ndarray:
-        if hash_file(file) != job.hashes[file]:
-            raise UserError(f"{file}: has changed since the command began; give it again with --config.resume=True")
-        given = read_given(c, job, file)
-        latents = given if Path(file).suffix in LATENTS else encode(given)
-        left.discard(file)
-        if not left:
-            encoders.clear()  # its weights need not stay beside the network's
-        return latents
-
-    def of(request: Request) -> np.ndarray | None:
-        file = request.image or c.video
-        return read(file) if file else None
-
-    return of
-
-
-def generate_batches(
-    c: ConfigDict, job: Job, texts: TextCache, batches: Sequence[range], programs: Programs
-) -> Iterator[tuple[range, Clips]]:
-    """Batches of videos, with the numbers of their requests. A last batch is filled up, so that one shape compiles."""
-    given = given_latents(c, job, batches)
-    per_batch = len(job.blocks.spans(job.sizes.frames)) - job.given_blocks() if job.blocks else 1
-    with tqdm(total=per_batch * len(batches), unit="block", disable=not c.progress, dynamic_ncols=True) as bar:
-        for numbers in batches:
-            rows = [job.requests[min(numbers.start + i, numbers.stop - 1)] for i in range(job.batch)]
-            first = [latents for request in rows if (latents := given(request)) is not None]
-            guided = isinstance(job.sampler, ManyStep)
-            pipeline = Pipeline(job.run.model, job.run.world.codec, job.sampler, job.blocks, c.fused_commit)
-            if timeline := job.timelines.get(rows[0].prompt):
-                yield numbers, timed_video(c, job, pipeline, timeline, rows[0].seed, texts, first, programs, bar.update)
-                continue
-            clips = make_clips(
-                pipeline,
-                read_rows(texts, [request.prompt for request in rows]),
-                read_rows(texts, [job.negative_prompt if guided else rows[0].prompt])[0],
-                seeded_noise(np.array([request.seed for request in rows], np.uint32), programs),
-                job.sizes,
-                given_BFHWC=np.stack(first) if first else None,
-                decode_whole=tiled_decoder(c, job.run),
-                finish=to_uint8,
-                programs=programs,
-                progress=bar.update,
-            )
-            yield numbers, clips
-
-
-def timed_video(
-    c: ConfigDict,
-    job: Job,
-    pipeline: Pipeline,
-    timeline: Timeline,
-    seed: int,
-    texts: TextCache,
-    given: Sequence[np.ndarray],
-    programs: Programs,
-    progress: Callable[[], Any],
-) -> Clips:
-    """A video whose prompt changes over time; a batch of one."""
-    negative = read_rows(texts, [job.negative_prompt])[0] if isinstance(job.sampler, ManyStep) else None
-    session = Session(
-        pipeline,
-        Text(lambda prompts: np.asarray(read_rows(texts, list(prompts))), negative),
-        timeline.switches[0].prompt,
-        latent_shape=(job.sizes.height, job.sizes.width, job.run.model.config.in_dim),
-        seed=seed,
-        max_frames=job.sizes.frames,
-        given_BFHWC=jnp.asarray(np.stack(given)) if given else None,
-        call=programs,
-    )
-    return timed_clips(
-        session,
-        timeline,
-        job.sizes,
-        given_BFHWC=np.stack(given) if given else None,
-        decode_whole=tiled_decoder(c, job.run),
-        finish=to_uint8,
-        progress=progress,
-    )
-
-
 # ---- what is written
 
 
@@ -402,7 +295,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
         "height": height,
         "width": width,
         "latent_shape": [sizes.frames, sizes.height, sizes.width, run.model.config.in_dim],
-        "sampler": asdict(job.sampler),
+        "sampler": sampler_record(job.sampler),
         "blocks": blocks_record(job.blocks) if job.blocks else None,
         "negative_prompt": job.negative_prompt,
         "video_sha256": job.hashes[c.video] if c.video else "",

@@ -4,6 +4,7 @@
     cfjax generate --config=configs/generate.py:wan --config.run=checkpoints/causal_forcing --config.prompt="A surfer"
     ... --config.image=photo.jpg --config.independent_first_frame=True            image to video, chunk-wise
     ... --config.video=clip.mp4 --config.given_frames=9 --config.frames=81        the video's end, and 12 latents more
+    ... --config.video=clip.mp4 --config.strength=0.6                             the video changed by the prompt
     ... --config.frames=321 --config.window=21 --config.sink=3                    a longer video, constant memory
     ... --config.frames=321 --config.memory=longlive_infinity                     the same by a policy (docs/memory.md)
 
@@ -51,6 +52,7 @@ def get_config(arg: str = ""):
             "image": "",  # begin with this picture
             "video": "",  # go on from this video's end, or from these latents (.safetensors, .npz)
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
+            "strength": -1.0,  # video to video: the noise level that `video` is brought to, 0 to 1; -1: go on from it
             "fit": "cover",  # or stretch, as `inference.py` of the reference
             "height": 480 if wan else 0,  # pixels; 0: what the run was trained on
             "width": 832 if wan else 0,

@@ -30,7 +30,8 @@ from cfjax.models.wan import Wan, embed_text
 from cfjax.models.weight_storage import STORAGE_DTYPES
 from cfjax.rollout.clips import Clips, Times
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
-from cfjax.rollout.session import Session, Text
+from cfjax.rollout.session import Session
+from cfjax.rollout.session_state import Text
 from cfjax.rollout.stream import Pipeline, decode_step, seeded_noise
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
 from cfjax.worlds.records import placed_template
@@ -179,6 +180,27 @@ def test_prompts_over_time_and_a_memory_policy(root, run, tmp_path, capsys):
     ):
         assert generate(root, tmp_path / "wrong", **wrong) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "wrong" / "settings.json").exists()
+
+
+def test_a_video_is_changed(root, whole, tmp_path, capsys):
+    """Strength 0 gives the latents back, 1 is the video of the prompt alone; in between it is neither."""
+    latents, keys = written(whole, ".safetensors")[0], {"prompt": PROMPTS[1], "seed": 5, "text_cache": root / "cache"}
+    found = {}
+    for strength in (0.0, 0.9, 1.0):
+        assert generate(root, tmp_path / f"{strength}", video=latents, strength=strength, **keys) == 0
+        found[strength] = read_latents(written(tmp_path / f"{strength}", ".safetensors")[0])
+    given, prompt = (read_latents(file) for file in written(whole, ".safetensors")[:2])
+    np.testing.assert_array_equal(found[0.0], given)
+    assert relative(found[1.0], prompt) < 1e-5 and min(relative(found[0.9], x) for x in (given, prompt)) > 0.05
+    assert json.loads((tmp_path / "0.9" / "settings.json").read_text())["sampler"]["strength"] == 0.9
+    capsys.readouterr()
+    for wrong, message in (
+        ({"strength": 0.5}, "give the video that it is about"),
+        ({"strength": 0.5, "video": written(whole, ".mp4")[0], "frames": 33}, "21 frames at 16 per second, fewer"),
+        ({"strength": 0.5, "video": latents, "given_frames": 3}, "strength and given_frames: give one"),
+    ):
+        assert generate(root, tmp_path / "wrong", **wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -437,7 +459,7 @@ def test_memory_does_not_grow_with_the_requests(root, tmp_path, monkeypatch):
             held.append((tracemalloc.get_traced_memory()[0], sum(x.nbytes for x in jax.live_arrays())))
         return Clips(np.zeros((1, 13, SIDE, SIDE, 3), np.uint8), np.zeros((1, 4, 4, 4, 16), np.float32), times)
 
-    monkeypatch.setattr(verb, "make_clips", clips)
+    monkeypatch.setattr("cfjax.experiment.batches.make_clips", clips)
     monkeypatch.setattr(verb, "write_mp4", lambda path, *args, **kwargs: path.write_bytes(b"mp4"))
     tracemalloc.start()
     keys = requests(tmp_path, *((f"A cat, number {n}", f"{n}.png") for n in range(300)))

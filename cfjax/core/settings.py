@@ -162,6 +162,7 @@ RULES: dict[str, Rules] = {
         (r"sampler\.solver_steps", whole(0, LEVELS)),
         (r"sampler\.shift", SHIFT_OR_OWN),
         (r"sampler\.guidance", GUIDANCE),
+        ("strength", real(-1.0, 1.0)),
         ("fps", FPS),
         ("scale", whole(1, SIDE)),
     ],

@@ -18,7 +18,7 @@ from cfjax.data.archives import read_archive
 from cfjax.data.captions import Columns, caption_of
 from cfjax.data.pictures import ClipFormat, Unusable, fit_picture, read_picture, to_float
 from cfjax.data.tables import TEXT, Row, read_table
-from cfjax.data.video import read_end, video_span
+from cfjax.data.video import read_clip, read_end, video_span
 
 OPTIONAL = ("seed", "image")  # columns of a prompt file besides the prompts
 LATENTS = (".npz", ".safetensors")
@@ -174,6 +174,23 @@ def read_video_end(
     """
     try:
         return to_float(read_end(path, _format(frames, height, width, fps, fit)))
+    except Unusable as error:
+        raise UserError(f"video={str(path)!r}: {error}") from None
+
+
+def read_video_start(
+    path: str | Path, frames: int, height: int, width: int, fps: float, fit: str = "cover"
+) -> np.ndarray:
+    """The first `frames` frames of a video, as `read_video_end`.
+
+    Raises:
+      UserError: it cannot be read, or is shorter.
+    """
+    available = video_frames(path, fps)
+    if available < frames:
+        raise UserError(f"video={str(path)!r} has {available} frames at {fps:g} per second, fewer than frames={frames}")
+    try:
+        return to_float(read_clip(path, _format(frames, height, width, fps, fit)))
     except Unusable as error:
         raise UserError(f"video={str(path)!r}: {error}") from None
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ from tqdm import tqdm
 
 from cfjax.core.errors import UserError
 from cfjax.core.paths import path_of
-from cfjax.data.requests import LATENTS, Request, read_image, read_latents, read_video_end, video_frames
+from cfjax.data.requests import (
+    LATENTS,
+    Request,
+    read_image,
+    read_latents,
+    read_video_end,
+    read_video_start,
+    video_frames,
+)
 from cfjax.data.video import ClipFormat
 from cfjax.evaluation.video import check_mp4
 from cfjax.experiment.runs import Run
@@ -103,7 +111,7 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
     job = replace(job, faults=[*check_prompts(job, c.negative_prompt), *faults])
     if not c.video:
         return job
-    read_given(c, job, c.video)
+    read_source(c, job) if c.strength >= 0 else read_given(c, job, c.video)
     return replace(job, hashes={**hashes, c.video: hash_file(c.video)})
 
 
@@ -172,6 +180,13 @@ def sampler_of(c: ConfigDict, run: Run) -> FewStep | ManyStep:
     if wrong := [name for name in given if name in other]:
         raise UserError(f"sampler.{wrong[0]}: run {run.name!r} has a {kind} sampler, which has no such setting")
     values: dict[str, Any] = {"steps" if name == "solver_steps" else name: value for name, value in given.items()}
+    if c.strength >= 0:
+        if not c.video:
+            raise UserError(f"strength={c.strength}: give the video that it is about too, --config.video=FILE")
+        if c.given_frames or c.timeline:
+            other = "given_frames" if c.given_frames else "timeline"
+            raise UserError(f"strength and {other}: give one of them; with strength the video itself is changed")
+        values["strength"] = c.strength
     sampler = replace(run.sampler, **values)
     sampler.first_sigmas() if isinstance(sampler, FewStep) else sampler.grid()
     return sampler
@@ -207,7 +222,7 @@ def count_given(c: ConfigDict, run: Run, requests: Sequence[Request], blocks: Bl
         raise UserError("image and video are both given; a video continues one of them")
     if pictures not in (0, len(requests)):
         raise UserError(f"{pictures} of {len(requests)} prompts have a picture; give all of them one, or none")
-    if not pictures and not c.video:
+    if not pictures and (not c.video or c.strength >= 0):
         return 0
     if blocks is None:
         raise UserError(
@@ -240,6 +255,27 @@ def read_given(c: ConfigDict, job: Job, file: str) -> np.ndarray:
     if file == c.video:
         return read_video_end(file, pixel_frames(sizes.given, sizes.stride[0]), height, width, c.fps, c.fit)
     return read_image(file, height, width, c.fit)
+
+
+def read_source(c: ConfigDict, job: Job) -> np.ndarray:
+    """What a video is made of with `c.strength`: the beginning of `c.video`, video_PHWC, or latents_FHWC of a file.
+
+    Raises:
+      UserError: a file that cannot be read, or is shorter than the video that is asked for.
+    """
+    frames, height, width = job.sizes.pixels()
+    if Path(c.video).suffix in LATENTS:
+        latents, shape = read_latents(c.video), (job.sizes.height, job.sizes.width, job.run.model.config.in_dim)
+        if latents.shape[1:] != shape or len(latents) < job.sizes.frames:
+            need = f"{job.sizes.frames} or more of {shape}"
+            raise UserError(f"video={c.video!r} holds latents {latents.shape}; needs {need}")
+        return latents[: job.sizes.frames]
+    return read_video_start(c.video, frames, height, width, c.fps, c.fit)
+
+
+def sampler_record(sampler: FewStep | ManyStep) -> dict[str, Any]:
+    """A sampler as plain values; a strength of 1 is none."""
+    return {key: value for key, value in asdict(sampler).items() if (key, value) != ("strength", 1.0)}
 
 
 def hash_file(file: str | Path) -> str:

@@ -23,7 +23,8 @@ from cfjax.models.wan import Wan, WanConfig
 from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
-from cfjax.rollout.session import Prompt, Session, Text
+from cfjax.rollout.session import Session
+from cfjax.rollout.session_state import Prompt, Text
 from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
 from cfjax.training.checkpoint import load_role
 from cfjax.worlds.assets import META_FILE, asset

@@ -101,6 +101,14 @@ class PatchCodec:
         """int32 [batch]: latent frames decoded so far."""
         return jnp.zeros((batch,), jnp.int32)
 
+    def init_encode_state(self, batch: int) -> jax.Array:
+        """int32 [batch]: pixel frames encoded so far."""
+        return jnp.zeros((batch,), jnp.int32)
+
+    def encode_step(self, video_BPHWC: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Frames are independent here, as in `decode_step`."""
+        return self.encode(video_BPHWC), state + video_BPHWC.shape[1]
+
     def decode_step(self, latents_BFHWC: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Frames are independent here: the state only counts them."""
         return self.decode(latents_BFHWC), state + latents_BFHWC.shape[1]

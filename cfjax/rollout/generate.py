@@ -38,6 +38,20 @@ from cfjax.rollout.blocks import (
 )
 
 
+def check_strength(strength: float) -> None:
+    """Raises UserError for what is no noise level."""
+    if not 0.0 <= strength <= 1.0:
+        raise UserError(f"strength={strength}: use a noise level from 0 (the video itself) to 1 (pure noise)")
+
+
+def levels_from(strength: float, levels: np.ndarray) -> np.ndarray:
+    """The levels of a sampler that begins at this one: it, and those below it. None of 0: nothing is left to do."""
+    if strength >= levels[0]:
+        return levels
+    start = [strength] if strength else []
+    return np.array([*start, *levels[levels < strength]], np.float32)
+
+
 @dataclass(frozen=True)
 class FewStep:
     """The distilled student's sampler: predict x0, re-noise with fresh noise, repeat.
@@ -48,53 +62,62 @@ class FewStep:
       steps: integer timesteps before warping, descending.
       first_steps: another list for the first block (1- and 2-step models), or empty.
       shift: timestep shift of the table that warps them.
+      strength: the noise level that a given video is brought to, in place of the levels above it; 1: pure noise.
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     first_steps: tuple[int, ...] = ()
     shift: float = 5.0
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         check_steps("sampler.steps", self.steps)
         if self.first_steps:
             check_steps("sampler.first_steps", self.first_steps)
+        check_strength(self.strength)
 
     def sigmas(self) -> np.ndarray:
-        return warp_steps(self.steps, self.shift)
+        return levels_from(self.strength, warp_steps(self.steps, self.shift))
 
     def first_sigmas(self) -> np.ndarray:
-        return warp_steps(self.first_steps or self.steps, self.shift)
+        return levels_from(self.strength, warp_steps(self.first_steps or self.steps, self.shift))
 
 
 @dataclass(frozen=True)
 class ManyStep:
     """A PF-ODE sampler with classifier-free guidance: UniPC, 50 steps, shift 5, scale 3.
 
-    Reference: `pipeline/causal_diffusion_inference.py`, `CausalDiffusionInferencePipeline`.
+    Reference: `pipeline/causal_diffusion_inference.py`, `CausalDiffusionInferencePipeline`. `strength` as of `FewStep`.
     """
 
     solver: str = "unipc"
     steps: int = 50
     shift: float = 5.0
     guidance: float = 3.0
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise UserError(f"sampler.solver={self.solver!r}: use one of {', '.join(SOLVERS)}")
+        check_strength(self.strength)
 
     def grid(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Solver sigmas [N + 1], and the levels that the network is conditioned on if these differ."""
         if self.solver == "unipc":
             sigmas, timesteps = unipc_grid(self.steps, self.shift)
-            return sigmas, timesteps / 1000.0
-        return np.append(sigma_table(self.steps, self.shift), np.float32(0.0)), None
+            levels = levels_from(self.strength, sigmas)
+            if len(levels) == len(sigmas) and levels[0] == sigmas[0]:
+                return sigmas, timesteps / 1000.0
+            kept = timesteps[len(timesteps) + 2 - len(levels) :] if len(levels) > 1 else timesteps[:0]
+            return levels, np.append(np.floor(1000 * levels[: min(len(levels) - 1, 1)]), kept) / 1000.0
+        return levels_from(self.strength, np.append(sigma_table(self.steps, self.shift), np.float32(0.0))), None
 
 
 def few_step_block(
     model: Wan,
     noise_BFHWC: jax.Array,
     renoise_JBFHWC: jax.Array,
-    sigmas: Sequence[float] | np.ndarray,
+    sigmas: Sequence[float] | np.ndarray | jax.Array,
     text_kv: KV,
     cache: KVCache,
     start: jax.Array,
@@ -104,10 +127,15 @@ def few_step_block(
 ) -> jax.Array:
     """One block by few-step sampling; `renoise` [J - 1 or more, B, ...] is the fresh noise between steps.
 
-    `first_flow` is the flow at the first level, if that is known already.
+    Args:
+      noise_BFHWC: what it begins with: noise, or a given video at the first level.
+      sigmas: the levels; may be traced.
+      first_flow: the flow at the first level, if that is known already.
     """
-    levels = jnp.asarray(np.append(np.asarray(sigmas, np.float32), np.float32(0.0)))
+    levels = jnp.append(jnp.asarray(sigmas, jnp.float32), jnp.float32(0.0))
     steps = len(levels) - 1
+    if not steps:
+        return noise_BFHWC
     # After the last step the next level is 0 and the noise vanishes.
     fresh = jnp.concatenate([renoise_JBFHWC[: steps - 1], jnp.zeros_like(noise_BFHWC)[None]], axis=0)
 
@@ -239,6 +267,8 @@ def many_step_block(
 ) -> jax.Array:
     """One block by a fresh ODE solve; text and cache hold both prompts (`both_prompts`)."""
     sigmas, model_sigmas = sampler.grid()
+    if len(sigmas) < 2:
+        return noise_BFHWC
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         flow = lambda x: denoise_block(model, x, sigma, text_kv, cache, start, blocks)
@@ -283,6 +313,8 @@ def generate_bidirectional(
     """A whole video by the bidirectional teacher: one ODE solve over all frames."""
     text_kv = both_prompts(positive, negative)
     sigmas, model_sigmas = sampler.grid()
+    if len(sigmas) < 2:
+        return noise_BFHWC
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         flow = lambda x: model(x, jnp.broadcast_to(sigma, x.shape[:2]), text_kv)
@@ -301,7 +333,8 @@ def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames
     """
     per_solve = 0
     if isinstance(sampler, ManyStep):
-        per_solve = 2 * sampler.steps - 1 if sampler.solver == "heun" else sampler.steps
+        steps = max(len(sampler.grid()[0]) - 1, 0)
+        per_solve = max(2 * steps - 1, 0) if sampler.solver == "heun" else steps
     if blocks is None:
         return 2 * per_solve
     commits, count = given_blocks(blocks, given), len(layout_from(blocks, given).spans(num_frames))

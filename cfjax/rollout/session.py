@@ -12,23 +12,24 @@ same noise, whatever the sampler.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
+from cfjax.flow.path import add_noise
 from cfjax.memory.names import memory_name, parse_memory
 from cfjax.memory.slots import Everything, Memory, State
 from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
-from cfjax.rollout.generate import FewStep, ManyStep
+from cfjax.rollout.generate import FewStep, ManyStep, few_step_block
 from cfjax.rollout.prompts import Blend, blend_rows
+from cfjax.rollout.session_state import Made, Mode, Prompt, SessionState, Snapshot, Source, Text, Transition
 from cfjax.rollout.stream import (
     Call,
     Pipeline,
@@ -40,98 +41,33 @@ from cfjax.rollout.stream import (
     prompt_kv,
     seeded_noise,
 )
-
-Mode = Literal["recache", "keep", "cut"]
-# A prompt, or several with weights
-Prompt = str | Sequence[tuple[str, float]]
-
-
-@dataclass(frozen=True)
-class Text:
-    """How prompts become text rows.
-
-    Attributes:
-      encode: prompts -> rows [n, S, E], float32; raises UserError for a prompt that it cannot take.
-      negative_SE: rows of the negative prompt, for a guided sampler.
-    """
-
-    encode: Callable[[Sequence[str]], np.ndarray]
-    negative_SE: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Made:
-    """One block of a stream.
-
-    Attributes:
-      index: its number, from 0; given frames count.  start: its first latent frame.
-      video_BPHWC: pixels, on the host.  latents_BFHWC: on the device.
-      prompt: the one that it was made with.
-      network_s, decode_s: seconds that its network passes (with the commit before it) and its decoding took.
-    """
-
-    index: int
-    start: int
-    video_BPHWC: np.ndarray
-    latents_BFHWC: jax.Array
-    prompt: Prompt
-    network_s: float
-    decode_s: float
-
-
-@dataclass(frozen=True)
-class Transition:
-    """A change of the prompt that is under way: text rows from and to, and how many blocks of how many are made."""
-
-    rows_from: np.ndarray
-    rows_to: np.ndarray
-    blocks: int
-    done: int
-    mode: Mode
-    blend: Blend
-
-
-@dataclass(frozen=True)
-class SessionState:
-    """Everything that decides how a stream goes on. Arrays are never written to: a state can be kept and gone back to.
-
-    Attributes:
-      cache: what is remembered.  memory: the policy of it.  decoder: the codec's state.
-      text_kv: keys and values of the prompt, for all layers.  rows: its text rows [S, E].  prompt: in words.
-      block: the next block's number.  frame: its first latent frame.  generated: how many blocks were made here.
-      pending: the finished block that is not committed yet, or None.
-      recent: the latest committed blocks, (first frame, latents_BFHWC), which a change of the prompt commits again.
-      transition: a change of the prompt that is under way.
-      seed: of the noise of all later blocks.
-    """
-
-    cache: State
-    memory: Memory
-    decoder: Any
-    text_kv: KV
-    rows: np.ndarray
-    prompt: Prompt
-    block: int
-    frame: int
-    generated: int
-    pending: tuple[int, jax.Array] | None
-    recent: tuple[tuple[int, jax.Array], ...]
-    transition: Transition | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A state, and the pipeline that it belongs to."""
-
-    pipeline: Pipeline
-    state: SessionState
+from cfjax.rollout.video import adapted_level, check_frames, levels_at, motion
 
 
 # Not donated: a snapshot may hold the same cache.
 @partial(jax.jit, static_argnames="blocks")
 def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: State, start: jax.Array, *, blocks: Blocks) -> State:
     return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start, blocks)
+
+
+@partial(jax.jit, static_argnames="blocks")
+def _next_from(
+    model: Wan,
+    latents: jax.Array,
+    noise: jax.Array,
+    fresh: jax.Array,
+    levels: jax.Array,
+    text_kv: KV,
+    cache: State,
+    start: jax.Array,
+    *,
+    blocks: Blocks,
+) -> jax.Array:
+    """A block from a given one at the first of the levels."""
+    return few_step_block(model, add_noise(latents, noise, levels[0]), fresh, levels, text_kv, cache, start, blocks)
+
+
+_encode_step = jax.jit(lambda codec, video, state: codec.encode_step(video, state))
 
 
 class Session:
@@ -196,11 +132,16 @@ class Session:
             raise UserError("this session is closed: open another one")
         return self._state
 
-    def next(self) -> Made:
+    def next(self, video_BPHWC: np.ndarray | None = None, *, follow_motion: bool = False) -> Made:
         """The next block.
 
+        Args:
+          video_BPHWC: pixels that it begins with, at the noise level of the sampler's `strength`: the block's frames,
+            float32 in [-1, 1]. Every block of a session has them, or none.
+          follow_motion: lower that level where the video moves (`video.adapted_level`).
+
         Raises:
-          UserError: the session is closed, or a memory of everything is full.
+          UserError: the session is closed, a memory of everything is full, or the video does not fit.
         """
         begun, before = time.perf_counter(), self.state
         state, start = before, before.frame
@@ -218,9 +159,18 @@ class Session:
         first = isinstance(sampler, FewStep) and bool(sampler.first_steps) and not state.generated
         steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
         noise = seeded_noise(np.array([state.seed], np.uint32), self._call)
-        own, fresh = noise(state.block, (1, frames, *self._shape), steps)
-        given = (self._pipeline.model, own, fresh, state.text_kv, state.cache, jnp.int32(start))
-        x0 = self._call(next_block, *given, sampler=sampler, first=first, blocks=self._blocks(state.memory))
+        own, fresh = noise(state.block, (1, frames, *self._shape), max(steps, 1))
+        work = (state.text_kv, state.cache, jnp.int32(start))
+        model, layout = self._pipeline.model, self._blocks(state.memory)
+        if video_BPHWC is None:
+            if state.source is not None:
+                raise UserError("this session goes along with a video: give its next frames too")
+            x0 = self._call(next_block, model, own, fresh, *work, sampler=sampler, first=first, blocks=layout)
+        else:
+            state, latents = self._encoded(state, np.asarray(video_BPHWC), frames, follow_motion)
+            assert isinstance(sampler, FewStep) and state.source is not None
+            levels = levels_at(state.source.level, sampler, first)
+            x0 = self._call(_next_from, model, latents, own, fresh, levels, *work, blocks=layout)
         jax.block_until_ready(x0)
         made = time.perf_counter()
         video, decoder = self._call(decode_step, self._pipeline.codec, x0, state.decoder)
@@ -362,6 +312,30 @@ class Session:
             videos.append(np.asarray(video))
         self.given_video_BPHWC = np.concatenate(videos, axis=1)
         return state
+
+    def _encoded(
+        self, state: SessionState, video: np.ndarray, frames: int, follow_motion: bool
+    ) -> tuple[SessionState, jax.Array]:
+        """The state with these frames of the video that it goes along with, and their latents."""
+        codec, sampler = self._pipeline.codec, self._pipeline.sampler
+        if not isinstance(sampler, FewStep) or not sampler.sigmas().size:
+            raise UserError("video to video in a session needs a few-step sampler with a strength above 0")
+        if not hasattr(codec, "encode_step") or not hasattr(codec, "init_encode_state"):
+            raise UserError("this codec does not encode a stream: open the run with decoder='vae'")
+        source = state.source
+        if source is None:
+            if state.block:
+                raise UserError("this session began without a video: give one from the first block on")
+            source = Source(codec.init_encode_state(1), None, sampler.strength)
+        time_, down, right = codec.stride  # type: ignore[attr-defined]
+        height, width, _ = self._shape
+        count = time_ * frames if source.last_HWC is not None else 1 + time_ * (frames - 1)
+        check_frames(video, (1, count, height * down, width * right, 3))
+        latents, encoder = self._call(_encode_step, codec, jnp.asarray(video, jnp.float32), source.encoder)
+        before = None if source.last_HWC is None else source.last_HWC[None]
+        moved = motion(video, before) if follow_motion else 0.0
+        level = adapted_level(sampler.strength, moved, source.level) if follow_motion else sampler.strength
+        return replace(state, source=Source(encoder, video[0, -1], level)), latents
 
     def _put(self, state: SessionState, start: int, own: jax.Array) -> State:
         """The cache with one more block."""

@@ -220,7 +220,7 @@ def stream_latents(
     for index, (start, stop) in enumerate(layout.spans(num_frames)):
         first = isinstance(sampler, FewStep) and index == 0 and bool(sampler.first_steps)
         steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
-        own, fresh = noise(before + index, (batch, stop - start, *latent_shape), steps)
+        own, fresh = noise(before + index, (batch, stop - start, *latent_shape), max(steps, 1))
         at, make_block = jnp.int32(given + start), partial(call, sampler=sampler, first=first, blocks=blocks)
         if fused and clean is not None:
             x0, cache = make_block(_commit_and_next_block, model, clean, own, fresh, text_kv, cache, at)

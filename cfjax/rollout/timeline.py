@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cfjax.core.errors import UserError
-from cfjax.rollout.session import Mode, Prompt
+from cfjax.rollout.session_state import Mode, Prompt
 
 TIMED = re.compile(r"^(?P<text>.*?)\s*\[\s*(?P<seconds>[0-9]+(?:\.[0-9]*)?)\s*s\s*(?P<cut>#?)\s*\]\s*$", re.DOTALL)
 

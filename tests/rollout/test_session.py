@@ -15,7 +15,8 @@ from cfjax.memory.slots import Everything, Memory
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.prompts import blend_rows
-from cfjax.rollout.session import Session, SessionState, Text
+from cfjax.rollout.session import Session
+from cfjax.rollout.session_state import SessionState, Text
 from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream_latents
 from tests.tiny import CONFIG, SHAPE, TEXT_LEN, normal, relative, tiny
 

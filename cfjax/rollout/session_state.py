@@ -1,0 +1,110 @@
+"""What a session is made of: its state, and what goes in and comes out. See `rollout.session`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from cfjax.memory.slots import Memory, State
+from cfjax.models.wan import KV
+from cfjax.rollout.prompts import Blend
+from cfjax.rollout.stream import Pipeline
+
+Mode = Literal["recache", "keep", "cut"]
+# A prompt, or several with weights
+Prompt = str | Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """How prompts become text rows.
+
+    Attributes:
+      encode: prompts -> rows [n, S, E], float32; raises UserError for a prompt that it cannot take.
+      negative_SE: rows of the negative prompt, for a guided sampler.
+    """
+
+    encode: Callable[[Sequence[str]], np.ndarray]
+    negative_SE: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """One block of a stream.
+
+    Attributes:
+      index: its number, from 0; given frames count.  start: its first latent frame.
+      video_BPHWC: pixels, on the host.  latents_BFHWC: on the device.
+      prompt: the one that it was made with.
+      network_s, decode_s: seconds that its network passes (with the commit before it) and its decoding took.
+    """
+
+    index: int
+    start: int
+    video_BPHWC: np.ndarray
+    latents_BFHWC: jax.Array
+    prompt: Prompt
+    network_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A change of the prompt that is under way: text rows from and to, and how many blocks of how many are made."""
+
+    rows_from: np.ndarray
+    rows_to: np.ndarray
+    blocks: int
+    done: int
+    mode: Mode
+    blend: Blend
+
+
+@dataclass(frozen=True)
+class Source:
+    """The video that a session goes along with: the encoder's state, its last frame, the noise level of its block."""
+
+    encoder: Any
+    last_HWC: np.ndarray | None
+    level: float
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """Everything that decides how a stream goes on. Arrays are never written to: a state can be kept and gone back to.
+
+    Attributes:
+      cache: what is remembered.  memory: the policy of it.  decoder: the codec's state.
+      text_kv: keys and values of the prompt, for all layers.  rows: its text rows [S, E].  prompt: in words.
+      block: the next block's number.  frame: its first latent frame.  generated: how many blocks were made here.
+      pending: the finished block that is not committed yet, or None.
+      recent: the latest committed blocks, (first frame, latents_BFHWC), which a change of the prompt commits again.
+      transition: a change of the prompt that is under way.
+      seed: of the noise of all later blocks.
+      source: the video that it goes along with, or None.
+    """
+
+    cache: State
+    memory: Memory
+    decoder: Any
+    text_kv: KV
+    rows: np.ndarray
+    prompt: Prompt
+    block: int
+    frame: int
+    generated: int
+    pending: tuple[int, jax.Array] | None
+    recent: tuple[tuple[int, jax.Array], ...]
+    transition: Transition | None
+    seed: int
+    source: Source | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state, and the pipeline that it belongs to."""
+
+    pipeline: Pipeline
+    state: SessionState
