@@ -8,11 +8,10 @@
 | `EmaSink` | a sink that takes in what leaves, recent frames | slot numbers | Reward Forcing |
 | `MemoryTokens` | sink, two means of what left, recent frames | slot numbers | MemRoPE, arXiv 2603.12513 |
 | `RollingSink` | early frames over again, the block before | their new ones | Rolling Sink, arXiv 2602.07775 |
-| `MemoryBank` | sink, recent frames, frames that fit the prompt | their own | MemFlow, arXiv 2512.14699 |
-
-Every policy but the bank keeps the first `count` slots visible, see `slots`.
+| `ContextRecompute` | latents of the sink and recent frames | slot numbers | Krea's realtime video |
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.memory.slots import MERGED, Incoming, Labels, Layout, Memory, Network, State
+from cfjax.memory.slots import MERGED, Incoming, Labels, Layout, Memory, Network, State, arrangement
 from cfjax.nn.frames import constrain_kv
+from cfjax.nn.rope import rotate_time
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,66 @@ class RollingSink(Memory):
             frame_F[slots - frames :] = self.replayed(start, frames, slots, np)
             at = at._replace(frame_F=frame_F)
         return super().next_labels(at, start, stop, own_F)
+
+
+@dataclass(frozen=True)
+class ContextRecompute(SlotRelative):
+    """Latents stay, not keys: with every commit, all slots' keys and values are made again, in one block-causal pass.
+
+    So a change of the prompt reaches what is remembered with the next block, and no slot holds keys of a frame that saw
+    others than these. Source: `recompute_kv_cache` in Krea's `release_server.py` (before every block; the end of a
+    commit gives the same), `kv_cache_attention_bias` of Scope. Krea replaces the first frame, once it is no longer next
+    to the others, by a picture encoded anew; here the first frame stays (its `keep_first_frame`).
+
+    Attributes:
+      weight: the attention to remembered frames but the first is multiplied by it before it is normalised; 1: off.
+    """
+
+    window: int = 6
+    sink: int = 1
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.weight <= 1.0:
+            raise UserError(f"memory: weight={self.weight}: use a number above 0, at most 1 (as it is)")
+
+    def slots(self, layout: Layout) -> int:
+        slots = super().slots(layout)
+        if slots % layout.frames or layout.independent_first_frame:
+            raise UserError(
+                f"memory: context_recompute needs a window of whole blocks of {layout.frames} frames, and no first "
+                f"frame of its own; window={self.window}"
+            )
+        return slots
+
+    def extra(self, network: Network, batch: int, tokens: int, layout: Layout) -> jax.Array:
+        """The slots' latents, [B, slots, H W C], float32."""
+        numbers = tokens * network.patch[0] * network.patch[1] * network.in_dim
+        return jnp.zeros((batch, self.slots(layout), numbers), jnp.float32)
+
+    def bias(self, state: State) -> jax.Array | None:
+        if self.weight == 1.0:
+            return None
+        return jnp.where(jnp.arange(len(state.frame_F)) < self.sink, 0.0, float(np.log(self.weight)))
+
+    def commit_latents(
+        self, state: State, clean_BFHWC: jax.Array, start: jax.Array, context: Callable[[jax.Array], Any]
+    ) -> State:
+        """The state after a finished block.
+
+        Args:
+          context: latents of all slots, [B, slots, H, W, C] -> their keys, at positions from 0 on, and values.
+        """
+        frames, slots = clean_BFHWC.shape[1], len(state.frame_F)
+        is_new = start >= state.stop
+        order = jnp.where(is_new, arrangement(state.count, slots, self.protected, frames), jnp.arange(slots))
+        own = clean_BFHWC.astype(jnp.float32).reshape(*clean_BFHWC.shape[:2], -1)
+        latents = jnp.take(jnp.concatenate([state.extra, own], axis=1), order, axis=1)
+        k, v = context(latents.reshape(len(latents), slots, *clean_BFHWC.shape[2:]))
+        raw = jax.vmap(rotate_time, (0, None))(k, -jnp.arange(slots))
+        state = self.relabelled(state, order, start, frames, is_new)
+        return replace(state, k=self.codec.encode_keys(raw), v=self.codec.encode_values(v), extra=latents)
 
 
 def _with_first(state: State, memory: Memory, k: jax.Array, v: jax.Array, changes: jax.Array) -> State:

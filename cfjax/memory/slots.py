@@ -34,6 +34,8 @@ class Network(Protocol):
     num_layers: int
     num_heads: int
     head_dim: int
+    in_dim: int
+    patch: tuple[int, int]
     attention: str
     precision: Any
 
@@ -240,15 +242,18 @@ class Memory:
         order = arrangement(state.count, slots, self.protected, frames)
         order = jnp.where(new.is_new, order, jnp.arange(slots))
         pick = lambda old, own: _placed(jnp.take(jnp.concatenate([old, own], axis=2), order, axis=2))
+        state = self.relabelled(state, order, start, frames, new.is_new)
+        return replace(state, k=jax.tree.map(pick, state.k, k), v=jax.tree.map(pick, state.v, v))
+
+    def relabelled(self, state: State, order: jax.Array, start: jax.Array, frames: int, is_new: jax.Array) -> State:
+        """The state with what it says of its slots as after a commit: `order` as of `arrangement`."""
         label = lambda old, own: jnp.concatenate([old, own.astype(jnp.int32)])[order]
-        at = lambda then, now: jnp.where(new.is_new, then, now).astype(jnp.int32)
+        at = lambda then, now: jnp.where(is_new, then, now).astype(jnp.int32)
         return replace(
             state,
-            k=jax.tree.map(pick, state.k, k),
-            v=jax.tree.map(pick, state.v, v),
             frame_F=label(state.frame_F, start + jnp.arange(frames)),
-            position_F=label(state.position_F, own_F),
-            count=at(jnp.minimum(state.count + frames, slots), state.count),
+            position_F=label(state.position_F, self.own_positions(state, start, frames)),
+            count=at(jnp.minimum(state.count + frames, len(state.frame_F)), state.count),
             stop=at(start + frames, state.stop),
             jump=at(jnp.int32(-1), state.jump),
         )

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from cfjax.core.errors import UserError
+from cfjax.memory.policies import ContextRecompute
 from cfjax.models.cache import KVCache, init_cache, write
-from cfjax.models.context import forward_fused, forward_kv
+from cfjax.models.context import clean_context, forward_fused, forward_kv
 from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
 
@@ -55,6 +56,11 @@ def commit_block(
     Reference: the cache update in `pipeline/causal_inference.py`, `CausalInferencePipeline.inference`. `sigma` is the
     level that the network is conditioned on: 0 but for context noise.
     """
+    if isinstance(blocks.memory, ContextRecompute):
+        layout = Blocks(blocks.frames)
+        return blocks.memory.commit_latents(
+            cache, clean_BFHWC, start, lambda latents: clean_context(model, latents, text_kv, layout)
+        )
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
     kv = forward_kv(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
     return write(cache, kv, start, clean_BFHWC.shape[1], blocks)

@@ -12,9 +12,10 @@ import pytest
 from cfjax.core.errors import UserError
 from cfjax.memory.codecs import Codec
 from cfjax.memory.names import POLICIES, memory_name, parse_memory
-from cfjax.memory.policies import DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
+from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
 from cfjax.memory.slots import MERGED, Memory
 from cfjax.models.cache import init_cache
+from cfjax.models.context import clean_context
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
@@ -133,7 +134,7 @@ def stream(model, kv, noisy, clean, start, state, *, blocks):
 
 def streamed(memory: Memory | None, noisy, clean, start: int = 0):
     blocks = layout(memory)
-    state = init_cache(CONFIG, noisy.shape[0], FRAMES, TOKENS, blocks)
+    state = init_cache(CONFIG, noisy.shape[0], noisy.shape[1], TOKENS, blocks)
     kv = jax.tree.map(lambda x: x[:, : noisy.shape[0]], text_kv())
     return stream(tiny(), kv, noisy, clean, jnp.int32(start), state, blocks=blocks)
 
@@ -201,8 +202,9 @@ def test_a_policy_that_holds_everything_is_the_full_cache(name):
 
 
 def test_a_network_with_a_wide_policy_is_one_with_a_full_cache(inputs):
-    _, full = streamed(None, *inputs)
-    _, flow = streamed(replace(SMALL["deep_sink"], window=FRAMES), *inputs)
+    short = [x[:, :6] for x in inputs]
+    _, full = streamed(None, *short)
+    _, flow = streamed(replace(SMALL["deep_sink"], window=6), *short)
     assert relative(flow, full) < 2e-6
 
 
@@ -211,6 +213,37 @@ def test_a_network_with_a_window_is_one_with_a_ring(inputs):
     state = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)
     _, plain = stream(tiny(), text_kv(), *inputs, jnp.int32(0), state, blocks=blocks)
     assert relative(streamed(SMALL["window"], *inputs)[1], plain) < 2e-6
+
+
+def test_a_network_that_recomputes_everything_is_one_with_a_full_cache(inputs):
+    """And with two slots, a prompt change reaches what is remembered with the next commit."""
+    short = [x[:, :6] for x in inputs]
+    assert relative(streamed(ContextRecompute(6, 1), *short)[1], streamed(None, *short)[1]) < 2e-6
+    state, _ = streamed(ContextRecompute(4, 1), *inputs)
+    assert state.frame_F.tolist() == [0, FRAMES - 1]
+    both = jnp.stack([inputs[1][:, 0], inputs[1][:, -1]], axis=1)
+    context = clean_context(tiny(), both, text_kv(), LAYOUT)
+    assert relative(state.v, context.v_LBFTNK) < 2e-6
+    assert relative(jax.vmap(rotate_time, (0, None))(state.k, jnp.arange(2)), context.k_LBFTNK) < 2e-6
+
+
+def test_a_weight_is_a_share_of_the_attention():
+    """Softmax weights of remembered frames but the first times beta, before they are normalised."""
+    memory, config = ContextRecompute(6, 1, weight=0.3), replace(CONFIG, num_layers=1)
+    shape = (1, 6, 1, CONFIG.num_heads, CONFIG.head_dim)
+    k, v, q = (normal(i, shape) for i in range(3))
+    state = memory.init(config, 1, 1, LAYOUT)
+    state = replace(state, k=k[None, :, :4], v=v[None, :, :4], frame_F=jnp.arange(4), count=jnp.int32(4))
+    found = jax.jit(lambda *qkv: memory.attention(config, state, jnp.int32(4), 2, LAYOUT)(*qkv, 0))(
+        q[:, 4:], k[:, 4:], v[:, 4:]
+    )
+    keys = jnp.concatenate([rotate_time(k[:, :4], jnp.arange(4)), k[:, 4:]], axis=1)
+    logits = np.einsum("bftnk,bgsnk->bnftgs", q[:, 4:], keys) * CONFIG.head_dim**-0.5
+    weights = np.exp(logits) * np.array([1.0, 0.3, 0.3, 0.3, 1.0, 1.0]).reshape(1, 1, 1, 1, 6, 1)
+    weights /= weights.sum((-2, -1), keepdims=True)
+    np.testing.assert_allclose(found, np.einsum("bnftgs,bgsnk->bftnk", weights, v), atol=2e-6)
+    with pytest.raises(UserError, match=r"weight=0\.0: use a number above 0"):
+        ContextRecompute(weight=0.0)
 
 
 def test_slot_positions_do_not_depend_on_the_time(rolled, inputs):
