@@ -76,8 +76,7 @@ def get_config(arg: str = ""):
             "batch": 1 if wan else 8,  # videos at a time
             "tile": 0,  # decode in tiles of so many pixels; 0: whole frames, block by block
             "text_cache": "",  # a folder of text embeddings; the text encoder is read for what it lacks
-            # what to write
-            "fps": 16.0 if wan else 8.0,
+            "fps": 16.0 if wan else 8.0,  # of what is read and written
             "scale": 1 if wan else 8,
             "save_latents": False,
             "overwrite": False,  # replace what is there

@@ -184,8 +184,8 @@ def sampler_of(c: ConfigDict, run: Run) -> FewStep | ManyStep:
         if not c.video:
             raise UserError(f"strength={c.strength}: give the video that it is about too, --config.video=FILE")
         if c.given_frames or c.timeline:
-            other = "given_frames" if c.given_frames else "timeline"
-            raise UserError(f"strength and {other}: give one of them; with strength the video itself is changed")
+            both = "given_frames" if c.given_frames else "timeline"
+            raise UserError(f"strength and {both}: give one of them; with strength the video itself is changed")
         values["strength"] = c.strength
     sampler = replace(run.sampler, **values)
     sampler.first_sigmas() if isinstance(sampler, FewStep) else sampler.grid()

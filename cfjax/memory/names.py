@@ -81,7 +81,7 @@ def with_memory(blocks: Blocks, text: str, *, window: int = -1, sink: int = -1) 
         if given:
             raise UserError(f"{', '.join(given)}: memory={FULL!r} holds all frames; leave them out")
         return plain
-    memory = replace(memory, **given)
+    memory = replace(memory, window=given.get("window", memory.window), sink=given.get("sink", memory.sink))
     if memory == Memory(memory.window, memory.sink):
         return replace(plain, window=memory.window, sink=memory.sink)
     memory.slots(plain)

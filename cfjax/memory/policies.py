@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.memory.slots import MERGED, Incoming, Labels, Layout, Memory, Network, State, arrangement
+from cfjax.memory.slots import MERGED, Incoming, Labels, Memory, Network, State, arrangement
 from cfjax.nn.frames import constrain_kv
 from cfjax.nn.rope import rotate_time
+from cfjax.nn.visibility import Blocks
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class RollingSink(Memory):
         if self.sink:
             raise UserError(f"memory: a rolling sink has no fixed one: leave sink={self.sink} out")
 
-    def slots(self, layout: Layout) -> int:
+    def slots(self, layout: Blocks) -> int:
         slots = super().slots(layout)
         if slots % layout.frames or layout.independent_first_frame:
             raise UserError(
@@ -189,7 +190,7 @@ class RollingSink(Memory):
             )
         return slots
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Layout) -> Early:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Early:
         shape = (network.num_layers, batch, self.slots(layout), tokens, network.num_heads, network.head_dim)
         k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
         return Early(self.codec.encode_keys(k), self.codec.encode_values(v))
@@ -249,7 +250,7 @@ class ContextRecompute(SlotRelative):
         if not 0.0 < self.weight <= 1.0:
             raise UserError(f"memory: weight={self.weight}: use a number above 0, at most 1 (as it is)")
 
-    def slots(self, layout: Layout) -> int:
+    def slots(self, layout: Blocks) -> int:
         slots = super().slots(layout)
         if slots % layout.frames or layout.independent_first_frame:
             raise UserError(
@@ -258,7 +259,7 @@ class ContextRecompute(SlotRelative):
             )
         return slots
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Layout) -> jax.Array:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> jax.Array:
         """The slots' latents, [B, slots, H W C], float32."""
         numbers = tokens * network.patch[0] * network.patch[1] * network.in_dim
         return jnp.zeros((batch, self.slots(layout), numbers), jnp.float32)

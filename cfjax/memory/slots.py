@@ -22,6 +22,7 @@ from cfjax.core.errors import UserError
 from cfjax.memory.codecs import Codec
 from cfjax.nn.frames import attend_slots, constrain_kv
 from cfjax.nn.rope import rotate_time
+from cfjax.nn.visibility import Blocks
 
 EMPTY, MERGED = -1, -2  # in `State.frame_F`: no frame; several frames, merged
 # (q, k, v [B, F, T, N, K], layer) -> attended values
@@ -31,22 +32,26 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 class Network(Protocol):
     """What a policy needs to know of a network; `models.wan.WanConfig` is one."""
 
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    in_dim: int
-    patch: tuple[int, int]
-    attention: str
-    precision: Any
+    @property
+    def num_layers(self) -> int: ...
 
+    @property
+    def num_heads(self) -> int: ...
 
-class Layout(Protocol):
-    """How a video is divided into blocks; `nn.visibility.Blocks` is one."""
+    @property
+    def head_dim(self) -> int: ...
 
-    frames: int
-    independent_first_frame: bool
+    @property
+    def in_dim(self) -> int: ...
 
-    def spans(self, num_frames: int) -> list[tuple[int, int]]: ...
+    @property
+    def patch(self) -> tuple[int, int]: ...
+
+    @property
+    def attention(self) -> str: ...
+
+    @property
+    def precision(self) -> Any: ...
 
 
 @jax.tree_util.register_dataclass
@@ -135,7 +140,7 @@ class Memory:
         """Time positions: of the slots, [slots], and of the block's own frames, [frames]. `xp`: numpy or jax.numpy."""
         return at.position_F, start + at.offset + xp.arange(frames)
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Layout) -> Any:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Any:
         """`State.extra` of an empty state."""
         return None
 
@@ -169,7 +174,7 @@ class Memory:
 
     # ---- the interface
 
-    def slots(self, layout: Layout) -> int:
+    def slots(self, layout: Blocks) -> int:
         """Slots of a state.
 
         Raises:
@@ -183,7 +188,7 @@ class Memory:
             )
         return slots
 
-    def init(self, network: Network, batch: int, tokens: int, layout: Layout) -> State:
+    def init(self, network: Network, batch: int, tokens: int, layout: Blocks) -> State:
         """The state before the first block.
 
         Args:
@@ -209,7 +214,7 @@ class Memory:
         """Time positions of the block's own frames, [frames]."""
         return self.positions(labels(state), start, frames)[1]
 
-    def attention(self, network: Network, state: State, start: jax.Array, frames: int, layout: Layout) -> Attend:
+    def attention(self, network: Network, state: State, start: jax.Array, frames: int, layout: Blocks) -> Attend:
         """The self-attention of a block that begins at `start`, against a layer of the state. Reads only."""
         slots, rows = state.frame_F.shape[0], to_bits((state.k, state.v))
         key_F, _ = self.positions(labels(state), start, frames)
@@ -258,15 +263,15 @@ class Memory:
             jump=at(jnp.int32(-1), state.jump),
         )
 
-    def plan(self, num_frames: int, layout: Layout) -> list[Seen]:
+    def plan(self, num_frames: int, layout: Blocks) -> list[Seen]:
         """What every block of a video sees, without a network: the mirror of `attention` and `commit`."""
         slots, found = self.slots(layout), []
         empty = np.full(slots, EMPTY)
         at = Labels(empty, empty, 0, 0, 0, -1)
         for start, stop in layout.spans(num_frames):
             key_F, own_F = self.positions(at, start, stop - start, np)
-            shown = [tuple(int(x) for x in row[: at.count]) for row in (at.frame_F, key_F)]
-            found.append(Seen((start, stop), *shown, tuple(int(x) for x in own_F)))
+            frames, positions = (tuple(int(x) for x in row[: at.count]) for row in (at.frame_F, key_F))
+            found.append(Seen((start, stop), frames, positions, tuple(int(x) for x in own_F)))
             at = self.next_labels(at, start, stop, own_F)
         return found
 
@@ -330,7 +335,7 @@ def _in_sequence(number: Any, count: Any, slots: int, xp: Any = jnp) -> Any:
     return xp.where(number < count, number, slots + number - count)
 
 
-def counts(slots: int, layout: Layout) -> tuple[int, ...]:
+def counts(slots: int, layout: Blocks) -> tuple[int, ...]:
     """How many slots may be filled when a block begins, ascending."""
     first = (0, 1) if layout.independent_first_frame else (0,)
     found = {*first, *range(first[-1], slots, layout.frames), slots}

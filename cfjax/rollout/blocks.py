@@ -45,12 +45,12 @@ def commit_block(
     model: Wan,
     clean_BFHWC: jax.Array,
     text_kv: KV,
-    cache: KVCache,
+    cache: Any,
     start: jax.Array,
     blocks: Blocks,
     *,
     sigma: float | jax.Array = 0.0,
-) -> KVCache:
+) -> Any:
     """The cache with a finished block added: its keys and values of one more forward pass, at timestep 0.
 
     Reference: the cache update in `pipeline/causal_inference.py`, `CausalInferencePipeline.inference`. `sigma` is the

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from dataclasses import replace
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ from cfjax.rollout.video import adapted_level, check_frames, levels_at, motion
 
 # Not donated: a snapshot may hold the same cache.
 @partial(jax.jit, static_argnames="blocks")
-def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: State, start: jax.Array, *, blocks: Blocks) -> State:
+def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: Any, start: jax.Array, *, blocks: Blocks) -> State:
     return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start, blocks)
 
 
@@ -58,7 +58,7 @@ def _next_from(
     fresh: jax.Array,
     levels: jax.Array,
     text_kv: KV,
-    cache: State,
+    cache: Any,
     start: jax.Array,
     *,
     blocks: Blocks,
