@@ -20,6 +20,7 @@ from cfjax.core.paths import write_atomically
 from cfjax.core.precision import Policy, to_record
 from cfjax.experiment.speed import Stream, measure_stream
 from cfjax.experiment.streams import Opened, open_stream
+from cfjax.memory.names import blocks_record
 from cfjax.models.vae import VAEConfig
 from cfjax.rollout.generate import FewStep
 
@@ -71,7 +72,7 @@ def measure(c: ConfigDict, opened: Opened) -> dict[str, Any]:
         "network": to_record(pipeline.model.config),
         "decoder": opened.decoder,
         "sampler": {"kind": type(pipeline.sampler).__name__, **vars(pipeline.sampler)},
-        "blocks": vars(pipeline.blocks) if pipeline.blocks else None,
+        "blocks": blocks_record(pipeline.blocks) if pipeline.blocks else None,
         "video": {"frames": frames, "height": height, "width": width, "latent_frames": sizes.frames},
         "batch": stream.batch,
         "text_rows": int(stream.text_BSE.shape[1]),
@@ -138,6 +139,8 @@ def _against_reference(c: ConfigDict, stream: Stream, reference_dir: str) -> dic
     if not isinstance(sampler, FewStep) or blocks is None or sampler.steps not in steps or sampler.first_steps:
         known = "; ".join(",".join(map(str, listed)) for listed in steps)
         raise UserError(f"--against=reference compares few-step samplers; use --config.sampler.steps of {known}")
+    if blocks.memory is not None:
+        raise UserError("--against=reference has no memory policies: use --config.window and --config.sink")
     if stream.batch != 1:
         raise UserError(f"--config.batch={stream.batch}: --against=reference compares one video at a time; use 1")
     config = pipeline.model.config
@@ -195,7 +198,8 @@ def table(record: Mapping[str, Any]) -> str:
     ms = lambda seconds: f"{1e3 * seconds:.1f}"
     three = lambda values: " / ".join(ms(values[name]) for name in ("p50", "p95", "p99"))
     blocks, per_frame = record["blocks"], 1 / speed["frames"]
-    layout = f"blocks of {blocks['frames']}, window {blocks['window'] or 'all'}" if blocks else "bidirectional"
+    seen = (blocks or {}).get("memory") or f"window {blocks['window'] or 'all'}" if blocks else ""
+    layout = f"blocks of {blocks['frames']}, {seen}" if blocks else "bidirectional"
     rows = {
         record["run"]: f"{network['dim']} wide, {network['num_layers']} layers, {network['precision']['compute']}",
         "video": f"{video['frames']} frames of {video['width']} x {video['height']}, batch {record['batch']}, {layout}",

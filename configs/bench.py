@@ -42,6 +42,7 @@ def get_config(arg: str = ""):
             "height": 480 if wan else 0,
             "width": 832 if wan else 0,
             "block_frames": 1 if "framewise" in words else 3,  # latent frames of a block, with random weights
+            "memory": "",  # what is remembered, by name (docs/memory.md); "": the run's, all
             "window": -1,  # latent frames that stay visible; 0: all; -1: the run's, all
             "sink": -1,
             "independent_first_frame": False,

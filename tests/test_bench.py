@@ -51,6 +51,17 @@ def test_the_table_names_them(measured):
         assert row in text
 
 
+def test_a_memory_policy_costs_what_it_sees(tmp_path):
+    """Its name is in record and table; no key beyond those of its slots is needed."""
+    memory = "infinity_rope(window=5)"
+    assert cfjax("bench", "bench.py", tmp_path, memory=memory, **{**SMALL, "frames": 15, "batches": 1}) == 0
+    made = json.loads((tmp_path / "bench.json").read_text())
+    ratio = made["speed"]["executed_network"] / made["speed"]["needed"]["flops"]
+    print(f"executed / needed: {ratio:.3f}")
+    assert made["blocks"]["memory"] == memory and memory in (tmp_path / "bench.md").read_text()
+    assert 0.97 < ratio < 1.10
+
+
 def test_a_stream_without_decoder_hands_on_its_latents():
     latents, state = np.ones((1, 2, 4, 4, 3), np.float32), NoDecoder().init_state(1)
     video, state = jax.jit(lambda codec, x, s: codec.decode_step(x, s))(NoDecoder(), latents, state)

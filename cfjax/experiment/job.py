@@ -98,7 +98,7 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
         blocks=blocks,
         given=given,
     )
-    sampler, pixels = sampler_of(c, run), sizes.pixels()
+    sampler, pixels = with_strength(c, sampler_of(c, run)), sizes.pixels()
     fuses(c.fused_commit, memory=blocks.memory if blocks else None)
     check_mp4(*pixels[1:], c.fps, c.scale)
     ClipFormat(*pixels, c.fps, c.fit)
@@ -180,16 +180,25 @@ def sampler_of(c: ConfigDict, run: Run) -> FewStep | ManyStep:
     if wrong := [name for name in given if name in other]:
         raise UserError(f"sampler.{wrong[0]}: run {run.name!r} has a {kind} sampler, which has no such setting")
     values: dict[str, Any] = {"steps" if name == "solver_steps" else name: value for name, value in given.items()}
-    if c.strength >= 0:
-        if not c.video:
-            raise UserError(f"strength={c.strength}: give the video that it is about too, --config.video=FILE")
-        if c.given_frames or c.timeline:
-            both = "given_frames" if c.given_frames else "timeline"
-            raise UserError(f"strength and {both}: give one of them; with strength the video itself is changed")
-        values["strength"] = c.strength
     sampler = replace(run.sampler, **values)
     sampler.first_sigmas() if isinstance(sampler, FewStep) else sampler.grid()
     return sampler
+
+
+def with_strength(c: ConfigDict, sampler: FewStep | ManyStep) -> FewStep | ManyStep:
+    """The sampler that begins with `c.video` at the noise level `c.strength`, if that is asked for.
+
+    Raises:
+      UserError: a strength without a video, or beside what goes on from one.
+    """
+    if c.strength < 0:
+        return sampler
+    if not c.video:
+        raise UserError(f"strength={c.strength}: give the video that it is about too, --config.video=FILE")
+    if c.given_frames or c.timeline:
+        both = "given_frames" if c.given_frames else "timeline"
+        raise UserError(f"strength and {both}: give one of them; with strength the video itself is changed")
+    return replace(sampler, strength=c.strength)
 
 
 def tiled_decoder(c: ConfigDict, run: Run) -> Callable[[jax.Array], jax.Array] | None:

@@ -144,7 +144,11 @@ def passes_of(sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, 
         return [Pass(total, total * tokens_per_frame, total * tokens_per_frame)] * calls
 
     def call(start: int, stop: int, commits: bool) -> Pass:
-        seen = stop - start + sum(b - a for a, b in blocks.visible_before(start, stop))
+        if blocks.memory is not None:
+            past = min(start, blocks.memory.slots(blocks))
+        else:
+            past = sum(b - a for a, b in blocks.visible_before(start, stop))
+        seen = stop - start + past
         return Pass(stop - start, (stop - start) * tokens_per_frame, seen * tokens_per_frame, commits)
 
     out: list[Pass] = []
