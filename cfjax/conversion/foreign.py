@@ -25,7 +25,7 @@ def what_else(names: Iterable[str]) -> str:
     names = list(names)
     layers = [name for name in names if ADAPTER.search(name)]
     if layers:
-        rest = len(names) - len(layers)
+        rest = sum(not ADAPTER.search(name) and not name.endswith(".alpha") for name in names)
         beside = f" ({rest} other tensors beside it)" if rest else ""
         return (
             f"it is a LoRA (an adapter), {len(layers)} tensors such as {layers[0]}{beside}, not a network: it needs the"
