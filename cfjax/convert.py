@@ -68,9 +68,8 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with holding(workdir):
         roll_back(workdir)
-        source = _open(c)
+        source = _open(c, workdir)
         _check_free(c.to, source, workdir, c.overwrite)
-        _check_channels(source, _world_beside(c, workdir))
         for each in source.found:
             _describe(each)
         if source.ignored:
@@ -104,7 +103,7 @@ def _describe(found: Found) -> None:
             say(f"    {note}")
 
 
-def _open(c: ConfigDict) -> Source:
+def _open(c: ConfigDict, workdir: Path) -> Source:
     """The source of the config, foreign or a run directory."""
     parts = [part for part in c.parts.split(",") if part]
     unknown = [part for part in parts if part not in KINDS]
@@ -122,7 +121,9 @@ def _open(c: ConfigDict) -> Source:
         if (Path(c.world).parent / FOLDER).is_dir():
             models = read_run(Path(c.world).parent, SIZES)["models"]
             assumed = config_json_wan(config_from_record(WanConfig, models.get("student", {}), c.world), "original")
-    return open_source(path, Reading(parts, c.key, assumed, dtype=c.dequantize, unscaled=c.unscaled))
+    source = open_source(path, Reading(parts, c.key, assumed, dtype=c.dequantize, unscaled=c.unscaled))
+    _check_channels(source, _world_beside(c, workdir))
+    return source
 
 
 def _world_beside(c: ConfigDict, workdir: Path) -> Path | None:
