@@ -5,6 +5,7 @@ that is not among the metadata's own is refused. Tensors are read one at a time,
 """
 
 import io
+import math
 import pickle
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cfjax.conversion.pickles import as_numpy, torch_module
-from cfjax.conversion.weight_file import Arrays, WeightFile, short
+from cfjax.conversion.weight_file import WeightFile, listed, short
 from cfjax.core.errors import UserError
 from cfjax.core.inside import inside
 from cfjax.core.lazy import LazyArray
@@ -55,21 +56,29 @@ def read_distributed(folder: Path) -> WeightFile:
     """
     torch = torch_module(folder)
     meta = _metadata(torch, folder)
-    out: Arrays = {}
-    ignored = []
-    for name, about in meta.state_dict_metadata.items():
-        if not hasattr(about, "chunks"):
-            ignored.append(str(name))
-            continue
-        dtype = np.dtype(str(about.properties.dtype).removeprefix("torch."))
-        shape = tuple(map(int, about.size))
-        pieces = [_piece(folder, meta, name, chunk) for chunk in about.chunks]
-        if sum(int(np.prod(size, dtype=np.int64)) for _, size, *_ in pieces) != int(np.prod(shape, dtype=np.int64)):
-            raise UserError(f"{folder}: {TITLE} without all pieces of {name}; {FIX}")
-        out[str(name)] = LazyArray(shape, dtype, (partial(_read, torch, shape, dtype, pieces),))
+    try:
+        arrays = {str(name): _array(torch, folder, meta, name) for name in meta.state_dict_metadata}
+    except UserError:
+        raise
+    except Exception as error:  # what the description says may be of any kind
+        raise UserError(f"{folder}: {TITLE}, whose {METADATA} makes no sense ({short(error)}); {FIX}") from None
+    out = {name: array for name, array in arrays.items() if array is not None}
     if not out:
         raise UserError(f"{folder}: {TITLE} without tensors; {FIX}")
-    return WeightFile(folder, {"": out}, ignored[:3])
+    ignored = [name for name in arrays if name not in out]
+    return WeightFile(folder, {"": out}, [listed(ignored)] if ignored else [])
+
+
+def _array(torch: ModuleType, folder: Path, meta: Any, name: Any) -> LazyArray | None:
+    """A tensor; None for what is none."""
+    about = meta.state_dict_metadata[name]
+    if not hasattr(about, "chunks"):
+        return None
+    dtype, shape = np.dtype(str(about.properties.dtype).removeprefix("torch.")), tuple(map(int, about.size))
+    pieces = [_piece(folder, meta, name, chunk) for chunk in about.chunks]
+    if sum(math.prod(sizes) for _, sizes, *_ in pieces) != math.prod(shape):
+        raise UserError(f"{folder}: {TITLE} without all pieces of {name}; {FIX}")
+    return LazyArray(shape, dtype, (partial(_read, torch, shape, dtype, pieces),))
 
 
 class _Unpickler(pickle.Unpickler):

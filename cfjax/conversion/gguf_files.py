@@ -124,9 +124,15 @@ def read_gguf(path: Path) -> WeightFile:
         raise UserError(f"{path}: broken or cut short ({error}); copy it again") from None
     named = _t5_name if about.get(ARCHITECTURE) in T5 else str
     out: Arrays = {}
+    end = 0
     for name, tensor in tensors.items():
+        if tensor.offset != end:  # as ggml itself demands
+            raise UserError(f"{path}: broken ({name} begins at {tensor.offset}, not at {end}); copy it again")
         shape = about.get(f"{SHAPE}{name}", tensor.shape)
-        out[named(name)] = _array(path, data, name, tensor, tuple(shape), start)
+        out[named(name)], stored = _array(path, data, name, tensor, shape, start)
+        end += -(-stored // about[ALIGNMENT]) * about[ALIGNMENT]
+    if len(data) - start - end >= about[ALIGNMENT]:
+        raise UserError(f"{path}: broken ({len(data) - start - end} bytes behind its last tensor); copy it again")
     return WeightFile(path, {"": out})
 
 
@@ -150,14 +156,14 @@ def _header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
         if not all(0 < size <= AXIS for size in shape):
             raise ValueError(f"{name!r} has shape {shape}")
         tensors[name] = _Tensor(shape, *header.numbers("I"), *header.numbers("Q"))
-    alignment = about.get(ALIGNMENT, 32)
-    if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
+    alignment = about.setdefault(ALIGNMENT, 32)
+    if type(alignment) is not int or not 0 < alignment <= 2**20:
         raise ValueError(f"{ALIGNMENT} is {alignment!r}")
     return about, tensors, -(-header.at // alignment) * alignment
 
 
-def _array(path: Path, data: mmap.mmap, name: str, tensor: _Tensor, shape: tuple[int, ...], start: int) -> LazyArray:
-    """One tensor, checked against the file's size."""
+def _array(path: Path, data: mmap.mmap, name: str, tensor: _Tensor, shape: Any, start: int) -> tuple[LazyArray, int]:
+    """One tensor, checked against the file's size, and its bytes there."""
     if tensor.kind in PLAIN:
         block, block_bytes, label = 1, PLAIN[tensor.kind][1].itemsize, PLAIN[tensor.kind][0]
     else:
@@ -166,17 +172,19 @@ def _array(path: Path, data: mmap.mmap, name: str, tensor: _Tensor, shape: tuple
     stored = size // block * block_bytes
     if row % block:
         raise UserError(f"{path}: {name} {tensor.shape} is {label}, in blocks of {block}; it is broken, copy it again")
-    if not all(isinstance(x, int) and x > 0 for x in shape) or math.prod(shape) != size:
-        raise UserError(f"{path}: {name} has {tensor.shape}, and should be {list(shape)}; it is broken, copy it again")
+    plain = isinstance(shape, list | tuple) and len(shape) <= RANK and all(type(x) is int and x > 0 for x in shape)
+    if not plain or math.prod(shape) != size:
+        raise UserError(f"{path}: {name} has {tensor.shape}, and should be {shape!r:.60}; it is broken, copy it again")
+    shape = tuple(shape)
     if start + tensor.offset + stored > len(data):
         raise UserError(f"{path}: broken or cut short ({name} ends beyond the file's {len(data)} bytes); copy it again")
     raw = partial(np.frombuffer, data, np.uint8, stored, start + tensor.offset)
     if tensor.kind in PLAIN:
         dtype = PLAIN[tensor.kind][1]
-        return LazyArray(shape, dtype, (lambda: raw().view(dtype).reshape(shape),))
+        return LazyArray(shape, dtype, (lambda: raw().view(dtype).reshape(shape),)), stored
     rows = (size // row, row // block * block_bytes)
     read = partial(_dequantised, raw, tensor.kind, rows, row, shape)
-    return Quantised(shape, np.dtype(np.float32), (read,), stored=label)
+    return Quantised(shape, np.dtype(np.float32), (read,), stored=label), stored
 
 
 def _blocks(path: Path, name: str, kind: int) -> tuple[int, int, str]:
