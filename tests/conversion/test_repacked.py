@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -241,6 +242,20 @@ def test_a_cache_is_opened_at_its_snapshot(tmp_path):
 def test_half_precision_stays_half(tmp_path):
     half = {name: x.astype(np.float16) for name, x in WEIGHTS.items()}
     assert same(synthetic.save_safetensors(tmp_path, STEM, half), half) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_codecs_in_half_precision_and_under_prefixes(tmp_path, prefix, dtype):
+    """wan_2.1_vae.safetensors and taew2_1.safetensors, as user interfaces have them."""
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    for kind, weights in (("vae", synthetic.vae_weights()), ("tiny_vae", synthetic.taehv_weights())):
+        half = {name: x.astype(dtype) for name, x in weights.items()}
+        path = synthetic.save_safetensors(tmp_path, kind, {prefix + name: x for name, x in half.items()})
+        (found,) = open_source(path).found
+        back = found.network.exported(found.network.layout)
+        assert found.role == kind and back.keys() == half.keys()
+        assert all(back[name].dtype == dtype and back[name].read().tobytes() == x.tobytes() for name, x in half.items())
 
 
 ADAPTERS = {
