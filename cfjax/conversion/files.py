@@ -5,6 +5,7 @@ once: shards, the index, truncation, prefixes of wrappers. PyTorch is needed for
 """
 
 import json
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ SUFFIXES = (SAFETENSORS, *PICKLES, GGUF)
 # An index of shards: array -> its file. What its metadata says of their bytes is of the network before a cast as often
 # as not, or 0: all names and shards are there, or they are not.
 SHARDS = table({"weight_map": each_of(text())}, {"metadata": anything})
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")  # stem, number, of how many
+SHARDS_MOST = 10_000
 POINTER = b"version https://git-lfs"
 ST_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64, "I64": np.int64}
 ST_DTYPES |= {"I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_, "C64": np.complex64}
@@ -53,9 +56,20 @@ def read_weights(path: str | Path) -> WeightFile:
             raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
     if path.name.endswith(INDEX):
         return _by_network(_read_shards(path))
+    if (shards := shards_of(path)) and not path.with_name(f"{shards[0]}{path.suffix}{INDEX}").is_file():
+        return _by_network(_read_unindexed(path, shards[1]))
     if path.suffix in SUFFIXES:
         return _by_network(_read_one(path))
     raise UserError(f"{path}: not a weight file; give {', '.join(SUFFIXES)} or an index of shards ({INDEX})")
+
+
+def shards_of(path: Path) -> tuple[str, list[str]] | None:
+    """(what the names of a file's set of shards begin with, all of them), None if its own is not a shard's."""
+    found = SHARD.fullmatch(path.name)
+    if not found or int(found[3]) > SHARDS_MOST:
+        return None
+    count, width = int(found[3]), len(found[3])
+    return found[1], [f"{found[1]}-{i + 1:0{width}d}-of-{found[3]}{path.suffix}" for i in range(count)]
 
 
 def _by_network(file: WeightFile) -> WeightFile:
@@ -122,20 +136,34 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
+def _read_unindexed(path: Path, shards: list[str]) -> WeightFile:
+    """A set of shards that has lost its index: their names say how many there are."""
+    arrays: Arrays = {}
+    for shard in shards:
+        for name, array in _read_shard(path.parent, shard, path).items():
+            if name in arrays:
+                raise UserError(f"{path.parent / shard}: {name} is in another shard too; they are of different files")
+            arrays[name] = array
+    return WeightFile(path, {"": arrays})
+
+
+def _read_shard(folder: Path, shard: Any, named_in: Path) -> Arrays:
+    file = inside(folder, shard, named_in)
+    if not file.is_file():
+        raise UserError(f"{file} is missing, but {named_in.name} names it; copy all shards")
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{file}: not a weight file, but {named_in.name} names it as a shard")
+    entries = _read_one(file).entries
+    if len(entries) != 1:
+        raise UserError(f"{file}: a shard is one state dict, this one has {', '.join(entries)}")
+    (arrays,) = entries.values()
+    return arrays
+
+
 def _read_shards(path: Path) -> WeightFile:
     index = read_index(path)
     where = index["weight_map"]
-    shards: dict[str, Arrays] = {}
-    for shard in sorted(set(where.values())):
-        file = inside(path.parent, shard, path)
-        if not file.is_file():
-            raise UserError(f"{file} is missing, but {path.name} names it; copy all shards")
-        if file.suffix not in SUFFIXES:
-            raise UserError(f"{file}: not a weight file, but {path.name} names it as a shard")
-        entries = _read_one(file).entries
-        if len(entries) != 1:
-            raise UserError(f"{file}: a shard is one state dict, this one has {', '.join(entries)}")
-        (shards[shard],) = entries.values()
+    shards = {shard: _read_shard(path.parent, shard, path) for shard in sorted(set(where.values()))}
     for name, shard in where.items():
         if name not in shards[shard]:
             raise UserError(f"{path}: {name} should be in {shard}, which does not hold it")

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from cfjax.conversion.dcp import is_distributed
-from cfjax.conversion.files import read_index
+from cfjax.conversion.files import read_index, shards_of
 from cfjax.conversion.weight_file import GGUF, INDEX, PICKLES, SAFETENSORS
 from cfjax.core.errors import UserError
 from cfjax.core.inside import NAME, inside
@@ -45,6 +45,8 @@ def weight_files(folder: Path) -> list[Path]:
     indices = [name for name in names if any(name.endswith(f"{kind}{INDEX}") for kind in (SAFETENSORS, *PICKLES))]
     covered = {shard for name in indices for shard in read_index(folder / name)["weight_map"].values()}
     alone = [name for name in names if name not in covered and not BESIDE.fullmatch(name)]
+    others = {name for one in alone if (shards := shards_of(folder / one)) for name in shards[1] if name > one}
+    alone = [name for name in alone if name not in others]  # the first of a set without an index opens all
     single = [name for name in alone if name.endswith(SAFETENSORS)]
     return [folder / name for name in [*indices, *single, *(name for name in alone if name.endswith((*PICKLES, GGUF)))]]
 

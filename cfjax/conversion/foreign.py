@@ -7,7 +7,7 @@ from typing import Any
 # Names in adapters: peft's and diffusers' (lora_A), kohya's and the originals' (lora_down), LyCORIS's, full deltas.
 ADAPTER = re.compile(
     r"(^|\.)(lora_(A|B|down|up|mid)|lora_embedding_[AB]|lora_magnitude_vector|dora_scale|hada_w\d_[ab]|lokr_w\d(_[ab])?"
-    r"|diff|diff_b|base_layer)(\.|$)|^lora_(unet|te)"
+    r"|diff|diff_b|base_layer)(\.|$)|^lora_(unet|te)|_lora\.(up|down)\."
 )
 BITS = re.compile(r".*\.(absmax|quant_map|nested_absmax|quant_state\..*|SCB|qweight|qzeros|g_idx)")
 # Who a config.json of each kind of network says it is of.

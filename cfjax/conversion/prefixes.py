@@ -40,10 +40,10 @@ PLAIN = (
 CRITICS = {"critic", "fake_score", "fake_model", "fake_score_model", "guidance_model"}
 FROZEN = {"teacher", "real_score", "real_model", "real_score_model", "discriminator"}
 AVERAGED = re.compile(r"(.*_)?(ema|shadow|averaged?)(_.*)?")
-# Last parts of names: buffers that are computed (RoPE's tables), counters and random states of trainers.
+# Last parts of names: buffers that are computed (RoPE's tables, a scheduler's), counters and random states of trainers.
 NO_WEIGHTS = re.compile(
-    r"_extra_state|freqs?(_cis|_cos|_sin|_real|_imag)?|inv_freq|(cos|sin)_cached|n_averaged|num_updates|initted|decay"
-    r"|num_batches_tracked|(global_)?steps?|epoch|iteration|loss_scale|.*rng_state.*|.*random_state.*"
+    r"_extra_state|.*freqs.*|inv_freq|(cos|sin)_cached|sigmas|timesteps|.*_step_list|n_averaged|num_updates|initted"
+    r"|num_batches_tracked|(global_)?steps?|epoch|iteration|decay|loss_scale|.*rng_state.*|.*random_state.*"
 )
 
 
@@ -125,7 +125,7 @@ def is_weight(array: LazyArray) -> bool:
 
 def is_extra(name: str, array: LazyArray) -> bool:
     """Whether a tensor inside a state dict that its network does not have is computed or a trainer's, no weight."""
-    return bool(NO_WEIGHTS.fullmatch(name.rpartition(".")[2])) or not is_weight(array)
+    return bool(NO_WEIGHTS.fullmatch(name.rpartition(".")[2])) or not is_weight(array) or not array.shape
 
 
 def summary(names: Iterable[str]) -> list[str]:

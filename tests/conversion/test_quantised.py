@@ -171,6 +171,19 @@ def test_gguf_with_folded_shapes_and_prefixes(tmp_path, quantised_dit):
     assert "should be [1, 2]; it is broken" in line
 
 
+def test_the_text_encoder_in_float8(tmp_path):
+    """umt5_xxl_fp8_e4m3fn_scaled.safetensors: transformers' names, the embedding in 16 bits, no config.json."""
+    stored, meant = {}, {}
+    for name, x in comfy_t5(synthetic.t5_weights(300)).items():
+        kept = "shared" in name or "bias" in name
+        one, other = ({name: x}, {name: x}) if kept else scaled({name: x.astype(np.float32)}, "comfy")
+        stored, meant = stored | one, meant | other
+    (found,) = open_source(save_raw(tmp_path / "x.safetensors", stored)).found
+    back = found.network.exported("diffusers")
+    assert found.role == "text_encoder" and back.keys() == meant.keys()
+    assert all(back[name].read().tobytes() == x.tobytes() for name, x in meant.items())
+
+
 def test_the_text_encoder_in_gguf(tmp_path):
     """By llama.cpp's names."""
     words = {"encoder.block.": "enc.blk.", "encoder.final_layer_norm.": "enc.output_norm.", "shared.": "token_embd."}

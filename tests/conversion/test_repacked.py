@@ -90,6 +90,7 @@ INSIDE = {
     "RoPE's cosines": {"model.rope.cos_cached": torch.zeros(4, 4)},
     "torch's counter of averages": {"n_averaged": torch.tensor(3)},
     "a number": {"model.step": 7},
+    "a number in a tensor": {"model.learning_rate": torch.tensor(1e-6)},
     "a text": {"note": "trained on Tuesday"},
 }
 
@@ -158,6 +159,18 @@ def test_shards_whose_index_says_what_it_likes(tmp_path, suffix):
         assert ["total_size" in line for line in ignored] == ([True] if told else []), metadata
     index.write_text(json.dumps({"weight_map": about["weight_map"]}))
     assert same(index) == []
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_without_an_index(tmp_path, suffix):
+    sharded(tmp_path, suffix).unlink()
+    assert same(tmp_path) == same(tmp_path / f"{STEM}-00002-of-00003{suffix}") == []
+    (tmp_path / f"{STEM}-00002-of-00003{suffix}").rename(tmp_path / "kept")
+    assert f"{STEM}-00002-of-00003{suffix} is missing" in complaint(tmp_path)
+    (tmp_path / f"{STEM}-00002-of-00003{suffix}").write_bytes(
+        (tmp_path / f"{STEM}-00001-of-00003{suffix}").read_bytes()
+    )
+    assert "is in another shard too" in complaint(tmp_path)
 
 
 def test_folders_that_accelerate_saves(tmp_path):
