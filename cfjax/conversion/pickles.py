@@ -113,6 +113,11 @@ def _tensors(torch: ModuleType, state: Mapping[Any, Any], key: str, path: Path, 
             if not isinstance(value, Mapping):
                 beside.append(f"{key}.{name}".lstrip("."))
             continue
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise UserError(
+                f"{path}: {name} is a {type(value).__name__}, a piece of a tensor; save whole ones (full_tensor()), or"
+                " name the folder of torch.distributed.checkpoint"
+            )
         if value.layout != torch.strided or value.is_quantized:
             raise UserError(f"{path}: {name} is a tensor of layout {value.layout}, not a plain tensor")
         if value.nbytes > (stored := value.untyped_storage().nbytes()):

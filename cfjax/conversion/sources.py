@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ def open_source(path: str | Path, reading: Reading = Reading(), **options: Any) 
             found[each.role, each.ema] = each
     missing = [part for part in reading.parts if part not in {each.network.kind for each in found.values()}]
     if missing:
+        if not folder:  # what it is instead, if that can be told
+            list(_networks(_read(path, []), replace(reading, parts=()), []))
         raise UserError(f"{path}: holds no {missing[0]}; see --config.parts")
     tokenizer: Path | LazyArray | None = None
     if ("text_encoder", False) in found:
