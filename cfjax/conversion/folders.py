@@ -12,7 +12,7 @@ from cfjax.conversion.dcp import is_distributed
 from cfjax.conversion.files import read_index, shards_of
 from cfjax.conversion.weight_file import GGUF, INDEX, PICKLES, SAFETENSORS
 from cfjax.core.errors import UserError
-from cfjax.core.inside import NAME, inside
+from cfjax.core.inside import NAME, inside, resolved_inside
 
 PIPELINE, SNAPSHOTS, LATEST = "model_index.json", "snapshots", "latest"
 APPLE = "._"  # macOS's second files, on disks of other systems
@@ -83,7 +83,10 @@ def opened(folder: Path) -> Path:
         return _only(folder, [one for one in (folder / SNAPSHOTS).iterdir() if one.is_dir()])
     if (folder / LATEST).is_file():
         with (folder / LATEST).open(encoding="utf-8", errors="replace") as file:
-            return inside(folder, file.read(NAME + 1).strip(), folder / LATEST)
+            step = inside(folder, file.read(NAME + 1).strip(), folder / LATEST)
+        if not step.is_dir():
+            raise UserError(f"{step}: no such folder, but {LATEST} names it; copy it there, or name another step's")
+        return step
     below = [one for one in folder.iterdir() if one.is_dir() and not BESIDE.fullmatch(one.name)]
     return _only(folder, [one for one in below if (one / PIPELINE).exists() or weight_files(one)])
 
@@ -92,4 +95,4 @@ def _only(folder: Path, found: list[Path]) -> Path:
     if len(found) > 1:
         some = ", ".join(sorted(one.relative_to(folder).as_posix() for one in found)[:3])
         raise UserError(f"{folder}: several folders of weights in it ({some}); name one of them")
-    return found[0] if found else folder
+    return resolved_inside(found[0], folder) if found else folder

@@ -199,6 +199,8 @@ def test_folders_that_deepspeed_saves(tmp_path):
     assert "python zero_to_fp32.py FOLDER model.pt" in complaint(step)
     (step / "mp_rank_01_model_states.pt").write_bytes(b"x")
     assert "DeepSpeed's pieces of a network (mp_rank_00" in complaint(step)
+    (tmp_path / "three" / "latest").write_text("global_step8")
+    assert "global_step8: no such folder, but latest names it" in complaint(tmp_path / "three")
     (tmp_path / "three" / "latest").write_text("../two/global_step7")
     assert "no name of a file" in complaint(tmp_path / "three")
 
@@ -251,6 +253,9 @@ def test_a_cache_is_opened_at_its_snapshot(tmp_path):
         synthetic.save_safetensors(root / "snapshots" / number, STEM, WEIGHTS)
         if number == "abc":
             same(root)
+            (tmp_path / "links").mkdir()
+            (tmp_path / "links" / "weights").symlink_to(root / "snapshots" / "abc")
+            assert "outside of" in complaint(tmp_path / "links")
     assert "several folders of weights in it (snapshots/abc, snapshots/def)" in complaint(root)
 
 
