@@ -66,7 +66,7 @@ def read_distributed(folder: Path) -> WeightFile:
     if not out:
         raise UserError(f"{folder}: {TITLE} without tensors; {FIX}")
     ignored = [name for name in arrays if name not in out]
-    return WeightFile(folder, {"": out}, [listed(ignored)] if ignored else [])
+    return WeightFile(folder, {"": out}, [listed(ignored)] if ignored else [], TITLE)
 
 
 def _array(torch: ModuleType, folder: Path, meta: Any, name: Any) -> LazyArray | None:

@@ -7,6 +7,7 @@ once: shards, the index, truncation, prefixes of wrappers. PyTorch is needed for
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def _by_network(file: WeightFile) -> WeightFile:
         for prefix, some in found.items():
             name = entry_name(key, prefix if len(found) > 1 or not key else "")
             entries[f"{key}.{prefix}".strip(".") if name in entries else name] = some
-    return WeightFile(file.path, entries, ignored)
+    return replace(file, entries=entries, ignored=ignored)
 
 
 def _read_one(path: Path) -> WeightFile:
@@ -144,7 +145,7 @@ def _read_unindexed(path: Path, shards: list[str]) -> WeightFile:
             if name in arrays:
                 raise UserError(f"{path.parent / shard}: {name} is in another shard too; they are of different files")
             arrays[name] = array
-    return WeightFile(path, {"": arrays})
+    return WeightFile(path, {"": arrays}, about=f"{len(shards)} shards without their index")
 
 
 def _read_shard(folder: Path, shard: Any, named_in: Path) -> Arrays:

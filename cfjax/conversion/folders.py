@@ -65,10 +65,20 @@ def _deepspeed(folder: Path, names: list[str]) -> str:
     return whole[0]
 
 
-def check_whole(file: Path, sizes: list[int]) -> None:
-    """UserError for DeepSpeed's file of a network whose tensors are elsewhere (ZeRO stage 3)."""
-    if MODULE.fullmatch(file.name) and 0 in sizes:
+def of_deepspeed(file: Path, sizes: list[int]) -> str:
+    """What DeepSpeed's file of a network is, "" for any other.
+
+    Args:
+      sizes: of its tensors.
+
+    Raises:
+      UserError: they are elsewhere (ZeRO stage 3).
+    """
+    if not MODULE.fullmatch(file.name):
+        return ""
+    if 0 in sizes:
         raise UserError(f"{file}: DeepSpeed's ZeRO stage 3: its tensors are in zero_pp_rank_* files; {ONE_FILE}")
+    return "DeepSpeed's weights as it computes with them; zero_to_fp32.py would make one file of its float32 ones"
 
 
 def opened(folder: Path) -> Path:

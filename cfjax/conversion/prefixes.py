@@ -42,9 +42,10 @@ FROZEN = {"teacher", "real_score", "real_model", "real_score_model", "discrimina
 AVERAGED = re.compile(r"(.*_)?(ema|shadow|averaged?)(_.*)?")
 # Last parts of names: buffers that are computed (RoPE's tables, a scheduler's), counters and random states of trainers.
 NO_WEIGHTS = re.compile(
-    r"_extra_state|.*freqs.*|inv_freq|(cos|sin)_cached|sigmas|timesteps|.*_step_list|n_averaged|num_updates|initted"
+    r"_extra_state|.*freqs.*|inv_freq|rope\w*|(cos|sin)_cached|sigmas|timesteps|.*_step_list|n_averaged|num_updates|initted"
     r"|num_batches_tracked|(global_)?steps?|epoch|iteration|decay|loss_scale|.*rng_state.*|.*random_state.*"
 )
+ROTARY = {"rope", "rotary_emb", "rotary", "rope_embedder"}  # modules that compute
 
 
 def unwrapped(arrays: Mapping[str, LazyArray], path: Path) -> Arrays:
@@ -125,7 +126,9 @@ def is_weight(array: LazyArray) -> bool:
 
 def is_extra(name: str, array: LazyArray) -> bool:
     """Whether a tensor inside a state dict that its network does not have is computed or a trainer's, no weight."""
-    return bool(NO_WEIGHTS.fullmatch(name.rpartition(".")[2])) or not is_weight(array) or not array.shape
+    *parts, last = name.split(".")
+    named = NO_WEIGHTS.fullmatch(last) or not ROTARY.isdisjoint(parts)
+    return bool(named) or not is_weight(array) or not array.shape
 
 
 def summary(names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from cfjax.conversion.files import read_weights
-from cfjax.conversion.folders import PIPELINE, check_whole, files_of, opened, weight_files
+from cfjax.conversion.folders import PIPELINE, files_of, of_deepspeed, opened, weight_files
 from cfjax.conversion.foreign import is_own, what_else
 from cfjax.conversion.kinds import KINDS, Arrays, Network, imported, recognised
 from cfjax.conversion.prefixes import AVERAGED, CRITICS, FROZEN, PLAIN, SPIECE
@@ -122,11 +122,11 @@ def open_source(path: str | Path, reading: Reading = Reading(), **options: Any) 
 def _read(file: Path, inner: list[LazyArray]) -> WeightFile:
     """A file; the tokenizer within goes to `inner`."""
     weights = read_weights(file)
-    check_whole(file, [x.size for arrays in weights.entries.values() for x in arrays.values()])
+    about = of_deepspeed(file, [x.size for arrays in weights.entries.values() for x in arrays.values()])
     for arrays in weights.entries.values():
         if SPIECE in arrays:
             inner.append(arrays.pop(SPIECE))
-    return weights
+    return replace(weights, about=about or weights.about)
 
 
 def _pipeline_files(folder: Path, parts: Collection[str]) -> Iterator[Path]:
@@ -184,7 +184,7 @@ def _networks(weights: WeightFile, reading: Reading, ignored: list[str]) -> Iter
     def read(entry: str) -> Network:
         network = imported(entries[entry], weights.path, about, dtype=reading.dtype, unscaled=reading.unscaled)
         ignored.extend(note.removeprefix("left out: ") for note in network.notes if note.startswith("left out: "))
-        return network
+        return replace(network, notes=(*filter(None, [weights.about]), *network.notes))
 
     if reading.key and reading.key not in entries:
         raise UserError(f"{weights.path}: --config.key={reading.key}: {_names(entries)}")

@@ -23,11 +23,13 @@ class WeightFile:
       path: the file, or the index of the shards.
       entries: state dicts by their key in the file; "" where the file is one state dict.
       ignored: what of the file is no state dict (step counts, optimizer states), for a message.
+      about: what it is, where its name does not say so.
     """
 
     path: Path
     entries: dict[str, Arrays]
     ignored: list[str] = field(default_factory=list)
+    about: str = ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ INSIDE = {
     "TransformerEngine's state": {"model.blocks.0.self_attn.q._extra_state": None},
     "that as bytes": {"model.blocks.0.self_attn.q._extra_state": torch.zeros(0, dtype=torch.uint8)},
     "RoPE's table": {"model.freqs": torch.zeros(4, 4, dtype=torch.complex128)},
-    "RoPE's cosines": {"model.rope.cos_cached": torch.zeros(4, 4)},
+    "RoPE's cosines": {"model.rope.cosines": torch.zeros(4, 4)},
     "torch's counter of averages": {"n_averaged": torch.tensor(3)},
     "a number": {"model.step": 7},
     "a number in a tensor": {"model.learning_rate": torch.tensor(1e-6)},
@@ -210,6 +210,7 @@ def test_folders_that_torch_distributed_saves(tmp_path):
     folder = save_distributed(tmp_path / "pytorch_model_fsdp_0", state)  # as accelerate calls it
     shutil.copytree(folder, tmp_path / "optimizer_0")
     assert same(folder) == same(tmp_path) == ["step", "optim.exp_avg"]
+    assert open_source(folder).found[0].network.notes == ("a torch distributed checkpoint (.metadata and *.distcp)",)
     file = next(folder.glob("*.distcp"))
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
