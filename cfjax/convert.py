@@ -1,7 +1,7 @@
 """`cfjax convert`: other people's weights into a run directory, and back out, bit for bit, one array at a time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,18 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cfjax.conversion.files import SAFETENSORS
 from cfjax.conversion.kinds import KINDS, Network
 from cfjax.conversion.rules import fingerprint
-from cfjax.conversion.sources import Found, Source, copy_tokenizer, open_source
+from cfjax.conversion.sources import Found, Reading, Source, copy_tokenizer, open_source
 from cfjax.conversion.targets import entry_of, write_target
 from cfjax.conversion.wan import TEXT_LENGTH, config_json_wan
+from cfjax.conversion.weight_file import SAFETENSORS
 from cfjax.conversion.write import write_json
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
-from cfjax.core.paths import check_checkpoints, local_path, reporting_storage_errors
+from cfjax.core.paths import check_checkpoints, local_path, path_of, reporting_storage_errors
 from cfjax.core.precision import Policy, to_record
 from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.experiment.record import SIZES, read_run
@@ -29,7 +29,7 @@ from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles
 from cfjax.training.streamed import write_streamed
 from cfjax.worlds.open import find_world
 from cfjax.worlds.records import config_from_record
-from cfjax.worlds.wan import FORMAT, KIND, read_record
+from cfjax.worlds.wan import FORMAT, KIND, part_kinds, part_sizes, read_record
 from cfjax.worlds.wan import fingerprint as world_fingerprint
 from cfjax.worlds.world import RECORD
 
@@ -39,6 +39,14 @@ safetensors (safetensors) or a diffusers folder (diffusers). Every array must be
 stays."""
 TARGETS = ("orbax", "pt", "safetensors", "diffusers")
 WORLD, TOKENIZER = "world", "tokenizer"
+LEFT_OUT = "left out: "
+# Networks that meet in what is so wide: kind, its size, kind, its size.
+MEETING = (
+    ("dit", "in_dim", "vae", "z_dim", "latents"),
+    ("dit", "in_dim", "tiny_vae", "latent_channels", "latents"),
+    ("tiny_vae", "latent_channels", "vae", "z_dim", "latents"),
+    ("dit", "text_dim", "text_encoder", "dim", "text rows"),
+)
 FPS = 16
 # Of every stage and sampler (reference: `timestep_shift` in `configs/*.yaml`).
 NEGATIVE_PROMPT = (
@@ -60,12 +68,12 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with holding(workdir):
         roll_back(workdir)
-        source = _open(c)
+        source = _open(c, workdir)
         _check_free(c.to, source, workdir, c.overwrite)
         for each in source.found:
             _describe(each)
         if source.ignored:
-            say(f"  left out: {', '.join(source.ignored)}")
+            say(f"  {LEFT_OUT}{', '.join(source.ignored)}")
         total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
         with (
             tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar,
@@ -90,9 +98,12 @@ def _describe(found: Found) -> None:
     tensors = sum(len(x.parts) for x in arrays)
     layout = f", {network.layout} layout" if network.layout else ""
     say(f"  {network.file}: {KINDS[network.kind].title}{role}, {tensors} tensors, {dtypes}{layout}")
+    for note in network.notes:
+        if not note.startswith(LEFT_OUT):
+            say(f"    {note}")
 
 
-def _open(c: ConfigDict) -> Source:
+def _open(c: ConfigDict, workdir: Path) -> Source:
     """The source of the config, foreign or a run directory."""
     parts = [part for part in c.parts.split(",") if part]
     unknown = [part for part in parts if part not in KINDS]
@@ -110,7 +121,33 @@ def _open(c: ConfigDict) -> Source:
         if (Path(c.world).parent / FOLDER).is_dir():
             models = read_run(Path(c.world).parent, SIZES)["models"]
             assumed = config_json_wan(config_from_record(WanConfig, models.get("student", {}), c.world), "original")
-    return open_source(path, parts=parts, key=c.key, assumed=assumed)
+    source = open_source(path, Reading(parts, c.key, assumed, dtype=c.dequantize, unscaled=c.unscaled))
+    _check_channels(source, _world_beside(c, workdir))
+    return source
+
+
+def _world_beside(c: ConfigDict, workdir: Path) -> Path | None:
+    """The world that what is written will belong to, None where there is none yet."""
+    if c.to != "orbax":
+        return None
+    return path_of(c.world) if c.world else workdir / WORLD if (workdir / WORLD / RECORD).exists() else None
+
+
+def _check_channels(source: Source, world: Path | None) -> None:
+    """UserError where networks of the source, or of the world that they go to, are not made for each other's sizes."""
+    sizes: dict[str, tuple[Mapping[str, Any], str]] = {}
+    for kind in part_kinds(world) if world else ():
+        sizes[kind] = part_sizes(str(world), kind), str(world)
+    for each in source.found:
+        sizes[each.network.kind] = vars(each.network.config), each.network.file
+    for one, width, other, its_width, what in MEETING:
+        if one in sizes and other in sizes and sizes[one][0][width] != sizes[other][0][its_width]:
+            (ours, file), (theirs, place) = sizes[one], sizes[other]
+            raise UserError(
+                f"{file}: the {KINDS[one].title} is made for {what} of {ours[width]} channels, the"
+                f" {KINDS[other].title} of {place} for {theirs[its_width]}; they do not belong together: name another"
+                " source or --config.world"
+            )
 
 
 def _held_by(to: str, source: Source) -> Source:

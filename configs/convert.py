@@ -7,8 +7,9 @@ r"""Other people's weights into a run directory, and back out.
     cfjax convert --config.source=runs/dmd --config.to=pt --workdir=exported                for the PyTorch reference
     cfjax convert --config.source=runs/dmd --config.to=diffusers --workdir=exported
 
-A source is a Wan release, a diffusers folder, one file of either (.safetensors, its .index.json, .pt, .pth), TAEHV's
-taew2_1, a training checkpoint of Causal Forcing, Self Forcing or CausVid, or a run directory of cfjax. What a bare
+A source is a Wan release, a diffusers folder, one file of either (.safetensors, .gguf, .pt, .pth, .bin, an
+.index.json), TAEHV's taew2_1, a training checkpoint of Causal Forcing, Self Forcing or CausVid, a folder of accelerate,
+DeepSpeed or torch.distributed.checkpoint, or a run directory of cfjax. What a bare
 checkpoint was trained for is not written in it: the switches say so, and are recorded, so that generate and train can
 refuse what does not fit.
 """
@@ -37,6 +38,8 @@ def get_config(arg: str = ""):
             "key": "",  # entry of a .pt: generator, generator_ema, critic; "": all, generator or else the average first
             "world": "",  # folder of a converted world, where the source has no VAE and text encoder
             "latents": (21, 60, 104),  # frames, height, width that the model is made for: 81 frames of 480 x 832
+            "dequantize": "float32",  # what fp8, int8 and GGUF weights become; or bfloat16, float16
+            "unscaled": False,  # fp8 weights without scales are a plain cast, not a file that lost its scales
             "max_shard_gb": 5.0,  # of safetensors written
             "overwrite": False,
             "progress": True,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cfjax.conversion.files import read_weights
 from cfjax.conversion.kinds import KINDS
@@ -24,6 +26,7 @@ from cfjax.worlds.records import config_from_record
 from cfjax.worlds.wan import fingerprint, read_record
 from tests import synthetic
 from tests.commands import ROOT, cfjax
+from tests.conversion.repacked import FLOAT8, comfy_t5, save_raw, scaled
 from tests.tiny import CONFIG, tiny
 
 torch.set_num_threads(1)
@@ -180,6 +183,60 @@ def test_out_to_diffusers_and_in_again(student, run, root, capsys):
     assert fingerprint(root / "again" / "world") == fingerprint(run / "world")  # whatever layout it came in
 
 
+def test_a_text_encoder_with_its_tokenizer_inside(release, run, root, capsys):
+    """ComfyUI's file: transformers' names, spiece.model as a tensor, no config.json; the world is the release's."""
+    weights = comfy_t5(torch.load(release / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True))
+    folder = release / "google" / "umt5-xxl"
+    spiece = np.frombuffer((folder / "spiece.model").read_bytes(), np.uint8)
+    path = root / "umt5_xxl_bf16.safetensors"
+    save_file({**weights, "spiece_model": torch.from_numpy(spiece.copy())}, path)
+    assert convert(path, root / "comfy") == 0
+    files = [file.name for file in (root / "comfy" / "world" / "tokenizer").iterdir()]
+    assert files == ["spiece.model"] and "left out" not in capsys.readouterr().out
+    records = [read_meta(place / "world" / "text_encoder") for place in (root / "comfy", run)]
+    assert records[0]["model"] == records[1]["model"] and records[0]["fingerprint"] == records[1]["fingerprint"]
+    assert convert(root / "comfy", root / "comfy_out", to="safetensors") == 0
+    assert (root / "comfy_out" / "google" / "umt5-xxl" / "spiece.model").read_bytes() == spiece.tobytes()
+    save_file({**weights, "spiece_model": torch.zeros(1000, dtype=torch.uint8)}, path)
+    assert convert(path, root / "comfy_broken") == 0
+    assert "left out: spiece_model (no SentencePiece model" in capsys.readouterr().out
+    assert not (root / "comfy_broken" / "world" / "tokenizer").exists()
+
+
+def test_channels_that_do_not_fit(run, root, tmp_path, capsys):
+    """Network against world, codec against codec, rows of text: told before anything is written."""
+    wide = synthetic.save_safetensors(tmp_path, "wide", synthetic.dit_weights(3, in_dim=48, out_dim=48))
+    text = synthetic.save_safetensors(tmp_path, "text", synthetic.dit_weights(3, text_dim=64))
+    synthetic.write_config(tmp_path, in_dim=48, out_dim=48)
+    out, world = tmp_path / "out", run / "world"
+    line = mistake(capsys, wide, out, world=world)
+    assert "wide.safetensors: the Wan transformer is made for latents of 48 channels, the Wan VAE of" in line
+    synthetic.write_config(tmp_path)
+    assert "made for text rows of 64 channels, the umT5 encoder of" in mistake(capsys, text, out, world=world)
+    tiny = synthetic.random_weights(synthetic.taehv_shapes(8, (16, 8, 8, 8), 12), 0)
+    both = synthetic.save_pt(tmp_path / "tiny.pth", synthetic.as_torch(tiny))
+    shutil.copytree(run, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "world" / "tiny_vae")
+    assert "the Wan transformer" not in (line := mistake(capsys, both, tmp_path / "other"))
+    assert "the tiny VAE is made for latents of 12 channels, the Wan VAE of" in line
+    assert convert(run, tmp_path / "out", to="pt") == 0  # and what fits, goes on
+
+
+def test_what_the_user_says_of_quantised_weights(tmp_path, capsys):
+    weights = synthetic.dit_weights(3)
+    synthetic.write_config(tmp_path)
+    path = save_raw(tmp_path / "fp8.safetensors", scaled(weights, "comfy")[0])
+    assert convert(path, tmp_path / "run", dequantize="bfloat16") == 0
+    assert "dequantised to bfloat16: 26 of float8_e4m3fn\n  left out: scales of 26 layers' inputs\n" in (
+        capsys.readouterr().out
+    )
+    stored = open_role(tmp_path / "run", "student")
+    assert (stored["head/kernel"].dtype.name, stored["head/bias"].dtype.name) == ("bfloat16", "float32")
+    cast = save_raw(tmp_path / "fp8.safetensors", {k: x.astype(FLOAT8) for k, x in weights.items()})
+    assert "--config.unscaled=True" in mistake(capsys, cast, tmp_path / "out")
+    assert convert(cast, tmp_path / "out", unscaled=True) == 0
+
+
 def test_mistakes(release, run, root, tmp_path, capsys):
     out = tmp_path / "out"
     assert "--config.source is missing" in mistake(capsys, "", out)
@@ -307,4 +364,4 @@ def test_memory(tmp_path):
     print({name: f"{value / 1e6:.0f} MB" for name, value in sizes.items()})
     bound = sizes["shard"] + sizes["stacked"]
     assert sizes["total"] > 2.5 * bound
-    assert max(sizes[way] for way in ("orbax", "safetensors", "pt")) < bound
+    assert max(sizes[way] for way in ("orbax", "safetensors", "pt", "fp8", "gguf")) < bound

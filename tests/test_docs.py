@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import urlparse
@@ -71,6 +72,18 @@ def test_every_file_that_a_page_names_is_there(page):
     ours = rooms - {"data", "assets", "checkpoints", "runs"}
     for path in paths(text_of(page), ours):
         assert (ROOT / path).exists() or (ROOT / "cfjax" / path).exists(), f"{page}: `{path}`: no such file"
+
+
+def test_every_test_that_a_page_names_is_there():
+    """As `test_wan.py::test_a_law`, or `::test_another` of the file that was named last."""
+    there: dict[str, str] = defaultdict(str)
+    for found in (ROOT / "tests").rglob("test_*.py"):
+        there[found.name] += found.read_text()
+    for page in PAGES:
+        file = ""
+        for named, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", text_of(page)):
+            file = named or file
+            assert f"def {test}(" in there[file], f"{page}: {file}::{test}: no such test"
 
 
 def test_every_page_can_be_found_from_the_readme():

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from ml_collections import ConfigDict
 from PIL import Image
+from safetensors.torch import save_file
 
 from cfjax.core.errors import UserError
 from cfjax.data.requests import read_image, read_latents
@@ -38,7 +40,15 @@ from cfjax.worlds.records import placed_template
 from cfjax.worlds.wan import WanWorld
 from cfjax.worlds.world import WorldParts
 from tests.commands import cfjax
-from tests.synthetic import write_causal_forcing_pt, write_taehv, write_wan_folder
+from tests.conversion.repacked import comfy_t5, save_raw, scaled
+from tests.synthetic import (
+    dit_weights,
+    save_safetensors,
+    write_causal_forcing_pt,
+    write_config,
+    write_taehv,
+    write_wan_folder,
+)
 from tests.tiny import relative
 
 SIDE, FRAMES = 32, 21  # pixels; 6 latent frames: two blocks of 3
@@ -239,6 +249,41 @@ def test_the_bidirectional_release_generates_with_its_own_decoder(root, tmp_path
     pixels = to_uint8(np.asarray(decode_step(world.codec, latents, world.codec.init_state(1))[0]))[0]
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         np.testing.assert_array_equal(np.asarray(sheet), pixels[0])
+
+
+def test_repackaged_weights_generate_the_same(root, whole, tmp_path):
+    """As user interfaces have them: a float8 transformer, umT5 with its tokenizer inside, half a tiny decoder."""
+    kept = dict(progress=False, latents="(6,4,4)")
+    student = write_causal_forcing_pt(tmp_path / "x.pt")
+    weights = {k: x.numpy() for k, x in torch.load(student, weights_only=True)["generator"].items()}
+    write_config(tmp_path)
+    files = {"": save_raw(tmp_path / "wan_fp8_scaled.safetensors", scaled(weights, "comfy")[0])}
+    spiece = np.frombuffer((root / "release/google/umt5-xxl/spiece.model").read_bytes(), np.uint8)
+    t5 = comfy_t5(torch.load(root / "release/models_t5_umt5-xxl-enc-bf16.pth", weights_only=True))
+    rows = t5["shared.weight"]  # spiece.model's ids go on with 300 sentinels, which no prompt here has
+    t5["shared.weight"] = torch.cat([rows, torch.zeros(300, rows.shape[1], dtype=rows.dtype)])
+    files["t5"] = tmp_path / "umt5.safetensors"
+    save_file({**t5, "spiece_model": torch.from_numpy(spiece.copy())}, files["t5"])
+    files["tiny"] = tmp_path / "taew2_1.safetensors"
+    save_file({k: x.half() for k, x in torch.load(root / "taew2_1.pth", weights_only=True).items()}, files["tiny"])
+    for file in files.values():
+        assert cfjax("convert", "convert.py:dmd", tmp_path / "run", source=file, **kept) == 0
+    keys = {"prompts": root / "prompts.txt", "seed": 5, "batch": 2}
+    assert generate(tmp_path, tmp_path / "out", run="run", **keys) == 0
+    pairs = zip(written(tmp_path / "out", ".safetensors"), written(whole, ".safetensors"), strict=True)
+    errors = [relative(read_latents(one), read_latents(other)) for one, other in pairs]
+    print("latents of float8 weights against float32's:", *(f"{error:.1e}" for error in errors))
+    assert all(1e-4 < error < 0.2 for error in errors)
+
+
+def test_latents_of_another_codec_are_told_before_sampling(root, tmp_path, capsys):
+    """Wan2.2's 48 channels in Wan2.1's world."""
+    write_config(tmp_path, in_dim=48, out_dim=48)
+    wide = save_safetensors(tmp_path, "ti2v", dit_weights(3, in_dim=48, out_dim=48))
+    assert cfjax("convert", "convert.py:dmd", tmp_path / "run", source=wide, progress=False, latents="(6,4,4)") == 0
+    world = root / "wan" / "world"
+    assert generate(tmp_path, tmp_path / "out", run="run", world=world, prompt="A cat") == 2
+    assert "takes latents of 48 channels and makes 48, the codec of" in capsys.readouterr().err
 
 
 def test_tiles_overlap_by_a_quarter(root):

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 
 from cfjax.conversion import tiny_vae, umt5, vae, wan
+from cfjax.conversion.foreign import what_else
+from cfjax.conversion.prefixes import is_extra
+from cfjax.conversion.quantised import NO_WEIGHTS, dequantised
 from cfjax.conversion.rules import Rule, export_plan, import_plan, their_names
+from cfjax.conversion.weight_file import listed
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, all_finite
 from cfjax.core.limits import AXIS, RANK
@@ -95,6 +99,7 @@ class Network:
     Attributes:
       kind: a key of `KINDS`.
       layout, file: what it came in.
+      notes: what was done to the file's tensors, for a message.
     """
 
     kind: str
@@ -102,6 +107,7 @@ class Network:
     arrays: Arrays
     layout: str
     file: str
+    notes: tuple[str, ...] = ()
 
     def exported(self, layout: str) -> dict[str, LazyArray]:
         """The weights by another layout's names."""
@@ -128,7 +134,8 @@ def recognised(names: Iterable[str]) -> tuple[str, str]:
     Raises:
       UserError: none comes near.
     """
-    found = frozenset(map(_numberless, names))
+    names = list(names)
+    found = frozenset(_numberless(name) for name in names if not NO_WEIGHTS.fullmatch(name))
     likeness = {
         (kind, layout): len(found & _signature(kind, layout)) / len(found | _signature(kind, layout))
         for kind, row in KINDS.items()
@@ -136,6 +143,8 @@ def recognised(names: Iterable[str]) -> tuple[str, str]:
     }
     best = max(likeness, key=lambda key: likeness[key])
     if likeness[best] < ENOUGH:
+        if other := what_else(names):
+            raise UserError(other)
         known = ", ".join(f"{row.title} ({', '.join(row.layouts)})" for row in KINDS.values())
         raise UserError(f"no known network: names such as {sorted(names)[:2]}; known are {known}")
     return best
@@ -163,23 +172,36 @@ def _finite(name: str, file: Path, array: LazyArray) -> LazyArray:
     return replace(array, parts=tuple(map(telling, array.parts)))
 
 
-def imported(arrays: Arrays, file: Path, about: Callable[[str, str, Arrays], Mapping[str, Any] | None]) -> Network:
+def imported(
+    arrays: Arrays,
+    file: Path,
+    about: Callable[[str, str, Arrays], Mapping[str, Any] | None],
+    *,
+    dtype: str = "float32",
+    unscaled: bool = False,
+) -> Network:
     """A file's network, every name, shape and dtype checked, nothing read.
 
     Args:
       about: (kind, layout, arrays) -> config.json that describes such weights, or None.
+      dtype, unscaled: of what is quantised, see `quantised.dequantised`.
 
     Raises:
       UserError: unknown or unfit weights; the line begins with the file's name.
     """
     try:
-        kind, layout = recognised(arrays)
-        row = KINDS[kind]
-        _check_shapes(arrays)
-        theirs = row.prepare({name: _finite(name, file, x) for name, x in arrays.items()})
-        shapes = {name: x.shape for name, x in theirs.items()}
-        config = row.infer(shapes, layout, about(kind, layout, theirs))
+        if adapter := what_else(arrays):
+            raise UserError(adapter)
+        whole, notes = dequantised(arrays, dtype, unscaled=unscaled)
+        kind, layout = recognised(whole)
+        row, own = KINDS[kind], _signature(kind, layout)
+        extras = [name for name, x in whole.items() if _numberless(name) not in own and is_extra(name, x)]
+        weights = {name: _finite(name, file, x) for name, x in whole.items() if name not in extras}
+        _check_shapes(weights)
+        theirs = row.prepare(weights)
+        config = row.infer({name: x.shape for name, x in theirs.items()}, layout, about(kind, layout, theirs))
         ours = import_plan(row.layouts[layout], theirs, row.template(config), config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return Network(kind, config, ours, layout, file.name)
+    notes += [f"left out: {listed(extras)}"] if extras else []
+    return Network(kind, config, ours, layout, file.name, tuple(notes))

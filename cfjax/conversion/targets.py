@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cfjax.conversion.files import PREFIX
+from cfjax.conversion.folders import PIPELINE
 from cfjax.conversion.kinds import KINDS
+from cfjax.conversion.prefixes import PREFIX
 from cfjax.conversion.sources import (
     AVERAGE,
     CRITIC,
     GENERATOR,
-    PIPELINE,
     TOKENIZERS,
     Found,
     Source,

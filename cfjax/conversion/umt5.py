@@ -98,10 +98,11 @@ def infer_config_umt5(
     Args:
       shapes: their names and shapes.
       layout: "original" or "diffusers".
-      about: transformers' config.json; the original has none, and umT5's bias distance (128) and eps (1e-6).
+      about: transformers' config.json; without one (the original's layout, ComfyUI's files) umT5's own bias distance
+        (128) and eps (1e-6).
 
     Raises:
-      UserError: an unknown layout, an array that gives a size is missing, or config.json is missing or says otherwise.
+      UserError: an unknown layout, an array that gives a size is missing, or config.json says otherwise.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r}: a umT5 encoder is in layout {' or '.join(LAYOUTS)}")
@@ -128,10 +129,8 @@ def infer_config_umt5(
         layers=layer_count(shapes, start),
         buckets=buckets,
     )
-    if layout == "original":
+    if layout == "original" or about is None:
         return sized()
-    if about is None:
-        raise UserError("the text encoder's config.json is missing; put it beside the weights")
     checked(ABOUT, about, "text encoder's config.json")
     for key, value in {**FIXED, **{key: sized.keywords[name] for key, name in SIZES.items()}}.items():
         if key not in about or about[key] != value:

@@ -178,14 +178,20 @@ def _sized(shapes: Mapping[str, tuple[int, ...]], original: bool) -> partial[Wan
         return shapes[name]
 
     dim, in_dim, _, *patch = shape("patch_embedding.weight", 5)
-    rows = shape("head.head.weight" if original else "proj_out.weight", 2)[0]
+    rows, pixels = shape("head.head.weight" if original else "proj_out.weight", 2)[0], patch[0] * patch[1]
+    if rows != in_dim * pixels:
+        more = "; more in than out is an image-to-video model's, which is not read" if rows < in_dim * pixels else ""
+        raise UserError(
+            f"the network takes {in_dim} latent channels and gives {rows / pixels:g}: generating needs as many out as"
+            f" in{more}"
+        )
     return partial(
         WanConfig,
         dim=dim,
         ffn_dim=shape(f"blocks.0.ffn.{'0' if original else 'net.0.proj'}.weight", 2)[0],
         num_layers=layer_count(shapes, "blocks."),
         in_dim=in_dim,
-        out_dim=rows // (patch[0] * patch[1]),
+        out_dim=rows // pixels,
         text_dim=shape(f"{room.format('text')}.weight", 2)[1],
         freq_dim=shape(f"{room.format('time')}.weight", 2)[1],
         patch=(patch[0], patch[1]),

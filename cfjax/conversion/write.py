@@ -9,7 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cfjax.conversion.files import INDEX, SAFETENSORS, torch_module
+from cfjax.conversion.pickles import torch_module
+from cfjax.conversion.weight_file import INDEX, SAFETENSORS
 from cfjax.core.lazy import LazyArray
 from cfjax.core.tensor_files import save_tensors
 
@@ -32,7 +33,7 @@ def write_safetensors(folder: Path, stem: str, arrays: Mapping[str, LazyArray], 
         where |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         total = sum(x.nbytes for x in arrays.values())
-        write_json(folder / f"{stem}{INDEX}", {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / f"{stem}{SAFETENSORS}{INDEX}", {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _shards(arrays: Mapping[str, LazyArray], max_bytes: float) -> Iterator[dict[str, LazyArray]]:

@@ -26,6 +26,7 @@ from cfjax.core.tuples import parse_tuple
 PACKAGE = Path(__file__).parents[1]
 # What tuples hold that configs leave empty, by the last word of their keys.
 EMPTY = {"dmd": str, "first_steps": int, "init_stages": str, "layers": int, "seeds": int, "steps": int}
+PROSE = {"prompt", "negative_prompt"}  # texts that may begin in any way
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # would break lines of messages and of scripts
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 
@@ -255,6 +256,7 @@ def _workdir(given: str, verb: str, bucket: bool) -> Path:
     """
     if not given.strip() or _CONTROL.search(given):
         raise UserError(f"--workdir={given!r}: name a folder, as --workdir=runs/NAME")
+    given = _in_home(given)
     path = path_of(given) if bucket else local_path(given, "--workdir", f"cfjax {verb} writes to this machine")
     if in_bucket(path):
         return path
@@ -265,6 +267,27 @@ def _workdir(given: str, verb: str, bucket: bool) -> Path:
     if not there.is_dir():
         raise UserError(f"--workdir={given}: {there} is a file, or leads nowhere; name a folder")
     return whole
+
+
+def _in_home(value: str) -> str:
+    """A path below `~`, which shells leave alone behind an equals sign, as the whole path; other texts as they are."""
+    return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+
+
+def _expand_home(config: ConfigDict, given: Iterable[str]) -> None:
+    """`_in_home` of the given keys' texts, and of texts in tuples, but for what is no path."""
+    for key in given:
+        group, _, name = key.rpartition(".")
+        if name in PROSE:
+            continue
+        holder = config
+        for part in group.split(".") if group else ():
+            holder = holder[part]
+        value = holder[name]
+        if isinstance(value, str) and (whole := _in_home(value)) != value:
+            holder[name] = whole
+        elif isinstance(value, tuple) and any(isinstance(x, str) for x in value):
+            holder[name] = tuple(_in_home(x) if isinstance(x, str) else x for x in value)
 
 
 def parse(
@@ -311,5 +334,7 @@ def parse(
     plain = _load_plain(spec)
     _check_overrides(spec, plain, overrides)
     config = _load_overridden(spec, plain, overrides)
+    _expand_home(config, given_keys(overrides))
+    extras = {name: _in_home(value) if isinstance(value, str) else value for name, value in extras.items()}
     check_settings(verb, keys_of(config) | {f"--{name}": value for name, value in extras.items()})
     return config, workdir, extras

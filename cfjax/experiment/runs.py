@@ -187,11 +187,13 @@ def open_run(
     opened_world = _opened_world(name, meta, c, world, parts)
     if not exported and meta["world"] and meta["world"] != opened_world.fingerprint():
         raise UserError(f"run={name!r} was trained in another world than {opened_world.folder} now holds")
+    network = _network(name, meta, precision, attention)
+    _check_world(name, network, opened_world)
     run = Run(
         name=name,
         stage=meta["stage"],
         step=int(meta["step"]),
-        model=_template(_network(name, meta, precision, attention)),
+        model=_template(network),
         world=opened_world,
         sampler=sampler_of(c),
         blocks=blocks,
@@ -231,6 +233,21 @@ def _check_asked(name: str, meta: Mapping[str, Any], blocks: Blocks | None, stag
     if block_frames and (blocks is None or blocks.frames != block_frames):
         found = f"generates blocks of {blocks.frames}" if blocks else "is bidirectional"
         raise UserError(f"run={name!r} {found}, not block_frames={block_frames}; name another run")
+
+
+def _check_world(name: str, network: WanConfig, world: World) -> None:
+    """Raises UserError unless network, codec and text encoder are made for the same latents and text rows."""
+    latents, rows = world.codec.latent_channels, world.text_width
+    if (network.in_dim, network.out_dim) != (latents, latents):
+        raise UserError(
+            f"run={name!r} takes latents of {network.in_dim} channels and makes {network.out_dim}, the codec of"
+            f" {world.folder} has {latents}; name the world that it was trained in by --config.world"
+        )
+    if network.text_dim != rows:
+        raise UserError(
+            f"run={name!r} is made for text rows of {network.text_dim} channels, the text encoder of {world.folder}"
+            f" has {rows}; name the world that it was trained in by --config.world"
+        )
 
 
 def _network(name: str, meta: Mapping[str, Any], precision: str, attention: str) -> WanConfig:

@@ -118,6 +118,21 @@ def _part_record(folder: Path, kind: str) -> dict[str, Any]:
     return checked(PART, read_meta(folder, stages=(kind,)), folder)
 
 
+def part_kinds(path: str | Path) -> list[str]:
+    """The networks that the world at `path` has."""
+    return [kind for kind in (*DECODERS, "text_encoder") if is_folder(path_of(path) / kind / FOLDER)]
+
+
+def part_sizes(path: str | Path, kind: str) -> dict[str, Any]:
+    """The recorded sizes of a network of the world at `path`.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    sizes: dict[str, Any] = _part_record(path_of(path) / kind, kind)["model"]
+    return sizes
+
+
 @dataclass(frozen=True)
 class WanWorld:
     """Codec, text encoder (None: read when a caption needs it) and the negative prompt; see `worlds.world.World`.

@@ -37,6 +37,7 @@ def get_config(arg=""):
     )
 '''
 FLAGS = (Flag("port", "where to listen", int, 8000), Flag("mode", "how", choices=("fast", "slow"), default="fast"))
+FLAGS += (Flag("folder", "where data are", default=""),)
 
 
 @pytest.fixture
@@ -56,8 +57,19 @@ def test_config_overrides_workdir_and_flags_are_read_in_any_order(config):
     expected = {"steps": 10, "optim": {"lr": 2.0, "nesterov": False}, "dims": (3, 4), "big": True}
     expected |= {"colours": ("a", "b"), "seeds": (), "layers": [1]}
     assert values.to_dict() == expected and values.is_locked
-    assert workdir == Path("runs/a") and extras == {"port": 1, "mode": "slow"}
+    assert workdir == Path("runs/a") and extras == {"port": 1, "mode": "slow", "folder": ""}
     assert read(config, "--workdir", "b")[0].optim.lr == 1e-3
+
+
+def test_a_tilde_is_the_home_folder(config, monkeypatch):
+    """Behind an equals sign shells leave it as it is. In the middle of a word, or in prose, it is a tilde."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    values, workdir, extras = read(config, "--workdir=~/runs", "--config.colours=~/a,b~/c,~", "--folder=~/data")
+    assert values.colours == ("/home/ada/a", "b~/c", "/home/ada") and values.is_locked
+    assert workdir == Path("/home/ada/runs") and extras["folder"] == "/home/ada/data"
+    argv = ["--workdir=x", "--config.run=~/wan", "--config.prompt=~/ is home", "--config.image=~ada/x.png"]
+    values, _, _ = parse("generate", argv, description="", default_config="configs/generate.py")
+    assert (values.run, values.prompt, values.image) == ("/home/ada/wan", "~/ is home", "~ada/x.png")
 
 
 @pytest.mark.parametrize(

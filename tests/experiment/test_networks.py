@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from cfjax.conversion.rules import save_named
+from cfjax.conversion.wan import ORIGINAL, config_json_wan, export_wan
 from cfjax.core import offload
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
@@ -20,6 +22,8 @@ from cfjax.models.weight_storage import fill
 from cfjax.training.streamed import write_streamed
 from cfjax.worlds.assets import META_FILE
 from configs import dmd
+from tests.commands import cfjax
+from tests.conversion.repacked import save_raw, scaled
 
 SHAPES = Shapes((12, 4, 4, 16), (8, 64))
 
@@ -72,6 +76,25 @@ def test_a_run_is_loaded_as_it_is_to_rest(run, storage, away, mesh):
         np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
         assert leaf.dtype == like.dtype
         assert like.sharding is None or leaf.sharding == like.sharding, name
+
+
+@pytest.mark.parametrize("form", ["float8", "float16"])
+def test_converted_weights_are_a_stages_start(run, form, tmp_path):
+    """Of any layout, here float8 with scales: in float32, as training needs them."""
+    config = network("student").network(SHAPES)
+    weights = save_named(ORIGINAL, run[1], config)
+    stored, meant = scaled(weights, "comfy")
+    if form == "float16":
+        stored = {name: x.astype(np.float16) for name, x in weights.items()}
+        meant = {name: x.astype(np.float32) for name, x in stored.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config_json_wan(config, "original")))
+    keys = {"source": save_raw(tmp_path / "x.safetensors", stored), "latents": "(12,4,4)", "progress": False}
+    assert cfjax("convert", "convert.py:ar_diffusion", tmp_path / "run", **keys) == 0
+    start = network("student", init=str(tmp_path / "run"), stages=("ar_diffusion",)).initial(
+        SHAPES, 0, make_mesh(fsdp=4, tensor=2)
+    )
+    for name, x in export_wan(start, ORIGINAL).items():
+        np.testing.assert_array_equal(x, meant[name], err_msg=name, strict=True)
 
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])

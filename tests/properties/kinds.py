@@ -122,6 +122,35 @@ def _checkpoint(folder: Path) -> None:
     synthetic.write_causal_forcing_pt(folder / "model.pt")
 
 
+def _gguf(folder: Path) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    from tests import synthetic
+    from tests.conversion.repacked import is_matrix, save_gguf
+
+    tensors = {}
+    for name, x in synthetic.dit_weights(dim=128, ffn_dim=32, num_heads=1, num_layers=1).items():
+        eight = is_matrix(name, x)
+        raw = quants.quantize(x, GGMLQuantizationType.Q8_0) if eight else x
+        tensors[name] = ("Q8_0" if eight else "F32", x.shape, raw.tobytes())
+    save_gguf(folder / "x.gguf", tensors, {"general.architecture": "wan"})
+
+
+def _float8(folder: Path) -> None:
+    from tests import synthetic
+    from tests.conversion.repacked import save_raw, scaled
+
+    synthetic.write_config(folder)
+    save_raw(folder / "x.safetensors", scaled(synthetic.dit_weights(), "comfy")[0])
+
+
+def _distributed(folder: Path) -> None:
+    from tests import synthetic
+    from tests.conversion.repacked import save_distributed
+
+    save_distributed(folder, synthetic.as_torch(synthetic.dit_weights(dim=128, num_heads=1, num_layers=1)))
+
+
 def _taehv(folder: Path) -> None:
     from tests import synthetic
 
@@ -486,6 +515,9 @@ KINDS: dict[str, Kind] = {
     ),
     "weights, config.json": Kind(_release, "config.json", _read_release, json_file, alike),
     "weights, .pt": Kind(_checkpoint, "model.pt", lambda folder: _read_release(folder / "model.pt"), bits, alike),
+    "weights, GGUF": Kind(_gguf, "x.gguf", _read_release, bits, alike),
+    "weights, float8": Kind(_float8, "x.safetensors", _read_release, safetensors, alike),
+    "weights, distributed": Kind(_distributed, ".metadata", _read_release, bits, alike),
     "weights, tiny decoder": Kind(_taehv, "taew2_1.pth", _read_tiny, bits, alike),
     "toy world.json": Kind(_toy, "world.json", _read_world, json_file, _sane_world),
     "toy codec": Kind(_toy, "codec.safetensors", _read_world, safetensors, _sane_world),
