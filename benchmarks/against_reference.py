@@ -20,23 +20,19 @@ teacher forcing it gets a mask over all keys (its block-sparse kernel is for GPU
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers.utils.logging
 import jax
 import torch
-from measure import parser, write
+from measure import highest_mib, keep, others, parser, resting_mib
 
 from cfjax.comparison.reference import Reference, open_reference
 from cfjax.comparison.reference_speed import PAIRS, Pair, Side, Work
@@ -59,7 +55,6 @@ CASES: dict[str, tuple[str, dict[str, int]]] = {
 }
 SIDES = ("cfjax_float32", "reference_float32", "cfjax_bfloat16", "reference_bfloat16")
 BASE = "reference_float32"
-QUIET = 0.05  # share of the processors that others may take while a record is made
 
 
 def work_of(options: argparse.Namespace, case: str) -> Work:
@@ -109,44 +104,13 @@ def ratios(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def busy_s() -> float:
-    """CPU seconds that all programs of this machine have used (Linux)."""
-    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-@contextmanager
-def others(found: dict[str, float]) -> Iterator[None]:
-    """Fills in the load average at the start, and the processors' share that other programs took inside."""
-    found["load_average"] = os.getloadavg()[0]
-    start, busy, own = time.perf_counter(), busy_s(), sum(os.times()[:4])
-    yield
-    foreign = busy_s() - busy - (sum(os.times()[:4]) - own)
-    found["others_share"] = max(foreign, 0.0) / (time.perf_counter() - start) / (os.cpu_count() or 1)
-
-
-def status_mib(field: str) -> float:
-    """A line of /proc/self/status, such as VmRSS or VmHWM (its highest so far)."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def resting_mib() -> float:
-    """What this process holds, after what is free was given back."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return status_mib("VmRSS")
-
-
 def peak_mib(make: Callable[[], Side]) -> dict[str, float]:
     """What a side holds in this process above what was held before: after a first call, and at most during another."""
     before = resting_mib()
     side = make()
     side.run()
     resting = resting_mib() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what is held now
-    side.run()
-    return {"resting_mib": resting, "peak_mib": status_mib("VmHWM") - before}
+    return {"resting_mib": resting, "peak_mib": highest_mib(side.run) - before}
 
 
 def memory_of(case: str, side: str) -> dict[str, float]:
@@ -249,12 +213,7 @@ def main() -> None:
                 rows[-1]["memory"] = {name: memory_of(case, name) for name in sides}
             say(table(rows[-1:]))
     say(table(rows))
-    noisy = [row["case"] for row in rows if row["others_share"] > QUIET]
-    if noisy and options.out == command_line().get_default("out"):
-        say(f"other programs ran beside {', '.join(noisy)}: nothing is written (--out=FILE writes in any case)")
-        return
-    write(options.out, rows, torch=torch.__version__, threads=torch.get_num_threads())
-    say(f"{options.out}")
+    keep(command_line(), options.out, rows, torch=torch.__version__, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

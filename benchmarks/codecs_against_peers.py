@@ -12,19 +12,18 @@
 
 Float32, random weights. Sides alternate; the ratio is the median over rounds of their time divided by ours. The error
 is the greatest, of what reaches 1 in pictures. Memory is each side's own process (`--memory`): the most that a second
-call holds above what the process held before it.
+call holds above what the process held before it. The record goes to benchmarks/results/ only if other programs kept off
+the processors meanwhile.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,11 @@ import jax
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from measure import parser, ratio, write
+from measure import highest_mib, keep, others, parser, ratio, resting_mib
 from transformers import UMT5Config as TheirUMT5Config
 from transformers import UMT5EncoderModel
 
+from cfjax.comparison.turns import take_turns
 from cfjax.conversion import umt5 as umt5_layouts
 from cfjax.conversion.tiny_vae import export_tiny_vae
 from cfjax.conversion.vae import DIFFUSERS, config_json_vae, export_vae
@@ -72,13 +72,17 @@ def wan_sides(case: str, options: argparse.Namespace) -> Sides:
             "ours": lambda: encode(vae, video),
             "theirs": lambda: last((theirs.encode(pixels).latent_dist.mode() - mean) / std),
         }
-    latents = jax.random.normal(jax.random.key(1), (1, frames, *size, config.z_dim))
+    whole = frames if case == "decode" else 2 * frames  # of a stream the second half is decoded, after the first
+    latents = jax.random.normal(jax.random.key(1), (1, whole, *size, config.z_dim))
     z = torch_video(latents) * std + mean
     if case == "decode":
         decode = jax.jit(WanVAE.decode)
         return {"ours": lambda: decode(vae, latents), "theirs": lambda: last(theirs.decode(z).sample)}
-    step, start = jax.jit(WanVAE.decode_step), vae.init_state(1)
-    state = jax.block_until_ready(step(vae, latents, start)[1])
+    step, (before, after) = jax.jit(WanVAE.decode_step), (latents[:, :frames], latents[:, frames:])
+
+    @cache
+    def state() -> Any:
+        return jax.block_until_ready(step(vae, before, vae.init_state(1))[1])
 
     def decode_frames(x: torch.Tensor, *, first: bool) -> torch.Tensor:
         """The loop of diffusers' `_decode`, which there begins with an empty cache."""
@@ -93,14 +97,14 @@ def wan_sides(case: str, options: argparse.Namespace) -> Sides:
         return torch.clamp(torch.cat(out, 2), -1, 1)
 
     with torch.inference_mode():
-        decode_frames(z, first=True)
+        decode_frames(z[:, :, :frames], first=True)
     kept = list(theirs._feat_map)
 
     def later() -> np.ndarray:
         theirs._feat_map = list(kept)
-        return last(decode_frames(z, first=False))
+        return last(decode_frames(z[:, :, frames:], first=False))
 
-    return {"ours": lambda: step(vae, latents, state)[0], "theirs": later}
+    return {"ours": lambda: step(vae, after, state())[0], "theirs": later}
 
 
 def tiny_sides(options: argparse.Namespace) -> Sides:
@@ -169,21 +173,11 @@ def make_sides(case: str, options: argparse.Namespace) -> Sides:
     return {"ours": lambda: jax.block_until_ready(ours()), "theirs": run_theirs}
 
 
-def status_mib(field: str) -> float:
-    """A line of /proc/self/status, such as VmRSS or VmHWM (its highest so far)."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def peak_mib(call: Call) -> float:
     """What a second call holds at the most, above what the process held before it."""
     call()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what is held now
-    call()
-    return status_mib("VmHWM") - before
+    before = resting_mib()
+    return highest_mib(call) - before
 
 
 def memory_of(case: str, side: str) -> float:
@@ -197,13 +191,9 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     sides = make_sides(case, options)
     results = {name: np.asarray(call()) for name, call in sides.items()}
     error = float(np.abs(results["ours"] - results["theirs"]).max())
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    row: dict[str, Any] = {"case": case, "error": error, "load_average": os.getloadavg()[0]}
-    for number in range(options.rounds):
-        for name in list(sides) if number % 2 else reversed(sides):
-            start = time.perf_counter()
-            sides[name]()
-            seconds[name].append(time.perf_counter() - start)
+    row: dict[str, Any] = {"case": case, "error": error}
+    with others(row):
+        seconds = take_turns(sides, options.rounds)
     row |= {"seconds": seconds, "median_s": {name: statistics.median(x) for name, x in seconds.items()}}
     row["ratio"] = ratio(seconds["theirs"], seconds["ours"])
     if options.memory:
@@ -254,8 +244,8 @@ def main() -> None:
     work = {name: getattr(options, name) for name in ("frames", "height", "width", "base_dim", "text_dim", "rows")}
     flags = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")).split()
     isa = [x for x in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if x in flags]
-    write(options.out, rows, dtype="float32", work=work, isa=isa, torch=torch.__version__)
     say(table(rows))
+    keep(command_line(), options.out, rows, dtype="float32", work=work, isa=isa, torch=torch.__version__)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
 
 def plan_streaming(c: Any, argv: Sequence[str], topology: Topology, text_rows: int, file: Path) -> int:
     """Plans a stream, prints and records it; 0 if it fits with one of the decoders, or on simulated devices."""
-    found = plan_stream(c, topology, open_topology(topology)[0], text_rows=text_rows)
+    found = plan_stream(c, topology, open_topology(topology)[0], text_rows=text_rows, told=say)
     say("\n".join(stream_table(found)))
     bounds = [
         {

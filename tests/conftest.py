@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from tests.quick import QUICK
+
 # Eight devices share few cores: on a busy machine one may come to a collective long after the others, which XLA would
 # take for a deadlock after 40 seconds.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -10,7 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_cpu_collective_call_terminate_timeout_seconds=900",
-        "--xla_backend_optimization_level=1",  # of LLVM: programs compile in 0.6 of the time, and run once or twice
+        QUICK,
     )
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

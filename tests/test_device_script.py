@@ -14,10 +14,9 @@ import pytest
 
 from cfjax.models.wan import WanConfig
 from tests.commands import ROOT
+from tests.quick import QUICK
 
 TINY = WanConfig(32, 64, 2, 3, text_dim=16, freq_dim=16)
-# Quick to compile; the programs run for milliseconds.
-FLAGS = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def benchmarks(monkeypatch):
 
 def start(out: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess:
     """device.sh with this Python, on one CPU device."""
-    environment = {**os.environ, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, **variables}
+    environment = {**os.environ, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, **variables}
     command = ["bash", str(ROOT / "benchmarks" / "device.sh"), "--scale=tiny", f"--out={out}", *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

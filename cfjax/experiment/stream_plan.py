@@ -127,8 +127,19 @@ def stream_shapes(c: ConfigDict, text_rows: int) -> tuple[Run, Sizes, RandomPart
     return run, sizes_of(c, run, blocks_of(c, run.blocks)), parts
 
 
-def plan_stream(c: ConfigDict, topology: Topology, device: Any, *, text_rows: int) -> StreamPlan:
-    """Compiles everything that a stream of `c` runs, with each of the world's decoders, for one device."""
+def plan_stream(
+    c: ConfigDict,
+    topology: Topology,
+    device: Any,
+    *,
+    text_rows: int,
+    told: Callable[[str], None] = lambda line: None,
+) -> StreamPlan:
+    """Compiles everything that a stream of `c` runs, with each of the world's decoders, for one device.
+
+    Args:
+      told: gets a line about each program before it is compiled, which may take minutes.
+    """
     run, sizes, parts = stream_shapes(c, text_rows)
     config, platform = run.model.config, topology.chip.platform
     backend = pick_backend("auto", jnp.dtype(config.precision.compute), platform) if platform == "tpu" else "chunked"
@@ -141,12 +152,14 @@ def plan_stream(c: ConfigDict, topology: Topology, device: Any, *, text_rows: in
     passes = passes_of(pipeline.sampler, pipeline.blocks, sizes, tokens)
     size = network_size(model)
     resident = size.weight_bytes + cache_bytes(model, pipeline.sampler, pipeline.blocks, sizes, batch)
-    network = Part("network", compiled(log, topology, device), resident, stream_need(size, passes, rows, batch))
+    network = Part(
+        "network", compiled("network", log, topology, device, told), resident, stream_need(size, passes, rows, batch)
+    )
     decoders = []
     with traced_for(platform):
         for name, codec in decoders_of(run, parts).items():
             log, state = record_decoder(codec, latents, batch)
-            programs, own = compiled(log, topology, device), bytes_of((codec, state))
+            programs, own = compiled(name, log, topology, device, told), bytes_of((codec, state))
             moved = sum(program.calls * (program.cost.arguments + bytes_of(state)) for program in programs)
             need = Need(sum(program.calls * program.flops for program in programs), float(moved))
             decoders.append(Part(name, programs, own, need))
@@ -218,14 +231,17 @@ def record_decoder(codec: Any, latents: list[Any], batch: int) -> tuple[CallLog,
     return log, state
 
 
-def compiled(log: CallLog, topology: Topology, device: Any) -> list[ProgramCost]:
-    """Every program of a log with arguments, compiled for a device."""
+def compiled(
+    part: str, log: CallLog, topology: Topology, device: Any, told: Callable[[str], None]
+) -> list[ProgramCost]:
+    """Every program of a log with arguments, compiled for a device; `told` as in `plan_stream`."""
     place, out = SingleDeviceSharding(device), []
     for key, (function, shapes, static) in log.calls.items():
         if not jax.tree.leaves(shapes):
             continue  # an empty cache
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
         name = "decode" if function is decode_step else getattr(function, "__name__", "program").strip("_")
+        told(f"{part}: compiling {name}, {log.times[key]} calls")
         lowered = function.lower(*placed, **static)  # type: ignore[attr-defined]
         cost = compile_update(name, lowered, topology, arguments=bytes_of(shapes), trip_counts={})
         out.append(ProgramCost(name, log.times[key], log.flops_of(key), cost))

@@ -14,6 +14,7 @@ import torch
 from cfjax.comparison import reference_speed
 from cfjax.comparison.reference_speed import Pair, Side, Work, our_stream, our_video
 from cfjax.comparison.turns import take_turns
+from cfjax.core.compile_cache import no_compile_cache
 from cfjax.core.errors import UserError
 from cfjax.models.wan import WanConfig
 from cfjax.nn.visibility import Blocks
@@ -35,7 +36,8 @@ def script(monkeypatch):
     monkeypatch.setitem(reference_speed.PAIRS, "stream", stand_in)
     monkeypatch.setattr("cfjax.comparison.reference.open_reference", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    return runpy.run_path(str(ROOT / "benchmarks" / "against_reference.py"))
+    with no_compile_cache():  # the script turns it off for good
+        yield runpy.run_path(str(ROOT / "benchmarks" / "against_reference.py"))
 
 
 def test_a_miniature_leaves_errors_ratios_and_the_work(script, tmp_path, monkeypatch, capsys):

@@ -26,10 +26,9 @@ from cfjax.models.vae_tiling import (
 CONFIG = VAEConfig(base_dim=4)
 BATCH, HEIGHT, WIDTH = 2, 2, 3  # latent sides
 
-# A hundred kernels take LLVM longer to polish than these shapes take to run. Whole clips and streams share programs.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-decode_step = quick_jit(WanVAE.decode_step, donate_argnames="state")
-encode_step = quick_jit(WanVAE.encode_step, donate_argnames="state")
+# Whole clips and streams share programs.
+decode_step = jax.jit(WanVAE.decode_step, donate_argnames="state")
+encode_step = jax.jit(WanVAE.encode_step, donate_argnames="state")
 
 
 def whole(vae: WanVAE, x: jax.Array) -> jax.Array:
@@ -133,7 +132,7 @@ def test_a_stream_equals_the_whole_clip(vae, split):
 def test_tiles_equal_diffusers(reference, vae, monkeypatch):
     """Tiles of 16 x 16 px every 8 px (decoding: only across), the last ones cut off by the edge."""
     for name, program in (("_decode_raw_jit", vae_tiling._decode_raw), ("_encode_jit", encode_in_steps)):
-        monkeypatch.setattr(vae_tiling, name, quick_jit(program, static_argnames="frames"))
+        monkeypatch.setattr(vae_tiling, name, jax.jit(program, static_argnames="frames"))
     z, x = latents(2)[:1], video(1, 24, 24, 1)
     reference.enable_tiling(16, 16, 16, 8)
     ours = decode_tiled(vae, z, tile=(16, 16), stride=(16, 8))
@@ -146,7 +145,7 @@ def test_tiles_equal_diffusers(reference, vae, monkeypatch):
 
 
 def test_encoding_in_steps_equals_the_whole_clip(vae):
-    close("in steps", quick_jit(encode_in_steps, static_argnums=2)(vae, video(9), 1), whole(vae, video(9)), 1e-5)
+    close("in steps", jax.jit(encode_in_steps, static_argnums=2)(vae, video(9), 1), whole(vae, video(9)), 1e-5)
 
 
 def test_decoding_in_steps_takes_less_memory():
@@ -154,7 +153,7 @@ def test_decoding_in_steps_takes_less_memory():
     wide, z = drawn(VAEConfig(base_dim=16)), latents(9, 4, 4, 1)
 
     def compiled(frames: int) -> tuple[int, jax.Array]:
-        program = quick_jit(decode_in_steps, static_argnums=2).lower(wide, z, frames).compile()
+        program = jax.jit(decode_in_steps, static_argnums=2).lower(wide, z, frames).compile()
         return program.memory_analysis().temp_size_in_bytes, program(wide, z)
 
     (clip, at_once), (steps, one_by_one) = compiled(9), compiled(1)
@@ -188,7 +187,7 @@ def test_a_fingerprint_sees_one_bit(vae):
 
 
 def test_a_fresh_one_keeps_the_scale():
-    made = quick_jit(make_vae.__wrapped__, static_argnums=0)(CONFIG, jax.random.key(0))
+    made = jax.jit(make_vae.__wrapped__, static_argnums=0)(CONFIG, jax.random.key(0))
     assert jax.tree.structure(made) == jax.tree.structure(abstract_vae(CONFIG))
     assert 0.01 < float(jnp.std(whole(made, latents(1)))) < 2.0
 

@@ -1,7 +1,7 @@
 """Rollouts longer than the scores' window: the gradient of the sequential loop, one compile for every length."""
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
 SIGMAS = (1.0, 0.9375, 0.8333333)
 SHAPE = (BATCH, 4, SIDE, SIDE, CONFIG.in_dim)
 SLOW = pytest.mark.slow
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def settings(name: str) -> tuple[SelfForcing, dict, jax.Array]:
     blocks, long, kv_gradient = LAYOUTS[name]
     saves = {"save_activations": name == "saved"}
     config = SelfForcing(SIGMAS[:2], SIGMAS, context_noise=0.005, kv_gradient=kv_gradient, **saves)
-    draws = quick_jit(lambda key: draw_long(key, SHAPE, config, long, blocks))(jax.random.key(3))
+    draws = jax.jit(lambda key: draw_long(key, SHAPE, config, long, blocks))(jax.random.key(3))
     exits = np.array([0] + [1] * (draws["exit_G"].shape[0] - 1), np.int32)
     return config, {**draws, "exit_G": exits}, normal(9, (BATCH, long.window_frames, *SHAPE[2:]))
 
@@ -118,7 +117,7 @@ def window_of(name: str):
     blocks, long, _ = LAYOUTS[name]
     config, draws, weight = settings(name)
 
-    @quick_jit
+    @jax.jit
     def run(model, count):
         def value(model):
             drawn = {**draws, "count": count}
@@ -156,7 +155,7 @@ def test_the_windows_gradient_is_the_sequential_loops(name):
         window = jnp.concatenate([first, end[:, 1:]], axis=1)
         return jnp.sum(window * weight), window
 
-    differentiated = quick_jit(jax.grad(by_loop, has_aux=True))
+    differentiated = jax.jit(jax.grad(by_loop, has_aux=True))
     wanted, window = differentiated(tiny(), 0.0)
     gradient, x0 = window_of(name)(tiny(), jnp.int32(count))
     print(f"{name}: window {relative(x0, window):.1e}, gradient {worst(gradient, wanted):.1e}")
@@ -185,7 +184,7 @@ def test_the_shortest_rollout_is_the_window_itself():
     short = {n: x[:, : long.window_frames] for n, x in draws.items() if n.endswith(("BFHWC", "BFJHWC"))}
     short["exit_G"] = draws["exit_G"][:count]
 
-    @quick_jit
+    @jax.jit
     def plain(model):
         def value(model):
             kv = embed_text(model, text())
@@ -209,7 +208,7 @@ def test_a_perfect_codec_leaves_the_video_as_it_is():
     count = long.counts(blocks)[1]
     kv = embed_text(tiny(), text())
 
-    @quick_jit
+    @jax.jit
     def run(model, count):
         drawn = {**draws, "count": count}
         whole = rollout(model, kv, draws, config, blocks).x0_BFHWC
@@ -239,8 +238,8 @@ def test_the_last_picture_is_that_of_a_whole_decode(name):
     """Streamed one latent at a time, up to any frame, by one program; and it encodes as one latent."""
     codec = codec_named(name)
     latents = normal(5, (1, 4, 2, 2, codec.latent_channels))
-    last = quick_jit(lambda codec, latents, stop: last_picture(codec, latents, stop))
-    whole = quick_jit(lambda codec, latents: codec.decode(latents))(codec, latents)
+    last = jax.jit(lambda codec, latents, stop: last_picture(codec, latents, stop))
+    whole = jax.jit(lambda codec, latents: codec.decode(latents))(codec, latents)
     for stop in (1, 2, 4):
         wanted = whole[:, (stop - 1) * codec.stride[0]][:, None]
         picture = last(codec, latents, jnp.int32(stop))

@@ -97,8 +97,7 @@ def on(mesh, models, batch, key):
     )
 
 
-# LLVM's optimisations are half of the compile time and change nothing that is looked at here.
-@partial(jax.jit, static_argnames="stage", compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnames="stage")
 def value_and_grad(stage, models, batch, key):
     def of(role):
         loss = STAGES[stage][role]

@@ -18,6 +18,7 @@ import tensorstore as ts
 
 from cfjax.data.precompute import LatentWriter
 from cfjax.training.watchdog import STALLED
+from tests.quick import QUICK
 
 ROOT = Path(__file__).parents[2]
 RECORDS, SHAPE, STEPS = 16, (2, 4, 4, 4), 6
@@ -89,7 +90,7 @@ class Run:
         command += [sys.executable, str(ROOT / "tests/training/process.py"), "train"]
         command += [f"--config={ROOT}/configs/dmd.py:toy", f"--workdir={workdir}"]
         command += [f"--config.{name}={value}" for name, value in values.items()]
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
         self.processes = []
         for index in range(count):
             own = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment}
@@ -172,7 +173,7 @@ def assert_same(run: Run, other: Run) -> None:
 
 def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_all(tmp_path):
     command = [sys.executable, str(ROOT / "tests/training/restoring.py"), str(tmp_path / "run")]
-    port, flags = free_port(), "--xla_force_host_platform_device_count=1"
+    port, flags = free_port(), f"--xla_force_host_platform_device_count=1 {QUICK}"
     own = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     started = [
         subprocess.Popen(command, env=own | place_in_run(index, 2, port), stdout=-1, stderr=-1, text=True)
