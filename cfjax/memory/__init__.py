@@ -2,6 +2,7 @@
 
 slots.py     the state (a pytree of slots), what a block reads of it, what a commit leaves in it
 policies.py  the policies, each with its source
+bank.py      one of them: frames that fit the prompt
 codecs.py    keys and values in fewer bits
 names.py     policies by name, for configs and command lines
 

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from cfjax.core.errors import UserError
+from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
 from cfjax.memory.slots import Memory
@@ -29,6 +30,7 @@ POLICIES = {
     "deep_sink": Named(DeepSink(), "a sink of 10 frames that moves along (Deep Forcing, without its compression)"),
     "ema_sink": Named(EmaSink(), "what leaves is averaged into the sink (Reward Forcing)"),
     "memory_tokens": Named(MemoryTokens(), "two moving averages of what leaves (MemRoPE)"),
+    "memory_bank": Named(MemoryBank(), "recorded frames that fit the prompt, beside a window (MemFlow)"),
     "context_recompute": Named(ContextRecompute(), "latents stay; their keys are made again for every block (Krea)"),
     "rolling_sink": Named(RollingSink(), "the first frames over and over, the newest block (Rolling Sink)"),
 }

@@ -222,7 +222,7 @@ class Memory:
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
             def read(count: int) -> tuple[jax.Array, jax.Array]:
-                keys, values = (from_bits(_layer(x, layer, count)) for x in rows)
+                keys, values = (from_bits(layer_slots(x, layer, count)) for x in rows)
                 keys = rotate_time(self.codec.decode(keys, k.dtype), key_F[:count])
                 return keys, self.codec.decode(values, v.dtype)
 
@@ -232,17 +232,25 @@ class Memory:
 
         return self_attend
 
-    def commit(self, state: State, k_LBFTNK: jax.Array, v_LBFTNK: jax.Array, start: jax.Array) -> State:
+    def commit(
+        self,
+        state: State,
+        k_LBFTNK: jax.Array,
+        v_LBFTNK: jax.Array,
+        start: jax.Array,
+        text_LBNK: jax.Array | None = None,
+    ) -> State:
         """The state after a finished block; committing a block again changes nothing.
 
         Args:
           k_LBFTNK: rotated at the block's own positions.
+          text_LBNK: the mean of the prompt's cross-attention keys, for policies that ask what fits it.
         """
         frames, slots = k_LBFTNK.shape[2], state.frame_F.shape[0]
         own_F = self.own_positions(state, start, frames)
         raw = jax.vmap(rotate_time, (0, None))(k_LBFTNK, -own_F)
         k, v = self.codec.encode_keys(raw), self.codec.encode_values(v_LBFTNK)
-        new = Incoming(k, v, start, frames, state, start >= state.stop)
+        new = Incoming(k, v, start, frames, state, start >= state.stop, text_LBNK)
         state = self.before_commit(state, new)
         order = arrangement(state.count, slots, self.protected, frames)
         order = jnp.where(new.is_new, order, jnp.arange(slots))
@@ -294,6 +302,7 @@ class Incoming:
     """Frames that are about to be committed.
 
     k, v: as stored.  start: their first frame.  state: before them.  is_new: whether they are not in it yet.
+    text_LBNK: see `Memory.commit`.
     """
 
     k: Any
@@ -302,6 +311,7 @@ class Incoming:
     frames: int
     state: State
     is_new: jax.Array
+    text_LBNK: Any = None
 
     def leaving(self, protected: int) -> tuple[Any, Any, jax.Array, jax.Array]:
         """The frames that leave, oldest first: keys, values (as stored), their frames, and whether each does leave."""
@@ -342,7 +352,7 @@ def counts(slots: int, layout: Blocks) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _layer(stored: Any, layer: jax.Array | int, count: int) -> Any:
+def layer_slots(stored: Any, layer: jax.Array | int, count: int) -> Any:
     """One layer's first `count` slots, [B, count, ...]."""
 
     def cut(x: jax.Array) -> jax.Array:

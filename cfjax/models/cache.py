@@ -174,10 +174,16 @@ def slot_of(frame: jax.Array, slots: int, blocks: Blocks) -> jax.Array:
     return jnp.where(frame < blocks.sink, frame, blocks.sink + (frame - blocks.sink) % ring)
 
 
-def write(cache: KVCache, kv: Any, start: jax.Array, num_frames: int, blocks: Blocks) -> KVCache:
-    """The cache after committing the block [start, start + num_frames) with keys and values `kv`."""
+def write(
+    cache: KVCache, kv: Any, start: jax.Array, num_frames: int, blocks: Blocks, *, text_kv: Any = None
+) -> KVCache:
+    """The cache after committing the block [start, start + num_frames) with keys and values `kv`.
+
+    `text_kv`: the prompt's keys and values, of which some memory policies take the mean.
+    """
     if blocks.memory is not None:
-        return blocks.memory.commit(cache, kv.k_LBFTNK, kv.v_LBFTNK, start)
+        text_LBNK = None if text_kv is None else jnp.mean(text_kv.k_LBSNK, axis=2)
+        return blocks.memory.commit(cache, kv.k_LBFTNK, kv.v_LBFTNK, start, text_LBNK)
     slots = cache.frame_F.shape[0]
     k, v, frame_F = cache.k_LBFTNK, cache.v_LBFTNK, cache.frame_F
 

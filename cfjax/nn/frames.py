@@ -149,7 +149,7 @@ def attend_slots(
     if bias_F is not None:
         bias_F = jnp.where(jnp.arange(len(bias_F)) < count, bias_F, -jnp.inf)
         keys, values = (jnp.concatenate(x, axis=1) for x in zip(read(counts[-1]), (k_BFTNK, v_BFTNK), strict=True))
-        return _attend_biased(q_BFTNK, keys, values, jnp.pad(bias_F, (0, own)), backend)
+        return attend_biased(q_BFTNK, keys, values, jnp.pad(bias_F, (0, own)), backend=backend)
 
     def read_both(length: int) -> tuple[jax.Array, jax.Array]:
         known = read(length - own)
@@ -162,10 +162,10 @@ def attend_slots(
     return attend_prefix(q_BFTNK, read_both, count + own, lengths, exact=exact, backend=backend)
 
 
-def _attend_biased(
-    q_BFTNK: jax.Array, k_BFTNK: jax.Array, v_BFTNK: jax.Array, bias_F: jax.Array, backend: str
+def attend_biased(
+    q_BFTNK: jax.Array, k_BFTNK: jax.Array, v_BFTNK: jax.Array, bias_F: jax.Array, *, backend: str = "auto"
 ) -> jax.Array:
-    """All queries attend to all keys, with a number per frame added to the logits."""
+    """All queries attend to all keys, with a number per frame added to the logits (-inf: not seen)."""
     frames, tokens, heads = q_BFTNK.shape[1:4]
     if context_sharding(heads, tokens)[0] != "tokens":
         bias_T = jnp.repeat(bias_F, tokens)

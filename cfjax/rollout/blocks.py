@@ -63,7 +63,7 @@ def commit_block(
         )
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
     kv = forward_kv(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
-    return write(cache, kv, start, clean_BFHWC.shape[1], blocks)
+    return write(cache, kv, start, clean_BFHWC.shape[1], blocks, text_kv=text_kv)
 
 
 @jax.named_scope("commit_and_denoise")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import UserError
+from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
 from cfjax.memory.names import POLICIES, memory_name, parse_memory
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
@@ -103,6 +104,16 @@ def test_rolling_sink(commit, replayed):
     at = found.positions.index(commit - 3)
     assert found.frames[at : at + 3] == replayed
     assert found.positions == run((commit + 3 - 18, commit + 2)) and found.frames[-3:] == run((commit, commit + 2))
+
+
+@pytest.mark.parametrize(
+    ("block", "bank"),
+    [(0, ()), (1, (0,)), (3, (0,)), (4, (0, 9)), (6, (0, 9)), (7, (0, 9, 18)), (9, (0, 9, 18)), (10, (-3, -3, 27))],
+)
+def test_memory_bank(block, bank):
+    """Behind the window's frames; from block 10 on the prompt decides which two stay beside the newest."""
+    found, window = seen(MemoryBank(), block), seen(Memory(12, 3), block)
+    assert found.frames == (*window.frames, *bank) and found.own == window.own
 
 
 # ---- the traced policies do what their plans say
@@ -308,6 +319,48 @@ def test_memory_tokens_are_the_closed_form():
     np.testing.assert_allclose(state.v[0, 0, 1:3, 0, 0, 0], [slow, fast], rtol=1e-5)
 
 
+def test_a_bank_keeps_what_fits_the_prompt(inputs):
+    """Recorded every second block; when it is full, the frame with the lowest score in NumPy leaves, layer by layer."""
+    memory, rng = MemoryBank(5, 1, bank=2, interval=2), np.random.default_rng(0)
+    config = replace(CONFIG, num_layers=2)
+    state = memory.init(config, 1, TOKENS, LAYOUT)
+    commit = jax.jit(memory.commit)
+    keys = rng.normal(size=(2, 1, 12, TOKENS, CONFIG.num_heads, CONFIG.head_dim)).astype(np.float32)
+    text = rng.normal(size=(2, 1, CONFIG.num_heads, CONFIG.head_dim)).astype(np.float32)
+    banks = [[], []]
+    for start in range(0, 12, 2):
+        own = keys[:, :, start : start + 2]
+        state = commit(state, own, own + 1, jnp.int32(start), text)
+        for layer, bank in enumerate(banks):
+            if start % 4 == 0:
+                if len(bank) == 2:
+                    score = [np.mean(np.sum(text[layer, 0] * keys[layer, 0, f].mean(0), -1)) for f in bank]
+                    del bank[int(np.argmin(score))]
+                bank.append(start)
+            assert state.extra.frame_LBF[layer, 0, : len(bank)].tolist() == bank
+    np.testing.assert_allclose(state.extra.k_LBFTNK[1, 0, 1], keys[1, 0, 8], atol=1e-5)
+    again = commit(memory.forget(state), keys[:, :, 8:10], keys[:, :, 8:10], jnp.int32(8), text)
+    np.testing.assert_array_equal(again.extra.frame_LBF, state.extra.frame_LBF)
+    # What is attended: the slots, the bank, the own frames.
+    q, k, v = (np.asarray(x) for x in (keys[0][:, 4:6], keys[0][:, 6:8], keys[0][:, 8:10]))
+    found = jax.jit(lambda *qkv: memory.attention(config, state, jnp.int32(12), 2, LAYOUT)(*qkv, 0))(q, k, v)
+    past = jax.vmap(rotate_time, (0, None))(state.k, state.position_F)[0]
+    all_k = np.concatenate([past, state.extra.k_LBFTNK[0], k], axis=1)
+    all_v = np.concatenate([state.v[0], state.extra.v_LBFTNK[0], v], axis=1)
+    logits = np.einsum("bftnk,bgsnk->bnftgs", q, all_k) * CONFIG.head_dim**-0.5
+    weights = np.exp(logits - logits.max((-2, -1), keepdims=True))
+    weights /= weights.sum((-2, -1), keepdims=True)
+    np.testing.assert_allclose(found, np.einsum("bnftgs,bgsnk->bftnk", weights, all_v), atol=5e-6)
+
+
+def test_a_bank_asks_the_prompt_of_the_stream(inputs):
+    """In a network: the mean of the text's keys reaches it, and another prompt keeps other frames."""
+    memory = MemoryBank(5, 1, bank=2, interval=1)
+    state, _ = streamed(memory, *inputs)
+    assert state.extra.frame_LBF[:, :, -1].tolist() == [[10, 10], [10, 10]]
+    assert len({tuple(x) for x in state.extra.frame_LBF.reshape(-1, 2).tolist()}) > 1
+
+
 def test_a_cut_moves_the_next_block_away():
     """Infinity-RoPE's: own frames at 45 to 47, once; the context stays. LongLive 2.0's: a lasting gap."""
     memory = SlotRelative(6, 1)
@@ -334,6 +387,8 @@ def test_bytes_do_not_grow_with_the_video():
 def test_a_policy_is_named_by_a_text(name):
     assert parse_memory(name) == POLICIES[name].policy
     assert memory_name(parse_memory(name)) == name
+    if name == "memory_bank":
+        return
     other = parse_memory(f"{name}(window=30, codec=int8)")
     assert other == replace(POLICIES[name].policy, window=30, codec=Codec("int8"))
     assert parse_memory(memory_name(other)) == other
