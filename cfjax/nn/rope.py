@@ -62,8 +62,8 @@ def rotate_time(x_BFTNK: jax.Array, position_F: jax.Array) -> jax.Array:
       position_F: integer positions, perhaps negative; may be traced.
     """
     pairs = axis_pairs(x_BFTNK.shape[-1])[0]
-    angle = _angles(position_F, pairs)[None, :, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    angle = _angles(jnp.abs(position_F), pairs)[None, :, None, None]  # so that there and back is the same rotation
+    cos, sin = jnp.cos(angle), jnp.sin(angle) * jnp.sign(position_F).reshape(1, -1, 1, 1, 1)
     real, imag = jnp.split(x_BFTNK, 2, axis=-1)
     wide_real, wide_imag = (part[..., :pairs].astype(jnp.float32) for part in (real, imag))
     turned = (wide_real * cos - wide_imag * sin, wide_real * sin + wide_imag * cos)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfjax.nn.rope import axis_pairs, rope_table, rotate, sinusoid
+from cfjax.nn.rope import axis_pairs, rope_table, rotate, rotate_time, sinusoid
 
 
 def exact_angles(frames, height, width, head_dim):
@@ -76,3 +76,20 @@ def test_sinusoid_over_the_clock():
     worst = np.abs(got - np.concatenate([np.cos(angle), np.sin(angle)], axis=1)).max()
     print(f"sinusoid: largest error {worst:.1e}")
     assert worst < 2e-5
+
+
+@pytest.mark.parametrize("position", [0, 5, 12_345])
+def test_rotations_in_time_add_up(position):
+    """Keys at time 0, turned, are keys at that position; turned back they are at time 0 again; space stays."""
+    height, width, head_dim = 2, 3, 24
+    x = jax.random.normal(jax.random.key(0), (1, 2, height * width, 2, head_dim))
+    frames = jnp.array([position, position + 7])
+    by_frame = lambda frame_F: tuple(
+        t.reshape(2, -1, head_dim // 2) for t in rope_table(frame_F, height, width, head_dim)
+    )
+    wanted, raw = rotate(x, by_frame(frames)), rotate(x, by_frame(jnp.zeros(2, jnp.int32)))
+    error = jnp.abs(rotate_time(raw, frames) - wanted).max()
+    back = jnp.abs(rotate_time(wanted, -frames) - raw).max()
+    print(f"position {position}: {error:.1e}, back {back:.1e}")
+    assert error < 3e-6 and back < 3e-6
+    assert rotate_time(raw.astype(jnp.bfloat16), frames).dtype == jnp.bfloat16

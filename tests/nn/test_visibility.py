@@ -121,3 +121,15 @@ def test_bad_layouts_are_refused():
         Blocks(3, sink=1)
     with pytest.raises(UserError, match=r"blocks\.frames"):
         Blocks(0)
+
+
+@pytest.mark.parametrize("backend", ["xla", "per_head", "chunked", "splash_interpreted"])
+def test_a_bias_is_added_to_the_logits(backend, monkeypatch):
+    """Per key, on every backend (splash has chunked compute it); -inf hides a key."""
+    monkeypatch.setattr("cfjax.nn.attention.SMALL", 0)
+    q, k, v = (np.asarray(jax.random.normal(jax.random.key(i), (1, 6, 2, 8))) for i in range(3))
+    bias = np.array([0.0, -1.0, -np.inf, 0.5, 0.0, -np.inf], np.float32)
+    logits = np.einsum("bqnk,bsnk->bnqs", q, k) * 8**-0.5 + bias.reshape(1, 1, 1, -1)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    found = jax.jit(lambda *qkv: dense(*qkv, key_bias_T=jnp.asarray(bias), backend=backend))(q, k, v)
+    np.testing.assert_allclose(found, np.einsum("bnqs,bsnk->bqnk", weights, v), atol=2e-6)
