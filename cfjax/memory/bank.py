@@ -1,8 +1,8 @@
 """A memory bank: besides sink and recent frames, the recorded frames that fit the prompt best.
 
 Source: MemFlow, arXiv 2512.14699, `compress_kv_bank` in `wan/modules/causal_model.py`. Every `interval` blocks the
-first frame of the block is recorded. While the bank has room it is added; then the worst of those in the bank makes room
-for it, layer by layer:
+first frame of the block is recorded. While the bank has room it is added; then the worst of those in the bank
+makes room for it, layer by layer:
 
     score of a frame = < mean of the text's keys, mean of the frame's keys > / sqrt(K), mean over heads
 
