@@ -139,7 +139,7 @@ def _widened(name: str, stored: LazyArray, scale: LazyArray | None) -> LazyArray
 
 
 def _as_float32(stored: np.ndarray) -> np.ndarray:
-    """A new float32 array; of float8 by a table of all 256 numbers: 1.0 ns a number, a cast takes 2.6."""
+    """A new float32 array; of float8 by a table of all 256 numbers, faster than a cast."""
     if stored.dtype not in FLOAT8:
         return stored.astype(np.float32)
     every = np.arange(256, dtype=np.uint8).view(stored.dtype).astype(np.float32)
