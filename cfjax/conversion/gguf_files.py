@@ -20,7 +20,7 @@ import numpy as np
 from cfjax.conversion.quantised import Quantised
 from cfjax.conversion.weight_file import Arrays, WeightFile
 from cfjax.core.errors import UserError
-from cfjax.core.lazy import LazyArray
+from cfjax.core.lazy import PIECE, LazyArray
 from cfjax.core.limits import AXIS, RANK
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -32,7 +32,6 @@ TEXT, LIST = 8, 9
 KEPT = 64  # entries of a list that are kept: shapes are, vocabularies are not
 # Tensors that are plain numbers, by their kind's number: name, dtype.
 PLAIN = {0: ("F32", np.dtype("<f4")), 1: ("F16", np.dtype("<f2")), 30: ("BF16", np.dtype(ml_dtypes.bfloat16))}
-PIECE = 2**22  # numbers dequantised at a time
 # llama.cpp's name of a part of T5 -> transformers'; in this order, each wherever it stands.
 T5_NAMES = {
     "enc.output_norm.": "encoder.final_layer_norm.",

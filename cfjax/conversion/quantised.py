@@ -33,6 +33,7 @@ NO_WEIGHTS = re.compile(rf".*(_scale|_scale_inv|\.scale_weight)|(.*\.)?({FORMAT}
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}  # keys of `comfy_quant`
 FORMAT_BYTES = 4096
+LOOKED_UP = 2**16  # numbers at a time: NumPy widens their indices to eight bytes
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,15 @@ def _widened(name: str, stored: LazyArray, scale: LazyArray | None) -> LazyArray
 
 
 def _as_float32(stored: np.ndarray) -> np.ndarray:
-    """A new float32 array; of eight bits by a table of all 256 numbers, several times as fast as a cast."""
+    """A new float32 array; of float8 by a table of all 256 numbers, faster than a cast."""
     if stored.dtype not in FLOAT8:
         return stored.astype(np.float32)
     every = np.arange(256, dtype=np.uint8).view(stored.dtype).astype(np.float32)
-    return every[np.ascontiguousarray(stored).view(np.uint8)]
+    flat, out = np.ascontiguousarray(stored).view(np.uint8).reshape(-1), np.empty(stored.size, np.float32)
+    for start in range(0, flat.size, LOOKED_UP):
+        piece = slice(start, start + LOOKED_UP)
+        np.take(every, flat[piece], out=out[piece], mode="clip")  # which checks no index
+    return out.reshape(stored.shape)
 
 
 def _expander(name: str, shape: tuple[int, ...], scale: LazyArray) -> Callable[[np.ndarray], None]:

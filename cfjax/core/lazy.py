@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 2**22  # numbers checked at a time
+PIECE = 2**22  # numbers checked or widened at a time
 
 
 @dataclass(frozen=True)
