@@ -37,7 +37,7 @@ FLAGS = (
     Flag("width", "pixels, where the data is Wan's", kind=int, default=832),
     Flag("text", "rows of a prompt, where the data is Wan's", kind=int, default=512),
     Flag("hlo", "write the compiled programs' HLO text, WORKDIR/ROLE.hlo.gz", kind=bool, default=False),
-    Flag("only", "comma-separated roles whose updates are compiled (empty: all)", default=""),
+    Flag("only", "comma-separated roles that are compiled; of a stream decoders, or network (empty: all)", default=""),
 )
 WAN_STRIDE, WAN_CHANNELS, WAN_TEXT = (4, 8, 8), 16, 4096
 TOY_PATCH, TOY_TEXT = 8, 64
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     topology = parse_topology(flags["topology"])
     simulate_devices(topology)
     if streams:
-        return plan_streaming(c, argv, topology, flags["text"], workdir / "plan.json")
+        return plan_streaming(c, argv, topology, flags, workdir / "plan.json")
     e = build(c, given_keys(argv))
     shapes, only = shapes_of(e, flags), [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
@@ -83,19 +83,21 @@ def main(argv: Sequence[str]) -> int:
     return 1 if plans[0].fits is False else 0
 
 
-def plan_streaming(c: Any, argv: Sequence[str], topology: Topology, text_rows: int, file: Path) -> int:
-    """Plans a stream, prints and records it; 0 if it fits with one of the decoders, or on simulated devices."""
-    found = plan_stream(c, topology, open_topology(topology)[0], text_rows=text_rows, told=say)
+def plan_streaming(c: Any, argv: Sequence[str], topology: Topology, flags: Mapping[str, Any], file: Path) -> int:
+    """Plans a stream, prints and records it; 0 if it fits (with one of the decoders), or on simulated devices."""
+    only = [name for name in flags["only"].split(",") if name]
+    device = open_topology(topology)[0]
+    found = plan_stream(c, topology, device, text_rows=flags["text"], only=only, told=say)
     say("\n".join(stream_table(found)))
     bounds = [
         {
-            "decoder": decoder.name,
-            "memory": found.memory(decoder),
-            "fits": found.fits(decoder),
-            "frames_per_second": found.frames_per_second(decoder),
-            "smallest": found.smallest(decoder),
+            "decoder": chosen[0].name if chosen else "none",
+            "memory": found.memory(*chosen),
+            "fits": found.fits(*chosen),
+            "frames_per_second": found.frames_per_second(*chosen),
+            "smallest": found.smallest(*chosen),
         }
-        for decoder in found.decoders
+        for chosen in found.choices
     ]
     made = {"command": ["cfjax", "plan", *argv], "jax": jax.__version__, "stream": asdict(found), "bounds": bounds}
     write_atomically(file, json.dumps(made, indent=1))

@@ -7,6 +7,7 @@ tests start without these flags.
 
 from jaxlib.version import __version_info__
 
-QUICK = "--xla_backend_optimization_level=0"
-if __version_info__ < (0, 11):
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
+OLDER = __version_info__ < (0, 11)
+QUICK = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * OLDER
+# Of `jax.jit`, where a test is about bits that its users get: which operations are fused decides how they round.
+USUAL = {"xla_backend_optimization_level": 3, **({"xla_cpu_use_fusion_emitters": True} if OLDER else {})}

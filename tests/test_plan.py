@@ -257,6 +257,8 @@ def test_a_stream_is_planned_from_shapes(tmp_path, capsys):
     network = {program["name"]: program for program in stream["network"]["programs"]}
     assert network["embed_text"]["calls"] == 1 and sum(p["calls"] * p["flops"] for p in network.values()) > 0
     assert bound["memory"] > stream["network"]["resident"] > 4 * 1_248_192 and bound["fits"] is None
+    assert main([*argv, "--only=vae"]) == 2
+    assert "--only=vae: use network, PatchCodec" in capsys.readouterr().err
 
 
 def part(name: str, flops: float, resident: float, working: float = 0.0) -> Part:
@@ -270,9 +272,11 @@ def test_the_bound_and_the_smallest_slice_of_a_stream():
     plan = StreamPlan(parse_topology("v5e:1x1"), "run", (80, 480, 832), 1, "splash", network, [decoder])
     assert plan.memory(decoder) == 8 * GIB and plan.fits(decoder)
     assert plan.frames_per_second(decoder) == pytest.approx(8.0) and plan.frames_per_second() == pytest.approx(80 / 9)
-    assert plan.smallest(decoder) == "v5e:2x2" and plan.smallest(decoder, 8.0 * 0.99) == "v5e:1x1"
+    assert plan.smallest(decoder) == "v5e:2x2" and plan.smallest(decoder, target=8.0 * 0.99) == "v5e:1x1"
+    assert StreamPlan(plan.topology, "run", plan.pixels, 1, "splash", network).choices == [()]
+    assert plan.memory() == 5 * GIB and plan.fits() and plan.smallest(target=8.5) == "v5e:1x1"
     large = part("vae", 19.7e13, 40.0)
-    assert plan.fits(large) is False and plan.smallest(large, 1.0) == "v5e:2x2"
+    assert plan.fits(large) is False and plan.smallest(large, target=1.0) == "v5e:2x2"
     assert plan.smallest(part("vae", 1e20, 0.0)) == ""
 
 

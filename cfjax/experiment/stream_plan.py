@@ -4,7 +4,7 @@ The programs are those that `rollout.stream` calls: a call is noted, and answere
 for. Of several, the bound is the work divided evenly, without collectives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -77,13 +77,19 @@ class StreamPlan:
     network: Part
     decoders: list[Part] = field(default_factory=list)
 
-    def memory(self, decoder: Part) -> int:
-        """Bytes in use at the most, with this decoder."""
-        return self.network.resident + decoder.resident + max(self.network.working, decoder.working)
+    @property
+    def choices(self) -> list[tuple[Part, ...]]:
+        """Each of the decoders by itself; without any, the network alone."""
+        return [(decoder,) for decoder in self.decoders] or [()]
 
-    def fits(self, decoder: Part) -> bool | None:
+    def memory(self, *decoders: Part) -> int:
+        """Bytes in use at the most, with these decoders."""
+        parts = (self.network, *decoders)
+        return sum(part.resident for part in parts) + max(part.working for part in parts)
+
+    def fits(self, *decoders: Part) -> bool | None:
         """Whether that is less than a device has; None on simulated ones."""
-        return self.memory(decoder) <= self.topology.memory if self.topology.memory else None
+        return self.memory(*decoders) <= self.topology.memory if self.topology.memory else None
 
     def frames_per_second(self, *decoders: Part) -> float:
         """The bound of one device, all frames of the batch; 0 where the chip's peak is unknown."""
@@ -92,13 +98,13 @@ class StreamPlan:
         seconds = sum(part.need.seconds(self.topology.flops, bandwidth) for part in (self.network, *decoders))
         return self.batch * self.pixels[0] / seconds if seconds else 0.0
 
-    def smallest(self, decoder: Part, target: float = REAL_TIME) -> str:
+    def smallest(self, *decoders: Part, target: float = REAL_TIME) -> str:
         """The smallest slice of this chip whose bound reaches `target` frames/s and that holds it; "" for none."""
-        rate = self.frames_per_second(decoder) / self.batch
+        rate, memory = self.frames_per_second(*decoders) / self.batch, self.memory(*decoders)
         one = "x".join(["1"] * self.topology.chip.dimensions)
         for shape in dict.fromkeys((one, *shapes_of(self.topology.chip))):
             other = parse_topology(f"{self.topology.chip.name}:{shape}")
-            if rate * other.devices >= target and self.memory(decoder) <= other.memory * other.devices:
+            if rate * other.devices >= target and memory <= other.memory * other.devices:
                 return other.name
         return ""
 
@@ -133,14 +139,22 @@ def plan_stream(
     device: Any,
     *,
     text_rows: int,
+    only: Sequence[str] = (),
     told: Callable[[str], None] = lambda line: None,
 ) -> StreamPlan:
     """Compiles everything that a stream of `c` runs, with each of the world's decoders, for one device.
 
     Args:
+      only: the decoders that are compiled, or "network" for none of them; empty: all.
       told: gets a line about each program before it is compiled, which may take minutes.
+
+    Raises:
+      UserError: see `stream_shapes`; or no such decoder.
     """
     run, sizes, parts = stream_shapes(c, text_rows)
+    codecs = decoders_of(run, parts)
+    if unknown := sorted(set(only) - {"network", *codecs}):
+        raise UserError(f"--only={unknown[0]}: use network, {', '.join(codecs)}")
     config, platform = run.model.config, topology.chip.platform
     backend = pick_backend("auto", jnp.dtype(config.precision.compute), platform) if platform == "tpu" else "chunked"
     model = with_backend(run.model, backend)
@@ -157,7 +171,9 @@ def plan_stream(
     )
     decoders = []
     with traced_for(platform):
-        for name, codec in decoders_of(run, parts).items():
+        for name, codec in codecs.items():
+            if only and name not in only:
+                continue
             log, state = record_decoder(codec, latents, batch)
             programs, own = compiled(name, log, topology, device, told), bytes_of((codec, state))
             moved = sum(program.calls * (program.cost.arguments + bytes_of(state)) for program in programs)
@@ -268,14 +284,15 @@ def stream_table(plan: StreamPlan) -> list[str]:
     need = plan.network.need
     flops, moved = need.flops * per_frame / 1e9, need.bytes * per_frame / 1e9
     lines.append(f"needed of the network, a frame: {flops:.4g} GFLOP, {moved:.4g} GB")
-    if rate := plan.frames_per_second():
+    if plan.decoders and (rate := plan.frames_per_second()):
         lines.append(f"without decoder: {rate:.1f} frames/s at the most")
-    for decoder in plan.decoders:
-        verdict = {True: "fits", False: "does not fit", None: "simulated, no verdict"}[plan.fits(decoder)]
-        memory = f"{plan.memory(decoder) / gib:.2f}" + (f" of {topology.memory / gib:.1f}" if topology.memory else "")
-        line = f"with {decoder.name}: {memory} GiB, {verdict}"
-        if rate := plan.frames_per_second(decoder):
-            smallest = plan.smallest(decoder) or "none of this chip"
+    for chosen in plan.choices:
+        verdict = {True: "fits", False: "does not fit", None: "simulated, no verdict"}[plan.fits(*chosen)]
+        memory = f"{plan.memory(*chosen) / gib:.2f}" + (f" of {topology.memory / gib:.1f}" if topology.memory else "")
+        with_decoder = f"with {chosen[0].name}" if chosen else "without decoder"
+        line = f"{with_decoder}: {memory} GiB, {verdict}"
+        if rate := plan.frames_per_second(*chosen):
+            smallest = plan.smallest(*chosen) or "none of this chip"
             line += f"; {rate:.1f} frames/s at the most; {REAL_TIME:.0f} frames/s from {smallest}"
         lines.append(line)
     return lines

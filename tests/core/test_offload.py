@@ -1,7 +1,7 @@
 """Frozen weights in host memory: the same numbers, from arrays that stay there."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.placement import place_state, placement_of
 from cfjax.training.state import advance, init_state
 from cfjax.training.step import make_update
+from tests.quick import USUAL
 from tests.tiny import CONFIG, FRAMES, SIDE, TEXT_LEN, normal, random_weights
 
 STUDENT = replace(CONFIG, dim=32, num_heads=2)
@@ -44,7 +45,7 @@ def kinds(model: Wan) -> dict[str, str]:
     return {name: leaf.sharding.memory_kind for name, leaf in named_leaves(model).items()}
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=USUAL)
 def flow(model: Wan, latents: jax.Array, text: jax.Array) -> jax.Array:
     return model(latents, jnp.full(latents.shape[:2], 0.7), embed_text(model, text))
 

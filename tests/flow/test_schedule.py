@@ -93,7 +93,8 @@ def test_bsmntw_weights():
 def test_q1_bf16_timesteps_collapse_to_294_levels():
     rounded = jax.jit(schedule.round_timestep_bf16)(T5)
     timestep = (np.float32(1000) * T5).astype(ml_dtypes.bfloat16).astype(np.float32)
-    np.testing.assert_allclose(rounded, timestep / np.float32(1000), rtol=1e-7)
+    # XLA may multiply by the inverse instead: 1.2e-7, a last bit
+    np.testing.assert_allclose(rounded, timestep / np.float32(1000), rtol=2e-7)
     conditioning = jax.jit(lambda sigma: 1000.0 * schedule.round_timestep_bf16(sigma))(T5)
     assert np.count_nonzero(np.asarray(conditioning) != timestep) <= 3  # the reference's timestep itself
     levels = np.asarray(schedule.lookup(T5, rounded))
