@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
-from cfjax.memory.slots import EMPTY, Attend, Incoming, Memory, Network, Seen, State, labels, layer_slots
+from cfjax.memory.slots import EMPTY, Attend, Incoming, Memory, Network, Seen, State, empty_frames, labels, layer_slots
 from cfjax.nn.frames import attend_biased, constrain_kv
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
@@ -61,9 +61,8 @@ class MemoryBank(Memory):
     def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Bank:
         if layout.independent_first_frame:
             raise UserError("memory: memory_bank needs blocks of one size; it takes no independent first frame")
-        shape = (network.num_layers, batch, self.bank, tokens, network.num_heads, network.head_dim)
-        k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
-        return Bank(k, v, jnp.full(shape[:3], EMPTY, jnp.int32), jnp.int32(0), jnp.int32(EMPTY))
+        k, v = empty_frames(network, batch, self.bank, tokens)
+        return Bank(k, v, jnp.full(k.shape[:3], EMPTY, jnp.int32), jnp.int32(0), jnp.int32(EMPTY))
 
     def attention(self, network: Network, state: State, start: jax.Array, frames: int, layout: Blocks) -> Attend:
         """As `Memory.attention`, over the slots and the bank."""

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.memory.slots import MERGED, Incoming, Labels, Memory, Network, State, arrangement
-from cfjax.nn.frames import constrain_kv
+from cfjax.memory.slots import MERGED, Incoming, Labels, Memory, Network, State, arrangement, empty_frames
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 
@@ -182,17 +181,10 @@ class RollingSink(Memory):
             raise UserError(f"memory: a rolling sink has no fixed one: leave sink={self.sink} out")
 
     def slots(self, layout: Blocks) -> int:
-        slots = super().slots(layout)
-        if slots % layout.frames or layout.independent_first_frame:
-            raise UserError(
-                f"memory: a rolling sink needs a window of whole blocks of {layout.frames} frames, and no first "
-                f"frame of its own; window={self.window}"
-            )
-        return slots
+        return _whole_blocks("a rolling sink", super().slots(layout), self.window, layout)
 
     def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Early:
-        shape = (network.num_layers, batch, self.slots(layout), tokens, network.num_heads, network.head_dim)
-        k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
+        k, v = empty_frames(network, batch, self.slots(layout), tokens)
         return Early(self.codec.encode_keys(k), self.codec.encode_values(v))
 
     @staticmethod
@@ -251,13 +243,7 @@ class ContextRecompute(SlotRelative):
             raise UserError(f"memory: weight={self.weight}: use a number above 0, at most 1 (as it is)")
 
     def slots(self, layout: Blocks) -> int:
-        slots = super().slots(layout)
-        if slots % layout.frames or layout.independent_first_frame:
-            raise UserError(
-                f"memory: context_recompute needs a window of whole blocks of {layout.frames} frames, and no first "
-                f"frame of its own; window={self.window}"
-            )
-        return slots
+        return _whole_blocks("context_recompute", super().slots(layout), self.window, layout)
 
     def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> jax.Array:
         """The slots' latents, [B, slots, H W C], float32."""
@@ -286,6 +272,16 @@ class ContextRecompute(SlotRelative):
         raw = jax.vmap(rotate_time, (0, None))(k, -jnp.arange(slots))
         state = self.relabelled(state, order, start, frames, is_new)
         return replace(state, k=self.codec.encode_keys(raw), v=self.codec.encode_values(v), extra=latents)
+
+
+def _whole_blocks(name: str, slots: int, window: int, layout: Blocks) -> int:
+    """The slots, if they hold whole blocks, all of one size; else a UserError."""
+    if slots % layout.frames or layout.independent_first_frame:
+        raise UserError(
+            f"memory: {name} needs a window of whole blocks of {layout.frames} frames, and no first frame of its own; "
+            f"window={window}"
+        )
+    return slots
 
 
 def _with_first(state: State, memory: Memory, k: jax.Array, v: jax.Array, changes: jax.Array) -> State:

@@ -195,8 +195,7 @@ class Memory:
           batch: rows, twice the videos for a guided sampler.  tokens: of a frame.
         """
         slots = self.slots(layout)
-        shape = (network.num_layers, batch, slots, tokens, network.num_heads, network.head_dim)
-        k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
+        k, v = empty_frames(network, batch, slots, tokens)
         empty = jnp.full((slots,), EMPTY, jnp.int32)
         return State(
             self.codec.encode_keys(k),
@@ -350,6 +349,13 @@ def counts(slots: int, layout: Blocks) -> tuple[int, ...]:
     first = (0, 1) if layout.independent_first_frame else (0,)
     found = {*first, *range(first[-1], slots, layout.frames), slots}
     return tuple(sorted(found))
+
+
+def empty_frames(network: Network, batch: int, frames: int, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of zeros, [L, B, frames, T, N, K]; two buffers, as one cannot be donated twice."""
+    shape = (network.num_layers, batch, frames, tokens, network.num_heads, network.head_dim)
+    k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
+    return k, v
 
 
 def layer_slots(stored: Any, layer: jax.Array | int, count: int) -> Any:

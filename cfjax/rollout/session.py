@@ -217,9 +217,12 @@ class Session:
         """Another policy, from the next block on: what the session still has the latents of is committed to it.
 
         Raises:
-          UserError: there is no such policy, or it does not fit. The stream goes on as before.
+          UserError: there is no such policy, it does not fit, or it needs the frames from the first one on. The stream
+            goes on as before.
         """
         chosen = self._memory(memory)
+        if not chosen.recaches and self.state.frame:
+            raise UserError(f"{memory_name(chosen)} needs a stream's first frames: begin a session with it")
         state = self._committed(self.state)
         self._state = self._recommitted(replace(state, memory=chosen, cache=self._empty(chosen)))
 
@@ -234,6 +237,7 @@ class Session:
           UserError: it belongs to another model, codec, sampler or layout.
         """
         self._check(snapshot)
+        self._held.clear()  # of the course that is left
         self._state = snapshot.state
 
     def fork(self, seed: int | None = None) -> "Session":

@@ -306,6 +306,7 @@ def test_a_stream_is_correct_at_positions_beyond_ten_thousand():
         (lambda s: s.set_prompt([("a", 0.0)]), "not all 0"),
         (lambda s: s.set_memory("infinite"), "did you mean infinity_rope"),
         (lambda s: s.set_memory("window(window=3, sink=2)"), "at least 4"),
+        (lambda s: s.set_memory("rolling_sink(window=8)"), "rolling_sink.window=8. needs a stream's first frames"),
         (lambda s: s.seek(99), "block 99 is not held"),
         (lambda s: s.fork(seed=-1), "seed=-1: use 0 to"),
         (lambda s: s.restore(session(Blocks(1)).snapshot()), "another blocks"),
