@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.lock import holding
-from cfjax.core.paths import check_writable, in_bucket, one_line, replacing, reporting_storage_errors, unusable
+from cfjax.core.paths import check_writable, in_bucket, one_line, reporting_storage_errors, unusable, write_atomically
 from cfjax.core.precision import to_record
 from cfjax.core.programs import Programs
-from cfjax.core.tensor_files import save_tensors
+from cfjax.core.tensor_files import tensor_bytes
 from cfjax.data.captions import Columns
 from cfjax.data.requests import Request, read_requests
 from cfjax.evaluation.pages import SheetPages, sheet_pages
@@ -262,9 +262,9 @@ def write_video(c: ConfigDict, job: Job, videos: VideoSet, number: int, clips: C
         if c.save_latents:
             run = job.run
             about = {"prompt": video.prompt, "seed": str(video.seed), "run": run.name, "step": str(run.step)}
-            with replacing(videos.folder / latents_name(video.file)) as partial_file:
-                save_tensors(partial_file, {"latents_FHWC": clips.latents_BFHWC[row]}, about)
-                latents = partial_file.stat().st_size
+            content = tensor_bytes({"latents_FHWC": clips.latents_BFHWC[row]}, about)
+            write_atomically(videos.folder / latents_name(video.file), content)
+            latents = len(content)
         size = write_mp4(file, clips.video_BPHWC[row], fps=c.fps, scale=c.scale)
         videos.finish(number, size, latents)
     except (OSError, av.error.FFmpegError) as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 
 def save_tensors(path: str | Path, named: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
@@ -16,9 +16,18 @@ def save_tensors(path: str | Path, named: Mapping[str, Any], metadata: Mapping[s
     jax.Array has such strides where the array's layout on the device is not row-major.
 
     Args:
-      path: on this machine; not replaced atomically.
+      path: in a folder of this machine that is removed whole if the process dies: the library writes a file of its own
+        naming there, `.tmpXXXXXX`, and renames it. Elsewhere, see `tensor_bytes`.
       metadata: text for the file's header.
     """
+    save_file(_row_major(named), path, metadata=dict(metadata) if metadata else None)
+
+
+def tensor_bytes(named: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What `save_tensors` would write, for a small file that `write_atomically` puts among others."""
+    return save(_row_major(named), metadata=dict(metadata) if metadata else None)
+
+
+def _row_major(named: Mapping[str, Any]) -> dict[str, np.ndarray]:
     # not ascontiguousarray, which makes a vector of a number
-    rows = {name: np.asarray(array, order="C") for name, array in named.items()}
-    save_file(rows, path, metadata=dict(metadata) if metadata else None)
+    return {name: np.asarray(array, order="C") for name, array in named.items()}

@@ -19,9 +19,9 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 
 from cfjax.core.errors import UserError
-from cfjax.core.paths import replacing
+from cfjax.core.paths import write_atomically
 from cfjax.core.schema import parse_json
-from cfjax.core.tensor_files import save_tensors
+from cfjax.core.tensor_files import tensor_bytes
 
 
 class Codec(Protocol):
@@ -127,8 +127,7 @@ class PatchCodec:
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically; its header carries `describe()` as JSON."""
         tensors = {name: np.asarray(getattr(self, name), np.float32) for name in ("mean", "basis", "scale")}
-        with replacing(path) as partial:
-            save_tensors(partial, tensors, {"codec": json.dumps(self.describe())})
+        write_atomically(path, tensor_bytes(tensors, {"codec": json.dumps(self.describe())}))
 
     @classmethod
     def load(cls, path: str | Path) -> "PatchCodec":

@@ -11,7 +11,7 @@ from jax.experimental.layout import Format, Layout
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from cfjax.core.tensor_files import save_tensors
+from cfjax.core.tensor_files import save_tensors, tensor_bytes
 from cfjax.models.codec import PatchCodec
 
 ROWS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -46,6 +46,7 @@ def test_what_is_written_comes_back(name, tmp_path):
     np.testing.assert_array_equal(read["x"], expected)
     for other in ("before", "after"):
         np.testing.assert_array_equal(read[other], ROWS)
+    assert tensor_bytes({"before": ROWS, "x": given, "after": ROWS}) == (tmp_path / "x.safetensors").read_bytes()
 
 
 def test_the_layout_on_the_device_does_not_matter(tmp_path):
