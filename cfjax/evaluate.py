@@ -1,16 +1,25 @@
 """`cfjax evaluate`: how well a run's videos follow captions it never saw, measured from pixels."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import cast, get_args
+
+from ml_collections import ConfigDict
 
 from cfjax.core.cli import parse
 from cfjax.core.console import say
+from cfjax.core.errors import UserError
 from cfjax.evaluation.tables import gather, write_table
 from cfjax.experiment.measure import evaluate_run, save_evaluation
-from cfjax.experiment.runs import open_run
+from cfjax.experiment.measure_streams import LONG, SWITCH, measure_long, measure_switch, save_streams
+from cfjax.experiment.runs import Run, open_run
+from cfjax.rollout.session_state import Mode
 
 DESCRIPTION = """Generates videos for held-out captions with a run's own sampler and measures them from decoded pixels.
 Writes evaluation.json and samples.npz to the workdir. With --config=configs/evaluate.py:table it puts evaluations side
-by side instead: mean and standard deviation over seeds, table.json and table.md."""
+by side instead: mean and standard deviation over seeds, table.json and table.md. With configs/evaluate.py:long it
+measures long videos under memory policies over time, with :switch sessions whose prompt changes: long.json, switch.json
+and their videos."""
 SHOWN = (
     "all_correct",
     "shape_correct",
@@ -32,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         say(f"written to {workdir}/table.json and {workdir}/table.md")
         return 0
     run = open_run(c.run, ema=c.ema)
+    if c.memories or c.prompts:
+        return _streams(c, run, workdir)
     result = evaluate_run(run, clips=c.clips, batch=c.batch, seed=c.seed, kept=c.kept)
     save_evaluation(workdir, result)
     summary = result["summary"]
@@ -42,3 +53,41 @@ def main(argv: Sequence[str]) -> int:
     say(f"  network calls      {result['network_calls']}   frames/s {result['frames_per_second']:.1f}")
     say(f"written to {workdir}/evaluation.json")
     return 0
+
+
+def _streams(c: ConfigDict, run: Run, workdir: Path) -> int:
+    """Long videos, or sessions whose prompt changes; see `experiment.measure_streams`."""
+    trained = run.latent_shape[0]
+    if c.memories:
+        result = measure_long(
+            run, _listed(c.memories), frames=c.frames or 10 * trained, clips=c.clips, batch=c.batch, seed=c.seed,
+            kept=c.kept,
+        )  # fmt: skip
+        save_streams(workdir, LONG, result)
+        say(f"{run.name}: {c.clips} videos of {result['frames']} latent frames under each policy")
+        say(f"  {'shape and colour as captioned, first and last piece':60s} residual")
+        for name, policy in result["policies"].items():
+            follows, residual = policy["over_time"]["follows"], policy["over_time"]["residual"]
+            say(f"  {name:44s} {follows[0]:7.3f} {follows[-1]:7.3f} {residual[0]:8.3f} {residual[-1]:7.3f}")
+        say(f"written to {workdir}/{LONG}.json and {LONG}.npz")
+        return 0
+    prompts, modes = _listed(c.prompts), cast(list[Mode], _listed(c.modes))
+    if len(prompts) != 2:
+        raise UserError(f"prompts={c.prompts!r}: give two, with a | between them")
+    if unknown := [mode for mode in modes if mode not in get_args(Mode)] or not modes:
+        raise UserError(f"modes={c.modes!r}: {unknown} is none of {', '.join(get_args(Mode))}")
+    result = measure_switch(
+        run, (prompts[0], prompts[1]), modes, memory=c.memory, frames=c.frames or 2 * trained, clips=c.clips,
+        seed=c.seed, kept=c.kept,
+    )  # fmt: skip
+    save_streams(workdir, SWITCH, result)
+    say(f"{run.name}: {c.clips} sessions a mode; {prompts[0]!r} becomes {prompts[1]!r} at block {result['switch']}")
+    for mode, shares in result["modes"].items():
+        bounds = f"[{shares['settled_low']:.3f}, {shares['settled_high']:.3f}]"
+        say(f"  {mode:8s} follow it two blocks later: {shares['settled']:.3f} {bounds}")
+    say(f"written to {workdir}/{SWITCH}.json and {SWITCH}.npz")
+    return 0
+
+
+def _listed(text: str) -> list[str]:
+    return [part for part in map(str.strip, text.split("|")) if part]

@@ -23,12 +23,15 @@ from cfjax.core.paths import check_checkpoints, read_if_whole, write_atomically
 from cfjax.evaluation.curves import read_curves
 from cfjax.evaluation.report import Report, StageReport, write_report
 from cfjax.experiment.measure import load_evaluation, real_clips
+from cfjax.experiment.measure_streams import LONG, SWITCH, load_streams
 from cfjax.experiment.runs import open_run
+from cfjax.worlds.toy import two_captions
 
 DESCRIPTION = """Trains every stage of a recipe (Causal Forcing's, unless the config names another) on the toy world,
 evaluates each over captions that none of them saw, and writes report/index.html. Interrupted? The same command goes
 on from there."""
 WALL_CLIPS = 8
+SWITCHED = ("a red circle moving right", "a blue square moving left")
 EVALUATE = "evaluate "  # key of an evaluation: this and the key of what it measures
 
 VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {"train": train.main, "precompute": precompute.main}
@@ -42,6 +45,7 @@ class Step:
     verb: str
     argv: list[str]
     run: Callable[[Sequence[str]], int | None]
+    done: Callable[[], bool] = lambda: False  # whether there is nothing left to do; a stage knows that itself
 
     def command(self) -> str:
         """The shell command."""
@@ -62,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     check_checkpoints(root)
     with holding(root):
         _same_settings(root, c)
-        steps = recipe(c, root)
+        steps = recipe(c, root, _prompts(c))
         seconds = run_steps(steps, root)
         report(c, root, steps, seconds)
     return 0
@@ -78,8 +82,20 @@ def _same_settings(root: Path, c: ConfigDict) -> None:
     write_atomically(file, json.dumps(record, indent=1))
 
 
-def recipe(c: ConfigDict, root: Path) -> list[Step]:
-    """The commands, in order: the stages of `c.stages`, then an evaluation of the teacher and of each network."""
+def _prompts(c: ConfigDict) -> tuple[str, str]:
+    """The two captions of the sessions whose prompt changes."""
+    if not c.streams:
+        return SWITCHED
+    try:
+        return two_captions(open_run(c.teacher, with_model=False).toy.shapes)
+    except UserError as error:
+        raise UserError(f"{error}; --config.streams=False leaves long videos and prompt switches out") from error
+
+
+def recipe(c: ConfigDict, root: Path, prompts: tuple[str, str] = SWITCHED) -> list[Step]:
+    """The commands, in order: the stages of `c.stages`, an evaluation of the teacher and of each network, then of the
+    student's long videos and of sessions whose prompt changes from the first to the second of `prompts`.
+    """
     budget = c.budgets[c.budget]
     shared = {"data.path": f"{root}/data", "data.assets": c.teacher, "data.clips": budget.clips, "seed": c.seed}
     shared |= {} if c.guard else {"guard.enabled": False}
@@ -99,9 +115,18 @@ def recipe(c: ConfigDict, root: Path) -> list[Step]:
             f"--config.clips={budget.evaluation}",
             f"--config.batch={min(60, budget.evaluation)}",
         ]
-        return Step(EVALUATE + key, "evaluate", argv, evaluate.main)
+        folder = root / "evaluation" / key
+        return Step(EVALUATE + key, "evaluate", argv, evaluate.main, lambda: load_evaluation(folder) is not None)
 
-    return [*map(stage, c.stages), *map(evaluation, ["teacher", *networks(c)])]
+    def streams(kind: str) -> Step:
+        folder, keys = root / "streams" / networks(c)[-1], {"clips": budget.streams}
+        keys |= {"prompts": "|".join(prompts)} if kind == SWITCH else {"batch": budget.streams}
+        argv = [f"--config=configs/evaluate.py:{kind}", f"--config.run={root}/{networks(c)[-1]}", f"--workdir={folder}"]
+        argv += [f"--config.{name}={value}" for name, value in keys.items()]
+        return Step(EVALUATE + kind, "evaluate", argv, evaluate.main, lambda: load_streams(folder, kind) is not None)
+
+    kinds = [LONG, SWITCH] if c.streams else []
+    return [*map(stage, c.stages), *map(evaluation, ["teacher", *networks(c)]), *map(streams, kinds)]
 
 
 def networks(c: ConfigDict) -> list[str]:
@@ -120,8 +145,7 @@ def run_steps(steps: Sequence[Step], root: Path) -> dict[str, float]:
     file = root / "seconds.json"
     seconds: dict[str, float] = read_if_whole(file) or {}
     for step in steps:
-        measured = root / "evaluation" / step.key.removeprefix(EVALUATE)
-        if step.verb == "evaluate" and load_evaluation(measured) is not None:
+        if step.done():
             continue
         say(f"\n$ {step.command()}")
         begun = time.monotonic()
@@ -169,6 +193,8 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
         student=student,
         against=against,
         commands=[step.command() for step in steps],
+        long=load_streams(root / "streams" / student, LONG),
+        switch=load_streams(root / "streams" / student, SWITCH),
         config=c.to_dict(),
         environment=environment(),
         notes=[

@@ -3,28 +3,46 @@
     cfjax evaluate --config.run=runs/quickstart/dmd --workdir=runs/evaluation/dmd
     cfjax evaluate --config.run=toy_teacher --workdir=runs/evaluation/teacher
     cfjax evaluate --config=configs/evaluate.py:table --workdir=runs/table      evaluations side by side
+    cfjax evaluate --config=configs/evaluate.py:long --config.run=runs/quickstart/dmd --workdir=runs/long
+    cfjax evaluate --config=configs/evaluate.py:switch --config.run=runs/quickstart/dmd --workdir=runs/switch
 
 Decoded pixels are judged against the captioned factors by analysis and synthesis (cfjax/evaluation/shapes_metrics.py).
 The table takes every folder of `evaluations` (a glob pattern) that holds an evaluation; folders of one name, such as
 `runs/seed0/evaluation/dmd` and `runs/seed1/evaluation/dmd`, are seeds of one row: mean and standard deviation.
+
+`long` makes videos of `frames` latent frames under each of the memory policies `memories` (names as in docs/memory.md,
+between them a |) from the same noise, and measures caption, motion and drift over time. `switch` opens `clips` sessions
+of each of the `modes` whose prompt changes from the first to the second of `prompts` in the middle, and measures what
+share follows the new one, block by block.
 """
 
 from ml_collections import ConfigDict
 
 from cfjax.experiment import presets
 
+LONG = "full|window(window=12, sink=3)|longlive_infinity|ema_sink"  # four policies side by side
+
 
 def get_config(arg: str = ""):
-    """`table`. Keys: run, a run directory or a shipped teacher; clips, how many; kept, how many videos are stored."""
-    table = "table" in presets.switches(arg, "table")
+    """`table`, `long` or `switch`. Keys: run, a run directory or a shipped teacher; clips, how many; kept, how many
+    videos are stored; frames, latent frames of a long video or session, 0 for ten times or twice those of training.
+    """
+    words = presets.switches(arg, "table", "long", "switch")
+    presets.one_of(words, "table", "long", "switch")
+    table, long, switch = (word in words for word in ("table", "long", "switch"))
     return ConfigDict(
         {
             "run": "toy_teacher",
-            "clips": 240,
-            "kept": 8,
-            "batch": 60,
+            "clips": 60 if long or switch else 240,
+            "kept": 4 if long or switch else 8,
+            "batch": 1 if switch else 60,
             "seed": 11,
             "ema": True,
             "evaluations": "runs/quickstart/evaluation/*" if table else "",
+            "frames": 0,
+            "memories": LONG if long else "",
+            "memory": "longlive_infinity" if switch else "",
+            "prompts": "a red circle moving right|a blue square moving left" if switch else "",
+            "modes": "recache|keep|cut" if switch else "",
         }
     )

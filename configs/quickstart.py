@@ -195,20 +195,27 @@ def get_config(arg: str = ""):
                 key: dict(zip(("title", "brief", "text"), TITLES[key], strict=True))
                 for key in (TEACHER, *RECIPES[recipe]) if key in TITLES
             },
+            # long videos and prompt switches of the student, where it streams in a few steps
+            "streams": recipe != "bidirectional" and any(stage.config.startswith("configs/dmd") for stage in stages),
             "budget": "default",
             "teacher": "toy_teacher",
             "seed": 0,
             "guard": True,  # sample while training and warn of a collapse
             "budgets": {
-                "tiny": {"clips": 256, "ar": 4, "pairs": 64, "ode": 4, "cd": 4, "dmd": 6, "evaluation": 24},
+                "tiny": {
+                    "clips": 256, "ar": 4, "pairs": 64, "ode": 4, "cd": 4, "dmd": 6, "evaluation": 24, "streams": 4,
+                },
                 "short": {
                     "clips": 16384, "ar": 250, "pairs": 512, "ode": 200, "cd": 200, "dmd": 200, "evaluation": 240,
+                    "streams": 60,
                 },
                 "default": {
                     "clips": 16384, "ar": 500, "pairs": 1024, "ode": 400, "cd": 400, "dmd": 600, "evaluation": 240,
+                    "streams": 60,
                 },
                 "long": {
                     "clips": 16384, "ar": 4000, "pairs": 8192, "ode": 3000, "cd": 3000, "dmd": 6000, "evaluation": 480,
+                    "streams": 120,
                 },
             },
         }

@@ -44,7 +44,16 @@ WITHOUT_CONFIG = {"train.py", "plan.py", "experiment/preview.py", "experiment/pr
 EXPERIMENT = (
     *("presets", "record", "reference", "stage", "data", "networks", "build"),  # a config becomes an Experiment
     *("programs", "notes", "resume", "preview"),  # what is done with one
-    *("runs", "job", "batches", "measure", "speed", "streams", "stream_plan"),  # what was trained, opened
+    *(
+        "runs",
+        "job",
+        "batches",
+        "measure",
+        "measure_streams",
+        "speed",
+        "streams",
+        "stream_plan",
+    ),  # what was trained, opened
 )
 ML_COLLECTIONS_IN_LIBRARY = {"core/cli.py"}  # besides experiment/: ConfigDict stops there
 # Where arrays are made contiguous for the library, which takes their memory as it lies.

@@ -178,7 +178,12 @@ RULES: dict[str, Rules] = {
         (r"sampler\.shift", SHIFT_OR_OWN),
         (r"sampler\.guidance", GUIDANCE),
     ],
-    "evaluate": [("seed", whole(0)), ("clips|batch", whole(1)), ("kept", whole(0))],
+    "evaluate": [
+        ("seed", whole(0)),
+        ("clips|batch", whole(1)),
+        ("kept", whole(0)),
+        ("frames", whole(0, FRAMES)),
+    ],
     "export": [("clips", whole(1))],
     "compare": [
         ("--seed", SEED),

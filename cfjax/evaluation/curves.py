@@ -4,7 +4,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ _LOG_FROM = 8.0  # ratio of largest to smallest value from which the axis is log
 
 # Stand-ins that matplotlib writes into the SVG, and what the page's style sheet puts in their place.
 _COLOURS = {"#010203": "var(--series)", "#040506": "var(--muted)", "#070809": "var(--line)"}
-_SERIES, _MUTED, _LINE = _COLOURS
+_COLOURS |= {f"#0a0b0{n}": f"var(--series-{n})" for n in range(1, 6)}
+_SERIES, _MUTED, _LINE, *_OTHERS = _COLOURS
+_DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), (0, (1, 1)))  # told apart without colour too
+SERIES = len(_OTHERS)  # lines of one panel, at most
 
 
 def compact(number: float) -> str:
@@ -60,6 +63,10 @@ def _draw(axes: Axes, points: np.ndarray) -> None:
     axes.plot(steps, values, color=_SERIES, lw=0.8 if smooth else 1.5, alpha=0.4 if smooth else 1.0)
     if smooth:
         axes.plot(steps, _running_mean(values, max(2, len(values) // 30)), color=_SERIES, lw=1.6)
+    _style(axes, values)
+
+
+def _style(axes: Axes, values: np.ndarray) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     if values.min() > 0 and values.max() / values.min() > _LOG_FROM:
@@ -85,13 +92,46 @@ def curve_svg(points: Sequence[tuple[int, float]], name: str, prefix: str) -> st
     other panels'. Colours are the page's custom properties --series, --muted and --line, text is its font.
     """
     array = clean(points)
-    if not len(array):
-        return ""
+    return _svg(lambda axes: _draw(axes, array), name, prefix) if len(array) else ""
+
+
+def curves_svg(curves: Mapping[str, Sequence[tuple[int, float]]], name: str, prefix: str) -> str:
+    """An <svg> element with several curves of (step, value) over one axis, as they are; see `curve_svg`.
+
+    Their colours are --series-1 to --series-5, in order, and each has a dash pattern of its own; `swatch` draws it for
+    a legend.
+
+    Raises:
+      ValueError: more than `SERIES` curves.
+    """
+    arrays = {label: clean(points) for label, points in curves.items()}
+    shown = [array for array in arrays.values() if len(array)]
+    if len(arrays) > SERIES:
+        raise ValueError(f"{name}: {len(arrays)} curves in a panel of {SERIES} at most")
+
+    def draw(axes: Axes) -> None:
+        for array, colour, dashes in zip(arrays.values(), _OTHERS, _DASHES, strict=False):
+            if len(array):
+                axes.plot(*array.T, color=colour, lw=1.5, ls=dashes)
+        _style(axes, np.concatenate(shown)[:, 1])
+
+    return _svg(draw, name, prefix) if shown else ""
+
+
+def swatch(number: int) -> str:
+    """A piece of curve `number` of `curves_svg`, from 0 on, as an <svg> element."""
+    style = _DASHES[number]
+    dashes = "" if isinstance(style, str) else f' stroke-dasharray="{" ".join(f"{1.5 * x:g}" for x in style[1])}"'
+    line = f'<line x1="0" y1="5" x2="28" y2="5" stroke="var(--series-{number + 1})" stroke-width="2"{dashes}/>'
+    return f'<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true">{line}</svg>'
+
+
+def _svg(draw: Callable[[Axes], None], name: str, prefix: str) -> str:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "axes.unicode_minus": False}):
         figure = Figure(figsize=_INCHES, layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02))
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
-        _draw(axes, array)
+        draw(axes)
         with io.StringIO() as buffer:
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
             svg = buffer.getvalue()

@@ -32,7 +32,7 @@ def seams(spans: Sequence[tuple[int, int]], time: int) -> np.ndarray:
     return np.array([time * (start - 1) for start, _ in spans[1:]], int)
 
 
-def _frame_series(video_PHWC: np.ndarray) -> dict[str, np.ndarray]:
+def frame_series(video_PHWC: np.ndarray) -> dict[str, np.ndarray]:
     """luma, saturation, clipped, contrast, sharpness of each frame [P]; difference of each step [P - 1].
 
     One frame at a time: a clip of 81 frames of 480 x 832 would be 0.4 GB as float32.
@@ -97,7 +97,7 @@ def measure_clip(video_PHWC: np.ndarray, seams_G: np.ndarray | None = None) -> d
     """
     array = np.asarray(video_PHWC)
     frames = check_uint8(array if array.dtype == np.uint8 else to_uint8(array), "PHWC", "guard")
-    series = _frame_series(frames)
+    series = frame_series(frames)
     step = series.pop("difference")
     motion = float(step.mean()) if len(step) else math.nan
     out = {

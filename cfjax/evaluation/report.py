@@ -1,12 +1,8 @@
 """The report of a run: one self-contained HTML page, and metrics.json with the same table beside it.
 
-The page makes no network requests. A clip is a lossless PNG strip of its frames that CSS steps through: it plays
-wherever images do, stays as crisp as the pixels are, can be paused and stepped, and all clips of the wall share one
-clock, which separate <video> elements do not. Style sheet and script are in cfjax/assets.
+The page makes no network requests. Style sheet and script are in cfjax/assets.
 """
 
-import html
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cfjax.core.errors import UserError
 from cfjax.core.paths import replacing
@@ -32,15 +27,12 @@ from cfjax.evaluation.results import (
     plain,
     times,
 )
-from cfjax.evaluation.video import check_uint8, data_uri
+from cfjax.evaluation.stream_sections import long_sections, switch_sections
+from cfjax.evaluation.wall import WallColumn, checked_columns, escaped, wall_of
 
 __all__ = ["METRICS", "Report", "StageReport", "metrics_table", "write_report"]
 
 METRICS = "metrics.json"
-
-_STRIP_WIDTH = 8192  # px of a whole strip; larger clips are shown reduced
-_WALL_BYTES = 4_000_000  # of encoded strips; rows beyond it are left out, and the page says so
-_CLIP_SIZES = ((160, 850), (96, 560), (96, 330))  # px for a clip, and for a row of them, on wide to narrow screens
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,7 @@ class Report:
       real_summary, codec_summary: `evaluate_shapes(...)["summary"]` of real clips, and of the same through the codec.
       student, against: keys of the stages that the headline compares; one that is not there is left out.
       commands, config, environment, notes: how the run was made, a section each.
+      long, switch: what `experiment.measure_streams` measured of the student.
       fps: playback frames per second of the clips.
     """
 
@@ -67,14 +60,9 @@ class Report:
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    long: Mapping[str, Any] | None = None
+    switch: Mapping[str, Any] | None = None
     fps: float = 8.0
-
-
-WallColumn = tuple[str, int | None, np.ndarray]  # name, network calls, clips
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
 
 
 def _section(name: str, title: str, *parts: str) -> str:
@@ -90,8 +78,8 @@ def _compared(new: float, old: float, less: str, more: str) -> str:
 
 
 def _card(label: str, big: str, *small: str) -> str:
-    lines = "".join(f"<p>{_text(line)}</p>" for line in small if line)
-    return f'<div class="card"><h3>{_text(label)}</h3><p class="big">{_text(big)}</p>{lines}</div>'
+    lines = "".join(f"<p>{escaped(line)}</p>" for line in small if line)
+    return f'<div class="card"><h3>{escaped(label)}</h3><p class="big">{escaped(big)}</p>{lines}</div>'
 
 
 def _interval(row: Row | None, key: str) -> str:
@@ -128,81 +116,9 @@ def _headline(student: Row | None, teacher: Row | None, name: str) -> str:
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _reduction(frames: int, width: int) -> int:
-    """The whole factor by which frames are reduced so that their strip is not too wide; 1 for small clips."""
-    return -(-frames * width // _STRIP_WIDTH)
-
-
-def _strip(video_PHWC: np.ndarray) -> bytes:
-    """All frames side by side as a PNG [H, P * W], reduced by `_reduction`; rows and columns left over are cut."""
-    factor = _reduction(video_PHWC.shape[0], video_PHWC.shape[2])
-    height, width = (size // factor for size in video_PHWC.shape[1:3])
-    whole = video_PHWC[:, : height * factor, : width * factor].transpose(1, 0, 2, 3).reshape(height * factor, -1, 3)
-    image = Image.fromarray(np.ascontiguousarray(whole))
-    with io.BytesIO() as buffer:
-        (image.reduce(factor) if factor > 1 else image).save(buffer, "PNG", optimize=True)
-        return buffer.getvalue()
-
-
-def _wall_columns(real_videos: np.ndarray | None, stages: Sequence[StageReport]) -> list[WallColumn]:
-    """Every column that has clips.
-
-    Raises:
-      UserError: clips are not uint8 [N, P, H, W, 3] or differ in length or size between columns.
-    """
-    kept: list[WallColumn] = []
-    for name, calls, clips in [
-        ("Real clip", None, real_videos),
-        *((stage.short, stage.network_calls, stage.videos) for stage in stages),
-    ]:
-        if clips is not None:
-            kept.append((name, calls, check_uint8(clips, "NPHWC", f"report: {name}")))
-    sizes = {name: clips.shape[1:4] for name, _, clips in kept}
-    if len(set(sizes.values())) > 1:
-        raise UserError(f"report: all clips need the same frames, height and width, got {sizes}")
-    return kept
-
-
-def _wall(columns: Sequence[WallColumn], captions: Sequence[str], fps: float) -> str:
-    """One row per caption, one column per stage, all clips on one clock."""
-    if not columns or not captions:
-        return ""
-    rows: list[str] = []
-    spent = 0
-    for n, caption in enumerate(captions):
-        strips = [(name, _strip(clips[n]) if n < len(clips) else None) for name, _, clips in columns]
-        spent += sum(4 * len(strip) // 3 for _, strip in strips if strip)
-        if (spent > _WALL_BYTES and rows) or not any(strip for _, strip in strips):
-            break
-        cells = "".join(
-            f'<img class="clip" alt="{_text(f"{name}: {caption}")}" src="{data_uri(strip, "image/png")}">'
-            if strip else '<span class="clip"></span>'
-            for name, strip in strips
-        )  # fmt: skip
-        rows.append(f'<div class="row"><p>{_text(caption)}</p>{cells}</div>')
-    frames, height, width = columns[0][2].shape[1:4]
-    factor = _reduction(frames, width)
-    width, height = width // factor, height // factor
-    scales = [max(1, int(min(clip, row / len(columns)) // width)) for clip, row in _CLIP_SIZES]
-    values = {"columns": len(columns), "frames": frames, "fps": f"{fps:g}", "clip-w": f"{width}px"}
-    values |= {"clip-h": f"{height}px"} | {f"scale-{n}": scale for n, scale in enumerate(scales)}
-    style = "; ".join(f"--{name}: {value}" for name, value in values.items())
-    names = "".join(
-        f"<span>{_text(name)}{f'<small>{calls:,} calls</small>' if calls is not None else ''}</span>"
-        for name, calls, _ in columns
-    )
-    note = f"{frames} frames at {fps:g} per second, "
-    note += "pixel for pixel." if factor == 1 else f"reduced {factor} times in width and height."
-    if len(rows) < len(captions):
-        note += f" The first {len(rows)} of {len(captions)} captions."
-    controls = (
-        '<div class="controls" hidden><button type="button">Pause</button>'
-        f'<input type="range" min="1" max="{frames}" value="1" aria-label="Frame"><output>1 / {frames}</output></div>'
-    )
-    return (
-        f'<div class="wall" style="{style}">\n<div class="top row names">{controls}{names}</div>'
-        f'\n{chr(10).join(rows)}\n</div>\n<p class="note">{note}</p>'
-    )
+def _columns(report: Report) -> list[WallColumn]:
+    stages = ((stage.short, stage.network_calls, stage.videos) for stage in report.stages)
+    return checked_columns([("Real clip", None, report.real_videos), *stages])
 
 
 def _best(column: Column, table: Mapping[str, Row], keys: Sequence[str]) -> set[str]:
@@ -240,7 +156,7 @@ def _table(table: Mapping[str, Row], stages: Sequence[StageReport], student: str
     head = "".join(f'<th scope="col">{c.title}<small>{c.unit}</small></th>' for c in columns)
     best = {c.key: _best(c, table, [stage.key for stage in stages]) for c in columns}
     body = "".join(
-        f'<tr data-row="{_text(key)}" class="{_kind(key, student)}"><th scope="row">{_text(row["title"])}</th>'
+        f'<tr data-row="{escaped(key)}" class="{_kind(key, student)}"><th scope="row">{escaped(row["title"])}</th>'
         + "".join(_cell(row, c, key in best[c.key]) for c in columns)
         + "</tr>\n"
         for key, row in table.items()
@@ -272,13 +188,13 @@ def _training(stages: Sequence[StageReport]) -> str:
             if svg := curve_svg(points, f"{stage.title}: {name}", f"curve{s}-{c}"):
                 step, value = clean(points)[-1]
                 last = f"<small>{number(value)} at step {step:,.0f}</small>"
-                panels.append(f"<figure><figcaption>{_text(name)}{last}</figcaption>{svg}</figure>")
+                panels.append(f"<figure><figcaption>{escaped(name)}{last}</figcaption>{svg}</figure>")
         time = f"<small>trained in {_duration(stage.train_seconds)}</small>" if stage.train_seconds is not None else ""
-        text = f"<p>{_text(stage.text)}</p>" if stage.text else ""
-        command = f"<pre><code>{_text(stage.command)}</code></pre>" if stage.command else ""
+        text = f"<p>{escaped(stage.text)}</p>" if stage.text else ""
+        command = f"<pre><code>{escaped(stage.command)}</code></pre>" if stage.command else ""
         curves = f'<div class="curves">{"".join(panels)}</div>' if panels else ""
         if text or command or curves or time:
-            blocks.append(f"<article><h3>{_text(stage.title)}{time}</h3>{text}{command}{curves}</article>")
+            blocks.append(f"<article><h3>{escaped(stage.title)}{time}</h3>{text}{command}{curves}</article>")
     if any("<figure>" in block for block in blocks):
         blocks.append('<p class="note">Pale: the curve as logged, thinned; dark: its running mean.</p>')
     return "\n".join(blocks)
@@ -297,7 +213,7 @@ def _lead(stages: Sequence[StageReport]) -> str:
 
 
 def _details(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary><pre><code>{_text(body)}</code></pre></details>"
+    return f"<details><summary>{title}</summary><pre><code>{escaped(body)}</code></pre></details>"
 
 
 def _head(title: str, css: str) -> str:
@@ -308,7 +224,7 @@ def _head(title: str, css: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
-<title>{_text(title)}</title>
+<title>{escaped(title)}</title>
 <style>
 {css}</style>
 </head>"""
@@ -318,14 +234,18 @@ def _sections(report: Report, table: Mapping[str, Row], wall: str) -> list[str]:
     """The page's sections in order; one with nothing to show is empty."""
     other = next((stage.short for stage in report.stages if stage.key == report.against), "AR teacher")
     headline = _headline(table.get(report.student), table.get(report.against), other)
-    listing = "\n".join(_text(command) for command in report.commands)
+    listing = "\n".join(escaped(command) for command in report.commands)
     shown_config = json.dumps(plain(report.config), indent=2, ensure_ascii=False)
-    pairs = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in report.environment.items())
-    items = "".join(f"<li>{_text(note)}</li>" for note in report.notes)
+    pairs = "".join(f"<dt>{escaped(key)}</dt><dd>{escaped(value)}</dd>" for key, value in report.environment.items())
+    items = "".join(f"<li>{escaped(note)}</li>" for note in report.notes)
     return [
         _section("headline", f"Student against {other}", headline),
         _section("wall", "Side by side", wall),
         _section("metrics", "Metrics", _table(table, report.stages, report.student)),
+        _section("long", "Long videos", *(long_sections(report.long, report.fps) if report.long else ())),
+        _section(
+            "switch", "A prompt that changes", *(switch_sections(report.switch, report.fps) if report.switch else ())
+        ),
         _section("training", "Training", _training(report.stages)),
         _section("commands", "Commands", f"<pre><code>{listing}</code></pre>" if listing else ""),
         _section("config", "Configuration", _details("Show the whole config", shown_config) if report.config else ""),
@@ -337,7 +257,8 @@ def _sections(report: Report, table: Mapping[str, Row], wall: str) -> list[str]:
 def write_report(path: str | Path, report: Report) -> None:
     """Writes the page to `path` and `metrics.json` beside it, each atomically.
 
-    metrics.json: {"title", "stages": `metrics_table(...)`, "environment", "commands"}; unknown or non-finite is null.
+    metrics.json: {"title", "stages": `metrics_table(...)`, "environment", "commands", "long", "switch"}; unknown or
+    non-finite is null.
 
     Raises:
       UserError: clips of the wrong type or of different sizes, stage keys that are not distinct, fps <= 0.
@@ -345,16 +266,22 @@ def write_report(path: str | Path, report: Report) -> None:
     if not 0 < report.fps <= 1000:
         raise UserError(f"report: fps={report.fps} must lie in (0, 1000]")
     table = metrics_table(report.real_summary, report.codec_summary, report.stages)
-    wall = _wall(_wall_columns(report.real_videos, report.stages), report.captions, report.fps)
+    wall = wall_of(_columns(report), report.captions, report.fps)
     assets = resources.files("cfjax") / "assets"
     parts = (
         f"{_head(report.title, (assets / 'report.css').read_text())}\n<body>",
-        f"<header><h1>{_text(report.title)}</h1><p>{_text(_lead(report.stages))}</p></header>\n<main>",
+        f"<header><h1>{escaped(report.title)}</h1><p>{escaped(_lead(report.stages))}</p></header>\n<main>",
         *_sections(report, table, wall),
         f"</main>\n<script>\n{(assets / 'report.js').read_text()}</script>\n</body>\n</html>\n",
     )
     page = "\n".join(part for part in parts if part)
     made = {"environment": report.environment, "commands": list(report.commands)}
+    streams = {"long": report.long, "switch": report.switch}
+    made |= {
+        name: {key: value for key, value in result.items() if key != "videos"}
+        for name, result in streams.items()
+        if result
+    }
     record = {"title": report.title, "stages": table} | made
     path = Path(path)
     with replacing(path.with_name(METRICS)) as partial:

@@ -80,8 +80,7 @@ def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) 
 
 def save_evaluation(workdir: Path, result: dict[str, Any]) -> None:
     """Writes samples.npz and, last, evaluation.json."""
-    with replacing(workdir / "samples.npz") as partial, partial.open("wb") as file:
-        np.savez_compressed(file, videos=result["videos"], captions=np.array(result["captions"]))
+    write_arrays(workdir / "samples.npz", videos=result["videos"], captions=np.array(result["captions"]))
     plain = {name: value for name, value in result.items() if name != "videos"}
     write_atomically(workdir / "evaluation.json", json.dumps(plain, indent=1))
 
@@ -89,11 +88,23 @@ def save_evaluation(workdir: Path, result: dict[str, Any]) -> None:
 def load_evaluation(workdir: Path) -> dict[str, Any] | None:
     """What `save_evaluation` wrote; None where it is not there, or was cut by a power failure."""
     result: dict[str, Any] | None = read_if_whole(workdir / "evaluation.json")
-    if result is None:
+    arrays = read_arrays(workdir / "samples.npz")
+    if result is None or arrays is None or "videos" not in arrays:
         return None
+    result["videos"] = arrays["videos"]
+    return result
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """An .npz file, atomically."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """What `write_arrays` wrote; None where it is not there, or was cut by a power failure."""
     try:
-        with (workdir / "samples.npz").open("rb") as file, np.load(file) as archive:
-            result["videos"] = archive["videos"]
+        with path.open("rb") as file, np.load(file) as archive:
+            return dict(archive)
     except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    return result

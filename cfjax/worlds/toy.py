@@ -212,6 +212,22 @@ class SplitSource:
                 return {"video_PHWC": render(factors, self.config), "caption": text, "factors": factors}
 
 
+def two_captions(shapes: ShapesConfig) -> tuple[str, str]:
+    """Captions that differ in shape, colour and direction, for a prompt that changes: in the default world a red circle
+    moving right and a blue square moving left. Raises UserError in a world with one of these only.
+    """
+    for name in ("shapes", "colours", "directions"):
+        if len(getattr(shapes, name)) < 2:
+            raise UserError(f"shapes.{name}={getattr(shapes, name)}: a prompt that changes needs two or more")
+    colour, other = shapes.colours[0], shapes.colours[min(2, len(shapes.colours) - 1)]
+    known = [text.split() for text in all_captions(shapes)]
+
+    def first(*words: str) -> str:
+        return " ".join(next(text for text in known if set(words) <= set(text)))
+
+    return first(colour, shapes.shapes[0], shapes.directions[1]), first(other, shapes.shapes[1], shapes.directions[0])
+
+
 def evaluation_clips(shapes: ShapesConfig, count: int) -> list[dict[str, Any]]:
     """`count` real clips over the held-out captions, each caption equally often, in a fixed order."""
     captions = held_out_captions(shapes)
