@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from cfjax.experiment import presets
 
-LONG = "full|window(window=12, sink=3)|longlive_infinity|ema_sink"  # four policies side by side
+LONG = "full|window(window=12, sink=3)|ema_sink|infinity_rope"  # four policies side by side
 
 
 def get_config(arg: str = ""):
@@ -41,7 +41,7 @@ def get_config(arg: str = ""):
             "evaluations": "runs/quickstart/evaluation/*" if table else "",
             "frames": 0,
             "memories": LONG if long else "",
-            "memory": "longlive_infinity" if switch else "",
+            "memory": "infinity_rope" if switch else "",
             "prompts": "a red circle moving right|a blue square moving left" if switch else "",
             "modes": "recache|keep|cut" if switch else "",
         }
