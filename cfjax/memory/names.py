@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 from cfjax.core.errors import UserError
 from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
+from cfjax.memory.heads import ForcingKV
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
+from cfjax.memory.profile import HeadTable, read_heads
 from cfjax.memory.slots import Memory
 from cfjax.nn.visibility import Blocks
 
@@ -33,6 +35,7 @@ POLICIES = {
     "memory_bank": Named(MemoryBank(), "recorded frames that fit the prompt, beside a window (MemFlow)"),
     "context_recompute": Named(ContextRecompute(), "latents stay; their keys are made again for every block (Krea)"),
     "rolling_sink": Named(RollingSink(), "the first frames over and over, the newest block (Rolling Sink)"),
+    "forcing_kv": Named(ForcingKV(), "static heads see the newest frame, dynamic ones what changed too (Forcing-KV)"),
 }
 FULL = "full"  # every frame: no policy
 CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -62,9 +65,7 @@ def parse_memory(text: str) -> Memory | None:
         key, equals, value = (x.strip() for x in part.partition("="))
         if not equals or key not in known:
             raise UserError(f"memory={text!r}: {part.strip()!r} is no setting of {name}; it has {', '.join(known)}")
-        changes[key] = (
-            Codec(value.strip("'\"")) if key == "codec" else _number(value, known[key], f"memory={text!r}: {key}")
-        )
+        changes[key] = _setting(value, known[key], f"memory={text!r}: {key}")
     return replace(policy, **changes)
 
 
@@ -96,6 +97,15 @@ def blocks_record(blocks: Blocks) -> dict[str, Any]:
     return record | ({} if blocks.memory is None else {"memory": memory_name(blocks.memory)})
 
 
+def _setting(value: str, like: Any, where: str) -> Any:
+    """A setting of the same type; a codec by its name, a table of heads by its file."""
+    if isinstance(like, Codec):
+        return Codec(value.strip("'\""))  # type: ignore[arg-type]
+    if isinstance(like, HeadTable):
+        return read_heads(value.strip("'\""))
+    return _number(value, like, where)
+
+
 T = TypeVar("T", int, float)
 
 
@@ -119,5 +129,6 @@ def memory_name(memory: Memory | None) -> str:
         return {key: value for key, value in values.items() if value != getattr(policy, key)}
 
     name, policy = min(same, key=lambda item: len(changed(item[1])))
-    settings = [f"{k}={v.name if isinstance(v, Codec) else v}" for k, v in changed(policy).items()]
+    shown = lambda v: v.name if isinstance(v, Codec) else v.path if isinstance(v, HeadTable) else v
+    settings = [f"{k}={shown(v)}" for k, v in changed(policy).items()]
     return f"{name}({', '.join(settings)})" if settings else name
