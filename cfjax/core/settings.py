@@ -180,6 +180,14 @@ RULES: dict[str, Rules] = {
     ],
     "evaluate": [("seed", whole(0)), ("clips|batch", whole(1)), ("kept", whole(0))],
     "export": [("clips", whole(1))],
+    "profile_heads": [
+        ("seed", SEED),
+        ("videos|batch|recent", whole(1)),
+        ("frames", whole(0, FRAMES)),
+        ("sink", whole(0, FRAMES)),
+        ("levels", STEPS),
+        ("threshold", SHARE),
+    ],
     "compare": [
         ("--seed", SEED),
         ("--tolerance", real(0.0)),

@@ -102,7 +102,8 @@ class ForcingKV(Memory):
     Attributes:
       window: frames that a dynamic head sees at most, the block's own included.
       profile: which heads are static (`cfjax profile_heads`).
-      dynamic: frames' worth of runs.  runs: of a frame.  warmup: the last block after whose commit nothing is chosen.
+      dynamic: frames' worth of runs.  runs: of a frame, or fewer, as many as divide its tokens.
+      warmup: number of the last block at whose commit nothing is chosen.
     """
 
     window: int = 6
@@ -156,11 +157,9 @@ class ForcingKV(Memory):
 
     def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Runs:
         self.check(network)
-        if tokens % self.runs:
-            fits = max(n for n in range(1, self.runs) if tokens % n == 0)
-            raise UserError(f"memory: runs={self.runs} must divide the {tokens} tokens of a frame: runs={fits} does")
-        number, heads = self.dynamic * self.runs, self.groups.heads[1].shape[1]
-        shape = (network.num_layers, batch, number, tokens // self.runs, heads, network.head_dim)
+        runs, heads = max(n for n in range(1, self.runs + 1) if tokens % n == 0), self.groups.heads[1].shape[1]
+        number = self.dynamic * runs
+        shape = (network.num_layers, batch, number, tokens // runs, heads, network.head_dim)
         k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
         return Runs(k, v, jnp.zeros((batch, number), jnp.int32), jnp.bool_(False), jnp.int32(-1))
 
@@ -182,7 +181,7 @@ class ForcingKV(Memory):
                 number = run_rows[0].shape[2]
                 keys, values = (from_bits(layer_slots(x, layer, number)).astype(k.dtype) for x in run_rows)
                 own = (_rotate_rows(keys, runs.position_BF), values)
-                whole = (rearrange(x, "b (f r) t n k -> b f (r t) n k", r=self.runs) for x in own)
+                whole = (rearrange(x, "b (f r) t n k -> b f (r t) n k", r=number // self.dynamic) for x in own)
                 both = [jnp.concatenate(x, axis=1) for x in zip(newest(slots, pick), whole, strict=True)]
                 return both[0], both[1]
 
@@ -201,7 +200,8 @@ class ForcingKV(Memory):
 
     def before_commit(self, state: State, new: Incoming) -> State:
         """Chooses runs among the frames that leave the newest ones."""
-        extra, number = state.extra, self.dynamic * self.runs
+        extra, number = state.extra, state.extra.position_BF.shape[1]
+        runs = number // self.dynamic
         first = jnp.where(extra.first < 0, new.start, extra.first).astype(jnp.int32)
         full = state.count == len(state.frame_F)
         fills = new.is_new & full & ((new.start - first) // new.frames > self.warmup)
@@ -211,21 +211,21 @@ class ForcingKV(Memory):
         own_F = self.own_positions(state, new.start, new.frames)
         position_F = jnp.concatenate([state.position_F[self.sink :], own_F.astype(jnp.int32)])
         layer, compared = self.compared
-        chosen_BF = most_changed(k[layer, ..., :compared, :], new.frames, self.runs, number)
+        chosen_BF = most_changed(k[layer, ..., :compared, :], new.frames, runs, number)
 
         def take(x: jax.Array, old: jax.Array) -> jax.Array:
-            cut = rearrange(x[:, :, : new.frames], "l b f (r t) n k -> l b (f r) t n k", r=self.runs)
+            cut = rearrange(x[:, :, : new.frames], "l b f (r t) n k -> l b (f r) t n k", r=runs)
             found = jnp.take_along_axis(cut, chosen_BF[None, ..., None, None, None], axis=2)
             return constrain_kv(jnp.where(fills, found, old))
 
-        runs = Runs(
+        chosen = Runs(
             take(k, extra.k_LBFTNK),
             take(v, extra.v_LBFTNK),
-            jnp.where(fills, position_F[chosen_BF // self.runs], extra.position_BF),
+            jnp.where(fills, position_F[chosen_BF // runs], extra.position_BF),
             extra.filled | fills,
             jnp.where(new.is_new, first, extra.first),
         )
-        return replace(state, extra=runs)
+        return replace(state, extra=chosen)
 
     def forget(self, state: State) -> State:
         return replace(super().forget(state), extra=state.extra._replace(filled=jnp.bool_(False)))

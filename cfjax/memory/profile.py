@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from cfjax.core.errors import UserError
 from cfjax.core.limits import FRAMES, LAYERS, WIDTH
 from cfjax.core.schema import checked, flag, load_json, number, one_of, several, table, text, whole
 
 KIND = "cfjax heads"
+CHUNK = 128  # queries
 _row = lambda rule: several(several(rule, least=1), least=1, most=LAYERS)
 _TABLE = table(
     {
@@ -78,6 +82,28 @@ def read_heads(path: str) -> HeadTable:
             raise UserError(f"{path}: {name} must have a row for each of {shape[0]} layers and {shape[1]} heads")
     static_LN = tuple(tuple(row) for row in record["static"])
     return HeadTable(path, static_LN, network["head_dim"], record["run"])
+
+
+def attention_mass(q_BFTNK: jax.Array, k_BFTNK: jax.Array, seen_F: jax.Array | None = None) -> jax.Array:
+    """Each head's softmax weights, summed over every key frame's tokens and averaged over all queries, [B, N, F].
+
+    Args:
+      q_BFTNK: scores of `CHUNK` queries exist at a time.
+      seen_F: which key frames are seen; None: all.
+    """
+    tokens = k_BFTNK.shape[2]
+    q, k = (rearrange(x, "b f t n k -> b n (f t) k") for x in (q_BFTNK, k_BFTNK))
+    queries, size = q.shape[2], min(CHUNK, q.shape[2])
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, -queries % size), (0, 0)))
+
+    def some(q: jax.Array) -> jax.Array:
+        scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        if seen_F is not None:
+            scores = jnp.where(jnp.repeat(seen_F, tokens), scores, jnp.finfo(jnp.float32).min)
+        return rearrange(jax.nn.softmax(scores, axis=-1), "b n q (f t) -> b n q f t", t=tokens).sum(-1)
+
+    masses = jax.lax.map(some, rearrange(padded, "b n (c q) k -> c b n q k", q=size))
+    return jnp.mean(rearrange(masses, "c b n q f -> b n (c q) f")[:, :, :queries], axis=2)
 
 
 def head_shares(mass_LNF: np.ndarray, sink: int, recent: int) -> np.ndarray:

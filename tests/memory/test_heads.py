@@ -267,7 +267,7 @@ def test_settings_that_do_not_fit(changes, message):
         replace(public(), **changes).slots(CHUNK)
 
 
-def test_runs_must_divide_a_frame():
-    memory = ForcingKV(profile=TABLE, runs=3)
-    with pytest.raises(UserError, match="runs=3 must divide the 4 tokens of a frame: runs=2 does"):
-        memory.init(DEEP, 1, TOKENS, replace(CHUNK, memory=memory))
+def test_runs_divide_a_frame():
+    """Three would not: two runs of two of the four tokens."""
+    state = ForcingKV(profile=TABLE, runs=3).init(DEEP, 1, TOKENS, CHUNK)
+    assert state.extra.k_LBFTNK.shape == (3, 1, 2, 2, 2, DIM)
