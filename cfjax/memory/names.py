@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from cfjax.core.errors import UserError
 from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
+from cfjax.memory.compression import DeepForcing
 from cfjax.memory.heads import ForcingKV
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
 from cfjax.memory.profile import HeadTable, read_heads
@@ -30,6 +31,9 @@ POLICIES = {
     "infinity_rope": Named(SlotRelative(6, 1), "positions are slot numbers, a window of 6 (Infinity-RoPE)"),
     "longlive_infinity": Named(SlotRelative(12, 3), "positions are slot numbers, a window of 12 (LongLive, infinity)"),
     "deep_sink": Named(DeepSink(), "a sink of 10 frames that moves along (Deep Forcing, without its compression)"),
+    "deep_forcing": Named(
+        DeepForcing(), "the same, and of older frames the tokens that queries look at (Deep Forcing)"
+    ),
     "ema_sink": Named(EmaSink(), "what leaves is averaged into the sink (Reward Forcing)"),
     "memory_tokens": Named(MemoryTokens(), "two moving averages of what leaves (MemRoPE)"),
     "memory_bank": Named(MemoryBank(), "recorded frames that fit the prompt, beside a window (MemFlow)"),
