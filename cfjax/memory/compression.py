@@ -49,8 +49,8 @@ class DeepForcing(DeepSink):
         super().__post_init__()
         if not self.sink + self.recent < self.capacity <= self.window:
             raise UserError(
-                f"memory: capacity={self.capacity} must be more than sink={self.sink} and recent={self.recent} together,"
-                f" and at most window={self.window}"
+                f"memory: capacity={self.capacity} must be more than sink={self.sink} and recent={self.recent} "
+                f"together, and at most window={self.window}"
             )
         if self.codec.name != "none":
             raise UserError(f"memory: deep_forcing stores keys as they are: leave codec={self.codec.name} out")

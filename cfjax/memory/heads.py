@@ -3,10 +3,11 @@
 | policy | groups | source |
 |---|---|---|
 | `ForcingKV` | static and dynamic heads, by an offline table | Forcing-KV |
+| `DummyForcing` | heads that look at the sink, at the newest frames, at neither, grouped on the way | Dummy Forcing |
 
-A layer's heads are brought into the order of their groups where attention begins, and back where it ends, so that a
-group is one call with one set of frames. Groups have the same size in all layers: in those with fewer heads, some are
-computed that nobody reads.
+With a table, a layer's heads are brought into the order of their groups where attention begins, and back where it
+ends, so that a group is one call with one set of frames. Groups have the same size in all layers: in those with fewer
+heads, some are computed that nobody reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +23,9 @@ from einops import rearrange
 from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
 from cfjax.memory.bank import CHOSEN
-from cfjax.memory.profile import HeadTable
-from cfjax.memory.slots import Attend, Incoming, Memory, Network, Seen, State, counts, labels, layer_slots
-from cfjax.nn.frames import attend_slots, constrain_kv
+from cfjax.memory.profile import HeadTable, attention_mass
+from cfjax.memory.slots import Attend, Incoming, Memory, Network, Observe, Seen, State, counts, labels, layer_slots
+from cfjax.nn.frames import attend_masked, attend_slots, constrain_kv
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 
@@ -252,6 +253,148 @@ class ForcingKV(Memory):
         """The frames of which a block that begins at `start` may see runs."""
         stop = start - (self.slots(layout) - self.sink)
         return tuple(range(stop - layout.frames, stop))
+
+
+class Roles(NamedTuple):
+    """Which group every layer's, video's and head's is: one of `GROUPS`' numbers, 0 before they are known.
+
+    first: the first frame of the stream's first block, or -1 before it.
+    """
+
+    group_LBN: jax.Array
+    first: jax.Array
+
+
+@dataclass(frozen=True)
+class DummyForcing(Memory):
+    """Of what the window holds, some heads see the sink alone, some the newest frames, and dummy heads the newest one.
+
+    All heads see everything until the block `warmup` is committed. Then, from the attention of that block's queries to
+    the sink (p0) and to the other frames before the block (p1), each divided by its sum over all layers and heads, the
+    share `dummies` of the heads with the lowest max(p0, p1) are dummies; of the rest, those with p0 >= p1 see the sink,
+    the others the newest frames. Source: Dummy Forcing, `online_head_classification` in `wan/modules/dummyforcing.py`,
+    and `wan/modules/causal_model.py`.
+
+    As groups are each video's own and known only as it streams, all heads keep and compute the same frames, and a mask
+    hides those that a head does not see: the same videos, but not the public code's speed. That code takes a random
+    third of a frame's queries, the first video's groups for all, and, where `warmup` is not 1, a whole block's tokens
+    as the sink's; here all queries count, each video has its groups, and the sink's tokens are the sink's.
+
+    Attributes:
+      warmup: number of the block at whose commit heads are grouped.  dummies: the share of dummy heads.
+    """
+
+    window: int = 7
+    sink: int = 1
+    warmup: int = 1
+    dummies: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup < 1 or not self.sink:
+            raise UserError(
+                f"memory: warmup={self.warmup}, sink={self.sink}: dummy_forcing compares the attention to what was "
+                "seen; use 1 or more"
+            )
+        if not 0.0 <= self.dummies <= 1.0:
+            raise UserError(f"memory: dummies={self.dummies}: use a number from 0 to 1")
+
+    def slots(self, layout: Blocks) -> int:
+        if layout.independent_first_frame:
+            raise UserError("memory: dummy_forcing needs blocks of one size; it takes no independent first frame")
+        slots = super().slots(layout)
+        if slots == self.sink:
+            raise UserError(f"memory: window={self.window} must hold a frame besides the sink and one block")
+        return slots
+
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Roles:
+        return Roles(jnp.zeros((network.num_layers, batch, network.num_heads), jnp.int32), jnp.int32(-1))
+
+    def seen(self, group: Any, count: Any, slots: int, xp: Any = jnp) -> Any:
+        """Which slots the heads of some groups see, [..., slots]."""
+        slot = xp.arange(slots).reshape((1,) * group.ndim + (-1,))
+        group, sinks = group[..., None], slot < self.sink
+        own = xp.where(group == 1, sinks, xp.where(group == 2, ~sinks, slot == count - 1))
+        return (slot < count) & (own | (group == 0))
+
+    def attention(self, network: Network, state: State, start: jax.Array, frames: int, layout: Blocks) -> Attend:
+        """As `Memory.attention`, with a mask of every head's own."""
+        rows, slots = to_bits((state.k, state.v)), len(state.frame_F)
+        key_F, _ = self.positions(labels(state), start, frames)
+        seen_LBNF = self.seen(state.extra.group_LBN, state.count, slots)
+
+        def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
+            past = self._read(rows, key_F, layer, k.dtype)
+            keys, values = (jnp.concatenate(x, axis=1) for x in zip(past, (k, v), strict=True))
+            seen_BNF = jnp.pad(seen_LBNF[layer], ((0, 0), (0, 0), (0, frames)), constant_values=True)
+            return attend_masked(q, keys, values, seen_BNF, backend=network.attention)
+
+        return self_attend
+
+    def _read(
+        self, rows: tuple[Any, Any], key_F: jax.Array, layer: jax.Array, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """A layer's keys, rotated, and values, [B, slots, T, N, K]."""
+        keys, values = (from_bits(layer_slots(x, layer, len(key_F))) for x in rows)
+        return rotate_time(self.codec.decode(keys, dtype), key_F), self.codec.decode(values, dtype)
+
+    def observer(self, network: Network, state: State, start: jax.Array, frames: int, layout: Blocks) -> Observe | None:
+        """Attention to the sink, to other frames before the block, and to its own, [B, N, 3]; 0 but in `warmup`."""
+        rows, slots = to_bits((state.k, state.v)), len(state.frame_F)
+        key_F, _ = self.positions(labels(state), start, frames)
+        seen_F = jnp.pad(jnp.arange(slots) < state.count, (0, frames), constant_values=True)
+
+        def observe(q: jax.Array, k: jax.Array, layer: jax.Array) -> jax.Array:
+            def masses() -> jax.Array:
+                keys = jnp.concatenate([self._read(rows, key_F, layer, k.dtype)[0], k], axis=1)
+                mass_BNF = attention_mass(q, keys, seen_F)
+                parts = (slice(self.sink), slice(self.sink, slots), slice(slots, None))
+                return jnp.stack([mass_BNF[..., part].sum(-1) for part in parts], axis=-1)
+
+            none = lambda: jnp.zeros((q.shape[0], q.shape[3], 3), jnp.float32)
+            return jax.lax.cond(self._groups_now(state, start, frames), masses, none)
+
+        return observe
+
+    def _groups_now(self, state: State, start: jax.Array, frames: int) -> jax.Array:
+        number = (start - jnp.where(state.extra.first < 0, start, state.extra.first)) // frames
+        return (start >= state.stop) & (number == self.warmup)
+
+    def before_commit(self, state: State, new: Incoming) -> State:
+        extra, now = state.extra, self._groups_now(state, new.start, new.frames)
+        first = jnp.where(new.is_new & (extra.first < 0), new.start, extra.first).astype(jnp.int32)
+        groups = jnp.where(now, group_heads(new.observed, self.dummies), extra.group_LBN)
+        return replace(state, extra=Roles(groups, first))
+
+    def plan(self, num_frames: int, layout: Blocks, group: str = "") -> list[Seen]:
+        """What the heads of a group of `GROUPS` see; "": what any head sees."""
+        found = []
+        for number, told in enumerate(super().plan(num_frames, layout)):
+            if group and number > self.warmup:
+                count = len(told.frames)
+                kept = np.flatnonzero(self.seen(np.array(GROUPS.index(group) + 1), count, count, np))
+                frames, positions = (tuple(x[i] for i in kept) for x in (told.frames, told.positions))
+                told = told._replace(frames=frames, positions=positions)
+            found.append(told)
+        return found
+
+
+GROUPS = ("sink", "newest", "dummy")  # of DummyForcing, numbered from 1
+
+
+def group_heads(mass_LBNI: jax.Array, dummies: float) -> jax.Array:
+    """Every head's number in `GROUPS`, [L, B, N], for each video; of equal ones, earlier heads are dummies.
+
+    Args:
+      mass_LBNI: attention to the sink, to other frames before the block, and to its own.
+    """
+    layers, batch, heads = mass_LBNI.shape[:3]
+    sums = jnp.sum(mass_LBNI, axis=(0, 2), keepdims=True)
+    share = mass_LBNI / jnp.maximum(sums, jnp.finfo(jnp.float32).tiny)
+    to_sink, to_newest = share[..., 0], share[..., 1]
+    cost = jnp.maximum(to_sink, to_newest).swapaxes(0, 1).reshape(batch, layers * heads)
+    rank = jnp.argsort(jnp.argsort(cost, axis=1), axis=1).reshape(batch, layers, heads).swapaxes(0, 1)
+    return jnp.where(rank < round(dummies * layers * heads), 3, jnp.where(to_sink >= to_newest, 1, 2))
 
 
 def most_changed(k_BFTNK: jax.Array, frames: int, runs: int, number: int) -> jax.Array:

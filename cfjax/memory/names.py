@@ -9,7 +9,7 @@ from cfjax.core.errors import UserError
 from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
 from cfjax.memory.compression import DeepForcing
-from cfjax.memory.heads import ForcingKV
+from cfjax.memory.heads import DummyForcing, ForcingKV
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
 from cfjax.memory.profile import HeadTable, read_heads
 from cfjax.memory.slots import Memory
@@ -39,6 +39,7 @@ POLICIES = {
     "memory_bank": Named(MemoryBank(), "recorded frames that fit the prompt, beside a window (MemFlow)"),
     "context_recompute": Named(ContextRecompute(), "latents stay; their keys are made again for every block (Krea)"),
     "rolling_sink": Named(RollingSink(), "the first frames over and over, the newest block (Rolling Sink)"),
+    "dummy_forcing": Named(DummyForcing(), "heads see the sink, the newest frames or the newest one (Dummy Forcing)"),
     "forcing_kv": Named(ForcingKV(), "static heads see the newest frame, dynamic ones what changed too (Forcing-KV)"),
 }
 FULL = "full"  # every frame: no policy

@@ -144,7 +144,9 @@ _per_head.defvjp(_per_head_forward, _per_head_backward)
 def _scored(
     q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None, *, transposed: bool = False
 ) -> jax.Array:
-    """Attention [..., T, K] with all its scores in memory; `transposed`: k is [..., K, T]; `mask_T`: or a bias, or a mask [B, N, T]."""
+    """Attention [..., T, K] with all its scores in memory; `transposed`: k is [..., K, T]; `mask_T`: or
+    a bias, or a mask [B, N, T].
+    """
     k_KT = k if transposed else k.swapaxes(-1, -2)
     scores = jnp.matmul(q, k_KT, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask_T is not None:

@@ -25,6 +25,7 @@ from tests.memory.test_heads import (
     rolled,
     softmax_attention,
     turn,
+    turned,
 )
 from tests.tiny import BATCH, normal, relative
 
@@ -35,12 +36,6 @@ SMALL = DeepForcing(8, 2, capacity=6, recent=3)  # six slots; four once tokens a
 def run(*spans) -> tuple[int, ...]:
     """Frames of some inclusive runs."""
     return tuple(x for a, b in spans for x in range(a, b + 1))
-
-
-def turned(x: np.ndarray) -> np.ndarray:
-    """[L, B, F, T, N, K], rotated at the frames' own positions."""
-    rows = jnp.asarray(x.reshape(-1, *x.shape[2:]))
-    return np.asarray(turn(rows, jnp.arange(x.shape[2]))).reshape(x.shape)
 
 
 def test_deep_forcing_sees_what_the_public_code_lets_it_see():
@@ -79,8 +74,7 @@ def test_deep_forcing_attends_to_what_it_says():
     k, v = keys_and_values()
     q = np.asarray(normal(5, k.shape)) + 0.3
     turned_q, turned_k = turned(q), turned(k)
-    sums = turned_q.sum(3)
-    states = rolled(SMALL, k, v, observed=lambda own: sums[:, :, own])
+    states = rolled(SMALL, k, v, q)
     plan, worst, kept = SMALL.plan(FRAMES, LAYOUT), 0.0, set()
     for number, start in enumerate(range(0, FRAMES, 2)):
         state, own = states[number], slice(start, start + 2)
@@ -122,9 +116,7 @@ def test_scores_do_not_depend_on_a_common_rotation():
 def test_committing_a_block_again_changes_nothing():
     """Bit for bit, where tokens are chosen too."""
     k, v = keys_and_values()
-    sums = turned(k).sum(3)
-    seen = lambda own: sums[:, :, own]
-    once, twice = (rolled(SMALL, k, v, again=again, observed=seen)[-1] for again in (False, True))
+    once, twice = (rolled(SMALL, k, v, again=again)[-1] for again in (False, True))
     for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -132,11 +124,10 @@ def test_committing_a_block_again_changes_nothing():
 def test_tokens_that_were_not_chosen_are_forgotten():
     """Values of frames that lost all their tokens, or some, leave no trace but in those that were chosen."""
     k, v = keys_and_values()
-    sums = turned(k).sum(3)
-    states = rolled(SMALL, k, v, observed=lambda own: sums[:, :, own])
+    states = rolled(SMALL, k, v)
     assert len({tuple(x.shape for x in jax.tree.leaves(state)) for state in states}) == 1
     marked = np.broadcast_to(np.arange(FRAMES * TOKENS, dtype=np.float32).reshape(FRAMES, TOKENS, 1, 1), v.shape)
-    state = rolled(SMALL, k, marked, observed=lambda own: sums[:, :, own])[5]
+    state = rolled(SMALL, k, marked)[5]
     for layer, row in np.ndindex(len(k), BATCH):
         behind, count = simulated(k, k, layer, row)[5]
         held = np.asarray(state.v)[layer, row, SMALL.sink : count, :, 0, 0].ravel()

@@ -11,7 +11,7 @@ import pytest
 from cfjax.core.errors import UserError
 from cfjax.memory.bank import CHOSEN
 from cfjax.memory.codecs import Codec
-from cfjax.memory.heads import ForcingKV, most_changed, sort_heads
+from cfjax.memory.heads import GROUPS, DummyForcing, ForcingKV, most_changed, sort_heads
 from cfjax.memory.names import memory_name, parse_memory
 from cfjax.memory.profile import HeadTable, heads_record, read_heads
 from cfjax.memory.slots import Memory
@@ -31,28 +31,39 @@ SHAPE = (BATCH, FRAMES, SIDE, SIDE, CONFIG.in_dim)
 turn = jax.jit(rotate_time)
 
 
+def turned(x: np.ndarray) -> np.ndarray:
+    """[L, B, F, T, N, K], rotated at the frames' own positions."""
+    rows = jnp.asarray(x.reshape(-1, *x.shape[2:]))
+    return np.asarray(turn(rows, jnp.arange(x.shape[2]))).reshape(x.shape)
+
+
 def keys_and_values(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Keys that are not rotated in time, and values, [L, B, F, T, N, K]."""
     shape = (DEEP.num_layers, BATCH, FRAMES, TOKENS, HEADS, DIM)
     return np.asarray(normal(seed, shape)), np.asarray(normal(seed + 1, shape))
 
 
-def rolled(memory: Memory, k: np.ndarray, v: np.ndarray, *, again: bool = False, observed=None):
-    """The states before every block and after the last, of blocks of two frames committed with these keys."""
-    state = memory.init(DEEP, BATCH, TOKENS, layout(memory))
-    frames = LAYOUT.frames
+def rolled(memory: Memory, k: np.ndarray, v: np.ndarray, q: np.ndarray | None = None, *, again: bool = False):
+    """The states before every block and after the last, of blocks of two frames committed with these keys and queries.
+
+    They are not rotated in time; without queries, keys are taken for them.
+    """
+    blocks, frames, q = layout(memory), LAYOUT.frames, k if q is None else q
+    state = memory.init(DEEP, BATCH, TOKENS, blocks)
 
     @jax.jit
-    def commit(state, k, v, start, seen):
+    def commit(state, q, k, v, start):
         at = memory.own_positions(state, start, frames)
-        return memory.commit(state, jax.vmap(rotate_time, (0, None))(k, at), v, start, None, seen)
+        q, k = (jax.vmap(rotate_time, (0, None))(x, at) for x in (q, k))
+        observe = memory.observer(DEEP, state, start, frames, blocks)
+        seen = observe and jax.lax.map(lambda x: observe(*x), (q, k, jnp.arange(len(k))))
+        return memory.commit(state, k, v, start, None, seen)
 
     states = [state]
     for start in range(0, k.shape[2], frames):
         own = slice(start, start + frames)
         for _ in range(2 if again else 1):
-            seen = None if observed is None else observed(own)
-            state = commit(state, k[:, :, own], v[:, :, own], jnp.int32(start), seen)
+            state = commit(state, *(x[:, :, own] for x in (q, k, v)), jnp.int32(start))
         states.append(state)
     return states
 
@@ -118,10 +129,7 @@ def test_forcing_kv_attends_to_what_it_says():
     k, v = keys_and_values()
     q = np.asarray(normal(5, k.shape))
     states = rolled(memory, k, v)
-    turned_q, turned_k = (
-        np.asarray(turn(jnp.asarray(x.reshape(-1, *x.shape[2:])), jnp.arange(FRAMES))) for x in (q, k)
-    )
-    turned_q, turned_k = turned_q.reshape(q.shape), turned_k.reshape(k.shape)
+    turned_q, turned_k = turned(q), turned(k)
     plans = {group: memory.plan(FRAMES, LAYOUT, group) for group in ("static", "dynamic")}
     worst, own_choices = 0.0, False
     for number, start in enumerate(range(0, FRAMES, 2)):
@@ -176,7 +184,72 @@ def test_heads_are_sorted_and_come_back():
         )
 
 
-SMALL = {"forcing_kv": ForcingKV(5, 1, profile=TABLE, runs=2)}
+# ---- Dummy Forcing
+
+
+def test_dummy_forcing_sees_what_the_public_code_lets_it_see():
+    """Blocks of 3, grouped at the commit of the second."""
+    of = lambda group, block: DummyForcing().plan(27, CHUNK, group)[block].frames
+    assert [of(group, 1) for group in GROUPS] == [(0, 1, 2)] * 3
+    assert [of(group, 2) for group in GROUPS] == [(0,), (3, 4, 5), (5,)]
+    assert [of(group, 8) for group in GROUPS] == [(0,), (21, 22, 23), (23,)]
+    assert DummyForcing().plan(27, CHUNK)[8].positions == (0, 21, 22, 23)
+
+
+def grouped(q: np.ndarray, k: np.ndarray, row: int, dummies: int) -> np.ndarray:
+    """In NumPy: every head's group, [L, N], by the attention of the second block of a video."""
+    shares = np.zeros((len(k), HEADS, 2))
+    for layer, head in np.ndindex(len(k), HEADS):
+        scores = np.einsum("ftk,gsk->ftgs", q[layer, row, 2:4, :, head], k[layer, row, :4, :, head]) * DIM**-0.5
+        weights = np.exp(scores)
+        mass = (weights / weights.sum((-2, -1), keepdims=True)).sum(-1).mean((0, 1))
+        shares[layer, head] = mass[:2]
+    shares /= shares.sum((0, 1))
+    groups = np.where(shares[..., 0] >= shares[..., 1], 0, 1)
+    groups[shares.max(-1) <= np.sort(shares.max(-1).ravel())[dummies - 1]] = 2
+    return groups
+
+
+def test_dummy_forcing_attends_to_what_it_says():
+    """Against a softmax in NumPy, of every block, layer and head; every video has groups of its own."""
+    memory = DummyForcing(5, 1, dummies=1 / 3)
+    k, v = keys_and_values()
+    q = np.asarray(normal(5, k.shape))
+    states = rolled(memory, k, v, q)
+    turned_q, turned_k = turned(q), turned(k)
+    groups_BLN = np.stack([grouped(turned_q, turned_k, row, 2) for row in range(BATCH)])
+    np.testing.assert_array_equal(states[2].extra.group_LBN, groups_BLN.swapaxes(0, 1) + 1)
+    assert (groups_BLN[0] != groups_BLN[1]).any() and set(groups_BLN.ravel().tolist()) == {0, 1, 2}
+    plans, worst = [memory.plan(FRAMES, LAYOUT, group) for group in GROUPS], 0.0
+    for number, start in enumerate(range(0, FRAMES, 2)):
+        own = slice(start, start + 2)
+        found = attended(memory, states[number], start, *(x[:, :, own] for x in (q, k, v)))
+        for layer, row, head in np.ndindex(3, BATCH, HEADS):
+            frames = [*plans[groups_BLN[row, layer, head]][number].frames, start, start + 1]
+            keys, values = (np.concatenate(x[layer, row, frames, :, head]) for x in (turned_k, v))
+            wanted = softmax_attention(turned_q[layer, row, own, :, head], keys, values)
+            worst = max(worst, np.abs(found[layer, row, :, :, head] - wanted).max())
+    print(f"dummy_forcing: {worst:.1e}")
+    assert worst < 5e-6
+
+
+def test_heads_that_are_never_grouped_have_a_window():
+    k, v = keys_and_values()
+    q = np.asarray(normal(5, k.shape))[:, :, 10:]
+    one, other = (
+        attended(m, rolled(m, k, v)[5], 10, q, k[:, :, 10:], v[:, :, 10:])
+        for m in (DummyForcing(5, 1, warmup=100), Memory(5, 1))
+    )
+    assert relative(one, other) < 2e-6
+
+
+# ---- laws of both
+
+SMALL = {
+    "forcing_kv": ForcingKV(5, 1, profile=TABLE, runs=2),
+    "dummy_forcing": DummyForcing(5, 1),
+    "dummy_int8": DummyForcing(5, 1, Codec("int8")),
+}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -192,16 +265,20 @@ def test_what_left_is_forgotten(name):
     """Frames that no head sees any more leave no trace; a state does not grow."""
     memory, (k, v) = SMALL[name], keys_and_values()
     states, changed = rolled(memory, k, v), k.copy()
-    changed[:, :, 2:6] += 1.0
+    changed[:, :, 4:6] += 1.0
     for a, b in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(rolled(memory, changed, v)[-1]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert len({tuple(x.shape for x in jax.tree.leaves(state)) for state in states}) == 1
 
 
-def test_a_network_with_forcing_kv():
+@pytest.mark.parametrize(
+    "memory",  # six slots: nothing has left before the fifth block
+    [ForcingKV(9, 1, profile=FLAT, runs=2), DummyForcing(8, 1, warmup=3)],
+    ids=["forcing_kv", "dummy_forcing"],
+)
+def test_a_network(memory):
     """One that leaves nothing out has the flows of a full cache; videos do not meet; the time does not matter."""
     inputs = normal(1, SHAPE), normal(2, SHAPE)
-    memory = ForcingKV(9, 1, profile=FLAT, dynamic=1, runs=2)  # six slots: nothing has left before the fifth block
     _, flow = streamed(memory, *inputs)
     assert relative(flow[:, :8], streamed(None, *inputs)[1][:, :8]) < 2e-6
     _, late = streamed(memory, *inputs, start=10_000)
