@@ -11,7 +11,8 @@ from cfjax.memory.codecs import Codec
 from cfjax.memory.compression import DeepForcing
 from cfjax.memory.heads import DummyForcing, ForcingKV
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
-from cfjax.memory.profile import HeadTable, read_heads
+from cfjax.memory.profile import HeadLabels, HeadTable, read_heads, read_labels
+from cfjax.memory.pyramid import PyramidHeads
 from cfjax.memory.slots import Memory
 from cfjax.nn.visibility import Blocks
 
@@ -41,6 +42,7 @@ POLICIES = {
     "rolling_sink": Named(RollingSink(), "the first frames over and over, the newest block (Rolling Sink)"),
     "dummy_forcing": Named(DummyForcing(), "heads see the sink, the newest frames or the newest one (Dummy Forcing)"),
     "forcing_kv": Named(ForcingKV(), "static heads see the newest frame, dynamic ones what changed too (Forcing-KV)"),
+    "pyramid": Named(PyramidHeads(), "anchor, wave and veil heads, each with frames of its own (Pyramid Forcing)"),
 }
 FULL = "full"  # every frame: no policy
 CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -106,8 +108,9 @@ def _setting(value: str, like: Any, where: str) -> Any:
     """A setting of the same type; a codec by its name, a table of heads by its file."""
     if isinstance(like, Codec):
         return Codec(value.strip("'\""))  # type: ignore[arg-type]
-    if isinstance(like, HeadTable):
-        return read_heads(value.strip("'\""))
+    if isinstance(like, HeadTable | HeadLabels):
+        read = read_heads if isinstance(like, HeadTable) else read_labels
+        return read(value.strip("'\""))
     return _number(value, like, where)
 
 
@@ -134,6 +137,6 @@ def memory_name(memory: Memory | None) -> str:
         return {key: value for key, value in values.items() if value != getattr(policy, key)}
 
     name, policy = min(same, key=lambda item: len(changed(item[1])))
-    shown = lambda v: v.name if isinstance(v, Codec) else v.path if isinstance(v, HeadTable) else v
+    shown = lambda v: v.name if isinstance(v, Codec) else v.path if isinstance(v, HeadTable | HeadLabels) else v
     settings = [f"{k}={shown(v)}" for k, v in changed(policy).items()]
     return f"{name}({', '.join(settings)})" if settings else name

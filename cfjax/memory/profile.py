@@ -16,8 +16,20 @@ import numpy as np
 from einops import rearrange
 
 from cfjax.core.errors import UserError
-from cfjax.core.limits import FRAMES, LAYERS, WIDTH
-from cfjax.core.schema import checked, flag, load_json, number, one_of, several, table, text, whole
+from cfjax.core.limits import FRAMES, JSON_BYTES, LAYERS, WIDTH
+from cfjax.core.schema import (
+    checked,
+    flag,
+    load_bytes,
+    load_json,
+    number,
+    one_of,
+    several,
+    shown,
+    table,
+    text,
+    whole,
+)
 
 KIND = "cfjax heads"
 CHUNK = 128  # queries
@@ -82,6 +94,46 @@ def read_heads(path: str) -> HeadTable:
             raise UserError(f"{path}: {name} must have a row for each of {shape[0]} layers and {shape[1]} heads")
     static_LN = tuple(tuple(row) for row in record["static"])
     return HeadTable(path, static_LN, network["head_dim"], record["run"])
+
+
+@dataclass(frozen=True)
+class HeadLabels:
+    """The labels of a network's heads: 1 anchor, -1 wave, 2 veil, as Pyramid Forcing publishes them.
+
+    Attributes:
+      path: the file; "" is none.
+      label_LN: of every layer and head.
+    """
+
+    path: str = ""
+    label_LN: tuple[tuple[int, ...], ...] = ()
+
+    def check(self, network: Any) -> None:
+        """Raises UserError unless there is a label for each of the network's heads."""
+        layers, heads = len(self.label_LN), len(self.label_LN[0])
+        if (layers, heads) != (network.num_layers, network.num_heads):
+            raise UserError(
+                f"{self.path}: it has labels for {layers} layers of {heads} heads, and the network has "
+                f"{network.num_layers} of {network.num_heads}: name another table"
+            )
+
+
+def read_labels(path: str) -> HeadLabels:
+    """The labels in a file: a line per layer, a label per head, between commas.
+
+    Raises:
+      UserError: it cannot be read, or says something else.
+    """
+    try:
+        lines = load_bytes(Path(path), JSON_BYTES).decode().split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"profile={path}: cannot be read ({error}); give a line of labels per layer") from error
+    rows = [line.split(",") for line in lines]
+    if not rows or len({len(row) for row in rows}) > 1 or len(rows) > LAYERS:
+        raise UserError(f"{path}: give a line for every layer, with as many labels as it has heads")
+    if wrong := next((label for row in rows for label in row if label not in ("1", "-1", "2")), ""):
+        raise UserError(f"{path}: {shown(wrong)} is no label; use 1 (anchor), -1 (wave) or 2 (veil)")
+    return HeadLabels(path, tuple(tuple(map(int, row)) for row in rows))
 
 
 def attention_mass(q_BFTNK: jax.Array, k_BFTNK: jax.Array, seen_F: jax.Array | None = None) -> jax.Array:

@@ -360,7 +360,7 @@ def test_bytes_do_not_grow_with_the_video():
 
 # ---- names
 
-AS_THEY_ARE = ("memory_bank", "forcing_kv", "deep_forcing")  # policies that store keys as they are
+AS_THEY_ARE = ("memory_bank", "forcing_kv", "deep_forcing", "pyramid")  # policies that store keys as they are
 
 
 @pytest.mark.parametrize("name", POLICIES)
