@@ -134,6 +134,7 @@ def test_tokens_that_were_not_chosen_are_forgotten():
         assert held.tolist() == [frame * TOKENS + token for frame, token in behind]
 
 
+@pytest.mark.slow
 def test_a_network_with_deep_forcing():
     """The queries of the network reach it; videos do not meet, and the time does not matter."""
     inputs = normal(1, SHAPE), normal(2, SHAPE)

@@ -271,6 +271,19 @@ def test_what_left_is_forgotten(name):
     assert len({tuple(x.shape for x in jax.tree.leaves(state)) for state in states}) == 1
 
 
+def test_what_is_committed_again_is_as_it_was():
+    """After a change of the prompt to the same: as many of the newest blocks as the choice of runs needs."""
+    memory, (k, v) = SMALL["forcing_kv"], keys_and_values()
+    state, turned_k = rolled(memory, k, v)[-1], turned(k)
+    after, commit = memory.forget(state), jax.jit(memory.commit)
+    assert memory.missing(after, LAYOUT) == 3  # frames: two blocks
+    for start in (8, 10):
+        after = commit(after, turned_k[:, :, start : start + 2], v[:, :, start : start + 2], jnp.int32(start))
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory",  # six slots: nothing has left before the fifth block
     [ForcingKV(9, 1, profile=FLAT, runs=2), DummyForcing(8, 1, warmup=3)],

@@ -125,6 +125,7 @@ def test_what_left_is_forgotten():
     assert len({tuple(x.shape for x in jax.tree.leaves(state)) for state in states}) == 1
 
 
+@pytest.mark.slow
 def test_a_network_with_pyramid_heads():
     """Late enough, the time does not matter but for its remainders; videos do not meet."""
     inputs = normal(1, SHAPE), normal(2, SHAPE)
