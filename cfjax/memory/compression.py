@@ -35,7 +35,7 @@ class Participation(NamedTuple):
 
 @dataclass(frozen=True)
 class DeepForcing(DeepSink):
-    """See the module.
+    """See the module. Where blocks are committed again under another prompt, the chosen tokens are not among them.
 
     Attributes:
       capacity: frames that a block sees once tokens have been chosen, the sink and its own included.

@@ -12,7 +12,7 @@ heads, some are computed that nobody reads.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +64,7 @@ def attend_groups(
     """Self-attention of one layer, [B, F, T, N, K], a call per group."""
     pick = lambda x, table_LN: jnp.take(x, jnp.asarray(table_LN)[layer], axis=-2, mode="clip")
     outputs = [
-        one(*(pick(x, heads_LN) for x in (q, k, v)), lambda x, heads_LN=heads_LN: pick(x, heads_LN))
+        one(pick(q, heads_LN), pick(k, heads_LN), pick(v, heads_LN), partial(pick, table_LN=heads_LN))
         for heads_LN, one in zip(groups.heads, attend, strict=True)
         if heads_LN.shape[1]
     ]

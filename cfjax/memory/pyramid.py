@@ -213,10 +213,10 @@ class PyramidHeads(Memory):
             veil = _pushed(veil, means, frame, takes & ends & (number + 1 - self.merged >= self.sink))
         last = (new.start + new.frames - 1).astype(jnp.int32)
         newest = jnp.where(new.is_new, jnp.maximum(newest, last), newest)
-        kept = tuple(
+        anchor, wave, veil = (
             Between(constrain_kv(x.k_LBFTNK), constrain_kv(x.v_LBFTNK), x.frame_F) for x in (anchor, wave, veil)
         )
-        return replace(state, extra=Middle(kept, (sums[0], sums[1]), first, newest))
+        return replace(state, extra=Middle((anchor, wave, veil), (sums[0], sums[1]), first, newest))
 
     # ---- the same without a network
 
