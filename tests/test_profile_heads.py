@@ -35,6 +35,11 @@ def test_the_toy_is_profiled(causal, tmp_path, capsys):
     shares = mass[..., -4:].sum(-1) / mass[..., 1:].sum(-1)
     np.testing.assert_allclose(record["share"], shares, atol=1e-4)
     assert record["static"] == (np.array(record["share"]) >= 0.8).tolist() and record["levels"] == [1.0, 0.833333]
+    latents = np.random.default_rng(0).normal(size=causal.latent_shape).astype(np.float32)
+    np.savez(tmp_path / "given.npz", latents)
+    assert cfjax("profile_heads", "profile_heads.py", tmp_path / "given", latents=tmp_path / "given.npz", **keys) == 0
+    other = json.loads((tmp_path / "given" / "heads.json").read_text())
+    assert other["latents"].endswith("given.npz") and np.abs(np.array(other["mass"]) - mass).max() > 1e-4
     memory = parse_memory(f"forcing_kv(profile={file}, window=7)")
     memory.check(config)
     assert len(memory.plan(9, Blocks(3))) == 3

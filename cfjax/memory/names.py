@@ -1,5 +1,6 @@
 """Memory policies by name: `--config.memory=infinity_rope`, or with settings, `"deep_sink(window=16, codec=int8)"`."""
 
+import hashlib
 import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -99,9 +100,18 @@ def with_memory(blocks: Blocks, text: str, *, window: int = -1, sink: int = -1) 
 
 
 def blocks_record(blocks: Blocks) -> dict[str, Any]:
-    """A block layout as plain values; a memory policy as its text, and no such key without one."""
+    """A block layout as plain values; a memory policy as its text, and no such key without one.
+
+    With a table of heads also a checksum of what that says, as its file may be another one later.
+    """
     record = {f.name: getattr(blocks, f.name) for f in fields(blocks) if f.name != "memory"}
-    return record | ({} if blocks.memory is None else {"memory": memory_name(blocks.memory)})
+    if blocks.memory is None:
+        return record
+    record |= {"memory": memory_name(blocks.memory)}
+    profile = getattr(blocks.memory, "profile", None)
+    return (
+        record if profile is None else record | {"heads": hashlib.sha256(repr(profile.table_LN).encode()).hexdigest()}
+    )
 
 
 def _setting(value: str, like: Any, where: str) -> Any:

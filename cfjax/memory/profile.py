@@ -62,6 +62,11 @@ class HeadTable:
     head_dim: int = 0
     run: str = ""
 
+    @property
+    def table_LN(self) -> tuple[tuple[bool, ...], ...]:
+        """What decides who sees what."""
+        return self.static_LN
+
     def check(self, network: Any) -> None:
         """Raises UserError unless the table is of a network of these sizes."""
         ours = (len(self.static_LN), len(self.static_LN[0]), self.head_dim)
@@ -107,6 +112,11 @@ class HeadLabels:
 
     path: str = ""
     label_LN: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def table_LN(self) -> tuple[tuple[int, ...], ...]:
+        """What decides who sees what."""
+        return self.label_LN
 
     def check(self, network: Any) -> None:
         """Raises UserError unless there is a label for each of the network's heads."""

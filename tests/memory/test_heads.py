@@ -12,7 +12,7 @@ from cfjax.core.errors import UserError
 from cfjax.memory.bank import CHOSEN
 from cfjax.memory.codecs import Codec
 from cfjax.memory.heads import GROUPS, DummyForcing, ForcingKV, most_changed, sort_heads
-from cfjax.memory.names import memory_name, parse_memory
+from cfjax.memory.names import blocks_record, memory_name, parse_memory
 from cfjax.memory.profile import HeadTable, heads_record, read_heads
 from cfjax.memory.slots import Memory
 from cfjax.nn.rope import rotate_time
@@ -319,6 +319,9 @@ def test_a_policy_reads_its_table(tmp_path):
     assert memory.profile.static_LN == ((False, False), (True, False), (False, False))
     assert memory_name(memory) == f"forcing_kv(profile={path}, runs=2)" and parse_memory(memory_name(memory)) == memory
     memory.check(DEEP)
+    other = parse_memory(f"forcing_kv(profile={write_table(tmp_path, static=[[True, True]] * 3)}, runs=2)")
+    before, after = (blocks_record(replace(CHUNK, memory=m)) for m in (memory, other))
+    assert before["memory"] == after["memory"] and before["heads"] != after["heads"]  # the file is another one
     with pytest.raises(UserError, match=r"heads\.json: it is of 3 layers of 2 heads of 12 channels \(a run\), and the"):
         memory.init(CONFIG, 1, TOKENS, layout(memory))
 

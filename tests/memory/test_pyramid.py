@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import UserError
+from cfjax.core.sharding import make_mesh, on_mesh
 from cfjax.memory.codecs import Codec
+from cfjax.memory.compression import DeepForcing
 from cfjax.memory.names import memory_name, parse_memory
 from cfjax.memory.profile import HeadLabels
 from cfjax.memory.pyramid import LABELS, PyramidHeads
@@ -27,6 +29,7 @@ from tests.memory.test_heads import (
     turn,
     turned,
 )
+from tests.memory.test_heads import SMALL as HEAD_POLICIES
 from tests.tiny import BATCH, CONFIG, normal, relative
 
 CHUNK = Blocks(3)
@@ -135,6 +138,23 @@ def test_a_network_with_pyramid_heads():
     assert relative(late, flow) < 2e-5
     _, changed = streamed(memory, inputs[0].at[1].add(1.0), inputs[1].at[1].add(1.0), start=600)
     assert relative(changed[0], flow[0]) < 2e-6 and relative(changed[1], flow[1]) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"context": 2}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "memory",
+    [*HEAD_POLICIES.values(), DeepForcing(8, 2, capacity=6, recent=3), SMALL],
+    ids=[*HEAD_POLICIES, "deep_forcing", "pyramid"],
+)
+def test_attention_on_a_mesh(memory, axes):
+    """Groups of one head are not cut into two: their tokens are."""
+    k, v = keys_and_values()
+    state, own = rolled(memory, k, v)[5], slice(10, 12)
+    work = (memory, state, 10, k[:, :, own] + 1, k[:, :, own], v[:, :, own])
+    expected = attended(*work)
+    with on_mesh(make_mesh(**axes, devices=jax.devices()[: 2 if "context" in axes else 4])):
+        assert relative(attended(*work), expected) < 2e-6
 
 
 # ---- tables and settings
