@@ -165,6 +165,18 @@ def test_runs_of_everything_are_a_longer_window():
     assert relative(one[1, ..., 0, :], other[1, ..., 0, :]) > 0.01
 
 
+def test_heads_that_are_all_static_have_a_window():
+    """A group may be empty in every layer."""
+    k, v = keys_and_values()
+    q = np.asarray(normal(5, k.shape))[:, :, 10:]
+    static = replace(TABLE, static_LN=((True, True),) * 3)
+    one, other = (
+        attended(m, rolled(m, k, v)[5], 10, q, k[:, :, 10:], v[:, :, 10:])
+        for m in (ForcingKV(5, 1, profile=static, runs=2), Memory(4, 1))
+    )
+    assert relative(one, other) < 2e-6
+
+
 def test_what_does_not_move_has_ties_that_the_earlier_runs_win():
     still = jnp.broadcast_to(normal(0, (1, 1, TOKENS, 2, DIM)), (1, 3, TOKENS, 2, DIM))
     assert most_changed(still, 2, 2, 2).tolist() == [[0, 1]]

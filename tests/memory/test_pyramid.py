@@ -93,6 +93,16 @@ def test_pyramid_attends_to_what_it_says():
     assert worst < 5e-6 and means > 0
 
 
+def test_heads_may_all_be_of_one_kind():
+    """Anchors, whose groups of waves and veils are empty in every layer, are those of a table with all three."""
+    k, v = keys_and_values()
+    own, anchors = slice(10, 12), replace(SMALL, profile=HeadLabels("anchors", ((1, 1),) * 3))
+    one, other = (
+        attended(memory, rolled(memory, k, v)[5], 10, *(x[:, :, own] for x in (k, k, v))) for memory in (SMALL, anchors)
+    )
+    assert relative(one[0, ..., 0, :], other[0, ..., 0, :]) < 2e-6 < relative(one[2], other[2])
+
+
 def test_a_mean_of_equal_frames_is_that_frame():
     """And so veil heads whose frames are all alike have the slots' keys between, too."""
     k, v = (np.repeat(x[:, :, :1], FRAMES, axis=2) for x in keys_and_values())
