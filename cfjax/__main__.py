@@ -22,6 +22,7 @@ VERBS = {
     "plan": "compile an experiment for a pod that need not be attached: memory, FLOPs, collectives, a verdict",
     "check": "whether the files of a run, a set of records, an export or videos match their checksums",
     "export": "write a run's weights and world as one small folder",
+    "profile_heads": "which attention heads look at recent frames alone: a table for memory policies",
 }
 SHARED = ("train", "precompute")  # verbs that several processes may work on together; the others are one process's
 COMPILES_NOTHING = ("check",)

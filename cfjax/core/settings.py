@@ -185,6 +185,14 @@ RULES: dict[str, Rules] = {
         ("frames", whole(0, FRAMES)),
     ],
     "export": [("clips", whole(1))],
+    "profile_heads": [
+        ("seed", SEED),
+        ("videos|batch|recent", whole(1)),
+        ("frames", whole(0, FRAMES)),
+        ("sink", whole(0, FRAMES)),
+        ("levels", STEPS),
+        ("threshold", SHARE),
+    ],
     "compare": [
         ("--seed", SEED),
         ("--tolerance", real(0.0)),

@@ -100,6 +100,8 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
     )
     sampler, pixels = with_strength(c, sampler_of(c, run)), sizes.pixels()
     fuses(c.fused_commit, memory=blocks.memory if blocks else None)
+    if blocks and blocks.memory:
+        blocks.memory.check(run.model.config)
     check_mp4(*pixels[1:], c.fps, c.scale)
     ClipFormat(*pixels, c.fps, c.fit)
     tiled_decoder(c, run)

@@ -1,5 +1,6 @@
 """Memory policies by name: `--config.memory=infinity_rope`, or with settings, `"deep_sink(window=16, codec=int8)"`."""
 
+import hashlib
 import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -8,7 +9,11 @@ from typing import Any, TypeVar
 from cfjax.core.errors import UserError
 from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
+from cfjax.memory.compression import DeepForcing
+from cfjax.memory.heads import DummyForcing, ForcingKV
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
+from cfjax.memory.profile import HeadLabels, HeadTable, read_heads, read_labels
+from cfjax.memory.pyramid import PyramidHeads
 from cfjax.memory.slots import Memory
 from cfjax.nn.visibility import Blocks
 
@@ -28,11 +33,17 @@ POLICIES = {
     "infinity_rope": Named(SlotRelative(6, 1), "positions are slot numbers, a window of 6 (Infinity-RoPE)"),
     "longlive_infinity": Named(SlotRelative(12, 3), "positions are slot numbers, a window of 12 (LongLive, infinity)"),
     "deep_sink": Named(DeepSink(), "a sink of 10 frames that moves along (Deep Forcing, without its compression)"),
+    "deep_forcing": Named(
+        DeepForcing(), "the same, and of older frames the tokens that queries look at (Deep Forcing)"
+    ),
     "ema_sink": Named(EmaSink(), "what leaves is averaged into the sink (Reward Forcing)"),
     "memory_tokens": Named(MemoryTokens(), "two moving averages of what leaves (MemRoPE)"),
     "memory_bank": Named(MemoryBank(), "recorded frames that fit the prompt, beside a window (MemFlow)"),
     "context_recompute": Named(ContextRecompute(), "latents stay; their keys are made again for every block (Krea)"),
     "rolling_sink": Named(RollingSink(), "the first frames over and over, the newest block (Rolling Sink)"),
+    "dummy_forcing": Named(DummyForcing(), "heads see the sink, the newest frames or the newest one (Dummy Forcing)"),
+    "forcing_kv": Named(ForcingKV(), "static heads see the newest frame, dynamic ones what changed too (Forcing-KV)"),
+    "pyramid": Named(PyramidHeads(), "anchor, wave and veil heads, each with frames of its own (Pyramid Forcing)"),
 }
 FULL = "full"  # every frame: no policy
 CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -62,9 +73,7 @@ def parse_memory(text: str) -> Memory | None:
         key, equals, value = (x.strip() for x in part.partition("="))
         if not equals or key not in known:
             raise UserError(f"memory={text!r}: {part.strip()!r} is no setting of {name}; it has {', '.join(known)}")
-        changes[key] = (
-            Codec(value.strip("'\"")) if key == "codec" else _number(value, known[key], f"memory={text!r}: {key}")
-        )
+        changes[key] = _setting(value, known[key], f"memory={text!r}: {key}")
     return replace(policy, **changes)
 
 
@@ -91,9 +100,28 @@ def with_memory(blocks: Blocks, text: str, *, window: int = -1, sink: int = -1) 
 
 
 def blocks_record(blocks: Blocks) -> dict[str, Any]:
-    """A block layout as plain values; a memory policy as its text, and no such key without one."""
+    """A block layout as plain values; a memory policy as its text, and no such key without one.
+
+    With a table of heads also a checksum of what that says, as its file may be another one later.
+    """
     record = {f.name: getattr(blocks, f.name) for f in fields(blocks) if f.name != "memory"}
-    return record | ({} if blocks.memory is None else {"memory": memory_name(blocks.memory)})
+    if blocks.memory is None:
+        return record
+    record |= {"memory": memory_name(blocks.memory)}
+    profile = getattr(blocks.memory, "profile", None)
+    return (
+        record if profile is None else record | {"heads": hashlib.sha256(repr(profile.table_LN).encode()).hexdigest()}
+    )
+
+
+def _setting(value: str, like: Any, where: str) -> Any:
+    """A setting of the same type; a codec by its name, a table of heads by its file."""
+    if isinstance(like, Codec):
+        return Codec(value.strip("'\""))  # type: ignore[arg-type]
+    if isinstance(like, HeadTable | HeadLabels):
+        read = read_heads if isinstance(like, HeadTable) else read_labels
+        return read(value.strip("'\""))
+    return _number(value, like, where)
 
 
 T = TypeVar("T", int, float)
@@ -119,5 +147,6 @@ def memory_name(memory: Memory | None) -> str:
         return {key: value for key, value in values.items() if value != getattr(policy, key)}
 
     name, policy = min(same, key=lambda item: len(changed(item[1])))
-    settings = [f"{k}={v.name if isinstance(v, Codec) else v}" for k, v in changed(policy).items()]
+    shown = lambda v: v.name if isinstance(v, Codec) else v.path if isinstance(v, HeadTable | HeadLabels) else v
+    settings = [f"{k}={shown(v)}" for k, v in changed(policy).items()]
     return f"{name}({', '.join(settings)})" if settings else name

@@ -27,6 +27,8 @@ from cfjax.nn.visibility import Blocks
 EMPTY, MERGED = -1, -2  # in `State.frame_F`: no frame; several frames, merged
 # (q, k, v [B, F, T, N, K], layer) -> attended values
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (q, k [B, F, T, N, K], both rotated, layer) -> what a commit has to know of them, a pytree
+Observe = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
 
 class Network(Protocol):
@@ -152,6 +154,15 @@ class Memory:
         """Added to the logits of each slot's keys, [slots]; None: nothing."""
         return None
 
+    def check(self, network: Network) -> None:
+        """Raises UserError where the policy was made for another network."""
+
+    def observer(
+        self, network: Network, state: State, start: jax.Array, frames: int, layout: Blocks
+    ) -> "Observe | None":
+        """What a commit has to know of every layer's queries; None: nothing, and then they are not looked at."""
+        return None
+
     # Whether blocks can be committed again under another prompt.
     recaches = True
 
@@ -171,6 +182,10 @@ class Memory:
         return replace(
             state, frame_F=gone(state.frame_F), position_F=gone(state.position_F), count=count, stop=jnp.int32(0)
         )
+
+    def missing(self, state: State, layout: Blocks) -> int:
+        """How many of the newest frames have to be committed again after `forget`."""
+        return len(state.frame_F) - int(state.count)
 
     # ---- the interface
 
@@ -238,18 +253,20 @@ class Memory:
         v_LBFTNK: jax.Array,
         start: jax.Array,
         text_LBNK: jax.Array | None = None,
+        observed: Any = None,
     ) -> State:
         """The state after a finished block; committing a block again changes nothing.
 
         Args:
           k_LBFTNK: rotated at the block's own positions.
           text_LBNK: the mean of the prompt's cross-attention keys, for policies that ask what fits it.
+          observed: what `observer` made of every layer, stacked; None if that is None.
         """
         frames, slots = k_LBFTNK.shape[2], state.frame_F.shape[0]
         own_F = self.own_positions(state, start, frames)
         raw = jax.vmap(rotate_time, (0, None))(k_LBFTNK, -own_F)
         k, v = self.codec.encode_keys(raw), self.codec.encode_values(v_LBFTNK)
-        new = Incoming(k, v, start, frames, state, start >= state.stop, text_LBNK)
+        new = Incoming(k, v, start, frames, state, start >= state.stop, text_LBNK, observed)
         state = self.before_commit(state, new)
         order = arrangement(state.count, slots, self.protected, frames)
         order = jnp.where(new.is_new, order, jnp.arange(slots))
@@ -301,7 +318,7 @@ class Incoming:
     """Frames that are about to be committed.
 
     k, v: as stored.  start: their first frame.  state: before them.  is_new: whether they are not in it yet.
-    text_LBNK: see `Memory.commit`.
+    text_LBNK, observed: see `Memory.commit`.
     """
 
     k: Any
@@ -311,6 +328,7 @@ class Incoming:
     state: State
     is_new: jax.Array
     text_LBNK: Any = None
+    observed: Any = None
 
     def leaving(self, protected: int) -> tuple[Any, Any, jax.Array, jax.Array]:
         """The frames that leave, oldest first: keys, values (as stored), their frames, and whether each does leave."""

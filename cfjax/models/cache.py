@@ -175,15 +175,23 @@ def slot_of(frame: jax.Array, slots: int, blocks: Blocks) -> jax.Array:
 
 
 def write(
-    cache: KVCache, kv: Any, start: jax.Array, num_frames: int, blocks: Blocks, *, text_kv: Any = None
+    cache: KVCache,
+    kv: Any,
+    start: jax.Array,
+    num_frames: int,
+    blocks: Blocks,
+    *,
+    text_kv: Any = None,
+    observed: Any = None,
 ) -> KVCache:
     """The cache after committing the block [start, start + num_frames) with keys and values `kv`.
 
-    `text_kv`: the prompt's keys and values, of which some memory policies take the mean.
+    `text_kv`: the prompt's keys and values, of which some memory policies take the mean. `observed`: what they ask of
+    the block's queries.
     """
     if blocks.memory is not None:
         text_LBNK = None if text_kv is None else jnp.mean(text_kv.k_LBSNK, axis=2)
-        return blocks.memory.commit(cache, kv.k_LBFTNK, kv.v_LBFTNK, start, text_LBNK)
+        return blocks.memory.commit(cache, kv.k_LBFTNK, kv.v_LBFTNK, start, text_LBNK, observed)
     slots = cache.frame_F.shape[0]
     k, v, frame_F = cache.k_LBFTNK, cache.v_LBFTNK, cache.frame_F
 

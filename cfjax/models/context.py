@@ -2,6 +2,7 @@
 
     clean_context(model, clean, ...)         of all frames, in one block-causal pass
     forward_kv(model, clean, ..., cache)     of one block, against a KV cache
+    forward_observed(model, clean, ..., observe) the same, and what is asked of every layer's queries and keys
     forward_fused(model, clean, noisy, ...)  of one block, and the flow of the next: one pass over [clean, noisy]
 
 Nobody reads the last layer's output for clean frames: its attention, its feed-forward and the head are left out. So
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cfjax.core.bits import from_bits, to_bits
+from cfjax.core.sharding import constrain
 from cfjax.models.cache import KVCache
 from cfjax.models.ends import embed_frames, flow_of
 from cfjax.models.wan import (
@@ -66,6 +68,42 @@ def forward_kv(
     self_attend, numbers = attend_cached(model.config, cache, start, frames, blocks)
     positions = frame_positions(cache, start, frames, blocks)
     return _keys_and_values(model, clean_BFHWC, sigma_BF, text_kv, positions, self_attend, numbers)
+
+
+# (q, k [B, F, T, N, K], both rotated, layer) -> a pytree
+Observe = Callable[[jax.Array, jax.Array, jax.Array], Any]
+
+
+def forward_observed(
+    model: Wan,
+    latents_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    text_kv: KV,
+    cache: Any,
+    start: jax.Array,
+    blocks: Blocks,
+    observe: Observe,
+) -> tuple[FrameKV, Any]:
+    """`forward_kv`, and what `observe` makes of the block's own queries and keys, layer by layer, stacked: [L, ...]."""
+    frames, config = latents_BFHWC.shape[1], model.config
+    self_attend, numbers = attend_cached(config, cache, start, frames, blocks)
+    stream, _, e0, table = embed_frames(model, latents_BFHWC, sigma_BF, frame_positions(cache, start, frames, blocks))
+
+    def watch(block: Block, stream_BFTD: jax.Array, kv: FrameKV, layer: jax.Array) -> tuple[FrameKV, Any]:
+        return kv, observe(block_query(block, stream_BFTD, e0, table, config), kv.k_LBFTNK, layer)
+
+    last, stacks = config.num_layers - 1, to_bits((model.blocks, numbers))
+
+    def layer(stream: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[FrameKV, Any]]:
+        weights, text = layer_of((stacks, text_kv), index)
+        block, past = from_bits(weights)
+        after, kv = apply_block(block, stream, e0, text, past, table, self_attend, config)
+        return after, watch(block, stream, kv, index)
+
+    stream, (kv, observed) = jax.lax.scan(layer, stream, jnp.arange(last))
+    block = layer_of(model.blocks, -1)
+    own, newest = watch(block, stream, block_kv(block, stream, e0, table, config), jnp.int32(last))
+    return _appended(kv, own), jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), observed, newest)
 
 
 @singledispatch
@@ -133,13 +171,24 @@ def _views(
 
 def block_kv(block: Block, stream_BFTD: jax.Array, e0_BF6D: jax.Array, table: Table, config: WanConfig) -> FrameKV:
     """The keys and values that `apply_block` would return, of one layer, [B, F, T, N, K], and nothing else of it."""
+    with jax.named_scope("self_attention"):
+        k, v = block.self_attn.key_value(_modulated(block, stream_BFTD, e0_BF6D, config), config)
+        return FrameKV(constrain_kv(rotate(k, table)), constrain_kv(v))
+
+
+def block_query(block: Block, stream_BFTD: jax.Array, e0_BF6D: jax.Array, table: Table, config: WanConfig) -> jax.Array:
+    """The rotated queries of `apply_block`'s self-attention, [B, F, T, N, K]; one product where both are computed."""
+    with jax.named_scope("self_attention"):
+        q = block.self_attn.query(_modulated(block, stream_BFTD, e0_BF6D, config), config)
+        return rotate(constrain(q, "batch", None, "tokens", "channels", None), table)
+
+
+def _modulated(block: Block, stream_BFTD: jax.Array, e0_BF6D: jax.Array, config: WanConfig) -> jax.Array:
+    """What a layer's self-attention projects."""
     policy = config.precision
     modulation = policy.to_norm_dtype(block.modulation[:2])[None, None] + e0_BF6D[:, :, :2]
     shift, scale = jnp.split(modulation, 2, axis=2)
-    with jax.named_scope("self_attention"):
-        h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale) + shift).astype(policy.compute)
-        k, v = block.self_attn.key_value(h, config)
-        return FrameKV(constrain_kv(rotate(k, table)), constrain_kv(v))
+    return (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale) + shift).astype(policy.compute)
 
 
 def _keys_and_values(

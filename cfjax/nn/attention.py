@@ -58,13 +58,16 @@ def dense(
     """softmax(q k^T / sqrt(K)) v over all keys, or some of them; softmax in float32.
 
     Args:
-      key_mask_T: bool; keys where it is false are not seen.
+      key_mask_T: bool; keys where it is false are not seen. Or a mask for every head, [B, N, T], which "xla" and
+        "chunked" take; the other backends leave it to "chunked".
       key_bias_T: instead of a mask: float32, added to the logits of each key; -inf is not seen. (Splash has no such
         bias: "chunked" computes it there.)
       num_keys: instead of a mask: only so many first keys are seen (traced, 1 or more). The flash kernels compute no
         tile behind them; the other backends mask them.
     """
     backend = pick_backend(backend, q_BTNK.dtype)
+    if key_mask_T is not None and key_mask_T.ndim == 3 and backend != "xla":
+        backend = "chunked"
     if backend == "cudnn":
         lengths = None if num_keys is None else jnp.full(q_BTNK.shape[:1], num_keys, jnp.int32)
         # cuDNN takes no mask that is broadcast over the queries (jax-ml/jax#28974).
@@ -141,11 +144,13 @@ _per_head.defvjp(_per_head_forward, _per_head_backward)
 def _scored(
     q: jax.Array, k: jax.Array, v: jax.Array, mask_T: jax.Array | None, *, transposed: bool = False
 ) -> jax.Array:
-    """Attention [..., T, K] with all its scores in memory; `transposed`: k is [..., K, T]; `mask_T`: or a bias."""
+    """Attention [..., T, K] with all its scores in memory; `transposed`: k is [..., K, T]; `mask_T`: or
+    a bias, or a mask [B, N, T].
+    """
     k_KT = k if transposed else k.swapaxes(-1, -2)
     scores = jnp.matmul(q, k_KT, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask_T is not None:
-        row = mask_T.reshape((1,) * (scores.ndim - 1) + (-1,))
+        row = mask_T[:, :, None] if mask_T.ndim == 3 else mask_T.reshape((1,) * (scores.ndim - 1) + (-1,))
         unseen = jnp.finfo(jnp.float32).min
         scores = jnp.where(row, scores, unseen) if row.dtype == jnp.bool_ else scores + row
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -177,6 +177,20 @@ def attend_biased(
     return _framed(dense(q, k, v, key_bias_T=jnp.tile(bias_F, tokens), backend=backend), frames)
 
 
+def attend_masked(
+    q_BFTNK: jax.Array, k_BFTNK: jax.Array, v_BFTNK: jax.Array, seen_BNF: jax.Array, *, backend: str = "auto"
+) -> jax.Array:
+    """All queries of a head attend to the frames that this head sees (bool)."""
+    frames, tokens, heads = q_BFTNK.shape[1:4]
+    if context_sharding(heads, tokens)[0] != "tokens":
+        mask = jnp.repeat(seen_BNF, tokens, axis=2)
+        out = dense(_flat(q_BFTNK), _flat(k_BFTNK), _flat(v_BFTNK), key_mask_T=mask, backend=backend)
+        return _framed(out, frames)
+    q = rearrange(constrain(q_BFTNK, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
+    k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (k_BFTNK, v_BFTNK))
+    return _framed(dense(q, k, v, key_mask_T=jnp.tile(seen_BNF, (1, 1, tokens)), backend=backend), frames)
+
+
 @jax.custom_vjp
 def put_frames(past_BFTNK: jax.Array, own_BFTNK: jax.Array, at: jax.Array) -> jax.Array:
     """The past with frames written over those from `at` on.

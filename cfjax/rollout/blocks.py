@@ -16,7 +16,7 @@ from einops import rearrange
 from cfjax.core.errors import UserError
 from cfjax.memory.policies import ContextRecompute
 from cfjax.models.cache import KVCache, init_cache, write
-from cfjax.models.context import clean_context, forward_fused, forward_kv
+from cfjax.models.context import clean_context, forward_fused, forward_kv, forward_observed
 from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
 
@@ -62,8 +62,14 @@ def commit_block(
             cache, clean_BFHWC, start, lambda latents: clean_context(model, latents, text_kv, layout)
         )
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
-    kv = forward_kv(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
-    return write(cache, kv, start, clean_BFHWC.shape[1], blocks, text_kv=text_kv)
+    frames, observe, observed = clean_BFHWC.shape[1], None, None
+    if blocks.memory is not None:
+        observe = blocks.memory.observer(model.config, cache, start, frames, blocks)
+    if observe is None:
+        kv = forward_kv(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks)
+    else:
+        kv, observed = forward_observed(model, clean_BFHWC, sigma_BF, text_kv, cache, start, blocks, observe)
+    return write(cache, kv, start, frames, blocks, text_kv=text_kv, observed=observed)
 
 
 @jax.named_scope("commit_and_denoise")

@@ -279,6 +279,7 @@ class Session:
             own = Memory(blocks.window, blocks.sink) if blocks.window else Everything(self._max_frames)
             memory = blocks.memory or own
         memory.slots(blocks)
+        memory.check(self._pipeline.model.config)
         return memory
 
     def _blocks(self, memory: Memory) -> Blocks:
@@ -383,7 +384,7 @@ class Session:
 
     def _recommitted(self, state: SessionState) -> SessionState:
         """The remembered blocks once more, oldest first, into a cache that has forgotten them."""
-        room = state.cache.frame_F.shape[0] - int(state.cache.count)
+        room = state.memory.missing(state.cache, self._blocks(state.memory))
         kept: list[tuple[int, jax.Array]] = []
         for start, own in reversed(state.recent):
             if room <= 0:

@@ -1,17 +1,21 @@
-"""States of memory policies whose keys and values are plain numbers."""
+"""States of memory policies whose keys and values are plain numbers, and streams of the tiny network."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cfjax.memory.slots import Memory
+from cfjax.models.cache import init_cache
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
-from tests.tiny import CONFIG
+from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
+from tests.tiny import CONFIG, SIDE, text_kv, tiny
 
 LAYOUT = Blocks(2)
+TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
 
 
 def layout(memory: Memory | None) -> Blocks:
@@ -35,3 +39,23 @@ def committed(memory: Memory, numbers: np.ndarray, count: int, *, again: bool = 
         for _ in range(2 if again else 1):
             state = commit(state, own, jnp.int32(start))
     return state
+
+
+@partial(jax.jit, static_argnames="blocks")
+def stream(model, kv, noisy, clean, start, state, *, blocks):
+    """Block by block from frame `start` on: the flow of the noisy block, then a commit of the clean one."""
+
+    def step(cache, at, inputs):
+        (x, own), _ = inputs
+        flow = denoise_block(model, x, 0.7, kv, cache, start + at, blocks)
+        return commit_block(model, own, kv, cache, start + at, blocks), flow
+
+    return scan_blocks(step, state, (noisy, clean), None, noisy.shape[1], blocks)
+
+
+def streamed(memory: Memory | None, noisy, clean, start: int = 0):
+    """The last state and the flows of the tiny network."""
+    blocks = layout(memory)
+    state = init_cache(CONFIG, noisy.shape[0], noisy.shape[1], TOKENS, blocks)
+    kv = jax.tree.map(lambda x: x[:, : noisy.shape[0]], text_kv())
+    return stream(tiny(), kv, noisy, clean, jnp.int32(start), state, blocks=blocks)

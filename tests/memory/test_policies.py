@@ -1,7 +1,6 @@
 """Memory policies: who sees whom at which positions (golden tables of public codes), and what is really attended."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,11 +18,9 @@ from cfjax.models.cache import init_cache
 from cfjax.models.context import clean_context
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
-from tests.memory.states import LAYOUT, committed, layout
+from tests.memory.states import LAYOUT, TOKENS, committed, layout, stream, streamed
 from tests.tiny import BATCH, CONFIG, SIDE, normal, relative, text_kv, tiny
 
-TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
 CHUNK = Blocks(3)
 
 
@@ -129,25 +126,6 @@ SMALL = {
 }
 FRAMES = 12
 SHAPE = (BATCH, FRAMES, SIDE, SIDE, CONFIG.in_dim)
-
-
-@partial(jax.jit, static_argnames="blocks")
-def stream(model, kv, noisy, clean, start, state, *, blocks):
-    """Block by block from frame `start` on: the flow of the noisy block, then a commit of the clean one."""
-
-    def step(cache, at, inputs):
-        (x, own), _ = inputs
-        flow = denoise_block(model, x, 0.7, kv, cache, start + at, blocks)
-        return commit_block(model, own, kv, cache, start + at, blocks), flow
-
-    return scan_blocks(step, state, (noisy, clean), None, noisy.shape[1], blocks)
-
-
-def streamed(memory: Memory | None, noisy, clean, start: int = 0):
-    blocks = layout(memory)
-    state = init_cache(CONFIG, noisy.shape[0], noisy.shape[1], TOKENS, blocks)
-    kv = jax.tree.map(lambda x: x[:, : noisy.shape[0]], text_kv())
-    return stream(tiny(), kv, noisy, clean, jnp.int32(start), state, blocks=blocks)
 
 
 @pytest.fixture(scope="module")
@@ -382,12 +360,14 @@ def test_bytes_do_not_grow_with_the_video():
 
 # ---- names
 
+AS_THEY_ARE = ("memory_bank", "forcing_kv", "deep_forcing", "pyramid")  # policies that store keys as they are
+
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_is_named_by_a_text(name):
     assert parse_memory(name) == POLICIES[name].policy
     assert memory_name(parse_memory(name)) == name
-    codec = "none" if name == "memory_bank" else "int8"  # a bank keeps its keys as they are
+    codec = "none" if name in AS_THEY_ARE else "int8"
     other = parse_memory(f"{name}(window=30, codec={codec})")
     assert other == replace(POLICIES[name].policy, window=30, codec=Codec(codec))
     assert parse_memory(memory_name(other)) == other

@@ -112,6 +112,18 @@ def test_key_mask_hides_keys():
     np.testing.assert_allclose(dense(q, k, v, key_mask_T=mask), dense(q, k[:, mask], v[:, mask]), atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["xla", "auto", "chunked", "splash_interpreted"])
+def test_heads_may_have_masks_of_their_own(backend):
+    """Per video and head, on every backend (but xla, they have chunked compute it)."""
+    q, k, v = (np.asarray(jax.random.normal(jax.random.key(i), (2, 6, 2, 8))) for i in range(3))
+    mask = np.random.default_rng(0).random((2, 2, 6)) < 0.5
+    mask[..., 0] = True
+    weights = np.exp(np.einsum("bqnk,bsnk->bnqs", q, k) * 8**-0.5) * mask[:, :, None]
+    weights /= weights.sum(-1, keepdims=True)
+    found = jax.jit(lambda *qkv: dense(*qkv, key_mask_T=jnp.asarray(mask), backend=backend))(q, k, v)
+    np.testing.assert_allclose(found, np.einsum("bnqs,bsnk->bqnk", weights, v), atol=2e-6)
+
+
 def test_bad_layouts_are_refused():
     with pytest.raises(UserError, match="do not divide"):
         Blocks(3).spans(7)

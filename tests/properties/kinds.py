@@ -508,6 +508,37 @@ def _as_whole(one: Any, whole: Any) -> bool:
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# ---- tables of heads
+
+
+def _heads(folder: Path) -> None:
+    from cfjax.memory.profile import heads_record
+    from tests.tiny import CONFIG
+
+    mass = np.random.default_rng(0).dirichlet(np.ones(6), (CONFIG.num_layers, CONFIG.num_heads))
+    about = {"sink": 1, "recent": 2, "threshold": 0.4}
+    (folder / "heads.json").write_text(json.dumps(heads_record("a run", CONFIG, mass, about), indent=1))
+    (folder / "labels.csv").write_text("1,-1,2\n-1,1,1\n")
+
+
+def _read_heads(folder: Path) -> Any:
+    from cfjax.memory.profile import read_heads
+
+    found = read_heads(str(folder / "heads.json"))
+    return plain(found.static_LN), found.head_dim, found.run
+
+
+def _read_labels(folder: Path) -> Any:
+    from cfjax.memory.profile import read_labels
+
+    return plain(read_labels(str(folder / "labels.csv")).label_LN)
+
+
+def _sane_labels(one: Any, whole: Any) -> bool:
+    """A table of perhaps another network, which is refused where the network is known."""
+    return len({len(row) for row in one}) == 1 and {label for row in one for label in row} <= {-1, 1, 2}
+
+
 KINDS: dict[str, Kind] = {
     "weights, safetensors": Kind(_release, WEIGHTS, _read_release, safetensors, alike),
     "weights, index": Kind(
@@ -558,6 +589,8 @@ KINDS: dict[str, Kind] = {
     "spiece.model": Kind(_tokenizer("tokenizer.json"), "spiece.model", _read_ids, bits, _sane_ids),
     "settings.json": Kind(_video_set, "settings.json", _look, json_file, _sane_set),
     "videos.jsonl": Kind(_video_set, "videos.jsonl", _look, json_lines, _sane_set),
+    "heads.json": Kind(_heads, "heads.json", _read_heads, json_file, alike),
+    "labels.csv": Kind(_heads, "labels.csv", _read_labels, bits, _sane_labels),
     "evaluation.json": Kind(_evaluation, "dmd/evaluation.json", _gather, json_file, _sane_table),
 }
 
