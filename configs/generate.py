@@ -60,6 +60,7 @@ def get_config(arg: str = ""):
             # how
             "sampler": ConfigDict(
                 {
+                    "kind": "",  # few_step, or rolling: blocks denoised together (docs/memory.md); "": the run's own
                     "steps": (),  # few-step: timesteps; (): the run's own
                     "first_steps": (),  # of the first generated block
                     "solver": "",  # many-step: unipc, euler, heun; "": the run's own

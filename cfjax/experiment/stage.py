@@ -1,5 +1,6 @@
 """From a config to the mathematics of a stage: blocks, sampler, objective, losses, optimisers."""
 
+from functools import partial
 from typing import Any
 
 import optax
@@ -15,7 +16,7 @@ from cfjax.objectives.dmd import DMDConfig, critic_loss
 from cfjax.objectives.dmd import generator_loss as dmd
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
 from cfjax.objectives.stage import Ema, Loss, Stage
-from cfjax.rollout.generate import FewStep, ManyStep
+from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.optim import OptimizerConfig, make_optimizer
@@ -36,15 +37,22 @@ def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
     """The sampler of `c.sampler`; whether it is causal is its `kind`."""
     values = c.sampler.to_dict()
     kind = values.pop("kind")
-    kinds = {"few_step": FewStep, "many_step": ManyStep, "bidirectional": ManyStep}
+    rolling = partial(FewStep, rolling=True)
+    kinds = {"few_step": FewStep, "rolling": rolling, "many_step": ManyStep, "bidirectional": ManyStep}
     if kind not in kinds:
         raise UserError(f"sampler.kind={kind!r}: use one of {', '.join(kinds)}")
     return kinds[kind](**values)
 
 
 def sampling_blocks(c: ConfigDict) -> Blocks | None:
-    """The block layout of the sampler; None for a bidirectional one."""
-    return None if c.sampler.kind == "bidirectional" else blocks_of(c)
+    """The block layout of the sampler; None for a bidirectional one.
+
+    Raises:
+      UserError: a rolling sampler, whose window does not fit into the layout's.
+    """
+    blocks = None if c.sampler.kind == "bidirectional" else blocks_of(c)
+    layout_of(sampler_of(c), blocks)
+    return blocks
 
 
 def objective_of(c: ConfigDict) -> Objective:

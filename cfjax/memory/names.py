@@ -9,7 +9,8 @@ from cfjax.core.errors import UserError
 from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
-from cfjax.memory.slots import Memory
+from cfjax.memory.rolling import RollingForcing
+from cfjax.memory.slots import Everything, Memory
 from cfjax.nn.visibility import Blocks
 
 
@@ -32,6 +33,7 @@ POLICIES = {
     "memory_tokens": Named(MemoryTokens(), "two moving averages of what leaves (MemRoPE)"),
     "memory_bank": Named(MemoryBank(), "recorded frames that fit the prompt, beside a window (MemFlow)"),
     "context_recompute": Named(ContextRecompute(), "latents stay; their keys are made again for every block (Krea)"),
+    "rolling_forcing": Named(RollingForcing(), "the first block next to the newest; of sampler.kind='rolling'"),
     "rolling_sink": Named(RollingSink(), "the first frames over and over, the newest block (Rolling Sink)"),
 }
 FULL = "full"  # every frame: no policy
@@ -110,7 +112,7 @@ def _number(value: str, like: T, where: str) -> T:
 
 def memory_name(memory: Memory | None) -> str:
     """The text that `parse_memory` makes this policy of."""
-    if memory is None:
+    if memory is None or isinstance(memory, Everything):
         return FULL
     same = [(name, n.policy) for name, n in POLICIES.items() if type(n.policy) is type(memory)]
     values = {f.name: getattr(memory, f.name) for f in fields(memory)}

@@ -154,6 +154,8 @@ class Memory:
 
     # Whether blocks can be committed again under another prompt.
     recaches = True
+    # Whether the scene can be cut between blocks.
+    cuts = True
 
     def cut(self, state: State, distance: int = 8) -> State:
         """The state after a cut of the scene: new frames are `distance` further from all before them, from now on.
@@ -226,7 +228,7 @@ class Memory:
                 return keys, self.codec.decode(values, v.dtype)
 
             return attend_slots(
-                q, k, v, read, state.count, counts(slots, layout), bias_F=bias_F, backend=network.attention
+                q, k, v, read, state.count, counts(slots, layout, self.protected), bias_F=bias_F, backend=network.attention
             )
 
         return self_attend
@@ -344,10 +346,11 @@ def _in_sequence(number: Any, count: Any, slots: int, xp: Any = jnp) -> Any:
     return xp.where(number < count, number, slots + number - count)
 
 
-def counts(slots: int, layout: Blocks) -> tuple[int, ...]:
-    """How many slots may be filled when a block begins, ascending."""
+def counts(slots: int, layout: Blocks, protected: int) -> tuple[int, ...]:
+    """How many slots may be filled when a block begins, ascending; also when only the protected ones were left."""
     first = (0, 1) if layout.independent_first_frame else (0,)
-    found = {*first, *range(first[-1], slots, layout.frames), slots}
+    again = range(protected, slots, layout.frames)
+    found = {*first, *range(first[-1], slots, layout.frames), *again, slots}
     return tuple(sorted(found))
 
 

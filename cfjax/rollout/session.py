@@ -27,8 +27,10 @@ from cfjax.memory.slots import Everything, Memory, State
 from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
-from cfjax.rollout.generate import FewStep, ManyStep, few_step_block
+from cfjax.rollout.generate import FewStep, ManyStep, few_step_block, layout_of
 from cfjax.rollout.prompts import Blend, blend_rows
+from cfjax.rollout.recache import Recache, at_once, by_blocks, check_at_once
+from cfjax.rollout.rolling import rolling_layout
 from cfjax.rollout.session_state import Made, Mode, Prompt, SessionState, Snapshot, Source, Text, Transition
 from cfjax.rollout.stream import (
     Call,
@@ -39,9 +41,12 @@ from cfjax.rollout.stream import (
     per_prompt,
     plain,
     prompt_kv,
+    rolled,
     seeded_noise,
 )
 from cfjax.rollout.video import adapted_level, check_frames, levels_at, motion
+
+NO_END = 2**30  # the frame that an endless video ends before; differences of frames stay within int32
 
 
 # Not donated: a snapshot may hold the same cache.
@@ -154,23 +159,7 @@ class Session:
             )
         state = self._committed(state)
         state = self._turned(state)
-        sampler = self._pipeline.sampler
-        # The first generated block has a program of its own only where its steps are its own.
-        first = isinstance(sampler, FewStep) and bool(sampler.first_steps) and not state.generated
-        steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
-        noise = seeded_noise(np.array([state.seed], np.uint32), self._call)
-        own, fresh = noise(state.block, (1, frames, *self._shape), max(steps, 1))
-        work = (state.text_kv, state.cache, jnp.int32(start))
-        model, layout = self._pipeline.model, self._blocks(state.memory)
-        if video_BPHWC is None:
-            if state.source is not None:
-                raise UserError("this session goes along with a video: give its next frames too")
-            x0 = self._call(next_block, model, own, fresh, *work, sampler=sampler, first=first, blocks=layout)
-        else:
-            state, latents = self._encoded(state, np.asarray(video_BPHWC), frames, follow_motion)
-            assert isinstance(sampler, FewStep) and state.source is not None
-            levels = levels_at(state.source.level, sampler, first)
-            x0 = self._call(_next_from, model, latents, own, fresh, levels, *work, blocks=layout)
+        state, x0 = self._latents(state, frames, video_BPHWC, follow_motion)
         jax.block_until_ready(x0)
         made = time.perf_counter()
         video, decoder = self._call(decode_step, self._pipeline.codec, x0, state.decoder)
@@ -188,7 +177,14 @@ class Session:
         return Made(state.block, start, pixels, x0, state.prompt, made - begun, time.perf_counter() - made)
 
     def set_prompt(
-        self, prompt: Prompt, mode: Mode = "recache", blend_blocks: int = 0, blend: Blend = "linear"
+        self,
+        prompt: Prompt,
+        mode: Mode = "recache",
+        blend_blocks: int = 0,
+        blend: Blend = "linear",
+        *,
+        recache: Recache = "blocks",
+        move_sink: bool = False,
     ) -> None:
         """Another prompt, from the next block on.
 
@@ -197,6 +193,7 @@ class Session:
             remembered as it is; "cut" also moves the next block away in time (RoPE cut of Infinity-RoPE, or a lasting
             gap of 8 positions as in LongLive 2.0, as the policy has it).
           blend_blocks: the prompt goes over to the new one during so many blocks; "recache" is done at the last.
+          recache: how: "blocks", or "unmasked" and `move_sink` as LongLive does it, see `rollout.recache`.
 
         Raises:
           UserError: an unknown prompt or mode. The stream goes on as before.
@@ -208,9 +205,19 @@ class Session:
             raise UserError(f"blend_blocks={blend_blocks}: use 0 (at once) or more")
         if mode == "recache" and not state.memory.recaches:
             raise UserError(f"{memory_name(state.memory)}: nothing to commit again; use mode='keep' or 'cut'")
+        if mode == "cut" and not state.memory.cuts:
+            raise UserError(f"{memory_name(state.memory)}: the next blocks are half made; use mode='keep' or 'recache'")
+        if recache not in get_args(Recache):
+            raise UserError(f"recache={recache!r}: use {' or '.join(get_args(Recache))}")
+        if (recache == "unmasked" or move_sink) and mode != "recache":
+            raise UserError(f"mode={mode!r}: recache and move_sink are of mode='recache'; leave them out")
+        if move_sink and recache != "unmasked":
+            raise UserError("move_sink=True is of recache='unmasked'; set that too, or leave it out")
+        if recache == "unmasked":
+            check_at_once(state.memory, move_sink)
         rows = self._rows(prompt)
         blend_rows([state.rows, rows], [0.5, 0.5], blend)
-        change = Transition(state.rows, rows, max(blend_blocks, 1), 0, mode, blend)
+        change = Transition(state.rows, rows, max(blend_blocks, 1), 0, mode, blend, recache, move_sink)
         self._state = replace(state, prompt=prompt, transition=change)
 
     def set_memory(self, memory: Memory | str) -> None:
@@ -224,7 +231,7 @@ class Session:
         if not chosen.recaches and self.state.frame:
             raise UserError(f"{memory_name(chosen)} needs a stream's first frames: begin a session with it")
         state = self._committed(self.state)
-        self._state = self._recommitted(replace(state, memory=chosen, cache=self._empty(chosen)))
+        self._state = by_blocks(replace(state, memory=chosen, cache=self._empty(chosen)), self._put)
 
     def snapshot(self) -> Snapshot:
         """The stream as it is now; costs nothing until the session goes on, and then holds one more cache."""
@@ -271,14 +278,17 @@ class Session:
     # ---- how
 
     def _memory(self, memory: Memory | str | None) -> Memory:
-        blocks = self._pipeline.blocks
+        blocks, sampler = self._pipeline.blocks, self._pipeline.sampler
         assert blocks is not None
         if isinstance(memory, str):
             memory = parse_memory(memory) or Everything(self._max_frames)
+        if memory is None and isinstance(sampler, FewStep) and sampler.rolling:
+            memory = rolling_layout(blocks, len(sampler.steps)).memory
         if memory is None:
             own = Memory(blocks.window, blocks.sink) if blocks.window else Everything(self._max_frames)
             memory = blocks.memory or own
         memory.slots(blocks)
+        layout_of(sampler, self._blocks(memory))
         return memory
 
     def _blocks(self, memory: Memory) -> Blocks:
@@ -316,6 +326,33 @@ class Session:
             videos.append(np.asarray(video))
         self.given_video_BPHWC = np.concatenate(videos, axis=1)
         return state
+
+    def _latents(
+        self, state: SessionState, frames: int, video_BPHWC: np.ndarray | None, follow_motion: bool
+    ) -> tuple[SessionState, jax.Array]:
+        """The next block, and the state with what went into it."""
+        sampler, model, start = self._pipeline.sampler, self._pipeline.model, state.frame
+        # The first generated block has a program of its own only where its steps are its own.
+        first = isinstance(sampler, FewStep) and bool(sampler.first_steps) and not state.generated
+        steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
+        noise, layout = seeded_noise(np.array([state.seed], np.uint32), self._call), self._blocks(state.memory)
+        new_block = lambda ahead: noise(state.block + ahead, (1, frames, *self._shape), max(steps, 1))
+        if isinstance(sampler, FewStep) and sampler.rolling:
+            if video_BPHWC is not None:
+                raise UserError("video to video is not with sampler.kind='rolling'; use kind='few_step'")
+            given = (state.text_kv, state.cache), (start, NO_END)
+            window, x0 = rolled(self._pipeline, state.window, new_block, *given, blocks=layout, call=self._call)
+            return replace(state, window=window), x0
+        own, fresh = new_block(0)
+        work = (state.text_kv, state.cache, jnp.int32(start))
+        if video_BPHWC is None:
+            if state.source is not None:
+                raise UserError("this session goes along with a video: give its next frames too")
+            return state, self._call(next_block, model, own, fresh, *work, sampler=sampler, first=first, blocks=layout)
+        state, latents = self._encoded(state, np.asarray(video_BPHWC), frames, follow_motion)
+        assert isinstance(sampler, FewStep) and state.source is not None
+        levels = levels_at(state.source.level, sampler, first)
+        return state, self._call(_next_from, model, latents, own, fresh, levels, *work, blocks=layout)
 
     def _encoded(
         self, state: SessionState, video: np.ndarray, frames: int, follow_motion: bool
@@ -358,7 +395,7 @@ class Session:
         """How many blocks' latents are kept: those that are in slots, or would be in those of another policy."""
         blocks = self._pipeline.blocks
         assert blocks is not None
-        frames = max(memory.slots(blocks), self._max_frames - blocks.frames)
+        frames = max(memory.slots(blocks) + blocks.frames, self._max_frames - blocks.frames)
         return -(-frames // blocks.frames) + int(blocks.independent_first_frame)
 
     def _turned(self, state: SessionState) -> SessionState:
@@ -378,19 +415,9 @@ class Session:
         if change.mode == "cut" and done == 1 and state.frame:
             state = replace(state, cache=state.memory.cut(state.cache))
         if change.mode == "recache" and last:
-            state = self._recommitted(replace(state, cache=state.memory.forget(state.cache)))
-        return state
-
-    def _recommitted(self, state: SessionState) -> SessionState:
-        """The remembered blocks once more, oldest first, into a cache that has forgotten them."""
-        room = state.cache.frame_F.shape[0] - int(state.cache.count)
-        kept: list[tuple[int, jax.Array]] = []
-        for start, own in reversed(state.recent):
-            if room <= 0:
-                break
-            kept, room = [(start, own), *kept], room - own.shape[1]
-        for start, own in kept:
-            state = replace(state, cache=self._put(state, start, own))
+            if change.recache == "unmasked":
+                return at_once(state, self._put, move_sink=change.move_sink)
+            state = by_blocks(replace(state, cache=state.memory.forget(state.cache)), self._put)
         return state
 
     def _check(self, snapshot: Snapshot) -> None:
