@@ -37,7 +37,15 @@ from cfjax.rollout.timeline import Clock, Timeline, read_timelines
 from cfjax.training.checkpoint import checkpoint_hash
 from cfjax.worlds.assets import MODEL_FILE, asset
 
-SAMPLERS_OWN = {"kind": "", "steps": (), "first_steps": (), "solver": "", "solver_steps": 0, "guidance": -1.0, "shift": 0.0}
+SAMPLERS_OWN = {
+    "kind": "",
+    "steps": (),
+    "first_steps": (),
+    "solver": "",
+    "solver_steps": 0,
+    "guidance": -1.0,
+    "shift": 0.0,
+}
 FEW_STEP_KINDS = ("few_step", "rolling")
 FAULTS = 3  # that a message names
 

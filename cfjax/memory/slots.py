@@ -228,7 +228,14 @@ class Memory:
                 return keys, self.codec.decode(values, v.dtype)
 
             return attend_slots(
-                q, k, v, read, state.count, counts(slots, layout, self.protected), bias_F=bias_F, backend=network.attention
+                q,
+                k,
+                v,
+                read,
+                state.count,
+                counts(slots, layout, self.protected),
+                bias_F=bias_F,
+                backend=network.attention,
             )
 
         return self_attend

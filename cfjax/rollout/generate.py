@@ -81,7 +81,9 @@ class FewStep:
             check_steps("sampler.first_steps", self.first_steps)
         check_strength(self.strength)
         if self.rolling and self.first_steps:
-            raise UserError(f"sampler.first_steps={self.first_steps}: kind='rolling' has one list of steps; leave it out")
+            raise UserError(
+                f"sampler.first_steps={self.first_steps}: kind='rolling' has one list of steps; leave it out"
+            )
         if self.rolling and self.strength < 1.0:
             raise UserError(f"strength={self.strength}: not with sampler.kind='rolling'; use kind='few_step'")
 

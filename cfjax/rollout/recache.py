@@ -46,8 +46,8 @@ def check_at_once(memory: Memory, move_sink: bool) -> None:
     """Raises UserError for a policy that LongLive does not have."""
     if type(memory) not in AT_ONCE:
         raise UserError(
-            f"recache='unmasked' is LongLive's, of memory=window, longlive_infinity or full, not {memory_name(memory)}: "
-            "leave it out"
+            f"recache='unmasked' is LongLive's, of memory=window, longlive_infinity or full, not "
+            f"{memory_name(memory)}: leave it out"
         )
     if move_sink and not memory.sink:
         raise UserError(f"move_sink=True: memory={memory_name(memory)} has no sink; leave it out")

@@ -56,7 +56,7 @@ def rolling_layout(blocks: Blocks | None, steps: int) -> Blocks:
         memory = RollingForcing(blocks.window or RollingForcing.window, blocks.frames)
     if not isinstance(memory, RollingForcing):
         raise UserError(
-            f"memory={memory_name(memory)}: sampler.kind='rolling' has its own; leave memory out, or use rolling_forcing"
+            f"memory={memory_name(memory)}: sampler.kind='rolling' has its own; leave it out, or use rolling_forcing"
         )
     layout = replace(blocks, window=0, sink=0, memory=memory)
     memory.slots(layout)

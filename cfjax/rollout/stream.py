@@ -197,6 +197,41 @@ def rolled(
     return window, x0
 
 
+def _begun(
+    model: Wan,
+    given_BFHWC: jax.Array | None,
+    text_kv: KV,
+    shape: tuple[int, ...],
+    *,
+    fused: bool,
+    blocks: Blocks,
+    call: Call,
+) -> tuple[Any, jax.Array | None]:
+    """The cache before the first generated block of latents of `shape`, and the block that this one is to commit."""
+    rows, num_frames, height, width, _ = shape
+    cache = call(
+        _empty_cache,
+        config=model.config,
+        batch=rows,
+        num_frames=num_frames,
+        tokens_per_frame=model.config.tokens_per_frame(height, width),
+        blocks=blocks,
+    )
+    if given_BFHWC is None:
+        return cache, None
+    committed, clean = last_block_of(given_BFHWC, blocks) if fused else (given_BFHWC, None)
+    if committed.shape[1]:
+        cache = call(_commit_given, model, committed, text_kv, cache, blocks=blocks)
+    return cache, clean
+
+
+def _all_at_once(pipeline: Pipeline, noise_BFHWC: jax.Array, text_kv: KV, call: Call) -> jax.Array:
+    """A video of a bidirectional network; the prompts' keys and values are before the negative ones'."""
+    batch = noise_BFHWC.shape[0]
+    positive, negative = (KV(*(x[:, part] for x in text_kv)) for part in (slice(batch), slice(batch, None)))
+    return call(_bidirectional, pipeline.model, noise_BFHWC, positive, negative, sampler=pipeline.sampler)
+
+
 def _rolled_blocks(
     pipeline: Pipeline,
     text_kv: KV,
@@ -273,30 +308,16 @@ def stream_latents(
     model, sampler, blocks = pipeline.model, pipeline.sampler, pipeline.blocks
     if blocks is None:
         assert isinstance(sampler, ManyStep) and given_BFHWC is None
-        positive, negative = (KV(*(x[:, part] for x in text_kv)) for part in (slice(batch), slice(batch, None)))
         whole, _ = noise(0, (batch, num_frames, *latent_shape), 1)
-        yield call(_bidirectional, model, whole, positive, negative, sampler=sampler)
+        yield _all_at_once(pipeline, whole, text_kv, call)
         return
     blocks = layout_of(sampler, blocks)
     assert blocks is not None
-    height, width, _ = latent_shape
     given = 0 if given_BFHWC is None else given_BFHWC.shape[1]
     before, layout = given_blocks(blocks, given), layout_from(blocks, given)
-    rows, tokens = text_kv.k_LBSNK.shape[1], model.config.tokens_per_frame(height, width)
-    cache = call(
-        _empty_cache,
-        config=model.config,
-        batch=rows,
-        num_frames=given + num_frames,
-        tokens_per_frame=tokens,
-        blocks=blocks,
-    )
     fused = isinstance(sampler, FewStep) and fuses(pipeline.fused_commit, memory=blocks.memory)
-    clean = None  # the finished block that is not committed yet
-    if given_BFHWC is not None:
-        committed, clean = last_block_of(given_BFHWC, blocks) if fused else (given_BFHWC, None)
-        if committed.shape[1]:
-            cache = call(_commit_given, model, committed, text_kv, cache, blocks=blocks)
+    shape = (text_kv.k_LBSNK.shape[1], given + num_frames, *latent_shape)
+    cache, clean = _begun(model, given_BFHWC, text_kv, shape, fused=fused, blocks=blocks, call=call)
     if isinstance(sampler, FewStep) and sampler.rolling:
         frames = (given, given + num_frames)
         shape = (batch, blocks.frames, *latent_shape)

@@ -64,7 +64,7 @@ def test_a_windows_trace_is_the_references(window, anchor, working, own):
 
 
 def test_a_commits_trace_is_the_references():
-    """Window w commits block w - 3: the first ones see all blocks, from window 10 on the latest 7, their own counted."""
+    """Window w commits block w - 3: the first ones see all, from window 10 on the latest 7, their own counted."""
     for block, seen in enumerate(MEMORY.plan(39, CHUNK)):
         assert seen.frames == seen.positions == run((max(0, block - 6), block - 1))
         assert (0 in seen.frames) == (1 <= block <= 6)
@@ -176,7 +176,9 @@ def test_passes_attend_to_what_the_plans_say(stored):
         if at >= 0:
             own = slice(at, at + 2)
             given = tuple(rotated(x[:, own], [at, at + 1]) for x in (q, raw_k))
-            worst = max(worst, np.abs(np.asarray(see(state, jnp.int32(at), *given, v[:, own])) - wanted(commits[at // 2])).max())
+            worst = max(
+                worst, np.abs(np.asarray(see(state, jnp.int32(at), *given, v[:, own])) - wanted(commits[at // 2])).max()
+            )
             state = commit(state, jnp.int32(at), given[1], jnp.asarray(v[:, own]))
     print(f"stored={stored}: {worst:.1e}")
     assert worst < 5e-6
@@ -235,9 +237,7 @@ def test_a_video_is_the_naive_loops():
                 noisy[frame] = (1 - sigma) * x0[:, i : i + 1] + sigma * fresh[:, frame : frame + 1, j]
         if number >= 2:
             done.append(x0[:, :1])
-            raw[seen.own[0]] = forward(
-                x0[:, :1], jnp.zeros((BATCH, 1)), *known(commits[seen.own[0]]), emit=True
-            )
+            raw[seen.own[0]] = forward(x0[:, :1], jnp.zeros((BATCH, 1)), *known(commits[seen.own[0]]), emit=True)
     error = relative(video(), jnp.concatenate(done, axis=1))
     print(f"a video and the naive loop: {error:.1e}")
     assert error < 1e-5
@@ -256,7 +256,7 @@ def test_a_stream_is_the_whole_video():
 
 def test_a_window_of_one_block_and_one_step_is_plain_block_autoregression():
     """While the memory holds everything."""
-    noise, fresh = inputs()
+    noise, _ = inputs()
     one, kv = FewStep((1000,)), text_kv()
     plain = generate_few_step(tiny(), noise[:, :4], kv, jax.random.key(0), one, Blocks(2), fused_commit="off")
     roll = replace(one, rolling=True)
@@ -299,7 +299,10 @@ def test_a_rolling_video_goes_on_from_given_frames():
         (lambda: FewStep((1000, 500), (1000,), rolling=True), "kind='rolling' has one list of steps"),
         (lambda: FewStep((1000, 500), strength=0.5, rolling=True), "strength=0.5: not with sampler.kind='rolling'"),
         (lambda: rolling_layout(None, 4), "needs a causal network"),
-        (lambda: rolling_layout(Blocks(3, memory=Memory(12, 3)), 4), "memory=window.window=12.: sampler.kind='rolling'"),
+        (
+            lambda: rolling_layout(Blocks(3, memory=Memory(12, 3)), 4),
+            "memory=window.window=12.: sampler.kind=",
+        ),
         (lambda: rolling_layout(Blocks(3, window=12), 4), "window=12 must hold .* 4 blocks .*: use 15 or more"),
         (lambda: rolling_layout(Blocks(3, window=21, sink=1), 4), "sink=1: .* keeps the first block; use 3"),
         (lambda: rolling_layout(Blocks(3, independent_first_frame=True), 4), "no first frame of its own"),
