@@ -18,6 +18,7 @@ from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regress
 from cfjax.objectives.stage import Ema, Loss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.long_video import LongVideo
+from cfjax.rollout.rolling import rolling_layout
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.optim import OptimizerConfig, make_optimizer
 
@@ -76,7 +77,11 @@ def objective_of(c: ConfigDict) -> Objective:
 
 
 def dmd_config(c: ConfigDict) -> DMDConfig:
-    """Stage 3's choices from `c.objective`."""
+    """Stage 3's choices from `c.objective`.
+
+    Raises:
+      UserError: values that do not go together, or windows of blocks that the layout does not hold.
+    """
     o = c.objective
     lists = {"steps": o.steps, "first_steps": o.first_steps}
     levels = {name: tuple(map(float, warp_steps(steps, o.shift))) if steps else () for name, steps in lists.items()}
@@ -87,7 +92,10 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
         kv_gradient=o.kv_gradient,
         same_exit=o.same_exit,
         save_activations=o.save_activations,
+        rolling=o.rolling,
     )
+    if o.rolling:
+        rolling_layout(blocks_of(c), len(o.steps))
     return DMDConfig(
         self_forcing=rollout,
         student_input=o.student_input,
