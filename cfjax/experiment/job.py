@@ -33,7 +33,7 @@ from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import fuses, given_blocks
 from cfjax.rollout.generate import FewStep, ManyStep, layout_of, network_calls
 from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
-from cfjax.rollout.timeline import Clock, Timeline, read_timelines
+from cfjax.rollout.timeline import Clock, Switch, Timeline, read_timelines
 from cfjax.training.checkpoint import checkpoint_hash
 from cfjax.worlds.assets import MODEL_FILE, asset
 
@@ -115,6 +115,8 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
     tiled_decoder(c, run)
     hashes, faults = hash_pictures(requests)
     timelines = timelines_of(c, requests, run, sizes, blocks)
+    if blocks is not None and blocks.memory is not None and blocks.memory.pictures(blocks, stride[0]):
+        timelines = timelines or by_sessions(c, requests)
     batch = 1 if timelines else min(c.batch, len(requests))
     negative = c.negative_prompt or run.world.negative_prompt
     job = Job(run, requests, sampler, blocks, sizes, batch, negative, hashes, (), timelines)
@@ -157,6 +159,19 @@ def timelines_of(
         if blocks.memory is not None and not blocks.memory.cuts and any(s.mode == "cut" for s in timeline.switches):
             raise UserError(f"timeline: memory={memory_name(blocks.memory)} cannot cut the scene; leave the # out")
     return {timeline.text: timeline for timeline in found}
+
+
+def by_sessions(c: ConfigDict, requests: Sequence[Request]) -> dict[str, Timeline]:
+    """A timeline of one prompt for each request: a memory that needs pixels is a session's.
+
+    Raises:
+      UserError: the video itself is to be changed.
+    """
+    if c.strength >= 0:
+        raise UserError(
+            f"strength={c.strength}: not with a memory that needs the decoded pixels; leave one of them out"
+        )
+    return {request.prompt: Timeline((Switch(0, request.prompt),), request.prompt) for request in requests}
 
 
 def blocks_of(c: ConfigDict, own: Blocks | None) -> Blocks | None:

@@ -98,11 +98,15 @@ def blocks_record(blocks: Blocks) -> dict[str, Any]:
     return record | ({} if blocks.memory is None else {"memory": memory_name(blocks.memory)})
 
 
-T = TypeVar("T", int, float)
+T = TypeVar("T", bool, int, float)
 
 
 def _number(value: str, like: T, where: str) -> T:
-    """A number of the same type."""
+    """A number of the same type, or True or False."""
+    if isinstance(like, bool):
+        if value not in ("True", "False"):
+            raise UserError(f"{where}={value!r}: use True or False")
+        return value == "True"
     try:
         return type(like)(value)
     except ValueError:

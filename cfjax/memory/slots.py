@@ -148,6 +148,10 @@ class Memory:
         """The state before the new frames are put into it: merges what leaves, or writes over what is there."""
         return state
 
+    def pictures(self, layout: Blocks, time_stride: int) -> int:
+        """How many of the newest decoded pixel frames a commit needs; 0: none."""
+        return 0
+
     def bias(self, state: State) -> jax.Array | None:
         """Added to the logits of each slot's keys, [slots]; None: nothing."""
         return None

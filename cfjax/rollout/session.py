@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.flow.path import add_noise
 from cfjax.memory.names import memory_name, parse_memory
 from cfjax.memory.slots import Everything, Memory, State
 from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
-from cfjax.rollout.generate import FewStep, ManyStep, few_step_block, layout_of
+from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.prompts import Blend, blend_rows
 from cfjax.rollout.recache import Recache, at_once, by_blocks, check_at_once
 from cfjax.rollout.rolling import rolling_layout
-from cfjax.rollout.session_state import Made, Mode, Prompt, SessionState, Snapshot, Source, Text, Transition
+from cfjax.rollout.session_state import Made, Mode, Prompt, SessionState, Snapshot, Text, Transition
+from cfjax.rollout.session_video import next_from, next_source
 from cfjax.rollout.stream import (
     Call,
     Pipeline,
@@ -44,35 +44,28 @@ from cfjax.rollout.stream import (
     rolled,
     seeded_noise,
 )
-from cfjax.rollout.video import adapted_level, check_frames, levels_at, motion
+from cfjax.rollout.video import levels_at
 
 NO_END = 2**30  # the frame that an endless video ends before; differences of frames stay within int32
 
 
 # Not donated: a snapshot may hold the same cache.
 @partial(jax.jit, static_argnames="blocks")
-def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: Any, start: jax.Array, *, blocks: Blocks) -> State:
-    return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start, blocks)
-
-
-@partial(jax.jit, static_argnames="blocks")
-def _next_from(
+def _commit(
     model: Wan,
-    latents: jax.Array,
-    noise: jax.Array,
-    fresh: jax.Array,
-    levels: jax.Array,
+    clean: jax.Array,
     text_kv: KV,
     cache: Any,
     start: jax.Array,
+    picture: jax.Array | None = None,
     *,
     blocks: Blocks,
-) -> jax.Array:
-    """A block from a given one at the first of the levels."""
-    return few_step_block(model, add_noise(latents, noise, levels[0]), fresh, levels, text_kv, cache, start, blocks)
+) -> State:
+    picture = None if picture is None else per_prompt(picture, text_kv)
+    return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start, blocks, picture_BFHWC=picture)
 
 
-_encode_step = jax.jit(lambda codec, video, state: codec.encode_step(video, state))
+_encode = jax.jit(lambda codec, video: codec.encode(video))
 
 
 class Session:
@@ -172,6 +165,7 @@ class Session:
             frame=start + frames,
             generated=state.generated + 1,
         )
+        after = self._seen(after, pixels)
         self._held.append(before)
         self._state = after
         return Made(state.block, start, pixels, x0, state.prompt, made - begun, time.perf_counter() - made)
@@ -228,7 +222,7 @@ class Session:
             goes on as before.
         """
         chosen = self._memory(memory)
-        if not chosen.recaches and self.state.frame:
+        if (not chosen.recaches or self._pictures(chosen)) and self.state.frame:
             raise UserError(f"{memory_name(chosen)} needs a stream's first frames: begin a session with it")
         state = self._committed(self.state)
         self._state = by_blocks(replace(state, memory=chosen, cache=self._empty(chosen)), self._put)
@@ -289,6 +283,10 @@ class Session:
             memory = blocks.memory or own
         memory.slots(blocks)
         layout_of(sampler, self._blocks(memory))
+        if self._pictures(memory) and not hasattr(self._pipeline.codec, "encode"):
+            raise UserError(
+                f"memory={memory_name(memory)}: this codec does not encode; open the run with decoder='vae'"
+            )
         return memory
 
     def _blocks(self, memory: Memory) -> Blocks:
@@ -322,7 +320,7 @@ class Session:
             own = given_BFHWC[:, start:stop]
             video, decoder = self._call(decode_step, self._pipeline.codec, own, state.decoder)
             state = replace(state, decoder=decoder, block=state.block + 1, frame=stop, pending=(start, own))
-            state = self._committed(state)
+            state = self._committed(self._seen(state, np.asarray(video)))
             videos.append(np.asarray(video))
         self.given_video_BPHWC = np.concatenate(videos, axis=1)
         return state
@@ -349,39 +347,37 @@ class Session:
             if state.source is not None:
                 raise UserError("this session goes along with a video: give its next frames too")
             return state, self._call(next_block, model, own, fresh, *work, sampler=sampler, first=first, blocks=layout)
-        state, latents = self._encoded(state, np.asarray(video_BPHWC), frames, follow_motion)
-        assert isinstance(sampler, FewStep) and state.source is not None
-        levels = levels_at(state.source.level, sampler, first)
-        return state, self._call(_next_from, model, latents, own, fresh, levels, *work, blocks=layout)
-
-    def _encoded(
-        self, state: SessionState, video: np.ndarray, frames: int, follow_motion: bool
-    ) -> tuple[SessionState, jax.Array]:
-        """The state with these frames of the video that it goes along with, and their latents."""
-        codec, sampler = self._pipeline.codec, self._pipeline.sampler
-        if not isinstance(sampler, FewStep) or not sampler.sigmas().size:
-            raise UserError("video to video in a session needs a few-step sampler with a strength above 0")
-        if not hasattr(codec, "encode_step") or not hasattr(codec, "init_encode_state"):
-            raise UserError("this codec does not encode a stream: open the run with decoder='vae'")
-        source = state.source
-        if source is None:
-            if state.block:
-                raise UserError("this session began without a video: give one from the first block on")
-            source = Source(codec.init_encode_state(1), None, sampler.strength)
-        time_, down, right = codec.stride  # type: ignore[attr-defined]
-        height, width, _ = self._shape
-        count = time_ * frames if source.last_HWC is not None else 1 + time_ * (frames - 1)
-        check_frames(video, (1, count, height * down, width * right, 3))
-        latents, encoder = self._call(_encode_step, codec, jnp.asarray(video, jnp.float32), source.encoder)
-        before = None if source.last_HWC is None else source.last_HWC[None]
-        moved = motion(video, before) if follow_motion else 0.0
-        level = adapted_level(sampler.strength, moved, source.level) if follow_motion else sampler.strength
-        return replace(state, source=Source(encoder, video[0, -1], level)), latents
+        shape = (frames, *self._shape)
+        source, latents = next_source(
+            self._pipeline, state, np.asarray(video_BPHWC), shape, follow_motion=follow_motion, call=self._call
+        )
+        assert isinstance(sampler, FewStep)
+        levels = levels_at(source.level, sampler, first)
+        x0 = self._call(next_from, model, latents, own, fresh, levels, *work, blocks=layout)
+        return replace(state, source=source), x0
 
     def _put(self, state: SessionState, start: int, own: jax.Array) -> State:
         """The cache with one more block."""
-        work = (self._pipeline.model, own, state.text_kv, state.cache, jnp.int32(start))
+        work = [self._pipeline.model, own, state.text_kv, state.cache, jnp.int32(start)]
+        if count := self._pictures(state.memory):
+            pixels, picture = state.pixels_BPHWC, jnp.zeros_like(own[:, :1])
+            if pixels is not None and pixels.shape[1] == count:  # else nothing has left
+                picture = self._call(_encode, self._pipeline.codec, jnp.asarray(pixels[:, :1]))
+            work.append(picture)
         return self._call(_commit, *work, blocks=self._blocks(state.memory))
+
+    def _pictures(self, memory: Memory) -> int:
+        """How many decoded pixel frames are kept."""
+        codec = self._pipeline.codec
+        return memory.pictures(self._blocks(memory), getattr(codec, "stride", (1,))[0])
+
+    def _seen(self, state: SessionState, video: np.ndarray) -> SessionState:
+        """With decoded pixel frames, where commits need some."""
+        count, before = self._pictures(state.memory), state.pixels_BPHWC
+        if not count:
+            return state
+        both = video if before is None else np.concatenate([before, video], axis=1)
+        return replace(state, pixels_BPHWC=both[:, -count:])
 
     def _committed(self, state: SessionState) -> SessionState:
         """With the pending block in the cache."""

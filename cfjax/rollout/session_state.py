@@ -91,6 +91,7 @@ class SessionState:
       seed: of the noise of all later blocks.
       source: the video that it goes along with, or None.
       window: of a rolling sampler, the blocks that are half denoised; None before the first block.
+      pixels_BPHWC: the newest decoded pixel frames, as many as a commit needs; None: none.
     """
 
     cache: State
@@ -108,6 +109,7 @@ class SessionState:
     seed: int
     source: Source | None = None
     window: Window | None = None
+    pixels_BPHWC: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
