@@ -1,5 +1,6 @@
 """From a config to the mathematics of a stage: blocks, sampler, objective, losses, optimisers."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,8 +39,12 @@ def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
     """The sampler of `c.sampler`; whether it is causal is its `kind`."""
     values = c.sampler.to_dict()
     kind = values.pop("kind")
-    rolling = partial(FewStep, rolling=True)
-    kinds = {"few_step": FewStep, "rolling": rolling, "many_step": ManyStep, "bidirectional": ManyStep}
+    kinds: dict[str, Callable[..., FewStep | ManyStep]] = {
+        "few_step": FewStep,
+        "rolling": partial(FewStep, rolling=True),
+        "many_step": ManyStep,
+        "bidirectional": ManyStep,
+    }
     if kind not in kinds:
         raise UserError(f"sampler.kind={kind!r}: use one of {', '.join(kinds)}")
     return kinds[kind](**values)

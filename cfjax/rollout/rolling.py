@@ -157,7 +157,7 @@ def generate_rolling(
         split = padded.reshape(*x.shape[:axis], count + steps - 1, frames, *x.shape[axis + 1 :])
         return jnp.moveaxis(split, axis, 0)
 
-    def one(carry: tuple[Window, State], inputs: Any) -> tuple[tuple[Window, State], jax.Array]:
+    def one(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
         (window, cache), (number, own) = carry, inputs
         at = start + (number - (steps - 1)) * frames
         place = Place(at, start, start + shape[1])

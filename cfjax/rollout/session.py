@@ -274,20 +274,20 @@ class Session:
     def _memory(self, memory: Memory | str | None) -> Memory:
         blocks, sampler = self._pipeline.blocks, self._pipeline.sampler
         assert blocks is not None
-        if isinstance(memory, str):
-            memory = parse_memory(memory) or Everything(self._max_frames)
-        if memory is None and isinstance(sampler, FewStep) and sampler.rolling:
-            memory = rolling_layout(blocks, len(sampler.steps)).memory
-        if memory is None:
+        chosen = (parse_memory(memory) or Everything(self._max_frames)) if isinstance(memory, str) else memory
+        if chosen is None and isinstance(sampler, FewStep) and sampler.rolling:
+            chosen = rolling_layout(blocks, len(sampler.steps)).memory
+        if chosen is None:
             own = Memory(blocks.window, blocks.sink) if blocks.window else Everything(self._max_frames)
-            memory = blocks.memory or own
-        memory.slots(blocks)
-        layout_of(sampler, self._blocks(memory))
-        if self._pictures(memory) and not hasattr(self._pipeline.codec, "encode"):
+            chosen = blocks.memory or own
+        assert isinstance(chosen, Memory)
+        chosen.slots(blocks)
+        layout_of(sampler, self._blocks(chosen))
+        if self._pictures(chosen) and not hasattr(self._pipeline.codec, "encode"):
             raise UserError(
-                f"memory={memory_name(memory)}: this codec does not encode; open the run with decoder='vae'"
+                f"memory={memory_name(chosen)}: this codec does not encode; open the run with decoder='vae'"
             )
-        return memory
+        return chosen
 
     def _blocks(self, memory: Memory) -> Blocks:
         blocks = self._pipeline.blocks

@@ -33,7 +33,7 @@ class StoredError:
     def record(self) -> dict[str, float]:
         """Means over all blocks and over the last quarter, and the largest."""
         quarter = max(len(self.own_past) // 4, 1)
-        found = {}
+        found: dict[str, float] = {}
         for name, errors in (("own_past", self.own_past), ("same_past", self.same_past)):
             found |= {f"{name}_mean": float(errors.mean()), f"{name}_largest": float(errors.max())}
             found |= {f"{name}_last_quarter": float(errors[-quarter:].mean())}
@@ -64,8 +64,8 @@ def stored_errors(
         raise UserError("errors of stored keys need a few-step sampler and a memory policy; give both")
 
     def streamed(pipeline: Pipeline) -> list[jax.Array]:
-        sizes = {"num_frames": num_frames, "latent_shape": latent_shape, "batch": batch}
-        return list(stream_latents(pipeline, text_kv, noise, **sizes))
+        made = stream_latents(pipeline, text_kv, noise, num_frames=num_frames, latent_shape=latent_shape, batch=batch)
+        return list(made)
 
     plain, found = streamed(pipeline), dict[str, StoredError]()
     for codec in codecs:
