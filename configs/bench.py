@@ -48,6 +48,7 @@ def get_config(arg: str = ""):
             "independent_first_frame": False,
             "sampler": ConfigDict(
                 {
+                    "kind": "",  # few_step, rolling; "": the run's, or few_step
                     "steps": (),  # few-step: timesteps; (): the run's, or 1000, 750, 500, 250
                     "first_steps": (),
                     "solver": "",  # many-step

@@ -11,6 +11,7 @@
     cfjax train --config=configs/dmd.py:causvid --workdir=runs/causvid        noised real clips instead of self-rollout
     cfjax train --config=configs/dmd.py:bidirectional --workdir=runs/few      a few-step bidirectional student
     cfjax train --config=configs/dmd.py:long --workdir=runs/long              rollouts of 21 to 27 latent frames
+    cfjax train --config=configs/dmd.py:rolling --workdir=runs/rolling        half of them by windows: Rolling Forcing
     cfjax plan --config=configs/dmd.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five
@@ -32,6 +33,12 @@ codec of the dataset's world (objective.codec_world, if the dataset does not nam
 for it: 3000 steps at batch 8, lr 1.5e-6; attention reaches back 21 frames. The student generates long videos with
 `cfjax generate --config.frames=...`.
 
+`rolling` is `long` for students that denoise several blocks together (Rolling Forcing, docs/memory.md): a share
+`objective.rolling` of the rollouts is made by windows of as many blocks as there are steps, each at another level, and
+so is what the student generates (sampler.kind="rolling"). Attention reaches back 21 frames, the first block among them;
+in rollouts block by block that stays at its own position. The toy's windows are of two steps: four, and the first
+block, are more than the 12 frames that its scores know.
+
 `gan` has no real score: a classifier on the critic's features discriminates the batch's clips from the student's videos
 (objective.gan: weights, relativistic, R1 and R2; roles.critic.branch: the layers it reads). With AdamW the weights of
 the two losses matter only together with R1 and R2.
@@ -51,18 +58,21 @@ FEW = {"2step": (1000, 500), "1step": (1000,)}
 # Switches of which one is enough.
 APART = (
     ("long", "causvid"), ("long", "bidirectional"), ("sid", "gan"), ("2step", "1step"),
+    ("rolling", "long"), ("rolling", "causvid"), ("rolling", "bidirectional"),
     ("from_ar", "from_cd", "causvid", "bidirectional"),  # each says what the student starts from
     ("framewise", "bidirectional"),
 )  # fmt: skip
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`, `long`, `from_ar`, `from_cd`, `sid`, `gan`, `causvid`, `bidirectional`."""
+    """`toy`, `framewise`, `2step`, `1step`, `long`, `rolling`, `from_ar`, `from_cd`, `sid`, `gan`, `causvid`,
+    `bidirectional`.
+    """
     variants = ("from_ar", "from_cd", "sid", "gan", "causvid", "bidirectional")
-    words = presets.switches(arg, "toy", "framewise", *FEW, "long", *variants)
+    words = presets.switches(arg, "toy", "framewise", *FEW, "long", "rolling", *variants)
     for alternatives in APART:
         presets.one_of(words, *alternatives)
-    toy, long = "toy" in words, "long" in words
+    toy, long = "toy" in words, "long" in words or "rolling" in words
     window = 12 if toy else 21  # latent frames that the scores were trained on
     c = presets.experiment("dmd", steps=600 if toy else 3000 if long else 1000)
     c.roles = roles(words)
@@ -72,6 +82,8 @@ def get_config(arg: str = ""):
     if long:
         c.blocks.window = window
         c.data.batch_size = c.data.batch_size if toy else 8
+    if "rolling" in words:
+        c.blocks.sink = c.blocks.frames
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
         c.blocks.frames = window
     c.objective = objective(words, window)
@@ -80,6 +92,8 @@ def get_config(arg: str = ""):
     c.optim.critic = presets.toy_adam(4e-4) if toy else presets.optimizer(4e-7)
     c.ema.student = presets.ema(0.95 if toy else 0.99, 0 if toy else 200)
     c.sampler = presets.few_step(c.objective.steps, c.objective.first_steps)
+    if "rolling" in words:
+        c.sampler.kind = "rolling"
     return c
 
 
@@ -110,9 +124,10 @@ def roles(words: list[str]) -> ConfigDict:
 
 def objective(words: list[str], window: int) -> ConfigDict:
     """How the student generates, and how its videos become a gradient."""
-    toy, long = "toy" in words, "long" in words
-    steps = next((FEW[word] for word in words if word in FEW), FULL)
-    one_list = steps == FULL or "bidirectional" in words or "causvid" in words  # one block, or no rollout
+    toy, rolling = "toy" in words, "rolling" in words
+    long = rolling or "long" in words
+    steps = next((FEW[word] for word in words if word in FEW), FEW["2step"] if toy and rolling else FULL)
+    one_list = steps == FULL or {"bidirectional", "causvid", "rolling"} & set(words)  # one block, no rollout, a window
     values = {
         "matching": next((word for word in words if word in ("sid", "gan")), "dmd"),
         "sid_alpha": 1.0,
@@ -124,6 +139,7 @@ def objective(words: list[str], window: int) -> ConfigDict:
         "context_noise": 0.0,
         "kv_gradient": "detached",
         "same_exit": True,
+        "rolling": 0.5 if rolling else 0.0,  # the share of rollouts by windows of blocks
         "save_activations": False,  # exit steps keep what their gradient needs: less time, memory as under full remat
         "real_guidance": 1.0 if toy else 3.0,
         "fake_guidance": 0.0,

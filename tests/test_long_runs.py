@@ -109,3 +109,19 @@ def test_the_toy_trains_on_long_rollouts_and_makes_long_videos(tmp_path, monkeyp
     videos = {"run": run, "videos": 1, "frames": 18, "progress": False}
     assert cfjax("generate", "generate.py", tmp_path / "videos", **videos) == 0
     assert json.loads((tmp_path / "videos" / "settings.json").read_text())["network_calls"] == 6 * 5 - 1
+
+
+@pytest.mark.slow
+def test_the_toy_trains_on_windows_of_blocks_and_makes_videos_by_them(tmp_path):
+    """Rolling Forcing: half of the rollouts by windows of two blocks; it goes on exactly; then a video."""
+    roles = {f"roles__{role}__{key}": value for role in ("student", "critic", "real_score")
+             for key, value in (("init", ""), ("remat", "none"))}  # fmt: skip
+    keys = tiny(tmp_path) | roles | WINDOW | EACH | {"blocks__window": 9}
+    run = train_stopped_and_whole("dmd.py:toy,rolling", tmp_path, **keys)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(np.isfinite(row["student/loss"]) for row in rows)
+    videos = {"run": run, "videos": 1, "frames": 18, "progress": False}
+    assert cfjax("generate", "generate.py", tmp_path / "videos", **videos) == 0
+    record = json.loads((tmp_path / "videos" / "settings.json").read_text())
+    assert record["network_calls"] == 2 * 6 + 2 - 2 and record["sampler"]["rolling"]
+    assert record["blocks"]["memory"] == "rolling_forcing(window=9)"

@@ -26,18 +26,27 @@ from cfjax.data.requests import (
 from cfjax.data.video import ClipFormat
 from cfjax.evaluation.video import check_mp4
 from cfjax.experiment.runs import Run
-from cfjax.memory.names import with_memory
+from cfjax.memory.names import memory_name, with_memory
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import fuses, given_blocks
-from cfjax.rollout.generate import FewStep, ManyStep, network_calls
+from cfjax.rollout.generate import FewStep, ManyStep, layout_of, network_calls
 from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
-from cfjax.rollout.timeline import Clock, Timeline, read_timelines
+from cfjax.rollout.timeline import Clock, Switch, Timeline, read_timelines
 from cfjax.training.checkpoint import checkpoint_hash
 from cfjax.worlds.assets import MODEL_FILE, asset
 
-SAMPLERS_OWN = {"steps": (), "first_steps": (), "solver": "", "solver_steps": 0, "guidance": -1.0, "shift": 0.0}
+SAMPLERS_OWN = {
+    "kind": "",
+    "steps": (),
+    "first_steps": (),
+    "solver": "",
+    "solver_steps": 0,
+    "guidance": -1.0,
+    "shift": 0.0,
+}
+FEW_STEP_KINDS = ("few_step", "rolling")
 FAULTS = 3  # that a message names
 
 
@@ -85,7 +94,8 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
     """
     if c.batch < 1:
         raise UserError(f"batch={c.batch}: use 1 or more")
-    blocks, stride = blocks_of(c, run.blocks), run.world.codec.stride
+    sampler, stride = with_strength(c, sampler_of(c, run)), run.world.codec.stride
+    blocks = layout_of(sampler, blocks_of(c, run.blocks))
     frames, height, width, _ = run.latent_shape
     asked = c.frames or pixel_frames(frames, stride[0])
     given = count_given(c, run, requests, blocks, (asked - 1) // stride[0] + 1)
@@ -98,7 +108,7 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
         blocks=blocks,
         given=given,
     )
-    sampler, pixels = with_strength(c, sampler_of(c, run)), sizes.pixels()
+    pixels = sizes.pixels()
     fuses(c.fused_commit, memory=blocks.memory if blocks else None)
     if blocks and blocks.memory:
         blocks.memory.check(run.model.config)
@@ -107,6 +117,8 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
     tiled_decoder(c, run)
     hashes, faults = hash_pictures(requests)
     timelines = timelines_of(c, requests, run, sizes, blocks)
+    if blocks is not None and blocks.memory is not None and blocks.memory.pictures(blocks, stride[0]):
+        timelines = timelines or by_sessions(c, requests)
     batch = 1 if timelines else min(c.batch, len(requests))
     negative = c.negative_prompt or run.world.negative_prompt
     job = Job(run, requests, sampler, blocks, sizes, batch, negative, hashes, (), timelines)
@@ -146,7 +158,22 @@ def timelines_of(
     found = read_timelines(c.timeline, Clock(c.fps, blocks.frames, run.world.codec.stride[0]))
     for timeline in found:
         timeline.check(len(blocks.spans(sizes.frames)))
+        if blocks.memory is not None and not blocks.memory.cuts and any(s.mode == "cut" for s in timeline.switches):
+            raise UserError(f"timeline: memory={memory_name(blocks.memory)} cannot cut the scene; leave the # out")
     return {timeline.text: timeline for timeline in found}
+
+
+def by_sessions(c: ConfigDict, requests: Sequence[Request]) -> dict[str, Timeline]:
+    """A timeline of one prompt for each request: a memory that needs pixels is a session's.
+
+    Raises:
+      UserError: the video itself is to be changed.
+    """
+    if c.strength >= 0:
+        raise UserError(
+            f"strength={c.strength}: not with a memory that needs the decoded pixels; leave one of them out"
+        )
+    return {request.prompt: Timeline((Switch(0, request.prompt),), request.prompt) for request in requests}
 
 
 def blocks_of(c: ConfigDict, own: Blocks | None) -> Blocks | None:
@@ -177,11 +204,15 @@ def sampler_of(c: ConfigDict, run: Run) -> FewStep | ManyStep:
     given = {name: value for name, value in c.sampler.items() if value != SAMPLERS_OWN[name]}
     few = isinstance(run.sampler, FewStep)
     kind, other = (
-        ("few-step", ("solver", "solver_steps", "guidance")) if few else ("many-step", ("steps", "first_steps"))
+        ("few-step", ("solver", "solver_steps", "guidance")) if few else ("many-step", ("kind", "steps", "first_steps"))
     )
     if wrong := [name for name in given if name in other]:
         raise UserError(f"sampler.{wrong[0]}: run {run.name!r} has a {kind} sampler, which has no such setting")
     values: dict[str, Any] = {"steps" if name == "solver_steps" else name: value for name, value in given.items()}
+    if kind := values.pop("kind", ""):
+        if kind not in FEW_STEP_KINDS:
+            raise UserError(f"sampler.kind={kind!r}: use {' or '.join(FEW_STEP_KINDS)}")
+        values["rolling"] = kind == "rolling"
     sampler = replace(run.sampler, **values)
     sampler.first_sigmas() if isinstance(sampler, FewStep) else sampler.grid()
     return sampler
@@ -285,8 +316,8 @@ def read_source(c: ConfigDict, job: Job) -> np.ndarray:
 
 
 def sampler_record(sampler: FewStep | ManyStep) -> dict[str, Any]:
-    """A sampler as plain values; a strength of 1 is none."""
-    return {key: value for key, value in asdict(sampler).items() if (key, value) != ("strength", 1.0)}
+    """A sampler as plain values; a strength of 1 is none, as is one that does not roll."""
+    return {key: x for key, x in asdict(sampler).items() if (key, x) not in (("strength", 1.0), ("rolling", False))}
 
 
 def hash_file(file: str | Path) -> str:

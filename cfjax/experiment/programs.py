@@ -21,6 +21,7 @@ from cfjax.objectives.dmd import DMDConfig
 from cfjax.planning.flops import count_flops
 from cfjax.rollout.blocks import COMMIT, COUNTED_BLOCKS
 from cfjax.rollout.long_video import FIRST_REENCODED, LAST_PICTURE
+from cfjax.rollout.rolling_training import COMMIT_DONE, COUNTED_WINDOWS, ROLLS
 from cfjax.rollout.self_forcing import BEFORE_EXIT
 from cfjax.training.memory import RoleMemory, abstract_state, device_bytes, role_memory
 from cfjax.training.placement import state_shardings
@@ -73,7 +74,7 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
 
     Loops: steps before the exit; a long rollout's blocks, and the latents before its window. Conditionals: all blocks
     but the last are committed; windows after the start, of all; a branch's layers, of all; corrective clips, of all;
-    blocks that see the longest prefix of the cache, of all.
+    blocks that see the longest prefix of the cache, of all; rollouts by windows of blocks, and their commits.
 
     Args:
       frames: latent frames of the clips.
@@ -96,6 +97,9 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
         runs[LAST_PICTURE] = (most - least + 1) / 2 * blocks.frames  # of windows after the start
     number = (least + most) / 2 if long else len(blocks.spans(frames))
     runs[COMMIT] = (number - 1) / number
+    if rolling := e.objective.self_forcing.rolling:
+        windows = number + len(e.objective.self_forcing.sigmas) - 1
+        runs |= {ROLLS: rolling, COUNTED_WINDOWS: windows, COMMIT_DONE: (number - 1) / windows}
     runs[VISIBLE_PREFIX] = longest_share(long.max_frames if long else frames, blocks)
     return runs
 

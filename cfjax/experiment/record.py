@@ -37,7 +37,9 @@ _BLOCKS = table(
 )
 _SHIFT = number(0, 1000, above=True)
 _LEVELS = several(whole(0, 1000), 0, 1000)
-_FEW = table({"kind": one_of("few_step"), "steps": _LEVELS, "shift": _SHIFT}, {"first_steps": _LEVELS}, closed=True)
+_FEW = table(
+    {"kind": one_of("few_step", "rolling"), "steps": _LEVELS, "shift": _SHIFT}, {"first_steps": _LEVELS}, closed=True
+)
 _MANY = table(
     {"kind": one_of("many_step", "bidirectional"), "steps": whole(1, STEPS), "shift": _SHIFT},
     {"guidance": number(-1000, 1000), "solver": text(64)},

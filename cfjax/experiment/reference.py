@@ -56,7 +56,7 @@ def unused_keys(c: ConfigDict) -> set[str]:
     if c.objective.matching == "gan":
         names += ["real_guidance", "fake_guidance"]
     if c.objective.student_input == "noised_data":
-        names += ["context_noise", "kv_gradient", "same_exit", "save_activations"]
+        names += ["context_noise", "kv_gradient", "same_exit", "save_activations", "rolling"]
     return {f"objective.{name}" for name in names}
 
 

@@ -15,13 +15,15 @@ from cfjax.core.programs import Programs
 from cfjax.core.quantize import is_quantized
 from cfjax.core.topology import peak_bandwidth, peak_flops
 from cfjax.core.tree import map_named, named_leaves
+from cfjax.memory.rolling import RollingForcing
+from cfjax.memory.slots import Seen
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.planning.flops import count_flops
 from cfjax.planning.stream_cost import Need, NetworkSize, Pass, stream_need, text_flops
 from cfjax.rollout.blocks import given_blocks, layout_from
 from cfjax.rollout.clips import Times, cache_bytes, make_clips
-from cfjax.rollout.generate import FewStep, ManyStep, network_calls
+from cfjax.rollout.generate import FewStep, ManyStep, layout_of, network_calls
 from cfjax.rollout.sizes import Sizes
 from cfjax.rollout.stream import Pipeline, decode_step, seeded_noise
 
@@ -138,6 +140,8 @@ def network_size(model: Wan) -> NetworkSize:
 
 def passes_of(sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, tokens_per_frame: int) -> list[Pass]:
     """The network calls that one video needs: denoising steps, commits of all blocks but the last; guided: twice."""
+    if isinstance(sampler, FewStep) and sampler.rolling:
+        return _rolling_passes(sampler, blocks, sizes, tokens_per_frame)
     twice, total = (2 if isinstance(sampler, ManyStep) else 1), sizes.frames
     if blocks is None:
         calls = network_calls(sampler, None, total)
@@ -164,6 +168,20 @@ def passes_of(sampler: FewStep | ManyStep, blocks: Blocks | None, sizes: Sizes, 
         commits = twice if index + 1 < len(spans) else 0
         out += [call(*span, False)] * steps + [call(*span, True)] * commits
     return out
+
+
+def _rolling_passes(sampler: FewStep, blocks: Blocks | None, sizes: Sizes, tokens_per_frame: int) -> list[Pass]:
+    """Passes over the windows' blocks that exist, and commits."""
+    layout = layout_of(sampler, blocks)
+    assert layout is not None and isinstance(layout.memory, RollingForcing)
+    windows = layout.memory.plan_windows(sizes.frames, layout, len(sampler.steps), sizes.given)
+    commits = layout.memory.plan(sizes.frames, layout)[:-1]
+
+    def call(seen: Seen, commits: bool) -> Pass:
+        own, keys = len(seen.own), len(seen.own) + len(seen.frames)
+        return Pass(own, own * tokens_per_frame, keys * tokens_per_frame, commits)
+
+    return [call(seen, False) for seen in windows] + [call(seen, True) for seen in commits]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """From a config to the mathematics of a stage: blocks, sampler, objective, losses, optimisers."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import optax
@@ -15,8 +17,9 @@ from cfjax.objectives.dmd import DMDConfig, critic_loss
 from cfjax.objectives.dmd import generator_loss as dmd
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
 from cfjax.objectives.stage import Ema, Loss, Stage
-from cfjax.rollout.generate import FewStep, ManyStep
+from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.long_video import LongVideo
+from cfjax.rollout.rolling import rolling_layout
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.optim import OptimizerConfig, make_optimizer
 
@@ -36,15 +39,26 @@ def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
     """The sampler of `c.sampler`; whether it is causal is its `kind`."""
     values = c.sampler.to_dict()
     kind = values.pop("kind")
-    kinds = {"few_step": FewStep, "many_step": ManyStep, "bidirectional": ManyStep}
+    kinds: dict[str, Callable[..., FewStep | ManyStep]] = {
+        "few_step": FewStep,
+        "rolling": partial(FewStep, rolling=True),
+        "many_step": ManyStep,
+        "bidirectional": ManyStep,
+    }
     if kind not in kinds:
         raise UserError(f"sampler.kind={kind!r}: use one of {', '.join(kinds)}")
     return kinds[kind](**values)
 
 
 def sampling_blocks(c: ConfigDict) -> Blocks | None:
-    """The block layout of the sampler; None for a bidirectional one."""
-    return None if c.sampler.kind == "bidirectional" else blocks_of(c)
+    """The block layout of the sampler; None for a bidirectional one.
+
+    Raises:
+      UserError: a rolling sampler, whose window does not fit into the layout's.
+    """
+    blocks = None if c.sampler.kind == "bidirectional" else blocks_of(c)
+    layout_of(sampler_of(c), blocks)
+    return blocks
 
 
 def objective_of(c: ConfigDict) -> Objective:
@@ -68,7 +82,11 @@ def objective_of(c: ConfigDict) -> Objective:
 
 
 def dmd_config(c: ConfigDict) -> DMDConfig:
-    """Stage 3's choices from `c.objective`."""
+    """Stage 3's choices from `c.objective`.
+
+    Raises:
+      UserError: values that do not go together, or windows of blocks that the layout does not hold.
+    """
     o = c.objective
     lists = {"steps": o.steps, "first_steps": o.first_steps}
     levels = {name: tuple(map(float, warp_steps(steps, o.shift))) if steps else () for name, steps in lists.items()}
@@ -79,7 +97,10 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
         kv_gradient=o.kv_gradient,
         same_exit=o.same_exit,
         save_activations=o.save_activations,
+        rolling=o.rolling,
     )
+    if o.rolling:
+        rolling_layout(blocks_of(c), len(o.steps))
     return DMDConfig(
         self_forcing=rollout,
         student_input=o.student_input,

@@ -28,6 +28,7 @@ from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.stream_cost import Need, stream_need
 from cfjax.rollout.blocks import FusedCommit, fuses
 from cfjax.rollout.clips import cache_bytes
+from cfjax.rollout.generate import layout_of
 from cfjax.rollout.sizes import Sizes
 from cfjax.rollout.stream import Pipeline, decode_step, prompt_kv, seeded_noise, stream_latents
 from cfjax.worlds.assets import META_FILE, asset
@@ -130,7 +131,7 @@ def stream_shapes(c: ConfigDict, text_rows: int) -> tuple[Run, Sizes, RandomPart
         run = random_run(parts, c, shapes=True)
     if run.blocks is None:
         raise UserError(f"run={run.name!r} is bidirectional, and does not stream; name a causal one")
-    return run, sizes_of(c, run, blocks_of(c, run.blocks)), parts
+    return run, sizes_of(c, run, layout_of(sampler_of(c, run), blocks_of(c, run.blocks))), parts
 
 
 def plan_stream(
@@ -158,8 +159,10 @@ def plan_stream(
     config, platform = run.model.config, topology.chip.platform
     backend = pick_backend("auto", jnp.dtype(config.precision.compute), platform) if platform == "tpu" else "chunked"
     model = with_backend(run.model, backend)
-    fused: FusedCommit = "on" if fuses("auto", platform) else "off"
-    pipeline = Pipeline(model, run.world.codec, sampler_of(c, run), blocks_of(c, run.blocks), fused)
+    sampler = sampler_of(c, run)
+    blocks = layout_of(sampler, blocks_of(c, run.blocks))
+    fused: FusedCommit = "on" if fuses("auto", platform, memory=blocks.memory if blocks else None) else "off"
+    pipeline = Pipeline(model, run.world.codec, sampler, blocks, fused)
     rows, batch = run.world.text_length, c.batch
     log, latents = record_network(pipeline, sizes, (batch, rows, config.text_dim))
     tokens = config.tokens_per_frame(sizes.height, sizes.width)

@@ -24,7 +24,7 @@ from cfjax.models.vae import VAEConfig, make_vae
 from cfjax.models.wan import Wan
 from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.generate import FewStep
+from cfjax.rollout.generate import FewStep, layout_of
 from cfjax.rollout.sizes import Sizes, latent_sizes, pixel_frames
 from cfjax.rollout.stream import Pipeline
 from cfjax.worlds.world import World, WorldParts
@@ -67,12 +67,13 @@ def open_stream(c: ConfigDict) -> Opened:
     if c.decoder not in ("", *DECODERS):
         raise UserError(f"--config.decoder={c.decoder!r}: use {', '.join(DECODERS)}")
     run = _opened_run(c) if c.run else random_run(random_parts_of(c), c)
-    blocks = blocks_of(c, run.blocks)
+    sampler = sampler_of(c, run)
+    blocks = layout_of(sampler, blocks_of(c, run.blocks))
     sizes = sizes_of(c, run, blocks)
     codec: Any = NoDecoder() if c.decoder == "none" else run.world.codec
     rows = np.random.default_rng(c.seed).standard_normal((c.batch, run.world.text_length, run.world.text_width))
     text = rows.astype(np.float32)
-    pipeline = Pipeline(run.model, codec, sampler_of(c, run), blocks)
+    pipeline = Pipeline(run.model, codec, sampler, blocks)
     decoder = c.decoder or ("toy" if isinstance(codec, PatchCodec) else "vae")
     return Opened(Stream(pipeline, text, text[0], sizes), run.name, decoder, _prompt_encoder(c, run))
 

@@ -14,7 +14,8 @@ from cfjax.memory.heads import DummyForcing, ForcingKV
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
 from cfjax.memory.profile import HeadLabels, HeadTable, read_heads, read_labels
 from cfjax.memory.pyramid import PyramidHeads
-from cfjax.memory.slots import Memory
+from cfjax.memory.rolling import RollingForcing
+from cfjax.memory.slots import Everything, Memory
 from cfjax.nn.visibility import Blocks
 
 
@@ -40,6 +41,7 @@ POLICIES = {
     "memory_tokens": Named(MemoryTokens(), "two moving averages of what leaves (MemRoPE)"),
     "memory_bank": Named(MemoryBank(), "recorded frames that fit the prompt, beside a window (MemFlow)"),
     "context_recompute": Named(ContextRecompute(), "latents stay; their keys are made again for every block (Krea)"),
+    "rolling_forcing": Named(RollingForcing(), "the first block next to the newest; of sampler.kind='rolling'"),
     "rolling_sink": Named(RollingSink(), "the first frames over and over, the newest block (Rolling Sink)"),
     "dummy_forcing": Named(DummyForcing(), "heads see the sink, the newest frames or the newest one (Dummy Forcing)"),
     "forcing_kv": Named(ForcingKV(), "static heads see the newest frame, dynamic ones what changed too (Forcing-KV)"),
@@ -124,11 +126,15 @@ def _setting(value: str, like: Any, where: str) -> Any:
     return _number(value, like, where)
 
 
-T = TypeVar("T", int, float)
+T = TypeVar("T", bool, int, float)
 
 
 def _number(value: str, like: T, where: str) -> T:
-    """A number of the same type."""
+    """A number of the same type, or True or False."""
+    if isinstance(like, bool):
+        if value not in ("True", "False"):
+            raise UserError(f"{where}={value!r}: use True or False")
+        return value == "True"
     try:
         return type(like)(value)
     except ValueError:
@@ -138,7 +144,7 @@ def _number(value: str, like: T, where: str) -> T:
 
 def memory_name(memory: Memory | None) -> str:
     """The text that `parse_memory` makes this policy of."""
-    if memory is None:
+    if memory is None or isinstance(memory, Everything):
         return FULL
     same = [(name, n.policy) for name, n in POLICIES.items() if type(n.policy) is type(memory)]
     values = {f.name: getattr(memory, f.name) for f in fields(memory)}

@@ -226,21 +226,26 @@ class ContextRecompute(SlotRelative):
 
     So a change of the prompt reaches what is remembered with the next block, and no slot holds keys of a frame that saw
     others than these. Source: `recompute_kv_cache` in Krea's `release_server.py` (before every block; the end of a
-    commit gives the same), `kv_cache_attention_bias` of Scope. Krea replaces the first frame, once it is no longer next
-    to the others, by a picture encoded anew; here the first frame stays (its `keep_first_frame`).
+    commit gives the same), `kv_cache_attention_bias` of Scope.
 
     Attributes:
       weight: the attention to remembered frames but the first is multiplied by it before it is normalised; 1: off.
+      reencode: the first frame, once it is no longer next to the others, is the last pixel frame before these, encoded
+        as one picture: the context is the beginning of a video, as the autoencoder knows them (Krea's default; False is
+        its `keep_first_frame`). Needs the decoded pixels, which a session has.
     """
 
     window: int = 6
     sink: int = 1
     weight: float = 1.0
+    reencode: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.weight <= 1.0:
             raise UserError(f"memory: weight={self.weight}: use a number above 0, at most 1 (as it is)")
+        if self.reencode and self.sink != 1:
+            raise UserError(f"memory: reencode=True is of one first frame: use sink=1, not {self.sink}")
 
     def slots(self, layout: Blocks) -> int:
         return _whole_blocks("context_recompute", super().slots(layout), self.window, layout)
@@ -255,22 +260,50 @@ class ContextRecompute(SlotRelative):
             return None
         return jnp.where(jnp.arange(len(state.frame_F)) < self.sink, 0.0, float(np.log(self.weight)))
 
+    def pictures(self, layout: Blocks, time_stride: int) -> int:
+        """As `Memory.pictures`: of the slots behind the first, and the one before them."""
+        return 1 + (self.slots(layout) - 1) * time_stride if self.reencode else 0
+
+    def next_labels(self, at: Labels, start: int, stop: int, own_F: np.ndarray) -> Labels:
+        found = super().next_labels(at, start, stop, own_F)
+        if self.reencode and stop > len(at.frame_F):
+            found.frame_F[0] = stop - len(at.frame_F)
+        return found
+
     def commit_latents(
-        self, state: State, clean_BFHWC: jax.Array, start: jax.Array, context: Callable[[jax.Array], Any]
+        self,
+        state: State,
+        clean_BFHWC: jax.Array,
+        start: jax.Array,
+        context: Callable[[jax.Array], Any],
+        picture_BFHWC: jax.Array | None = None,
     ) -> State:
         """The state after a finished block.
 
         Args:
           context: latents of all slots, [B, slots, H, W, C] -> their keys, at positions from 0 on, and values.
+          picture_BFHWC: with `reencode`, the oldest of `pictures`, encoded; any numbers before something has left.
+
+        Raises:
+          UserError: there is none.
         """
+        if self.reencode and picture_BFHWC is None:
+            raise UserError("memory: reencode=True needs the decoded pixels: make the video in a session")
         frames, slots = clean_BFHWC.shape[1], len(state.frame_F)
         is_new = start >= state.stop
         order = jnp.where(is_new, arrangement(state.count, slots, self.protected, frames), jnp.arange(slots))
         own = clean_BFHWC.astype(jnp.float32).reshape(*clean_BFHWC.shape[:2], -1)
         latents = jnp.take(jnp.concatenate([state.extra, own], axis=1), order, axis=1)
+        first = start + frames - slots  # that is not among the others any more
+        anew = is_new & (first > 0)
+        if self.reencode and picture_BFHWC is not None:
+            picture = picture_BFHWC.astype(jnp.float32).reshape(len(latents), -1)
+            latents = latents.at[:, 0].set(jnp.where(anew, picture, latents[:, 0]))
         k, v = context(latents.reshape(len(latents), slots, *clean_BFHWC.shape[2:]))
         raw = jax.vmap(rotate_time, (0, None))(k, -jnp.arange(slots))
         state = self.relabelled(state, order, start, frames, is_new)
+        if self.reencode:
+            state = replace(state, frame_F=state.frame_F.at[0].set(jnp.where(anew, first, state.frame_F[0])))
         return replace(state, k=self.codec.encode_keys(raw), v=self.codec.encode_values(v), extra=latents)
 
 

@@ -150,6 +150,10 @@ class Memory:
         """The state before the new frames are put into it: merges what leaves, or writes over what is there."""
         return state
 
+    def pictures(self, layout: Blocks, time_stride: int) -> int:
+        """How many of the newest decoded pixel frames a commit needs; 0: none."""
+        return 0
+
     def bias(self, state: State) -> jax.Array | None:
         """Added to the logits of each slot's keys, [slots]; None: nothing."""
         return None
@@ -165,6 +169,8 @@ class Memory:
 
     # Whether blocks can be committed again under another prompt.
     recaches = True
+    # Whether the scene can be cut between blocks.
+    cuts = True
 
     def cut(self, state: State, distance: int = 8) -> State:
         """The state after a cut of the scene: new frames are `distance` further from all before them, from now on.
@@ -241,7 +247,14 @@ class Memory:
                 return keys, self.codec.decode(values, v.dtype)
 
             return attend_slots(
-                q, k, v, read, state.count, counts(slots, layout), bias_F=bias_F, backend=network.attention
+                q,
+                k,
+                v,
+                read,
+                state.count,
+                counts(slots, layout, self.protected),
+                bias_F=bias_F,
+                backend=network.attention,
             )
 
         return self_attend
@@ -362,10 +375,11 @@ def _in_sequence(number: Any, count: Any, slots: int, xp: Any = jnp) -> Any:
     return xp.where(number < count, number, slots + number - count)
 
 
-def counts(slots: int, layout: Blocks) -> tuple[int, ...]:
-    """How many slots may be filled when a block begins, ascending."""
+def counts(slots: int, layout: Blocks, protected: int) -> tuple[int, ...]:
+    """How many slots may be filled when a block begins, ascending; also when only the protected ones were left."""
     first = (0, 1) if layout.independent_first_frame else (0,)
-    found = {*first, *range(first[-1], slots, layout.frames), slots}
+    again = range(protected, slots, layout.frames)
+    found = {*first, *range(first[-1], slots, layout.frames), *again, slots}
     return tuple(sorted(found))
 
 

@@ -10,7 +10,6 @@ takes noised real clips), and how the scores become a gradient (DMD here, SiD in
 frames is bidirectional DMD. With `long`, rollouts are longer than the scores' window, see `rollout.long_video`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +28,8 @@ from cfjax.objectives.diffusion import per_block
 from cfjax.objectives.stage import Batch, Loss, Models
 from cfjax.rollout.generate import both_prompts
 from cfjax.rollout.long_video import LongVideo, draw_long, roll_window
-from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
-
-Draws = Mapping[str, jax.Array]
+from cfjax.rollout.rolling_training import student_rollout
+from cfjax.rollout.self_forcing import Draws, SelfForcing, draw_rollout
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,10 @@ class DMDConfig:
         if self.long and self.student_input != "self_rollout":
             raise UserError(
                 f"objective.max_frames={self.long.max_frames} needs objective.student_input=self_rollout, or 0"
+            )
+        if self.self_forcing.rolling and self.student_input != "self_rollout":
+            raise UserError(
+                f"objective.rolling={self.self_forcing.rolling} needs objective.student_input=self_rollout, or 0"
             )
 
 
@@ -136,9 +138,7 @@ def student_video(
             raise UserError("rollouts longer than the window need a frozen role 'codec', which makes its first latent")
         return roll_window(model, text_kv, draws, config.self_forcing, config.long, blocks, codec, gradient=gradient)
     if config.student_input == "self_rollout":
-        how, frozen = config.self_forcing, stop_gradient((model, text_kv))
-        rolled = rollout(*frozen, dict(draws), how, blocks, save=gradient and how.save_activations)
-        return replay_exit(model, text_kv, rolled, how, blocks) if gradient else rolled.x0_BFHWC
+        return student_rollout(model, text_kv, draws, config.self_forcing, blocks, gradient=gradient)[0]
     clean = batch["latents_BFHWC"].astype(jnp.float32)
     sigma_BF = jnp.asarray(config.self_forcing.sigmas, jnp.float32)[draws["level_BF"]]
     x = add_noise(clean, draws["noise_BFHWC"], sigma_BF)

@@ -50,16 +50,18 @@ def commit_block(
     blocks: Blocks,
     *,
     sigma: float | jax.Array = 0.0,
+    picture_BFHWC: jax.Array | None = None,
 ) -> Any:
     """The cache with a finished block added: its keys and values of one more forward pass, at timestep 0.
 
     Reference: the cache update in `pipeline/causal_inference.py`, `CausalInferencePipeline.inference`. `sigma` is the
-    level that the network is conditioned on: 0 but for context noise.
+    level that the network is conditioned on: 0 but for context noise. `picture_BFHWC`: see
+    `ContextRecompute.commit_latents`.
     """
     if isinstance(blocks.memory, ContextRecompute):
         layout = Blocks(blocks.frames)
         return blocks.memory.commit_latents(
-            cache, clean_BFHWC, start, lambda latents: clean_context(model, latents, text_kv, layout)
+            cache, clean_BFHWC, start, lambda latents: clean_context(model, latents, text_kv, layout), picture_BFHWC
         )
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean_BFHWC.shape[:2])
     frames, observe, observed = clean_BFHWC.shape[1], None, None

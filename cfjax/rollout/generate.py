@@ -1,9 +1,10 @@
 """Samplers: few-step and many-step causal, and bidirectional. Pure functions of noise; jit them whole.
 
 Network calls for a video of n blocks (`network_calls` counts them): few-step n (steps + 1) - 1, as the last block is
-not committed; many-step 2 n (steps + 1) - 2 with guidance's two branches counted; bidirectional 2 steps. Where commits
-are fused (`rollout.blocks.commit_and_denoise`), few-step makes them in n steps passes. Many-step does not fuse: it
-would save one pass of 51 per block.
+not committed; many-step 2 n (steps + 1) - 2 with guidance's two branches counted; bidirectional 2 steps; rolling
+2 n + steps - 2, of which n + steps - 1 over a window of `steps` blocks. Where commits are fused
+(`rollout.blocks.commit_and_denoise`), few-step makes them in n steps passes. Many-step does not fuse: it would save one
+pass of 51 per block.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from cfjax.flow.guidance import doubled, guided, joined
 from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.flow.schedule import check_steps, sigma_table, unipc_grid, warp_steps
 from cfjax.flow.solvers import SOLVERS
+from cfjax.memory.rolling import RollingForcing
 from cfjax.models.cache import KVCache
 from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
@@ -36,6 +38,7 @@ from cfjax.rollout.blocks import (
     layout_from,
     scan_blocks,
 )
+from cfjax.rollout.rolling import generate_rolling, rolling_layout
 
 
 def check_strength(strength: float) -> None:
@@ -63,18 +66,26 @@ class FewStep:
       first_steps: another list for the first block (1- and 2-step models), or empty.
       shift: timestep shift of the table that warps them.
       strength: the noise level that a given video is brought to, in place of the levels above it; 1: pure noise.
+      rolling: blocks at all levels are denoised together (Rolling Forcing, `rollout.rolling`).
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     first_steps: tuple[int, ...] = ()
     shift: float = 5.0
     strength: float = 1.0
+    rolling: bool = False
 
     def __post_init__(self) -> None:
         check_steps("sampler.steps", self.steps)
         if self.first_steps:
             check_steps("sampler.first_steps", self.first_steps)
         check_strength(self.strength)
+        if self.rolling and self.first_steps:
+            raise UserError(
+                f"sampler.first_steps={self.first_steps}: kind='rolling' has one list of steps; leave it out"
+            )
+        if self.rolling and self.strength < 1.0:
+            raise UserError(f"strength={self.strength}: not with sampler.kind='rolling'; use kind='few_step'")
 
     def sigmas(self) -> np.ndarray:
         return levels_from(self.strength, warp_steps(self.steps, self.shift))
@@ -111,6 +122,19 @@ class ManyStep:
             kept = timesteps[len(timesteps) + 2 - len(levels) :] if len(levels) > 1 else timesteps[:0]
             return levels, np.append(np.floor(1000 * levels[: min(len(levels) - 1, 1)]), kept) / 1000.0
         return levels_from(self.strength, np.append(sigma_table(self.steps, self.shift), np.float32(0.0))), None
+
+
+def layout_of(sampler: FewStep | ManyStep, blocks: Blocks | None) -> Blocks | None:
+    """The block layout as a sampler needs it: a rolling one has a memory of its own, see `rolling_layout`.
+
+    Raises:
+      UserError: they do not go together.
+    """
+    if isinstance(sampler, FewStep) and sampler.rolling:
+        return rolling_layout(blocks, len(sampler.steps))
+    if blocks is not None and isinstance(blocks.memory, RollingForcing):
+        raise UserError("memory='rolling_forcing' is for sampler.kind='rolling': set that too, or another memory")
+    return blocks
 
 
 def few_step_block(
@@ -196,9 +220,13 @@ def generate_few_step(
         The first generated block is then the one with `first_steps`.
       fused_commit: whether a block's first pass commits the one before it; the same video.
     """
-    sigmas, first, fused = sampler.sigmas(), sampler.first_sigmas(), fuses(fused_commit, memory=blocks.memory)
-    steps = max(len(sigmas), len(first))
+    layout = layout_of(sampler, blocks)
+    assert layout is not None
+    blocks, sigmas, first = layout, sampler.sigmas(), sampler.first_sigmas()
+    fused, steps = fuses(fused_commit, memory=blocks.memory), max(len(sigmas), len(first))
     draws = (noise_BFHWC, renoise_draws(key, noise_BFHWC, steps) if renoise_BFJHWC is None else renoise_BFJHWC)
+    if sampler.rolling:
+        return generate_rolling(model, *draws, sigmas, text_kv, blocks, given_BFHWC=given_BFHWC)
     num_frames, parts, done = noise_BFHWC.shape[1], [given_BFHWC], 0
     cache, start, known = _started(model, noise_BFHWC, text_kv, blocks, given_BFHWC, fused=fused)
     spans = layout_from(blocks, start).spans(num_frames)
@@ -326,7 +354,8 @@ def generate_bidirectional(
 def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames: int, given: int = 0) -> int:
     """Network evaluations per video, guidance branches and cache commits counted; `blocks=None` is bidirectional.
 
-    A pass that is a commit and a step at once counts as both. The last block is not committed.
+    A pass that is a commit and a step at once counts as both. The last block is not committed. A rolling sampler's pass
+    over a window counts as one.
 
     Args:
       num_frames: frames to generate.  given: frames before them, whose blocks are committed only.
@@ -338,6 +367,8 @@ def network_calls(sampler: FewStep | ManyStep, blocks: Blocks | None, num_frames
     if blocks is None:
         return 2 * per_solve
     commits, count = given_blocks(blocks, given), len(layout_from(blocks, given).spans(num_frames))
+    if isinstance(sampler, FewStep) and sampler.rolling:
+        return commits + count + len(sampler.steps) - 1 + count - 1
     if isinstance(sampler, FewStep):
         return commits + len(sampler.first_sigmas()) + (count - 1) * (len(sampler.sigmas()) + 1)
     return 2 * (commits + count * (per_solve + 1) - 1)

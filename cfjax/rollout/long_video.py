@@ -12,7 +12,7 @@ Gradient reaches only the window's own blocks, and none that began before it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from cfjax.core.errors import UserError
 from cfjax.models.codec import Codec
 from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.self_forcing import Rollout, SelfForcing, draw_rollout, replay_exit, rollout
+from cfjax.rollout.rolling_training import student_rollout
+from cfjax.rollout.self_forcing import SelfForcing, draw_rollout
 
 FIRST_REENCODED = "first_latent_anew"  # scope of the conditional that skips re-encoding for a window from the start
 LAST_PICTURE = "last_picture"  # scope of the loop over the latents before the window
@@ -99,26 +100,15 @@ def roll_window(
     One program whatever the count. With `gradient`, the frames that a loss counts (`LongVideo.counted_F`) carry it.
     """
     frames, start = long.window_frames, long.start(draws["count"], blocks)
-    frozen = stop_gradient((model, text_kv))
-    save = gradient and config.save_activations
-    rolled = rollout(*frozen, dict(draws), config, blocks, count=draws["count"], save=save)
-
-    def end(x: jax.Array) -> jax.Array:
-        return dynamic_slice_in_dim(x, start, frames, axis=1)
-
-    if gradient:
-        per_frame = (rolled.x_exit_BFHWC, rolled.sigma_exit_BF, rolled.saved)
-        x, sigma_BF, saved = jax.tree.map(end, per_frame)
-        stretch: Rollout = replace(rolled, x_exit_BFHWC=x, sigma_exit_BF=sigma_BF, saved=saved)
-        x0 = replay_exit(model, text_kv, stretch, config, blocks, start=start)
-    else:
-        x0 = end(rolled.x0_BFHWC)
+    x0, whole = student_rollout(
+        model, text_kv, draws, config, blocks, gradient=gradient, count=draws["count"], part=(start, frames)
+    )
 
     def reencoded(video: jax.Array) -> jax.Array:
         return codec.encode(last_picture(codec, video, start + 1)).astype(video.dtype)
 
     with jax.named_scope(FIRST_REENCODED):
-        first = jax.lax.cond(start > 0, reencoded, lambda video: video[:, :1], rolled.x0_BFHWC)
+        first = jax.lax.cond(start > 0, reencoded, lambda video: video[:, :1], whole)
     first = stop_gradient(first)
     counted = long.counted_F(draws["count"], blocks)[None, :, None, None, None]
     was_reencoded = ((jnp.arange(frames) == 0) & (start > 0))[None, :, None, None, None]

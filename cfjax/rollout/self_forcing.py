@@ -6,8 +6,8 @@ keeps the inputs of that step: its noisy latents and the committed keys and valu
 steps of *all* blocks in one pass: the loop's gradient, from one large pass.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import jax
@@ -23,6 +23,8 @@ from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_unless_last, denoise_block, empty_cache, loop_blocks, scan_blocks
 
 BEFORE_EXIT = "steps_before_exit"  # scope of the loop whose length is drawn
+Draws = Mapping[str, jax.Array]
+Part = tuple[jax.Array, int] | None  # some frames of a video: the first one (traced), and how many; None: all
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class SelfForcing:
       kv_gradient: the gradient of later blocks into earlier keys and values, see `models.wan.replay`.
       same_exit: one exit step for all blocks (but the first when it has its own list), as in the reference.
       save_activations: the exit steps keep each layer's output, so that the replay has no forward pass of its own.
+      rolling: the share of rollouts that are made by windows of blocks (`rollout.rolling_training`).
     """
 
     sigmas: tuple[float, ...]
@@ -44,6 +47,7 @@ class SelfForcing:
     kv_gradient: KvGradient = "detached"
     same_exit: bool = True
     save_activations: bool = False
+    rolling: float = 0.0
 
     def __post_init__(self) -> None:
         for name, levels in (("steps", self.sigmas), ("first_steps", self.first_sigmas)):
@@ -57,6 +61,10 @@ class SelfForcing:
             raise UserError(f"objective.kv_gradient={self.kv_gradient!r}: use {' or '.join(get_args(KvGradient))}")
         if not 0.0 <= self.context_noise < 1.0:
             raise UserError(f"objective.context_noise={self.context_noise}: a sigma, 0 (none) or more and less than 1")
+        if not 0.0 <= self.rolling <= 1.0:
+            raise UserError(f"objective.rolling={self.rolling}: a share of the rollouts, 0 (none) to 1 (all)")
+        if self.rolling and self.first_sigmas:
+            raise UserError("objective.first_steps: with objective.rolling there is one list of steps; leave it empty")
 
     def tables(self, num_blocks: int) -> tuple[jax.Array, np.ndarray]:
         """Levels of every block, [blocks, J + 1], zero-padded at the end, and the number of steps of each."""
@@ -87,7 +95,8 @@ class Rollout:
 def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, blocks: Blocks) -> dict[str, jax.Array]:
     """Random numbers of one rollout of shape [B, F, H, W, C].
 
-    noise_BFHWC; renoise_BFJHWC, the fresh noise between steps; context_BFHWC; exit_G, an exit step per block.
+    noise_BFHWC; renoise_BFJHWC, the fresh noise between steps; context_BFHWC; exit_G, an exit step per block. With
+    `config.rolling` also rolls, whether it is one by windows, and residue, which of these give the video.
     """
     num_blocks = len(blocks.spans(shape[1]))
     _, lengths = config.tables(num_blocks)
@@ -99,7 +108,15 @@ def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, bl
         rest = jnp.broadcast_to(rest[-1:], rest.shape)
     own_first = jax.random.randint(keys[4], (), 0, int(lengths[0]))
     exits = rest.at[0].set(own_first) if config.first_sigmas else rest
+    windows: dict[str, jax.Array] = {}
+    if config.rolling:
+        key_rolls, key_residue = jax.random.split(jax.random.fold_in(key, num_blocks))
+        windows = {
+            "rolls": jax.random.uniform(key_rolls) < config.rolling,
+            "residue": jax.random.randint(key_residue, (), 0, len(config.sigmas)),
+        }
     return {
+        **windows,
         "noise_BFHWC": normal(keys[0], shape),
         "renoise_BFJHWC": normal(keys[1], (*shape[:2], max(steps - 1, 1), *shape[2:])),
         "context_BFHWC": normal(keys[2], shape),
@@ -181,3 +198,37 @@ def replay_exit(
     else:
         v = replay_saved(*given, rolled.saved, blocks, kv_gradient=config.kv_gradient, start=start)
     return x0_from_flow(v, rolled.x_exit_BFHWC, rolled.sigma_exit_BF)
+
+
+def cut(video_BFHWC: jax.Array, part: Part) -> jax.Array:
+    """Some frames of a video."""
+    return video_BFHWC if part is None else jax.lax.dynamic_slice_in_dim(video_BFHWC, *part, axis=1)
+
+
+def video_by_blocks(
+    model: Wan,
+    text_kv: KV,
+    draws: Draws,
+    config: SelfForcing,
+    blocks: Blocks,
+    *,
+    gradient: bool,
+    count: jax.Array | None = None,
+    part: Part = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A video generated block by block: the part of it, with gradient if asked for, and all of it without.
+
+    Args:
+      count: as of `rollout`.
+    """
+    save = gradient and config.save_activations
+    rolled = rollout(*jax.lax.stop_gradient((model, text_kv)), dict(draws), config, blocks, count=count, save=save)
+    if not gradient:
+        return cut(rolled.x0_BFHWC, part), rolled.x0_BFHWC
+    stretch = rolled
+    if part is not None:
+        per_frame = (rolled.x_exit_BFHWC, rolled.sigma_exit_BF, rolled.saved)
+        x, sigma_BF, saved = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, *part, axis=1), per_frame)
+        stretch = replace(rolled, x_exit_BFHWC=x, sigma_exit_BF=sigma_BF, saved=saved)
+    x0 = replay_exit(model, text_kv, stretch, config, blocks, start=None if part is None else part[0])
+    return x0, rolled.x0_BFHWC

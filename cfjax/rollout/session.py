@@ -21,15 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.flow.path import add_noise
 from cfjax.memory.names import memory_name, parse_memory
 from cfjax.memory.slots import Everything, Memory, State
 from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
-from cfjax.rollout.generate import FewStep, ManyStep, few_step_block
+from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.prompts import Blend, blend_rows
-from cfjax.rollout.session_state import Made, Mode, Prompt, SessionState, Snapshot, Source, Text, Transition
+from cfjax.rollout.recache import Recache, at_once, by_blocks, check_at_once
+from cfjax.rollout.rolling import rolling_layout
+from cfjax.rollout.session_state import Made, Mode, Prompt, SessionState, Snapshot, Text, Transition
+from cfjax.rollout.session_video import next_from, next_source
 from cfjax.rollout.stream import (
     Call,
     Pipeline,
@@ -39,35 +41,31 @@ from cfjax.rollout.stream import (
     per_prompt,
     plain,
     prompt_kv,
+    rolled,
     seeded_noise,
 )
-from cfjax.rollout.video import adapted_level, check_frames, levels_at, motion
+from cfjax.rollout.video import levels_at
+
+NO_END = 2**30  # the frame that an endless video ends before; differences of frames stay within int32
 
 
 # Not donated: a snapshot may hold the same cache.
 @partial(jax.jit, static_argnames="blocks")
-def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: Any, start: jax.Array, *, blocks: Blocks) -> State:
-    return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start, blocks)
-
-
-@partial(jax.jit, static_argnames="blocks")
-def _next_from(
+def _commit(
     model: Wan,
-    latents: jax.Array,
-    noise: jax.Array,
-    fresh: jax.Array,
-    levels: jax.Array,
+    clean: jax.Array,
     text_kv: KV,
     cache: Any,
     start: jax.Array,
+    picture: jax.Array | None = None,
     *,
     blocks: Blocks,
-) -> jax.Array:
-    """A block from a given one at the first of the levels."""
-    return few_step_block(model, add_noise(latents, noise, levels[0]), fresh, levels, text_kv, cache, start, blocks)
+) -> State:
+    picture = None if picture is None else per_prompt(picture, text_kv)
+    return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start, blocks, picture_BFHWC=picture)
 
 
-_encode_step = jax.jit(lambda codec, video, state: codec.encode_step(video, state))
+_encode = jax.jit(lambda codec, video: codec.encode(video))
 
 
 class Session:
@@ -154,23 +152,7 @@ class Session:
             )
         state = self._committed(state)
         state = self._turned(state)
-        sampler = self._pipeline.sampler
-        # The first generated block has a program of its own only where its steps are its own.
-        first = isinstance(sampler, FewStep) and bool(sampler.first_steps) and not state.generated
-        steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
-        noise = seeded_noise(np.array([state.seed], np.uint32), self._call)
-        own, fresh = noise(state.block, (1, frames, *self._shape), max(steps, 1))
-        work = (state.text_kv, state.cache, jnp.int32(start))
-        model, layout = self._pipeline.model, self._blocks(state.memory)
-        if video_BPHWC is None:
-            if state.source is not None:
-                raise UserError("this session goes along with a video: give its next frames too")
-            x0 = self._call(next_block, model, own, fresh, *work, sampler=sampler, first=first, blocks=layout)
-        else:
-            state, latents = self._encoded(state, np.asarray(video_BPHWC), frames, follow_motion)
-            assert isinstance(sampler, FewStep) and state.source is not None
-            levels = levels_at(state.source.level, sampler, first)
-            x0 = self._call(_next_from, model, latents, own, fresh, levels, *work, blocks=layout)
+        state, x0 = self._latents(state, frames, video_BPHWC, follow_motion)
         jax.block_until_ready(x0)
         made = time.perf_counter()
         video, decoder = self._call(decode_step, self._pipeline.codec, x0, state.decoder)
@@ -183,12 +165,20 @@ class Session:
             frame=start + frames,
             generated=state.generated + 1,
         )
+        after = self._seen(after, pixels)
         self._held.append(before)
         self._state = after
         return Made(state.block, start, pixels, x0, state.prompt, made - begun, time.perf_counter() - made)
 
     def set_prompt(
-        self, prompt: Prompt, mode: Mode = "recache", blend_blocks: int = 0, blend: Blend = "linear"
+        self,
+        prompt: Prompt,
+        mode: Mode = "recache",
+        blend_blocks: int = 0,
+        blend: Blend = "linear",
+        *,
+        recache: Recache = "blocks",
+        move_sink: bool = False,
     ) -> None:
         """Another prompt, from the next block on.
 
@@ -197,6 +187,7 @@ class Session:
             remembered as it is; "cut" also moves the next block away in time (RoPE cut of Infinity-RoPE, or a lasting
             gap of 8 positions as in LongLive 2.0, as the policy has it).
           blend_blocks: the prompt goes over to the new one during so many blocks; "recache" is done at the last.
+          recache: how: "blocks", or "unmasked" and `move_sink` as LongLive does it, see `rollout.recache`.
 
         Raises:
           UserError: an unknown prompt or mode. The stream goes on as before.
@@ -208,9 +199,19 @@ class Session:
             raise UserError(f"blend_blocks={blend_blocks}: use 0 (at once) or more")
         if mode == "recache" and not state.memory.recaches:
             raise UserError(f"{memory_name(state.memory)}: nothing to commit again; use mode='keep' or 'cut'")
+        if mode == "cut" and not state.memory.cuts:
+            raise UserError(f"{memory_name(state.memory)}: the next blocks are half made; use mode='keep' or 'recache'")
+        if recache not in get_args(Recache):
+            raise UserError(f"recache={recache!r}: use {' or '.join(get_args(Recache))}")
+        if (recache == "unmasked" or move_sink) and mode != "recache":
+            raise UserError(f"mode={mode!r}: recache and move_sink are of mode='recache'; leave them out")
+        if move_sink and recache != "unmasked":
+            raise UserError("move_sink=True is of recache='unmasked'; set that too, or leave it out")
+        if recache == "unmasked":
+            check_at_once(state.memory, move_sink)
         rows = self._rows(prompt)
         blend_rows([state.rows, rows], [0.5, 0.5], blend)
-        change = Transition(state.rows, rows, max(blend_blocks, 1), 0, mode, blend)
+        change = Transition(state.rows, rows, max(blend_blocks, 1), 0, mode, blend, recache, move_sink)
         self._state = replace(state, prompt=prompt, transition=change)
 
     def set_memory(self, memory: Memory | str) -> None:
@@ -221,10 +222,11 @@ class Session:
             goes on as before.
         """
         chosen = self._memory(memory)
-        if not chosen.recaches and self.state.frame:
+        if (not chosen.recaches or self._pictures(chosen)) and self.state.frame:
             raise UserError(f"{memory_name(chosen)} needs a stream's first frames: begin a session with it")
         state = self._committed(self.state)
-        self._state = self._recommitted(replace(state, memory=chosen, cache=self._empty(chosen)))
+        empty = replace(state, memory=chosen, cache=self._empty(chosen))
+        self._state = by_blocks(empty, self._put, self._blocks(chosen))
 
     def snapshot(self) -> Snapshot:
         """The stream as it is now; costs nothing until the session goes on, and then holds one more cache."""
@@ -271,16 +273,23 @@ class Session:
     # ---- how
 
     def _memory(self, memory: Memory | str | None) -> Memory:
-        blocks = self._pipeline.blocks
+        blocks, sampler = self._pipeline.blocks, self._pipeline.sampler
         assert blocks is not None
-        if isinstance(memory, str):
-            memory = parse_memory(memory) or Everything(self._max_frames)
-        if memory is None:
+        chosen = (parse_memory(memory) or Everything(self._max_frames)) if isinstance(memory, str) else memory
+        if chosen is None and isinstance(sampler, FewStep) and sampler.rolling:
+            chosen = rolling_layout(blocks, len(sampler.steps)).memory
+        if chosen is None:
             own = Memory(blocks.window, blocks.sink) if blocks.window else Everything(self._max_frames)
-            memory = blocks.memory or own
-        memory.slots(blocks)
-        memory.check(self._pipeline.model.config)
-        return memory
+            chosen = blocks.memory or own
+        assert isinstance(chosen, Memory)
+        chosen.slots(blocks)
+        chosen.check(self._pipeline.model.config)
+        layout_of(sampler, self._blocks(chosen))
+        if self._pictures(chosen) and not hasattr(self._pipeline.codec, "encode"):
+            raise UserError(
+                f"memory={memory_name(chosen)}: this codec does not encode; open the run with decoder='vae'"
+            )
+        return chosen
 
     def _blocks(self, memory: Memory) -> Blocks:
         blocks = self._pipeline.blocks
@@ -313,39 +322,64 @@ class Session:
             own = given_BFHWC[:, start:stop]
             video, decoder = self._call(decode_step, self._pipeline.codec, own, state.decoder)
             state = replace(state, decoder=decoder, block=state.block + 1, frame=stop, pending=(start, own))
-            state = self._committed(state)
+            state = self._committed(self._seen(state, np.asarray(video)))
             videos.append(np.asarray(video))
         self.given_video_BPHWC = np.concatenate(videos, axis=1)
         return state
 
-    def _encoded(
-        self, state: SessionState, video: np.ndarray, frames: int, follow_motion: bool
+    def _latents(
+        self, state: SessionState, frames: int, video_BPHWC: np.ndarray | None, follow_motion: bool
     ) -> tuple[SessionState, jax.Array]:
-        """The state with these frames of the video that it goes along with, and their latents."""
-        codec, sampler = self._pipeline.codec, self._pipeline.sampler
-        if not isinstance(sampler, FewStep) or not sampler.sigmas().size:
-            raise UserError("video to video in a session needs a few-step sampler with a strength above 0")
-        if not hasattr(codec, "encode_step") or not hasattr(codec, "init_encode_state"):
-            raise UserError("this codec does not encode a stream: open the run with decoder='vae'")
-        source = state.source
-        if source is None:
-            if state.block:
-                raise UserError("this session began without a video: give one from the first block on")
-            source = Source(codec.init_encode_state(1), None, sampler.strength)
-        time_, down, right = codec.stride  # type: ignore[attr-defined]
-        height, width, _ = self._shape
-        count = time_ * frames if source.last_HWC is not None else 1 + time_ * (frames - 1)
-        check_frames(video, (1, count, height * down, width * right, 3))
-        latents, encoder = self._call(_encode_step, codec, jnp.asarray(video, jnp.float32), source.encoder)
-        before = None if source.last_HWC is None else source.last_HWC[None]
-        moved = motion(video, before) if follow_motion else 0.0
-        level = adapted_level(sampler.strength, moved, source.level) if follow_motion else sampler.strength
-        return replace(state, source=Source(encoder, video[0, -1], level)), latents
+        """The next block, and the state with what went into it."""
+        sampler, model, start = self._pipeline.sampler, self._pipeline.model, state.frame
+        # The first generated block has a program of its own only where its steps are its own.
+        first = isinstance(sampler, FewStep) and bool(sampler.first_steps) and not state.generated
+        steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
+        noise, layout = seeded_noise(np.array([state.seed], np.uint32), self._call), self._blocks(state.memory)
+        new_block = lambda ahead: noise(state.block + ahead, (1, frames, *self._shape), max(steps, 1))
+        if isinstance(sampler, FewStep) and sampler.rolling:
+            if video_BPHWC is not None:
+                raise UserError("video to video is not with sampler.kind='rolling'; use kind='few_step'")
+            given = (state.text_kv, state.cache), (start, NO_END)
+            window, x0 = rolled(self._pipeline, state.window, new_block, *given, blocks=layout, call=self._call)
+            return replace(state, window=window), x0
+        own, fresh = new_block(0)
+        work = (state.text_kv, state.cache, jnp.int32(start))
+        if video_BPHWC is None:
+            if state.source is not None:
+                raise UserError("this session goes along with a video: give its next frames too")
+            return state, self._call(next_block, model, own, fresh, *work, sampler=sampler, first=first, blocks=layout)
+        shape = (frames, *self._shape)
+        source, latents = next_source(
+            self._pipeline, state, np.asarray(video_BPHWC), shape, follow_motion=follow_motion, call=self._call
+        )
+        assert isinstance(sampler, FewStep)
+        levels = levels_at(source.level, sampler, first)
+        x0 = self._call(next_from, model, latents, own, fresh, levels, *work, blocks=layout)
+        return replace(state, source=source), x0
 
     def _put(self, state: SessionState, start: int, own: jax.Array) -> State:
         """The cache with one more block."""
-        work = (self._pipeline.model, own, state.text_kv, state.cache, jnp.int32(start))
+        work = [self._pipeline.model, own, state.text_kv, state.cache, jnp.int32(start)]
+        if count := self._pictures(state.memory):
+            pixels, picture = state.pixels_BPHWC, jnp.zeros_like(own[:, :1])
+            if pixels is not None and pixels.shape[1] == count:  # else nothing has left
+                picture = self._call(_encode, self._pipeline.codec, jnp.asarray(pixels[:, :1]))
+            work.append(picture)
         return self._call(_commit, *work, blocks=self._blocks(state.memory))
+
+    def _pictures(self, memory: Memory) -> int:
+        """How many decoded pixel frames are kept."""
+        codec = self._pipeline.codec
+        return memory.pictures(self._blocks(memory), getattr(codec, "stride", (1,))[0])
+
+    def _seen(self, state: SessionState, video: np.ndarray) -> SessionState:
+        """With decoded pixel frames, where commits need some."""
+        count, before = self._pictures(state.memory), state.pixels_BPHWC
+        if not count:
+            return state
+        both = video if before is None else np.concatenate([before, video], axis=1)
+        return replace(state, pixels_BPHWC=both[:, -count:])
 
     def _committed(self, state: SessionState) -> SessionState:
         """With the pending block in the cache."""
@@ -359,7 +393,7 @@ class Session:
         """How many blocks' latents are kept: those that are in slots, or would be in those of another policy."""
         blocks = self._pipeline.blocks
         assert blocks is not None
-        frames = max(memory.slots(blocks), self._max_frames - blocks.frames)
+        frames = max(memory.slots(blocks) + blocks.frames, self._max_frames - blocks.frames)
         return -(-frames // blocks.frames) + int(blocks.independent_first_frame)
 
     def _turned(self, state: SessionState) -> SessionState:
@@ -379,19 +413,10 @@ class Session:
         if change.mode == "cut" and done == 1 and state.frame:
             state = replace(state, cache=state.memory.cut(state.cache))
         if change.mode == "recache" and last:
-            state = self._recommitted(replace(state, cache=state.memory.forget(state.cache)))
-        return state
-
-    def _recommitted(self, state: SessionState) -> SessionState:
-        """The remembered blocks once more, oldest first, into a cache that has forgotten them."""
-        room = state.memory.missing(state.cache, self._blocks(state.memory))
-        kept: list[tuple[int, jax.Array]] = []
-        for start, own in reversed(state.recent):
-            if room <= 0:
-                break
-            kept, room = [(start, own), *kept], room - own.shape[1]
-        for start, own in kept:
-            state = replace(state, cache=self._put(state, start, own))
+            if change.recache == "unmasked":
+                return at_once(state, self._put, move_sink=change.move_sink)
+            forgotten = replace(state, cache=state.memory.forget(state.cache))
+            state = by_blocks(forgotten, self._put, self._blocks(state.memory))
         return state
 
     def _check(self, snapshot: Snapshot) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from cfjax.memory.slots import Memory, State
 from cfjax.models.wan import KV
 from cfjax.rollout.prompts import Blend
+from cfjax.rollout.rolling import Window
 from cfjax.rollout.stream import Pipeline
 
 Mode = Literal["recache", "keep", "cut"]
@@ -52,7 +53,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Transition:
-    """A change of the prompt that is under way: text rows from and to, and how many blocks of how many are made."""
+    """A change of the prompt that is under way: text rows from and to, and how many blocks of how many are made.
+
+    The others are those of `Session.set_prompt`.
+    """
 
     rows_from: np.ndarray
     rows_to: np.ndarray
@@ -60,6 +64,8 @@ class Transition:
     done: int
     mode: Mode
     blend: Blend
+    recache: str = "blocks"
+    move_sink: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class SessionState:
       transition: a change of the prompt that is under way.
       seed: of the noise of all later blocks.
       source: the video that it goes along with, or None.
+      window: of a rolling sampler, the blocks that are half denoised; None before the first block.
+      pixels_BPHWC: the newest decoded pixel frames, as many as a commit needs; None: none.
     """
 
     cache: State
@@ -100,6 +108,8 @@ class SessionState:
     transition: Transition | None
     seed: int
     source: Source | None = None
+    window: Window | None = None
+    pixels_BPHWC: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

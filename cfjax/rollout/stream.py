@@ -32,8 +32,10 @@ from cfjax.rollout.generate import (
     few_step_block,
     fused_block,
     generate_bidirectional,
+    layout_of,
     many_step_block,
 )
+from cfjax.rollout.rolling import Place, Window, empty_window, roll
 
 # (absolute block index, shape [B, F, H, W, C], steps) -> (starting noise, fresh noise [steps - 1, B, F, H, W, C])
 Noise = Callable[[int, tuple[int, ...], int], tuple[jax.Array, jax.Array]]
@@ -120,6 +122,23 @@ def next_block(
     return many_step_block(model, noise, text_kv, cache, start, sampler, blocks)
 
 
+@partial(jax.jit, static_argnames=("sampler", "blocks"))
+def next_window(
+    model: Wan,
+    window: Window,
+    own: Window,
+    text_kv: KV,
+    cache: Any,
+    place: Place,
+    *,
+    sampler: FewStep,
+    blocks: Blocks,
+) -> tuple[Window, jax.Array]:
+    """The window one pass further, and the block that is done. Reads the cache."""
+    window, _, x0 = roll(model, window, own, sampler.sigmas(), text_kv, cache, place, blocks)
+    return window, x0[:, : blocks.frames]
+
+
 @partial(jax.jit, static_argnames="blocks", donate_argnames="cache")
 def _commit(model: Wan, clean: jax.Array, text_kv: KV, cache: KVCache, start: jax.Array, *, blocks: Blocks) -> KVCache:
     """The cache with the block before `start`."""
@@ -146,6 +165,100 @@ def _commit_and_next_block(
     blocks: Blocks,
 ) -> tuple[jax.Array, KVCache]:
     return fused_block(model, clean, noise, fresh, levels_of(sampler, first), text_kv, cache, start, blocks)
+
+
+def rolled(
+    pipeline: Pipeline,
+    window: Window | None,
+    new_block: Callable[[int], tuple[jax.Array, jax.Array]],
+    work: tuple[KV, Any],
+    span: tuple[int, int],
+    *,
+    blocks: Blocks,
+    call: Call = plain,
+) -> tuple[Window, jax.Array]:
+    """The next block of a rolling sampler and the window after it: one pass, or one per step for the very first block.
+
+    Args:
+      window: None before the first block.
+      new_block: the noise, as of `Noise`, of the block so many after this one.
+      work: keys and values of the prompts, and the cache.
+      span: the block's first frame, and the frame that the video ends before.
+    """
+    sampler, (start, stop) = pipeline.sampler, span
+    assert isinstance(sampler, FewStep)
+    steps, x0 = len(sampler.steps), None
+    for ahead in range(0 if window is None else steps - 1, steps):
+        own = Window(*new_block(ahead))
+        window = empty_window(own.x_BFHWC.shape, steps, blocks) if window is None else window
+        place = Place(*(jnp.int32(x) for x in (start + (ahead - steps + 1) * blocks.frames, start, stop)))
+        window, x0 = call(next_window, pipeline.model, window, own, *work, place, sampler=sampler, blocks=blocks)
+    assert window is not None and x0 is not None
+    return window, x0
+
+
+def _begun(
+    model: Wan,
+    given_BFHWC: jax.Array | None,
+    text_kv: KV,
+    shape: tuple[int, ...],
+    *,
+    fused: bool,
+    blocks: Blocks,
+    call: Call,
+) -> tuple[Any, jax.Array | None]:
+    """The cache before the first generated block of latents of `shape`, and the block that this one is to commit."""
+    rows, num_frames, height, width, _ = shape
+    cache = call(
+        _empty_cache,
+        config=model.config,
+        batch=rows,
+        num_frames=num_frames,
+        tokens_per_frame=model.config.tokens_per_frame(height, width),
+        blocks=blocks,
+    )
+    if given_BFHWC is None:
+        return cache, None
+    committed, clean = last_block_of(given_BFHWC, blocks) if fused else (given_BFHWC, None)
+    if committed.shape[1]:
+        cache = call(_commit_given, model, committed, text_kv, cache, blocks=blocks)
+    return cache, clean
+
+
+def _all_at_once(pipeline: Pipeline, noise_BFHWC: jax.Array, text_kv: KV, call: Call) -> jax.Array:
+    """A video of a bidirectional network; the prompts' keys and values are before the negative ones'."""
+    batch = noise_BFHWC.shape[0]
+    positive, negative = (KV(*(x[:, part] for x in text_kv)) for part in (slice(batch), slice(batch, None)))
+    return call(_bidirectional, pipeline.model, noise_BFHWC, positive, negative, sampler=pipeline.sampler)
+
+
+def _rolled_blocks(
+    pipeline: Pipeline,
+    text_kv: KV,
+    noise: Noise,
+    cache: Any,
+    frames: tuple[int, int],
+    shape: tuple[int, ...],
+    *,
+    blocks: Blocks,
+    call: Call,
+) -> Iterator[jax.Array]:
+    """`stream_latents` of a rolling sampler, with the given frames in the cache, for blocks of latents of `shape`."""
+    sampler, window, clean, (first, stop) = pipeline.sampler, None, None, frames
+    assert isinstance(sampler, FewStep)
+    for start in range(first, stop, blocks.frames):
+        if clean is not None:
+            cache = call(_commit, pipeline.model, clean, text_kv, cache, jnp.int32(start), blocks=blocks)
+
+        def new_block(ahead: int, start: int = start) -> tuple[jax.Array, jax.Array]:
+            number, steps = start // blocks.frames + ahead, len(sampler.steps)
+            if number * blocks.frames < stop:
+                return noise(number, shape, steps)
+            return jnp.zeros(shape), jnp.zeros((steps - 1, *shape))  # it does not exist
+
+        work = (text_kv, cache)
+        window, clean = rolled(pipeline, window, new_block, work, (start, stop), blocks=blocks, call=call)
+        yield clean
 
 
 _empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
@@ -195,28 +308,21 @@ def stream_latents(
     model, sampler, blocks = pipeline.model, pipeline.sampler, pipeline.blocks
     if blocks is None:
         assert isinstance(sampler, ManyStep) and given_BFHWC is None
-        positive, negative = (KV(*(x[:, part] for x in text_kv)) for part in (slice(batch), slice(batch, None)))
         whole, _ = noise(0, (batch, num_frames, *latent_shape), 1)
-        yield call(_bidirectional, model, whole, positive, negative, sampler=sampler)
+        yield _all_at_once(pipeline, whole, text_kv, call)
         return
-    height, width, _ = latent_shape
+    blocks = layout_of(sampler, blocks)
+    assert blocks is not None
     given = 0 if given_BFHWC is None else given_BFHWC.shape[1]
     before, layout = given_blocks(blocks, given), layout_from(blocks, given)
-    rows, tokens = text_kv.k_LBSNK.shape[1], model.config.tokens_per_frame(height, width)
-    cache = call(
-        _empty_cache,
-        config=model.config,
-        batch=rows,
-        num_frames=given + num_frames,
-        tokens_per_frame=tokens,
-        blocks=blocks,
-    )
     fused = isinstance(sampler, FewStep) and fuses(pipeline.fused_commit, memory=blocks.memory)
-    clean = None  # the finished block that is not committed yet
-    if given_BFHWC is not None:
-        committed, clean = last_block_of(given_BFHWC, blocks) if fused else (given_BFHWC, None)
-        if committed.shape[1]:
-            cache = call(_commit_given, model, committed, text_kv, cache, blocks=blocks)
+    shape = (text_kv.k_LBSNK.shape[1], given + num_frames, *latent_shape)
+    cache, clean = _begun(model, given_BFHWC, text_kv, shape, fused=fused, blocks=blocks, call=call)
+    if isinstance(sampler, FewStep) and sampler.rolling:
+        frames = (given, given + num_frames)
+        shape = (batch, blocks.frames, *latent_shape)
+        yield from _rolled_blocks(pipeline, text_kv, noise, cache, frames, shape, blocks=blocks, call=call)
+        return
     for index, (start, stop) in enumerate(layout.spans(num_frames)):
         first = isinstance(sampler, FewStep) and index == 0 and bool(sampler.first_steps)
         steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1

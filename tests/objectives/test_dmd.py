@@ -19,7 +19,7 @@ from cfjax.objectives import dmd as module
 from cfjax.objectives.dmd import DMDConfig, critic_loss, distribution_gradient, draw, generator_loss
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.rollout.generate import FewStep, generate_few_step
-from cfjax.rollout.self_forcing import Rollout, SelfForcing
+from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.optim import OptimizerConfig, make_optimizer
 from cfjax.training.state import TrainState, advance, init_state
 from cfjax.training.step import make_update, role_key
@@ -141,8 +141,7 @@ def test_score_levels_are_the_references():
 def test_generator_gradient_is_g_over_numel(scores, monkeypatch):
     """By every number of the video; that the replay hands it on to the weights is test_self_forcing's."""
     video = normal(4)
-    monkeypatch.setattr(module, "rollout", lambda *_, save: rolled_out(video))
-    monkeypatch.setattr(module, "replay_exit", lambda student, text_kv, rolled, *_: rolled.x0_BFHWC + student)
+    monkeypatch.setattr(module, "student_rollout", lambda student, *_, gradient: (video + student, video))
     loss = generator_loss(DMD, BLOCKS)
     value = lambda student: loss({**scores, "student": student}, tiny_batch(), KEY, fixed_draws())[0]
     got, gradient = jax.value_and_grad(value)(jnp.zeros(SHAPE))
@@ -151,16 +150,11 @@ def test_generator_gradient_is_g_over_numel(scores, monkeypatch):
     assert float(got) == pytest.approx(0.5 * np.mean(expected**2), rel=1e-4)
 
 
-def rolled_out(video: jax.Array) -> Rollout:
-    """A rollout of which only the video is looked at."""
-    return Rollout(video, video[..., 0, 0, 0], video, KV(video, video))
-
-
 @pytest.mark.parametrize("shift", [None, 8.0])
 def test_critic_loss_is_flow_matching_on_the_students_video(scores, monkeypatch, shift):
     """And with the shift-8 table the critic's flow is scaled by S8 / sigma before it is compared (quirk Q3)."""
     video, index = normal(4), np.array([500, 900])
-    monkeypatch.setattr(module, "rollout", lambda *_, save: rolled_out(video))
+    monkeypatch.setattr(module, "student_rollout", lambda *_, gradient: (video, video))
     draws = {**fixed_draws(), "score_sigma_B": jnp.asarray(TABLE5[index])}
     models, config = {**scores, "student": None}, replace(DMD, score_table_shift=shift)
     loss, _ = critic_loss(config, BLOCKS)(models, tiny_batch(), KEY, draws)

@@ -43,8 +43,7 @@ def the_window_is_the_student(monkeypatch):
     rolled = lambda model, *_, gradient, **__: model if gradient else jax.lax.stop_gradient(model)
     monkeypatch.setattr(dmd, "roll_window", rolled)
     monkeypatch.setattr(dmd, "embed_text", lambda model, text: KV(text, text))
-    monkeypatch.setattr(dmd, "rollout", lambda *_, **__: None)
-    monkeypatch.setattr(dmd, "replay_exit", lambda model, *_, **__: model)
+    monkeypatch.setattr(dmd, "student_rollout", lambda model, *_, **__: (model, model))
 
 
 def batch() -> dict[str, jax.Array]:
