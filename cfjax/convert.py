@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cfjax.conversion.kinds import KINDS, Network
+from cfjax.conversion.lora import open_loras, with_loras
 from cfjax.conversion.rules import fingerprint
 from cfjax.conversion.sources import Found, Reading, Source, copy_tokenizer, open_source
 from cfjax.conversion.targets import entry_of, write_target
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with holding(workdir):
         roll_back(workdir)
-        source = _open(c, workdir)
+        source = with_adapters(c.lora, _open(c, workdir))
         _check_free(c.to, source, workdir, c.overwrite)
         for each in source.found:
             _describe(each)
@@ -124,6 +125,27 @@ def _open(c: ConfigDict, workdir: Path) -> Source:
     source = open_source(path, Reading(parts, c.key, assumed, dtype=c.dequantize, unscaled=c.unscaled))
     _check_channels(source, _world_beside(c, workdir))
     return source
+
+
+def with_adapters(asked: str, source: Source) -> Source:
+    """The source with LoRAs merged into its student's weights as they are read.
+
+    Args:
+      asked: `--config.lora`.
+
+    Raises:
+      UserError: a LoRA cannot be read or is of another network, or it is not clear which transformer it is for.
+    """
+    loras = open_loras(asked)
+    if not loras:
+        return source
+    own = [found for found in source.found if found.network.kind == "dit" and found.role == "student"]
+    if len(own) != 1:
+        names = ", ".join(map(entry_of, own)) or "no transformer"
+        raise UserError(f"--config.lora={asked}: the source has {names}; choose the LoRA's own by --config.key")
+    found = [replace(x, network=with_loras(x.network, loras)) if x is own[0] else x for x in source.found]
+    ignored = [f"{name} of {lora.path.name}" for lora in loras for name in lora.ignored]
+    return replace(source, found=found, ignored=[*source.ignored, *ignored])
 
 
 def _world_beside(c: ConfigDict, workdir: Path) -> Path | None:
@@ -273,7 +295,7 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
         "latent_shape": [*c.latents, student.config.in_dim],
         "world": world_fingerprint(world_folder) if world_folder else "",
         "world_path": c.world or (WORLD if beside else ""),
-        "source": _source_record(student),
+        "source": _source_record(student) | ({"lora": c.lora} if c.lora else {}),
     }
 
 

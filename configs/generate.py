@@ -32,6 +32,7 @@ def get_config(arg: str = ""):
             # the model
             "run": "checkpoints/causal_forcing" if wan else "runs/quickstart/dmd",
             "ema": True,  # averaged weights, when the run keeps them
+            "lora": "",  # merged into the run's network: FILE[:WEIGHT][|FILE[:WEIGHT]...] (docs/wan.md)
             "world": "",  # a Wan world's folder; "": beside the run
             "decoder": "vae",  # or tiny_vae
             "decoder_precision": "",  # float32, bfloat16 (the reference's); "": as recorded

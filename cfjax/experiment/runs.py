@@ -1,6 +1,6 @@
 """Opening trained or converted models: (weights, config, world) of a run directory or an exported model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,21 +12,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
+from cfjax.core.tree import named_leaves
 from cfjax.experiment.data import toy_source
 from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
 from cfjax.memory.slots import Memory
 from cfjax.models.wan import Wan, WanConfig
-from cfjax.models.weight_storage import with_storage_dtypes
+from cfjax.models.weight_storage import fill, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.rollout.session import Session
 from cfjax.rollout.session_state import Prompt, Text
 from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
-from cfjax.training.checkpoint import load_role
+from cfjax.training.checkpoint import load_role, open_role
 from cfjax.worlds.assets import META_FILE, asset
 from cfjax.worlds.open import candidate_world_paths, find_world, open_world
 from cfjax.worlds.records import config_from_record, placed_template
@@ -34,6 +36,8 @@ from cfjax.worlds.toy import ToyWorld, as_toy, shipped_world
 from cfjax.worlds.wan import read_record
 from cfjax.worlds.world import World, WorldParts
 
+# (weights by name, the network's config) -> weights
+Change = Callable[[Mapping[str, LazyArray], WanConfig], Mapping[str, LazyArray]]
 _generate = jax.jit(generate, static_argnames=("sampler", "blocks"))
 
 
@@ -204,13 +208,23 @@ def open_run(
     return load_weights(run) if with_model else run
 
 
-def load_weights(run: Run) -> Run:
+def load_weights(run: Run, change: Change | None = None) -> Run:
     """The run with the weights that its checkpoint has for the shapes of its network.
+
+    Args:
+      change: of the checkpoint's weights (by name, as they are stored, not yet read) before they get the dtype that
+        they are used in.
 
     Raises:
       UserError: they do not fit, or cannot be read.
     """
-    if asset(run.name, META_FILE):
+    if change:
+        if asset(run.name, META_FILE):
+            arrays = as_lazy(named_leaves(load_shipped(run.name, run.model)))
+        else:
+            arrays = open_role(run.name, "student", ema=run.averaged)
+        model = fill(run.model, change(arrays, run.model.config))
+    elif asset(run.name, META_FILE):
         model = jax.tree.map(lambda x, like: x.astype(like.dtype), load_shipped(run.name, run.model), run.model)
     else:
         model = load_role(run.name, "student", run.model, ema=run.averaged)
