@@ -7,6 +7,7 @@ In float32, then rounded to W's own dtype once, after all LoRAs: bit for bit wha
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,12 @@ class Change:
     """What one LoRA adds to one tensor [out, ...]: factor B A, or factor times a difference.
 
     Attributes:
+      file: of the LoRA.
       up, down: B [out, rank] and A [rank, in], or of a convolution [out, rank, 1, ...] and [rank, in, ...]; of a
         difference, itself and None.
     """
 
+    file: Path
     factor: float
     up: LazyArray
     down: LazyArray | None = None
@@ -87,7 +90,7 @@ def merged(arrays: Arrays, config: WanConfig, loras: Sequence[LoraFile]) -> dict
     for lora in loras:
         for name, one in changes_of(lora, {name: x.shape for name, x in theirs.items()}, config).items():
             changes.setdefault(name, []).extend(one)
-    added = {name: _added(x, changes[name]) if name in changes else x for name, x in theirs.items()}
+    added = {name: _added(name, x, changes[name]) if name in changes else x for name, x in theirs.items()}
     return import_plan(ORIGINAL, added, named_leaves(abstract_wan(config)), config)
 
 
@@ -104,13 +107,17 @@ def check_loras(loras: Sequence[LoraFile], config: WanConfig) -> None:
         changes_of(lora, shapes, config)
 
 
-def _added(array: LazyArray, changes: Sequence[Change]) -> LazyArray:
+def _added(name: str, array: LazyArray, changes: Sequence[Change]) -> LazyArray:
     def read(own: Callable[[], np.ndarray]) -> np.ndarray:
         weight = own()
-        total = weight.astype(np.float32)
-        for change in changes:
-            total += change.of(weight.shape)
-        return total.astype(weight.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            total = weight.astype(np.float32)
+            for change in changes:
+                total += change.of(weight.shape)
+            total = total.astype(weight.dtype)
+        if not all_finite(total):
+            raise UserError(f"{changes[-1].file}: {name} becomes infinite with it in {weight.dtype.name}; use less weight")
+        return total
 
     return replace(array, parts=tuple(partial(read, part) for part in array.parts))
 
@@ -194,12 +201,12 @@ def _changes(
             factor = lora.weight * lora.scaling.factor(module, rank[0], alpha)
         except UserError as error:
             raise UserError(f"{lora.path}: {error}") from None
-        yield "weight", parts["up"][0], Change(factor, up, down)
+        yield "weight", parts["up"][0], Change(lora.path, factor, up, down)
         if "bias" in arrays:
-            yield "bias", parts["bias"][0], Change(factor, arrays["bias"])
+            yield "bias", parts["bias"][0], Change(lora.path, factor, arrays["bias"])
     for part, kind in (("diff", "weight"), ("diff_b", "bias"), ("diff_m", "modulation")):
         if part in arrays:
-            yield kind, parts[part][0], Change(lora.weight, arrays[part])
+            yield kind, parts[part][0], Change(lora.path, lora.weight, arrays[part])
 
 
 def _readable(lora: LoraFile, name: str, array: LazyArray) -> LazyArray:
