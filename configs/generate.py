@@ -59,16 +59,7 @@ def get_config(arg: str = ""):
             "width": 832 if wan else 0,
             "frames": 81 if wan else 0,  # pixel frames in all, given ones included
             # how
-            "sampler": ConfigDict(
-                {
-                    "steps": (),  # few-step: timesteps; (): the run's own
-                    "first_steps": (),  # of the first generated block
-                    "solver": "",  # many-step: unipc, euler, heun; "": the run's own
-                    "solver_steps": 0,
-                    "guidance": -1.0,
-                    "shift": 0.0,
-                }
-            ),
+            "sampler": _sampler(),
             "memory": "",  # what is remembered: full, infinity_rope, ema_sink ... (docs/memory.md); "": the run's
             "window": -1,  # latent frames that stay visible; 0: all; -1: the run's own
             "sink": -1,  # first frames that stay visible inside the window
@@ -83,5 +74,19 @@ def get_config(arg: str = ""):
             "overwrite": False,  # replace what is there
             "resume": False,  # go on with what is there
             "progress": True,
+        }
+    )
+
+
+def _sampler() -> ConfigDict:
+    """What changes of the run's own sampler."""
+    return ConfigDict(
+        {
+            "steps": (),  # few-step: timesteps; (): the run's own
+            "first_steps": (),  # of the first generated block
+            "solver": "",  # many-step: unipc, euler, heun; "": the run's own
+            "solver_steps": 0,
+            "guidance": -1.0,
+            "shift": 0.0,
         }
     )

@@ -132,13 +132,12 @@ def test_a_checkpoint_remembers_what_it_was_trained_for(student, run):
 def lora(path: Path, rank: int = 4, dim: int = 48) -> tuple[Path, dict[str, torch.Tensor]]:
     """(LongLive's second file: peft's names under `generator_lora`; module -> B A)."""
     make = torch.Generator().manual_seed(1)
-    pairs = {
-        f"blocks.{i}.{attention}.{part}": (torch.randn((rank, dim), generator=make), torch.randn((dim, rank), generator=make))
-        for i in range(2)
-        for attention in ("self_attn", "cross_attn")
-        for part in "qkvo"
-    }  # fmt: skip
-    state = {f"base_model.model.{m}.lora_{k}.weight": x for m, ab in pairs.items() for k, x in zip("AB", ab, strict=True)}
+    modules = [f"blocks.{i}.{a}_attn.{part}" for i in range(2) for a in ("self", "cross") for part in "qkvo"]
+    normal = lambda *shape: torch.randn(shape, generator=make)
+    pairs = {module: (normal(rank, dim), normal(dim, rank)) for module in modules}
+    state = {
+        f"base_model.model.{m}.lora_{k}.weight": x for m, ab in pairs.items() for k, x in zip("AB", ab, strict=True)
+    }
     file = synthetic.save_pt(path, {"generator_lora": state, "critic_lora": {}, "step": 3000})
     return file, {module: b @ a for module, (a, b) in pairs.items()}
 
@@ -152,7 +151,9 @@ def test_a_base_and_its_lora_become_one_run(root, run, capsys):
     meta = read_meta(root / "longlive")
     assert meta["source"]["lora"] == f"{file}:0.5"
     config = config_from_record(WanConfig, meta["models"]["student"])
-    student, critic = (save_named(ORIGINAL, open_role(root / "longlive", role), config) for role in ("student", "critic"))
+    student, critic = (
+        save_named(ORIGINAL, open_role(root / "longlive", role), config) for role in ("student", "critic")
+    )
     for name, x in synthetic.dit_weights(10).items():
         change = products.get(name.removesuffix(".weight"))
         expected = x if change is None else (torch.from_numpy(x) + 0.5 * change).numpy()

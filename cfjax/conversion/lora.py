@@ -116,7 +116,9 @@ def _added(name: str, array: LazyArray, changes: Sequence[Change]) -> LazyArray:
                 total += change.of(weight.shape)
             total = total.astype(weight.dtype)
         if not all_finite(total):
-            raise UserError(f"{changes[-1].file}: {name} becomes infinite with it in {weight.dtype.name}; use less weight")
+            raise UserError(
+                f"{changes[-1].file}: {name} becomes infinite with it in {weight.dtype.name}; use less weight"
+            )
         return total
 
     return replace(array, parts=tuple(partial(read, part) for part in array.parts))
@@ -186,8 +188,8 @@ def _changes(
     arrays = {part: _readable(lora, *found) for part, found in parts.items()}
     missing = {"up", "down"} - arrays.keys()
     if missing != {"up", "down"} and missing:
-        there, absent = ("lora_A", "lora_B") if "up" in missing else ("lora_B", "lora_A")
-        raise UserError(f"{lora.path}: {module} has {there} and no {absent}; the file is not whole")
+        there, absent = ("A", "B") if "up" in missing else ("B", "A")
+        raise UserError(f"{lora.path}: {module} has lora_{there} and no lora_{absent}; the file is not whole")
     if missing and (alone := arrays.keys() & {"alpha", "bias"}):
         raise UserError(f"{lora.path}: {parts[min(alone)][0]} stands without lora_A and lora_B; the file is not whole")
     if not missing:

@@ -1,7 +1,7 @@
 """LoRA files as others save them: which tensor of the transformer each of their tensors changes, and by what factor.
 
-A pair changes a weight W [out, in] by s B A, with A [rank, in], B [out, rank] and s = alpha / rank, or alpha / sqrt(rank)
-where it is rank-stabilised (arXiv 2106.09685, 2312.03732); a difference is added as it is. The forms:
+A pair changes a weight W [out, in] by s B A, with A [rank, in], B [out, rank] and s = alpha / rank, or
+alpha / sqrt(rank) where it is rank-stabilised (arXiv 2106.09685, 2312.03732); a difference is added as it is. The forms:
 
     MODULE.lora_A.weight, .lora_B.weight          peft (`utils/save_and_load.py`), with `.default` while it trains;
                                                   diffusers (`loaders/lora_pipeline.py`, `WanLoraLoaderMixin`)
@@ -14,8 +14,8 @@ where it is rank-stabilised (arXiv 2106.09685, 2312.03732); a difference is adde
     MODULE_lora.up.weight, MODULE.lora.up.weight  older diffusers (as in lightx2v `utils/lora_loader.py`)
 
 MODULE is named as in the original release or in diffusers, behind any prefix. LongLive's second file
-(`trainer/distillation.py`, `Trainer.save`) is a .pt with peft's names under `generator_lora` and `critic_lora`, and says
-no alpha. Where a file says none, s is 1, as in diffusers (`utils/peft_utils.py`, `get_peft_kwargs`), lightx2v
+(`trainer/distillation.py`, `Trainer.save`) is a .pt with peft's names under `generator_lora` and `critic_lora`, without
+alpha. Where a file says none, s is 1, as in diffusers (`utils/peft_utils.py`, `get_peft_kwargs`), lightx2v
 (`LoRALoader.apply_lora`) and kohya's. peft's adapter_config.json beside the file and diffusers' `lora_adapter_metadata`
 in it say alpha and rank-stabilised scaling.
 """
@@ -101,7 +101,8 @@ class Scaling:
         """s of a module.
 
         Args:
-          module: its name in the file.  rank: of its matrices.  alpha: the module's own, in the file; None if it has none.
+          module: its name in the file.  rank: of its matrices.
+          alpha: the module's own, in the file; None if it has none.
 
         Raises:
           UserError: the rank is not what the settings say.

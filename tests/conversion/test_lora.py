@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cfjax.conversion.lora import check_loras, open_loras, with_loras
 from cfjax.conversion.lora_files import parse_loras, read_lora
+from cfjax.conversion.rules import their_names
 from cfjax.conversion.sources import open_source
 from cfjax.conversion.wan import DIFFUSERS, ORIGINAL, abstract_wan
-from cfjax.conversion.rules import their_names
 from cfjax.core.errors import UserError
 from cfjax.core.tree import named_leaves
 from cfjax.models.wan import WanConfig
@@ -171,7 +171,9 @@ def test_a_convolution_and_a_bias_of_a_pair(tmp_path, base):
 
 def test_longlives_second_file(tmp_path, base):
     """A .pt with `generator_lora`, `critic_lora` and a step; no alpha: rank and alpha are both 256 in its configs."""
-    state = {f"base_model.model.{m}.lora_{k}.weight": x for m, ab in pairs().items() for k, x in zip("AB", ab)}
+    state = {
+        f"base_model.model.{m}.lora_{k}.weight": x for m, ab in pairs().items() for k, x in zip("AB", ab, strict=True)
+    }
     critic = {name: x + 1 for name, x in state.items()}
     file = synthetic.save_pt(tmp_path / "lora.pt", {"generator_lora": state, "critic_lora": critic, "step": 3000})
     same(base, str(file), torch_merged(pairs(), 1.0))
@@ -197,8 +199,6 @@ def test_diffusers_metadata_and_patterns(tmp_path, base):
     """alpha_pattern names the ends of modules' names, as they are in the file."""
     about = {"r": RANK, "lora_alpha": 2, "alpha_pattern": {"attn1.to_q": 12.0}, "rank_pattern": {}}
     file = save(tmp_path / "x.safetensors", pairs(), "diffusers")
-    from safetensors.torch import load_file
-
     text = json.dumps({f"transformer.{key}": value for key, value in about.items()})
     save_file(load_file(file), file, metadata={"format": "pt", "lora_adapter_metadata": text})
     queries = {module: x for module, x in pairs().items() if module.endswith("self_attn.q")}
@@ -216,37 +216,40 @@ def test_a_diffusers_base_takes_the_originals_lora(tmp_path):
 
 def with_their_names() -> dict[str, np.ndarray]:
     template = named_leaves(abstract_wan(CONFIG))
-    return {d: WEIGHTS[o] for o, d in zip(their_names(ORIGINAL, template), their_names(DIFFUSERS, template), strict=True)}
+    both = zip(their_names(ORIGINAL, template), their_names(DIFFUSERS, template), strict=True)
+    return {theirs: WEIGHTS[ours] for ours, theirs in both}
 
 
-def broken(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    name = "diffusion_model.blocks.0.self_attn.q"
-    state = {f"{name}.lora_down.weight": torch.zeros(RANK, 128), f"{name}.lora_up.weight": torch.zeros(128, RANK)}
-    state |= {f"{name}.{part.replace('__', '.')}": x for part, x in changes.items() if x is not None}
-    return {key: x for key, x in state.items() if changes.get(key.removeprefix(f"{name}.").replace(".", "__"), x) is not None}
-
-
-Z = torch.zeros
+Q, OTHER = "diffusion_model.blocks.0.self_attn.q", "another network"
+Z, WHOLE = torch.zeros, torch.tensor
+DOWN, UP = {f"{Q}.lora_down.weight": Z(RANK, 128)}, {f"{Q}.lora_up.weight": Z(128, RANK)}
+PAIR = DOWN | UP
+TWICE = {f"other.blocks.0.self_attn.q.lora_{half}.weight": x for half, x in zip("AB", PAIR.values(), strict=True)}
+LAYER = {"blocks.9.ffn.0.lora_A.weight": Z(4, 128), "blocks.9.ffn.0.lora_B.weight": Z(64, 4)}
+ONLY_BIAS = {"diffusion_model.blocks.0.ffn.0.diff_b": Z(64)}
 BROKEN = {
-    "of a wider network": (broken(lora_down__weight=Z(RANK, 256)), "does not fit blocks.0.self_attn.q.weight (128, 128)"),
-    "of other ranks": (broken(lora_up__weight=Z(128, 8)), "no rank in common"),
-    "without A": (broken(lora_down__weight=None), "has lora_B and no lora_A"),
-    "without B": (broken(lora_up__weight=None), "has lora_A and no lora_B"),
-    "alpha alone": (broken(lora_up__weight=None, lora_down__weight=None, alpha=torch.tensor(4.0)) | {"diffusion_model.blocks.0.ffn.0.diff_b": Z(64)}, "stands without lora_A and lora_B"),
-    "an alpha of two": (broken(alpha=Z(2)), "must be one number"),
-    "an infinite alpha": (broken(alpha=torch.tensor(float("inf"))), "must be a finite number"),
-    "of a layer that is not there": ({"blocks.9.ffn.0.lora_A.weight": Z(4, 128), "blocks.9.ffn.0.lora_B.weight": Z(64, 4)}, "belong to nothing in the network"),
-    "of an image-to-video model": (broken() | {"diffusion_model.blocks.0.cross_attn.k_img.diff_b": Z(128)}, "k_img.diff_b; it is a LoRA of another"),
-    "a wider bias": (broken(diff_b=Z(64)), "does not fit blocks.0.self_attn.q.bias (128,)"),
-    "DoRA": (broken(dora_scale=Z(128, 1)), "is DoRA"),
+    "of a wider network": (UP | {f"{Q}.lora_down.weight": Z(RANK, 256)}, "fit blocks.0.self_attn.q.weight (128, 128)"),
+    "of other ranks": (DOWN | {f"{Q}.lora_up.weight": Z(128, 8)}, "no rank in common"),
+    "without A": (UP, "has lora_B and no lora_A"),
+    "without B": (DOWN, "has lora_A and no lora_B"),
+    "alpha alone": (ONLY_BIAS | {f"{Q}.alpha": WHOLE(4.0)}, "stands without lora_A and lora_B"),
+    "an alpha of two": (PAIR | {f"{Q}.alpha": Z(2)}, "must be one number"),
+    "an infinite alpha": (PAIR | {f"{Q}.alpha": WHOLE(float("inf"))}, "must be a finite number"),
+    "of a layer that is not there": (LAYER, "belong to nothing in the network"),
+    "of an image model": (
+        PAIR | {"blocks.0.cross_attn.k_img.diff_b": Z(128)},
+        f"k_img.diff_b; it is a LoRA of {OTHER}",
+    ),
+    "a wider bias": (PAIR | {f"{Q}.diff_b": Z(64)}, "does not fit blocks.0.self_attn.q.bias (128,)"),
+    "DoRA": (PAIR | {f"{Q}.dora_scale": Z(128, 1)}, "is DoRA"),
     "LoHa": ({"lora_unet_blocks_0_ffn_0.hada_w1_a": Z(4, 4)}, "a LyCORIS adapter"),
-    "whole tensors": (broken() | {"diffusion_model.head.head.weight": Z(64, 128)}, "is no part of a LoRA"),
-    "the network below": (broken(base_layer__weight=Z(128, 128)), "save the adapter alone"),
-    "a network": ({name: torch.from_numpy(x) for name, x in WEIGHTS.items()}, "no LoRA"),
-    "two networks": (broken() | {"other.blocks.0.self_attn.q.lora_A.weight": Z(4, 128), "other.blocks.0.self_attn.q.lora_B.weight": Z(128, 4)}, "are both of blocks.0.self_attn.q"),
-    "whole numbers": (broken(diff=Z(128, 128, dtype=torch.int32)), "has dtype int32"),
-    "no numbers": (broken(diff_m=Z(4)), "has no modulation"),
-}  # fmt: skip
+    "whole tensors": (PAIR | {"diffusion_model.head.head.weight": Z(64, 128)}, "is no part of a LoRA"),
+    "the network below": (PAIR | {f"{Q}.base_layer.weight": Z(128, 128)}, "save the adapter alone"),
+    "a network": (synthetic.as_torch(WEIGHTS), "no LoRA"),
+    "two networks": (PAIR | TWICE, "are both of blocks.0.self_attn.q"),
+    "whole numbers": (PAIR | {f"{Q}.diff": Z(128, 128, dtype=torch.int32)}, "has dtype int32"),
+    "no modulation": (PAIR | {f"{Q}.diff_m": Z(4)}, "has no modulation"),
+}
 
 
 @pytest.mark.parametrize(("state", "words"), BROKEN.values(), ids=BROKEN)
@@ -272,7 +275,7 @@ def test_settings_that_do_not_fit(tmp_path, base, more, words):
 
 
 def test_numbers_that_are_none_are_told_when_read(tmp_path, base):
-    save_file(broken(diff_b=Z(128) + float("nan")), tmp_path / "x.safetensors")
+    save_file(PAIR | {f"{Q}.diff_b": Z(128) + float("nan")}, tmp_path / "x.safetensors")
     lora = read_lora(tmp_path / "x.safetensors")
     check_loras([lora], CONFIG)
     with pytest.raises(UserError, match="diff_b holds numbers that are NaN"):
