@@ -1,7 +1,7 @@
 """LoRA files as others save them: which tensor of the transformer each of their tensors changes, and by what factor.
 
 A pair changes a weight W [out, in] by s B A, with A [rank, in], B [out, rank] and s = alpha / rank, or
-alpha / sqrt(rank) where it is rank-stabilised (arXiv 2106.09685, 2312.03732); a difference is added as it is. The forms:
+alpha / sqrt(rank) where it is rank-stabilised (arXiv 2106.09685, 2312.03732); a difference is added as it is:
 
     MODULE.lora_A.weight, .lora_B.weight          peft (`utils/save_and_load.py`), with `.default` while it trains;
                                                   diffusers (`loaders/lora_pipeline.py`, `WanLoraLoaderMixin`)

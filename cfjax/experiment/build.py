@@ -13,7 +13,9 @@ from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh
+from cfjax.experiment.adapters import adapted, lora_records
 from cfjax.experiment.data import Data, DataSource, data_of
+from cfjax.experiment.lora import LORA
 from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of
 from cfjax.experiment.reference import apply_reference, unused_keys
 from cfjax.experiment.stage import (
@@ -130,6 +132,7 @@ class Experiment:
             "records": len(data.dataset),
             "world": made.get("text_encoder", {}).get("world", ""),
             "world_path": made.get("world_path", ""),
+            **({LORA: records} if (records := lora_records(self.roles)) else {}),
         }
 
 
@@ -143,7 +146,7 @@ def build(c: ConfigDict, given: Collection[str] = ()) -> Experiment:
       UserError: an unknown stage, something missing, or a value that it cannot have.
     """
     c = apply_reference(c, given)
-    stage, roles = stage_of(c), roles_of(c)
+    stage, roles = adapted(c, stage_of(c), roles_of(c))
     check_roles(stage, roles)
     return Experiment(
         stage=stage,

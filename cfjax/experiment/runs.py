@@ -17,6 +17,7 @@ from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
 from cfjax.core.tree import named_leaves
 from cfjax.experiment.data import toy_source
+from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
@@ -28,7 +29,7 @@ from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.rollout.session import Session
 from cfjax.rollout.session_state import Prompt, Text
 from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
-from cfjax.training.checkpoint import load_role, open_role
+from cfjax.training.checkpoint import load_role
 from cfjax.worlds.assets import META_FILE, asset
 from cfjax.worlds.open import candidate_world_paths, find_world, open_world
 from cfjax.worlds.records import config_from_record, placed_template
@@ -49,6 +50,7 @@ class Run:
       model: the network; shapes in place of weights until `load_weights`, when it was opened so.
       blocks: None for a bidirectional one.
       averaged: whether the weights are the checkpoint's averaged ones.
+      adapted: whether its checkpoint holds adapters, which are merged into the network below as it is opened.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Run:
     latent_shape: tuple[int, int, int, int]
     config: ConfigDict
     averaged: bool = False
+    adapted: bool = False
 
     @property
     def toy(self) -> ToyWorld:
@@ -204,6 +207,7 @@ def open_run(
         latent_shape=tuple(meta["latent_shape"]),
         config=c,
         averaged=not exported and ema and "student" in c.ema,
+        adapted=not exported and "student" in records_of(meta, name),
     )
     return load_weights(run) if with_model else run
 
@@ -218,12 +222,13 @@ def load_weights(run: Run, change: Change | None = None) -> Run:
     Raises:
       UserError: they do not fit, or cannot be read.
     """
-    if change:
+    if change or run.adapted:
+        arrays: Mapping[str, LazyArray]
         if asset(run.name, META_FILE):
             arrays = as_lazy(named_leaves(load_shipped(run.name, run.model)))
         else:
-            arrays = open_role(run.name, "student", ema=run.averaged)
-        model = fill(run.model, change(arrays, run.model.config))
+            arrays = open_network(run.name, "student", ema=run.averaged)
+        model = fill(run.model, change(arrays, run.model.config) if change else arrays)
     elif asset(run.name, META_FILE):
         model = jax.tree.map(lambda x, like: x.astype(like.dtype), load_shipped(run.name, run.model), run.model)
     else:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from cfjax.core.offload import on_device
 from cfjax.core.precision import Policy
-from cfjax.core.quantize import Quantized, values
+from cfjax.core.quantize import Adapted, Quantized, values
 from cfjax.core.sharding import active_mesh
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -70,8 +70,14 @@ def _matmul_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) ->
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def project(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
-    """x[..., i] @ kernel[i, o] in x's dtype, of a kernel that may be stored in int8, or in host memory, or both."""
+def project(x: jax.Array, kernel: jax.Array | Quantized | Adapted) -> jax.Array:
+    """x[..., i] @ kernel[i, o] in x's dtype, of a kernel that may be stored in int8, or in host memory, or both.
+
+    Of one with an adapter beside it, x W + s (x A) B.
+    """
+    if isinstance(kernel, Adapted):
+        narrow = matmul(x, kernel.down.astype(x.dtype))
+        return project(x, kernel.kernel) + kernel.factor * matmul(narrow, kernel.up.astype(x.dtype))
     kernel = on_device(kernel)
     if not isinstance(kernel, Quantized):
         return matmul(x, kernel.astype(x.dtype))

@@ -171,9 +171,8 @@ def test_a_convolution_and_a_bias_of_a_pair(tmp_path, base):
 
 def test_longlives_second_file(tmp_path, base):
     """A .pt with `generator_lora`, `critic_lora` and a step; no alpha: rank and alpha are both 256 in its configs."""
-    state = {
-        f"base_model.model.{m}.lora_{k}.weight": x for m, ab in pairs().items() for k, x in zip("AB", ab, strict=True)
-    }
+    halves = [(m, half, x) for m, ab in pairs().items() for half, x in zip("AB", ab, strict=True)]
+    state = {f"base_model.model.{m}.lora_{half}.weight": x for m, half, x in halves}
     critic = {name: x + 1 for name, x in state.items()}
     file = synthetic.save_pt(tmp_path / "lora.pt", {"generator_lora": state, "critic_lora": critic, "step": 3000})
     same(base, str(file), torch_merged(pairs(), 1.0))
@@ -236,7 +235,7 @@ BROKEN = {
     "an alpha of two": (PAIR | {f"{Q}.alpha": Z(2)}, "must be one number"),
     "an infinite alpha": (PAIR | {f"{Q}.alpha": WHOLE(float("inf"))}, "must be a finite number"),
     "of a layer that is not there": (LAYER, "belong to nothing in the network"),
-    "of an image model": (
+    "of images": (
         PAIR | {"blocks.0.cross_attn.k_img.diff_b": Z(128)},
         f"k_img.diff_b; it is a LoRA of {OTHER}",
     ),
@@ -254,7 +253,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("state", "words"), BROKEN.values(), ids=BROKEN)
 def test_what_does_not_fit_is_told_before_it_is_read(tmp_path, base, state, words):
-    save_file(state, tmp_path / "x.safetensors")
+    save_file({name: x.clone() for name, x in state.items()}, tmp_path / "x.safetensors")
     assert words in refusal(base, tmp_path / "x.safetensors")
 
 
