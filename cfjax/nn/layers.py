@@ -78,11 +78,11 @@ def project(x: jax.Array, kernel: jax.Array | Quantized | Adapted) -> jax.Array:
     if isinstance(kernel, Adapted):
         narrow = matmul(x, kernel.down.astype(x.dtype))
         return project(x, kernel.kernel) + kernel.factor * matmul(narrow, kernel.up.astype(x.dtype))
-    kernel = on_device(kernel)
-    if not isinstance(kernel, Quantized):
-        return matmul(x, kernel.astype(x.dtype))
-    y = matmul(x, values(kernel).astype(x.dtype))
-    return (y * align(kernel.scale[0], y)).astype(x.dtype)  # the scale is float32, so is this product
+    own: jax.Array | Quantized = on_device(kernel)
+    if not isinstance(own, Quantized):
+        return matmul(x, own.astype(x.dtype))
+    y = matmul(x, values(own).astype(x.dtype))
+    return (y * align(own.scale[0], y)).astype(x.dtype)  # the scale is float32, so is this product
 
 
 class Linear(nnx.Module):
