@@ -94,15 +94,20 @@ def merged(arrays: Arrays, config: WanConfig, loras: Sequence[LoraFile]) -> dict
     return import_plan(ORIGINAL, added, named_leaves(abstract_wan(config)), config)
 
 
+def their_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's tensors by the original's names."""
+    template = named_leaves(abstract_wan(config))
+    ours = {name: LazyArray(x.shape, np.dtype(np.float32), ()) for name, x in template.items()}
+    return {name: x.shape for name, x in export_plan(ORIGINAL, ours, config).items()}
+
+
 def check_loras(loras: Sequence[LoraFile], config: WanConfig) -> None:
     """Checks that LoRAs fit a network of these sizes, before any weight is read.
 
     Raises:
       UserError: one does not.
     """
-    template = named_leaves(abstract_wan(config))
-    ours = {name: LazyArray(x.shape, np.dtype(np.float32), ()) for name, x in template.items()}
-    shapes = {name: x.shape for name, x in export_plan(ORIGINAL, ours, config).items()}
+    shapes = their_shapes(config)
     for lora in loras:
         changes_of(lora, shapes, config)
 

@@ -13,7 +13,7 @@ from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh
-from cfjax.experiment.adapters import adapted, lora_records
+from cfjax.experiment.adapters import BASE, adapted, lora_records
 from cfjax.experiment.data import Data, DataSource, data_of
 from cfjax.experiment.lora import LORA
 from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of
@@ -122,17 +122,18 @@ class Experiment:
         Args:
           models: the networks by role.
         """
-        made = data.dataset.manifest
+        made, records = data.dataset.manifest, lora_records(self.roles)
+        below = {f"{role}{BASE}" for role in records}  # as they are where the record of the adapters says
         return {
             "stage": self.stage.name,
             "config": dict(self.config),
-            "models": {role: to_record(model.config) for role, model in models.items()},
+            "models": {role: to_record(model.config) for role, model in models.items() if role not in below},
             "blocks": blocks_record(self.blocks),
             "latent_shape": list(data.dataset.latent_shape),
             "records": len(data.dataset),
             "world": made.get("text_encoder", {}).get("world", ""),
             "world_path": made.get("world_path", ""),
-            **({LORA: records} if (records := lora_records(self.roles)) else {}),
+            **({LORA: records} if records else {}),
         }
 
 

@@ -115,14 +115,29 @@ def make_lora(config: WanConfig, settings: LoraConfig, key: jax.Array) -> Lora:
 
 
 def attach(network: M, lora: Lora) -> M:
-    """The network with its adapters beside its kernels; moves no array."""
+    """The network with its adapters beside its kernels; moves no array.
+
+    Raises:
+      UserError: they are of layers that it has not, or of other widths.
+    """
     kernels = {f"{layer}/kernel": pair for layer, pair in lora.lora.items()}
+    own = named_leaves(network, is_quantized)
+    for name, pair in kernels.items():
+        needed = tuple(own[name].shape) if name in own else ()
+        if (*pair[DOWN].shape[:-1], pair[UP].shape[-1]) != needed:
+            raise UserError(f"{name} {needed}: adapters {pair[DOWN].shape}, {pair[UP].shape} are of another network")
 
     def leaf(name: str, x: Any) -> Any:
         pair = kernels.get(name)
         return x if pair is None else Adapted(x, pair[DOWN], pair[UP], lora.settings.factor)
 
     return map_named(leaf, network, is_quantized)
+
+
+def scaled(lora: Lora, weight: float) -> Lora:
+    """Adapters that add `weight` times as much."""
+    pairs = {layer: {DOWN: pair[DOWN], UP: weight * pair[UP]} for layer, pair in lora.lora.items()}
+    return replace(lora, lora=pairs)
 
 
 def merged(network: M, lora: Lora) -> M:

@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfjax.conversion.lora import check_loras, open_loras, with_loras
+from cfjax.conversion.lora_apart import adapter_of
 from cfjax.conversion.lora_files import parse_loras, read_lora
 from cfjax.conversion.rules import their_names
 from cfjax.conversion.sources import open_source
 from cfjax.conversion.wan import DIFFUSERS, ORIGINAL, abstract_wan
 from cfjax.core.errors import UserError
+from cfjax.core.lazy import as_lazy
 from cfjax.core.tree import named_leaves
+from cfjax.models.lora import merged_arrays
 from cfjax.models.wan import WanConfig
 from tests import synthetic
 from tests.conversion.test_files import STEM
@@ -303,3 +306,23 @@ def test_how_they_are_not(asked):
 def test_no_such_file(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         open_loras(str(tmp_path / "nothing"))
+
+
+def test_files_apart_are_the_files_merged(tmp_path, base):
+    """As adapters beside the network, several files of several ranks are what they are merged."""
+    one = save(tmp_path / "one.safetensors", pairs(seed=1), "diffusers", alpha=2.0)
+    other = save(tmp_path / "other.safetensors", pairs(8, seed=2, modules=MODULES[::3]), "peft")
+    loras = open_loras(f"{one}|{other}:-0.25")
+    lora = adapter_of(loras, CONFIG)
+    named = as_lazy(named_leaves(lora))
+    own, together = merged_arrays(base.arrays, named, lora.settings.factor), with_loras(base, loras).arrays
+    errors = [np.abs(own[name].read() - x.read()).max() for name, x in together.items()]
+    print(f"apart vs merged: {max(errors):.1e}")
+    assert max(errors) < 1e-6 and any(np.any(own[name].read() != x.read()) for name, x in base.arrays.items())
+    assert lora.lora["blocks/self_attn/k"]["down"].shape == (2, 128, RANK + 8)  # one block's k is in both
+
+
+def test_what_cannot_be_apart_is_told(tmp_path):
+    save_file(PAIR | {f"{Q}.diff_b": Z(128)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x\.safetensors: .*bias is changed by more than a product; merge it"):
+        adapter_of([read_lora(tmp_path / "x.safetensors")], CONFIG)

@@ -69,6 +69,7 @@ def test_the_gradient_is_the_dense_one_projected():
     assert set(own) == set(named_leaves(lora))  # none of the frozen weights has one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 def test_the_frozen_network_may_be_stored_in_less(storage):
     """The same sum as beside the float32 kernels that are stored so."""
