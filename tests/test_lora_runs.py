@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+from cfjax.compare import _run_parts
 from cfjax.conversion.kinds import Network
 from cfjax.conversion.lora import open_loras, with_loras
 from cfjax.core.errors import UserError
@@ -76,12 +78,16 @@ def test_a_checkpoint_holds_the_adapters_alone(run):
 
 
 def test_it_is_opened_as_one_network(run):
-    """By every reader of runs: `open_run`, a role that starts from it, and in `convert`."""
+    """By every reader of runs: `open_run`, `compare`, and a role that starts from it."""
     for ema in (True, False):
         expected, opened = by_hand(run, ema), named_leaves(open_run(str(run), ema=ema).model)
         assert opened.keys() == expected.keys()
         for name, x in expected.items():
             np.testing.assert_allclose(opened[name], x, rtol=1e-6, atol=1e-7, err_msg=name)
+    asked = ConfigDict({"run": str(run), "role": "student", "ema": True, "world": ""})
+    compared = named_leaves(_run_parts(asked)["dit"]())
+    for name, x in by_hand(run, True).items():
+        np.testing.assert_allclose(compared[name], x, rtol=1e-6, atol=1e-7, err_msg=name)
     role = network_role("student", presets.role("toy", init=str(run), init_ema=True, stages=("ar_diffusion",)))
     start = named_leaves(role.initial(Shapes((6, 4, 4, 16), (8, 64)), 0))
     for name, x in by_hand(run, True).items():
