@@ -18,7 +18,7 @@ from cfjax.core.lazy import as_lazy
 from cfjax.core.tree import named_leaves
 from cfjax.data.shapes import PALETTE, render
 from cfjax.experiment import presets
-from cfjax.experiment.adapters import attached
+from cfjax.experiment.adapters import attached, bases_of
 from cfjax.experiment.build import build
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.lora import open_network
@@ -185,6 +185,16 @@ def test_the_plan_shows_what_a_14b_student_saves():
     assert table[0] > 16 * whole.parameters and table[1] < table[0] / 4.5
 
 
+def test_a_critic_beside_its_teacher_holds_no_second_copy():
+    """The same weights, stored and used in the same way, are one frozen role; others are two."""
+    ranks = {"roles__student__lora__rank": 2, "roles__critic__lora__rank": 2}
+    e = build(shipped("dmd:toy", **ranks))
+    assert bases_of(e.roles) == {"student": "student_base", "critic": "real_score"}
+    assert e.frozen == ["real_score", "student_base"]
+    apart = build(shipped("dmd:toy", **ranks, roles__real_score__storage="int8"))
+    assert bases_of(apart.roles)["critic"] == "critic_base"
+
+
 KEYS = {"roles__{}__lora__rank": 2, "roles__{}__init": "toy_teacher", "roles__{}__init_stages": "('bidirectional',)"}
 MESH = {"mesh__fsdp": 2, "mesh__tensor": 4, "data__batch_size": 8}
 STAGES = {
@@ -221,8 +231,8 @@ def test_the_toy_learns_a_new_colour():
     captions = [clip["caption"] for clip in clips]
     data = np.asarray(run.world.codec.encode(jnp.asarray(video))), run.world.encode_prompts(captions)
     start = make_lora(run.model.config, LoraConfig(4, 4.0), jax.random.key(0))
-    names, loss = ["student"], flow_matching(DiffusionConfig(weighting="uniform"))
-    stage = Stage("lora", {"student": lambda models, batch, key: loss(attached(models, names), batch, key)})
+    below, loss = {"student": "student_base"}, flow_matching(DiffusionConfig(weighting="uniform"))
+    stage = Stage("lora", {"student": lambda models, batch, key: loss(attached(models, below), batch, key)})
     tx = make_optimizer(OptimizerConfig(lr=0.01, b2=0.99, warmup=5, schedule="wsd"), steps=50)
     state, update = init_state(stage, {"student": start}, {"student": tx}, 0), make_update(stage, "student", tx)
     rng = np.random.default_rng(0)

@@ -1,7 +1,8 @@
 """Roles that train adapters beside a frozen network (`models.lora`), and losses that see the two as one network.
 
 A role with `lora.rank` above 0 becomes two: ROLE, whose trained leaves are the adapters, and the frozen ROLE_base,
-where ROLE starts from, stored as `storage` and `offload` say.
+where ROLE starts from, stored as `storage` and `offload` say. Where another frozen role is that very network, stored
+and computed alike (a critic's teacher, say), it is the one below, and no weights are held twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from cfjax.core.sharding import place
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.lora import lora_record, records_of
 from cfjax.experiment.networks import NetworkRole, Role
-from cfjax.models.lora import Lora, LoraConfig, abstract_lora, attach, make_lora
+from cfjax.models.lora import LoraConfig, abstract_lora, attach, make_lora
 from cfjax.models.weight_storage import with_shardings
 from cfjax.objectives.stage import Batch, Loss, Models, Stage
 from cfjax.training.loop import SampleFn
@@ -34,9 +35,11 @@ class LoraRole(NetworkRole):
 
     Attributes:
       settings: the adapters'.
+      below: the name of the frozen role that they are beside.
     """
 
     settings: LoraConfig
+    below: str
 
     def template(self, shapes: Shapes, mesh: Mesh | None = None) -> Any:
         """The adapters as shapes, float32, each with its sharding."""
@@ -88,37 +91,50 @@ def adapted(c: ConfigDict, stage: Stage, roles: Mapping[str, Role]) -> tuple[Sta
             raise UserError(f"roles.{name}.lora.rank={settings.rank}: name the weights below it by roles.{name}.init")
         if f"{name}{BASE}" in roles:
             raise UserError(f"roles.{name}{BASE}: the network below roles.{name}.lora has this name; use another")
-        out[f"{name}{BASE}"] = replace(role, name=f"{name}{BASE}")
+        below = _below(role, stage, out)
+        out.setdefault(below, replace(role, name=below))
         values = {field: getattr(role, field) for field in NetworkRole.__dataclass_fields__}
-        out[name] = LoraRole(**{**values, "storage": "float32", "offload": False}, settings=settings)
-    names = [name for name, role in out.items() if isinstance(role, LoraRole)]
-    if not names:
+        out[name] = LoraRole(**{**values, "storage": "float32", "offload": False}, settings=settings, below=below)
+    below_of = bases_of(out)
+    if not below_of:
         return stage, out
-    return replace(stage, losses={role: _seeing_whole(loss, names) for role, loss in stage.losses.items()}), out
+    return replace(stage, losses={role: _seeing_whole(loss, below_of) for role, loss in stage.losses.items()}), out
 
 
-def _seeing_whole(loss: Loss, names: list[str]) -> Loss:
+def _below(role: NetworkRole, stage: Stage, roles: Mapping[str, Role]) -> str:
+    """The frozen role with the same weights, stored and used in the same way, if there is one; else ROLE_base."""
+    same = lambda other: replace(other, name=role.name, init_stages=role.init_stages) == role
+    frozen = ((name, other) for name, other in roles.items() if name not in stage.losses)
+    found = (name for name, other in frozen if type(other) is NetworkRole and same(other))
+    return next(found, f"{role.name}{BASE}")
+
+
+def _seeing_whole(loss: Loss, below_of: Mapping[str, str]) -> Loss:
     """A loss of whole networks, as one of adapters and what is below them."""
 
     def of_both(models: Models, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss(attached(models, names), batch, key)
+        return loss(attached(models, below_of), batch, key)
 
     return of_both
 
 
-def attached(models: Models, names: list[str]) -> dict[str, Any]:
-    """Models by role, those with adapters, and their averages, as whole networks."""
-    out = {name: model for name, model in models.items() if name.removesuffix(BASE) not in names or name in names}
-    for name in names:
+def attached(models: Models, below_of: Mapping[str, str]) -> dict[str, Any]:
+    """Models by role, those with adapters, and their averages, as whole networks.
+
+    Args:
+      below_of: role -> the frozen role below its adapters.
+    """
+    out = dict(models)
+    for name, below in below_of.items():
         for which in (name, f"{name}_ema"):
-            if which in out and isinstance(out[which], Lora):
-                out[which] = attach(models[f"{name}{BASE}"], out[which])
+            if which in out:
+                out[which] = attach(models[below], out[which])
     return out
 
 
-def lora_names(roles: Mapping[str, Role]) -> list[str]:
-    """The roles that train adapters."""
-    return [name for name, role in roles.items() if isinstance(role, LoraRole)]
+def bases_of(roles: Mapping[str, Role]) -> dict[str, str]:
+    """The roles that train adapters -> the frozen roles below them."""
+    return {name: role.below for name, role in roles.items() if isinstance(role, LoraRole)}
 
 
 def lora_records(roles: Mapping[str, Role]) -> dict[str, Any]:
@@ -150,15 +166,15 @@ def check_bases(roles: Mapping[str, Role], earlier: Mapping[str, Any], workdir: 
 
 
 def sampling_whole(
-    sample: Callable[[TrainState, int, EventWriter], None] | None, frozen: Models, names: list[str]
+    sample: Callable[[TrainState, int, EventWriter], None] | None, frozen: Models, below_of: Mapping[str, str]
 ) -> SampleFn | None:
     """What samples states of whole networks, for states of adapters."""
-    if sample is None or not names:
+    if sample is None or not below_of:
         return sample
 
     def of_both(state: TrainState, step: int, writer: EventWriter) -> None:
         averages = {f"{name}_ema": average for name, average in state.ema.items()}
-        whole = attached({**frozen, **state.params, **averages}, names)
+        whole = attached({**frozen, **state.params, **averages}, below_of)
         params = {name: whole[name] for name in state.params}
         ema = {name: whole[f"{name}_ema"] for name in state.ema}
         sample(replace(state, params=params, ema=ema), step, writer)
