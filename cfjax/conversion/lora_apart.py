@@ -37,9 +37,9 @@ def adapter_of(loras: Sequence[LoraFile], config: WanConfig) -> Lora:
     out: dict[str, dict[str, Any]] = {}
     for kernel, rule in rules.items():
         names = their_names([rule], {kernel: template[kernel]})
-        changes = {name: found.pop(name) for name in names if name in found}
-        if changes:
-            out[kernel.removesuffix("/kernel")] = _pair(rule, names, changes, config)
+        own = {name: found.pop(name) for name in names if name in found}
+        if own:
+            out[kernel.removesuffix("/kernel")] = _pair(rule, names, own, config)
     if not out:
         raise UserError("no LoRA is named: give a file with lora_A and lora_B")
     rank = max(pair[UP].shape[-2] for pair in out.values())
