@@ -21,9 +21,11 @@ from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of, write_atomically
 from cfjax.core.precision import F32
+from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import read_run
 from cfjax.models.wan import Wan, WanConfig
+from cfjax.models.weight_storage import fill
 from cfjax.nn.visibility import Blocks
 from cfjax.training.checkpoint import FOLDER, load_role
 from cfjax.worlds.assets import META_FILE, asset
@@ -168,7 +170,11 @@ def _run_parts(c: ConfigDict) -> dict[str, Any]:
 
     def dit() -> Wan:
         template = placed_template(lambda: Wan(network, jax.random.key(0)))
-        return load_shipped(c.run, template) if record else load_role(c.run, c.role, template, ema=averaged)
+        if record:
+            return load_shipped(c.run, template)
+        if c.role in records_of(meta, c.run):
+            return fill(template, open_network(c.run, c.role, ema=averaged, meta=meta))
+        return load_role(c.run, c.role, template, ema=averaged)
 
     world = path_of(c.world) if c.world else find_world(c.run, str(meta.get("world_path", "")))
     parts = _world_parts(world) if world and is_wan_world(world) else {}  # a toy's world has none to compare

@@ -10,8 +10,19 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cfjax.conversion.kinds import KINDS, Network
+from cfjax.conversion.lora import open_loras, with_loras
+from cfjax.conversion.lora_write import FORMS, lora_tensors, write_lora
 from cfjax.conversion.rules import fingerprint
-from cfjax.conversion.sources import Found, Reading, Source, copy_tokenizer, open_source
+from cfjax.conversion.sources import (
+    AVERAGE,
+    CRITIC,
+    GENERATOR,
+    Found,
+    Reading,
+    Source,
+    copy_tokenizer,
+    open_source,
+)
 from cfjax.conversion.targets import entry_of, write_target
 from cfjax.conversion.wan import TEXT_LENGTH, config_json_wan
 from cfjax.conversion.weight_file import SAFETENSORS
@@ -23,6 +34,7 @@ from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints, local_path, path_of, reporting_storage_errors
 from cfjax.core.precision import Policy, to_record
 from cfjax.core.staging import contents, place, roll_back, staging
+from cfjax.experiment.lora import open_network, records_of, settings_of
 from cfjax.experiment.record import SIZES, read_run
 from cfjax.models.wan import PRESETS, WanConfig
 from cfjax.training.checkpoint import FOLDER, open_role, read_meta, stored_roles
@@ -37,7 +49,7 @@ DESCRIPTION = """Reads a Wan release, a diffusers folder, a .pt of Causal Forcin
 decoder, or a run directory, and writes it as a run directory (to=orbax), the reference's .pt (pt), a release in
 safetensors (safetensors) or a diffusers folder (diffusers). Every array must be known and fit; nothing half-written
 stays."""
-TARGETS = ("orbax", "pt", "safetensors", "diffusers")
+TARGETS = ("orbax", "pt", "safetensors", "diffusers", *FORMS)
 WORLD, TOKENIZER = "world", "tokenizer"
 LEFT_OUT = "left out: "
 # Networks that meet in what is so wide: kind, its size, kind, its size.
@@ -68,7 +80,9 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with holding(workdir):
         roll_back(workdir)
-        source = _open(c, workdir)
+        if c.to in FORMS:
+            return write_adapters(c, workdir)
+        source = with_adapters(c.lora, _open(c, workdir))
         _check_free(c.to, source, workdir, c.overwrite)
         for each in source.found:
             _describe(each)
@@ -124,6 +138,27 @@ def _open(c: ConfigDict, workdir: Path) -> Source:
     source = open_source(path, Reading(parts, c.key, assumed, dtype=c.dequantize, unscaled=c.unscaled))
     _check_channels(source, _world_beside(c, workdir))
     return source
+
+
+def with_adapters(asked: str, source: Source) -> Source:
+    """The source with LoRAs merged into its student's weights as they are read.
+
+    Args:
+      asked: `--config.lora`.
+
+    Raises:
+      UserError: a LoRA cannot be read or is of another network, or it is not clear which transformer it is for.
+    """
+    loras = open_loras(asked)
+    if not loras:
+        return source
+    own = [found for found in source.found if found.network.kind == "dit" and found.role == "student"]
+    if len(own) != 1:
+        names = ", ".join(map(entry_of, own)) or "no transformer"
+        raise UserError(f"--config.lora={asked}: the source has {names}; choose the LoRA's own by --config.key")
+    found = [replace(x, network=with_loras(x.network, loras)) if x is own[0] else x for x in source.found]
+    ignored = [f"{name} of {lora.path.name}" for lora in loras for name in lora.ignored]
+    return replace(source, found=found, ignored=[*source.ignored, *ignored])
 
 
 def _world_beside(c: ConfigDict, workdir: Path) -> Path | None:
@@ -200,9 +235,8 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
 
 def _stored(kind: str, folder: Path, role: str, ema: bool, config: dict[str, Any], meta: dict[str, Any]) -> Network:
     record = config_from_record(type(KINDS[kind].example), config, folder)
-    return Network(
-        kind, record, open_role(folder, role, ema=ema), meta.get("source", {}).get("layout", ""), str(folder)
-    )
+    arrays = open_network(folder, role, ema=ema, meta=meta) if kind == "dit" else open_role(folder, role, ema=ema)
+    return Network(kind, record, arrays, meta.get("source", {}).get("layout", ""), str(folder))
 
 
 def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: Callable[[int], Any]) -> int:
@@ -235,6 +269,35 @@ def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: C
         }
         write_streamed(partial, arrays, _run_meta(c, transformers, partial, workdir))
     return sum(len(x.parts) for each in source.found for x in each.network.arrays.values())
+
+
+def write_adapters(c: ConfigDict, workdir: Path) -> int:
+    """Writes the adapters of a run that trained some, without the network below (to=peft, to=lora); 0.
+
+    Raises:
+      UserError: the source is no such run, or something is in the way.
+    """
+    path = local_path(c.source, "--config.source", "weights are mapped into memory")
+    if not (path / FOLDER).is_dir() or not (records := records_of(meta := read_run(path, SIZES), path)):
+        raise UserError(f"--config.source={c.source}: no run that trained a LoRA, which --config.to={c.to} writes")
+    stored = [(role, ema) for role, ema in stored_roles(path) if role in records]
+    names = {("critic" if role == "critic" else AVERAGE if ema else GENERATOR): (role, ema) for role, ema in stored}
+    key = c.key or next(iter(name for name in (AVERAGE, GENERATOR, CRITIC) if name in names))
+    if key not in names:
+        raise UserError(f"--config.key={key}: {path} has LoRAs of {', '.join(names)}")
+    if contents(workdir) and not c.overwrite:
+        raise UserError(f"{contents(workdir)[0]} exists; choose another --workdir, or add --config.overwrite=True")
+    role, ema = names[key]
+    config = config_from_record(WanConfig, meta["models"][role], path)
+    tensors, record = lora_tensors(open_role(path, role, ema=ema), config), records[role]
+    with (
+        reporting_storage_errors(workdir, "nothing was changed there"),
+        staging(workdir) as partial,
+    ):
+        count = write_lora(c.to, partial, tensors, settings_of(record), record["base"]["init"])
+        _put(partial, workdir)
+    say(f"{workdir}: the LoRA of {key}, {count} tensors of rank {record['rank']}, alpha {record['alpha']:g}")
+    return 0
 
 
 def _source_record(network: Network) -> dict[str, Any]:
@@ -273,7 +336,7 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
         "latent_shape": [*c.latents, student.config.in_dim],
         "world": world_fingerprint(world_folder) if world_folder else "",
         "world_path": c.world or (WORLD if beside else ""),
-        "source": _source_record(student),
+        "source": _source_record(student) | ({"lora": c.lora} if c.lora else {}),
     }
 
 

@@ -19,6 +19,7 @@ from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.core.tensor_files import save_tensors
 from cfjax.core.tree import named_leaves
 from cfjax.evaluation.curves import draw_curves, read_curves
+from cfjax.experiment.lora import LORA
 from cfjax.experiment.measure import evaluate_run
 from cfjax.experiment.runs import open_run
 from cfjax.training.checkpoint import read_meta
@@ -48,7 +49,7 @@ def export(c: ConfigDict, workdir: Path) -> None:
     run = replace(run, model=rounded)
     result = evaluate_run(run, clips=c.clips, batch=60, seed=11)
     record = {
-        **read_meta(c.run),
+        **{key: value for key, value in read_meta(c.run).items() if key != LORA},  # the weights are merged
         "parameters": sum(leaf.size for leaf in named.values()),
         "note": c.note,
         "evaluation": {name: result[name] for name in ("summary", "network_calls", "frames_per_second")},

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import av
 import jax
 from ml_collections import ConfigDict
 
+from cfjax.conversion.lora import check_loras, merged, open_loras
+from cfjax.conversion.lora_files import LoraFile
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.core.lock import holding
@@ -42,6 +45,7 @@ from cfjax.experiment.batches import generate_batches
 from cfjax.experiment.job import (
     Job,
     check_requests,
+    hash_file,
     plan,
     sampler_record,
     timed_requests,
@@ -61,7 +65,7 @@ with what is finished, which --config.resume=True resumes."""
 TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
 # What decides a request's video; a set cannot be resumed with other values.
 DECIDING = (
-    *("run.stage", "run.step", "run.averaged", "run.weights", "network", "world", "decoder"),
+    *("run.stage", "run.step", "run.averaged", "run.weights", "run.lora", "network", "world", "decoder"),
     *("frames", "given_frames", "height", "width", "latent_shape", "sampler", "blocks", "negative_prompt"),
     *("video_sha256", "fit", "fps", "scale"),
 )
@@ -130,6 +134,7 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
         precision=c.precision,
         attention=c.attention,
     )
+    check_loras(open_loras(c.lora), run.model.config)
     return plan(c, run, requests)
 
 
@@ -201,7 +206,8 @@ def make_videos(
         if batches:
             seconds["text"] = encode_texts(job, texts, job.prompts(n for numbers in batches for n in numbers))
             loading = time.perf_counter()
-            job = replace(job, run=load_weights(job.run))
+            loras = open_loras(c.lora)
+            job = replace(job, run=load_weights(job.run, partial(merged, loras=loras) if loras else None))
             seconds["open"] += time.perf_counter() - loading
         with videos.begin(found, todo):
             for numbers, clips in generate_batches(c, job, texts, batches, programs):
@@ -286,6 +292,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
             "step": run.step,
             "averaged": run.averaged,
             "weights": weights_hash(run),
+            **({"lora": [lora_record(lora) for lora in open_loras(c.lora)]} if c.lora else {}),
         },
         "network": to_record(run.model.config),
         "world": run.world.fingerprint(),
@@ -306,6 +313,11 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
         "batch": job.batch,
         "kv_cache_bytes": cache_bytes(run.model, job.sampler, job.blocks, sizes, job.batch),
     }
+
+
+def lora_record(lora: LoraFile) -> dict[str, Any]:
+    """What settings.json says of a LoRA: its file, its content, its weight."""
+    return {"file": lora.path.name, "sha256": hash_file(lora.path), "weight": lora.weight}
 
 
 def measured(job: Job, timings: Timings, seconds: dict[str, float], programs: Programs, made: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cfjax.core.sharding import batch_rows, on_mesh, place, place_rows, replicat
 from cfjax.core.topology import peak_flops
 from cfjax.data.latents import LatentIterator, make_iterator
 from cfjax.data.tolerant import TolerantDataset
+from cfjax.experiment.adapters import bases_of, check_bases, sampling_whole
 from cfjax.experiment.build import Experiment, build
 from cfjax.experiment.data import Data
 from cfjax.experiment.networks import check_blocks, check_host_memory, same_blocks
@@ -83,7 +84,7 @@ def train(e: Experiment, workdir: Path) -> TrainState:
             replace(e.schedule, sample_first=monitor is not None and monitor.wants_start),
             RunOutput(workdir, writer, meta, work_of(e, data)),
             put_batch=partial(place_batch, mesh=mesh, rows=rows, batch_size=e.data.batch_size),
-            sample_fn=monitor,
+            sample_fn=sampling_whole(monitor, frozen, bases_of(e.roles)),
             going_on=earlier is not None,
         )
 
@@ -103,6 +104,7 @@ def _earlier(e: Experiment, workdir: Path) -> dict[str, Any] | None:
     check_blocks(e.blocks, [e.roles[name] for name in e.frozen])  # trained roles resume with their own weights
     found = changes(earlier["config"], e.config, e.stage.losses, e.given)
     report_changes(found, earlier, workdir, accept=e.accept_changes)
+    check_bases(e.roles, earlier, workdir)
     return earlier
 
 

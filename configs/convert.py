@@ -4,6 +4,8 @@ r"""Other people's weights into a run directory, and back out.
     cfjax convert --config=configs/convert.py:dmd --config.source=causal_forcing.pt \
         --config.world=checkpoints/wan_1_3b/world --workdir=checkpoints/causal_forcing
     cfjax convert --config.source=taew2_1.pth --workdir=checkpoints/wan_1_3b                add the tiny decoder
+    cfjax convert --config=configs/convert.py:dmd --config.source=longlive_base.pt --config.lora=lora.pt \
+        --config.world=checkpoints/wan_1_3b/world --workdir=checkpoints/longlive            a LoRA merged in
     cfjax convert --config.source=runs/dmd --config.to=pt --workdir=exported                for the PyTorch reference
     cfjax convert --config.source=runs/dmd --config.to=diffusers --workdir=exported
 
@@ -38,6 +40,7 @@ def get_config(arg: str = ""):
             "key": "",  # entry of a .pt: generator, generator_ema, critic; "": all, generator or else the average first
             "world": "",  # folder of a converted world, where the source has no VAE and text encoder
             "latents": (21, 60, 104),  # frames, height, width that the model is made for: 81 frames of 480 x 832
+            "lora": "",  # merged into the transformer: FILE[:WEIGHT][|FILE[:WEIGHT]...] (docs/wan.md)
             "dequantize": "float32",  # what fp8, int8 and GGUF weights become; or bfloat16, float16
             "unscaled": False,  # fp8 weights without scales are a plain cast, not a file that lost its scales
             "max_shard_gb": 5.0,  # of safetensors written

@@ -32,6 +32,7 @@ def get_config(arg: str = ""):
             # the model
             "run": "checkpoints/causal_forcing" if wan else "runs/quickstart/dmd",
             "ema": True,  # averaged weights, when the run keeps them
+            "lora": "",  # merged into the run's network: FILE[:WEIGHT][|FILE[:WEIGHT]...] (docs/wan.md)
             "world": "",  # a Wan world's folder; "": beside the run
             "decoder": "vae",  # or tiny_vae
             "decoder_precision": "",  # float32, bfloat16 (the reference's); "": as recorded
@@ -58,7 +59,7 @@ def get_config(arg: str = ""):
             "width": 832 if wan else 0,
             "frames": 81 if wan else 0,  # pixel frames in all, given ones included
             # how
-            "sampler": sampler(),
+            "sampler": _sampler(),
             "memory": "",  # what is remembered: full, infinity_rope, ema_sink ... (docs/memory.md); "": the run's
             "window": -1,  # latent frames that stay visible; 0: all; -1: the run's own
             "sink": -1,  # first frames that stay visible inside the window
@@ -77,7 +78,7 @@ def get_config(arg: str = ""):
     )
 
 
-def sampler() -> ConfigDict:
+def _sampler() -> ConfigDict:
     """What is changed of the run's sampler."""
     return ConfigDict(
         {

@@ -4,9 +4,9 @@ specifications, random numbers.
     python tests/synthetic.py DIR
 
 writes `DIR/Wan2.1-T2V-1.3B` (the original release), `DIR/Wan2.1-T2V-1.3B-Diffusers`, `DIR/causal_forcing.pt`,
-`DIR/self_forcing.pt`, `DIR/taew2_1.pth` and `DIR/prompts.txt`. The shapes below are written from the published modules
-and know nothing of cfjax's conversion tables; called with the published sizes they give the published numbers of
-tensors and parameters.
+`DIR/self_forcing.pt`, `DIR/lora.safetensors`, `DIR/taew2_1.pth` and `DIR/prompts.txt`. The shapes below are written
+from the published modules and know nothing of cfjax's conversion tables; called with the published sizes they give the
+published numbers of tensors and parameters.
 """
 
 import json
@@ -300,6 +300,19 @@ def write_causal_forcing_pt(
     return save_pt(Path(path), entries)
 
 
+def write_lora(path: Path, seed: int = 0, rank: int = 4) -> Path:
+    """A LoRA of the miniature transformer as the originals' files have them; its attention and feed-forward layers."""
+    shapes, rng, state = dit_shapes(**DIT, text_dim=TEXT_DIM), np.random.default_rng(seed), {}
+    for name, shape in shapes.items():
+        if name.startswith("blocks.") and len(shape) == 2:
+            module = f"diffusion_model.{name.removesuffix('.weight')}"
+            for half, size in (("lora_down", (rank, shape[1])), ("lora_up", (shape[0], rank))):
+                state[f"{module}.{half}.weight"] = (0.1 * rng.standard_normal(size)).astype(np.float32)
+            state[f"{module}.alpha"] = np.array(rank, np.float32)
+    save_file(state, path)
+    return Path(path)
+
+
 def write_taehv(path: Path, seed: int = 0) -> Path:
     """A miniature taew2_1.pth."""
     return save_pt(Path(path), as_torch(taehv_weights(seed)))
@@ -359,6 +372,7 @@ def main(folder: str) -> None:
         root / "self_forcing.pt", ("generator", "critic", "generator_ema"), "model._fsdp_wrapped_module."
     )
     write_taehv(root / "taew2_1.pth")
+    write_lora(root / "lora.safetensors")
     (root / "prompts.txt").write_text("A cat surfs on a wave\nA paper boat in the rain\n", encoding="utf-8")
 
 

@@ -129,6 +129,51 @@ def test_a_checkpoint_remembers_what_it_was_trained_for(student, run):
         np.testing.assert_array_equal(exported["head.head.weight"], synthetic.dit_weights(seed)["head.head.weight"])
 
 
+def lora(path: Path, rank: int = 4, dim: int = 48) -> tuple[Path, dict[str, torch.Tensor]]:
+    """(LongLive's second file: peft's names under `generator_lora`; module -> B A)."""
+    make = torch.Generator().manual_seed(1)
+    modules = [f"blocks.{i}.{a}_attn.{part}" for i in range(2) for a in ("self", "cross") for part in "qkvo"]
+    normal = lambda *shape: torch.randn(shape, generator=make)
+    pairs = {module: (normal(rank, dim), normal(dim, rank)) for module in modules}
+    state = {
+        f"base_model.model.{m}.lora_{k}.weight": x for m, ab in pairs.items() for k, x in zip("AB", ab, strict=True)
+    }
+    file = synthetic.save_pt(path, {"generator_lora": state, "critic_lora": {}, "step": 3000})
+    return file, {module: b @ a for module, (a, b) in pairs.items()}
+
+
+def test_a_base_and_its_lora_become_one_run(root, run, capsys):
+    """LongLive's pair: the base's `generator`, and `generator_lora` in a second file."""
+    base = synthetic.write_causal_forcing_pt(root / "longlive_base.pt", ("generator", "critic"))
+    file, products = lora(root / "longlive_lora.pt")
+    assert convert(base, root / "longlive", "dmd", world=run / "world", lora=f"{file}:0.5") == 0
+    assert "with the LoRA longlive_lora.pt, weight 0.5" in capsys.readouterr().out
+    meta = read_meta(root / "longlive")
+    assert meta["source"]["lora"] == f"{file}:0.5"
+    config = config_from_record(WanConfig, meta["models"]["student"])
+    student, critic = (
+        save_named(ORIGINAL, open_role(root / "longlive", role), config) for role in ("student", "critic")
+    )
+    for name, x in synthetic.dit_weights(10).items():
+        change = products.get(name.removesuffix(".weight"))
+        expected = x if change is None else (torch.from_numpy(x) + 0.5 * change).numpy()
+        np.testing.assert_array_equal(student[name], expected, err_msg=name)
+    for name, x in synthetic.dit_weights(11).items():
+        np.testing.assert_array_equal(critic[name], x, err_msg=name)
+
+
+def test_a_lora_of_another_network_leaves_nothing(root, run, student, capsys):
+    base = synthetic.write_causal_forcing_pt(root / "base.pt")
+    other, _ = lora(root / "wider.pt", dim=64)
+    keys = {"world": run / "world", "lora": other}
+    assert "it is a LoRA of another network" in mistake(capsys, base, root / "none", "dmd", **keys)
+    good, _ = lora(root / "good.pt")
+    both = mistake(capsys, root / "self_forcing.pt", root / "none", "dmd", world=run / "world", lora=good)
+    assert "the source has generator, generator_ema; choose the LoRA's own by --config.key" in both
+    assert "no transformer" in mistake(capsys, root / "taew2_1.pth", root / "none", lora=good)
+    assert "no LoRA: tensors such as" in mistake(capsys, base, root / "none", "dmd", world=run / "world", lora=base)
+
+
 @pytest.mark.parametrize("arg", ["ar_diffusion,framewise", "ode_regression", "consistency", "dmd,1step"])
 def test_stages(root, run, arg):
     path = synthetic.write_causal_forcing_pt(root / "generator.pt", ("generator",))

@@ -276,6 +276,30 @@ def test_repackaged_weights_generate_the_same(root, whole, tmp_path):
     assert all(1e-4 < error < 0.2 for error in errors)
 
 
+def test_a_lora_is_merged_as_the_run_is_opened(root, tmp_path, capsys):
+    """The videos of the run that `convert` makes with the same LoRA; a set goes on with its own LoRA alone."""
+    make = torch.Generator().manual_seed(2)
+    pairs = {"lora_A.weight": (4, 48), "lora_B.weight": (48, 4)}
+    file = tmp_path / "lora.safetensors"
+    save_file(
+        {f"blocks.{i}.self_attn.q.{k}": torch.randn(s, generator=make) for i in (0, 1) for k, s in pairs.items()}, file
+    )
+    keys, world = {"prompt": PROMPTS[0], "seed": 5}, root / "wan" / "world"
+    made = dict(source=root / "dmd.pt", world=world, progress=False, latents="(6,4,4)", lora=f"{file}:0.5")
+    assert cfjax("convert", "convert.py:dmd", tmp_path / "merged", **made) == 0
+    assert generate(root, tmp_path / "one", lora=f"{file}:0.5", **keys) == 0
+    assert generate(root, tmp_path / "other", run=str(tmp_path / "merged"), **keys) == 0
+    (one,), (other,) = (written(tmp_path / name, ".safetensors") for name in ("one", "other"))
+    np.testing.assert_array_equal(read_latents(one), read_latents(other))
+    (said,) = json.loads((tmp_path / "one" / "settings.json").read_text())["run"]["lora"]
+    assert (said["file"], said["weight"], len(said["sha256"])) == ("lora.safetensors", 0.5, 16)
+    capsys.readouterr()
+    assert generate(root, tmp_path / "one", lora=f"{file}:0.25", resume=True, **keys) == 2
+    assert "its videos were made with run.lora=" in capsys.readouterr().err
+    assert generate(root, tmp_path / "none", lora=tmp_path / "nothing.pt", **keys) == 2
+    assert "nothing.pt: no such file or folder; --config.lora names a LoRA" in capsys.readouterr().err
+
+
 def test_latents_of_another_codec_are_told_before_sampling(root, tmp_path, capsys):
     """Wan2.2's 48 channels in Wan2.1's world."""
     write_config(tmp_path, in_dim=48, out_dim=48)

@@ -42,7 +42,8 @@ MADE_OF_VERBS = {"quickstart.py", "study.py"}
 WITHOUT_CONFIG = {"train.py", "plan.py", "experiment/preview.py", "experiment/programs.py", "experiment/notes.py"}
 # The files of experiment/ in the order in which they may import each other, from the first to the last.
 EXPERIMENT = (
-    *("presets", "record", "reference", "stage", "data", "networks", "build"),  # a config becomes an Experiment
+    *("presets", "record", "lora", "reference", "stage", "data", "networks"),
+    *("adapters", "build"),  # a config has become an Experiment
     *("programs", "notes", "resume", "preview"),  # what is done with one
     *(
         "runs",

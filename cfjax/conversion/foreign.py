@@ -7,7 +7,7 @@ from typing import Any
 # Names in adapters: peft's and diffusers' (lora_A), kohya's and the originals' (lora_down), LyCORIS's, full deltas.
 ADAPTER = re.compile(
     r"(^|\.)(lora_(A|B|down|up|mid)|lora_embedding_[AB]|lora_magnitude_vector|dora_scale|hada_w\d_[ab]|lokr_w\d(_[ab])?"
-    r"|diff|diff_b|base_layer)(\.|$)|^lora_(unet|te)|_lora\.(up|down)\."
+    r"|lora|diff|diff_[bm]|base_layer)(\.|$)|^lora_(unet|te)|_lora\.(up|down)\."
 )
 BITS = re.compile(r".*\.(absmax|quant_map|nested_absmax|quant_state\..*|SCB|qweight|qzeros|g_idx)")
 # Who a config.json of each kind of network says it is of.
@@ -28,8 +28,8 @@ def what_else(names: Iterable[str]) -> str:
         rest = sum(not ADAPTER.search(name) and not name.endswith(".alpha") for name in names)
         beside = f" ({rest} other tensors beside it)" if rest else ""
         return (
-            f"it is a LoRA (an adapter), {len(layers)} tensors such as {layers[0]}{beside}, not a network: it needs the"
-            " weights that it was trained on; merge it into those with the code that made it, and convert the result"
+            f"it is a LoRA (an adapter), {len(layers)} tensors such as {layers[0]}{beside}, not a network: name the"
+            " weights that it was trained on by --config.source, and this file by --config.lora"
         )
     packed = next(filter(BITS.fullmatch, names), "")
     if packed:

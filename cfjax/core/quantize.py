@@ -7,6 +7,7 @@ scale multiplies its *output* channels (`nn.layers.project`), and int8 values ar
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,6 +40,25 @@ class Quantized:
     def is_packed(self) -> bool:
         """Whether `int8` holds words."""
         return bool(self.int8.dtype == jnp.int32)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["kernel", "down", "up"], meta_fields=["factor"])
+@dataclass(frozen=True)
+class Adapted:
+    """Replaces a kernel [..., in, out] in a Param: it, stored in any way, and beside it factor A B (`models.lora`).
+
+    kernel: an array or a `Quantized`.  down: A [..., in, rank].  up: B [..., rank, out].
+    """
+
+    kernel: Any
+    down: Any
+    up: Any
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's."""
+        return tuple(self.kernel.shape)
 
 
 def is_quantized(node: Any) -> bool:

@@ -103,6 +103,8 @@ EXPERIMENT: Rules = [
     (r"blocks\.(window|sink)", whole(0, FRAMES)),
     (r"roles\..*\.branch\.(layers|ffn_dim)", whole(0)),
     (r"roles\..*\.branch\.num_class", whole(1)),
+    (r"roles\..*\.lora\.rank", whole(0, 65536)),
+    (r"roles\..*\.lora\.alpha", real(0.0)),
     # the losses
     (r"objective\.(steps|first_steps|solver_steps|history_steps|bagger_steps)", STEPS),
     (r"objective\.(shift|score_shift|history_shift)", SHIFT),

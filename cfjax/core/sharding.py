@@ -232,11 +232,22 @@ def _parameter_axes(names: Sequence[str], rules: Rules | None) -> dict[str, Mesh
     """The mesh axes of every name's dimensions, by `rules` or else by its entry of `PARAMETER_RULES`."""
     if rules is not None:
         return match(rules, names)
-    out: dict[str, MeshAxes] = {}
+    out: dict[str, MeshAxes] = {name: found for name in names if (found := _lora_axes(name)) is not None}
     for pattern, table in PARAMETER_RULES:
         own = [name for name in names if name not in out and re.fullmatch(pattern, name)]
         out |= match(table, own) if own else {}
     return out
+
+
+def _lora_axes(name: str) -> MeshAxes | None:
+    """Of an adapter's leaf (`models.lora`): its layer's axes, the rank's own is not sharded; None of any other leaf."""
+    found = re.fullmatch(r"lora/(.+)/(down|up)", name)
+    if not found:
+        return None
+    axes = next((axes for pattern, axes in WAN_RULES if re.fullmatch(pattern, f"{found[1]}/kernel")), None)
+    if axes is None:
+        raise UserError(f"no rule matches {name!r}; add one for {found[1]}/kernel to the table")
+    return (*axes[:-1], None) if found[2] == "down" else (*axes[:-2], None, axes[-1])
 
 
 def shardings(model: Any, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> dict[str, NamedSharding]:

@@ -13,7 +13,9 @@ from cfjax.core.cli import keys_of
 from cfjax.core.errors import UserError
 from cfjax.core.precision import to_record
 from cfjax.core.sharding import make_mesh
+from cfjax.experiment.adapters import BASE, adapted, lora_records
 from cfjax.experiment.data import Data, DataSource, data_of
+from cfjax.experiment.lora import LORA
 from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of
 from cfjax.experiment.reference import apply_reference, unused_keys
 from cfjax.experiment.stage import (
@@ -120,16 +122,18 @@ class Experiment:
         Args:
           models: the networks by role.
         """
-        made = data.dataset.manifest
+        made, records = data.dataset.manifest, lora_records(self.roles)
+        below = {f"{role}{BASE}" for role in records}  # as they are where the record of the adapters says
         return {
             "stage": self.stage.name,
             "config": dict(self.config),
-            "models": {role: to_record(model.config) for role, model in models.items()},
+            "models": {role: to_record(model.config) for role, model in models.items() if role not in below},
             "blocks": blocks_record(self.blocks),
             "latent_shape": list(data.dataset.latent_shape),
             "records": len(data.dataset),
             "world": made.get("text_encoder", {}).get("world", ""),
             "world_path": made.get("world_path", ""),
+            **({LORA: records} if records else {}),
         }
 
 
@@ -143,7 +147,7 @@ def build(c: ConfigDict, given: Collection[str] = ()) -> Experiment:
       UserError: an unknown stage, something missing, or a value that it cannot have.
     """
     c = apply_reference(c, given)
-    stage, roles = stage_of(c), roles_of(c)
+    stage, roles = adapted(c, stage_of(c), roles_of(c))
     check_roles(stage, roles)
     return Experiment(
         stage=stage,

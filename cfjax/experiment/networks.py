@@ -23,6 +23,7 @@ from cfjax.core.precision import Policy
 from cfjax.core.sharding import place, replicated, shard_model
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.experiment.data import Data, Shapes
+from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.record import START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
@@ -33,7 +34,7 @@ from cfjax.models.wan import Wan, WanConfig, make_wan, preset
 from cfjax.models.weight_storage import STORAGES, fill, with_shardings, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.stage import Stage
-from cfjax.training.checkpoint import load_role, open_role
+from cfjax.training.checkpoint import load_role, read_meta
 from cfjax.worlds.assets import META_FILE, MODEL_FILE, asset
 from cfjax.worlds.wan import load_codec
 
@@ -133,11 +134,12 @@ class NetworkRole:
                 f"--config.roles.{self.name}.init"
             )
         role, ema, stages = self.init_role, self.init_ema, self.init_stages
-        if plain:
+        adapted = role in records_of(read_meta(self.init), self.init)
+        if plain and not adapted:
             where = template if mesh else make_wan(config, jax.random.key(0))
             return load_role(self.init, role, where, ema=ema, stages=stages)
         together = mesh is not None and jax.process_count() > 1
-        arrays = open_role(self.init, role, ema=ema, stages=stages, together=together)
+        arrays = open_network(self.init, role, ema=ema, stages=stages, together=together)
         try:
             return fill(template, arrays)
         except UserError as error:

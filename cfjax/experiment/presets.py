@@ -92,8 +92,17 @@ def role(
             "init_role": init_role,
             "init_ema": init_ema,
             "init_stages": stages,
+            "lora": lora(),
         }
     )
+
+
+def lora(rank: int = 0, alpha: float = 0.0, targets: str = "blocks") -> ConfigDict:
+    """Low-rank adapters that a role trains beside its frozen `init`, instead of its weights; rank 0 is none.
+
+    `alpha` 0 is the rank. `targets`: "attention", "blocks" (the feed-forward layers too) or "all" (every linear one).
+    """
+    return ConfigDict({"rank": rank, "alpha": alpha, "targets": targets})
 
 
 def branch(ffn_dim: int = 0) -> ConfigDict:

@@ -41,6 +41,7 @@ CHANGES = (
     (r"accept_changes", Kind.UNREPORTED),
     (r"stage|roles|optim|ema", Kind.FIXED),
     (r"trained(\.preset|\.branch(\..+)?)?", Kind.FIXED),
+    (r"trained\.lora(\.(rank|targets))?", Kind.FIXED),
     (r"optim\.\w+(\.name)?", Kind.FIXED),
     (r"ema\.\w+", Kind.FIXED),
     (r"trained\.init(_role|_ema|_stages)?", Kind.NO_EFFECT),
@@ -56,7 +57,8 @@ CHANGES = (
     (r"(objective|blocks|data|cadence)(\..+)?", Kind.MEANING),
     (r"ema\.\w+\.(decay|start)", Kind.MEANING),
     (r"seed|reference", Kind.MEANING),
-    (r"trained\.precision", Kind.MEANING),
+    (r"trained\.(precision|lora\.alpha)", Kind.MEANING),
+    (r"frozen\.lora(\..+)?", Kind.FREE),
     (r"frozen(\.(preset|precision|init|init_role|init_ema))?", Kind.MEANING),
 )
 _CHOSEN = r"(roles|optim|ema)\.\w+(\.branch)?"  # groups that are there or not by choice, not by version
@@ -118,9 +120,11 @@ def changes(
       trained: roles that the stage trains.  given: keys that the command line set.
     """
     recorded_values, own = (_keys(values, trained) for values in (recorded, from_json(to_json(dict(config)))))
+    adapted = {role for role in trained if own.get(f"roles.{role}.lora.rank")}  # what they start from stays below them
     out: list[Change] = []
     for key in [*own, *(key for key in recorded_values if key not in own)]:
-        known = kind_of(key, trained)
+        below = ".init" in key and key.split(".")[1] in adapted
+        known = kind_of(key, () if below else trained)
         if known is Kind.UNREPORTED or any(key.startswith(f"{change.key}.") for change in out):
             continue
         if key not in recorded_values:

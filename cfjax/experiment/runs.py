@@ -1,6 +1,6 @@
 """Opening trained or converted models: (weights, config, world) of a run directory or an exported model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +12,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
+from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
+from cfjax.core.tree import named_leaves
 from cfjax.experiment.data import toy_source
+from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
 from cfjax.memory.slots import Memory
 from cfjax.models.wan import Wan, WanConfig
-from cfjax.models.weight_storage import with_storage_dtypes
+from cfjax.models.weight_storage import fill, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.rollout.session import Session
@@ -34,6 +37,8 @@ from cfjax.worlds.toy import ToyWorld, as_toy, shipped_world
 from cfjax.worlds.wan import read_record
 from cfjax.worlds.world import World, WorldParts
 
+# (weights by name, the network's config) -> weights
+Change = Callable[[Mapping[str, LazyArray], WanConfig], Mapping[str, LazyArray]]
 _generate = jax.jit(generate, static_argnames=("sampler", "blocks"))
 
 
@@ -45,6 +50,7 @@ class Run:
       model: the network; shapes in place of weights until `load_weights`, when it was opened so.
       blocks: None for a bidirectional one.
       averaged: whether the weights are the checkpoint's averaged ones.
+      adapted: whether its checkpoint holds adapters, which are merged into the network below as it is opened.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Run:
     latent_shape: tuple[int, int, int, int]
     config: ConfigDict
     averaged: bool = False
+    adapted: bool = False
 
     @property
     def toy(self) -> ToyWorld:
@@ -200,17 +207,29 @@ def open_run(
         latent_shape=tuple(meta["latent_shape"]),
         config=c,
         averaged=not exported and ema and "student" in c.ema,
+        adapted=not exported and "student" in records_of(meta, name),
     )
     return load_weights(run) if with_model else run
 
 
-def load_weights(run: Run) -> Run:
+def load_weights(run: Run, change: Change | None = None) -> Run:
     """The run with the weights that its checkpoint has for the shapes of its network.
+
+    Args:
+      change: of the checkpoint's weights (by name, as they are stored, not yet read) before they get the dtype that
+        they are used in.
 
     Raises:
       UserError: they do not fit, or cannot be read.
     """
-    if asset(run.name, META_FILE):
+    if change or run.adapted:
+        arrays: Mapping[str, LazyArray]
+        if asset(run.name, META_FILE):
+            arrays = as_lazy(named_leaves(load_shipped(run.name, run.model)))
+        else:
+            arrays = open_network(run.name, "student", ema=run.averaged)
+        model = fill(run.model, change(arrays, run.model.config) if change else arrays)
+    elif asset(run.name, META_FILE):
         model = jax.tree.map(lambda x, like: x.astype(like.dtype), load_shipped(run.name, run.model), run.model)
     else:
         model = load_role(run.name, "student", run.model, ema=run.averaged)

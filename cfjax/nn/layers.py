@@ -9,7 +9,7 @@ from flax import nnx
 
 from cfjax.core.offload import on_device
 from cfjax.core.precision import Policy
-from cfjax.core.quantize import Quantized, values
+from cfjax.core.quantize import Adapted, Quantized, values
 from cfjax.core.sharding import active_mesh
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -70,13 +70,19 @@ def _matmul_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) ->
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def project(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
-    """x[..., i] @ kernel[i, o] in x's dtype, of a kernel that may be stored in int8, or in host memory, or both."""
-    kernel = on_device(kernel)
-    if not isinstance(kernel, Quantized):
-        return matmul(x, kernel.astype(x.dtype))
-    y = matmul(x, values(kernel).astype(x.dtype))
-    return (y * align(kernel.scale[0], y)).astype(x.dtype)  # the scale is float32, so is this product
+def project(x: jax.Array, kernel: jax.Array | Quantized | Adapted) -> jax.Array:
+    """x[..., i] @ kernel[i, o] in x's dtype, of a kernel that may be stored in int8, or in host memory, or both.
+
+    Of one with an adapter beside it, x W + s (x A) B.
+    """
+    if isinstance(kernel, Adapted):
+        narrow = matmul(x, kernel.down.astype(x.dtype))
+        return project(x, kernel.kernel) + kernel.factor * matmul(narrow, kernel.up.astype(x.dtype))
+    own: jax.Array | Quantized = on_device(kernel)
+    if not isinstance(own, Quantized):
+        return matmul(x, own.astype(x.dtype))
+    y = matmul(x, values(own).astype(x.dtype))
+    return (y * align(own.scale[0], y)).astype(x.dtype)  # the scale is float32, so is this product
 
 
 class Linear(nnx.Module):

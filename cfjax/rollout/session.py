@@ -14,7 +14,7 @@ import time
 from collections import deque
 from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.memory.names import memory_name, parse_memory
 from cfjax.memory.slots import Everything, Memory, State
+from cfjax.models.lora import Lora, attach, scaled
 from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
@@ -105,6 +106,7 @@ class Session:
         if isinstance(pipeline.sampler, ManyStep) and text.negative_SE is None:
             raise UserError("a guided sampler needs the text rows of a negative prompt")
         self._pipeline, self._text, self._call = pipeline, text, call
+        self._below = pipeline.model
         self._shape, self._max_frames = latent_shape, max_frames
         self._held: deque[SessionState] = deque(maxlen=hold)
         self._state: SessionState | None = None
@@ -227,6 +229,32 @@ class Session:
         state = self._committed(self.state)
         empty = replace(state, memory=chosen, cache=self._empty(chosen))
         self._state = by_blocks(empty, self._put, self._blocks(chosen))
+
+    def set_lora(self, lora: Lora | None, weight: float = 1.0, mode: Literal["recache", "keep"] = "recache") -> None:
+        """Adapters beside the network, from the next block on, in the place of those that are there; None: none.
+
+        Ranks and layers as before compile nothing new. Snapshots and held blocks of before are another network's.
+
+        Args:
+          lora: see `models.lora`; of the session's network.  weight: a factor of all that they add.
+          mode: "recache" commits the remembered blocks again; "keep" leaves what is remembered as it is.
+
+        Raises:
+          UserError: they are another network's, or the memory cannot commit again. The stream goes on as before.
+        """
+        state, below = self.state, self._below
+        if mode not in ("recache", "keep"):
+            raise UserError(f"mode={mode!r}: use recache or keep")
+        if mode == "recache" and not state.memory.recaches:
+            raise UserError(f"{memory_name(state.memory)}: nothing to commit again; use mode='keep'")
+        model = below if lora is None else attach(below, scaled(lora, weight))
+        state = self._committed(state)
+        self._pipeline = replace(self._pipeline, model=model)
+        state = replace(state, text_kv=self._keys_of(state.rows))
+        if mode == "recache":
+            state = self._recommitted(replace(state, cache=state.memory.forget(state.cache)))
+        self._held.clear()
+        self._state = state
 
     def snapshot(self) -> Snapshot:
         """The stream as it is now; costs nothing until the session goes on, and then holds one more cache."""

@@ -46,6 +46,8 @@ def test_every_key_of_every_shipped_config_has_a_kind():
         ("stage", Kind.FIXED),
         ("roles.student.preset", Kind.FIXED),
         ("roles.critic.branch.layers", Kind.FIXED),
+        ("roles.student.lora.rank", Kind.FIXED),
+        ("roles.student.lora.alpha", Kind.MEANING),
         ("optim.critic.name", Kind.FIXED),
         ("roles.critic.init_ema", Kind.NO_EFFECT),
         ("roles.real_score.init_ema", Kind.MEANING),

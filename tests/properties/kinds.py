@@ -164,6 +164,40 @@ def _read_tiny(folder: Path) -> Any:
     return plain(found.network.config), {name: x.read() for name, x in found.network.arrays.items()}
 
 
+def _lora(folder: Path) -> None:
+    """peft's folder, alpha in its config; the network below is the release's."""
+    from safetensors.numpy import save_file
+
+    from tests import synthetic
+
+    rng, state = np.random.default_rng(0), {}
+    for module in ("self_attn.q", "ffn.0"):
+        out, into = synthetic.dit_shapes(**synthetic.DIT, text_dim=synthetic.TEXT_DIM)[f"blocks.1.{module}.weight"]
+        name = f"base_model.model.blocks.1.{module}"
+        state[f"{name}.lora_A.weight"] = rng.standard_normal((4, into)).astype(np.float32)
+        state[f"{name}.lora_B.weight"] = rng.standard_normal((out, 4)).astype(np.float32)
+    save_file(state, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"ffn.0": 2}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def _read_merged(folder: Path) -> Any:
+    from cfjax.conversion.lora import open_loras, with_loras
+    from cfjax.conversion.sources import open_source
+
+    network = with_loras(open_source(_other_release()).found[0].network, open_loras(str(folder)))
+    return {name: x.read() for name, x in network.exported("original").items() if "blocks.1" in name}
+
+
+@cache
+def _other_release() -> Path:
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="cfjax-properties-"))
+    _release(folder)
+    return folder
+
+
 # ---- worlds and runs
 
 
@@ -548,6 +582,8 @@ KINDS: dict[str, Kind] = {
     "weights, .pt": Kind(_checkpoint, "model.pt", lambda folder: _read_release(folder / "model.pt"), bits, alike),
     "weights, GGUF": Kind(_gguf, "x.gguf", _read_release, bits, alike),
     "weights, float8": Kind(_float8, "x.safetensors", _read_release, safetensors, alike),
+    "LoRA": Kind(_lora, "adapter_model.safetensors", _read_merged, safetensors, alike),
+    "LoRA, adapter_config.json": Kind(_lora, "adapter_config.json", _read_merged, json_file, alike),
     "weights, distributed": Kind(_distributed, ".metadata", _read_release, bits, alike),
     "weights, tiny decoder": Kind(_taehv, "taew2_1.pth", _read_tiny, bits, alike),
     "toy world.json": Kind(_toy, "world.json", _read_world, json_file, _sane_world),
