@@ -69,6 +69,7 @@ def get_config(arg: str = ""):
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
     c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
+    c.blocks.memory = ""  # what the student remembers while it rolls out, in place of window and sink: docs/memory.md
     if long:
         c.blocks.window = window
         c.data.batch_size = c.data.batch_size if toy else 8

@@ -21,6 +21,7 @@ from cfjax.objectives.dmd import DMDConfig
 from cfjax.planning.flops import count_flops
 from cfjax.rollout.blocks import COMMIT, COUNTED_BLOCKS
 from cfjax.rollout.long_video import FIRST_REENCODED, LAST_PICTURE
+from cfjax.rollout.remembered import REBUILT
 from cfjax.rollout.self_forcing import BEFORE_EXIT
 from cfjax.training.memory import RoleMemory, abstract_state, device_bytes, role_memory
 from cfjax.training.placement import state_shardings
@@ -97,6 +98,8 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
     number = (least + most) / 2 if long else len(blocks.spans(frames))
     runs[COMMIT] = (number - 1) / number
     runs[VISIBLE_PREFIX] = longest_share(long.max_frames if long else frames, blocks)
+    if blocks.memory is not None and long:
+        runs[REBUILT] = (most - least) / 2
     return runs
 
 

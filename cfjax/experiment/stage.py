@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
 from cfjax.flow.schedule import warp_steps
+from cfjax.memory.names import with_memory
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives import gan, sid
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
@@ -17,6 +18,7 @@ from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regress
 from cfjax.objectives.stage import Ema, Loss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.long_video import LongVideo
+from cfjax.rollout.remembered import check_trains
 from cfjax.rollout.self_forcing import SelfForcing
 from cfjax.training.optim import OptimizerConfig, make_optimizer
 
@@ -28,8 +30,22 @@ Objective = DiffusionConfig | PairsConfig | ConsistencyConfig | DMDConfig
 
 
 def blocks_of(c: ConfigDict) -> Blocks:
-    """The block layout."""
-    return Blocks(**c.blocks.to_dict())
+    """The block layout, with the memory policy that `c.blocks.memory` names ("" or no such key: none).
+
+    Raises:
+      UserError: no such policy, or one beside a window; they do not fit.
+    """
+    values = c.blocks.to_dict()
+    memory = values.pop("memory", "")
+    layout = Blocks(**values)
+    if not memory:
+        return layout
+    if layout.window or layout.sink:
+        raise UserError(
+            f"blocks.memory={memory!r} has a window of its own: set blocks.window=0 and blocks.sink=0, and change the "
+            "policy's by NAME(window=..., sink=...)"
+        )
+    return with_memory(layout, memory)
 
 
 def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
@@ -101,6 +117,7 @@ def losses_of(c: ConfigDict, objective: Objective) -> dict[str, Loss]:
       UserError: a role or an average that the stage needs is missing.
     """
     blocks, o = blocks_of(c), c.objective
+    check_memory(c, objective, blocks)
     if isinstance(objective, DiffusionConfig):
         causal = c.stage == "ar_diffusion"
         return {"student": ar_diffusion(objective, blocks) if causal else flow_matching(objective)}
@@ -121,6 +138,24 @@ def losses_of(c: ConfigDict, objective: Objective) -> dict[str, Loss]:
     if o.matching == "sid":
         return {"student": sid.generator_loss(objective, blocks, alpha=o.sid_alpha), "critic": critic}
     return {"student": dmd(objective, blocks), "critic": critic}
+
+
+def check_memory(c: ConfigDict, objective: Objective, blocks: Blocks) -> None:
+    """A memory policy trains where the student rolls out, and not with every setting.
+
+    Raises:
+      UserError: another stage, noised clips, or see `rollout.remembered.check_trains`.
+    """
+    if blocks.memory is None:
+        return
+    if not isinstance(objective, DMDConfig) or objective.student_input != "self_rollout":
+        what = f"stage={c.stage!r}" if c.stage != "dmd" else "objective.student_input='noised_data'"
+        raise UserError(
+            f"blocks.memory={c.blocks.memory!r}: {what} trains on whole clips at once, a policy takes block after "
+            "block; leave it out, or train with configs/dmd.py and self_rollout"
+        )
+    how = objective.self_forcing
+    check_trains(blocks, kv_gradient=how.kv_gradient, save_activations=how.save_activations)
 
 
 def gan_losses(c: ConfigDict, config: DMDConfig) -> dict[str, Loss]:

@@ -107,9 +107,9 @@ def roll_window(
         return dynamic_slice_in_dim(x, start, frames, axis=1)
 
     if gradient:
-        per_frame = (rolled.x_exit_BFHWC, rolled.sigma_exit_BF, rolled.saved)
-        x, sigma_BF, saved = jax.tree.map(end, per_frame)
-        stretch: Rollout = replace(rolled, x_exit_BFHWC=x, sigma_exit_BF=sigma_BF, saved=saved)
+        per_frame = (rolled.x_exit_BFHWC, rolled.sigma_exit_BF, rolled.x0_BFHWC, rolled.saved)
+        x, sigma_BF, made, saved = jax.tree.map(end, per_frame)
+        stretch: Rollout = replace(rolled, x_exit_BFHWC=x, sigma_exit_BF=sigma_BF, x0_BFHWC=made, saved=saved)
         x0 = replay_exit(model, text_kv, stretch, config, blocks, start=start)
     else:
         x0 = end(rolled.x0_BFHWC)

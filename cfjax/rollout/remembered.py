@@ -156,11 +156,16 @@ def _backward(blocks: Blocks, residuals: tuple, cotangent_BFHWC: jax.Array) -> t
     replay = _Replay(model, text_kv, exits, cotangent_BFHWC, blocks)
     gradient = _placed(jax.tree.map(jnp.zeros_like, (model, text_kv)))
     begin, start = exits.begin, 0 if exits.start is None else exits.start
-    state = empty(model.config, exits.x_BFHWC.shape, blocks).state if begin is None else begin.state
+    batch, _, height, width, _ = exits.x_BFHWC.shape
+    tokens = model.config.tokens_per_frame(height, width)
+    state = blocks.memory.init(model.config, batch, tokens, blocks) if begin is None else begin.state
     carry = (state, gradient)
     if peel:
-        only_commit = lambda carry: replay.block(0, 1, carry, gradient=False)
-        carry = jax.lax.cond(jnp.equal(start, 0), lambda carry: replay.block(0, 1, carry), only_commit, carry)
+        first_block = lambda gradient: lambda carry: replay.block(jnp.int32(0), 1, carry, gradient=gradient)
+        if exits.start is None:
+            carry = first_block(True)(carry)
+        else:
+            carry = jax.lax.cond(start == 0, first_block(True), first_block(False), carry)
     before = start // blocks.frames
     at = lambda number: jnp.int32(peel) + jnp.asarray(number, jnp.int32) * blocks.frames
     if exits.start is not None:
@@ -168,9 +173,8 @@ def _backward(blocks: Blocks, residuals: tuple, cotangent_BFHWC: jax.Array) -> t
             rebuild = lambda n, carry: replay.block(at(n), blocks.frames, carry, gradient=False)
             carry = jax.lax.fori_loop(0, before, rebuild, carry)
     with jax.named_scope(REPLAYED):
-        first = before if begin is None else begin.first
-        last = before + whole
-        carry = jax.lax.fori_loop(first, last, lambda n, carry: replay.block(at(n), blocks.frames, carry), carry)
+        step = lambda n, carry: replay.block(at(before + n), blocks.frames, carry)
+        carry = jax.lax.fori_loop(0 if begin is None else begin.first, whole, step, carry)
     return (*carry[1], None)
 
 

@@ -18,7 +18,9 @@ from cfjax.models.cache import init_cache
 from cfjax.models.wan import embed_text, forward_block
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block
+from cfjax.rollout.long_video import LongVideo, roll_window
 from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
+from tests.rollout.test_long_video import Fading
 from tests.tiny import BATCH, CONFIG, SHAPE, SIDE, normal, relative, text, tiny
 
 CONFIG_OF_ROLLOUT = SelfForcing((1.0, 0.8, 0.625), context_noise=0.005)
@@ -136,3 +138,27 @@ def test_what_does_not_train_is_refused(blocks, how, message):
     config = replace(CONFIG_OF_ROLLOUT, **how)
     with pytest.raises(UserError, match=message):
         rollout(tiny(), embed_text(tiny(), text()), draws_for(), config, blocks, save=config.save_activations)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_window_at_the_end_of_a_longer_rollout(count):
+    """Its gradient is the loop's, of the blocks that a loss counts; what precedes the window is rebuilt."""
+    blocks, long = Blocks(2, memory=POLICIES["ema_sink"]), LongVideo(4, 8)
+    draws, codec = {**draws_for(), "count": jnp.int32(count)}, Fading()
+    start = int(long.start(draws["count"], blocks))
+    counted = np.asarray(long.counted_F(draws["count"], blocks))[None, :, None, None, None]
+    weight = normal(9, (BATCH, 4, *SHAPE[2:])) * counted
+
+    @partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def by_window(model, text_BSE):
+        kv = embed_text(model, text_BSE)
+        x0 = roll_window(model, kv, draws, CONFIG_OF_ROLLOUT, long, blocks, codec, gradient=True)
+        return jnp.sum(x0 * weight), x0
+
+    grad, x0 = jax.jit(by_window)(tiny(), text())
+    whole = jnp.zeros(LONG).at[:, start : start + 4].set(weight)
+    expected, x0_loop = by_loop(tiny(), text(), draws_for(), whole, blocks=blocks, exit_step=1)
+    print(f"{count} blocks: {worst(grad, expected):.1e}")
+    assert relative(x0 * counted, x0_loop[:, start : start + 4] * counted) < 1e-5
+    assert worst(grad, expected) < 1e-5
