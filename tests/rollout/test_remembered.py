@@ -27,10 +27,8 @@ CONFIG_OF_ROLLOUT = SelfForcing((1.0, 0.8, 0.625), context_noise=0.005)
 LONG = (BATCH, 8, *SHAPE[2:])  # four blocks of two: every policy below lets frames go before the last
 COVERS = Memory(64)
 POLICIES = {
-    "window": Memory(5, 1, Codec("bf16")),
     "slot_relative": SlotRelative(5, 1),
     "deep_sink": DeepSink(6, 2),
-    "ema_sink": EmaSink(6, 2, alpha=0.8),
     "memory_tokens": MemoryTokens(6, 1, slow_rate=0.2, fast_rate=0.5),
     "int8": EmaSink(6, 2, Codec("int8"), alpha=0.8),
     "rolling_sink": RollingSink(6),
@@ -59,7 +57,10 @@ def by_replay():
     return gradient
 
 
-@partial(jax.jit, static_argnames=("blocks", "exit_step"))
+passed = jax.jit(lambda *args, blocks: forward_block(*args, blocks)[0], static_argnames="blocks")
+committed = jax.jit(commit_block, static_argnames="blocks")
+
+
 @partial(jax.grad, argnums=(0, 1), has_aux=True)
 def by_loop(model, text_BSE, draws, weight, *, blocks, exit_step):
     """The loop over blocks and steps in Python, differentiated directly; what is committed is detached."""
@@ -71,14 +72,14 @@ def by_loop(model, text_BSE, draws, weight, *, blocks, exit_step):
         x, at = draws["noise_BFHWC"][:, start:stop], jnp.int32(start)
         for j in range(exit_step):
             level = jnp.full((BATCH, stop - start), CONFIG_OF_ROLLOUT.sigmas[j])
-            x0 = x0_from_flow(forward_block(frozen, x, level, frozen_kv, state, at, blocks)[0], x, level)
+            x0 = x0_from_flow(passed(frozen, x, level, frozen_kv, state, at, blocks=blocks), x, level)
             x = add_noise(x0, draws["renoise_BFJHWC"][:, start:stop, j], CONFIG_OF_ROLLOUT.sigmas[j + 1])
         level = jnp.full((BATCH, stop - start), CONFIG_OF_ROLLOUT.sigmas[exit_step])
         x = jax.lax.stop_gradient(x)
-        x0 = x0_from_flow(forward_block(model, x, level, kv_text, state, at, blocks)[0], x, level)
+        x0 = x0_from_flow(passed(model, x, level, kv_text, state, at, blocks=blocks), x, level)
         outputs.append(x0)
         clean = add_noise(jax.lax.stop_gradient(x0), draws["context_BFHWC"][:, start:stop], 0.005)
-        state = jax.lax.stop_gradient(commit_block(frozen, clean, frozen_kv, state, at, blocks))
+        state = jax.lax.stop_gradient(committed(frozen, clean, frozen_kv, state, at, blocks=blocks))
     x0 = jnp.concatenate(outputs, axis=1)
     return jnp.sum(x0 * weight), x0
 
@@ -144,7 +145,7 @@ def test_what_does_not_train_is_refused(blocks, how, message):
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_window_at_the_end_of_a_longer_rollout(count):
     """Its gradient is the loop's, of the blocks that a loss counts; what precedes the window is rebuilt."""
-    blocks, long = Blocks(2, memory=POLICIES["ema_sink"]), LongVideo(4, 8)
+    blocks, long = Blocks(2, memory=EmaSink(6, 2, alpha=0.8)), LongVideo(4, 8)
     draws, codec = {**draws_for(), "count": jnp.int32(count)}, Fading()
     start = int(long.start(draws["count"], blocks))
     counted = np.asarray(long.counted_F(draws["count"], blocks))[None, :, None, None, None]

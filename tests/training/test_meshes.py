@@ -19,6 +19,7 @@ from cfjax.core.sharding import (
     shardings,
 )
 from cfjax.core.tree import map_named, named_leaves
+from cfjax.memory.policies import EmaSink
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
@@ -45,6 +46,10 @@ STAGES = {
     "dmd": {"student": generator_loss(DMD, BLOCKS), "critic": critic_loss(DMD, BLOCKS)},
     "dmd_saving": {"student": generator_loss(SAVING, BLOCKS)},
 }
+# Four blocks of a frame, of which one has left the window, and is in the sink, before the last.
+REMEMBERING = Blocks(1, memory=EmaSink(3, 1, alpha=0.8))
+WITH_MEMORY = {"dmd_memory": {"student": generator_loss(DMDConfig(SelfForcing((1.0, 0.6))), REMEMBERING)}}
+LOSSES = {**STAGES, **WITH_MEMORY}
 # Eight heads divide by every axis: self-attention by heads. Six do not: by tokens, keys gathered, caches cut by tokens.
 MESHES = {
     "data": (8, {"data": 8}),
@@ -100,11 +105,11 @@ def on(mesh, models, batch, key):
 @partial(jax.jit, static_argnames="stage")
 def value_and_grad(stage, models, batch, key):
     def of(role):
-        loss = STAGES[stage][role]
+        loss = LOSSES[stage][role]
         value, grads = jax.value_and_grad(lambda own: loss({**models, role: own}, batch, key)[0])(models[role])
         return value, constrain_parameters(grads)
 
-    return {role: of(role) for role in STAGES[stage]}
+    return {role: of(role) for role in LOSSES[stage]}
 
 
 @cache
@@ -136,6 +141,12 @@ def compare(stage: str, name: str, capfd) -> None:
 
 def test_loss_and_gradients_do_not_depend_on_the_mesh(capfd):
     compare("ar_diffusion", "mixed", capfd)
+
+
+@pytest.mark.slow
+def test_a_memory_policy_on_a_mesh(capfd):
+    """Batch over fsdp, tokens over context, heads over tensor; the keys that are remembered are cut by tokens too."""
+    compare("dmd_memory", "mixed_by_tokens", capfd)
 
 
 @pytest.mark.slow
