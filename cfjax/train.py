@@ -25,7 +25,7 @@ from cfjax.experiment.data import Data
 from cfjax.experiment.networks import check_blocks, check_host_memory, same_blocks
 from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows
 from cfjax.experiment.preview import make_monitor
-from cfjax.experiment.programs import stage_memory, whole_flops
+from cfjax.experiment.programs import rollout_before, stage_memory, whole_flops
 from cfjax.experiment.resume import changes, checkpoint_of, report_changes, report_dataset
 from cfjax.models.wan import preset
 from cfjax.training.loop import RunOutput, fit
@@ -68,10 +68,12 @@ def train(e: Experiment, workdir: Path) -> TrainState:
     _say_start(e, data, workdir, mesh)
     models = _models(e, data, mesh, going_on=earlier is not None)
     monitor = make_monitor(e, data, workdir, mesh)  # reads a decoder for its stride, before more is allocated
-    state = init_state(e.stage, {name: models[name] for name in e.stage.losses}, e.optimizers, e.seed)
+    carried = rollout_before(e, data.shapes, mesh)
+    trained = {name: models[name] for name in e.stage.losses}
+    state = init_state(e.stage, trained, e.optimizers, e.seed, rollout=carried)
     rows = batch_rows(mesh, e.data.batch_size) if mesh else range(e.data.batch_size)
     meta, frozen = e.meta(data, {name: models[name] for name in e.networks}), {name: models[name] for name in e.frozen}
-    del models  # the state holds copies of those that train
+    del models, trained  # the state holds copies of those that train
     with on_mesh(mesh), EventWriter(workdir, enabled=jax.process_index() == 0) as writer:
         writer.config(0, dict(e.config))
         return fit(

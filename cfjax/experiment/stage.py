@@ -9,7 +9,7 @@ from cfjax.core.errors import UserError
 from cfjax.flow.schedule import warp_steps
 from cfjax.memory.names import with_memory
 from cfjax.nn.visibility import Blocks
-from cfjax.objectives import gan, sid
+from cfjax.objectives import gan, sid, streaming
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
 from cfjax.objectives.dmd import DMDConfig, critic_loss
@@ -20,6 +20,7 @@ from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.remembered import check_trains
 from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.rollout.streaming import Streaming
 from cfjax.training.optim import OptimizerConfig, make_optimizer
 
 # What cfjax train trains.
@@ -85,7 +86,7 @@ def objective_of(c: ConfigDict) -> Objective:
 
 def dmd_config(c: ConfigDict) -> DMDConfig:
     """Stage 3's choices from `c.objective`."""
-    o = c.objective
+    o, new = c.objective, c.objective.get("new_frames", 0)  # no such key in a config of one's own: no streaming
     lists = {"steps": o.steps, "first_steps": o.first_steps}
     levels = {name: tuple(map(float, warp_steps(steps, o.shift))) if steps else () for name, steps in lists.items()}
     rollout = SelfForcing(
@@ -106,7 +107,8 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
         score_min=o.score_min,
         score_max=o.score_max,
         score_table_shift=o.score_table_shift or None,
-        long=LongVideo(o.window_frames, o.max_frames) if o.window_frames or o.max_frames else None,
+        long=LongVideo(o.window_frames, o.max_frames) if (o.window_frames or o.max_frames) and not new else None,
+        streaming=Streaming(o.window_frames, o.max_frames, new, o.switch_prompts) if new else None,
     )
 
 
@@ -128,12 +130,19 @@ def losses_of(c: ConfigDict, objective: Objective) -> dict[str, Loss]:
             if role not in c[group]:
                 raise UserError(f"{group}.{role} is missing: consistency distillation needs a teacher and an average")
         return {"student": consistency(objective, blocks)}
+    if objective.streaming and o.matching != "dmd":
+        raise UserError(f"objective.new_frames={o.new_frames}: a rollout goes on with objective.matching=dmd alone")
     if o.matching == "gan":
         return gan_losses(c, objective)
     if o.matching not in ("dmd", "sid"):
         raise UserError(f"objective.matching={o.matching!r}: use dmd, sid or gan")
     if "real_score" not in c.roles:
         raise UserError(f"roles.real_score is missing: objective.matching={o.matching!r} compares two scores")
+    if objective.streaming:
+        return {
+            "student": streaming.generator_loss(objective, blocks),
+            "critic": streaming.critic_loss(objective, blocks),
+        }
     critic = critic_loss(objective, blocks)
     if o.matching == "sid":
         return {"student": sid.generator_loss(objective, blocks, alpha=o.sid_alpha), "critic": critic}
@@ -146,7 +155,8 @@ def check_memory(c: ConfigDict, objective: Objective, blocks: Blocks) -> None:
     Raises:
       UserError: another stage, noised clips, or see `rollout.remembered.check_trains`.
     """
-    if blocks.memory is None:
+    streams = isinstance(objective, DMDConfig) and objective.streaming
+    if blocks.memory is None and not streams:
         return
     if not isinstance(objective, DMDConfig) or objective.student_input != "self_rollout":
         what = f"stage={c.stage!r}" if c.stage != "dmd" else "objective.student_input='noised_data'"
@@ -155,6 +165,7 @@ def check_memory(c: ConfigDict, objective: Objective, blocks: Blocks) -> None:
             "block; leave it out, or train with configs/dmd.py and self_rollout"
         )
     how = objective.self_forcing
+    blocks = objective.streaming.check(blocks) if objective.streaming else blocks
     check_trains(blocks, kv_gradient=how.kv_gradient, save_activations=how.save_activations)
 
 
@@ -177,7 +188,9 @@ def stage_of(c: ConfigDict) -> Stage:
       UserError: an unknown stage, or a role or an average that it needs is missing.
     """
     ema = {role: Ema(**values.to_dict()) for role, values in c.ema.items()}
-    return Stage(c.stage, losses_of(c, objective_of(c)), cadence=c.cadence.to_dict(), ema=ema)
+    objective = objective_of(c)
+    goes_on = isinstance(objective, DMDConfig) and objective.streaming is not None
+    return Stage(c.stage, losses_of(c, objective), cadence=c.cadence.to_dict(), ema=ema, goes_on=goes_on)
 
 
 def optimizers_of(c: ConfigDict, stage: Stage) -> dict[str, optax.GradientTransformation]:
