@@ -67,7 +67,7 @@ def rollout_before(e: Experiment, shapes: Shapes, mesh: Mesh | None = None, *, a
     )
     found = jax.eval_shape(make)
     if mesh is None:
-        return found if abstract else make()
+        return found if abstract else jax.jit(make)()  # donated: compiled, no two of its arrays are one buffer
     where = rollout_shardings(found, mesh)
     if abstract:
         return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), found, where)
