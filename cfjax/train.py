@@ -17,7 +17,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints
 from cfjax.core.sharding import batch_rows, on_mesh, place, place_rows, replicated
-from cfjax.core.topology import peak_flops
+from cfjax.core.topology import GIB, peak_flops
 from cfjax.data.latents import LatentIterator, make_iterator
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.experiment.build import Experiment, build
@@ -29,7 +29,7 @@ from cfjax.experiment.programs import rollout_before, stage_memory, whole_flops
 from cfjax.experiment.resume import changes, checkpoint_of, report_changes, report_dataset
 from cfjax.models.wan import preset
 from cfjax.training.loop import RunOutput, fit
-from cfjax.training.memory import check_memory, memory_limit, memory_table
+from cfjax.training.memory import check_memory, device_bytes, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
 from cfjax.training.observe import Work
 from cfjax.training.placement import place_state
@@ -117,6 +117,8 @@ def _say_start(e: Experiment, data: Data, workdir: Path, mesh: Mesh | None) -> N
     memory, clips = stage_memory(e, data.shapes, mesh), len(data.dataset)
     say(f"{e.stage.name}: {clips} clips, {e.schedule.steps} steps in {workdir}; GiB per device, before activations:")
     say("\n".join(memory_table(memory)))
+    if carried := device_bytes(rollout_before(e, data.shapes, mesh, abstract=True)):
+        say(f"the rollout, which goes on from update to update: {carried / GIB:,.4f}")
     check_memory(memory, memory_limit(jax.local_devices()[0]))
     windows = idle_windows(e, data.dataset.latent_shape[0])
     for note in filter(None, (differing_levels(e), idle_devices(mesh, jax.local_devices()), *windows)):

@@ -53,12 +53,15 @@ CHANGES = (
     (r"frozen\.init_stages", Kind.FREE),
     (r"data\.(path|lmdb|batch_size|max_corrupt)", Kind.FREE),
     (r"objective\.(codec_world|save_activations)", Kind.FREE),
+    (r"objective\.new_frames", Kind.FIXED),
     (r"(objective|blocks|data|cadence)(\..+)?", Kind.MEANING),
     (r"ema\.\w+\.(decay|start)", Kind.MEANING),
     (r"seed|reference", Kind.MEANING),
     (r"trained\.precision", Kind.MEANING),
     (r"frozen(\.(preset|precision|init|init_role|init_ema))?", Kind.MEANING),
 )
+# With objective.new_frames the rollout is in the checkpoint, and its arrays depend on these.
+_OF_ROLLOUT = r"data\.batch_size|objective\.window_frames|blocks\.(window|sink|memory)"
 _CHOSEN = r"(roles|optim|ema)\.\w+(\.branch)?"  # groups that are there or not by choice, not by version
 
 
@@ -118,9 +121,9 @@ def changes(
       trained: roles that the stage trains.  given: keys that the command line set.
     """
     recorded_values, own = (_keys(values, trained) for values in (recorded, from_json(to_json(dict(config)))))
-    out: list[Change] = []
+    out, goes_on = list[Change](), bool(own.get("objective.new_frames", 0))
     for key in [*own, *(key for key in recorded_values if key not in own)]:
-        known = kind_of(key, trained)
+        known = Kind.FIXED if goes_on and re.fullmatch(_OF_ROLLOUT, key) else kind_of(key, trained)
         if known is Kind.UNREPORTED or any(key.startswith(f"{change.key}.") for change in out):
             continue
         if key not in recorded_values:

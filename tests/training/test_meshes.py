@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from cfjax.core.sharding import (
     batch_sharding,
@@ -19,6 +20,7 @@ from cfjax.core.sharding import (
     shardings,
 )
 from cfjax.core.tree import map_named, named_leaves
+from cfjax.memory.codecs import Codec
 from cfjax.memory.policies import EmaSink
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
@@ -28,8 +30,9 @@ from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.objectives.ode_regression import PairsConfig, ode_regression
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.rollout.streaming import Streaming, empty_rollout
 from cfjax.training.optim import OptimizerConfig, make_optimizer
-from cfjax.training.placement import place_state, placement_of
+from cfjax.training.placement import place_state, placement_of, rollout_shardings
 from cfjax.training.state import init_state
 from cfjax.training.step import has_batch_axis, make_update
 from tests.tiny import normal
@@ -154,6 +157,22 @@ def test_a_memory_policy_on_a_mesh(capfd):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_on_every_mesh(stage, mesh, capfd):
     compare(stage, mesh, capfd)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "heads"), [("mixed", None, ("tensor", "context")), ("mixed_by_tokens", "context", "tensor")]
+)
+def test_a_rollout_that_goes_on_is_cut_as_its_cache(name, tokens, heads):
+    """Rows over data and fsdp; keys, their codes and scales by heads or by tokens; what is small on every device."""
+    network, mesh = config(MESHES[name][0]), make_mesh(**MESHES[name][1])
+    blocks = Blocks(1, memory=EmaSink(3, 1, Codec("int8")))
+    make = partial(empty_rollout, network, SHAPE, (SHAPE[0], LENGTH, TEXT), Streaming(3, 8, 1), blocks)
+    where = rollout_shardings(jax.eval_shape(make), mesh)
+    placed = jax.jit(make, out_shardings=where)()
+    rows = ("data", "fsdp")
+    assert placed.memory.k.codes.sharding.spec == PartitionSpec(None, rows, None, tokens, heads, None)
+    assert placed.latents_BFHWC.sharding.spec[0] == placed.text_BSE.sharding.spec[0] == rows
+    assert placed.memory.frame_F.sharding.is_fully_replicated and placed.length.sharding.is_fully_replicated
 
 
 def test_nothing_of_a_state_is_replicated_by_accident():
