@@ -33,13 +33,14 @@ codec of the dataset's world (objective.codec_world, if the dataset does not nam
 for it: 3000 steps at batch 8, lr 1.5e-6; attention reaches back 21 frames. The student generates long videos with
 `cfjax generate --config.frames=...`.
 
-`streaming` is LongLive's streaming long tuning: all updates, the student's and the critic's, add chunks to one rollout,
-which ends at `objective.max_frames` latent frames; then another begins. The first chunk is `objective.window_frames`
-long, later ones add `objective.new_frames` or more; the scores see the last window, the losses count what is new. Once
-in a rollout the prompt becomes another clip's (objective.switch_prompts). It starts from a student of stage 3
-(runs/dmd), attends to 12 frames, 3 of them sink, and generates so too. The rollout is in the checkpoint. LongLive trains
-LoRA weights at 1e-5 and 2e-6; here all weights train, at stage 3's rates. `--config.blocks.memory=NAME` (window and sink
-0) has the student remember by another policy, in every variant that rolls out (docs/memory.md).
+`streaming` is LongLive's streaming long tuning: every update, the student's or the critic's, adds a chunk to one
+rollout, which ends at `objective.max_frames` latent frames; then another begins. The first chunk is
+`objective.window_frames` long, later ones add `objective.new_frames` or more; the scores see the last window, the
+losses count what is new. Once in a rollout the prompt becomes another clip's (objective.switch_prompts). It starts from
+a student of stage 3 (runs/dmd), attends to 12 frames, 3 of them sink, and generates so too. The rollout is in the
+checkpoint. LongLive trains LoRA weights at 1e-5 and 2e-6; here all weights train, at stage 3's rates.
+`--config.blocks.memory=NAME` (window and sink 0) has the student remember by another policy, in every variant that
+rolls out (docs/memory.md).
 
 `gan` has no real score: a classifier on the critic's features discriminates the batch's clips from the student's videos
 (objective.gan: weights, relativistic, R1 and R2; roles.critic.branch: the layers it reads). With AdamW the weights of
@@ -68,7 +69,9 @@ APART = (
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`, `long`, `streaming`, `from_ar`, `from_cd`, `sid`, `gan`, `causvid`, `bidirectional`."""
+    """`toy`, `framewise`, `2step`, `1step`, `long`, `streaming`, `from_ar`, `from_cd`, `sid`, `gan`, `causvid`,
+    `bidirectional`.
+    """
     variants = ("from_ar", "from_cd", "sid", "gan", "causvid", "bidirectional")
     words = presets.switches(arg, "toy", "framewise", *FEW, "long", "streaming", *variants)
     for alternatives in APART:

@@ -113,13 +113,15 @@ def test_the_toy_trains_on_long_rollouts_and_makes_long_videos(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_the_toy_trains_on_one_rollout_under_a_policy_and_streams_with_it(tmp_path):
-    """Chunks of 6, 3, 3, 3 frames, both roles' in turn; it goes on exactly amid the rollout, where a prompt switches."""
+    """Chunks of 6, 3, 3, 3 frames, the roles' in turn; it goes on exactly amid the rollout, whose prompt switches."""
     roles = {f"roles__{role}__{key}": value for role in ("student", "critic", "real_score")
              for key, value in (("init", ""), ("remat", "none"))}  # fmt: skip
     policy = "ema_sink(window=6, alpha=0.9)"
     streaming = {"objective__window_frames": 6, "objective__max_frames": 15, "objective__new_frames": 3}
     blocks = {"blocks__window": 0, "blocks__sink": 0, "blocks__memory": policy}
-    run = train_stopped_and_whole("dmd.py:toy,streaming", tmp_path, **tiny(tmp_path) | roles | streaming | blocks | EACH)
+    run = train_stopped_and_whole(
+        "dmd.py:toy,streaming", tmp_path, **tiny(tmp_path) | roles | streaming | blocks | EACH
+    )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["student/rollout_frames"] for row in rows] == [6, 12]
     assert [row["critic/rollout_frames"] for row in rows] == [9, 15]

@@ -17,12 +17,12 @@ from cfjax.models.discriminator import TAP, tapped_layers
 from cfjax.models.wan import preset
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.frames import VISIBLE_PREFIX
+from cfjax.nn.visibility import Blocks
 from cfjax.objectives.diffusion import CORRECTIVE, DiffusionConfig
 from cfjax.objectives.dmd import DMDConfig
 from cfjax.planning.flops import count_flops
 from cfjax.rollout.blocks import COMMIT, COUNTED_BLOCKS
 from cfjax.rollout.long_video import FIRST_REENCODED, LAST_PICTURE
-from cfjax.nn.visibility import Blocks
 from cfjax.rollout.remembered import REBUILT, REPLAYED
 from cfjax.rollout.self_forcing import BEFORE_EXIT
 from cfjax.rollout.streaming import RECOMMITTED, Streaming, empty_rollout

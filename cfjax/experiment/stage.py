@@ -1,5 +1,6 @@
 """From a config to the mathematics of a stage: blocks, sampler, objective, losses, optimisers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -15,7 +16,7 @@ from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_match
 from cfjax.objectives.dmd import DMDConfig, critic_loss
 from cfjax.objectives.dmd import generator_loss as dmd
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
-from cfjax.objectives.stage import Ema, Loss, Stage
+from cfjax.objectives.stage import Ema, Loss, RolloutLoss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.long_video import LongVideo
 from cfjax.rollout.remembered import check_trains
@@ -112,7 +113,7 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
     )
 
 
-def losses_of(c: ConfigDict, objective: Objective) -> dict[str, Loss]:
+def losses_of(c: ConfigDict, objective: Objective) -> Mapping[str, Loss | RolloutLoss]:
     """Role -> loss of `c.stage`.
 
     Raises:

@@ -13,7 +13,15 @@ from cfjax.core.errors import UserError
 from cfjax.flow.path import flow_from_x0, velocity
 from cfjax.models.wan import embed_text
 from cfjax.nn.visibility import Blocks
-from cfjax.objectives.dmd import DMDConfig, Draws, distribution_gradient, draw, noised_for_scores, noising_level, score_x0
+from cfjax.objectives.dmd import (
+    DMDConfig,
+    Draws,
+    distribution_gradient,
+    draw,
+    noised_for_scores,
+    noising_level,
+    score_x0,
+)
 from cfjax.objectives.stage import Batch, Models, RolloutLoss
 from cfjax.rollout.streaming import Chunk, RolloutState, Streaming, add_chunk, draw_chunk
 

@@ -9,7 +9,7 @@ is a sum over blocks of the exit step's own.
 The value of the replay is that of the rollout, which has computed it; only the gradient's passes run again.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 

@@ -171,7 +171,9 @@ def rollout(
             saved, x0 = None, predict(x_exit, levels[exit_step])
         seen = add_noise(x0, context_eps, config.context_noise)
         if isinstance(cache, Remembered):
-            cache = commit_if(True if begin else start < last, model, seen, text_kv, cache, start, blocks, origin=origin)
+            cache = commit_if(
+                True if begin else start < last, model, seen, text_kv, cache, start, blocks, origin=origin
+            )
         elif len(spans) > 1:
             cache = commit_unless_last(model, seen, text_kv, cache, start, blocks, last)
         return cache, (x_exit, sigma_BF, x0, saved)
@@ -179,14 +181,17 @@ def rollout(
     frames = tuple(draws[name] for name in ("noise_BFHWC", "renoise_BFJHWC", "context_BFHWC"))
     work = (block, _before(model, shape, blocks, begin), frames, (levels_GJ, draws["exit_G"]), shape[1], blocks)
     if count is None and begin is None:
-        cache, (x_exit, sigma_exit, x0, saved) = scan_blocks(*work)
-    else:
-        number, first = len(spans) if count is None else count, begin.first if begin else 0
-        cache, (x_exit, sigma_exit, x0, saved) = loop_blocks(*work, number, first=first)
+        return _result(*scan_blocks(*work), begin)
+    number, first = len(spans) if count is None else count, begin.first if begin else 0
+    return _result(*loop_blocks(*work, number, first=first), begin)
+
+
+def _result(cache: Any, outputs: tuple[Any, ...], begin: Begin | None) -> Rollout:
+    """The rollout, of what is carried after the last block and what each block gave."""
+    x_exit, sigma_exit, x0, saved = outputs
     state, kept = (cache.state, cache.kept) if isinstance(cache, Remembered) else (None, cache)
     context = FrameKV(kept.k_LBFTNK, kept.v_LBFTNK)
-    rolled = Rollout(x_exit, sigma_exit, x0, context, saved, begin, state if begin else None)
-    return jax.lax.stop_gradient(rolled)
+    return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, context, saved, begin, state if begin else None))
 
 
 def _before(model: Wan, shape: tuple[int, ...], blocks: Blocks, begin: Begin | None) -> Any:

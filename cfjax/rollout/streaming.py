@@ -9,12 +9,12 @@ what the student remembers, its last frames and its prompt are carried along, wi
 `window_frames` latents; the loss counts the new ones.
 
     first chunk     `window_frames` new frames
-    later chunks    `new_frames` or more, in whole blocks, fewer than the window: the rest overlaps with the chunk before
+    later chunks    `new_frames` or more, in whole blocks, fewer than the window: the rest is the chunk's before it
     the end         no `new_frames` more fit into `max_frames`: the next update begins another rollout
 
-With prompts that switch, one chunk of a rollout, neither its first nor its last, begins with another prompt: the frames
-of the window are committed again under it, into an empty memory (`global_sink=False` there: the sink moves), and the
-scores get that prompt from then on. Here it is that of the update's batch; LongLive's data pairs prompts.
+With prompts that switch, one chunk of a rollout, neither its first nor its last, begins with another prompt: the last
+frames, as many as a block sees, are committed again under it, into an empty memory (`global_sink=False` there: the sink
+moves), and the scores get that prompt from then on. It is that of the update's batch; LongLive's data pairs prompts.
 
 The first latent of a later window is made anew from pixels, as in `rollout.long_video`; they are decoded from the first
 kept latent on, which the decoder takes for a video's first.
@@ -78,7 +78,9 @@ class Streaming:
             raise UserError("objective.new_frames: streaming has no independent first frame: leave it out")
         for name in ("window_frames", "max_frames", "new_frames"):
             if getattr(self, name) % blocks.frames:
-                raise UserError(f"objective.{name}={getattr(self, name)}: use a multiple of blocks.frames={blocks.frames}")
+                raise UserError(
+                    f"objective.{name}={getattr(self, name)}: use a multiple of blocks.frames={blocks.frames}"
+                )
         if blocks.memory is None and not blocks.window:
             raise UserError("objective.new_frames: a rollout without end needs blocks.window or blocks.memory")
         memory = blocks.memory or Memory(blocks.window, blocks.sink)

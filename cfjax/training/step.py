@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,17 @@ def _updated_ema(ema: Any, params: Any, rule: Ema, step: jax.Array) -> Any:
     return jax.tree.map(lambda e, p: keep * e + (1.0 - keep) * p.astype(jnp.float32), ema, params)
 
 
+def _loss(
+    stage: Stage, role: str, models: Models, batch: Batch, key: jax.Array, rollout: Any
+) -> tuple[jax.Array, Metrics]:
+    """A role's loss and metrics; the rollout after it is among these where the stage `goes_on`."""
+    loss_of: Any = stage.losses[role]
+    if not stage.goes_on:
+        return loss_of(models, batch, key)
+    loss, metrics, rollout = loss_of(models, batch, key, rollout)
+    return loss, {**metrics, ROLLOUT: rollout}
+
+
 def make_update(
     stage: Stage, role: str, tx: optax.GradientTransformation, *, accumulate: int = 1, placement: Any = None
 ) -> Update:
@@ -120,11 +131,7 @@ def make_update(
 
         def loss_fn(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
             with jax.named_scope(f"{role}_loss"):
-                given, loss_of = ({**others, role: params}, part, key), cast(Any, stage.losses[role])
-                if not stage.goes_on:
-                    return loss_of(*given)
-                loss, metrics, rollout = loss_of(*given, state.rollout)
-                return loss, {**metrics, ROLLOUT: rollout}
+                return _loss(stage, role, {**others, role: params}, part, key, state.rollout)
 
         old = state.params[role]
         loss, metrics, grads = _grads(loss_fn, old, batch, role_key(state, role), accumulate)

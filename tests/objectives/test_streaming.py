@@ -1,4 +1,4 @@
-"""Distribution matching on a rollout that goes on: a rollout of one chunk is today's step; later ones count new frames."""
+"""Distribution matching on a rollout that goes on: one chunk is the usual step; later ones count their new frames."""
 
 from dataclasses import replace
 from functools import cache, partial
