@@ -115,7 +115,10 @@ def test_the_toy_trains_on_long_rollouts_and_makes_long_videos(tmp_path, monkeyp
 def test_the_toy_trains_on_one_rollout_under_a_policy_and_streams_with_it(tmp_path):
     """Chunks of 6, 3, 3, 3 frames, the roles' in turn; it goes on exactly amid the rollout, whose prompt switches."""
     roles = {f"roles__{role}__remat": "none" for role in ("student", "critic", "real_score")}
-    roles |= {"roles__student__init": "toy_teacher", "roles__student__init_stages": ()}  # its videos depend on its memory
+    roles |= {
+        "roles__student__init": "toy_teacher",
+        "roles__student__init_stages": (),
+    }  # its videos depend on its memory
     policy = "ema_sink(window=6, alpha=0.9)"
     streaming = {"objective__window_frames": 6, "objective__max_frames": 15, "objective__new_frames": 3}
     blocks = {"blocks__window": 0, "blocks__sink": 0, "blocks__memory": policy}

@@ -109,7 +109,7 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
         score_max=o.score_max,
         score_table_shift=o.score_table_shift or None,
         long=LongVideo(o.window_frames, o.max_frames) if (o.window_frames or o.max_frames) and not new else None,
-        streaming=Streaming(o.window_frames, o.max_frames, new, o.switch_prompts) if new else None,
+        streaming=Streaming(o.window_frames, o.max_frames, new, o.get("switch_prompts", False)) if new else None,
     )
 
 

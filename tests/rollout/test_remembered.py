@@ -14,27 +14,27 @@ from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
 from cfjax.memory.slots import Memory
-from cfjax.models.cache import init_cache
-from cfjax.models.wan import embed_text, forward_block
+from cfjax.models.cache import init_cache, write
+from cfjax.models.wan import FrameKV, embed_text, forward_block
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block
 from cfjax.rollout.long_video import LongVideo, roll_window
+from cfjax.rollout.remembered import Begin
 from cfjax.rollout.self_forcing import SelfForcing, draw_rollout, replay_exit, rollout
 from tests.rollout.test_long_video import Fading
-from tests.tiny import BATCH, CONFIG, SHAPE, SIDE, normal, relative, text, tiny
+from tests.tiny import BATCH, CONFIG, SHAPE, SIDE, normal, relative, text, text_kv, tiny
 
 CONFIG_OF_ROLLOUT = SelfForcing((1.0, 0.8, 0.625), context_noise=0.005)
 LONG = (BATCH, 8, *SHAPE[2:])  # four blocks of two: every policy below lets frames go before the last
 COVERS = Memory(64)
 POLICIES = {
-    "slot_relative": SlotRelative(5, 1),
     "deep_sink": DeepSink(6, 2),
     "memory_tokens": MemoryTokens(6, 1, slow_rate=0.2, fast_rate=0.5),
     "int8": EmaSink(6, 2, Codec("int8"), alpha=0.8),
     "rolling_sink": RollingSink(6),
     "memory_bank": MemoryBank(5, 1, bank=2, interval=1),
 }
-QUICK = ("int8",)
+GRADIENTS = [pytest.param("int8"), pytest.param("memory_tokens", marks=pytest.mark.slow)]
 
 
 def draws_for(shape: tuple[int, ...] = LONG, exit_step: int = 1) -> dict[str, jax.Array]:
@@ -91,9 +91,7 @@ def worst(got, expected) -> float:
     return max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs) / scale
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in POLICIES]
-)
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_replay_is_the_loops_gradient(name):
     """Of the weights and of the text, for a policy from which frames have left; and one program for all exit steps."""
     blocks, weight = Blocks(2, memory=POLICIES[name]), normal(9, LONG)
@@ -106,6 +104,22 @@ def test_replay_is_the_loops_gradient(name):
     other, _ = by_replay()(tiny(), text(), draws_for(exit_step=2), weight, blocks=blocks)
     assert worst(other, grad) > 1e-3
     assert by_replay()._cache_size() == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deep_sink", "rolling_sink", "memory_bank"])
+def test_what_is_kept_rebuilds_what_was_remembered(name):
+    """All that the gradient of a policy depends on: the states that the replay makes are those of the rollout."""
+    blocks, kv = Blocks(2, memory=POLICIES[name]), text_kv()
+    state = init_cache(CONFIG, BATCH, LONG[1], CONFIG.tokens_per_frame(SIDE, SIDE), blocks)
+    begin = Begin(state, jnp.int32(0), jnp.int32(0))
+    roll = jax.jit(lambda draws: rollout(tiny(), kv, draws, CONFIG_OF_ROLLOUT, blocks, begin=begin))
+    rolled = roll(draws_for())
+    put = jax.jit(lambda state, kv_, start: write(state, kv_, start, 2, blocks, text_kv=kv))
+    for start, stop in blocks.spans(LONG[1]):
+        state = put(state, FrameKV(*(x[:, :, start:stop] for x in rolled.context)), jnp.int32(start))
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, state, rolled.state)
 
 
 def test_a_policy_that_holds_everything_is_none():

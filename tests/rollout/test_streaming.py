@@ -135,8 +135,9 @@ def test_after_a_switch_the_sink_is_moved():
     memory, layout = Memory(12, 3), Blocks(3, memory=Memory(12, 3))
     config = replace(CONFIG, num_layers=1)
     state, kv = memory.init(config, 1, 1, layout), jnp.zeros((1, 1, 3, 1, CONFIG.num_heads, CONFIG.head_dim))
+    commit = jax.jit(memory.commit)
     for start in (30, 33, 36, 39):
-        state = memory.commit(state, kv, kv, jnp.int32(start))
+        state = commit(state, kv, kv, jnp.int32(start))
     assert state.frame_F.tolist() == [30, 31, 32, *range(36, 42)]
 
 
