@@ -17,7 +17,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints
 from cfjax.core.sharding import batch_rows, on_mesh, place, place_rows, replicated
-from cfjax.core.topology import peak_flops
+from cfjax.core.topology import GIB, peak_flops
 from cfjax.data.latents import LatentIterator, make_iterator
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.experiment.adapters import bases_of, check_bases, sampling_whole
@@ -26,11 +26,11 @@ from cfjax.experiment.data import Data
 from cfjax.experiment.networks import check_blocks, check_host_memory, same_blocks
 from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows
 from cfjax.experiment.preview import make_monitor
-from cfjax.experiment.programs import stage_memory, whole_flops
+from cfjax.experiment.programs import rollout_before, stage_memory, whole_flops
 from cfjax.experiment.resume import changes, checkpoint_of, report_changes, report_dataset
 from cfjax.models.wan import preset
 from cfjax.training.loop import RunOutput, fit
-from cfjax.training.memory import check_memory, memory_limit, memory_table
+from cfjax.training.memory import check_memory, device_bytes, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
 from cfjax.training.observe import Work
 from cfjax.training.placement import place_state
@@ -69,10 +69,12 @@ def train(e: Experiment, workdir: Path) -> TrainState:
     _say_start(e, data, workdir, mesh)
     models = _models(e, data, mesh, going_on=earlier is not None)
     monitor = make_monitor(e, data, workdir, mesh)  # reads a decoder for its stride, before more is allocated
-    state = init_state(e.stage, {name: models[name] for name in e.stage.losses}, e.optimizers, e.seed)
+    carried = rollout_before(e, data.shapes, mesh)
+    trained = {name: models[name] for name in e.stage.losses}
+    state = init_state(e.stage, trained, e.optimizers, e.seed, rollout=carried)
     rows = batch_rows(mesh, e.data.batch_size) if mesh else range(e.data.batch_size)
     meta, frozen = e.meta(data, {name: models[name] for name in e.networks}), {name: models[name] for name in e.frozen}
-    del models  # the state holds copies of those that train
+    del models, trained  # the state holds copies of those that train
     with on_mesh(mesh), EventWriter(workdir, enabled=jax.process_index() == 0) as writer:
         writer.config(0, dict(e.config))
         return fit(
@@ -117,6 +119,8 @@ def _say_start(e: Experiment, data: Data, workdir: Path, mesh: Mesh | None) -> N
     memory, clips = stage_memory(e, data.shapes, mesh), len(data.dataset)
     say(f"{e.stage.name}: {clips} clips, {e.schedule.steps} steps in {workdir}; GiB per device, before activations:")
     say("\n".join(memory_table(memory)))
+    if carried := device_bytes(rollout_before(e, data.shapes, mesh, abstract=True)):
+        say(f"the rollout, which goes on from update to update: {carried / GIB:,.4f}")
     check_memory(memory, memory_limit(jax.local_devices()[0]))
     windows = idle_windows(e, data.dataset.latent_shape[0])
     for note in filter(None, (differing_levels(e), idle_devices(mesh, jax.local_devices()), *windows)):

@@ -12,6 +12,7 @@
     cfjax train --config=configs/dmd.py:bidirectional --workdir=runs/few      a few-step bidirectional student
     cfjax train --config=configs/dmd.py:long --workdir=runs/long              rollouts of 21 to 27 latent frames
     cfjax train --config=configs/dmd.py:rolling --workdir=runs/rolling        half of them by windows: Rolling Forcing
+    cfjax train --config=configs/dmd.py:streaming --workdir=runs/streaming    one rollout of 240 frames, over updates
     cfjax plan --config=configs/dmd.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five
@@ -39,6 +40,15 @@ so is what the student generates (sampler.kind="rolling"). Attention reaches bac
 in rollouts block by block that stays at its own position. The toy's windows are of two steps: four, and the first
 block, are more than the 12 frames that its scores know.
 
+`streaming` is LongLive's streaming long tuning: every update, the student's or the critic's, adds a chunk to one
+rollout, which ends at `objective.max_frames` latent frames; then another begins. The first chunk is
+`objective.window_frames` long, later ones add `objective.new_frames` or more; the scores see the last window, the
+losses count what is new. Once in a rollout the prompt becomes another clip's (objective.switch_prompts). It starts from
+a student of stage 3 (runs/dmd), attends to 12 frames, 3 of them sink, and generates so too. The rollout is in the
+checkpoint. LongLive trains LoRA weights at 1e-5 and 2e-6; here all weights train, at stage 3's rates.
+`--config.blocks.memory=NAME` (window and sink 0) has the student remember by another policy, in every variant that
+rolls out (docs/memory.md).
+
 `gan` has no real score: a classifier on the critic's features discriminates the batch's clips from the student's videos
 (objective.gan: weights, relativistic, R1 and R2; roles.critic.branch: the layers it reads). With AdamW the weights of
 the two losses matter only together with R1 and R2.
@@ -58,32 +68,37 @@ FEW = {"2step": (1000, 500), "1step": (1000,)}
 # Switches of which one is enough.
 APART = (
     ("long", "causvid"), ("long", "bidirectional"), ("sid", "gan"), ("2step", "1step"),
-    ("rolling", "long"), ("rolling", "causvid"), ("rolling", "bidirectional"),
+    ("rolling", "long"), ("rolling", "causvid"), ("rolling", "bidirectional"), ("rolling", "streaming"),
+    ("long", "streaming"), ("streaming", "causvid"), ("streaming", "bidirectional"), ("streaming", "sid"),
+    ("streaming", "gan"), ("streaming", "from_ar"), ("streaming", "from_cd"),
     ("from_ar", "from_cd", "causvid", "bidirectional"),  # each says what the student starts from
     ("framewise", "bidirectional"),
 )  # fmt: skip
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`, `long`, `rolling`, `from_ar`, `from_cd`, `sid`, `gan`, `causvid`,
-    `bidirectional`.
+    """`toy`, `framewise`, `2step`, `1step`, `long`, `rolling`, `streaming`, `from_ar`, `from_cd`, `sid`, `gan`,
+    `causvid`, `bidirectional`.
     """
     variants = ("from_ar", "from_cd", "sid", "gan", "causvid", "bidirectional")
-    words = presets.switches(arg, "toy", "framewise", *FEW, "long", "rolling", *variants)
+    words = presets.switches(arg, "toy", "framewise", *FEW, "long", "rolling", "streaming", *variants)
     for alternatives in APART:
         presets.one_of(words, *alternatives)
-    toy, long = "toy" in words, "long" in words or "rolling" in words
+    toy, streaming, long = "toy" in words, "streaming" in words, "long" in words or "rolling" in words
     window = 12 if toy else 21  # latent frames that the scores were trained on
-    c = presets.experiment("dmd", steps=600 if toy else 3000 if long else 1000)
+    c = presets.experiment("dmd", steps=600 if toy else 3000 if long or streaming else 1000)
     c.roles = roles(words)
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
     c.log_every = 10 if toy else 50
     c.blocks = presets.blocks("framewise" in words)
+    c.blocks.memory = ""  # what the student remembers while it rolls out, in place of window and sink: docs/memory.md
     if long:
         c.blocks.window = window
         c.data.batch_size = c.data.batch_size if toy else 8
     if "rolling" in words:
         c.blocks.sink = c.blocks.frames
+    if streaming:
+        c.blocks.window, c.blocks.sink = (9, 3) if toy else (12, 3)
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
         c.blocks.frames = window
     c.objective = objective(words, window)
@@ -108,6 +123,8 @@ def roles(words: list[str]) -> ConfigDict:
         c.student.update({"init": f"{runs}/ar", "init_stages": ("ar_diffusion",)})
     if "from_cd" in words:  # the average, at Wan's scale too
         c.student.update({"init": f"{runs}/cd", "init_ema": True, "init_stages": ("consistency",)})
+    if "streaming" in words:  # a student that makes videos of one window
+        c.student.update({"init": f"{runs}/dmd", "init_ema": True, "init_stages": ("dmd",)})
     if "causvid" in words:  # its initialisation is the bidirectional teacher's
         c.student.init = f"{runs}/sf_ode"
     if "bidirectional" in words:
@@ -124,7 +141,7 @@ def roles(words: list[str]) -> ConfigDict:
 
 def objective(words: list[str], window: int) -> ConfigDict:
     """How the student generates, and how its videos become a gradient."""
-    toy, rolling = "toy" in words, "rolling" in words
+    toy, rolling, streaming = (word in words for word in ("toy", "rolling", "streaming"))
     long = rolling or "long" in words
     steps = next((FEW[word] for word in words if word in FEW), FEW["2step"] if toy and rolling else FULL)
     one_list = steps == FULL or {"bidirectional", "causvid", "rolling"} & set(words)  # one block, no rollout, a window
@@ -147,8 +164,10 @@ def objective(words: list[str], window: int) -> ConfigDict:
         "score_min": 0.02,
         "score_max": 0.98,
         "score_table_shift": 0.0,
-        "window_frames": window if long else 0,
-        "max_frames": (18 if toy else 27) if long else 0,
+        "window_frames": window if long or streaming else 0,
+        "max_frames": (18 if toy else 27) if long else (48 if toy else 240) if streaming else 0,
+        "new_frames": (9 if toy else 18) if streaming else 0,  # that an update adds to the rollout; 0: none goes on
+        "switch_prompts": streaming,  # once in a rollout
         "codec_world": "",
         "codec_decoder": "vae",
     }

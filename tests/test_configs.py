@@ -115,7 +115,7 @@ def test_few_step_variants_change_the_objective_and_the_sampler():
         assert c.objective.steps == c.sampler.steps == (1000, 500)
         assert c.objective.first_steps == c.sampler.first_steps == ()
     starts = itertools.combinations(("from_ar", "from_cd", "causvid", "bidirectional"), 2)
-    for words in ("2step,1step", "bidirectional,framewise", *map(",".join, starts)):
+    for words in ("2step,1step", "bidirectional,framewise", "streaming,long", "streaming,sid", *map(",".join, starts)):
         with pytest.raises(UserError, match="exclude each other"):
             make(words)
 
@@ -127,6 +127,7 @@ def test_few_step_variants_change_the_objective_and_the_sampler():
         ("from_ar", ("ar", False, ("ar_diffusion",))),
         ("from_cd", ("cd", True, ("consistency",))),
         ("causvid", ("sf_ode", False, ("ode_regression",))),
+        ("streaming", ("dmd", True, ("dmd",))),
     ],
 )
 def test_what_stage_three_starts_from(words, start):

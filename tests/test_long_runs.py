@@ -125,3 +125,25 @@ def test_the_toy_trains_on_windows_of_blocks_and_makes_videos_by_them(tmp_path):
     record = json.loads((tmp_path / "videos" / "settings.json").read_text())
     assert record["network_calls"] == 2 * 6 + 2 - 2 and record["sampler"]["rolling"]
     assert record["blocks"]["memory"] == "rolling_forcing(window=9)"
+
+
+@pytest.mark.slow
+def test_the_toy_trains_on_one_rollout_under_a_policy_and_streams_with_it(tmp_path):
+    """Chunks of 6, 3, 3, 3 frames, the roles' in turn; it goes on exactly amid the rollout, whose prompt switches."""
+    roles = {f"roles__{role}__remat": "none" for role in ("student", "critic", "real_score")}
+    roles |= {
+        "roles__student__init": "toy_teacher",
+        "roles__student__init_stages": (),
+    }  # its videos depend on its memory
+    policy = "ema_sink(window=6, alpha=0.9)"
+    streaming = {"objective__window_frames": 6, "objective__max_frames": 15, "objective__new_frames": 3}
+    blocks = {"blocks__window": 0, "blocks__sink": 0, "blocks__memory": policy}
+    run = train_stopped_and_whole(
+        "dmd.py:toy,streaming", tmp_path, **tiny(tmp_path) | roles | streaming | blocks | EACH
+    )
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["student/rollout_frames"] for row in rows] == [6, 12]
+    assert [row["critic/rollout_frames"] for row in rows] == [9, 15]
+    videos = {"run": run, "videos": 1, "frames": 12, "progress": False}
+    assert cfjax("generate", "generate.py", tmp_path / "videos", **videos) == 0
+    assert json.loads((tmp_path / "videos" / "settings.json").read_text())["blocks"]["memory"] == policy

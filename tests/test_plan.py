@@ -16,10 +16,16 @@ from cfjax.core.cli import parse
 from cfjax.core.topology import GIB, parse_topology
 from cfjax.experiment.build import build
 from cfjax.experiment.data import Shapes
+from cfjax.experiment.programs import expected_trip_counts
 from cfjax.experiment.stage import STAGES
 from cfjax.experiment.stream_plan import Part, ProgramCost, StreamPlan
+from cfjax.nn.frames import VISIBLE_PREFIX
 from cfjax.planning.programs import Cost
 from cfjax.planning.stream_cost import Need
+from cfjax.rollout.blocks import COUNTED_BLOCKS
+from cfjax.rollout.long_video import FIRST_REENCODED, LAST_PICTURE
+from cfjax.rollout.remembered import REPLAYED
+from cfjax.rollout.streaming import RECOMMITTED
 from tests.commands import ROOT
 
 SMALL = ["--config.data.shapes.frames=6", "--config.data.batch_size=8"]
@@ -94,6 +100,14 @@ def test_long_rollouts_are_counted_with_their_blocks_and_their_codec():
 
 
 @pytest.mark.slow
+def test_a_rollout_that_goes_on_is_counted_by_its_mean_chunk():
+    """LongLive's 13 chunks: 237 frames in blocks of 3, of which all but the first begin with a latent made anew."""
+    runs = expected_trip_counts(config("dmd.py:streaming"), 21)
+    assert runs[COUNTED_BLOCKS] == runs[REPLAYED] == pytest.approx(237 / 13 / 3)
+    assert runs[FIRST_REENCODED] == pytest.approx(12 / 13) and runs[RECOMMITTED] == pytest.approx(1 / 13)
+    assert runs[VISIBLE_PREFIX] == pytest.approx(77 / 80) and runs[LAST_PICTURE] == 18
+
+
 def test_a_simulated_plan_counts_the_real_arguments(tmp_path, capsys):
     """The stage compiled on eight devices: arguments are the state's and the batch's parts, and the JSON has it all."""
     argv = ["plan", f"--config={ROOT}/configs/bidirectional.py:toy", *SMALL, "--config.roles.student.remat=none"]

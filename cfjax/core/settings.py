@@ -115,7 +115,7 @@ EXPERIMENT: Rules = [
     (r"objective\.bagger_prefix", positive(1.0, below=True)),
     (r"objective\.score_(min|max)", positive(1.0)),
     (r"objective\.noise_augmentation", whole(0, LEVELS - 1)),
-    (r"objective\.(window|max)_frames", whole(0, FRAMES)),
+    (r"objective\.(window|max|new)_frames", whole(0, FRAMES)),
     (r"objective\.gan\.((generator|critic)_weight|r[12]_sigma)", positive()),
     (r"objective\.gan\.r[12]_weight", real(0.0)),
     # the optimisers

@@ -127,12 +127,12 @@ def mesh_choices(devices: int, batch: int, heads: Sequence[int]) -> Iterator[tup
 
 
 @contextmanager
-def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+def on_mesh(mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
     """Makes `mesh` the active mesh of functions traced inside (JAX's abstract-mesh context); moves no array."""
     if mesh is None:
         yield
         return
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh):
         yield
 
 

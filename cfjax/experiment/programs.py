@@ -1,6 +1,7 @@
 """An experiment's updates from shapes alone: their arguments, memory, FLOPs, and the lowered programs."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,15 +17,18 @@ from cfjax.models.discriminator import TAP, tapped_layers
 from cfjax.models.wan import preset
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.frames import VISIBLE_PREFIX
+from cfjax.nn.visibility import Blocks
 from cfjax.objectives.diffusion import CORRECTIVE, DiffusionConfig
 from cfjax.objectives.dmd import DMDConfig
 from cfjax.planning.flops import count_flops
 from cfjax.rollout.blocks import COMMIT, COUNTED_BLOCKS
 from cfjax.rollout.long_video import FIRST_REENCODED, LAST_PICTURE
+from cfjax.rollout.remembered import REBUILT, REPLAYED
 from cfjax.rollout.rolling_training import COMMIT_DONE, COUNTED_WINDOWS, ROLLS
 from cfjax.rollout.self_forcing import BEFORE_EXIT
+from cfjax.rollout.streaming import RECOMMITTED, Streaming, empty_rollout
 from cfjax.training.memory import RoleMemory, abstract_state, device_bytes, role_memory
-from cfjax.training.placement import state_shardings
+from cfjax.training.placement import rollout_shardings, state_shardings
 from cfjax.training.state import TrainState
 from cfjax.training.step import has_batch_axis, make_update
 
@@ -49,6 +53,28 @@ def abstract_batch(e: Experiment, shapes: Shapes, mesh: Mesh | None) -> dict[str
     return {name: jax.ShapeDtypeStruct(*of, sharding=where(name)) for name, of in arrays.items()}
 
 
+def rollout_before(e: Experiment, shapes: Shapes, mesh: Mesh | None = None, *, abstract: bool = False) -> Any:
+    """What the losses of a stage that `goes_on` carry, before the first update, placed; of others None.
+
+    Args:
+      abstract: shapes instead of arrays.
+    """
+    streaming = e.objective.streaming if isinstance(e.objective, DMDConfig) else None
+    if streaming is None:
+        return None
+    size, network = e.data.batch_size, e.networks["student"].network(shapes)
+    make = partial(
+        empty_rollout, network, (size, *shapes.latents), (size, *shapes.text), streaming=streaming, blocks=e.blocks
+    )
+    found = jax.eval_shape(make)
+    if mesh is None:
+        return found if abstract else jax.jit(make)()  # donated: compiled, no two of its arrays are one buffer
+    where = rollout_shardings(found, mesh)
+    if abstract:
+        return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), found, where)
+    return jax.jit(make, out_shardings=where)()
+
+
 def templates(e: Experiment, shapes: Shapes, mesh: Mesh | None = None) -> dict[str, Any]:
     """Every role's arrays as shapes, placed."""
     return {name: role.template(shapes, mesh) for name, role in e.roles.items()}
@@ -65,7 +91,8 @@ def abstract_arguments(
 ) -> tuple[TrainState, dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
     """The arguments of every update as shapes: (state, frozen roles, batch)."""
     models = templates(e, shapes, mesh)
-    state = abstract_state(e.stage, models, e.optimizers, mesh)
+    rollout = rollout_before(e, shapes, mesh, abstract=True)
+    state = replace(abstract_state(e.stage, models, e.optimizers, mesh), rollout=rollout)
     return state, {name: models[name] for name in e.frozen}, abstract_batch(e, shapes, mesh)
 
 
@@ -90,6 +117,8 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
         return runs
     runs[BEFORE_EXIT] = (len(e.objective.self_forcing.sigmas) - 1) / 2
     long, blocks = e.objective.long, e.blocks
+    if e.objective.streaming:
+        return runs | _streaming_trip_counts(e.objective.streaming, blocks)
     if long:
         least, most = long.counts(blocks)
         runs[COUNTED_BLOCKS] = (least + most) / 2 - blocks.independent_first_frame
@@ -101,7 +130,23 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
         windows = number + len(e.objective.self_forcing.sigmas) - 1
         runs |= {ROLLS: rolling, COUNTED_WINDOWS: windows, COMMIT_DONE: (number - 1) / windows}
     runs[VISIBLE_PREFIX] = longest_share(long.max_frames if long else frames, blocks)
+    if blocks.memory is not None and long:
+        runs[REBUILT] = (most - least) / 2
     return runs
+
+
+def _streaming_trip_counts(streaming: Streaming, blocks: Blocks) -> dict[str, float]:
+    """Of a rollout that goes on, for one of its chunks on average."""
+    chunks, new = streaming.expected(blocks)
+    number = (streaming.window_frames + (chunks - 1) * new) / chunks / blocks.frames
+    return {
+        COUNTED_BLOCKS: number,
+        REPLAYED: number,
+        FIRST_REENCODED: (chunks - 1) / chunks,
+        LAST_PICTURE: new,
+        RECOMMITTED: 1 / chunks if streaming.switch_prompts else 0.0,
+        VISIBLE_PREFIX: longest_share(streaming.max_frames, streaming.check(blocks)),
+    }
 
 
 def with_attention(e: Experiment, platform: str) -> tuple[Experiment, str]:

@@ -32,7 +32,7 @@ from cfjax.worlds.assets import META_FILE, asset
 
 _BLOCKS = table(
     {"frames": whole(1, FRAMES), "independent_first_frame": flag},
-    {"window": whole(0, FRAMES), "sink": whole(0, FRAMES)},
+    {"window": whole(0, FRAMES), "sink": whole(0, FRAMES), "memory": text(256)},
     closed=True,
 )
 _SHIFT = number(0, 1000, above=True)

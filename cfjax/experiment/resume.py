@@ -54,6 +54,7 @@ CHANGES = (
     (r"frozen\.init_stages", Kind.FREE),
     (r"data\.(path|lmdb|batch_size|max_corrupt)", Kind.FREE),
     (r"objective\.(codec_world|save_activations)", Kind.FREE),
+    (r"objective\.new_frames", Kind.FIXED),
     (r"(objective|blocks|data|cadence)(\..+)?", Kind.MEANING),
     (r"ema\.\w+\.(decay|start)", Kind.MEANING),
     (r"seed|reference", Kind.MEANING),
@@ -61,6 +62,8 @@ CHANGES = (
     (r"frozen\.lora(\..+)?", Kind.FREE),
     (r"frozen(\.(preset|precision|init|init_role|init_ema))?", Kind.MEANING),
 )
+# With objective.new_frames the rollout is in the checkpoint, and its arrays depend on these.
+_OF_ROLLOUT = r"data\.batch_size|objective\.window_frames|blocks\.(window|sink|memory)"
 _CHOSEN = r"(roles|optim|ema)\.\w+(\.branch)?"  # groups that are there or not by choice, not by version
 
 
@@ -121,10 +124,11 @@ def changes(
     """
     recorded_values, own = (_keys(values, trained) for values in (recorded, from_json(to_json(dict(config)))))
     adapted = {role for role in trained if own.get(f"roles.{role}.lora.rank")}  # what they start from stays below them
-    out: list[Change] = []
+    out, goes_on = list[Change](), bool(own.get("objective.new_frames", 0))
     for key in [*own, *(key for key in recorded_values if key not in own)]:
         below = ".init" in key and key.split(".")[1] in adapted
-        known = kind_of(key, () if below else trained)
+        held = goes_on and re.fullmatch(_OF_ROLLOUT, key)
+        known = Kind.FIXED if held else kind_of(key, () if below else trained)
         if known is Kind.UNREPORTED or any(key.startswith(f"{change.key}.") for change in out):
             continue
         if key not in recorded_values:

@@ -1,6 +1,6 @@
 """From a config to the mathematics of a stage: blocks, sampler, objective, losses, optimisers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,18 +9,21 @@ from ml_collections import ConfigDict
 
 from cfjax.core.errors import UserError
 from cfjax.flow.schedule import warp_steps
+from cfjax.memory.names import with_memory
 from cfjax.nn.visibility import Blocks
-from cfjax.objectives import gan, sid
+from cfjax.objectives import gan, sid, streaming
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
 from cfjax.objectives.dmd import DMDConfig, critic_loss
 from cfjax.objectives.dmd import generator_loss as dmd
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
-from cfjax.objectives.stage import Ema, Loss, Stage
+from cfjax.objectives.stage import Ema, Loss, RolloutLoss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.long_video import LongVideo
+from cfjax.rollout.remembered import check_trains
 from cfjax.rollout.rolling import rolling_layout
 from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.rollout.streaming import Streaming
 from cfjax.training.optim import OptimizerConfig, make_optimizer
 
 # What cfjax train trains.
@@ -31,8 +34,22 @@ Objective = DiffusionConfig | PairsConfig | ConsistencyConfig | DMDConfig
 
 
 def blocks_of(c: ConfigDict) -> Blocks:
-    """The block layout."""
-    return Blocks(**c.blocks.to_dict())
+    """The block layout, with the memory policy that `c.blocks.memory` names ("" or no such key: none).
+
+    Raises:
+      UserError: no such policy, or one beside a window; they do not fit.
+    """
+    values = c.blocks.to_dict()
+    memory = values.pop("memory", "")
+    layout = Blocks(**values)
+    if not memory:
+        return layout
+    if layout.window or layout.sink:
+        raise UserError(
+            f"blocks.memory={memory!r} has a window of its own: set blocks.window=0 and blocks.sink=0, and change the "
+            "policy's by NAME(window=..., sink=...)"
+        )
+    return with_memory(layout, memory)
 
 
 def sampler_of(c: ConfigDict) -> FewStep | ManyStep:
@@ -87,7 +104,7 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
     Raises:
       UserError: values that do not go together, or windows of blocks that the layout does not hold.
     """
-    o = c.objective
+    o, new = c.objective, c.objective.get("new_frames", 0)  # no such key in a config of one's own: no streaming
     lists = {"steps": o.steps, "first_steps": o.first_steps}
     levels = {name: tuple(map(float, warp_steps(steps, o.shift))) if steps else () for name, steps in lists.items()}
     rollout = SelfForcing(
@@ -111,17 +128,19 @@ def dmd_config(c: ConfigDict) -> DMDConfig:
         score_min=o.score_min,
         score_max=o.score_max,
         score_table_shift=o.score_table_shift or None,
-        long=LongVideo(o.window_frames, o.max_frames) if o.window_frames or o.max_frames else None,
+        long=LongVideo(o.window_frames, o.max_frames) if (o.window_frames or o.max_frames) and not new else None,
+        streaming=Streaming(o.window_frames, o.max_frames, new, o.get("switch_prompts", False)) if new else None,
     )
 
 
-def losses_of(c: ConfigDict, objective: Objective) -> dict[str, Loss]:
+def losses_of(c: ConfigDict, objective: Objective) -> Mapping[str, Loss | RolloutLoss]:
     """Role -> loss of `c.stage`.
 
     Raises:
       UserError: a role or an average that the stage needs is missing.
     """
     blocks, o = blocks_of(c), c.objective
+    check_memory(c, objective, blocks)
     if isinstance(objective, DiffusionConfig):
         causal = c.stage == "ar_diffusion"
         return {"student": ar_diffusion(objective, blocks) if causal else flow_matching(objective)}
@@ -132,16 +151,43 @@ def losses_of(c: ConfigDict, objective: Objective) -> dict[str, Loss]:
             if role not in c[group]:
                 raise UserError(f"{group}.{role} is missing: consistency distillation needs a teacher and an average")
         return {"student": consistency(objective, blocks)}
+    if objective.streaming and o.matching != "dmd":
+        raise UserError(f"objective.new_frames={o.new_frames}: a rollout goes on with objective.matching=dmd alone")
     if o.matching == "gan":
         return gan_losses(c, objective)
     if o.matching not in ("dmd", "sid"):
         raise UserError(f"objective.matching={o.matching!r}: use dmd, sid or gan")
     if "real_score" not in c.roles:
         raise UserError(f"roles.real_score is missing: objective.matching={o.matching!r} compares two scores")
+    if objective.streaming:
+        return {
+            "student": streaming.generator_loss(objective, blocks),
+            "critic": streaming.critic_loss(objective, blocks),
+        }
     critic = critic_loss(objective, blocks)
     if o.matching == "sid":
         return {"student": sid.generator_loss(objective, blocks, alpha=o.sid_alpha), "critic": critic}
     return {"student": dmd(objective, blocks), "critic": critic}
+
+
+def check_memory(c: ConfigDict, objective: Objective, blocks: Blocks) -> None:
+    """A memory policy trains where the student rolls out, and not with every setting.
+
+    Raises:
+      UserError: another stage, noised clips, or see `rollout.remembered.check_trains`.
+    """
+    streams = isinstance(objective, DMDConfig) and objective.streaming
+    if blocks.memory is None and not streams:
+        return
+    if not isinstance(objective, DMDConfig) or objective.student_input != "self_rollout":
+        what = f"stage={c.stage!r}" if c.stage != "dmd" else "objective.student_input='noised_data'"
+        raise UserError(
+            f"blocks.memory={c.blocks.memory!r}: {what} trains on whole clips at once, a policy takes block after "
+            "block; leave it out, or train with configs/dmd.py and self_rollout"
+        )
+    how = objective.self_forcing
+    blocks = objective.streaming.check(blocks) if objective.streaming else blocks
+    check_trains(blocks, kv_gradient=how.kv_gradient, save_activations=how.save_activations)
 
 
 def gan_losses(c: ConfigDict, config: DMDConfig) -> dict[str, Loss]:
@@ -163,7 +209,9 @@ def stage_of(c: ConfigDict) -> Stage:
       UserError: an unknown stage, or a role or an average that it needs is missing.
     """
     ema = {role: Ema(**values.to_dict()) for role, values in c.ema.items()}
-    return Stage(c.stage, losses_of(c, objective_of(c)), cadence=c.cadence.to_dict(), ema=ema)
+    objective = objective_of(c)
+    goes_on = isinstance(objective, DMDConfig) and objective.streaming is not None
+    return Stage(c.stage, losses_of(c, objective), cadence=c.cadence.to_dict(), ema=ema, goes_on=goes_on)
 
 
 def optimizers_of(c: ConfigDict, stage: Stage) -> dict[str, optax.GradientTransformation]:

@@ -20,7 +20,7 @@ import numpy as np
 from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
 from cfjax.memory.codecs import Codec
-from cfjax.nn.frames import attend_slots, constrain_kv
+from cfjax.nn.frames import attend_slots, constrain_kv, group_lengths
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 
@@ -299,6 +299,10 @@ class Memory:
             stop=at(start + frames, state.stop),
             jump=at(jnp.int32(-1), state.jump),
         )
+
+    def shorter_prefixes(self, layout: Blocks) -> int:
+        """How many programs `attention` has besides that for full slots, which most blocks of a long video run."""
+        return len(group_lengths(counts(self.slots(layout), layout))[0]) - 1
 
     def plan(self, num_frames: int, layout: Blocks) -> list[Seen]:
         """What every block of a video sees, without a network: the mirror of `attention` and `commit`."""

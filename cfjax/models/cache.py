@@ -142,6 +142,9 @@ def view(slots: int, stop: jax.Array, blocks: Blocks, *, first_stop: int = 0) ->
 def longest_share(num_frames: int, blocks: Blocks) -> float:
     """Share of the blocks of a video that see the longest prefix of its cache; the others see each of the rest."""
     number = len(blocks.spans(num_frames))
+    if blocks.memory is not None:
+        shorter = blocks.memory.shorter_prefixes(blocks)
+        return (number - shorter) / number if number > shorter else 1 / (shorter + 1)
     shorter = len(view(num_frames, jnp.int32(0), blocks).lengths) - 1
     return (number - shorter) / number if number > shorter and blocks.window else 1 / (shorter + 1)
 

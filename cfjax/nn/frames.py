@@ -40,9 +40,13 @@ def _framed(x_BTNK: jax.Array, frames: int) -> jax.Array:
 
 def constrain_kv(x_LBFTNK: jax.Array) -> jax.Array:
     """Keys or values of clean frames, [..., B, F, T, N, K], with the sharding of a KV cache."""
-    kind, _ = context_sharding(x_LBFTNK.shape[-2], x_LBFTNK.shape[-3])
-    logical_axes = ("tokens", "channels") if kind == "tokens" else (None, "heads")
-    return constrain(x_LBFTNK, *(None,) * (x_LBFTNK.ndim - 5), "batch", None, *logical_axes, None)
+    return constrain(x_LBFTNK, *(None,) * (x_LBFTNK.ndim - 5), *kv_axes(x_LBFTNK.shape[-5:]))
+
+
+def kv_axes(shape: Sequence[int]) -> tuple[str | None, ...]:
+    """The logical axes of keys or values [B, F, T, N, K] in a KV cache, on the active mesh."""
+    kind, _ = context_sharding(shape[-2], shape[-3])
+    return ("batch", None, *(("tokens", "channels") if kind == "tokens" else (None, "heads")), None)
 
 
 def attend_frames(

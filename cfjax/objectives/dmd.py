@@ -30,6 +30,7 @@ from cfjax.rollout.generate import both_prompts
 from cfjax.rollout.long_video import LongVideo, draw_long, roll_window
 from cfjax.rollout.rolling_training import student_rollout
 from cfjax.rollout.self_forcing import Draws, SelfForcing, draw_rollout
+from cfjax.rollout.streaming import Streaming
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class DMDConfig:
         (quirk Q3), and noises at the nearest entry of its table: the bounds are not in it, so a tenth of the draws is
         noised at 0.9799 or 0.0197 and conditioned on 0.98 or 0.02. None uses the exact level, 8.0 is the reference's.
       long: rollouts longer than the scores' window; the losses then need a frozen role "codec". None is off.
+      streaming: a rollout that goes on from update to update; the losses are those of `objectives.streaming`.
     """
 
     self_forcing: SelfForcing
@@ -58,6 +60,7 @@ class DMDConfig:
     score_max: float = 0.98
     score_table_shift: float | None = None
     long: LongVideo | None = None
+    streaming: Streaming | None = None
 
     def __post_init__(self) -> None:
         if self.student_input not in ("self_rollout", "noised_data"):
@@ -72,9 +75,10 @@ class DMDConfig:
             raise UserError(f"objective.score_shift={self.score_shift}: use more than 0 (1 is no shift)")
         if self.score_table_shift is not None and not self.score_table_shift > 0:
             raise UserError(f"objective.score_table_shift={self.score_table_shift}: use more than 0, or 0 for no table")
-        if self.long and self.student_input != "self_rollout":
+        longer = self.long or self.streaming
+        if longer and self.student_input != "self_rollout":
             raise UserError(
-                f"objective.max_frames={self.long.max_frames} needs objective.student_input=self_rollout, or 0"
+                f"objective.max_frames={longer.max_frames} needs objective.student_input=self_rollout, or 0"
             )
         if self.self_forcing.rolling and self.student_input != "self_rollout":
             raise UserError(

@@ -12,6 +12,8 @@ Models = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
 # loss(models, batch, key) -> (scalar float32, metrics: name -> scalar)
 Loss = Callable[[Models, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# Of a stage whose rollout goes on: loss(models, batch, key, rollout) -> (scalar, metrics, rollout after it)
+RolloutLoss = Callable[[Models, Batch, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array], Any]]
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,18 @@ class Stage:
     """One stage: which roles are trained, by which loss, how often, and which are averaged.
 
     Role r is updated at iteration n iff `n % cadence[r] == 0` (default 1), in the order of `losses`; each update takes
-    a batch of its own. A loss sees every model: frozen ones, trained ones, and `{role}_ema`.
+    a batch of its own. A loss sees every model: frozen ones, trained ones, and `{role}_ema`. With `goes_on`, all losses
+    are `RolloutLoss`es of one rollout, which is part of the training state.
 
     Raises:
       UserError: a cadence or an average that no iteration can have.
     """
 
     name: str
-    losses: Mapping[str, Loss]
+    losses: Mapping[str, Loss | RolloutLoss]
     cadence: Mapping[str, int] = field(default_factory=dict)
     ema: Mapping[str, Ema] = field(default_factory=dict)
+    goes_on: bool = False
 
     def __post_init__(self) -> None:
         for role, every in self.cadence.items():

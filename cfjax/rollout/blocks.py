@@ -214,11 +214,20 @@ def scan_blocks(
 
 
 def loop_blocks(
-    step: BlockStep, cache: KVCache, per_frame: Any, per_block: Any, num_frames: int, blocks: Blocks, count: jax.Array
+    step: BlockStep,
+    cache: KVCache,
+    per_frame: Any,
+    per_block: Any,
+    num_frames: int,
+    blocks: Blocks,
+    count: jax.Array | int,
+    *,
+    first: jax.Array | int = 0,
 ) -> tuple[KVCache, Any]:
     """`scan_blocks` over the first `count` blocks alone, a traced number: one program, and no work for the others.
 
     Outputs have the length of `num_frames`, with zeros where no block was made. Not differentiable in reverse.
+    `first`: the first block that is made, traced, for layouts without an independent first frame.
     """
     spans = blocks.spans(num_frames)
     peel = 1 if blocks.independent_first_frame else 0
@@ -244,4 +253,4 @@ def loop_blocks(
         return one(number, start, blocks.frames, carry)
 
     with jax.named_scope(COUNTED_BLOCKS):
-        return jax.lax.fori_loop(peel, jnp.minimum(count, len(spans)), body, carry)
+        return jax.lax.fori_loop(peel or first, jnp.minimum(count, len(spans)), body, carry)

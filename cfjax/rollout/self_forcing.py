@@ -3,10 +3,11 @@
 Only each block's exit step carries gradient (paper section 3.3; reference: `pipeline/self_forcing_training.py`,
 `SelfForcingTrainingPipeline.inference_with_trajectory`). So `rollout` runs the sequential loop without gradient and
 keeps the inputs of that step: its noisy latents and the committed keys and values. `replay_exit` then runs the exit
-steps of *all* blocks in one pass: the loop's gradient, from one large pass.
+steps of *all* blocks in one pass: the loop's gradient, from one large pass. Under a memory policy that is a pass for
+each block, see `rollout.remembered`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -16,12 +17,13 @@ import numpy as np
 
 from cfjax.core.errors import UserError
 from cfjax.flow.path import add_noise, x0_from_flow
-from cfjax.models.cache import KVCache
 from cfjax.models.saved import Saved, forward_saving, replay_saved
 from cfjax.models.wan import KV, FrameKV, KvGradient, Wan, replay
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_unless_last, denoise_block, empty_cache, loop_blocks, scan_blocks
+from cfjax.rollout.remembered import Begin, Exits, Remembered, check_trains, commit_if, empty, replay_remembered
 
+Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x, sigma) -> x0
 BEFORE_EXIT = "steps_before_exit"  # scope of the loop whose length is drawn
 Draws = Mapping[str, jax.Array]
 Part = tuple[jax.Array, int] | None  # some frames of a video: the first one (traced), and how many; None: all
@@ -83,6 +85,7 @@ class Rollout:
     x0_BFHWC: the generated video (prediction at the exit step).
     context: committed keys and values, the replay's context; zeros for the last block, which no other block sees.
     saved: every layer's output in the exit steps, if they were kept.
+    begin, state: where a rollout began that goes on from another, and the policy's state after it.
     """
 
     x_exit_BFHWC: jax.Array
@@ -90,6 +93,8 @@ class Rollout:
     x0_BFHWC: jax.Array
     context: FrameKV
     saved: Saved | None = None
+    begin: Begin | None = None
+    state: Any = None
 
 
 def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, blocks: Blocks) -> dict[str, jax.Array]:
@@ -124,6 +129,19 @@ def draw_rollout(key: jax.Array, shape: tuple[int, ...], config: SelfForcing, bl
     }
 
 
+def _until_exit(
+    predict: Predict, x: jax.Array, renoise: jax.Array, levels: jax.Array, exit_step: jax.Array
+) -> jax.Array:
+    """The input of a block's exit step."""
+
+    def step(j: jax.Array, x: jax.Array) -> jax.Array:
+        eps = jax.lax.dynamic_index_in_dim(renoise, j, axis=2, keepdims=False)
+        return add_noise(predict(x, levels[j]), eps, levels[j + 1])
+
+    with jax.named_scope(BEFORE_EXIT):
+        return jax.lax.fori_loop(0, exit_step, step, x)
+
+
 @jax.named_scope("self_rollout")
 def rollout(
     model: Wan,
@@ -134,37 +152,33 @@ def rollout(
     *,
     count: jax.Array | None = None,
     save: bool = False,
+    begin: Begin | None = None,
 ) -> Rollout:
     """Generates a video with the student's own cache, each block stopped at its exit step; no gradient.
 
     One compile whatever the exit steps: they are traced, and the loop before the exit is a `fori_loop`. The number of
     blocks may be traced too: `count` stops after so many, and leaves zeros behind them; None makes all that were drawn.
-    With `save`, the exit steps keep what their gradient needs.
+    With `save`, the exit steps keep what their gradient needs. With a `begin`, which needs a memory policy, the rollout
+    goes on from another one: it leaves zeros for the blocks before its first, and commits the last.
     """
-    if blocks.memory is not None:
-        raise UserError("self-rollout has no memory policies yet: train with blocks.window and blocks.sink")
-    noise = draws["noise_BFHWC"]
-    num_frames = noise.shape[1]
-    spans = blocks.spans(num_frames)
+    check_trains(blocks, kv_gradient=config.kv_gradient, save_activations=save)
+    shape = draws["noise_BFHWC"].shape
+    spans = blocks.spans(shape[1])
     levels_GJ, _ = config.tables(len(spans))
     if draws["exit_G"].shape != (len(spans),):
         raise UserError(f"exit_G has shape {draws['exit_G'].shape}; {len(spans)} blocks need ({len(spans)},)")
-    cache = empty_cache(model.config, noise.shape, Blocks(frames=blocks.frames))
     starts = jnp.asarray([start for start, _ in spans], jnp.int32)
     last = starts[(len(spans) if count is None else jnp.minimum(count, len(spans))) - 1]
+    origin = begin.origin if begin else 0
 
-    def block(cache: KVCache, start: jax.Array, inputs: Any) -> tuple[KVCache, tuple[Any, ...]]:
+    def block(cache: Any, start: jax.Array, inputs: Any) -> tuple[Any, tuple[Any, ...]]:
         (x, renoise, context_eps), (levels, exit_step) = inputs
+        past = cache.state if isinstance(cache, Remembered) else cache
 
         def predict(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return x0_from_flow(denoise_block(model, x, sigma, text_kv, cache, start, blocks), x, sigma)
+            return x0_from_flow(denoise_block(model, x, sigma, text_kv, past, origin + start, blocks), x, sigma)
 
-        def step(j: jax.Array, x: jax.Array) -> jax.Array:
-            eps = jax.lax.dynamic_index_in_dim(renoise, j, axis=2, keepdims=False)
-            return add_noise(predict(x, levels[j]), eps, levels[j + 1])
-
-        with jax.named_scope(BEFORE_EXIT):
-            x_exit = jax.lax.fori_loop(0, exit_step, step, x)
+        x_exit = _until_exit(predict, x, renoise, levels, exit_step)
         sigma_BF = jnp.broadcast_to(levels[exit_step], x.shape[:2])
         if save:
             with jax.named_scope("denoise_block"):
@@ -173,25 +187,50 @@ def rollout(
         else:
             saved, x0 = None, predict(x_exit, levels[exit_step])
         seen = add_noise(x0, context_eps, config.context_noise)
-        if len(spans) > 1:
+        if isinstance(cache, Remembered):
+            cache = commit_if(
+                True if begin else start < last, model, seen, text_kv, cache, start, blocks, origin=origin
+            )
+        elif len(spans) > 1:
             cache = commit_unless_last(model, seen, text_kv, cache, start, blocks, last)
         return cache, (x_exit, sigma_BF, x0, saved)
 
-    frames = (noise, draws["renoise_BFJHWC"], draws["context_BFHWC"])
-    work = (block, cache, frames, (levels_GJ, draws["exit_G"]), num_frames, blocks)
-    cache, (x_exit, sigma_exit, x0, saved) = scan_blocks(*work) if count is None else loop_blocks(*work, count)
-    context = FrameKV(cache.k_LBFTNK, cache.v_LBFTNK)
-    return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, context, saved))
+    frames = tuple(draws[name] for name in ("noise_BFHWC", "renoise_BFJHWC", "context_BFHWC"))
+    work = (block, _before(model, shape, blocks, begin), frames, (levels_GJ, draws["exit_G"]), shape[1], blocks)
+    if count is None and begin is None:
+        return _result(*scan_blocks(*work), begin)
+    number, first = len(spans) if count is None else count, begin.first if begin else 0
+    return _result(*loop_blocks(*work, number, first=first), begin)
+
+
+def _result(cache: Any, outputs: tuple[Any, ...], begin: Begin | None) -> Rollout:
+    """The rollout, of what is carried after the last block and what each block gave."""
+    x_exit, sigma_exit, x0, saved = outputs
+    state, kept = (cache.state, cache.kept) if isinstance(cache, Remembered) else (None, cache)
+    context = FrameKV(kept.k_LBFTNK, kept.v_LBFTNK)
+    return jax.lax.stop_gradient(Rollout(x_exit, sigma_exit, x0, context, saved, begin, state if begin else None))
+
+
+def _before(model: Wan, shape: tuple[int, ...], blocks: Blocks, begin: Begin | None) -> Any:
+    """What a rollout carries, before its first block."""
+    if blocks.memory is None:
+        return empty_cache(model.config, shape, Blocks(frames=blocks.frames))
+    return empty(model.config, shape, blocks, begin.state if begin else None)
 
 
 @jax.named_scope("replay_exit_steps")
 def replay_exit(
     model: Wan, text_kv: KV, rolled: Rollout, config: SelfForcing, blocks: Blocks, *, start: jax.Array | None = None
 ) -> jax.Array:
-    """The generated video again, x0_BFHWC, now with gradient through every block's exit step, in one pass.
+    """The generated video again, x0_BFHWC, now with gradient through every block's exit step, in one pass (under
+    a memory policy, one per block).
 
     With a `start`, traced, `rolled` holds a stretch of a longer video (but its context whole), see `models.wan.replay`.
     """
+    if blocks.memory is not None:
+        check_trains(blocks, kv_gradient=config.kv_gradient, save_activations=rolled.saved is not None)
+        exits = (rolled.x_exit_BFHWC, rolled.sigma_exit_BF, rolled.x0_BFHWC, rolled.context)
+        return replay_remembered(model, text_kv, Exits(*exits, start, rolled.begin), blocks)
     given = (model, rolled.x_exit_BFHWC, rolled.sigma_exit_BF, text_kv, rolled.context)
     if rolled.saved is None:
         v = replay(*given, blocks, kv_gradient=config.kv_gradient, start=start)
@@ -227,8 +266,8 @@ def video_by_blocks(
         return cut(rolled.x0_BFHWC, part), rolled.x0_BFHWC
     stretch = rolled
     if part is not None:
-        per_frame = (rolled.x_exit_BFHWC, rolled.sigma_exit_BF, rolled.saved)
-        x, sigma_BF, saved = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, *part, axis=1), per_frame)
-        stretch = replace(rolled, x_exit_BFHWC=x, sigma_exit_BF=sigma_BF, saved=saved)
+        per_frame = (rolled.x_exit_BFHWC, rolled.sigma_exit_BF, rolled.x0_BFHWC, rolled.saved)
+        x, sigma_BF, made, saved = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, *part, axis=1), per_frame)
+        stretch = replace(rolled, x_exit_BFHWC=x, sigma_exit_BF=sigma_BF, x0_BFHWC=made, saved=saved)
     x0 = replay_exit(model, text_kv, stretch, config, blocks, start=None if part is None else part[0])
     return x0, rolled.x0_BFHWC

@@ -6,8 +6,9 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from cfjax.core.errors import UserError
-from cfjax.core.sharding import place, replicated, shardings
+from cfjax.core.sharding import activation_spec, on_mesh, place, replicated, shardings
 from cfjax.core.tree import map_named, named_leaves
+from cfjax.nn.frames import kv_axes
 from cfjax.training.state import TrainState
 
 FEW = 16  # elements of an optimiser's constants, such as Muon's three coefficients: on every device
@@ -22,8 +23,12 @@ def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
     weights = {role: named_leaves(model) for role, model in state.params.items()}
     by_role = {role: shardings(model, mesh) for role, model in state.params.items()}
 
+    carried = {} if state.rollout is None else named_leaves(rollout_shardings(state.rollout, mesh))
+
     def where(name: str, leaf: Any) -> NamedSharding:
         part, _, rest = name.partition("/")
+        if part == "rollout":
+            return carried[rest]
         role, _, rest = rest.partition("/")
         if part in ("params", "ema"):
             return by_role[role][rest]
@@ -36,6 +41,24 @@ def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
         return replicated(mesh)
 
     return map_named(where, state)
+
+
+def rollout_shardings(rollout: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The sharding of what losses carry: rows of a batch, and keys and values as in a KV cache; small arrays on every
+    device.
+    """
+    with on_mesh(mesh):
+
+        def where(name: str, leaf: Any) -> NamedSharding:
+            axes: tuple[str | None, ...] = (None,) * leaf.ndim
+            if leaf.ndim == 6:  # [L, B, slots, T, N, K], or what a codec makes of it
+                axes = (None, *kv_axes(leaf.shape[1:]))
+            elif leaf.ndim > 1:
+                at = 1 if name.startswith("memory/") else 0
+                axes = (*(None,) * at, "batch", *(None,) * (leaf.ndim - at - 1))
+            return NamedSharding(mesh, activation_spec(leaf.shape, axes))
+
+        return map_named(where, rollout)
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:

@@ -20,6 +20,7 @@ class TrainState:
 
     step: int32 scalar, completed iterations.  key: typed PRNG key, never advanced (folded with the step instead).
     params: role -> model.  opt: role -> optax state over the model's named leaves.  ema: role -> float32 averages.
+    rollout: what the losses of a stage that `goes_on` carry from one update to the next; else None.
     """
 
     step: jax.Array
@@ -27,10 +28,16 @@ class TrainState:
     params: dict[str, Any]
     opt: dict[str, Any]
     ema: dict[str, Any]
+    rollout: Any = None
 
 
 def init_state(
-    stage: Stage, models: Mapping[str, Any], txs: Mapping[str, optax.GradientTransformation], seed: int
+    stage: Stage,
+    models: Mapping[str, Any],
+    txs: Mapping[str, optax.GradientTransformation],
+    seed: int,
+    *,
+    rollout: Any = None,
 ) -> TrainState:
     """A state at step 0 for the roles of `stage`, which owns copies of the models (the step donates its state).
 
@@ -38,6 +45,7 @@ def init_state(
       models: role -> initial weights; exactly the roles of `stage.losses`.
       txs: role -> optimiser, as `make_optimizer` builds it.
       seed: any integer; 0 means 0.
+      rollout: of a stage that `goes_on`, before its first update.
 
     Raises:
       UserError: a role has no model or no optimiser, or an averaged role is not trained.
@@ -56,6 +64,7 @@ def init_state(
         params=params,
         opt={role: txs[role].init(named_leaves(params[role])) for role in stage.losses},
         ema={role: jax.tree.map(lambda x: jnp.array(x, jnp.float32), params[role]) for role in stage.ema},
+        rollout=rollout,
     )
 
 

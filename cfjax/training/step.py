@@ -18,6 +18,7 @@ from cfjax.objectives.stage import Batch, Ema, Models, Stage
 from cfjax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
+ROLLOUT = "rollout"  # among a loss's metrics, until its update is done
 Update = Callable[[TrainState, Models, Batch], tuple[TrainState, Metrics]]
 
 
@@ -88,6 +89,17 @@ def _updated_ema(ema: Any, params: Any, rule: Ema, step: jax.Array) -> Any:
     return jax.tree.map(lambda e, p: keep * e + (1.0 - keep) * p.astype(jnp.float32), ema, params)
 
 
+def _loss(
+    stage: Stage, role: str, models: Models, batch: Batch, key: jax.Array, rollout: Any
+) -> tuple[jax.Array, Metrics]:
+    """A role's loss and metrics; the rollout after it is among these where the stage `goes_on`."""
+    loss_of: Any = stage.losses[role]
+    if not stage.goes_on:
+        return loss_of(models, batch, key)
+    loss, metrics, rollout = loss_of(models, batch, key, rollout)
+    return loss, {**metrics, ROLLOUT: rollout}
+
+
 def make_update(
     stage: Stage, role: str, tx: optax.GradientTransformation, *, accumulate: int = 1, placement: Any = None
 ) -> Update:
@@ -109,6 +121,8 @@ def make_update(
         raise UserError(f"stage {stage.name!r} has no role {role!r}; it trains {sorted(stage.losses)}")
     if accumulate < 1:
         raise UserError(f"accumulate={accumulate}: use 1 or more")
+    if accumulate > 1 and stage.goes_on:
+        raise UserError(f"optim.{role}.accumulate={accumulate}: a rollout that goes on is one batch; use 1")
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if placement is None else (placement, None))
     def update(state: TrainState, frozen: Models, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -117,11 +131,12 @@ def make_update(
 
         def loss_fn(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
             with jax.named_scope(f"{role}_loss"):
-                return stage.losses[role]({**others, role: params}, part, key)
+                return _loss(stage, role, {**others, role: params}, part, key, state.rollout)
 
         old = state.params[role]
         loss, metrics, grads = _grads(loss_fn, old, batch, role_key(state, role), accumulate)
         named_grads, named = named_leaves(grads), named_leaves(old)
+        rollout = metrics.pop(ROLLOUT, None)
         grad_norm = optax.tree.norm(named_grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
@@ -131,14 +146,15 @@ def make_update(
         ema = {}
         if role in stage.ema:
             ema = {role: _updated_ema(state.ema[role], new, stage.ema[role], state.step)}
-        fresh = (new, opt, ema)
-        stale = (old, state.opt[role], {name: state.ema[name] for name in ema})
-        new, opt, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), fresh, stale)
+        fresh = (new, opt, ema, rollout)
+        stale = (old, state.opt[role], {name: state.ema[name] for name in ema}, state.rollout)
+        new, opt, ema, rollout = jax.tree.map(lambda a, b: jnp.where(finite, a, b), fresh, stale)
         state = replace(
             state,
             params={**state.params, role: new},
             opt={**state.opt, role: opt},
             ema={**state.ema, **ema},
+            rollout=rollout,
         )
         return state, {**metrics, "loss": loss, "grad_norm": grad_norm, "finite": finite}
 

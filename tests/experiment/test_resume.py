@@ -100,6 +100,19 @@ def test_changes_are_reported_with_both_values():
     }
 
 
+def test_a_rollout_in_the_checkpoint_keeps_its_arrays():
+    """Their shapes are those of the batch, the window and what is remembered; of other runs these may change."""
+    c = shipped("dmd:toy,streaming", data__batch_size=8, objective__max_frames=36, blocks__sink=0)
+    assert changed_kinds(c, recorded(shipped("dmd:toy,streaming"))) == {
+        "data.batch_size 32 -> 8": Kind.FIXED,
+        "objective.max_frames 48 -> 36": Kind.MEANING,
+        "blocks.sink 3 -> 0": Kind.FIXED,
+    }
+    (change,) = changes(recorded(shipped("dmd:toy,streaming")), shipped("dmd:toy,streaming", objective__new_frames=0),
+                        TRAINED)  # fmt: skip
+    assert change.kind is Kind.FIXED
+
+
 def test_a_key_that_an_older_record_lacks_differs_where_the_command_line_sets_it():
     c = shipped("dmd:toy", objective__same_exit=False)
     record = recorded(c)

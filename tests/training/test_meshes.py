@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from cfjax.core.sharding import (
     batch_sharding,
@@ -19,6 +20,8 @@ from cfjax.core.sharding import (
     shardings,
 )
 from cfjax.core.tree import map_named, named_leaves
+from cfjax.memory.codecs import Codec
+from cfjax.memory.policies import EmaSink
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
@@ -27,8 +30,9 @@ from cfjax.objectives.dmd import DMDConfig, critic_loss, generator_loss
 from cfjax.objectives.ode_regression import PairsConfig, ode_regression
 from cfjax.objectives.stage import Ema, Stage
 from cfjax.rollout.self_forcing import SelfForcing
+from cfjax.rollout.streaming import Streaming, empty_rollout
 from cfjax.training.optim import OptimizerConfig, make_optimizer
-from cfjax.training.placement import place_state, placement_of
+from cfjax.training.placement import place_state, placement_of, rollout_shardings
 from cfjax.training.state import init_state
 from cfjax.training.step import has_batch_axis, make_update
 from tests.tiny import normal
@@ -45,6 +49,10 @@ STAGES = {
     "dmd": {"student": generator_loss(DMD, BLOCKS), "critic": critic_loss(DMD, BLOCKS)},
     "dmd_saving": {"student": generator_loss(SAVING, BLOCKS)},
 }
+# Four blocks of a frame, of which one has left the window, and is in the sink, before the last.
+REMEMBERING = Blocks(1, memory=EmaSink(3, 1, alpha=0.8))
+WITH_MEMORY = {"dmd_memory": {"student": generator_loss(DMDConfig(SelfForcing((1.0, 0.6))), REMEMBERING)}}
+LOSSES = {**STAGES, **WITH_MEMORY}
 # Eight heads divide by every axis: self-attention by heads. Six do not: by tokens, keys gathered, caches cut by tokens.
 MESHES = {
     "data": (8, {"data": 8}),
@@ -100,11 +108,11 @@ def on(mesh, models, batch, key):
 @partial(jax.jit, static_argnames="stage")
 def value_and_grad(stage, models, batch, key):
     def of(role):
-        loss = STAGES[stage][role]
+        loss = LOSSES[stage][role]
         value, grads = jax.value_and_grad(lambda own: loss({**models, role: own}, batch, key)[0])(models[role])
         return value, constrain_parameters(grads)
 
-    return {role: of(role) for role in STAGES[stage]}
+    return {role: of(role) for role in LOSSES[stage]}
 
 
 @cache
@@ -139,10 +147,32 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(capfd):
 
 
 @pytest.mark.slow
+def test_a_memory_policy_on_a_mesh(capfd):
+    """Batch over fsdp, tokens over context, heads over tensor; the keys that are remembered are cut by tokens too."""
+    compare("dmd_memory", "mixed_by_tokens", capfd)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_on_every_mesh(stage, mesh, capfd):
     compare(stage, mesh, capfd)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "heads"), [("mixed", None, ("tensor", "context")), ("mixed_by_tokens", "context", "tensor")]
+)
+def test_a_rollout_that_goes_on_is_cut_as_its_cache(name, tokens, heads):
+    """Rows over data and fsdp; keys, their codes and scales by heads or by tokens; what is small on every device."""
+    network, mesh = config(MESHES[name][0]), make_mesh(**MESHES[name][1])
+    blocks = Blocks(1, memory=EmaSink(3, 1, Codec("int8")))
+    make = partial(empty_rollout, network, SHAPE, (SHAPE[0], LENGTH, TEXT), Streaming(3, 8, 1), blocks)
+    where = rollout_shardings(jax.eval_shape(make), mesh)
+    placed = jax.jit(make, out_shardings=where)()
+    rows = ("data", "fsdp")
+    assert placed.memory.k.codes.sharding.spec == PartitionSpec(None, rows, None, tokens, heads, None)
+    assert placed.latents_BFHWC.sharding.spec[0] == placed.text_BSE.sharding.spec[0] == rows
+    assert placed.memory.frame_F.sharding.is_fully_replicated and placed.length.sharding.is_fully_replicated
 
 
 def test_nothing_of_a_state_is_replicated_by_accident():
