@@ -6,7 +6,6 @@ the frozen network's kernels, which may be stored in any way (`models.weight_sto
 each of its products x W + s (x A) B. `merged` is the network that computes the same without them.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,10 +39,12 @@ DOWN, UP = "down", "up"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Attributes:
-    rank: of the matrices.
-    alpha: the product is scaled by alpha / rank.
-    targets: a key of `TARGETS`.
+    """What is adapted, and how.
+
+    Attributes:
+      rank: of the matrices.
+      alpha: the product is scaled by alpha / rank.
+      targets: a key of `TARGETS`.
     """
 
     rank: int
@@ -186,8 +187,3 @@ def _merged_array(weight: LazyArray, down: LazyArray, up: LazyArray, factor: flo
         return replace(weight, parts=(partial(one, weight.read, down.read, up.read),), stacked=False)
     readers = zip(weight.entries(), down.entries(), up.entries(), strict=True)
     return replace(weight, parts=tuple(partial(one, *each) for each in readers), stacked=True)
-
-
-def count(lora: Lora) -> int:
-    """Number of trained parameters."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(lora))

@@ -10,9 +10,10 @@ from cfjax.core.errors import UserError
 from cfjax.core.lazy import as_lazy
 from cfjax.core.sharding import make_mesh, shardings
 from cfjax.core.tree import map_named, named_leaves
-from cfjax.models.lora import Lora, LoraConfig, abstract_lora, attach, count, make_lora, merged, merged_arrays
+from cfjax.models.lora import Lora, LoraConfig, abstract_lora, attach, make_lora, merged, merged_arrays
 from cfjax.models.wan import Wan, embed_text, preset
 from cfjax.models.weight_storage import fill, with_storage_dtypes
+from cfjax.training.memory import count_weights
 from tests.tiny import BATCH, CONFIG, FRAMES, normal, relative, text, tiny
 
 SETTINGS = LoraConfig(rank=4, alpha=6.0, targets="all")
@@ -100,7 +101,7 @@ def test_targets(targets, layers):
     lora = abstract_lora(config, LoraConfig(256, 256.0, targets))
     assert len(lora.lora) == layers
     if targets == "blocks":
-        assert count(lora) == 30 * 256 * (8 * 2 * 1536 + 2 * (1536 + 8960))
+        assert count_weights(lora) == 30 * 256 * (8 * 2 * 1536 + 2 * (1536 + 8960))
 
 
 def test_mistakes():
