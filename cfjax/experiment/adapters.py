@@ -21,7 +21,7 @@ from cfjax.experiment.lora import lora_record, records_of
 from cfjax.experiment.networks import NetworkRole, Role
 from cfjax.models.lora import LoraConfig, abstract_lora, attach, make_lora
 from cfjax.models.weight_storage import with_shardings
-from cfjax.objectives.stage import Batch, Loss, Models, Stage
+from cfjax.objectives.stage import Batch, Models, Stage
 from cfjax.training.loop import SampleFn
 from cfjax.training.metrics import EventWriter
 from cfjax.training.state import TrainState
@@ -109,11 +109,11 @@ def _below(role: NetworkRole, stage: Stage, roles: Mapping[str, Role]) -> str:
     return next(found, f"{role.name}{BASE}")
 
 
-def _seeing_whole(loss: Loss, below_of: Mapping[str, str]) -> Loss:
+def _seeing_whole(loss: Callable[..., Any], below_of: Mapping[str, str]) -> Callable[..., Any]:
     """A loss of whole networks, as one of adapters and what is below them."""
 
-    def of_both(models: Models, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss(attached(models, below_of), batch, key)
+    def of_both(models: Models, batch: Batch, key: jax.Array, *rollout: Any) -> Any:
+        return loss(attached(models, below_of), batch, key, *rollout)
 
     return of_both
 

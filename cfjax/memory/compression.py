@@ -83,7 +83,7 @@ class DeepForcing(DeepSink):
         key_F, _ = self.positions(labels(state), start, frames)
         moved = (jnp.arange(slots) < self.sink)[:, None]
         position_LBFT = jnp.where(moved, key_F[:, None], state.extra.position_LBFT)
-        filled = {*counts(slots, layout), *range(self.capacity - layout.frames, slots, layout.frames)}
+        filled = {*counts(slots, layout, self.protected), *range(self.capacity - layout.frames, slots, layout.frames)}
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
             def read(count: int) -> tuple[jax.Array, jax.Array]:

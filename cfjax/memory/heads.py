@@ -169,7 +169,7 @@ class ForcingKV(Memory):
         slots, runs = len(state.frame_F), state.extra
         rows, run_rows = to_bits((state.k, state.v)), to_bits((runs.k_LBFTNK, runs.v_LBFTNK))
         key_F, _ = self.positions(labels(state), start, frames)
-        filled, backend = counts(slots, layout), network.attention
+        filled, backend = counts(slots, layout, self.protected), network.attention
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
             def newest(count: int, pick: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:

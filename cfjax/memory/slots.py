@@ -302,7 +302,7 @@ class Memory:
 
     def shorter_prefixes(self, layout: Blocks) -> int:
         """How many programs `attention` has besides that for full slots, which most blocks of a long video run."""
-        return len(group_lengths(counts(self.slots(layout), layout))[0]) - 1
+        return len(group_lengths(counts(self.slots(layout), layout, self.protected))[0]) - 1
 
     def plan(self, num_frames: int, layout: Blocks) -> list[Seen]:
         """What every block of a video sees, without a network: the mirror of `attention` and `commit`."""

@@ -30,8 +30,17 @@ from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
 from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.prompts import Blend, blend_rows
 from cfjax.rollout.recache import Recache, at_once, by_blocks, check_at_once
-from cfjax.rollout.rolling import rolling_layout
-from cfjax.rollout.session_state import Made, Mode, Prompt, SessionState, Snapshot, Text, Transition
+from cfjax.rollout.session_state import (
+    Made,
+    Mode,
+    Prompt,
+    SessionState,
+    Snapshot,
+    Text,
+    Transition,
+    checked_seed,
+    own_memory,
+)
 from cfjax.rollout.session_video import next_from, next_source
 from cfjax.rollout.stream import (
     Call,
@@ -114,7 +123,7 @@ class Session:
         rows = self._rows(prompt)
         state = SessionState(
             self._empty(chosen), chosen, pipeline.codec.init_state(1), self._keys_of(rows), rows, prompt,
-            0, 0, 0, None, (), None, _checked_seed(seed),
+            0, 0, 0, None, (), None, checked_seed(seed),
         )  # fmt: skip
         self.given_video_BPHWC: np.ndarray | None = None
         self._state = state if given_BFHWC is None else self._given(state, jnp.asarray(given_BFHWC))
@@ -252,7 +261,7 @@ class Session:
         self._pipeline = replace(self._pipeline, model=model)
         state = replace(state, text_kv=self._keys_of(state.rows))
         if mode == "recache":
-            state = self._recommitted(replace(state, cache=state.memory.forget(state.cache)))
+            state = self._recommitted(state)
         self._held.clear()
         self._state = state
 
@@ -266,7 +275,7 @@ class Session:
         Raises:
           UserError: it belongs to another model, codec, sampler or layout.
         """
-        self._check(snapshot)
+        snapshot.check(self._pipeline)
         self._held.clear()  # of the course that is left
         self._state = snapshot.state
 
@@ -276,7 +285,7 @@ class Session:
         other.__dict__.update(self.__dict__)
         other._held = deque(self._held, maxlen=self._held.maxlen)
         state = self.state
-        other._state = state if seed is None else replace(state, seed=_checked_seed(seed))
+        other._state = state if seed is None else replace(state, seed=checked_seed(seed))
         return other
 
     def seek(self, block: int) -> None:
@@ -304,12 +313,8 @@ class Session:
         blocks, sampler = self._pipeline.blocks, self._pipeline.sampler
         assert blocks is not None
         chosen = (parse_memory(memory) or Everything(self._max_frames)) if isinstance(memory, str) else memory
-        if chosen is None and isinstance(sampler, FewStep) and sampler.rolling:
-            chosen = rolling_layout(blocks, len(sampler.steps)).memory
         if chosen is None:
-            own = Memory(blocks.window, blocks.sink) if blocks.window else Everything(self._max_frames)
-            chosen = blocks.memory or own
-        assert isinstance(chosen, Memory)
+            chosen = own_memory(blocks, sampler, self._max_frames)
         chosen.slots(blocks)
         chosen.check(self._pipeline.model.config)
         layout_of(sampler, self._blocks(chosen))
@@ -443,19 +448,10 @@ class Session:
         if change.mode == "recache" and last:
             if change.recache == "unmasked":
                 return at_once(state, self._put, move_sink=change.move_sink)
-            forgotten = replace(state, cache=state.memory.forget(state.cache))
-            state = by_blocks(forgotten, self._put, self._blocks(state.memory))
+            state = self._recommitted(state)
         return state
 
-    def _check(self, snapshot: Snapshot) -> None:
-        ours, theirs = self._pipeline, snapshot.pipeline
-        for name in ("model", "codec", "sampler", "blocks"):
-            mine, other = getattr(ours, name), getattr(theirs, name)
-            if mine is not other and (name in ("model", "codec") or mine != other):
-                raise UserError(f"this snapshot is of a session with another {name}: restore it there")
-
-
-def _checked_seed(seed: int) -> int:
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed}: use 0 to 2**32 - 1")
-    return int(seed)
+    def _recommitted(self, state: SessionState) -> SessionState:
+        """With the remembered blocks committed again."""
+        forgotten = replace(state, cache=state.memory.forget(state.cache))
+        return by_blocks(forgotten, self._put, self._blocks(state.memory))

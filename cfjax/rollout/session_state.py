@@ -7,10 +7,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from cfjax.memory.slots import Memory, State
+from cfjax.core.errors import UserError
+from cfjax.memory.slots import Everything, Memory, State
 from cfjax.models.wan import KV
+from cfjax.nn.visibility import Blocks
+from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.prompts import Blend
-from cfjax.rollout.rolling import Window
+from cfjax.rollout.rolling import Window, rolling_layout
 from cfjax.rollout.stream import Pipeline
 
 Mode = Literal["recache", "keep", "cut"]
@@ -118,3 +121,27 @@ class Snapshot:
 
     pipeline: Pipeline
     state: SessionState
+
+    def check(self, pipeline: Pipeline) -> None:
+        """Raises UserError unless it can go on in this pipeline."""
+        for name in ("model", "codec", "sampler", "blocks"):
+            ours, theirs = getattr(pipeline, name), getattr(self.pipeline, name)
+            if ours is not theirs and (name in ("model", "codec") or ours != theirs):
+                raise UserError(f"this snapshot is of a session with another {name}: restore it there")
+
+
+def checked_seed(seed: int) -> int:
+    """The seed. Raises UserError beyond 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed}: use 0 to 2**32 - 1")
+    return int(seed)
+
+
+def own_memory(blocks: Blocks, sampler: FewStep | ManyStep, max_frames: int) -> Memory:
+    """What a run remembers of itself: its policy, window and sink, or everything, of at most `max_frames`."""
+    if isinstance(sampler, FewStep) and sampler.rolling:
+        blocks = rolling_layout(blocks, len(sampler.steps))
+    own = Memory(blocks.window, blocks.sink) if blocks.window else Everything(max_frames)
+    memory = blocks.memory or own
+    assert isinstance(memory, Memory)
+    return memory
