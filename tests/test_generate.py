@@ -30,11 +30,12 @@ from cfjax.models.text_cache import TextCache
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.models.wan import Wan, embed_text
 from cfjax.models.weight_storage import STORAGE_DTYPES
+from cfjax.nn.visibility import Blocks
 from cfjax.rollout.clips import Clips, Times
 from cfjax.rollout.generate import FewStep, ManyStep, generate_few_step
 from cfjax.rollout.session import Session
 from cfjax.rollout.session_state import Text
-from cfjax.rollout.stream import Pipeline, decode_step, seeded_noise
+from cfjax.rollout.stream import Pipeline, decode_step, seeded_noise, stream_latents
 from cfjax.training.checkpoint import CheckpointStore, load_role, read_meta
 from cfjax.worlds.records import placed_template
 from cfjax.worlds.wan import WanWorld
@@ -190,6 +191,40 @@ def test_prompts_over_time_and_a_memory_policy(root, run, tmp_path, capsys):
     ):
         assert generate(root, tmp_path / "wrong", **wrong) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "wrong" / "settings.json").exists()
+
+
+@pytest.mark.slow
+def test_blocks_denoised_together_and_a_context_encoded_anew(root, run, tmp_path, capsys):
+    """Rolling Forcing's video is the stream's; Krea's memory, which needs pixels, is a session's, prompt by prompt."""
+    keys = {"seed": 5, "frames": 45, "prompt": " | ".join(PROMPTS), "videos": 1, "batch": 2}
+    assert generate(root, tmp_path / "rolling", sampler__kind="rolling", window=15, **keys) == 0
+    record = json.loads((tmp_path / "rolling" / "settings.json").read_text())
+    assert record["sampler"]["rolling"] and record["blocks"]["memory"] == "rolling_forcing(window=15)"
+    assert record["network_calls"] == 2 * 4 + 4 - 2
+    pipeline = Pipeline(run.model, None, FewStep(rolling=True), Blocks(3, window=15))
+    kv, noise = embed_text(run.model, run.world.encode_prompts(PROMPTS[:1])), seeded_noise(np.array([5], np.uint32))
+    blocks = list(stream_latents(pipeline, kv, noise, num_frames=12, latent_shape=(4, 4, 16)))
+    made = [read_latents(file) for file in written(tmp_path / "rolling", ".safetensors")]
+    assert min(relative(x, np.concatenate(blocks, axis=1)[0]) for x in made) < 1e-5
+
+    memory = "context_recompute(reencode=True)"
+    assert generate(root, tmp_path / "krea", memory=memory, **keys) == 0
+    files = written(tmp_path / "krea", ".safetensors")
+    assert len(files) == 2
+    session = run.session(PROMPTS[0], seed=5, memory=memory)
+    wanted = np.concatenate([session.next().latents_BFHWC for _ in range(4)], axis=1)[0]
+    assert min(relative(read_latents(file), wanted) for file in files) < 1e-5
+    capsys.readouterr()
+    for wrong, message in (
+        ({"sampler__kind": "rolled"}, "sampler.kind='rolled': use few_step or rolling"),
+        ({"sampler__kind": "rolling", "window": 12}, "window=12 must hold the first block and 4 blocks"),
+        ({"sampler__kind": "rolling", "memory": "infinity_rope"}, "sampler.kind='rolling' has its own"),
+        ({"memory": "rolling_forcing"}, "is for sampler.kind='rolling'"),
+        ({"sampler__kind": "rolling", "run": root / "wan"}, "which has no such setting"),
+        ({"sampler__kind": "rolling", "timeline": "A cat[0.75s] | A surfer[1s#]"}, "cannot cut the scene"),
+    ):
+        assert generate(root, tmp_path / "wrong", **wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_video_is_changed(root, whole, tmp_path, capsys):

@@ -201,6 +201,7 @@ def video():
     return whole(tiny(), *inputs(), STEPS.sigmas(), text_kv(), LAYOUT)
 
 
+@pytest.mark.slow
 def test_a_video_is_the_naive_loops():
     """Windows of the blocks that exist alone, against a list of committed keys, with a plain softmax."""
     (noise, fresh), levels, model, kv = inputs(), STEPS.sigmas(), tiny(), text_kv()
