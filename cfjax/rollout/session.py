@@ -120,7 +120,7 @@ class Session:
         self._held: deque[SessionState] = deque(maxlen=hold)
         self._state: SessionState | None = None
         chosen = self._memory(memory)
-        rows = self._rows(prompt)
+        rows = self._text.rows(prompt)
         state = SessionState(
             self._empty(chosen), chosen, pipeline.codec.init_state(1), self._keys_of(rows), rows, prompt,
             0, 0, 0, None, (), None, checked_seed(seed),
@@ -220,7 +220,7 @@ class Session:
             raise UserError("move_sink=True is of recache='unmasked'; set that too, or leave it out")
         if recache == "unmasked":
             check_at_once(state.memory, move_sink)
-        rows = self._rows(prompt)
+        rows = self._text.rows(prompt)
         blend_rows([state.rows, rows], [0.5, 0.5], blend)
         change = Transition(state.rows, rows, max(blend_blocks, 1), 0, mode, blend, recache, move_sink)
         self._state = replace(state, prompt=prompt, transition=change)
@@ -333,13 +333,6 @@ class Session:
         config, (height, width, _) = self._pipeline.model.config, self._shape
         rows = 2 if isinstance(self._pipeline.sampler, ManyStep) else 1
         return memory.init(config, rows, config.tokens_per_frame(height, width), self._blocks(memory))
-
-    def _rows(self, prompt: Prompt) -> np.ndarray:
-        if isinstance(prompt, str):
-            return np.asarray(self._text.encode([prompt]))[0]
-        if not prompt:
-            raise UserError("no prompt: give one, or a list of (prompt, weight)")
-        return blend_rows(list(np.asarray(self._text.encode([text for text, _ in prompt]))), [w for _, w in prompt])
 
     def _keys_of(self, rows: np.ndarray) -> KV:
         negative = rows if self._text.negative_SE is None else self._text.negative_SE

@@ -12,7 +12,7 @@ from cfjax.memory.slots import Everything, Memory, State
 from cfjax.models.wan import KV
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep
-from cfjax.rollout.prompts import Blend
+from cfjax.rollout.prompts import Blend, blend_rows
 from cfjax.rollout.rolling import Window, rolling_layout
 from cfjax.rollout.stream import Pipeline
 
@@ -32,6 +32,18 @@ class Text:
 
     encode: Callable[[Sequence[str]], np.ndarray]
     negative_SE: np.ndarray | None = None
+
+    def rows(self, prompt: Prompt) -> np.ndarray:
+        """Text rows of a prompt, or of several blended, [S, E].
+
+        Raises:
+          UserError: there is none, or one that it cannot take.
+        """
+        if isinstance(prompt, str):
+            return np.asarray(self.encode([prompt]))[0]
+        if not prompt:
+            raise UserError("no prompt: give one, or a list of (prompt, weight)")
+        return blend_rows(list(np.asarray(self.encode([text for text, _ in prompt]))), [w for _, w in prompt])
 
 
 @dataclass(frozen=True)

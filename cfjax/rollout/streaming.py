@@ -149,8 +149,9 @@ def draw_chunk(key: jax.Array, streaming: Streaming) -> dict[str, jax.Array]:
     `new_share` picks how many frames a later chunk adds; `switch` is used where a rollout begins.
     """
     key_new, key_switch = jax.random.split(key)
-    frames = streaming.switch_frames() if streaming.switch_prompts else [NEVER]
-    switch = jnp.asarray(list(frames), jnp.int32)[jax.random.randint(key_switch, (), 0, len(frames))]
+    switch, frames = jnp.int32(NEVER), streaming.switch_frames()
+    if streaming.switch_prompts:
+        switch = frames.start + frames.step * jax.random.randint(key_switch, (), 0, len(frames), jnp.int32)
     return {"new_share": jax.random.uniform(key_new), "switch": switch}
 
 
