@@ -59,6 +59,10 @@ MEETING = (
     ("tiny_vae", "latent_channels", "vae", "z_dim", "latents"),
     ("dit", "text_dim", "text_encoder", "dim", "text rows"),
 )
+UNSAID = (
+    "the file does not say what it was trained for: recorded as bidirectional, with 50 steps of UniPC; if it generates "
+    "block by block, convert it with --config=configs/convert.py:dmd, :ar_diffusion, :ode_regression or :consistency"
+)
 FPS = 16
 # Of every stage and sampler (reference: `timestep_shift` in `configs/*.yaml`).
 NEGATIVE_PROMPT = (
@@ -88,6 +92,8 @@ def main(argv: Sequence[str]) -> int:
             _describe(each)
         if source.ignored:
             say(f"  {LEFT_OUT}{', '.join(source.ignored)}")
+        if c.to == "orbax" and c.experiment.stage == "bidirectional" and any(x.of_training for x in source.found):
+            say(f"  {UNSAID}")
         total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
         with (
             tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar,

@@ -185,6 +185,20 @@ def test_stages(root, run, arg):
     assert not meta["config"]["ema"]  # the file holds no average
 
 
+def test_what_a_checkpoint_was_trained_for_is_asked_for(root, run, tmp_path, capsys):
+    """Nothing in the file says it. A transformer that is no trainer's is Wan itself, without a word."""
+    trained = synthetic.write_causal_forcing_pt(tmp_path / "generator.pt", ("generator",))
+    assert convert(trained, tmp_path / "unsaid", world=run / "world") == 0
+    said = capsys.readouterr().out
+    assert "recorded as bidirectional, with 50 steps of UniPC" in said and "configs/convert.py:dmd" in said
+    assert convert(trained, tmp_path / "said", "dmd", world=run / "world") == 0
+    assert "recorded as bidirectional" not in capsys.readouterr().out
+    assert convert(tmp_path / "unsaid", tmp_path / "plain", to="safetensors", parts="dit") == 0
+    plain = tmp_path / "plain" / "diffusion_pytorch_model.safetensors"
+    assert convert(plain, tmp_path / "wan", world=run / "world") == 0
+    assert "recorded as bidirectional" not in capsys.readouterr().out
+
+
 def test_back_out_to_the_reference(student, root, capsys):
     assert convert(student, root / "reference", to="pt") == 0
     assert "207 tensors, 271,152 parameters" in capsys.readouterr().out

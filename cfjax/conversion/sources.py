@@ -27,6 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE)
 # Entries of a training checkpoint as the reference calls them (`trainer/diffusion.py`).
 GENERATOR, AVERAGE, CRITIC = "generator", "generator_ema", "critic"
 OTHER = "other"
+TRAINERS = {GENERATOR, "generator_state_dict", "student"}
 # model_index.json: [library, class] of every component, [null, null] of one that is not there.
 COMPONENT = several(either(text(), one_of(None)), 2, 2)
 INDEX_RULE = table({}, {name: COMPONENT for name in (*COMPONENTS, "transformer_2")})
@@ -34,11 +35,20 @@ INDEX_RULE = table({}, {name: COMPONENT for name in (*COMPONENTS, "transformer_2
 
 @dataclass(frozen=True)
 class Found:
-    """A network and the role it plays in a run: `role` "student" or "critic" for a transformer, else its kind."""
+    """A network and the role it plays in a run: `role` "student" or "critic" for a transformer, else its kind.
+
+    `entry` is the name that it has in its file, "" where that holds nothing else.
+    """
 
     network: Network
     role: str
     ema: bool = False
+    entry: str = ""
+
+    @property
+    def of_training(self) -> bool:
+        """Whether it comes from a training checkpoint, which does not say what it was trained for."""
+        return self.role == CRITIC or self.ema or not TRAINERS.isdisjoint(self.entry.split("."))
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,7 @@ def _networks(weights: WeightFile, reading: Reading, ignored: list[str]) -> Iter
     if reading.key:
         if not reading.parts or _kind(entries[reading.key]) in reading.parts:
             network = read(reading.key)
-            yield Found(network, "student" if network.kind == "dit" else network.kind)
+            yield Found(network, "student" if network.kind == "dit" else network.kind, entry=reading.key)
         return
     kinds = {entry: _kind(arrays) for entry, arrays in entries.items()}
     if not any(kinds.values()) and not reading.parts:
@@ -199,8 +209,8 @@ def _networks(weights: WeightFile, reading: Reading, ignored: list[str]) -> Iter
     wanted = {entry: kind for entry, kind in kinds.items() if kind and (not reading.parts or kind in reading.parts)}
     chosen = _transformers([entry for entry, kind in wanted.items() if kind == "dit"], weights.path)
     others = {entry: (kind, False) for entry, kind in wanted.items() if kind != "dit"}
-    for entry, role in (chosen | others).items():
-        yield Found(read(entry), *role)
+    for entry, (role, ema) in (chosen | others).items():
+        yield Found(read(entry), role, ema, entry)
     ignored += [_left(entry, arrays) for entry, arrays in entries.items() if entry not in chosen | others]
 
 
