@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 
+from cfjax import __version__
 from cfjax.core.console import complain, say, tolerate_output_errors
 from cfjax.core.errors import UserError
 from cfjax.core.machine import ensure_open_files, storage_failure
@@ -31,7 +32,7 @@ COMPILES_NOTHING = ("check",)
 def _usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {purpose}" for verb, purpose in VERBS.items()]
-    return "\n".join(["usage: cfjax VERB [--help] [--FLAG=value ...]", "", *lines])
+    return "\n".join(["usage: cfjax VERB [--help] [--FLAG=value ...], or cfjax --version", "", *lines])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("--help", "-h", "help"):
         with tolerate_output_errors():
             say(_usage())
+        return 0
+    if verb in ("--version", "version"):
+        with tolerate_output_errors():
+            say(f"cfjax {__version__}")
         return 0
     if verb not in VERBS:
         complain(f"cfjax: unknown verb {verb!r}; use one of {', '.join(VERBS)}")

@@ -291,20 +291,20 @@ def precompute_pairs(c: ConfigDict) -> Path:
     Raises:
       UserError: more pairs than clips, a teacher of another stage or layout, or pairs there of other settings.
     """
-    data = data_of(c).open()
     target = data_root(c.data.path) / c.output
     if read_if_whole(target / MANIFEST) is not None:
         _check_made(c, target)
         say(f"{target} exists already; remove it to make it again")
         return target
-    if c.pairs > len(data.dataset):
-        raise UserError(f"pairs={c.pairs}, but {c.data.path}/{c.data.name} holds {len(data.dataset)} clips")
     values = c.objective.to_dict()
     method = values.pop("method")
-    if method not in METHODS:  # before any file is touched
+    if method not in METHODS:  # before any file is touched, or any clip rendered
         raise UserError(f"objective.method={method!r}: use one of {', '.join(METHODS)}")
     roles = roles_of(c)
     check_blocks(blocks_of(c), roles.values())
+    data = data_of(c).open()
+    if c.pairs > len(data.dataset):
+        raise UserError(f"pairs={c.pairs}, but {c.data.path}/{c.data.name} holds {len(data.dataset)} clips")
     config = PairsConfig(**values)
     writer = _pairs_writer(c, data, target, config)
     shard, shards = shard_of(c)

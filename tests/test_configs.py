@@ -496,6 +496,16 @@ def test_a_missing_run_is_named(chain, tmp_path, capsys):
     assert "roles.student.init='runs/nowhere': no such run" in one_line(capsys)
 
 
+@pytest.mark.parametrize(("verb", "config"), [("train", "ar_diffusion.py:toy"), ("precompute", "ode_pairs.py:toy")])
+def test_nothing_is_rendered_for_a_run_that_cannot_begin(verb, config, tmp_path, capsys):
+    role = "student" if verb == "train" else "teacher"
+    keys = {**tiny(tmp_path / "own"), f"roles__{role}__init": "runs/nowhere"}
+    keys = keys if verb == "train" else {k: v for k, v in keys.items() if k.startswith(("data", "roles__teacher"))}
+    assert cfjax(verb, config, tmp_path / "run", **keys) == 2
+    assert f"roles.{role}.init='runs/nowhere': no such run; train it first" in one_line(capsys)
+    assert not (tmp_path / "own").exists() and not (tmp_path / "run").exists()
+
+
 def test_an_unknown_word_is_named(chain, tmp_path, capsys):
     keys = {"run": chain / "dmd", "prompt": "a purple circle moving left"}
     assert cfjax("generate", "generate.py", tmp_path, **keys) == 2

@@ -109,6 +109,14 @@ class NetworkRole:
         """The network, all zeros, placed: for a run that resumes with a checkpoint's weights."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.template(shapes, mesh))
 
+    def check_there(self) -> None:
+        """Raises UserError where the role starts from a run that is not there."""
+        if self.init and not asset(self.init, MODEL_FILE) and not is_folder(path_of(self.init)):
+            raise UserError(
+                f"roles.{self.name}.init={self.init!r}: no such run; train it first, or give "
+                f"--config.roles.{self.name}.init"
+            )
+
     def _without_branch(self, config: WanConfig, mesh: Mesh | None) -> Wan:
         return with_shardings(
             with_storage_dtypes(_abstract(config), self.storage, self.precision), mesh, offload=self.offload
@@ -128,11 +136,7 @@ class NetworkRole:
             if plain:
                 return shard_model(model, mesh) if mesh else model
             return fill(template, as_lazy(named_leaves(model)))
-        if not is_folder(path_of(self.init)):
-            raise UserError(
-                f"roles.{self.name}.init={self.init!r}: no such run; train it first, or give "
-                f"--config.roles.{self.name}.init"
-            )
+        self.check_there()
         role, ema, stages = self.init_role, self.init_ema, self.init_stages
         adapted = role in records_of(read_meta(self.init), self.init)
         if plain and not adapted:
@@ -296,12 +300,11 @@ def check_blocks(blocks: Blocks, roles: Iterable[Role]) -> None:
     """A causal network keeps the block layout that it was trained with: chunk-wise weights are not frame-wise ones.
 
     Raises:
-      UserError: a role starts from a causal run, or an exported model, of another layout.
+      UserError: a role starts from a causal run, or an exported model, of another layout, or from nothing.
     """
     for role in roles:
-        if not isinstance(role, NetworkRole) or not role.init:
-            continue
-        if asset(role.init, META_FILE) or is_folder(path_of(role.init)):
+        if isinstance(role, NetworkRole) and role.init:
+            role.check_there()
             what = f"roles.{role.name}.init={role.init!r}"
             same_blocks(blocks, read_run(role.init, START), what, "name a run of the same layout")
 

@@ -157,7 +157,7 @@ def given_blocks(blocks: Blocks, given: int) -> int:
         first = "1 + " if blocks.independent_first_frame else ""
         raise UserError(
             f"{given} given latent frames end inside a block: give {first}a multiple of {blocks.frames}"
-            + ("" if first else ", or independent_first_frame=True for 1 + a multiple")
+            + ("" if first else ", or --config.independent_first_frame=True, which takes 1 + a multiple")
         ) from None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import cfjax
 from cfjax import __main__ as entry
 from cfjax.core import distributed
 from cfjax.core.cli import Flag, parse
@@ -198,6 +199,7 @@ def test_the_entry_lists_runs_and_reports(monkeypatch, capsys):
     listed = capsys.readouterr().out
     assert all(verb in listed for verb in entry.VERBS)
     assert entry.main(["trian"]) == 2 and "unknown verb 'trian'" in capsys.readouterr().err
+    assert entry.main(["--version"]) == 0 and capsys.readouterr().out == f"cfjax {cfjax.__version__}\n"
 
     def fail(argv):
         raise UserError(f"--steps={argv[0]}: too many,\nuse fewer")
