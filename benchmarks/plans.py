@@ -4,7 +4,7 @@
     python benchmarks/plans.py --only=dmd      those whose name contains a word
     python benchmarks/plans.py --collect       compile nothing: the table of what is there
 
-Needs `pip install 'cfjax[tpu]'` for TPU slices and 'cfjax[gpu]' for H100 clusters, and minutes of CPU for each; no
+Needs `pip install -e '.[tpu]'` for TPU slices and '.[gpu]' for H100 clusters, and minutes of CPU for each; no
 accelerator. Nothing here was run on one: memory and collectives are the compiler's, times bounds by the chip's peak.
 """
 

@@ -105,7 +105,7 @@ def check_against(name: str | None, reference_dir: str) -> None:
     if name is None:
         return
     if missing := [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]:
-        raise UserError(f"--against={name} needs {', '.join(missing)}: pip install 'cfjax[compare]'")
+        raise UserError(f"--against={name} needs {', '.join(missing)}: pip install -e '.[compare]' in the clone")
     if name == "reference":
         if not reference_dir:
             raise UserError(

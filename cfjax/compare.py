@@ -113,7 +113,7 @@ def checks_of(against: str | None, reference_dir: str) -> Mapping[str, Check[Cas
         raise UserError("--against is missing: --against=diffusers, or --against=reference --reference_dir=CLONE")
     missing = [name for name in NEEDS[against] if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--against={against} needs {', '.join(missing)}: pip install 'cfjax[compare]'")
+        raise UserError(f"--against={against} needs {', '.join(missing)}: pip install -e '.[compare]' in the clone")
     if against == "diffusers":
         from cfjax.comparison.diffusers import CHECKS
 

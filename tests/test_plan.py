@@ -153,13 +153,15 @@ def test_a_mistake_is_one_line(argv, message, monkeypatch, capsys, tmp_path):
     assert message in output and output.count("\n") == 1 and not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize(("machine", "extra"), [("h100:1x8", "cfjax[gpu]"), ("v5e:2x4", "cfjax[tpu]")])
+@pytest.mark.parametrize(("machine", "extra"), [("h100:1x8", ".[gpu]"), ("v5e:2x4", ".[tpu]")])
 def test_a_compiler_that_is_not_installed_is_named(machine, extra, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     argv = ["--config=configs/dmd.py", f"--topology={machine}", "--config.mesh.fsdp=8", f"--workdir={tmp_path}"]
     assert main(["plan", *argv]) == 2
-    assert f"--topology={machine} needs" in (output := capsys.readouterr().err) and f"pip install '{extra}'" in output
+    assert (
+        f"--topology={machine} needs" in (output := capsys.readouterr().err) and f"pip install -e '{extra}'" in output
+    )
 
 
 def test_a_search_ends_at_the_first_machine_that_fits(monkeypatch, capsys):

@@ -28,7 +28,7 @@ from cfjax.core.machine import PASSING
 from cfjax.core.schema import load_json
 
 BUCKET, SLASH_LOST = "gs://", "gs:/"
-PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install 'cfjax[gcs]'
+PACKAGES = ("gcsfs", "google.cloud.storage")  # pip install -e '.[gcs]'
 _PATTERN = "*?[\\"
 # PASSING in the words of tensorstore, safetensors and torch.
 _REFUSED = re.compile(
@@ -52,7 +52,7 @@ def path_of(place: str | os.PathLike[str]) -> Path:
         raise UserError(f"{text}: name a folder, or a bucket's folder as {BUCKET}BUCKET/FOLDER")
     missing = [name for name in PACKAGES if not _installed(name)]
     if missing:
-        raise UserError(f"{text}: {missing[0]} is missing, which reads buckets; pip install 'cfjax[gcs]'")
+        raise UserError(f"{text}: {missing[0]} is missing, which reads buckets; pip install -e '.[gcs]' in the clone")
     os.environ.setdefault("EPATH_USE_TF", "false")  # etils would go through TensorFlow wherever that is installed
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)  # others write there too
     return cast(Path, epath.Path(text))

@@ -170,7 +170,7 @@ def open_topology(topology: Topology) -> list[Any]:
     if topology.chip.platform == "gpu":
         return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={topology.name} needs TPU's compiler: pip install 'cfjax[tpu]'")
+        raise UserError(f"--topology={topology.name} needs TPU's compiler: pip install -e '.[tpu]' in the clone")
     shape = "x".join(map(str, topology.shape))
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip: one may be training beside it
     more: dict[str, Any] = {"chip_config_name": topology.chip.config} if topology.chip.config else {}
@@ -187,7 +187,7 @@ def open_topology(topology: Topology) -> list[Any]:
 
 def _gpus(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise UserError(f"--topology={topology.name} needs CUDA's compiler: pip install 'cfjax[gpu]'")
+        raise UserError(f"--topology={topology.name} needs CUDA's compiler: pip install -e '.[gpu]' in the clone")
     hosts, gpus = topology.shape
     described = topologies.get_topology_desc(
         platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=H100

@@ -159,5 +159,5 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys):
     assert "--only=tokenizer: there is no tokenizer" in complaint(capsys, against, workdir, "--only=tokenizer")
     assert "needs --reference_dir" in complaint(capsys, "--against=reference", workdir)
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None if name == "diffusers" else name)
-    assert "needs diffusers: pip install 'cfjax[compare]'" in complaint(capsys, against, workdir)
+    assert "needs diffusers: pip install -e '.[compare]'" in complaint(capsys, against, workdir)
     assert not list(tmp_path.iterdir())
