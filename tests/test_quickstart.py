@@ -25,6 +25,8 @@ def config_module(name: str):
 QUICKSTART = config_module("quickstart")
 
 
+EVALUATE = config_module("evaluate")
+LONG, MODES = EVALUATE.get_config("long").memories, EVALUATE.get_config("switch").modes
 RECIPES = QUICKSTART.RECIPES
 FEW_STEP = [name for name in RECIPES if any(QUICKSTART.STAGES[key][1] == "dmd" for key in RECIPES[name])]
 CASES = [(name, "") for name in RECIPES]
@@ -47,7 +49,9 @@ def test_every_recipe_is_a_chain_of_configs(name, layout):
             assert config.sampler.steps == ((1000, 500) if layout else (1000, 750, 500, 250))
         trained.append(stage.key)
     shown = [step.key.removeprefix("evaluate ") for step in steps if step.verb == "evaluate"]
-    assert shown[0] == "teacher" and set(shown) == set(c.titles)
+    streams = ["long", "switch"] if name in FEW_STEP and name != "bidirectional" else []
+    assert c.streams == bool(streams) and shown[len(shown) - len(streams) :] == streams
+    assert shown[0] == "teacher" and set(shown) - set(streams) == set(c.titles)
 
 
 def test_a_regression_takes_the_pairs_of_its_recipe_and_no_others():
@@ -104,7 +108,9 @@ def test_quickstart_runs_from_an_exported_teacher(tmp_path):
         "dmd": 19,
     }
     # another recipe in the same workdir: the teacher is not measured again
-    assert cfjax("quickstart", "quickstart.py:causvid", tmp_path / "all", guard=False, **keys) == 0
+    streams = json.loads((tmp_path / "all" / "report" / "metrics.json").read_text())
+    assert list(streams["long"]["policies"]) == LONG.split("|") and list(streams["switch"]["modes"]) == MODES.split("|")
+    assert cfjax("quickstart", "quickstart.py:causvid", tmp_path / "all", guard=False, streams=False, **keys) == 0
     stages = json.loads((tmp_path / "all" / "report_causvid" / "metrics.json").read_text())["stages"]
     assert stages["bi_ode_causvid"]["network_calls"] == 19 and "ar" not in stages
     assert cfjax("evaluate", "evaluate.py:table", tmp_path / "t", evaluations=f"{tmp_path}/all/evaluation/*") == 0
