@@ -204,7 +204,7 @@ def test_a_workdir_that_cannot_be_is_reported_before_the_run_is_opened(tmp_path,
 def test_a_failure_before_the_first_video_leaves_nothing(tmp_path, monkeypatch):
     """The text rows that were computed, the settings and the folder that was made are gone again."""
 
-    def fail(run: object) -> None:
+    def fail(run: object, merge: object) -> None:
         assert (tmp_path / "new" / verb.TEXT_ROWS).is_dir()
         raise UserError("weights: they cannot be read")
 
