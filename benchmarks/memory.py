@@ -49,7 +49,7 @@ POLICIES = {
     "dummy_forcing": "dummy_forcing",
     "forcing_kv": "forcing_kv",
 }
-OWN_STORAGE = ("full", "deep_forcing", "forcing_kv")  # no codec
+OWN_STORAGE = ("full", "memory_bank", "deep_forcing", "forcing_kv")  # no codec
 CODECS = ("none", "bf16", "fp8", "int8", "int4")
 SHOWN = ("follows", "step", "residual", "saturation", "sharpness")
 

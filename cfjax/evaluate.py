@@ -84,7 +84,7 @@ def _streams(c: ConfigDict, run: Run, workdir: Path) -> int:
     say(f"{run.name}: {c.clips} sessions a mode; {prompts[0]!r} becomes {prompts[1]!r} at block {result['switch']}")
     for mode, shares in result["modes"].items():
         bounds = f"[{shares['settled_low']:.3f}, {shares['settled_high']:.3f}]"
-        say(f"  {mode:8s} follow it two blocks later: {shares['settled']:.3f} {bounds}")
+        say(f"  {mode:8s} follow all of it two blocks later: {shares['settled']:.3f} {bounds}")
     say(f"written to {workdir}/{SWITCH}.json and {SWITCH}.npz")
     return 0
 

@@ -41,7 +41,7 @@ def get_config(arg: str = ""):
             "evaluations": "runs/quickstart/evaluation/*" if table else "",
             "frames": 0,
             "memories": LONG if long else "",
-            "memory": "infinity_rope" if switch else "",
+            "memory": "longlive_infinity(window=9, sink=3)" if switch else "",
             "prompts": "a red circle moving right|a blue square moving left" if switch else "",
             "modes": "recache|keep|cut" if switch else "",
         }

@@ -51,8 +51,10 @@ def switch_sections(result: Mapping[str, Any], fps: float) -> list[str]:
         + "</tr>"
         for name, mode in modes.items()
     ]
-    heads = ["Mode", "Follow two blocks later"]
-    heads += [f"{'Follow' if key == 'follows' else 'and move so'}, block {at}" for key, at in _columns_of(result)]
+    heads = ["Mode", "All of it two blocks later"]
+    heads += [
+        f"{'Shape, colour' if key == 'follows' else 'direction too'}, block {at}" for key, at in _columns_of(result)
+    ]
     said = (
         f"The prompt \u201c{escaped(first)}\u201d becomes \u201c{escaped(second)}\u201d at block {result['switch']}"
         " of sessions: recache commits the remembered blocks again under the new prompt, keep leaves them as they are, "
@@ -69,7 +71,7 @@ def switch_sections(result: Mapping[str, Any], fps: float) -> list[str]:
 def _columns_of(result: Mapping[str, Any]) -> list[tuple[str, int]]:
     at, last = result["switch"], len(result["blocks"]) - 1
     shown = sorted({at, min(at + 1, last), last})
-    return [("follows", block) for block in shown] + [("directs", last)]
+    return [("follows", block) for block in shown] + [("directs", block) for block in shown]
 
 
 def _long_row(name: str, policy: Mapping[str, Any]) -> str:

@@ -113,7 +113,7 @@ def measure_switch(
       "prompts", "switch" (the block), "blocks" (first pixel frame of each), "videos" of the kept ones by mode, and
       "modes": by name "before" and "follows", shares of the clips that show shape and colour of the first and of the
       second prompt in each block, "directs", of those that also move as the second says, and "settled", of those that
-      follow it two blocks after the switch, with Wilson 95 % bounds.
+      do all that two blocks after the switch, with Wilson 95 % bounds.
 
     Raises:
       UserError: a prompt, mode or policy that there is none of, or fewer than four blocks.
@@ -135,7 +135,7 @@ def measure_switch(
             starts = np.cumsum([0, *(block.shape[1] for block in blocks)])[:-1]
             video = np.concatenate(blocks, axis=1)
             shares = _followed(video, starts, (first, second), run)
-            settled = shares["second"][min(at + 2, len(blocks) - 1)]
+            settled = shares["directs"][min(at + 2, len(blocks) - 1)]
             low, high = wilson(int(settled.sum()), clips)
             found[mode] = {
                 "before": [float(x.mean()) for x in shares["first"]],
