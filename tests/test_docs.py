@@ -216,7 +216,7 @@ def read(command: Command, patch: pytest.MonkeyPatch) -> None:
         elif program.startswith("benchmarks/"):
             read_benchmark(command, program, rest, patch)
     elif program == "pip":
-        named = re.findall(r"^-e \.\[(\w+)\]$", " ".join(rest))
+        named = re.findall(r" -e \.\[(\w+)\]$", " ".join(rest))
         assert named and set(named) <= extras(), f"{command}: no such extra"
     elif program == "docker" and "-f" in rest:
         assert (ROOT / rest[rest.index("-f") + 1]).is_file(), f"{command}: no such file"
