@@ -14,6 +14,10 @@ LONG_CURVES = (
     ("residual", "Drift: pixel error of the best explanation", "rms, of a range of 2"),
     ("saturation", "Drift: saturation", "0 to 1"),
 )
+SWITCH_CURVES = (
+    ("follows", "Shape and colour of the second prompt", "share of clips"),
+    ("directs", "Its direction too", "share of clips"),
+)
 DRIFTS = ("luma", "saturation", "contrast", "sharpness")
 
 
@@ -42,7 +46,7 @@ def switch_sections(result: Mapping[str, Any], fps: float) -> list[str]:
     first, second = result["prompts"]
     modes, blocks = result["modes"], result["blocks"]
     columns: list[WallColumn] = checked_columns([(name, None, clips) for name, clips in result["videos"].items()])
-    curves = {name: {"frame": blocks, "follows": mode["follows"]} for name, mode in modes.items()}
+    curves = {name: {"frame": blocks, **{key: mode[key] for key, *_ in SWITCH_CURVES}} for name, mode in modes.items()}
     captions = [f"{first}, then {second}"] * max(len(clips) for _, _, clips in columns)
     rows = [
         f"<tr><th>{escaped(name)}</th><td>{percent(mode['settled'])}<small>{percent(mode['settled_low'])} to "
@@ -63,7 +67,7 @@ def switch_sections(result: Mapping[str, Any], fps: float) -> list[str]:
     return [
         f"<p>{said}</p>",
         wall_of(columns, captions, fps),
-        _panels(curves, (("follows", "Shape and colour of the second prompt", "share of clips"),), "frame", "switch"),
+        _panels(curves, SWITCH_CURVES, "frame", "switch"),
         _table(heads, rows),
     ]
 
