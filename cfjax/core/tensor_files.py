@@ -17,7 +17,7 @@ def save_tensors(path: str | Path, named: Mapping[str, Any], metadata: Mapping[s
 
     Args:
       path: in a folder of this machine that is removed whole if the process dies: the library writes a file of its own
-        naming there, `.tmpXXXXXX`, and renames it. Elsewhere, see `tensor_bytes`.
+        naming there (`.tmpXXXXXX`, safetensors 0.8), and renames it. Elsewhere, see `tensor_bytes`.
       metadata: text for the file's header.
     """
     save_file(_row_major(named), path, metadata=dict(metadata) if metadata else None)
