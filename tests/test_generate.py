@@ -424,7 +424,10 @@ def test_runs_trained_here_open_too(root, run, tmp_path):
         ({"run": "wan", "window": 9}, "window: this run is bidirectional"),
         ({"window": 2}, "blocks.window=2 must hold the sink and one block: at least 3"),
         ({"run": "wan", "image": "x.png"}, "is bidirectional: it makes all frames at once"),
-        ({"image": "x.png"}, "1 given latent frames end inside a block: give a multiple of 3, or independent_first"),
+        (
+            {"image": "x.png"},
+            "1 given latent frames end inside a block: give a multiple of 3, or --config.independent_first",
+        ),
         ({"image": "x.png", "video": "x.mp4"}, "image and video are both given"),
         ({"image": "x.png", "independent_first_frame": True, "frames": 13}, "x.png': cannot read the picture"),
         ({"sampler__guidance": 3.0}, "has a few-step sampler, which has no such setting"),

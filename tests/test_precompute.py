@@ -400,7 +400,7 @@ def test_mistakes_of_merging_are_one_line(world, encoded, tmp_path, capsys):
 
 def test_an_lmdb_without_text_says_what_to_do(tmp_path, capsys):
     source = write_lmdb(tmp_path / "clean", rows_of(2, 1), ["a", "b"])
-    keys = {"data__path": tmp_path, "data__name": "clean", "flag_workdir": tmp_path / "run"}
+    keys = {"data__path": tmp_path, "data__name": "clean", "flag_workdir": tmp_path / "run", "roles__student__init": ""}
     assert cfjax("train", "ar_diffusion.py", **keys) == 2
     assert f"--config.source={source}" in capsys.readouterr().err
 

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import UserError
+from cfjax.memory.compression import DeepForcing
+from cfjax.memory.heads import DummyForcing, ForcingKV
 from cfjax.memory.policies import SlotRelative
+from cfjax.memory.profile import HeadLabels, HeadTable
+from cfjax.memory.pyramid import PyramidHeads
 from cfjax.memory.slots import Everything, Memory
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep
@@ -81,6 +85,13 @@ CASES = {
     "many-step": (Blocks(2), ManyStep("euler", steps=3)),
 }
 SLOW = pytest.mark.slow
+# Policies whose commits look at queries, or whose heads see different frames.
+OBSERVING = {
+    "deep_forcing": DeepForcing(8, 2, capacity=6, recent=2),
+    "dummy_forcing": DummyForcing(5, 1),
+    "forcing_kv": ForcingKV(5, 1, profile=HeadTable("t", ((True, False), (False, True)), CONFIG.dim, "a run"), runs=2),
+    "pyramid": PyramidHeads(profile=HeadLabels("t", ((1, -1), (2, 1)))),
+}
 
 
 @pytest.mark.parametrize("name", [*list(CASES)[:2], *(pytest.param(name, marks=SLOW) for name in list(CASES)[2:])])
@@ -145,6 +156,17 @@ def test_seek_goes_back_to_what_is_held():
 
 
 # ---- prompts
+
+
+@SLOW
+@pytest.mark.parametrize("name", OBSERVING)
+def test_a_session_under_a_policy_that_observes_is_generate(name):
+    """Twelve blocks: whatever is dropped, chosen or merged was so in both."""
+    blocks = Blocks(2, memory=OBSERVING[name])
+    stream = session(Blocks(2), memory=OBSERVING[name])
+    error = relative(latents(made(stream, 12)), generated(blocks, frames=24))
+    print(f"{name}: {error:.1e}")
+    assert error < 1e-5
 
 
 @pytest.mark.parametrize("blocks", [Blocks(2), SLOTS], ids=["full", "slot_relative"])
