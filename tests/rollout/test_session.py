@@ -89,7 +89,9 @@ SLOW = pytest.mark.slow
 OBSERVING = {
     "deep_forcing": DeepForcing(8, 2, capacity=6, recent=2),
     "dummy_forcing": DummyForcing(5, 1),
-    "forcing_kv": ForcingKV(5, 1, profile=HeadTable("t", ((True, False), (False, True)), CONFIG.dim, "a run"), runs=2),
+    "forcing_kv": ForcingKV(
+        5, 1, profile=HeadTable("t", ((True, False), (False, True)), CONFIG.head_dim, "a run"), runs=2
+    ),
     "pyramid": PyramidHeads(profile=HeadLabels("t", ((1, -1), (2, 1)))),
 }
 
