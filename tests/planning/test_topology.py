@@ -39,7 +39,7 @@ def test_a_wrong_name_is_one_line(name, message):
 @pytest.mark.parametrize(("name", "extra"), [("v6e:4x4", "tpu"), ("h100:1x8", "gpu")])
 def test_a_missing_compiler_names_the_extra(monkeypatch, name, extra):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=rf"pip install 'cfjax\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"pip install -e '\.\[{extra}\]'"):
         open_topology(parse_topology(name))
 
 

@@ -301,7 +301,7 @@ def test_only_buckets_of_one_kind(monkeypatch):
         with pytest.raises(UserError, match="name a folder, or a bucket's folder as gs://BUCKET/FOLDER"):
             paths.path_of(place)
     monkeypatch.setattr(paths, "PACKAGES", ("no_such_package.for_buckets",))
-    with pytest.raises(UserError, match=r"no_such_package.for_buckets is missing.*pip install 'cfjax\[gcs\]'"):
+    with pytest.raises(UserError, match=r"no_such_package.for_buckets is missing.*pip install -e '\.\[gcs\]'"):
         paths.path_of("gs://bucket/run")
 
 
