@@ -3,10 +3,10 @@ specifications, random numbers.
 
     python tests/synthetic.py DIR
 
-writes `DIR/Wan2.1-T2V-1.3B` (the original release), `DIR/Wan2.1-T2V-1.3B-Diffusers`, `DIR/causal_forcing.pt`,
-`DIR/self_forcing.pt`, `DIR/lora.safetensors`, `DIR/taew2_1.pth` and `DIR/prompts.txt`. The shapes below are written
-from the published modules and know nothing of cfjax's conversion tables; called with the published sizes they give the
-published numbers of tensors and parameters.
+writes `DIR/Wan2.1-T2V-1.3B` and `DIR/Wan2.2-TI2V-5B` (original releases), `DIR/Wan2.1-T2V-1.3B-Diffusers`,
+`DIR/causal_forcing.pt`, `DIR/self_forcing.pt`, `DIR/lora.safetensors`, `DIR/taew2_1.pth` and `DIR/prompts.txt`. The
+shapes below are written from the published modules and know nothing of cfjax's conversion tables; called with the
+published sizes they give the published numbers of tensors and parameters.
 """
 
 import json
@@ -126,6 +126,32 @@ def vae_shapes(base: int, z_dim: int) -> Shapes:
     return encoder | between | decoder | _vae_head("decoder", 3, base)
 
 
+def vae_2_2_shapes(base: int, decoder_base: int, z_dim: int) -> Shapes:
+    """Wan2.2_VAE.pth (`wan/modules/vae2_2.py`): patches of 2 x 2 pixels; blocks and resamplings are nested by level."""
+
+    def levels(half: str, widths: Sequence[int], blocks: int, timed: Sequence[bool]) -> Shapes:
+        shapes: Shapes = {}
+        for level, (width_in, width) in enumerate(pairwise(widths)):
+            name = f"{half}.{level}.{half.partition('.')[2]}"
+            for block in range(blocks):
+                shapes |= _vae_res(f"{name}.{block}", width if block else width_in, width)
+            if level < 3:
+                shapes |= _conv(f"{name}.{blocks}.resample.1", width, width, 3, 3)
+                out = width if half.startswith("encoder") else 2 * width
+                shapes |= _conv(f"{name}.{blocks}.time_conv", out, width, 3, 1, 1) if timed[level] else {}
+        return shapes
+
+    top, down = 4 * decoder_base, [base, base, 2 * base, 4 * base, 4 * base]
+    up = [top, top, top, 2 * decoder_base, decoder_base]
+    encoder = _conv("encoder.conv1", base, 12, 3, 3, 3)
+    encoder |= levels("encoder.downsamples", down, 2, (False, True, True))
+    encoder |= _vae_middle("encoder", 4 * base) | _vae_head("encoder", 2 * z_dim, 4 * base)
+    between = _conv("conv1", 2 * z_dim, 2 * z_dim, 1, 1, 1) | _conv("conv2", z_dim, z_dim, 1, 1, 1)
+    decoder = _conv("decoder.conv1", top, z_dim, 3, 3, 3) | _vae_middle("decoder", top)
+    decoder |= levels("decoder.upsamples", up, 3, (True, True, False))
+    return encoder | between | decoder | _vae_head("decoder", 12, decoder_base)
+
+
 def taehv_shapes(width: int = 64, widths: Sequence[int] = (256, 128, 64, 64), z_dim: int = 16) -> Shapes:
     """taew2_1.pth: three levels; time is pooled in the encoder's first two, grown in the decoder's last two."""
 
@@ -220,6 +246,11 @@ def vae_weights(seed: int = 0) -> dict[str, np.ndarray]:
     return random_weights(vae_shapes(VAE_DIM, Z_DIM), seed + 1)
 
 
+def vae_2_2_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    """The miniature of Wan2.2's VAE, original layout, float32."""
+    return random_weights(vae_2_2_shapes(VAE_DIM // 2, VAE_DIM, 48), seed + 4)
+
+
 def t5_weights(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
     """The miniature text encoder's state dict, original layout, bfloat16."""
     shapes = t5_shapes(vocab, TEXT_DIM, TEXT_DIM, TEXT_FFN, TEXT_HEADS, TEXT_LAYERS)
@@ -265,6 +296,20 @@ def write_wan_folder(root: Path, seed: int = 0, shards: int = 3, tokenizer: bool
         vocab = vocab or write_tokenizer(folder)
     save_pt(root / "models_t5_umt5-xxl-enc-bf16.pth", as_torch(t5_weights(vocab or 300, seed)))
     save_pt(root / "Wan2.1_VAE.pth", as_torch(vae_weights(seed)))
+    return root
+
+
+def write_ti2v_folder(root: Path, seed: int = 0, vocab: int = 0) -> Path:
+    """A miniature `Wan2.2-TI2V-5B` as released; arguments as `write_wan_folder`."""
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    channels = {"in_dim": 48, "out_dim": 48}
+    write_config(root, model_type="ti2v", **channels)
+    save_safetensors(root, "diffusion_pytorch_model", dit_weights(seed, **channels), 3)
+    folder = root / "google" / "umt5-xxl"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_pt(root / "models_t5_umt5-xxl-enc-bf16.pth", as_torch(t5_weights(vocab or write_tokenizer(folder), seed)))
+    save_pt(root / "Wan2.2_VAE.pth", as_torch(vae_2_2_weights(seed)))
     return root
 
 
@@ -366,6 +411,7 @@ def main(folder: str) -> None:
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     write_wan_folder(root / "Wan2.1-T2V-1.3B")
+    write_ti2v_folder(root / "Wan2.2-TI2V-5B")
     write_diffusers_folder(root / "Wan2.1-T2V-1.3B-Diffusers")
     write_causal_forcing_pt(root / "causal_forcing.pt")
     write_causal_forcing_pt(

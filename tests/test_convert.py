@@ -106,9 +106,9 @@ def test_what_was_stored_is_the_release(run, kind, role, layout, weights):
     folder = run if kind == "dit" else run / "world" / kind
     meta = read_meta(folder)
     config = config_from_record(
-        type(KINDS[kind].example), meta["models"]["student"] if kind == "dit" else meta["model"]
+        type(KINDS[kind].examples[0]), meta["models"]["student"] if kind == "dit" else meta["model"]
     )
-    exported = save_named(KINDS[kind].layouts[layout], open_role(folder, role), config)
+    exported = save_named(KINDS[kind].tables(config)[layout], open_role(folder, role), config)
     expected = weights()
     assert exported.keys() == expected.keys()
     for name, array in expected.items():

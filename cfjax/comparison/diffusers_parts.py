@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualUpBlock
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline, prompt_clean
 from einops import rearrange
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -57,11 +58,13 @@ def _layers(half: Encoder | Decoder) -> dict[str, Any]:
     return {"decoder.conv_in": half.conv_in, **between, "decoder.head": half.head}
 
 
-@jax.jit
-def _layer_outputs(model: WanVAE, x: jax.Array) -> dict[str, jax.Array]:
-    """Every layer's output for a whole clip: video [..., 3] through the encoder, latents through the decoder."""
-    config, half = model.config, model.encoder if x.shape[-1] == 3 else model.decoder
-    if isinstance(half, Decoder):
+@partial(jax.jit, static_argnames="way")
+def _layer_outputs(model: WanVAE, x: jax.Array, way: str) -> dict[str, jax.Array]:
+    """Every layer's output for a whole clip: "encode" takes video [..., 3], "decode" latents."""
+    config, half = model.config, model.encoder if way == "encode" else model.decoder
+    if isinstance(half, Encoder):
+        x = model.in_patches(x)
+    else:
         mean, std = (
             jnp.asarray(v, jnp.float32)[None, None, None, None] for v in (config.latents_mean, config.latents_std)
         )
@@ -79,6 +82,8 @@ def _their_layers(twin: Any, half: str) -> dict[str, torch.nn.Module]:
     middle = (whole.mid_block.resnets[0], whole.mid_block.attentions[0], whole.mid_block.resnets[1])
     if half == "encoder":
         stages = {f"encoder.down.{i}": stage for i, stage in enumerate(whole.down_blocks)}
+    elif isinstance(whole.up_blocks[0], WanResidualUpBlock):
+        stages = {f"decoder.up.{i}": level for i, level in enumerate(whole.up_blocks)}
     else:
         flat = [stage for level in whole.up_blocks for stage in (*level.resnets, *(level.upsamplers or ()))]
         stages = {f"decoder.up.{i}": stage for i, stage in enumerate(flat)}
@@ -101,7 +106,7 @@ def _compare_pass(
         with recorded(_their_layers(twin, f"{way}r")) as kept:
             run(to_torch(x))
         joined = {name: np.concatenate(parts, axis=2) for name, parts in kept.items()}
-        outputs = _layer_outputs(model, jnp.asarray(x))
+        outputs = _layer_outputs(model, jnp.asarray(x), way)
         order = _layers(model.encoder if way == "encode" else model.decoder)  # jit sorts what it returns
         layers = {name: (outputs[name], rearrange(joined[name], "b c f h w -> b f h w c")) for name in order}
         row = compare(way, ours, theirs, layers=layers)
@@ -119,7 +124,7 @@ def check_vae(case: Case) -> list[Row]:
     size = (1 + time * (case.frames - 1), sides[0] * case.height, sides[1] * case.width)
     video = np.tanh(case.normal("video", 1, *size, 3))
     latents = case.normal("latents", 1, case.frames, case.height, case.width, config.z_dim)
-    twin = vae_twin(config, vae.export_vae(model, vae.DIFFUSERS))
+    twin = vae_twin(config, vae.export_vae(model, vae.layouts_vae(config)["diffusers"]))
     names = ("latents_mean", "latents_std")
     mean, std = (torch.tensor(twin.config[name]).view(1, -1, 1, 1, 1) for name in names)
     with torch.no_grad():

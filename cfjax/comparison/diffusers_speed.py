@@ -46,7 +46,7 @@ def vae_calls(config: VAEConfig, shape: tuple[int, ...], seed: int) -> Calls:
     dtype = getattr(torch, config.precision.compute)
     model = random_weights(make_vae(config, jax.random.key(seed)), seed)
     latents = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    twin: Any = vae_twin(config, vae_files.export_vae(model, vae_files.DIFFUSERS)).to(dtype)
+    twin: Any = vae_twin(config, vae_files.export_vae(model, vae_files.layouts_vae(config)["diffusers"])).to(dtype)
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
     decode, given = jax.jit(WanVAE.decode), jnp.asarray(latents)
 

@@ -61,8 +61,24 @@ def vae_twin(config: VAEConfig, named: dict[str, np.ndarray]) -> AutoencoderKLWa
             dim_mult=list(config.multipliers),
             num_res_blocks=config.res_blocks,
             temperal_downsample=list(config.temporal_downsample),
+            **(_of_wan_2_2(config) if config.residual else {}),
         )
     return filled(twin, named)
+
+
+def _of_wan_2_2(config: VAEConfig) -> dict[str, Any]:
+    """What diffusers' class has no default of for this codec; its latents' mean and deviation are the config's."""
+    pixels = 3 * config.patch**2
+    return {
+        "decoder_base_dim": config.decoder_base_dim or None,
+        "is_residual": True,
+        "patch_size": config.patch if config.patch > 1 else None,
+        "in_channels": pixels,
+        "out_channels": pixels,
+        "scale_factor_spatial": config.stride[1],
+        "latents_mean": list(config.latents_mean),
+        "latents_std": list(config.latents_std),
+    }
 
 
 def text_twin(config: UMT5Config, named: dict[str, np.ndarray]) -> UMT5EncoderModel:

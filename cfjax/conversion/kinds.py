@@ -34,21 +34,26 @@ class Kind:
 
     Attributes:
       title: for messages.
-      layouts: name -> table.
+      tables: config -> table by name of the layout.
       abstract: config -> the module with shapes in place of arrays.
       infer: (shapes, layout, config.json or None) -> config.
       config_json: (config, layout) -> config.json or None.
-      example: a config whose names are every config's, but for the numbers in them.
+      examples: configs whose names are every config's, but for the numbers in them.
       prepare: what to do to a file's arrays first.
     """
 
     title: str
-    layouts: Mapping[str, tuple[Rule, ...]]
+    tables: Callable[[Any], Mapping[str, tuple[Rule, ...]]]
     abstract: Callable[[Any], Any]
     infer: Callable[[Mapping[str, tuple[int, ...]], str, Mapping[str, Any] | None], Any]
     config_json: Callable[[Any, str], Mapping[str, Any] | None]
-    example: Any
+    examples: tuple[Any, ...]
     prepare: Callable[[Arrays], dict[str, LazyArray]] = dict
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts' names."""
+        return tuple(self.tables(self.examples[0]))
 
     def template(self, config: Any) -> dict[str, Any]:
         """Our names with shapes."""
@@ -58,36 +63,36 @@ class Kind:
 KINDS = {
     "dit": Kind(
         "Wan transformer",
-        wan.LAYOUTS,
+        lambda _: wan.LAYOUTS,
         wan.abstract_wan,
         wan.infer_config_wan,
         wan.config_json_wan,
-        WanConfig(dim=4, ffn_dim=4, num_heads=2, num_layers=1),
+        (WanConfig(dim=4, ffn_dim=4, num_heads=2, num_layers=1),),
     ),
     "vae": Kind(
         "Wan VAE",
-        vae.LAYOUTS,
+        vae.layouts_vae,
         vae.abstract_vae,
         vae.infer_config_vae,
         vae.config_json_vae,
-        VAEConfig(base_dim=2),
+        (VAEConfig(base_dim=2), VAEConfig(base_dim=2, residual=True)),
     ),
     "text_encoder": Kind(
         "umT5 encoder",
-        umt5.LAYOUTS,
+        lambda _: umt5.LAYOUTS,
         umt5.abstract_umt5,
         umt5.infer_config_umt5,
         umt5.config_json_umt5,
-        UMT5Config(vocab_size=4, dim=4, heads=2, head_dim=2, ffn_dim=4, layers=1),
+        (UMT5Config(vocab_size=4, dim=4, heads=2, head_dim=2, ffn_dim=4, layers=1),),
         umt5.untied_umt5,
     ),
     "tiny_vae": Kind(
         "tiny VAE",
-        tiny_vae.LAYOUTS,
+        lambda _: tiny_vae.LAYOUTS,
         tiny_vae.abstract_tiny_vae,
         tiny_vae.infer_config_tiny_vae,
         tiny_vae.config_json_tiny_vae,
-        TinyVAEConfig(),
+        (TinyVAEConfig(),),
     ),
 }
 
@@ -111,7 +116,7 @@ class Network:
 
     def exported(self, layout: str) -> dict[str, LazyArray]:
         """The weights by another layout's names."""
-        return export_plan(KINDS[self.kind].layouts[layout], self.arrays, self.config)
+        return export_plan(KINDS[self.kind].tables(self.config)[layout], self.arrays, self.config)
 
     def about(self, layout: str) -> Mapping[str, Any] | None:
         """config.json in another layout."""
@@ -123,9 +128,10 @@ def _numberless(name: str) -> str:
 
 
 @cache
-def _signature(kind: str, layout: str) -> frozenset[str]:
+def _signature(kind: str, layout: str, index: int) -> frozenset[str]:
     row = KINDS[kind]
-    return frozenset(map(_numberless, their_names(row.layouts[layout], row.template(row.example))))
+    example = row.examples[index]
+    return frozenset(map(_numberless, their_names(row.tables(example)[layout], row.template(example))))
 
 
 def recognised(names: Iterable[str]) -> tuple[str, str]:
@@ -137,7 +143,10 @@ def recognised(names: Iterable[str]) -> tuple[str, str]:
     names = list(names)
     found = frozenset(_numberless(name) for name in names if not NO_WEIGHTS.fullmatch(name))
     likeness = {
-        (kind, layout): len(found & _signature(kind, layout)) / len(found | _signature(kind, layout))
+        (kind, layout): max(
+            len(found & own) / len(found | own)
+            for own in (_signature(kind, layout, index) for index in range(len(row.examples)))
+        )
         for kind, row in KINDS.items()
         for layout in row.layouts
     }
@@ -194,13 +203,14 @@ def imported(
             raise UserError(adapter)
         whole, notes = dequantised(arrays, dtype, unscaled=unscaled)
         kind, layout = recognised(whole)
-        row, own = KINDS[kind], _signature(kind, layout)
+        row = KINDS[kind]
+        own = frozenset[str]().union(*(_signature(kind, layout, index) for index in range(len(row.examples))))
         extras = [name for name, x in whole.items() if _numberless(name) not in own and is_extra(name, x)]
         weights = {name: _finite(name, file, x) for name, x in whole.items() if name not in extras}
         _check_shapes(weights)
         theirs = row.prepare(weights)
         config = row.infer({name: x.shape for name, x in theirs.items()}, layout, about(kind, layout, theirs))
-        ours = import_plan(row.layouts[layout], theirs, row.template(config), config)
+        ours = import_plan(row.tables(config)[layout], theirs, row.template(config), config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     notes += [f"left out: {listed(extras)}"] if extras else []

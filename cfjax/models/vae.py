@@ -1,6 +1,7 @@
-"""Wan2.1's causal 3-D video autoencoder: whole clips, streams and tiles with one set of layers.
+"""Wan's causal 3-D video autoencoders, 2.1's and TI2V-5B's: whole clips, streams and tiles with one set of layers.
 
-Reference: `wan/modules/vae.py`, `WanVAE_`.
+References: `wan/modules/vae.py`, `WanVAE_`; in Wan2.2's release `wan/modules/vae2_2.py`, `WanVAE_`, to which patches of
+2 x 2 pixels are one, and whose levels have shortcuts (`vae_layers.Level`).
 
 Every layer is causal in time, so a clip may be coded in pieces: every layer is `step(x, past)`, where `past` holds the
 frames before x that are in the layer's receptive field, and None is the start of a clip. A whole clip is one step with
@@ -8,23 +9,33 @@ past None. The first frame is special: it is never resampled in time and does no
 1 + 4 k pixel frames are 1 + k latent frames.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 
 from cfjax.core.errors import UserError
 from cfjax.core.fingerprint import fingerprint
 from cfjax.core.precision import Policy
-from cfjax.nn.attention import dense
-from cfjax.nn.conv import Conv, conv_doubled, conv_frames, draw_kernels, fold_frames
-from cfjax.nn.cpu_conv import causal_conv, for_cpu, strided_in_time
+from cfjax.models.vae_layers import (
+    CausalConv,
+    Downsample,
+    Level,
+    NormConv,
+    Past,
+    Residual,
+    Upsample,
+    chain,
+    means_of_groups,
+    middle,
+    repeated,
+)
+from cfjax.nn.conv import draw_kernels
 from cfjax.nn.layers import Linear, align
 
 # Mean and standard deviation of Wan2.1's latent channels (reference: `utils/wan_wrapper.py`, `WanVAEWrapper`).
@@ -33,10 +44,20 @@ LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# Of Wan2.2-TI2V-5B's (`wan/modules/vae2_2.py`, `Wan2_2_VAE`).
+LATENTS_MEAN_48 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+LATENTS_STD_48 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
 # fmt: on
-MEMORY = 2  # frames before the current one in a temporal window of three
-
-Past = Any  # nested tuples of arrays, one per layer that remembers; None before the first frame
 
 
 @dataclass(frozen=True)
@@ -45,18 +66,24 @@ class VAEConfig:
 
     Attributes:
       base_dim: channels at pixel resolution; level i has `multipliers[i]` times as many.
+      decoder_base_dim: the same of the decoder; 0 for `base_dim`.
       z_dim: latent channels.
       res_blocks: residual blocks per level of the encoder; the decoder has one more.
       temporal_downsample: whether the encoder also halves time after level i; one entry per level but the last.
+      residual: Wan2.2's levels, with a shortcut beside each.
+      patch: sides of the squares of pixels that are one pixel to encoder and decoder.
       latents_mean, latents_std: of each latent channel; latents outside are (z - mean) / std.
       precision: `compute` for convolutions and activations between layers, `norm` for norms and softmax.
     """
 
     base_dim: int = 96
+    decoder_base_dim: int = 0
     z_dim: int = 16
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    residual: bool = False
+    patch: int = 1
     latents_mean: tuple[float, ...] = LATENTS_MEAN
     latents_std: tuple[float, ...] = LATENTS_STD
     precision: Policy = field(default_factory=Policy)
@@ -70,174 +97,25 @@ class VAEConfig:
     @property
     def stride(self) -> tuple[int, int, int]:
         """Pixels per latent along time, height, width."""
-        side = 2 ** len(self.temporal_downsample)
+        side = self.patch * 2 ** len(self.temporal_downsample)
         return 2 ** sum(self.temporal_downsample), side, side
 
 
-PRESETS = {"wan": VAEConfig()}
+WAN_2_2 = VAEConfig(
+    base_dim=160,
+    decoder_base_dim=256,
+    z_dim=48,
+    residual=True,
+    patch=2,
+    latents_mean=LATENTS_MEAN_48,
+    latents_std=LATENTS_STD_48,
+)
+PRESETS = {"wan": VAEConfig(), "wan_2_2": WAN_2_2}
 
 
-class _Stage(Protocol):
-    def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]: ...
-
-
-def _chain(stages: Iterable[_Stage], x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-    """Runs stages one after another, each with its own part of the past."""
-    stages, kept = tuple(stages), []
-    for stage, before in zip(stages, past or (None,) * len(stages), strict=True):
-        x, after = stage.step(x, before, policy)
-        kept.append(after)
-    return x, tuple(kept)
-
-
-def _causal(conv: Conv, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-    """A window of three in time that ends at the present frame, as one 3-D convolution; zeros before the first frame.
-
-    Without a past the zeros are the convolution's own padding and x is not copied.
-    """
-    seen = x if past is None else jnp.concatenate([past, x], axis=1)
-    if for_cpu(policy.compute):
-        y = causal_conv(x, past, conv.kernel[...].astype(policy.compute))
-        return conv.shift(y, policy.compute), _last_frames(seen)
-    before = MEMORY if past is None else 0
-    sides = [((n - 1) // 2, (n - 1) // 2) for n in conv.kernel.shape[1:3]]
-    y = conv(seen, policy.compute, padding=[(before, 0), *sides])
-    return y, _last_frames(seen)
-
-
-def _last_frames(x: jax.Array) -> jax.Array:
-    missing = max(0, MEMORY - x.shape[1])
-    return jnp.pad(x[:, -MEMORY:], ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
-
-
-class ChannelNorm(nnx.Module):
-    """x / max(|x|, 1e-12) * sqrt(C) * scale, |x| over the channels; in the norm dtype, cast back."""
-
-    def __init__(self, dim: int):
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
-
-    def __call__(self, x: jax.Array, policy: Policy) -> jax.Array:
-        wide = policy.to_norm_dtype(x)
-        square = jnp.sum(jnp.square(wide.astype(jnp.float32)), axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.maximum(square, 1e-24)).astype(wide.dtype)
-        scale = policy.to_norm_dtype(self.scale[...]) * x.shape[-1] ** 0.5
-        return (wide * inverse * align(scale, x)).astype(x.dtype)
-
-
-class CausalConv(Conv):
-    """A 3x3x3 convolution that sees this frame and the two before it."""
-
-    def __init__(self, in_dim: int, out_dim: int, key: jax.Array):
-        super().__init__(in_dim, out_dim, (3, 3, 3), key)
-
-    def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-        """x [B, F, H, W, in] -> [B, F, H, W, out]; the past is the two frames before x."""
-        return _causal(self, x, past, policy)
-
-
-class NormConv(nnx.Module):
-    """Norm, SiLU, causal convolution: half a residual block, and the head of encoder and decoder."""
-
-    def __init__(self, in_dim: int, out_dim: int, key: jax.Array):
-        self.norm = ChannelNorm(in_dim)
-        self.conv = CausalConv(in_dim, out_dim, key)
-
-    def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-        """Like `CausalConv.step`."""
-        return self.conv.step(jax.nn.silu(self.norm(x, policy)), past, policy)
-
-
-class Residual(nnx.Module):
-    """Twice norm, SiLU, convolution, beside the input (through a linear map where the width changes)."""
-
-    def __init__(self, in_dim: int, out_dim: int, key: jax.Array):
-        keys = jax.random.split(key, 3)
-        self.first, self.second = NormConv(in_dim, out_dim, keys[0]), NormConv(out_dim, out_dim, keys[1])
-        self.shortcut = Linear(in_dim, out_dim, keys[2]) if in_dim != out_dim else None
-
-    def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-        """x [B, F, H, W, in] -> [B, F, H, W, out]."""
-        y, past = _chain((self.first, self.second), x, past, policy)
-        return y + (x if self.shortcut is None else self.shortcut(x, policy.compute)), past
-
-
-class FrameAttention(nnx.Module):
-    """Single-head attention among the pixels of each frame, added to its input; it has no past."""
-
-    def __init__(self, dim: int, key: jax.Array):
-        keys = jax.random.split(key)
-        self.norm = ChannelNorm(dim)
-        self.qkv, self.out = Linear(dim, 3 * dim, keys[0]), Linear(dim, dim, keys[1])
-
-    def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-        """x [B, F, H, W, D], kept in shape. One frame at a time: a frame's scores have (H W)^2 entries."""
-        qkv = self.qkv(self.norm(x, policy), policy.compute)
-
-        def frame(qkv_HWC: jax.Array) -> jax.Array:
-            q, k, v = jnp.split(rearrange(qkv_HWC, "h w c -> 1 (h w) 1 c"), 3, axis=-1)
-            return dense(q, k, v, backend="xla")[0, :, 0]  # cuDNN's kernel ends at 256 channels per head
-
-        y = jax.lax.map(frame, rearrange(qkv, "b f h w c -> (b f) h w c"))
-        return x + self.out(y.reshape(x.shape), policy.compute), ()
-
-
-class Downsample(nnx.Module):
-    """Halves height and width, and time too where it has a `time_conv`; the first frame of all keeps its own time."""
-
-    def __init__(self, dim: int, key: jax.Array, *, temporal: bool):
-        keys = jax.random.split(key)
-        self.conv = Conv(dim, dim, (3, 3), keys[0])
-        self.time_conv = Conv(dim, dim, (3, 1, 1), keys[1]) if temporal else None
-
-    def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-        """x [B, F, H, W, D] -> [B, G, H/2, W/2, D]; F = 2 G - 1 without a past, else 2 G. The past is one frame."""
-        x = conv_frames(self.conv, x, policy.compute, strides=(2, 2), padding=[(0, 1), (0, 1)])
-        if self.time_conv is None:
-            return x, ()
-        seen = x if past is None else jnp.concatenate([past, x], axis=1)
-        parts = [x[:, :1]] if past is None else []
-        if seen.shape[1] > 1:
-            if for_cpu(policy.compute):
-                y = strided_in_time(seen, self.time_conv.kernel[...])
-                parts.append(self.time_conv.shift(y, policy.compute))
-            else:
-                parts.append(self.time_conv(seen, policy.compute, strides=(2, 1, 1), padding="VALID"))
-        return jnp.concatenate(parts, axis=1), x[:, -1:]
-
-
-class Upsample(nnx.Module):
-    """Doubles height and width and halves the channels; doubles time too where it has a `time_conv`.
-
-    The first frame of all stays one frame, and later ones do not see it in `time_conv`.
-    """
-
-    def __init__(self, dim: int, key: jax.Array, *, temporal: bool):
-        keys = jax.random.split(key)
-        self.conv = Conv(dim, dim // 2, (3, 3), keys[0])
-        self.time_conv = Conv(dim, 2 * dim, (3, 1, 1), keys[1]) if temporal else None
-
-    def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-        """x [B, F, H, W, D] -> [B, G, 2 H, 2 W, D/2]; G = 2 F - 1 without a past, else 2 F."""
-        x, past = (x, ()) if self.time_conv is None else self._double_time(self.time_conv, x, past, policy)
-        if for_cpu(policy.compute):  # elsewhere it was not measured
-            y = conv_doubled(fold_frames(x), self.conv.kernel[...], policy.compute)
-            y = rearrange(y, "p q (b f) h w o -> b f (h p) (w q) o", b=x.shape[0])
-            return self.conv.shift(y, policy.compute), past
-        wide = repeat(x, "b f h w c -> b f (h 2) (w 2) c")
-        return conv_frames(self.conv, wide, policy.compute, padding=[(1, 1), (1, 1)]), past
-
-    def _double_time(self, conv: Conv, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
-        parts, rest = ([x[:, :1]], x[:, 1:]) if past is None else ([], x)
-        if rest.shape[1] == 0:
-            return x, _last_frames(rest)
-        y, past = _causal(conv, rest, past, policy)
-        parts.append(rearrange(y, "b f h w (two c) -> b (f two) h w c", two=2))
-        return jnp.concatenate(parts, axis=1), past
-
-
-def _middle(dim: int, key: jax.Array) -> nnx.List:
-    keys = jax.random.split(key, 3)
-    return nnx.List([Residual(dim, dim, keys[0]), FrameAttention(dim, keys[1]), Residual(dim, dim, keys[2])])
+def published_vae(channels: int) -> VAEConfig:
+    """The released autoencoder of latents of so many channels; Wan2.1's where there is none."""
+    return next((config for config in PRESETS.values() if config.z_dim == channels), PRESETS["wan"])
 
 
 class Encoder(nnx.Module):
@@ -246,21 +124,25 @@ class Encoder(nnx.Module):
     def __init__(self, config: VAEConfig, key: jax.Array):
         keys = iter(jax.random.split(key, 64))
         dim = config.base_dim
-        stages: nnx.List = nnx.List([])
-        self.conv_in = CausalConv(3, dim, next(keys))
+        levels: nnx.List = nnx.List([])
+        self.conv_in = CausalConv(3 * config.patch**2, dim, next(keys))
         for i, multiplier in enumerate(config.multipliers):
+            stages: list[Any] = []
             for _ in range(config.res_blocks):
                 stages.append(Residual(dim, multiplier * config.base_dim, next(keys)))
                 dim = multiplier * config.base_dim
+            times, sides = 1, 1
             if i < len(config.temporal_downsample):
                 stages.append(Downsample(dim, next(keys), temporal=config.temporal_downsample[i]))
-        self.down = stages
-        self.middle = _middle(dim, next(keys))
+                times, sides = 1 + config.temporal_downsample[i], 2
+            levels.extend([Level(stages, means_of_groups, dim, times, sides)] if config.residual else stages)
+        self.down = levels
+        self.middle = middle(dim, next(keys))
         self.head = NormConv(dim, 2 * config.z_dim, next(keys))
 
     def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
         """1 + 4 k frames without a past, else 4 k."""
-        return _chain((self.conv_in, *self.down, *self.middle, self.head), x.astype(policy.compute), past, policy)
+        return chain((self.conv_in, *self.down, *self.middle, self.head), x.astype(policy.compute), past, policy)
 
 
 class Decoder(nnx.Module):
@@ -268,24 +150,29 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, key: jax.Array):
         keys = iter(jax.random.split(key, 64))
-        dim = config.multipliers[-1] * config.base_dim
-        stages: nnx.List = nnx.List([])
+        base = config.decoder_base_dim or config.base_dim
+        dim = config.multipliers[-1] * base
+        levels: nnx.List = nnx.List([])
         self.conv_in = CausalConv(config.z_dim, dim, next(keys))
-        self.middle = _middle(dim, next(keys))
+        self.middle = middle(dim, next(keys))
         temporal = config.temporal_downsample[::-1]
         for i, multiplier in enumerate(config.multipliers[::-1]):
+            stages: list[Any] = []
             for _ in range(config.res_blocks + 1):
-                stages.append(Residual(dim, multiplier * config.base_dim, next(keys)))
-                dim = multiplier * config.base_dim
+                stages.append(Residual(dim, multiplier * base, next(keys)))
+                dim = multiplier * base
+            times, sides, shortcut = 1, 1, None
             if i < len(temporal):
-                stages.append(Upsample(dim, next(keys), temporal=temporal[i]))
-                dim //= 2
-        self.up = stages
-        self.head = NormConv(dim, 3, next(keys))
+                out_dim = dim if config.residual else dim // 2
+                stages.append(Upsample(dim, out_dim, next(keys), temporal=temporal[i]))
+                dim, times, sides, shortcut = out_dim, 1 + temporal[i], 2, repeated
+            levels.extend([Level(stages, shortcut, dim, times, sides)] if config.residual else stages)
+        self.up = levels
+        self.head = NormConv(dim, 3 * config.patch**2, next(keys))
 
     def step(self, x: jax.Array, past: Past, policy: Policy) -> tuple[jax.Array, Past]:
         """Any number of frames; F give 1 + 4 (F - 1) without a past, else 4 F."""
-        return _chain((self.conv_in, *self.middle, *self.up, self.head), x.astype(policy.compute), past, policy)
+        return chain((self.conv_in, *self.middle, *self.up, self.head), x.astype(policy.compute), past, policy)
 
 
 class StreamState(NamedTuple):
@@ -351,6 +238,7 @@ class WanVAE(nnx.Module):
         mean, std = (align(jnp.asarray(x), latents_BFHWC) for x in self._statistics())
         z = self.unmix(latents_BFHWC.astype(jnp.float32) * std + mean, self.config.precision.compute)
         raw, past = self.decoder.step(z, state.past, self.config.precision)
+        raw = rearrange(raw, "b f h w (c r q) -> b f (h q) (w r) c", q=self.config.patch, r=self.config.patch)
         return raw.astype(jnp.float32), StreamState(state.frames_B + shape[1], past)
 
     def encode_step(self, video_BPHWC: jax.Array, state: StreamState) -> tuple[jax.Array, StreamState]:
@@ -366,11 +254,16 @@ class WanVAE(nnx.Module):
         if shape[1] < 1 or (shape[1] - lone) % time:
             raise UserError(f"vae: {shape[1]} frames do not encode; use {f'1 + {time} k' if lone else f'{time} k'}")
         _check_batch(shape[0], state)
-        hidden, past = self.encoder.step(video_BPHWC, state.past, self.config.precision)
+        hidden, past = self.encoder.step(self.in_patches(video_BPHWC), state.past, self.config.precision)
         moments = self.moments(hidden, self.config.precision.compute).astype(jnp.float32)
         mean, std = (align(jnp.asarray(x), moments) for x in self._statistics())
         latents = (moments[..., : self.config.z_dim] - mean) / std
         return latents, StreamState(state.frames_B + latents.shape[1], past)
+
+    def in_patches(self, video_BPHWC: jax.Array) -> jax.Array:
+        """What the encoder takes: each `patch` x `patch` pixels as one of 3 patch^2 channels."""
+        patch = self.config.patch
+        return rearrange(video_BPHWC, "b f (h q) (w r) c -> b f h w (c r q)", q=patch, r=patch)
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(self.config.latents_mean, np.float32), np.asarray(self.config.latents_std, np.float32)

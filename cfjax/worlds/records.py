@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from cfjax.core.limits import LAYERS
+from cfjax.core.limits import AXIS, LAYERS
 from cfjax.core.precision import Policy
 from cfjax.core.schema import EPS, SIZE, Rule, checked, flag, number, one_of, row, several, table, text, whole
 from cfjax.models.tiny_vae import TinyVAEConfig
@@ -28,6 +28,9 @@ SIZES: dict[type, Rule] = {
     VAEConfig: table(
         {"base_dim": SIZE, "z_dim": SIZE},
         {
+            "decoder_base_dim": whole(0, AXIS),
+            "residual": flag,
+            "patch": whole(1, 16),
             "multipliers": several(SIZE, 2, 8),
             "res_blocks": whole(1, LAYERS),
             "temporal_downsample": several(flag, 1, 7),

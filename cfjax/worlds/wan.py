@@ -48,6 +48,8 @@ WORLD_RULE = table(
         "fps": number(0, 1000, above=True),
     }
 )
+# Sizes that records of the first format have not, and what they are there; worlds of then are those of now.
+LATER = {"decoder_base_dim": 0, "residual": False, "patch": 1}
 # The record of a part of a world, a run directory of one role.
 PART = table(
     {"model": table({}), "fingerprint": text(64)},
@@ -271,7 +273,8 @@ def fingerprint(path: str | Path) -> str:
     for part in ("vae", "text_encoder"):
         if is_folder(path_of(path) / part / FOLDER):
             meta = _part_record(path_of(path) / part, part)
-            sizes = {name: value for name, value in meta["model"].items() if name != "precision"}
+            told = {name: value for name, value in meta["model"].items() if name != "precision"}
+            sizes = {name: value for name, value in told.items() if LATER.get(name, ...) != value}
             parts[part] = [sizes, meta["fingerprint"]]
     files = (path_of(path) / "tokenizer" / name for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE))
     parts["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]

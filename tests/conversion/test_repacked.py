@@ -51,8 +51,9 @@ def test_whatever_stands_before_every_name_is_taken_off(tmp_path, prefix):
 def test_every_layout_has_an_anchor():
     """A name that its every file has, by which prefixes are found."""
     for kind, row in KINDS.items():
-        for layout, table in row.layouts.items():
-            assert set(ANCHORS) & set(their_names(table, row.template(row.example))), (kind, layout)
+        for example in row.examples:
+            for layout, table in row.tables(example).items():
+                assert set(ANCHORS) & set(their_names(table, row.template(example))), (kind, layout)
 
 
 def test_networks_under_prefixes_of_their_own_in_one_file(tmp_path):

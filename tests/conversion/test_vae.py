@@ -6,10 +6,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from cfjax.conversion.kinds import recognised
 from cfjax.conversion.rules import load_named, save_named
 from cfjax.conversion.vae import (
     DIFFUSERS,
     LAYOUTS,
+    LAYOUTS_2_2,
     ORIGINAL,
     config_json_vae,
     export_vae,
@@ -18,8 +20,8 @@ from cfjax.conversion.vae import (
 )
 from cfjax.core.errors import UserError
 from cfjax.core.tree import named_leaves
-from cfjax.models.vae import PRESETS, VAEConfig, abstract_vae
-from tests.synthetic import vae_shapes
+from cfjax.models.vae import LATENTS_MEAN_48, LATENTS_STD_48, PRESETS, VAEConfig, abstract_vae
+from tests.synthetic import vae_2_2_shapes, vae_shapes
 
 CONFIG = VAEConfig(base_dim=2)
 
@@ -118,3 +120,44 @@ def test_nothing_passes_unnoticed():
     ):
         with pytest.raises(UserError, match=rf"{name} has shape \({shape[0]},"):
             import_vae({**weights, name: np.zeros(shape, np.float32)}, CONFIG)
+
+
+def theirs_2_2(layout: str, base_dim: int, decoder_base_dim: int) -> dict[str, tuple[int, ...]]:
+    if layout == "original":
+        return vae_2_2_shapes(base_dim, decoder_base_dim, 48)
+    config = VAEConfig(
+        base_dim, decoder_base_dim, 48, residual=True, patch=2, latents_mean=LATENTS_MEAN_48, latents_std=LATENTS_STD_48
+    )
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config(config_json_vae(config, "diffusers"))
+    return {name: tuple(x.shape) for name, x in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_2_2)
+def test_the_published_file_of_wan_2_2_fits(layout):
+    """Its sizes from the shapes alone; all of its names and shapes, both ways, and no other table's."""
+    shapes = theirs_2_2(layout, 160, 256)
+    config = infer_config_vae(shapes, layout)
+    assert config == PRESETS["wan_2_2"]
+    assert recognised(shapes) == ("vae", layout)
+    template = named_leaves(abstract_vae(config))
+    zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    loaded = load_named(LAYOUTS_2_2[layout], zeros, template, config)
+    assert {name: x.shape for name, x in loaded.items()} == {name: x.shape for name, x in template.items()}
+    ours = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in template.items()}
+    assert {name: x.shape for name, x in save_named(LAYOUTS_2_2[layout], ours, config).items()} == shapes
+
+
+def test_wan_2_2_from_the_original_to_diffusers_and_back():
+    """Exact; `test_vae_2_2.py` loads what is written for diffusers into its class."""
+    rng = np.random.default_rng(0)
+    shapes = theirs_2_2("original", 2, 4)
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    config = infer_config_vae(shapes, "original")
+    model = import_vae(weights, config, LAYOUTS_2_2["original"])
+    written = export_vae(model, LAYOUTS_2_2["diffusers"])
+    assert infer_config_vae({k: x.shape for k, x in written.items()}, "diffusers", config_json_vae(config, "diffusers"))
+    again = export_vae(import_vae(written, config, LAYOUTS_2_2["diffusers"]), LAYOUTS_2_2["original"])
+    assert again.keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(again[name], array)
