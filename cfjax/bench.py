@@ -21,7 +21,7 @@ from cfjax.core.precision import Policy, to_record
 from cfjax.experiment.speed import Stream, measure_stream
 from cfjax.experiment.streams import Opened, open_stream
 from cfjax.memory.names import blocks_record
-from cfjax.models.vae import VAEConfig
+from cfjax.models.vae import published_vae
 from cfjax.rollout.generate import FewStep
 
 DESCRIPTION = """Streams videos cold and warm and prints a table: frames/s with and without the decoder, time to the
@@ -166,7 +166,7 @@ def _against_diffusers(c: ConfigDict, stream: Stream, _: str) -> dict[str, Any]:
 
     model, sizes = stream.pipeline.model.config, stream.sizes
     shape = (stream.batch, sizes.frames, sizes.height, sizes.width, model.in_dim)
-    codec = VAEConfig(precision=Policy(c.decoder_precision or model.precision.compute))
+    codec = replace(published_vae(model.in_dim), precision=Policy(c.decoder_precision or model.precision.compute))
     cases = {
         "network pass, all frames": dit_calls(model, shape, stream.text_BSE.shape[1], c.seed),
         "VAE decode": vae_calls(codec, (*shape[:-1], codec.z_dim), c.seed),

@@ -24,6 +24,7 @@ from cfjax.core.precision import F32
 from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import read_run
+from cfjax.models.vae import published_vae
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.models.weight_storage import fill
 from cfjax.nn.visibility import Blocks
@@ -31,7 +32,7 @@ from cfjax.training.checkpoint import FOLDER, load_role
 from cfjax.worlds.assets import META_FILE, asset
 from cfjax.worlds.open import find_world, is_wan_world
 from cfjax.worlds.records import config_from_record, placed_template
-from cfjax.worlds.wan import load_codec, load_text, read_record
+from cfjax.worlds.wan import load_codec, load_text, part_sizes, read_record
 
 DESCRIPTION = """Compares cfjax with an independent PyTorch implementation: the same weights, inputs, noise and times
 in float32. Prints one table (what, shape, largest absolute and relative error, cosine, the first layer that diverges)
@@ -48,8 +49,6 @@ FLAGS = (
 )
 NEEDS = {"diffusers": ("torch", "diffusers", "transformers"), "reference": ("torch",)}
 PACKAGES = ("cfjax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
-VAE_STRIDE = 8
-SIDE = 16  # pixels per patch of latents
 
 
 def main(argv: Sequence[str]) -> int:
@@ -134,13 +133,14 @@ def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
     for name in ("frames", "height", "width", "text_length", "steps"):
         if c[name] < 1:
             raise UserError(f"--config.{name}={c[name]}: use 1 or more")
-    for name in ("height", "width"):
-        if c[name] % SIDE:
-            raise UserError(f"--config.{name}={c[name]}: a video's sides are multiples of {SIDE} pixels")
     if c.run:
         parts = _run_parts(c)
     else:
         parts = _world_parts(path_of(c.world)) if c.world else random_parts(c.random, seed)
+    stride = published_vae(parts.get("channels", 16)).stride[1]
+    for name in ("height", "width"):
+        if c[name] % (2 * stride):  # a patch of latents
+            raise UserError(f"--config.{name}={c[name]}: a video's sides are multiples of {2 * stride} pixels")
     return Case(
         dit=parts.get("dit"),
         vae=parts.get("vae"),
@@ -148,8 +148,8 @@ def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
         tokenizer=parts.get("tokenizer", ""),
         blocks=parts.get("blocks", Blocks()),
         frames=c.frames,
-        height=c.height // VAE_STRIDE,
-        width=c.width // VAE_STRIDE,
+        height=c.height // stride,
+        width=c.width // stride,
         text_length=c.text_length,
         steps=c.steps,
         seed=seed,
@@ -178,7 +178,7 @@ def _run_parts(c: ConfigDict) -> dict[str, Any]:
 
     world = path_of(c.world) if c.world else find_world(c.run, str(meta.get("world_path", "")))
     parts = _world_parts(world) if world and is_wan_world(world) else {}  # a toy's world has none to compare
-    return {"dit": dit, "blocks": Blocks(**meta["blocks"])} | parts
+    return {"dit": dit, "blocks": Blocks(**meta["blocks"])} | parts | {"channels": network.out_dim}
 
 
 def _world_parts(world: Path) -> dict[str, Any]:
@@ -190,6 +190,7 @@ def _world_parts(world: Path) -> dict[str, Any]:
     length = int(read_record(world)["text_length"])
     have = lambda part: (world / part / FOLDER).is_dir()
     return {
+        "channels": part_sizes(world, "vae")["z_dim"] if have("vae") else 16,
         "vae": partial(load_codec, world, "vae") if have("vae") else None,
         "text_encoder": (lambda: load_text(world, length).model) if have("text_encoder") else None,
         "tokenizer": str(world / "tokenizer") if (world / "tokenizer").is_dir() else "",

@@ -24,7 +24,7 @@ from cfjax.conversion.sources import (
     open_source,
 )
 from cfjax.conversion.targets import entry_of, write_target
-from cfjax.conversion.wan import TEXT_LENGTH, config_json_wan
+from cfjax.conversion.wan import TEXT_LENGTH, TI2V_CHANNELS, config_json_wan
 from cfjax.conversion.weight_file import SAFETENSORS
 from cfjax.conversion.write import write_json
 from cfjax.core.cli import parse
@@ -54,8 +54,8 @@ WORLD, TOKENIZER = "world", "tokenizer"
 LEFT_OUT = "left out: "
 # Networks that meet in what is so wide: kind, its size, kind, its size.
 MEETING = (
-    ("dit", "in_dim", "vae", "z_dim", "latents"),
-    ("dit", "in_dim", "tiny_vae", "latent_channels", "latents"),
+    ("dit", "out_dim", "vae", "z_dim", "latents"),
+    ("dit", "out_dim", "tiny_vae", "latent_channels", "latents"),
     ("tiny_vae", "latent_channels", "vae", "z_dim", "latents"),
     ("dit", "text_dim", "text_encoder", "dim", "text rows"),
 )
@@ -63,7 +63,9 @@ UNSAID = (
     "the file does not say what it was trained for: recorded as bidirectional, with 50 steps of UniPC; if it generates "
     "block by block, convert it with --config=configs/convert.py:dmd, :ar_diffusion, :ode_regression or :consistency"
 )
-FPS = 16
+# Of videos of latents of so many channels: frames a second, and the latents' frames, height and width.
+FPS = {16: 16, TI2V_CHANNELS: 24}
+LATENTS = {16: (21, 60, 104), TI2V_CHANNELS: (31, 44, 80)}
 # Of every stage and sampler (reference: `timestep_shift` in `configs/*.yaml`).
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
@@ -240,7 +242,7 @@ def open_run_source(path: Path, *, parts: Sequence[str] = (), key: str = "", wor
 
 
 def _stored(kind: str, folder: Path, role: str, ema: bool, config: dict[str, Any], meta: dict[str, Any]) -> Network:
-    record = config_from_record(type(KINDS[kind].example), config, folder)
+    record = config_from_record(type(KINDS[kind].examples[0]), config, folder)
     arrays = open_network(folder, role, ema=ema, meta=meta) if kind == "dit" else open_role(folder, role, ema=ema)
     return Network(kind, record, arrays, meta.get("source", {}).get("layout", ""), str(folder))
 
@@ -265,7 +267,8 @@ def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: C
     if source.tokenizer:
         copy_tokenizer(source.tokenizer, partial / WORLD / TOKENIZER)
     if (partial / WORLD).exists():
-        record = {"kind": KIND, "format": FORMAT, "text_length": TEXT_LENGTH, "fps": FPS}
+        record = {"kind": KIND, "format": FORMAT, "text_length": TEXT_LENGTH}
+        record |= {"fps": FPS.get(_channels(source), FPS[16])}
         write_json(partial / WORLD / RECORD, {**record, "negative_prompt": NEGATIVE_PROMPT})
     if transformers:
         arrays = {
@@ -275,6 +278,13 @@ def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: C
         }
         write_streamed(partial, arrays, _run_meta(c, transformers, partial, workdir))
     return sum(len(x.parts) for each in source.found for x in each.network.arrays.values())
+
+
+def _channels(source: Source) -> int:
+    """Latent channels of a source's networks, which agree; 0 where none says."""
+    widths = {"dit": "out_dim", "vae": "z_dim", "tiny_vae": "latent_channels"}
+    known = (each.network for each in source.found if each.network.kind in widths)
+    return next((int(getattr(network.config, widths[network.kind])) for network in known), 0)
 
 
 def write_adapters(c: ConfigDict, workdir: Path) -> int:
@@ -334,12 +344,15 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
     beside = [run / WORLD for run in (partial, workdir) if (run / WORLD / RECORD).exists()]
     world_folder = Path(c.world) if c.world else beside[0] if len(beside) == 1 else None  # two will be merged
     student = next(each.network for each in transformers if each.role == "student")
+    channels = student.config.out_dim
+    usual = LATENTS.get(channels, LATENTS[16])
     return {
         "stage": experiment.stage,
         "config": experiment.to_dict(),
         "models": models,
         "blocks": experiment.blocks.to_dict(),
-        "latent_shape": [*c.latents, student.config.in_dim],
+        "latent_shape": [*(asked or own for asked, own in zip(c.latents, usual, strict=True)), channels],
+        **({"image_start": True} if channels == TI2V_CHANNELS and experiment.stage == "bidirectional" else {}),
         "world": world_fingerprint(world_folder) if world_folder else "",
         "world_path": c.world or (WORLD if beside else ""),
         "source": _source_record(student) | ({"lora": c.lora} if c.lora else {}),

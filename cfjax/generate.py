@@ -42,6 +42,7 @@ from cfjax.evaluation.video_set import (
     requested_videos,
 )
 from cfjax.experiment.batches import generate_batches
+from cfjax.experiment.experts import with_high_noise
 from cfjax.experiment.job import (
     Job,
     check_requests,
@@ -65,7 +66,17 @@ with what is finished, which --config.resume=True resumes."""
 TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
 # What decides a request's video; a set cannot be resumed with other values.
 DECIDING = (
-    *("run.stage", "run.step", "run.averaged", "run.weights", "run.lora", "network", "world", "decoder"),
+    *(
+        "run.stage",
+        "run.step",
+        "run.averaged",
+        "run.weights",
+        "run.lora",
+        "run.high_noise",
+        "network",
+        "world",
+        "decoder",
+    ),
     *("frames", "given_frames", "height", "width", "latent_shape", "sampler", "blocks", "negative_prompt"),
     *("video_sha256", "fit", "fps", "scale"),
 )
@@ -207,7 +218,8 @@ def make_videos(
             seconds["text"] = encode_texts(job, texts, job.prompts(n for numbers in batches for n in numbers))
             loading = time.perf_counter()
             loras = open_loras(c.lora)
-            job = replace(job, run=load_weights(job.run, partial(merged, loras=loras) if loras else None))
+            run = load_weights(job.run, partial(merged, loras=loras) if loras else None)
+            job = replace(job, run=with_high_noise(run, job.high))
             seconds["open"] += time.perf_counter() - loading
         with videos.begin(found, todo):
             for numbers, clips in generate_batches(c, job, texts, batches, programs):
@@ -292,6 +304,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
             "step": run.step,
             "averaged": run.averaged,
             "weights": weights_hash(run),
+            **({"high_noise": job.high.record(weights_hash(job.high.run))} if job.high else {}),
             **({"lora": [lora_record(lora) for lora in open_loras(c.lora)]} if c.lora else {}),
         },
         "network": to_record(run.model.config),
@@ -301,7 +314,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
         "given_frames": pixel_frames(sizes.given, sizes.stride[0]) if sizes.given else 0,
         "height": height,
         "width": width,
-        "latent_shape": [sizes.frames, sizes.height, sizes.width, run.model.config.in_dim],
+        "latent_shape": [sizes.frames, sizes.height, sizes.width, run.model.config.out_dim],
         "sampler": sampler_record(job.sampler),
         "blocks": blocks_record(job.blocks) if job.blocks else None,
         "negative_prompt": job.negative_prompt,

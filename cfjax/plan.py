@@ -19,6 +19,8 @@ from cfjax.experiment.build import Experiment, build
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.programs import expected_trip_counts, lower_update, stage_memory, whole_flops, with_attention
 from cfjax.experiment.stream_plan import plan_stream, stream_table
+from cfjax.models.vae import published_vae
+from cfjax.models.wan import preset as network_preset
 from cfjax.planning.programs import Cost, compile_update
 from cfjax.planning.search import Candidate, candidates, overrides
 from cfjax.training.memory import memory_table, needed_bytes
@@ -39,7 +41,7 @@ FLAGS = (
     Flag("hlo", "write the compiled programs' HLO text, WORKDIR/ROLE.hlo.gz", kind=bool, default=False),
     Flag("only", "comma-separated roles that are compiled; of a stream decoders, or network (empty: all)", default=""),
 )
-WAN_STRIDE, WAN_CHANNELS, WAN_TEXT = (4, 8, 8), 16, 4096
+WAN_TEXT = 4096
 TOY_PATCH, TOY_TEXT = 8, 64
 
 
@@ -114,14 +116,15 @@ def shapes_of(e: Experiment, flags: Mapping[str, Any]) -> Shapes:
     if toy := e.data.toy:
         side = toy.shapes.size // TOY_PATCH
         return Shapes((toy.shapes.frames, side, side, toy.channels), (toy.text_length, TOY_TEXT))
-    time, height, width = WAN_STRIDE
+    channels = network_preset(e.networks["student"].preset).in_dim
+    time, height, width = published_vae(channels).stride
     if flags["frames"] % time != 1:
         raise UserError(f"--frames={flags['frames']}: use 1 + a multiple of {time}")
     for name, stride in (("height", 2 * height), ("width", 2 * width)):
         if flags[name] % stride or flags[name] < stride:
             raise UserError(f"--{name}={flags[name]}: use a multiple of {stride}")
     frames = 1 + flags["frames"] // time
-    latents = (frames, flags["height"] // height, flags["width"] // width, WAN_CHANNELS)
+    latents = (frames, flags["height"] // height, flags["width"] // width, channels)
     return Shapes(latents, (flags["text"], WAN_TEXT))
 
 

@@ -39,7 +39,8 @@ def get_config(arg: str = ""):
             "parts": "",  # some of dit,vae,text_encoder,tiny_vae; "": all there are that `to` is for
             "key": "",  # entry of a .pt: generator, generator_ema, critic; "": all, generator or else the average first
             "world": "",  # folder of a converted world, where the source has no VAE and text encoder
-            "latents": (21, 60, 104),  # frames, height, width that the model is made for: 81 frames of 480 x 832
+            # frames, height, width that it is made for; 0: those of 81 frames of 480 x 832 (TI2V-5B: 121 of 704 x 1280)
+            "latents": (0, 0, 0),
             "lora": "",  # merged into the transformer: FILE[:WEIGHT][|FILE[:WEIGHT]...] (docs/wan.md)
             "dequantize": "float32",  # what fp8, int8 and GGUF weights become; or bfloat16, float16
             "unscaled": False,  # fp8 weights without scales are a plain cast, not a file that lost its scales

@@ -25,14 +25,22 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`wan`: 480 x 832 pixels, 81 frames, 16 per second; `toy` (the default): the moving-shapes world."""
-    wan = "wan" in presets.switches(arg, "toy", "wan")
+    """`wan`: 480 x 832 pixels, 81 frames, 16 per second; `wan_2_2` (TI2V-5B): 704 x 1280, 121, 24 per second.
+
+    `toy` (the default): the moving-shapes world.
+    """
+    words = presets.switches(arg, "toy", "wan", "wan_2_2")
+    presets.one_of(words, "toy", "wan", "wan_2_2")
+    new, wan = "wan_2_2" in words, not {"wan", "wan_2_2"}.isdisjoint(words)
     return ConfigDict(
         {
             # the model
-            "run": "checkpoints/causal_forcing" if wan else "runs/quickstart/dmd",
+            "run": ("checkpoints/wan_2_2_5b" if new else "checkpoints/causal_forcing")
+            if wan
+            else "runs/quickstart/dmd",
             "ema": True,  # averaged weights, when the run keeps them
             "lora": "",  # merged into the run's network: FILE[:WEIGHT][|FILE[:WEIGHT]...] (docs/wan.md)
+            "high_noise": _high_noise(),
             "world": "",  # a Wan world's folder; "": beside the run
             "decoder": "vae",  # or tiny_vae
             "decoder_precision": "",  # float32, bfloat16 (the reference's); "": as recorded
@@ -55,9 +63,9 @@ def get_config(arg: str = ""):
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
             "strength": -1.0,  # video to video: the noise level that `video` is brought to, 0 to 1; -1: go on from it
             "fit": "cover",  # or stretch, as `inference.py` of the reference
-            "height": 480 if wan else 0,  # pixels; 0: what the run was trained on
-            "width": 832 if wan else 0,
-            "frames": 81 if wan else 0,  # pixel frames in all, given ones included
+            "height": (704 if new else 480) if wan else 0,  # pixels; 0: what the run was trained on
+            "width": (1280 if new else 832) if wan else 0,
+            "frames": (121 if new else 81) if wan else 0,  # pixel frames in all, given ones included
             # how
             "sampler": _sampler(),
             "memory": "",  # what is remembered: full, infinity_rope, ema_sink ... (docs/memory.md); "": the run's
@@ -68,7 +76,7 @@ def get_config(arg: str = ""):
             "batch": 1 if wan else 8,  # videos at a time
             "tile": 0,  # decode in tiles of so many pixels; 0: whole frames, block by block
             "text_cache": "",  # a folder of text embeddings; the text encoder is read for what it lacks
-            "fps": 16.0 if wan else 8.0,  # of what is read and written
+            "fps": (24.0 if new else 16.0) if wan else 8.0,  # of what is read and written
             "scale": 1 if wan else 8,
             "save_latents": False,
             "overwrite": False,  # replace what is there
@@ -76,6 +84,14 @@ def get_config(arg: str = ""):
             "progress": True,
         }
     )
+
+
+def _high_noise() -> ConfigDict:
+    """Wan2.2-A14B's second expert: the run for noise levels of `boundary` and above; `run` then has those below.
+
+    0.875 is text to video's, as released; `guidance` -1: the sampler's own.
+    """
+    return ConfigDict({"run": "", "boundary": 0.875, "guidance": -1.0})
 
 
 def _sampler() -> ConfigDict:

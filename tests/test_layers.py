@@ -47,6 +47,7 @@ EXPERIMENT = (
     *("programs", "notes", "resume", "preview"),  # what is done with one
     *(
         "runs",
+        "experts",
         "job",
         "batches",
         "measure",

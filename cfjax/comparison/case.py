@@ -14,12 +14,12 @@ from cfjax.core.precision import F32
 from cfjax.core.tree import map_named
 from cfjax.models import umt5, vae, wan
 from cfjax.models.umt5 import UMT5
-from cfjax.models.vae import VAEConfig, WanVAE
+from cfjax.models.vae import WanVAE
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
 
 Module = TypeVar("Module")
-WIDTHS = ("toy", "full")
+WIDTHS = ("toy", "full", "ti2v_toy", "ti2v")
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,27 @@ def random_weights(module: Module, seed: int) -> Module:
     return jax.tree.map(jax.numpy.asarray, map_named(leaf, module))
 
 
-def random_parts(width: str, seed: int) -> dict[str, Callable[[], Any]]:
-    """`Case`'s parts with random weights: "toy" sizes, or the "full" ones of the 1.3B release.
+def random_parts(width: str, seed: int) -> dict[str, Any]:
+    """`Case`'s parts with random weights, and the latents' "channels".
+
+    Args:
+      width: "toy" sizes, or the "full" ones of the 1.3B release; "ti2v_toy" and "ti2v" are Wan2.2-TI2V-5B's.
 
     Raises:
       UserError: another width.
     """
     if width not in WIDTHS:
         raise UserError(f"width={width!r}: use {' or '.join(WIDTHS)}")
-    toy, key = width == "toy", jax.random.key(seed)
+    toy, new, key = width.endswith("toy"), width.startswith("ti2v"), jax.random.key(seed)
     text = umt5.PRESETS["toy" if toy else "umt5_xxl"]
-    dit = replace(wan.PRESETS["toy" if toy else "wan_1_3b"], text_dim=text.dim, remat="none", precision=F32)
-    codec = VAEConfig(base_dim=8) if toy else vae.PRESETS["wan"]
+    full = "wan_2_2_5b" if new else "wan_1_3b"
+    dit = replace(wan.PRESETS["toy" if toy else full], text_dim=text.dim, remat="none", precision=F32)
+    codec = vae.PRESETS["wan_2_2" if new else "wan"]
+    if toy:
+        codec = replace(codec, base_dim=8, decoder_base_dim=12 if new else 0)
+        dit = replace(dit, in_dim=codec.z_dim, out_dim=codec.z_dim)
     return {
+        "channels": dit.in_dim,
         "dit": lambda: random_weights(wan.make_wan(dit, key), seed),
         "vae": lambda: random_weights(vae.make_vae(codec, key), seed),
         "text_encoder": lambda: random_weights(jax.jit(umt5.make_umt5, static_argnums=0)(text, key), seed),

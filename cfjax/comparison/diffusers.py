@@ -105,7 +105,7 @@ def check_gradients(case: Case) -> list[Row]:
     model = have("dit", case.dit)
     config = model.config
     latents, text = _inputs(case, config, 2)
-    weight, sigma_B = case.normal("weight", *latents.shape), np.array([0.9375, 0.25], np.float32)
+    weight, sigma_B = case.normal("weight", *latents.shape[:-1], config.out_dim), np.array([0.9375, 0.25], np.float32)
 
     @jax.jit
     def gradients(model: Wan, latents: jax.Array, text: jax.Array) -> Any:

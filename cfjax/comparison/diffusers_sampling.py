@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from cfjax.comparison.case import Case, have
-from cfjax.comparison.report import Row, compare_arrays
+from cfjax.comparison.report import MissingPart, Row, compare_arrays
 from cfjax.comparison.twins import dit_twin, from_torch, to_torch
 from cfjax.conversion.wan import export_wan
 from cfjax.flow.schedule import UNIPC_SIGMA_MAX
@@ -100,6 +100,8 @@ def check_sampling(case: Case) -> list[Row]:
     """Noise and text rows to latents, all frames at once (diffusers has no causal sampler): many-step, few-step."""
     model = have("dit", case.dit)
     config = model.config
+    if config.in_dim != config.out_dim:
+        raise MissingPart("an image-to-video network: its sampler needs a picture")
     noise = case.normal("noise", 1, case.frames, case.height, case.width, config.in_dim)
     text, negative = (case.normal(name, 1, case.text_length, config.text_dim) for name in ("text", "negative"))
     many, few = ManyStep(steps=case.steps), FewStep()

@@ -16,14 +16,17 @@ from cfjax.conversion.sources import (
     Source,
     copy_tokenizer,
 )
+from cfjax.conversion.wan import TI2V_CHANNELS
 from cfjax.conversion.write import write_json, write_pickle, write_safetensors
 from cfjax.core.checksums import write_sums
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
+from cfjax.models.experts import takes_picture
 
 Watch = Callable[[int], Any]
 TRANSFORMER = "diffusion_pytorch_model"
 # Names in a Wan release, without suffix.
+VAE_2_2 = "Wan2.2_VAE"
 RELEASE = {"vae": "Wan2.1_VAE", "text_encoder": "models_t5_umt5-xxl-enc-bf16", "tiny_vae": "taew2_1"}
 CHECKPOINT = "model.pt"
 # Folder, file stem and index entry of a pipeline's networks.
@@ -99,7 +102,7 @@ def _write_pt(plans: Plans, folder: Path) -> None:
             entries[entry_of(found)] = {PREFIX + name: x for name, x in arrays.items()}
             write_json(folder / "config.json", found.network.about("original") or {})
         else:
-            write_pickle(folder / f"{RELEASE[found.network.kind]}.pth", arrays)
+            write_pickle(folder / f"{_release_name(found)}.pth", arrays)
     if entries:
         write_pickle(folder / CHECKPOINT, entries)
 
@@ -108,7 +111,14 @@ def _write_release(plans: Plans, folder: Path, max_bytes: float) -> None:
     for found, arrays in plans:
         if found.network.kind == "dit":
             write_json(folder / "config.json", found.network.about("original") or {})
-        write_safetensors(folder, RELEASE.get(found.network.kind, TRANSFORMER), arrays, max_bytes)
+        write_safetensors(folder, _release_name(found), arrays, max_bytes)
+
+
+def _release_name(found: Found) -> str:
+    """What a release calls the file, without suffix."""
+    if found.network.kind == "vae" and found.network.config.residual:
+        return VAE_2_2
+    return RELEASE.get(found.network.kind, TRANSFORMER)
 
 
 def _write_pipeline(plans: Plans, folder: Path, max_bytes: float) -> None:
@@ -136,6 +146,12 @@ def _write_index(source: Source, folder: Path, shift: float) -> None:
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "tokenizer": ["transformers", "T5TokenizerFast"] if source.tokenizer else [None, None],
     }
+    networks = [found.network.config for found in source.found if found.network.kind == "dit"]
+    if any(config.in_dim == TI2V_CHANNELS for config in networks):
+        index["expand_timesteps"] = True  # a timestep per token
+    if any(map(takes_picture, networks)):
+        index["_class_name"] = "WanImageToVideoPipeline"
+        index |= {name: [None, None] for name in ("image_encoder", "image_processor")}
     write_json(folder / PIPELINE, index)
     (folder / "scheduler").mkdir()
     scheduler = {

@@ -1,4 +1,4 @@
-"""Wan2.1's transformer in the layouts of diffusers (`WanTransformer3DModel`) and of the original release.
+"""Wan's transformers in the layouts of diffusers (`WanTransformer3DModel`) and of the original releases.
 
 Both are PyTorch: linear weights [out, in], the patch embedding a 3-d convolution, and a head's channels stored as
 (real, imaginary) pairs where ours are [real parts, imaginary parts] (see `nn.rope`). The head's 64 outputs are ordered
@@ -24,6 +24,7 @@ from cfjax.conversion.rules import (
 )
 from cfjax.core.errors import UserError
 from cfjax.core.schema import EPS, SIZE, checked, one_of, table
+from cfjax.models.experts import MASK, takes_picture
 from cfjax.models.wan import Wan, WanConfig
 
 TABLE = Layout(load=lambda x, _: x.reshape(x.shape[1:]), save=lambda x, _: x[None])
@@ -87,6 +88,7 @@ ORIGINAL = (
 LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
 HEAD_DIM = 128  # of every published Wan model; the weights alone do not determine it
 TEXT_LENGTH = 512
+TI2V_CHANNELS = 48  # of the latents of Wan2.2-TI2V-5B, which also goes on from a clean first latent frame
 # What config.json calls a size, by layout.
 SIZES = {
     "original": {
@@ -109,7 +111,7 @@ SIZES = {
 }
 # What config.json may say of switches that our network has thrown for good.
 FIXED = {
-    "model_type": one_of("t2v"),
+    "model_type": one_of("t2v", "ti2v", "i2v"),
     "qk_norm": one_of(True, "rms_norm_across_heads"),
     "cross_attn_norm": one_of(True),
     "image_dim": one_of(None),
@@ -141,14 +143,17 @@ def infer_config_wan(
     """
     about = about or {}
     image = next((name for name in shapes if any(key in f".{name}" for key in IMAGE_KEYS)), None)
-    if image or about.get("model_type") == "i2v":
+    if image:
         raise UserError(
-            f"an image-to-video model ({image or 'config.json: model_type i2v'}) needs CLIP image features in its"
-            " cross-attention, which this network has not; convert a text-to-video (T2V) one"
+            f"an image-to-video model ({image}) needs CLIP image features in its cross-attention, which this network"
+            " has not; convert a text-to-video (T2V) one, or Wan2.2's image-to-video ones, which need none"
         )
     checked(ABOUT[layout], about, "config.json")
     sized = _sized(shapes, LAYOUTS[layout] is ORIGINAL)
     sizes = sized.keywords
+    if about.get("model_type") == "i2v" and sizes["in_dim"] == sizes["out_dim"]:
+        takes = f"take {sizes['in_dim']} channels and give as many"
+        raise UserError(f"config.json: model_type i2v, an image-to-video model, but the weights {takes}")
     for key, name in SIZES[layout].items():
         if key in about and about[key] != sizes[name]:
             raise UserError(f"config.json: {key} is {about[key]}, but the weights have {sizes[name]}")
@@ -179,11 +184,10 @@ def _sized(shapes: Mapping[str, tuple[int, ...]], original: bool) -> partial[Wan
 
     dim, in_dim, _, *patch = shape("patch_embedding.weight", 5)
     rows, pixels = shape("head.head.weight" if original else "proj_out.weight", 2)[0], patch[0] * patch[1]
-    if rows != in_dim * pixels:
-        more = "; more in than out is an image-to-video model's, which is not read" if rows < in_dim * pixels else ""
+    if rows != in_dim * pixels and (in_dim - MASK) * pixels != 2 * rows:
         raise UserError(
             f"the network takes {in_dim} latent channels and gives {rows / pixels:g}: generating needs as many out as"
-            f" in{more}"
+            f" in, or (image to video) {MASK} for a mask and as many again for a picture's latents"
         )
     return partial(
         WanConfig,
@@ -202,7 +206,8 @@ def config_json_wan(config: WanConfig, layout: str) -> dict[str, Any]:
     """config.json beside the weights in this layout; `infer_config_wan` reads it back."""
     if layout == "original":
         sizes = {key: getattr(config, name) for key, name in SIZES[layout].items() if name != "text_dim"}
-        more = {"model_type": "t2v", "num_heads": config.num_heads, "eps": config.eps, "text_len": TEXT_LENGTH}
+        kind = "i2v" if takes_picture(config) else "ti2v" if config.in_dim == TI2V_CHANNELS else "t2v"
+        more = {"model_type": kind, "num_heads": config.num_heads, "eps": config.eps, "text_len": TEXT_LENGTH}
         return {"_class_name": "WanModel", **sizes, **more}
     return {
         "_class_name": "WanTransformer3DModel",

@@ -165,6 +165,8 @@ RULES: dict[str, Rules] = {
         (r"sampler\.shift", SHIFT_OR_OWN),
         (r"sampler\.guidance", GUIDANCE),
         ("strength", real(-1.0, 1.0)),
+        (r"high_noise\.boundary", real(0.0, 1.0)),
+        (r"high_noise\.guidance", GUIDANCE),
         ("fps", FPS),
         ("scale", whole(1, SIDE)),
     ],
@@ -203,7 +205,7 @@ RULES: dict[str, Rules] = {
         ("steps", STEPS),
     ],
     "convert": [
-        ("latents", whole(1, 65536, length=3)),
+        ("latents", whole(0, 65536, length=3)),
         ("max_shard_gb", positive()),
         *((rf"experiment\.({pattern})", allowed) for pattern, allowed in EXPERIMENT),
     ],

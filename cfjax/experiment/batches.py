@@ -16,6 +16,7 @@ from cfjax.core.programs import Programs
 from cfjax.data.requests import LATENTS, Request
 from cfjax.evaluation.video import to_uint8
 from cfjax.experiment.job import Job, hash_file, read_given, read_source, tiled_decoder
+from cfjax.models.experts import picture_condition, takes_picture, with_picture
 from cfjax.models.text_cache import TextCache, read_rows
 from cfjax.rollout.clips import Clips, make_clips, timed_clips
 from cfjax.rollout.generate import ManyStep
@@ -36,7 +37,7 @@ def given_latents(c: ConfigDict, job: Job, batches: Sequence[range]) -> Callable
     """
     if c.strength >= 0:
         return lambda request: None
-    world = job.run.world
+    world, pictures = job.run.world, takes_picture(job.run.model.config)
     left = {job.requests[n].image or c.video for numbers in batches for n in numbers}
     encoders: list[Callable[[jax.Array], jax.Array]] = []
 
@@ -50,6 +51,9 @@ def given_latents(c: ConfigDict, job: Job, batches: Sequence[range]) -> Callable
         if hash_file(file) != job.hashes[file]:
             raise UserError(f"{file}: has changed since the command began; give it again with --config.resume=True")
         given = read_given(c, job, file)
+        if pictures:
+            grey = np.zeros((job.sizes.pixels()[0] - len(given), *given.shape[1:]), given.dtype)
+            given = np.concatenate([given, grey])
         latents = given if Path(file).suffix in LATENTS else encode(given)
         left.discard(file)
         if not left:
@@ -88,7 +92,10 @@ def generate_batches(
             rows = [job.requests[min(numbers.start + i, numbers.stop - 1)] for i in range(job.batch)]
             first = [latents for request in rows if (latents := given(request)) is not None]
             guided = isinstance(job.sampler, ManyStep)
-            pipeline = Pipeline(job.run.model, job.run.world.codec, job.sampler, job.blocks, c.fused_commit)
+            model: Any = job.run.model
+            if takes_picture(model.config):
+                model, first = with_picture(model, picture_condition(jnp.asarray(np.stack(first)))), []
+            pipeline = Pipeline(model, job.run.world.codec, job.sampler, job.blocks, c.fused_commit)
             if timeline := job.timelines.get(rows[0].prompt):
                 yield numbers, timed_video(c, job, pipeline, timeline, rows[0].seed, texts, first, programs, bar.update)
                 continue

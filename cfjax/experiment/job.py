@@ -25,8 +25,10 @@ from cfjax.data.requests import (
 )
 from cfjax.data.video import ClipFormat
 from cfjax.evaluation.video import check_mp4
+from cfjax.experiment.experts import HighNoise, open_high_noise
 from cfjax.experiment.runs import Run
 from cfjax.memory.names import memory_name, with_memory
+from cfjax.models.experts import takes_picture
 from cfjax.models.vae import WanVAE
 from cfjax.models.vae_tiling import decode_tiled
 from cfjax.nn.visibility import Blocks
@@ -58,6 +60,7 @@ class Job:
       hashes: of the content of every picture, and of the video to continue, by path.
       faults: numbers of requests that cannot be met, with the reason; see `check_requests`.
       timelines: of requests whose prompts change over time, by their text.
+      high: the run for high noise levels, where there is one.
     """
 
     run: Run
@@ -70,6 +73,7 @@ class Job:
     hashes: Mapping[str, str] = field(default_factory=dict)
     faults: Sequence[tuple[int, str]] = ()
     timelines: Mapping[str, Timeline] = field(default_factory=dict)
+    high: HighNoise | None = None
 
     def prompts(self, numbers: Iterable[int]) -> list[str]:
         """The prompts of some requests, those of their timelines in place of these, each once."""
@@ -121,7 +125,8 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
         timelines = timelines or by_sessions(c, requests)
     batch = 1 if timelines else min(c.batch, len(requests))
     negative = c.negative_prompt or run.world.negative_prompt
-    job = Job(run, requests, sampler, blocks, sizes, batch, negative, hashes, (), timelines)
+    high = open_high_noise(c, run, sampler)
+    job = Job(run, requests, sampler, blocks, sizes, batch, negative, hashes, (), timelines, high)
     job = replace(job, faults=[*check_prompts(job, c.negative_prompt), *faults])
     if not c.video:
         return job
@@ -260,16 +265,23 @@ def count_given(c: ConfigDict, run: Run, requests: Sequence[Request], blocks: Bl
         block.
     """
     pictures = sum(bool(request.image) for request in requests)
+    if takes_picture(run.model.config):
+        if pictures != len(requests) or c.video:
+            raise UserError(f"run={run.name!r} is image to video: give each of its prompts a picture (image), no video")
+        return 0
     if pictures and c.video:
         raise UserError("image and video are both given; a video continues one of them")
     if pictures not in (0, len(requests)):
         raise UserError(f"{pictures} of {len(requests)} prompts have a picture; give all of them one, or none")
     if not pictures and (not c.video or c.strength >= 0):
         return 0
-    if blocks is None:
+    if blocks is None and not (pictures and run.image_start):
         raise UserError(
             f"run={run.name!r} is bidirectional: it makes all frames at once and cannot go on from given ones"
+            + ("; give it a picture (image)" if run.image_start else "")
         )
+    if blocks is None:
+        return 1
     if pictures:
         count = 1
     elif Path(c.video).suffix in LATENTS:
@@ -290,7 +302,7 @@ def read_given(c: ConfigDict, job: Job, file: str) -> np.ndarray:
     sizes = job.sizes
     _, height, width = sizes.pixels()
     if Path(file).suffix in LATENTS:
-        latents, shape = read_latents(file), (sizes.height, sizes.width, job.run.model.config.in_dim)
+        latents, shape = read_latents(file), (sizes.height, sizes.width, job.run.model.config.out_dim)
         if latents.shape[1:] != shape or len(latents) < sizes.given:
             raise UserError(f"video={file!r} holds latents {latents.shape}; needs {sizes.given} or more of {shape}")
         return latents[: sizes.given]
@@ -307,7 +319,7 @@ def read_source(c: ConfigDict, job: Job) -> np.ndarray:
     """
     frames, height, width = job.sizes.pixels()
     if Path(c.video).suffix in LATENTS:
-        latents, shape = read_latents(c.video), (job.sizes.height, job.sizes.width, job.run.model.config.in_dim)
+        latents, shape = read_latents(c.video), (job.sizes.height, job.sizes.width, job.run.model.config.out_dim)
         if latents.shape[1:] != shape or len(latents) < job.sizes.frames:
             need = f"{job.sizes.frames} or more of {shape}"
             raise UserError(f"video={c.video!r} holds latents {latents.shape}; needs {need}")

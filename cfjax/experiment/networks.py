@@ -28,8 +28,7 @@ from cfjax.experiment.record import START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
 from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from cfjax.models.vae import PRESETS as VAES
-from cfjax.models.vae import abstract_vae
+from cfjax.models.vae import abstract_vae, published_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
 from cfjax.models.weight_storage import STORAGES, fill, with_shardings, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
@@ -204,7 +203,7 @@ class CodecRole:
         elif self.decoder == "tiny_vae":
             codec = jax.eval_shape(lambda key: TinyVAE(TinyVAEConfig(), key), jax.random.key(0))
         else:
-            codec = abstract_vae(VAES["wan"])
+            codec = abstract_vae(published_vae(shapes.channels))
         where = replicated(mesh) if mesh else None
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), codec)
 

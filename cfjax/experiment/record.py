@@ -84,7 +84,7 @@ RUN = table(
         "latent_shape": _latents,
         "world": text(64),
     },
-    {"world_path": _PLACE, "records": whole()},
+    {"world_path": _PLACE, "records": whole(), "image_start": flag},
 )
 
 

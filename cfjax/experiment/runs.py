@@ -22,6 +22,7 @@ from cfjax.experiment.networks import load_shipped
 from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
 from cfjax.memory.slots import Memory
+from cfjax.models.experts import takes_picture
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.models.weight_storage import fill, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
@@ -50,6 +51,7 @@ class Run:
       model: the network; shapes in place of weights until `load_weights`, when it was opened so.
       blocks: None for a bidirectional one.
       averaged: whether the weights are the checkpoint's averaged ones.
+      image_start: whether a bidirectional one is trained to go on from a clean first latent frame (Wan2.2-TI2V-5B).
       adapted: whether its checkpoint holds adapters, which are merged into the network below as it is opened.
     """
 
@@ -64,6 +66,7 @@ class Run:
     config: ConfigDict
     averaged: bool = False
     adapted: bool = False
+    image_start: bool = False
 
     @property
     def toy(self) -> ToyWorld:
@@ -80,6 +83,7 @@ class Run:
 
     def sample(self, captions: list[str], seed: int) -> np.ndarray:
         """Videos of some captions, video_BPHWC float32 (not clipped), with the run's own sampler."""
+        self._check_text_alone()
         text = jnp.asarray(self.world.encode_prompts(captions))
         negative = jnp.asarray(self.world.negative_text_SE())
         noise = jax.random.normal(jax.random.key(seed), (len(captions), *self.latent_shape))
@@ -106,6 +110,7 @@ class Run:
             raise UserError(f"caption {wrong}")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed}: use 0 to 2**32 - 1")
+        self._check_text_alone()
         frames, height, width, channels = self.latent_shape
         text, negative = self.world.encode_prompts(captions), self.world.negative_text_SE()
         text_kv = prompt_kv(self.model, jnp.asarray(text), jnp.asarray(negative), self.sampler)
@@ -118,6 +123,10 @@ class Run:
             batch=len(captions),
         )
         yield from (video_BPHWC for video_BPHWC, _ in blocks)
+
+    def _check_text_alone(self) -> None:
+        if takes_picture(self.model.config):
+            raise UserError(f"run={self.name!r} is image to video: it needs a picture; use cfjax generate")
 
     def session(
         self,
@@ -196,6 +205,8 @@ def open_run(
         raise UserError(f"run={name!r} was trained in another world than {opened_world.folder} now holds")
     network = _network(name, meta, precision, attention)
     _check_world(name, network, opened_world)
+    if blocks is not None and takes_picture(network):
+        raise UserError(f"run={name!r}: an image-to-video network that generates block by block is not supported")
     run = Run(
         name=name,
         stage=meta["stage"],
@@ -207,6 +218,7 @@ def open_run(
         latent_shape=tuple(meta["latent_shape"]),
         config=c,
         averaged=not exported and ema and "student" in c.ema,
+        image_start=bool(meta.get("image_start", False)),
         adapted=not exported and "student" in records_of(meta, name),
     )
     return load_weights(run) if with_model else run
@@ -257,7 +269,8 @@ def _check_asked(name: str, meta: Mapping[str, Any], blocks: Blocks | None, stag
 def _check_world(name: str, network: WanConfig, world: World) -> None:
     """Raises UserError unless network, codec and text encoder are made for the same latents and text rows."""
     latents, rows = world.codec.latent_channels, world.text_width
-    if (network.in_dim, network.out_dim) != (latents, latents):
+    takes = network.out_dim if takes_picture(network) else network.in_dim
+    if (takes, network.out_dim) != (latents, latents):
         raise UserError(
             f"run={name!r} takes latents of {network.in_dim} channels and makes {network.out_dim}, the codec of"
             f" {world.folder} has {latents}; name the world that it was trained in by --config.world"

@@ -20,7 +20,7 @@ from cfjax.models import umt5, wan
 from cfjax.models.codec import Codec, PatchCodec
 from cfjax.models.tiny_vae import TinyVAEConfig, make_tiny_vae
 from cfjax.models.umt5 import encode_by_layer
-from cfjax.models.vae import VAEConfig, make_vae
+from cfjax.models.vae import make_vae, published_vae
 from cfjax.models.wan import Wan
 from cfjax.models.weight_storage import with_storage_dtypes
 from cfjax.nn.visibility import Blocks
@@ -30,7 +30,8 @@ from cfjax.rollout.stream import Pipeline
 from cfjax.worlds.world import World, WorldParts
 
 DECODERS = ("vae", "tiny_vae", "toy", "none")
-TOY_LATENTS, WAN_LATENTS = (9, 4, 4), (21, 60, 104)  # frames, height, width where the config names none
+# Frames, height, width of latents where the config names none: the toy's; Wan's by their channels.
+TOY_LATENTS, WAN_LATENTS = (9, 4, 4), {16: (21, 60, 104), 48: (31, 44, 80)}
 TOY_SIDE = 8  # pixels of a patch
 
 
@@ -155,6 +156,7 @@ def random_run(parts: RandomParts, config: ConfigDict, *, shapes: bool = False) 
         random_codec,
         parts.decoder or ("toy" if parts.toy else "vae"),
         Policy(parts.decoder_precision or policy.compute),
+        network.in_dim,
     )
     world = _RandomWorld(jax.eval_shape(make) if shapes else make(), parts.text_rows, network.text_dim)
     return Run(
@@ -165,7 +167,7 @@ def random_run(parts: RandomParts, config: ConfigDict, *, shapes: bool = False) 
         world=cast(World, world),
         sampler=FewStep(),
         blocks=Blocks(parts.block_frames),
-        latent_shape=(*(TOY_LATENTS if parts.toy else WAN_LATENTS), network.in_dim),
+        latent_shape=(*(TOY_LATENTS if parts.toy else WAN_LATENTS[network.in_dim]), network.in_dim),
         config=config,
     )
 
@@ -187,15 +189,21 @@ def random_model(template: Any, seed: int) -> Any:
     return map_named(leaf, template)
 
 
-def random_codec(name: str, precision: Policy) -> Any:
-    """A decoder of the published sizes: "vae" (or ""), "tiny_vae", "toy"."""
+def random_codec(name: str, precision: Policy, channels: int = 16) -> Any:
+    """A decoder of the published sizes: "vae" (or ""), "tiny_vae", "toy".
+
+    Raises:
+      UserError: none is published for latents of so many channels.
+    """
     key = jax.random.key(0)
     if name == "toy":
         size = TOY_SIDE**2 * 3
         return PatchCodec(jnp.zeros(size), jax.random.normal(key, (size, 16)) * size**-0.5, jnp.ones(16))
     if name == "tiny_vae":
+        if channels != TinyVAEConfig().latent_channels:
+            raise UserError(f"decoder=tiny_vae: none is known for latents of {channels} channels; use vae")
         return make_tiny_vae(TinyVAEConfig(precision=precision), key)
-    return make_vae(VAEConfig(precision=precision), key)
+    return make_vae(replace(published_vae(channels), precision=precision), key)
 
 
 def _prompt_encoder(c: ConfigDict, run: Run) -> Callable[[], np.ndarray] | None:

@@ -12,7 +12,7 @@ CONVENTIONS = ("sampling", "dmd")
 T = TypeVar("T")  # an array, or a pytree of arrays
 
 
-def guide(pos: jax.Array, neg: jax.Array, scale: float, convention: str = "sampling") -> jax.Array:
+def guide(pos: jax.Array, neg: jax.Array, scale: float | jax.Array, convention: str = "sampling") -> jax.Array:
     """Extrapolates from the negative to the positive prediction (velocities or x0, same shape).
 
     "sampling" (samplers, ODE pairs, consistency teacher): neg + w (pos - neg); w = 1 is the conditional prediction.
@@ -41,7 +41,7 @@ def doubled(x: T) -> T:
     return joined(x, x)
 
 
-def guided(call: Callable[[T], jax.Array], x: T, scale: float, convention: str = "sampling") -> jax.Array:
+def guided(call: Callable[[T], jax.Array], x: T, scale: float | jax.Array, convention: str = "sampling") -> jax.Array:
     """Classifier-free guidance (arXiv 2207.12598) by one network call of twice the batch: the prediction [B, ...].
 
     Args:

@@ -23,6 +23,7 @@ from cfjax.flow.schedule import check_steps, sigma_table, unipc_grid, warp_steps
 from cfjax.flow.solvers import SOLVERS
 from cfjax.memory.rolling import RollingForcing
 from cfjax.models.cache import KVCache
+from cfjax.models.experts import Conditioned, Experts
 from cfjax.models.wan import KV, Wan, embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import (
@@ -336,17 +337,38 @@ def generate_many_step(
 
 
 def generate_bidirectional(
-    model: Wan, noise_BFHWC: jax.Array, positive: KV, negative: KV, sampler: ManyStep
+    model: Wan | Conditioned | Experts,
+    noise_BFHWC: jax.Array,
+    positive: KV,
+    negative: KV,
+    sampler: ManyStep,
+    *,
+    given_BFHWC: jax.Array | None = None,
 ) -> jax.Array:
-    """A whole video by the bidirectional teacher: one ODE solve over all frames."""
+    """The frames after the given ones, by the bidirectional teacher: one ODE solve over all of them.
+
+    Args:
+      given_BFHWC: clean frames before them (an encoded image), which the network sees at noise level 0 in every step,
+        as Wan2.2-TI2V-5B was trained (its release: `wan/textimage2video.py`, `WanTI2V.i2v`).
+    """
     text_kv = both_prompts(positive, negative)
     sigmas, model_sigmas = sampler.grid()
     if len(sigmas) < 2:
         return noise_BFHWC
+    given = noise_BFHWC[:, :0] if given_BFHWC is None else given_BFHWC
+    count = given.shape[1]
+
+    def flow(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        levels = jnp.broadcast_to(sigma, x.shape[:2])
+        if not count:
+            return model(x, levels, text_kv)
+        before = doubled(given)
+        levels = jnp.concatenate([jnp.zeros(before.shape[:2], levels.dtype), levels], axis=1)
+        return model(jnp.concatenate([before, x], axis=1), levels, text_kv)[:, count:]
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        flow = lambda x: model(x, jnp.broadcast_to(sigma, x.shape[:2]), text_kv)
-        return guided(flow, x, sampler.guidance)
+        scale = model.guidance(sigma, sampler.guidance) if isinstance(model, Experts) else sampler.guidance
+        return guided(lambda x: flow(x, sigma), x, scale)
 
     return SOLVERS[sampler.solver](velocity, noise_BFHWC, sigmas, model_sigmas=model_sigmas)
 
@@ -387,7 +409,7 @@ def generate(
     """Text rows and noise to latents_BFHWC, by whichever sampler; `blocks=None` is bidirectional.
 
     Raises:
-      UserError: given frames for the bidirectional sampler, or ones that end inside a block.
+      UserError: given frames that end inside a block.
     """
     positive = embed_text(model, text_BSE)
     if isinstance(sampler, FewStep):
@@ -396,6 +418,5 @@ def generate(
     negative = embed_text(model, jnp.broadcast_to(negative_SE[None], text_BSE.shape))
     if blocks is not None:
         return generate_many_step(model, noise_BFHWC, positive, negative, sampler, blocks, given_BFHWC=given_BFHWC)
-    if given_BFHWC is not None:
-        raise UserError("the bidirectional sampler makes all frames at once: it cannot go on from given ones")
-    return generate_bidirectional(model, noise_BFHWC, positive, negative, sampler)
+    new = generate_bidirectional(model, noise_BFHWC, positive, negative, sampler, given_BFHWC=given_BFHWC)
+    return _joined(given_BFHWC, new)

@@ -225,11 +225,16 @@ def _begun(
     return cache, clean
 
 
-def _all_at_once(pipeline: Pipeline, noise_BFHWC: jax.Array, text_kv: KV, call: Call) -> jax.Array:
-    """A video of a bidirectional network; the prompts' keys and values are before the negative ones'."""
+def _all_at_once(
+    pipeline: Pipeline, noise_BFHWC: jax.Array, given_BFHWC: jax.Array | None, text_kv: KV, call: Call
+) -> jax.Array:
+    """What follows the given frames, of a bidirectional network; the prompts' keys come before the negative ones'."""
     batch = noise_BFHWC.shape[0]
     positive, negative = (KV(*(x[:, part] for x in text_kv)) for part in (slice(batch), slice(batch, None)))
-    return call(_bidirectional, pipeline.model, noise_BFHWC, positive, negative, sampler=pipeline.sampler)
+    work = (pipeline.model, noise_BFHWC, positive, negative)
+    if given_BFHWC is None:
+        return call(_bidirectional, *work, sampler=pipeline.sampler)
+    return call(_bidirectional_from, *work, given_BFHWC, sampler=pipeline.sampler)
 
 
 def _rolled_blocks(
@@ -263,6 +268,15 @@ def _rolled_blocks(
 
 _empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
 _bidirectional = jax.jit(generate_bidirectional, static_argnames="sampler")
+
+
+@partial(jax.jit, static_argnames="sampler")
+def _bidirectional_from(
+    model: Wan, noise: jax.Array, positive: KV, negative: KV, given: jax.Array, *, sampler: ManyStep
+) -> jax.Array:
+    return generate_bidirectional(model, noise, positive, negative, sampler, given_BFHWC=given)
+
+
 _embed = jax.jit(embed_text)
 decode_step = jax.jit(lambda codec, latents, state: codec.decode_step(latents, state))
 
@@ -307,9 +321,9 @@ def stream_latents(
     """
     model, sampler, blocks = pipeline.model, pipeline.sampler, pipeline.blocks
     if blocks is None:
-        assert isinstance(sampler, ManyStep) and given_BFHWC is None
+        assert isinstance(sampler, ManyStep)
         whole, _ = noise(0, (batch, num_frames, *latent_shape), 1)
-        yield _all_at_once(pipeline, whole, text_kv, call)
+        yield _all_at_once(pipeline, whole, given_BFHWC, text_kv, call)
         return
     blocks = layout_of(sampler, blocks)
     assert blocks is not None

@@ -189,7 +189,7 @@ def test_config_json_must_agree(tmp_path):
     for change, words in (
         ({"ffn_dim": 8960}, "ffn_dim is 8960, but the weights have 64"),
         ({"num_heads": 5}, "5 heads"),
-        ({"model_type": "i2v"}, "image-to-video"),
+        ({"model_type": "i2v"}, "an image-to-video model, but the weights take 16 channels and give as many"),
         ({"qk_norm": False}, "qk_norm is False"),
     ):
         synthetic.write_config(tmp_path, **change)

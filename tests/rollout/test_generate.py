@@ -42,6 +42,7 @@ NEGATIVE = normal(102, (TEXT_LEN, CONFIG.text_dim))
 
 denoise = jax.jit(denoise_block, static_argnames="blocks")
 commit = jax.jit(commit_block, static_argnames="blocks")
+forward = jax.jit(lambda model, *args: model(*args))
 
 
 def empty_cache():
@@ -214,8 +215,19 @@ def test_given_frames_must_fill_blocks():
         generate_few_step(tiny(), normal(1), text_kv(), KEY, FewStep(FOUR), BLOCKS, given_BFHWC=normal(3)[:, :1])
     with pytest.raises(UserError, match=r"give 1 \+ a multiple of 5"):
         network_calls(FewStep(FOUR), Blocks(5, independent_first_frame=True), 5, given=2)
-    with pytest.raises(UserError, match="it cannot go on from given ones"):
-        generate(tiny(), normal(1), text(), NEGATIVE, KEY, ManyStep(), None, normal(3))
+
+
+def test_all_frames_at_once_after_a_clean_one():
+    """Every step sees it at noise level 0, as Wan2.2-TI2V-5B was trained: Euler's two steps, by hand."""
+    sampler, noise, first = ManyStep("euler", steps=2), normal(1)[:, 1:], normal(3)[:, :1]
+    got = generate(tiny(), noise, text(), NEGATIVE, KEY, sampler, None, first)
+    sigmas, x = sampler.grid()[0], noise
+    for here, after in pairwise(sigmas):
+        levels = jnp.concatenate([jnp.zeros((BATCH, 1)), jnp.full(x.shape[:2], here)], axis=1)
+        whole = jnp.concatenate([first, x], axis=1)
+        v, w = (forward(tiny(), whole, levels, rows)[:, 1:] for rows in (text_kv(), negative_kv()))
+        x = x + (after - here) * (w + sampler.guidance * (v - w))
+    assert relative(got, jnp.concatenate([first, x], axis=1)) < 1e-5
 
 
 # ---- network calls
