@@ -1,6 +1,7 @@
 """Wan2.2-A14B, text and image to video: diffusers' pipelines of both experts, and the verb on two runs."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +155,7 @@ def test_what_is_no_pair_is_refused(root, tmp_path, capsys):
     for run, other, words in (
         ("dmd", "high", "generates block by block; two experts make all frames at once"),
         ("low", "dmd", "is not of the kind and sizes of run="),
+        ("low", "none", "high_noise.run='"),
     ):
         capsys.readouterr()
         asked = {"run": root / run, "high_noise__run": root / other}
@@ -194,3 +196,17 @@ def test_image_to_video_by_the_verb(root, tmp_path, picture, capsys):
     model = with_picture(run.model, picture_condition(run.world.encode(jnp.asarray(video))))
     expected = sample(model, noise, rows, negative, jax.random.key(0), sampler=ManyStep(steps=2), blocks=None)
     assert relative(load_file(file)["latents_FHWC"], expected[0]) < 1e-4
+
+
+def test_a_diffusers_folder_of_two_is_converted_in_parts(root, tmp_path, capsys):
+    folder, quiet = tmp_path / "pipeline", {"progress": False}
+    assert cfjax("convert", "convert.py", folder, source=root / "low", to="diffusers", **quiet) == 0
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "transformer_2": index["transformer"]}))
+    capsys.readouterr()
+    assert cfjax("convert", "convert.py", tmp_path / "run", source=folder, **quiet) == 2
+    assert "convert its folders transformer (high noise) and transformer_2 one by one" in capsys.readouterr().err
+    for source, parts in ((folder, "vae,text_encoder"), (folder / "transformer_2", "")):
+        assert cfjax("convert", "convert.py", tmp_path / "run", source=source, parts=parts, **quiet) == 0
+    assert open_run(str(tmp_path / "run"), with_model=False).world.fingerprint()

@@ -141,8 +141,11 @@ def _read(file: Path, inner: list[LazyArray]) -> WeightFile:
 
 def _pipeline_files(folder: Path, parts: Collection[str]) -> Iterator[Path]:
     index = checked(INDEX_RULE, read_json(folder / PIPELINE), folder / PIPELINE)
-    if (index.get("transformer_2") or [None])[0]:
-        raise UserError(f"{folder}: a pipeline of two transformers (Wan2.2) is not supported; give one of its folders")
+    if (index.get("transformer_2") or [None])[0] and (not parts or "dit" in parts):
+        raise UserError(
+            f"{folder}: a pipeline of two transformers (Wan2.2-A14B): a run holds one; convert its folders transformer"
+            " (high noise) and transformer_2 one by one, and the rest by --config.parts=vae,text_encoder"
+        )
     for component in COMPONENTS:
         wanted = not parts or {"transformer": "dit"}.get(component, component) in parts
         if not wanted or not (index.get(component) or [None])[0]:

@@ -45,15 +45,18 @@ def open_high_noise(c: ConfigDict, run: Run, sampler: Any) -> HighNoise | None:
         )
     if c.lora:
         raise UserError("lora and high_noise.run: convert each expert with its own LoRAs (cfjax convert)")
-    other = open_run(
-        asked.run,
-        ema=c.ema,
-        world=c.world or run.world.folder,
-        parts=WorldParts(c.decoder, with_text=False),
-        with_model=False,
-        precision=c.precision,
-        attention=c.attention,
-    )
+    try:
+        other = open_run(
+            asked.run,
+            ema=c.ema,
+            world=c.world or run.world.folder,
+            parts=WorldParts(c.decoder, with_text=False),
+            with_model=False,
+            precision=c.precision,
+            attention=c.attention,
+        )
+    except UserError as error:
+        raise UserError(f"high_noise.{error}") from None
     if other.blocks is not None or other.model.config != run.model.config:
         raise UserError(f"high_noise.run={asked.run!r} is not of the kind and sizes of run={run.name!r}; name its pair")
     return HighNoise(other, float(asked.boundary), float(asked.guidance if asked.guidance >= 0 else sampler.guidance))
