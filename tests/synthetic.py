@@ -3,10 +3,10 @@ specifications, random numbers.
 
     python tests/synthetic.py DIR
 
-writes `DIR/Wan2.1-T2V-1.3B` and `DIR/Wan2.2-TI2V-5B` (original releases), `DIR/Wan2.1-T2V-1.3B-Diffusers`,
-`DIR/causal_forcing.pt`, `DIR/self_forcing.pt`, `DIR/lora.safetensors`, `DIR/taew2_1.pth` and `DIR/prompts.txt`. The
-shapes below are written from the published modules and know nothing of cfjax's conversion tables; called with the
-published sizes they give the published numbers of tensors and parameters.
+writes `DIR/Wan2.1-T2V-1.3B`, `DIR/Wan2.2-TI2V-5B` and `DIR/Wan2.2-T2V-A14B` (original releases), `DIR/longlive_2.pt`,
+`DIR/Wan2.1-T2V-1.3B-Diffusers`, `DIR/causal_forcing.pt`, `DIR/self_forcing.pt`, `DIR/lora.safetensors`,
+`DIR/taew2_1.pth` and `DIR/prompts.txt`. The shapes below are written from the published modules and know nothing of
+cfjax's conversion tables; called with the published sizes they give the published numbers of tensors and parameters.
 """
 
 import json
@@ -152,15 +152,20 @@ def vae_2_2_shapes(base: int, decoder_base: int, z_dim: int) -> Shapes:
     return encoder | between | decoder | _vae_head("decoder", 12, decoder_base)
 
 
-def taehv_shapes(width: int = 64, widths: Sequence[int] = (256, 128, 64, 64), z_dim: int = 16) -> Shapes:
-    """taew2_1.pth: three levels; time is pooled in the encoder's first two, grown in the decoder's last two."""
+def taehv_shapes(
+    width: int = 64, widths: Sequence[int] = (256, 128, 64, 64), z_dim: int = 16, patch: int = 1
+) -> Shapes:
+    """taew2_1.pth, or with `patch` 2 and 48 channels taew2_2.pth.
+
+    Three levels; time is pooled in the encoder's first two, grown in the decoder's last two.
+    """
 
     def mem(name: str, dim: int) -> Shapes:
         return _conv(f"{name}.conv.0", dim, 2 * dim, 3, 3) | {
             key: shape for i in (2, 4) for key, shape in _conv(f"{name}.conv.{i}", dim, dim, 3, 3).items()
         }
 
-    shapes = _conv("encoder.0", width, 3, 3, 3)
+    shapes = _conv("encoder.0", width, 3 * patch**2, 3, 3)
     for first, stride in ((2, 2), (7, 2), (12, 1)):
         shapes |= {f"encoder.{first}.conv.weight": (width, stride * width, 1, 1)}
         shapes |= {f"encoder.{first + 1}.weight": (width, width, 3, 3)}
@@ -173,7 +178,7 @@ def taehv_shapes(width: int = 64, widths: Sequence[int] = (256, 128, 64, 64), z_
             shapes |= mem(f"decoder.{i}", here)
         shapes |= {f"decoder.{first + 4}.conv.weight": (stride * here, here, 1, 1)}
         shapes |= {f"decoder.{first + 5}.weight": (after, here, 3, 3)}
-    return shapes | _conv("decoder.22", 3, widths[3], 3, 3)
+    return shapes | _conv("decoder.22", 3 * patch**2, widths[3], 3, 3)
 
 
 def random_weights(shapes: Shapes, seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
@@ -257,9 +262,9 @@ def t5_weights(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
     return random_weights(shapes, seed + 2, ml_dtypes.bfloat16)
 
 
-def taehv_weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """The miniature tiny autoencoder's state dict, float32."""
-    return random_weights(taehv_shapes(8, (16, 8, 8, 8)), seed + 3)
+def taehv_weights(seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
+    """The miniature tiny autoencoder's state dict, float32; `sizes` as of `taehv_shapes`."""
+    return random_weights(taehv_shapes(8, (16, 8, 8, 8), **sizes), seed + 3)
 
 
 def write_config(folder: Path, **changes: Any) -> Path:
@@ -310,6 +315,18 @@ def write_ti2v_folder(root: Path, seed: int = 0, vocab: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_pt(root / "models_t5_umt5-xxl-enc-bf16.pth", as_torch(t5_weights(vocab or write_tokenizer(folder), seed)))
     save_pt(root / "Wan2.2_VAE.pth", as_torch(vae_2_2_weights(seed)))
+    return root
+
+
+def write_a14b_folder(root: Path, seed: int = 0) -> Path:
+    """A miniature `Wan2.2-T2V-A14B` as released: two transformers in folders of their own, Wan2.1's other parts."""
+    write_wan_folder(root, seed, 1)
+    for i, name in enumerate(("high_noise_model", "low_noise_model")):
+        (root / name).mkdir(exist_ok=True)
+        write_config(root / name)
+        save_safetensors(root / name, "diffusion_pytorch_model", dit_weights(seed + 20 + i))
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (root / file).unlink()
     return root
 
 
@@ -412,6 +429,8 @@ def main(folder: str) -> None:
     root.mkdir(parents=True, exist_ok=True)
     write_wan_folder(root / "Wan2.1-T2V-1.3B")
     write_ti2v_folder(root / "Wan2.2-TI2V-5B")
+    save_pt(root / "longlive_2.pt", {"generator": prefixed(as_torch(dit_weights(7, in_dim=48, out_dim=48)))})
+    write_a14b_folder(root / "Wan2.2-T2V-A14B")
     write_diffusers_folder(root / "Wan2.1-T2V-1.3B-Diffusers")
     write_causal_forcing_pt(root / "causal_forcing.pt")
     write_causal_forcing_pt(

@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from cfjax.__main__ import VERBS, main
 from cfjax.core import cli
@@ -280,7 +281,7 @@ def test_the_python_example_writes_its_video(causal_run, tmp_path, monkeypatch):
 
 # What these verbs are also told, so that a machine without an accelerator takes seconds.
 SMALL = {
-    "generate": ["--config.height=32", "--config.width=48", "--config.frames=9"],
+    "generate": ["--config.height=32", "--config.width=64", "--config.frames=9"],
     "precompute": ["--config.height=32", "--config.width=48", "--config.frames=9"],
 }
 
@@ -296,6 +297,7 @@ def folder(tmp_path) -> Path:
         file.parent.mkdir(exist_ok=True)
         write_mp4(file, np.repeat(still, 12, axis=0), fps=16)
         file.with_suffix(".txt").write_text(f"the {file.stem} clip")
+    Image.fromarray(rng.integers(0, 255, (32, 64, 3), np.uint8)).save(root / "photo.png")
     shutil.copytree(root / "clips", root / "videos")
     (root / "OpenVid-1M.csv").write_text("video,caption,fps\nfirst.mp4,a still,16\nsecond.mp4,another,16\n")
     return root

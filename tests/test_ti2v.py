@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cfjax.experiment.runs import open_run
 from cfjax.experiment.stream_plan import decoders_of, stream_shapes
 from cfjax.training.checkpoint import open_role, read_meta
 from cfjax.worlds.wan import read_record
+from cfjax.worlds.world import WorldParts
 from tests.commands import ROOT, cfjax
 from tests.data.videos import write_video
 from tests.synthetic import (
@@ -27,6 +29,7 @@ from tests.synthetic import (
     dit_weights,
     prefixed,
     save_pt,
+    taehv_weights,
     vae_2_2_weights,
     write_ti2v_folder,
     write_wan_folder,
@@ -136,6 +139,20 @@ def test_a_session_streams_what_generate_makes(root):
     np.testing.assert_allclose(video, streamed, atol=1e-4)
 
 
+def test_its_tiny_decoder(root, tmp_path):
+    """taew2_2, added to the world as taew2_1 is; what is decoded has the size that the VAE gives."""
+    weights = taehv_weights(z_dim=48, patch=2)
+    added = {"source": save_pt(tmp_path / "taew2_2.pth", as_torch(weights)), "parts": "tiny_vae"}
+    assert cfjax("convert", "convert.py", root / "wan", **added, **QUIET) == 0
+    run = open_run(str(root / "dmd"), parts=WorldParts("tiny_vae"), precision="float32")
+    assert run.world.codec.stride == (4, 16, 16)
+    assert jax.eval_shape(run.world.codec.decode, jnp.zeros((1, 3, 2, 2, 48))).shape == (1, 9, SIDE, SIDE, 3)
+    out = {"source": root / "wan", "to": "safetensors", "parts": "tiny_vae"}
+    assert cfjax("convert", "convert.py", tmp_path / "back", **out, **QUIET) == 0
+    back = load_file(tmp_path / "back" / "taew2_2.safetensors")
+    assert back.keys() == weights.keys() and all(np.array_equal(back[name], x) for name, x in weights.items())
+
+
 def test_clips_are_encoded_and_trained_on(root, tmp_path):
     for i in range(2):
         write_video(tmp_path / "clips" / f"{i}.mp4", 12, size=(SIDE, SIDE)).with_suffix(".txt").write_text("a cat\n")
@@ -166,4 +183,4 @@ def test_plans_know_its_sizes(tmp_path):
     run, sizes, parts = stream_shapes(c, 512)
     assert sizes.pixels() == (93, 704, 1280)
     decoders = decoders_of(run, parts)
-    assert {name: codec.stride for name, codec in decoders.items()} == {"vae": (4, 16, 16)}
+    assert {name: codec.stride for name, codec in decoders.items()} == dict.fromkeys(("vae", "tiny_vae"), (4, 16, 16))

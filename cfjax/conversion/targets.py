@@ -26,7 +26,7 @@ from cfjax.models.experts import takes_picture
 Watch = Callable[[int], Any]
 TRANSFORMER = "diffusion_pytorch_model"
 # Names in a Wan release, without suffix.
-VAE_2_2 = "Wan2.2_VAE"
+VAE_2_2, TINY_2_2 = "Wan2.2_VAE", "taew2_2"
 RELEASE = {"vae": "Wan2.1_VAE", "text_encoder": "models_t5_umt5-xxl-enc-bf16", "tiny_vae": "taew2_1"}
 CHECKPOINT = "model.pt"
 # Folder, file stem and index entry of a pipeline's networks.
@@ -118,6 +118,8 @@ def _release_name(found: Found) -> str:
     """What a release calls the file, without suffix."""
     if found.network.kind == "vae" and found.network.config.residual:
         return VAE_2_2
+    if found.network.kind == "tiny_vae" and found.network.config.patch > 1:
+        return TINY_2_2
     return RELEASE.get(found.network.kind, TRANSFORMER)
 
 

@@ -1,4 +1,6 @@
-"""TAEHV in the layout of its release (taew2_1.pth): names are indices in two `nn.Sequential`s, kernels [out, in, h, w].
+"""TAEHV in the layout of its releases (taew2_1.pth, taew2_2.pth).
+
+Names are indices in two `nn.Sequential`s, kernels [out, in, h, w].
 
 When it loads a file, the original reduces a `TGrow` kernel that makes more frames than its decoder should to the last
 frame's rows (`patch_tgrow_layers`). So does `import_tiny_vae`, by the config; `infer_config_tiny_vae` asks for
@@ -18,6 +20,7 @@ from cfjax.models.tiny_vae import BLOCKS, TinyVAE, TinyVAEConfig, abstract_tiny_
 
 KERNEL = Layout(load=lambda x, _: x.transpose(2, 3, 1, 0), save=lambda x, _: x.transpose(3, 2, 0, 1))
 STAGES = 3
+PATCHES = {3: 1, 12: 2}  # sides of a patch of pixels, by the channels that the encoder takes: taew2_1, taew2_2
 # Places in the original's encoder and decoder: the first stage's first module, modules per stage.
 ENCODER, DECODER = (2, BLOCKS + 2), (3, BLOCKS + 3)
 
@@ -73,7 +76,7 @@ def infer_config_tiny_vae(
 
     Raises:
       UserError: an unknown layout, an array that gives a size is missing or misshapen, or the file is of a TAEHV with
-        another architecture (pixel patches, "super" blocks).
+        another architecture ("super" blocks).
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r}: a tiny VAE is in layout {', '.join(LAYOUTS)}")
@@ -81,12 +84,14 @@ def infer_config_tiny_vae(
     def kernel(key: str) -> tuple[int, int]:
         """(out, in) of a convolution."""
         if key not in shapes or len(shapes[key]) != 4:
-            raise UserError(f"{key}: no convolution of this name; give taew2_1.pth, TAEHV's weights for Wan2.1")
+            raise UserError(
+                f"{key}: no convolution of this name; give taew2_1.pth or taew2_2.pth, TAEHV's weights for Wan"
+            )
         return shapes[key][0], shapes[key][1]
 
     width, channels = kernel("encoder.0.weight")
-    if channels != 3:
-        raise UserError(f"encoder.0.weight takes {channels} channels, not 3 (pixel patches); give taew2_1.pth")
+    if channels not in PATCHES:
+        raise UserError(f"encoder.0.weight takes {channels} channels, not 3 or 12; give taew2_1.pth or taew2_2.pth")
     latent_channels = kernel("decoder.1.weight")[1]
     pools = [kernel(f"encoder.{ENCODER[0] + i * ENCODER[1]}.conv.weight") for i in range(STAGES)]
     grows = [kernel(f"decoder.{DECODER[0] + i * DECODER[1] + BLOCKS + 1}.conv.weight") for i in range(STAGES)]
@@ -102,6 +107,7 @@ def infer_config_tiny_vae(
         decoder_widths=(grows[0][1], grows[1][1], grows[2][1], last),
         time_pool=(pool[0], pool[1], pool[2]),
         time_grow=(grow[0], grow[1], grow[2]),
+        patch=PATCHES[channels],
     )
 
 

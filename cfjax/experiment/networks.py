@@ -27,7 +27,7 @@ from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.record import START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
-from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from cfjax.models.tiny_vae import abstract_tiny_vae, published_tiny_vae
 from cfjax.models.vae import abstract_vae, published_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
 from cfjax.models.weight_storage import STORAGES, fill, with_shardings, with_storage_dtypes
@@ -201,7 +201,7 @@ class CodecRole:
         elif self.toy:
             codec = abstract_patch_codec(channels=shapes.channels)
         elif self.decoder == "tiny_vae":
-            codec = jax.eval_shape(lambda key: TinyVAE(TinyVAEConfig(), key), jax.random.key(0))
+            codec = abstract_tiny_vae(published_tiny_vae(shapes.channels))
         else:
             codec = abstract_vae(published_vae(shapes.channels))
         where = replicated(mesh) if mesh else None

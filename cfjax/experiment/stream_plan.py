@@ -22,7 +22,6 @@ from cfjax.experiment.job import blocks_of, sampler_of
 from cfjax.experiment.runs import Run, open_run
 from cfjax.experiment.speed import CallLog, network_size, passes_of
 from cfjax.experiment.streams import RandomParts, random_codec, random_parts_of, random_run, sizes_of
-from cfjax.models.tiny_vae import TinyVAEConfig
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.cpu_conv import traced_for
 from cfjax.planning.programs import Cost, compile_update
@@ -202,8 +201,7 @@ def decoders_of(run: Run, parts: RandomParts | None) -> dict[str, Any]:
         return {type(run.world.codec).__name__: jax.eval_shape(lambda: run.world.codec)}
     policy = replace(run.model.config.precision, norm="float32")
     channels = run.model.config.in_dim
-    names = ("vae", "tiny_vae") if channels == TinyVAEConfig().latent_channels else ("vae",)
-    return {name: jax.eval_shape(partial(random_codec, name, policy, channels)) for name in names}
+    return {name: jax.eval_shape(partial(random_codec, name, policy, channels)) for name in ("vae", "tiny_vae")}
 
 
 def bytes_of(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""TAEHV, the tiny autoencoder that real-time servers decode Wan2.1's latents with (github.com/madebyollin/taehv).
+"""TAEHV, the tiny autoencoder that real-time servers decode Wan's latents with (github.com/madebyollin/taehv).
 
 A stack of 2-D convolutions. Time enters in two ways: a *memory block* also sees its own input of the frame before, and
 1x1 convolutions merge (encoder) or split (decoder) consecutive frames. Latents are the diffusion model's own, that is
@@ -45,6 +45,7 @@ class TinyVAEConfig:
       decoder_widths: channels of the decoder's three stages and of its output layer.
       time_pool: frames that each encoder stage merges into one.
       time_grow: frames that each decoder stage makes of one; as many as the encoder merges, in all.
+      patch: sides of the squares of pixels that are one pixel to encoder and decoder; 2 in taew2_2.
       precision: dtypes; the memory is in `compute`.
     """
 
@@ -53,10 +54,18 @@ class TinyVAEConfig:
     decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     time_pool: tuple[int, int, int] = (2, 2, 1)
     time_grow: tuple[int, int, int] = (1, 2, 2)
+    patch: int = 1
     precision: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
-        sizes = (self.latent_channels, self.encoder_width, *self.decoder_widths, *self.time_pool, *self.time_grow)
+        sizes = (
+            self.latent_channels,
+            self.encoder_width,
+            *self.decoder_widths,
+            *self.time_pool,
+            *self.time_grow,
+            self.patch,
+        )
         if min(sizes) < 1:
             raise UserError(f"tiny VAE: sizes must be 1 or more, got {self}")
         if math.prod(self.time_pool) != math.prod(self.time_grow):
@@ -66,6 +75,11 @@ class TinyVAEConfig:
     def time(self) -> int:
         """Pixel frames per latent frame."""
         return math.prod(self.time_grow)
+
+    @property
+    def side(self) -> int:
+        """Pixels per latent in height and width."""
+        return SPACE * self.patch
 
 
 class EncodeState(NamedTuple):
@@ -170,7 +184,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: TinyVAEConfig, key: jax.Array):
         key_in, key_out, *keys = jax.random.split(key, 5)
         width = config.encoder_width
-        self.conv_in = Conv(3, width, (3, 3), key_in)
+        self.conv_in = Conv(3 * config.patch**2, width, (3, 3), key_in)
         self.stages = nnx.List([EncoderStage(width, t, k) for t, k in zip(config.time_pool, keys, strict=True)])
         self.conv_out = Conv(width, config.latent_channels, (3, 3), key_out)
 
@@ -184,7 +198,7 @@ class Decoder(nnx.Module):
         self.conv_in = Conv(config.latent_channels, widths[0], (3, 3), key_in)
         sizes = zip(widths[:-1], widths[1:], config.time_grow, keys, strict=True)
         self.stages = nnx.List([DecoderStage(*size) for size in sizes])
-        self.conv_out = Conv(widths[-1], 3, (3, 3), key_out)
+        self.conv_out = Conv(widths[-1], 3 * config.patch**2, (3, 3), key_out)
 
 
 def _of_stage(memory: Memory, stage: int) -> Memory:
@@ -211,7 +225,7 @@ class TinyVAE(nnx.Module):
 
     @property
     def stride(self) -> tuple[int, int, int]:
-        return (self.config.time, SPACE, SPACE)
+        return (self.config.time, self.config.side, self.config.side)
 
     def init_state(self, batch: int) -> Memory:
         """Nothing seen yet; frame size and batch are the first latents'."""
@@ -244,7 +258,9 @@ class TinyVAE(nnx.Module):
             x = stage.grow(x[:, early:] if i == len(decoder.stages) - 1 else x, dtype)
             kept += memory
         y = conv_frames(decoder.conv_out, jax.nn.relu(x[:, late:]), dtype)
-        return jnp.clip(y.astype(jnp.float32), 0, 1) * 2 - 1, kept
+        patch = self.config.patch
+        y = rearrange(y.astype(jnp.float32), "b f h w (c p q) -> b f (h p) (w q) c", p=patch, q=patch)
+        return jnp.clip(y, 0, 1) * 2 - 1, kept
 
     def encode(self, video_BPHWC: jax.Array) -> jax.Array:
         """Normalised latents_BFHWC float32 of a whole clip in [-1, 1], F = 1 + (P - 1) / 4.
@@ -261,10 +277,11 @@ class TinyVAE(nnx.Module):
         """The next pixel frames of a stream, any number; gives one latent per 4 frames so far, [B, F >= 0, H, W, C].
 
         Raises:
-          UserError: other than 3 channels, or height or width no multiple of 8.
+          UserError: other than 3 channels, or height or width no multiple of 8 (taew2_2: 16).
         """
-        if video_BPHWC.ndim != 5 or video_BPHWC.shape[-1] != 3 or any(n % SPACE for n in video_BPHWC.shape[2:4]):
-            raise UserError(f"tiny VAE: video {video_BPHWC.shape} needs [B,P,H,W,3], H and W multiples of {SPACE}")
+        shape, side = video_BPHWC.shape, self.config.side
+        if len(shape) != 5 or shape[-1] != 3 or any(n % side for n in shape[2:4]):
+            raise UserError(f"tiny VAE: video {shape} needs [B,P,H,W,3], H and W multiples of {side}")
         if state.pending_BPHWC is not None:
             video_BPHWC = jnp.concatenate([state.pending_BPHWC, video_BPHWC], axis=1)
         whole = video_BPHWC.shape[1] // self.config.time * self.config.time
@@ -290,9 +307,11 @@ class TinyVAE(nnx.Module):
         """A multiple of 4 frames."""
         batch, frames, height, width, _ = video_BPHWC.shape
         if not frames:
-            return jnp.zeros((batch, 0, height // SPACE, width // SPACE, self.latent_channels), jnp.float32), memory
-        dtype, encoder = self.config.precision.compute, self.encoder
-        x = jax.nn.relu(conv_frames(encoder.conv_in, (video_BPHWC + 1) / 2, dtype))
+            side = self.config.side
+            return jnp.zeros((batch, 0, height // side, width // side, self.latent_channels), jnp.float32), memory
+        dtype, encoder, patch = self.config.precision.compute, self.encoder, self.config.patch
+        patches = rearrange((video_BPHWC + 1) / 2, "b f (h p) (w q) c -> b f h w (c p q)", p=patch, q=patch)
+        x = jax.nn.relu(conv_frames(encoder.conv_in, patches, dtype))
         kept: Memory = ()
         for i, stage in enumerate(encoder.stages):
             x, last = stage.blocks(stage.shrink(x, dtype), _of_stage(memory, i), dtype)
@@ -307,6 +326,11 @@ class TinyVAE(nnx.Module):
             "stride": list(self.stride),
             "fingerprint": fingerprint(self),
         }
+
+
+def published_tiny_vae(channels: int) -> TinyVAEConfig:
+    """The released one for latents of so many channels: taew2_2's for 48, else taew2_1's."""
+    return TinyVAEConfig(latent_channels=48, patch=2) if channels == 48 else TinyVAEConfig()
 
 
 def abstract_tiny_vae(config: TinyVAEConfig) -> TinyVAE:

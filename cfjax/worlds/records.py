@@ -42,7 +42,7 @@ SIZES: dict[type, Rule] = {
     ),
     TinyVAEConfig: table(
         {"latent_channels": SIZE, "encoder_width": SIZE, "decoder_widths": row(SIZE, SIZE, SIZE, SIZE)},
-        {"time_pool": row(SIZE, SIZE, SIZE), "time_grow": row(SIZE, SIZE, SIZE), **_PRECISION},
+        {"time_pool": row(SIZE, SIZE, SIZE), "time_grow": row(SIZE, SIZE, SIZE), "patch": whole(1, 2), **_PRECISION},
         closed=True,
     ),
     UMT5Config: UMT5_RULE,

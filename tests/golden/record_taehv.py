@@ -1,11 +1,12 @@
-"""Records what the original TAEHV makes of random weights, into tests/golden/taehv.npz.
+"""Records what the original TAEHV makes of random weights, into tests/golden/taehv.npz and taehv_2_2.npz.
 
     git clone https://github.com/madebyollin/taehv
     python tests/golden/record_taehv.py --reference_dir=taehv
 
-Recorded at commit 1f14a56. Weights and inputs are drawn by NumPy from names, here and in the test alike: only outputs
-are stored. Sizes are the published ones, frames are tiny. Of pixels, every third row and column is kept (3 and 8 share
-no factor, so all 64 places within a latent pixel are seen).
+Recorded at commit 1f14a56; the second is Wan2.2's (patches of 2 x 2 pixels, 48 channels). Weights and inputs are drawn
+by NumPy from names, here and in the test alike: only outputs are stored. Sizes are the published ones, frames are tiny.
+Of pixels, every third row and column is kept (3 and 8 share no factor, so all 64 places within a latent pixel are
+seen).
 """
 
 import argparse
@@ -53,6 +54,27 @@ def inputs() -> dict[str, np.ndarray]:
     return {"latents": 1.5 * draw("latents", LATENTS_BFHWC), "video": np.tanh(draw("video", VIDEO_BPHWC))}
 
 
+def inputs_2_2() -> dict[str, np.ndarray]:
+    """The same for Wan2.2's."""
+    return {"latents": 1.5 * draw("latents", (1, 2, 2, 3, 48)), "video": np.tanh(draw("video", (1, 5, 32, 48, 3)))}
+
+
+def record_2_2(original: Any, file: Path) -> None:
+    """Runs Wan2.2's on the CPU in float32 and writes its archive."""
+    import torch
+
+    model = original.TAEHV(checkpoint_path=None, patch_size=2, latent_channels=48).eval()
+    weights = random_weights({name: tuple(x.shape) for name, x in model.state_dict().items()})
+    model.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
+    given = {name: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 2))) for name, x in inputs_2_2().items()}
+    with torch.no_grad():
+        decoded = model.decode_video(given["latents"], parallel=True, show_progress_bar=False)
+        encoded = model.encode_video((given["video"] + 1) / 2, parallel=True, show_progress_bar=False)
+    decoded, encoded = (np.moveaxis(x.numpy(), 2, -1) for x in (decoded, encoded))
+    np.savez_compressed(file, decoded=decoded[PIXELS], encoded=encoded)
+    print(f"{file}: {file.stat().st_size} bytes, clipped {np.mean((decoded == 0) | (decoded == 1)):.3f}")
+
+
 def main() -> None:
     """Runs the original on the CPU in float32 and writes the archive."""
     import torch
@@ -65,6 +87,7 @@ def main() -> None:
     original = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(original)
     torch.set_num_threads(1)
+    record_2_2(original, options.out.with_stem(f"{options.out.stem}_2_2"))
     to_torch = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 2)))  # NTCHW
     to_numpy = lambda x: np.moveaxis(x.numpy(), 2, -1)
 

@@ -22,11 +22,12 @@ from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16
 from cfjax.core.tree import named_leaves
 from cfjax.models.codec import Codec
-from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from tests.golden.record_taehv import FIRST_GROW, PIXELS, draw, inputs, random_weights, wide_first_grow
+from cfjax.models.tiny_vae import TinyVAE, TinyVAEConfig, published_tiny_vae
+from tests.golden.record_taehv import FIRST_GROW, PIXELS, draw, inputs, inputs_2_2, random_weights, wide_first_grow
 from tests.synthetic import taehv_shapes
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "taehv.npz")
+GOLDEN_2_2 = np.load(Path(__file__).parents[1] / "golden" / "taehv_2_2.npz")
 SHAPES = {
     str(name): ast.literal_eval(str(shape)) for name, shape in zip(GOLDEN["names"], GOLDEN["shapes"], strict=True)
 }
@@ -67,6 +68,16 @@ def test_the_original_decodes_and_encodes_the_same():
     # 3 latents are 9 frames: the original's first 3 of 12 are dropped, in both.
     close(decode(model, given["latents"])[PIXELS], 2 * GOLDEN["decoded"] - 1, 2e-5, "decoded")
     close(encode(model, given["video"]), GOLDEN["encoded"], 5e-5, "encoded, of numbers ~ 3.4")
+
+
+def test_the_original_of_wan_2_2_decodes_and_encodes_the_same():
+    """Patches of 2 x 2 pixels, 48 channels, the published sizes otherwise."""
+    shapes = taehv_shapes(z_dim=48, patch=2)
+    config = infer_config_tiny_vae(shapes, "taehv")
+    assert config == published_tiny_vae(48) and config.side == 16
+    model, given = import_tiny_vae(random_weights(shapes), config), inputs_2_2()
+    close(decode(model, given["latents"])[PIXELS], 2 * GOLDEN_2_2["decoded"] - 1, 2e-5, "decoded")
+    close(encode(model, given["video"]), GOLDEN_2_2["encoded"], 5e-5, "encoded")
 
 
 def test_the_original_cuts_a_wide_first_grow_and_so_do_we():
@@ -184,7 +195,7 @@ def test_sizes_follow_from_shapes():
     assert config_json_tiny_vae(PUBLISHED, "taehv") is None and len(TAEHV) == len(SHAPES)
     with pytest.raises(UserError, match="layout 'diffusers'"):
         infer_config_tiny_vae(SHAPES, "diffusers", None)
-    with pytest.raises(UserError, match="takes 12 channels, not 3"):
-        infer_config_tiny_vae({**SHAPES, "encoder.0.weight": (64, 12, 3, 3)}, "taehv", None)
+    with pytest.raises(UserError, match="takes 27 channels, not 3 or 12"):
+        infer_config_tiny_vae({**SHAPES, "encoder.0.weight": (64, 27, 3, 3)}, "taehv", None)
     with pytest.raises(UserError, match=r"decoder.1.weight: no convolution of this name"):
         infer_config_tiny_vae({k: v for k, v in SHAPES.items() if k != "decoder.1.weight"}, "taehv", None)
