@@ -319,9 +319,9 @@ def test_another_models_config_json_is_not_believed(tmp_path):
 
 
 def test_channels_in_and_out_must_be_the_same(tmp_path):
-    wide = synthetic.dit_weights(0, **SIZES, in_dim=36)
+    wide = synthetic.dit_weights(0, **SIZES, in_dim=32)
     path = synthetic.save_safetensors(tmp_path, STEM, wide)
-    assert "takes 36 latent channels and gives 16" in complaint(path)
+    assert "takes 32 latent channels and gives 16" in complaint(path)
     assert "takes 16 latent channels and gives 16.25" in complaint(
         synthetic.save_safetensors(tmp_path, STEM, {**WEIGHTS, "head.head.weight": np.zeros((65, 128), np.float32)})
     )
