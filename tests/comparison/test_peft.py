@@ -1,4 +1,4 @@
-"""`cfjax compare --against=peft`: adapters merged, beside the network, differentiated and written; a wrong one fails."""
+"""`cfjax compare --against=peft`: adapters merged, beside the network, differentiated and written."""
 
 import json
 
