@@ -65,7 +65,8 @@ with what is finished, which --config.resume=True resumes."""
 TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
 # What decides a request's video; a set cannot be resumed with other values.
 DECIDING = (
-    *("run.stage", "run.step", "run.averaged", "run.weights", "run.lora", "network", "world", "decoder"),
+    *("run.stage", "run.step", "run.averaged", "run.weights", "run.lora", "run.storage"),
+    *("network", "world", "decoder"),
     *("frames", "given_frames", "height", "width", "latent_shape", "sampler", "blocks", "negative_prompt"),
     *("video_sha256", "fit", "fps", "scale"),
 )
@@ -133,6 +134,7 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
         block_frames=c.expect.block_frames,
         precision=c.precision,
         attention=c.attention,
+        storage=c.storage,
     )
     check_loras(open_loras(c.lora), run.model.config)
     return plan(c, run, requests)
@@ -292,6 +294,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
             "step": run.step,
             "averaged": run.averaged,
             "weights": weights_hash(run),
+            **({"storage": c.storage} if c.storage else {}),
             **({"lora": [lora_record(lora) for lora in open_loras(c.lora)]} if c.lora else {}),
         },
         "network": to_record(run.model.config),

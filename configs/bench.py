@@ -29,7 +29,7 @@ def get_config(arg: str = ""):
             "world": "",  # the run's Wan world; "": beside it
             "preset": "wan_1_3b" if wan else "toy",  # or wan_14b
             "precision": "",  # of its matrix products: float32, bfloat16; "": the run's or the preset's
-            "storage": "",  # of random weights: float32, bfloat16, int8; "": as they are multiplied
+            "storage": "",  # what weights rest in: float32, bfloat16, int8; "": as they are multiplied
             "attention": "",  # auto, xla, cudnn ...; "": the run's or the preset's
             # before and after it
             "decoder": "",  # vae, tiny_vae, toy, or none; "": the run's world's, the VAE or the toy's

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cfjax.core.errors import UserError
+from cfjax.core.tree import named_leaves
 from cfjax.data.requests import read_image, read_latents
 from cfjax.evaluation.video import to_uint8, write_mp4
 from cfjax.experiment.job import tiled_decoder
@@ -309,6 +310,23 @@ def test_repackaged_weights_generate_the_same(root, whole, tmp_path):
     errors = [relative(read_latents(one), read_latents(other)) for one, other in pairs]
     print("latents of float8 weights against float32's:", *(f"{error:.1e}" for error in errors))
     assert all(1e-4 < error < 0.2 for error in errors)
+
+
+def test_weights_may_rest_in_int8(root, whole, tmp_path, capsys):
+    """A quarter of float32's bytes in the blocks' kernels; a set goes on as it was begun."""
+    opened = open_run(str(root / "dmd"), storage="int8")
+    kernels = {n: x for n, x in named_leaves(opened.model).items() if n.startswith("blocks/") and "kernel" in n}
+    sizes = {str(x.dtype): sum(y.size for y in kernels.values() if y.dtype == x.dtype) for x in kernels.values()}
+    assert sizes["int8"] > 0.9 * sum(sizes.values()) and sizes.keys() == {"int8", "float32"}  # its scales
+    keys = {"prompts": root / "prompts.txt", "seed": 5, "batch": 2}
+    assert generate(root, tmp_path / "out", storage="int8", **keys) == 0
+    pairs = zip(written(tmp_path / "out", ".safetensors"), written(whole, ".safetensors"), strict=True)
+    errors = [relative(read_latents(one), read_latents(other)) for one, other in pairs]
+    print("latents of int8 weights against the run's own:", *(f"{error:.1e}" for error in errors))
+    assert all(1e-4 < error < 0.05 for error in errors)
+    capsys.readouterr()
+    assert generate(root, tmp_path / "out", resume=True, **keys) == 2
+    assert "its videos were made with run.storage='int8', now it is None" in capsys.readouterr().err
 
 
 def test_a_lora_is_merged_as_the_run_is_opened(root, tmp_path, capsys):

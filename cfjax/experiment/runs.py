@@ -15,6 +15,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
+from cfjax.core.quantize import is_quantized
 from cfjax.core.tree import named_leaves
 from cfjax.experiment.data import toy_source
 from cfjax.experiment.lora import open_network, records_of
@@ -170,6 +171,7 @@ def open_run(
     block_frames: int = 0,
     precision: str = "",
     attention: str = "",
+    storage: str = "",
 ) -> Run:
     """Opens a run directory (trained, or written by `cfjax convert`) or an exported model (a path, or a shipped name).
 
@@ -180,9 +182,11 @@ def open_run(
         into memory together.
       stage, block_frames: required of the run; "" and 0 accept any.
       precision, attention: of the network, in place of the run's own.
+      storage: what its weights rest in, see `models.weight_storage`: "int8" halves the memory of bfloat16; "": the dtype
+        that they are multiplied in.
 
     Raises:
-      UserError: nothing there, another stage or block size, no world, or a world that it was not trained in.
+      UserError: nothing there, another stage or block size, no such storage, no world, or a world that it was not trained in.
     """
     exported = asset(name, META_FILE)
     if exported is None and not is_folder(path_of(name)):
@@ -200,7 +204,7 @@ def open_run(
         name=name,
         stage=meta["stage"],
         step=int(meta["step"]),
-        model=_template(network),
+        model=_template(network, storage),
         world=opened_world,
         sampler=sampler_of(c),
         blocks=blocks,
@@ -222,7 +226,8 @@ def load_weights(run: Run, change: Change | None = None) -> Run:
     Raises:
       UserError: they do not fit, or cannot be read.
     """
-    if change or run.adapted:
+    quantised = any(map(is_quantized, jax.tree.leaves(run.model, is_leaf=is_quantized)))
+    if change or run.adapted or quantised:
         arrays: Mapping[str, LazyArray]
         if asset(run.name, META_FILE):
             arrays = as_lazy(named_leaves(load_shipped(run.name, run.model)))
@@ -278,10 +283,10 @@ def _network(name: str, meta: Mapping[str, Any], precision: str, attention: str)
     return replace(config, remat="none", precision=policy, attention=attention or config.attention)
 
 
-def _template(config: WanConfig) -> Wan:
-    """The network's shapes, each in the dtype that its weights are used in."""
+def _template(config: WanConfig, storage: str) -> Wan:
+    """The network's shapes, each in the dtype that its weights rest in; "": that they are used in."""
     template = placed_template(lambda: Wan(config, jax.random.key(0)))
-    return with_storage_dtypes(template, config.precision.compute, config.precision.compute)
+    return with_storage_dtypes(template, storage or config.precision.compute, config.precision.compute)
 
 
 def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:

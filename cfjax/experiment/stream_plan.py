@@ -118,7 +118,15 @@ def stream_shapes(c: ConfigDict, text_rows: int) -> tuple[Run, Sizes, RandomPart
     """
     parts = None
     if c.run and (asset(c.run, META_FILE) or is_folder(path_of(c.run))):
-        run = open_run(c.run, ema=c.ema, world=c.world, precision=c.precision, attention=c.attention, with_model=False)
+        run = open_run(
+            c.run,
+            ema=c.ema,
+            world=c.world,
+            precision=c.precision,
+            attention=c.attention,
+            storage=c.storage,
+            with_model=False,
+        )
     else:
         if "preset" in c:
             parts = random_parts_of(c)
@@ -127,7 +135,7 @@ def stream_shapes(c: ConfigDict, text_rows: int) -> tuple[Run, Sizes, RandomPart
             frames = c.expect.block_frames or RandomParts.block_frames
             rows = text_rows if wan else 8
             preset = "wan_1_3b" if wan else "toy"
-            parts = RandomParts(preset, c.precision, block_frames=frames, text_rows=rows)
+            parts = RandomParts(preset, c.precision, c.storage, block_frames=frames, text_rows=rows)
         run = random_run(parts, c, shapes=True)
     if run.blocks is None:
         raise UserError(f"run={run.name!r} is bidirectional, and does not stream; name a causal one")
