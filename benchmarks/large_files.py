@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
         "load_average": round(os.getloadavg()[0], 2),
     }
     write_atomically(RESULTS, json.dumps({"float8 to bfloat16": row}, indent=1) + "\n")
-    print(row)
+    sys.stdout.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def get_config(arg: str = ""):
             "decoder_precision": "",  # float32, bfloat16 (the reference's); "": as recorded
             "precision": "",  # of the network's matrix products: float32, bfloat16; "": the run's own
             "attention": "",  # auto, xla, cudnn; "": the run's own
-            "storage": "",  # what weights rest in: float32, bfloat16, int8 (half of bfloat16's memory); "": as multiplied
+            "storage": "",  # what weights rest in: float32, bfloat16, int8 (half of bfloat16); "": as multiplied
             "expect": ConfigDict({"stage": "", "block_frames": 0}),  # what the run has to be
             # what to make
             "prompt": "A cat surfs on a wave at sunset" if wan else "a red circle moving left",  # several: a | b

@@ -33,7 +33,7 @@ from cfjax.models.lora import merged as merged_network
 from cfjax.models.wan import Wan, WanConfig, embed_text
 
 MERGED = 1e-6  # allowed of W + s B A, whose products may be summed in another order
-RANK, ALPHA = 4, 6.0
+RANK, ALPHA = 4, 6
 SIGMA_B = (0.9375, 0.25)
 # What an adapter's settings can say, in peft's words.
 FORMS: dict[str, dict[str, Any]] = {
@@ -91,7 +91,7 @@ def _trained(case: Case, model: Wan) -> tuple[PeftModel, Lora]:
     with TemporaryDirectory() as folder:
         adapted.save_pretrained(folder, save_embedding_layers=False)
         within = adapter_of(open_loras(folder), model.config)  # s is within its B
-    settings = LoraConfig(RANK, ALPHA, "blocks")
+    settings = LoraConfig(RANK, float(ALPHA), "blocks")
     return adapted, replace(scaled(within, 1 / settings.factor), settings=settings)
 
 
@@ -100,10 +100,10 @@ def _inputs(case: Case, config: WanConfig) -> tuple[np.ndarray, np.ndarray]:
     return latents, case.normal("text", len(SIGMA_B), case.text_length, config.text_dim)
 
 
-def _value(model: Wan, latents: jax.Array, text: jax.Array) -> jax.Array:
+def _value(model: Wan, latents: np.ndarray, text: np.ndarray) -> jax.Array:
     """The flow with one noise level per sample."""
     sigma_BF = jnp.broadcast_to(jnp.asarray(SIGMA_B)[:, None], latents.shape[:2])
-    return model(latents, sigma_BF, embed_text(model, text))
+    return model(jnp.asarray(latents), sigma_BF, embed_text(model, jnp.asarray(text)))
 
 
 def check_apart(case: Case) -> list[Row]:
@@ -167,7 +167,7 @@ def _linears(weights: Mapping[str, np.ndarray]) -> torch.nn.Module:
 
 def check_written(case: Case) -> Row:
     """A folder of ours, merged by peft, against our own merge."""
-    model, settings = have("dit", case.dit), LoraConfig(RANK, ALPHA, "blocks")
+    model, settings = have("dit", case.dit), LoraConfig(RANK, float(ALPHA), "blocks")
     template = abstract_lora(model.config, settings)
     lora = map_named(lambda name, x: jnp.asarray(case.normal(name, *x.shape) * x.shape[-2] ** -0.5), template)
     tensors = lora_tensors(as_lazy(named_leaves(lora)), model.config)

@@ -182,11 +182,12 @@ def open_run(
         into memory together.
       stage, block_frames: required of the run; "" and 0 accept any.
       precision, attention: of the network, in place of the run's own.
-      storage: what its weights rest in, see `models.weight_storage`: "int8" halves the memory of bfloat16; "": the dtype
-        that they are multiplied in.
+      storage: what its weights rest in, see `models.weight_storage`: "int8" is half of bfloat16's memory; "": the
+        dtype that they are multiplied in.
 
     Raises:
-      UserError: nothing there, another stage or block size, no such storage, no world, or a world that it was not trained in.
+      UserError: nothing there, another stage or block size, an unknown storage, no world, or one that it was not
+        trained in.
     """
     exported = asset(name, META_FILE)
     if exported is None and not is_folder(path_of(name)):
