@@ -7,22 +7,22 @@ the times are those of reading, widening and writing, not of a disk. Writes benc
 """
 
 import json
-import os
 import struct
 import sys
 import time
 from math import prod
 from pathlib import Path
 
+from measure import parser, write
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cfjax.core.paths import write_atomically
+from cfjax.core.console import say
 from tests import synthetic
 from tests.conversion.peak_memory import convert, peak
 
 SIZES = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 REST = {"freq_dim": 256, "in_dim": 16, "out_dim": 16, "text_dim": 4096}
-RESULTS = Path(__file__).with_name("results") / "large_files.json"
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -49,25 +49,27 @@ def write_float8(path: Path, shapes: synthetic.Shapes) -> int:
     return path.stat().st_size
 
 
-def main(folder: Path) -> None:
+def main() -> None:
     """Measures and writes the table."""
+    command = parser(__doc__, "large_files.json")
+    command.add_argument("folder", type=Path, help="a new one, for the file and the run")
+    options = command.parse_args()
     shapes = synthetic.dit_shapes(**SIZES, **REST)
-    folder.mkdir(parents=True, exist_ok=True)
-    largest = SIZES["num_layers"] * SIZES["dim"] * SIZES["ffn_dim"]
-    source = folder / "wan2.1_t2v_14B_fp8_scaled.safetensors"
+    options.folder.mkdir(parents=True)
+    source = options.folder / "wan2.1_t2v_14B_fp8_scaled.safetensors"
     size, begun = write_float8(source, shapes), time.perf_counter()
-    owned = peak(lambda: convert(source, folder / "run", dequantize="bfloat16"))
+    owned = peak(lambda: convert(source, options.folder / "run", dequantize="bfloat16"))
     row = {
+        "case": "float8 to bfloat16",
         "parameters": sum(map(prod, shapes.values())),
         "source_bytes": size,
         "peak_owned_bytes": owned,
-        "largest_array_bytes": 2 * largest,
+        "largest_array_bytes": 2 * SIZES["num_layers"] * SIZES["dim"] * SIZES["ffn_dim"],
         "seconds": round(time.perf_counter() - begun, 1),
-        "load_average": round(os.getloadavg()[0], 2),
     }
-    write_atomically(RESULTS, json.dumps({"float8 to bfloat16": row}, indent=1) + "\n")
-    sys.stdout.write(json.dumps(row) + "\n")
+    write(options.out, [row])
+    say(json.dumps(row))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
