@@ -29,13 +29,12 @@ import numpy as np
 from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
 from cfjax.memory.heads import Groups, attend_groups, sort_heads
-from cfjax.memory.profile import HeadLabels
+from cfjax.memory.profile import LABELS, HeadLabels
 from cfjax.memory.slots import EMPTY, MERGED, Attend, Incoming, Memory, Network, Seen, State, layer_slots
 from cfjax.nn.frames import attend_biased, constrain_kv
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 
-LABELS = {"anchor": 1, "wave": -1, "veil": 2}
 KINDS = tuple(LABELS)
 
 
@@ -102,7 +101,7 @@ class PyramidHeads(Memory):
     def slots(self, layout: Blocks) -> int:
         """Slots of the sink and the newest frames."""
         if not self.profile.path:
-            raise UserError("memory: pyramid needs profile=FILE.csv, a line of 1, -1, 2 (anchor, wave, veil) per layer")
+            raise UserError("memory: pyramid needs profile=FILE.csv, a table that cfjax profile_heads writes")
         if layout.independent_first_frame:
             raise UserError("memory: pyramid needs blocks of one size; it takes no independent first frame")
         slots, least = self.window - layout.frames - self.capacity, self.sink + 1

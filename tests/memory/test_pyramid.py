@@ -12,8 +12,8 @@ from cfjax.core.sharding import make_mesh, on_mesh
 from cfjax.memory.codecs import Codec
 from cfjax.memory.compression import DeepForcing
 from cfjax.memory.names import memory_name, parse_memory
-from cfjax.memory.profile import HeadLabels
-from cfjax.memory.pyramid import LABELS, PyramidHeads
+from cfjax.memory.profile import LABELS, HeadLabels
+from cfjax.memory.pyramid import PyramidHeads
 from cfjax.memory.slots import MERGED
 from cfjax.nn.visibility import Blocks
 from tests.memory.states import LAYOUT, TOKENS, layout, streamed
