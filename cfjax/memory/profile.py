@@ -6,8 +6,9 @@ A head is static where its share is 0.8 or more, else dynamic. Source: `configs_
 
 For Pyramid Forcing every head has one of three labels. Its paper (arXiv 2605.13111) says what they mean: waves attend
 periodically, veils to the first and the nearest frames, anchors to all. How they are measured is published in outline
-only (signs and a Fourier transform of logits), without thresholds; `head_labels` is a rule of this package. With x_f the
-logarithm of the attention to a key frame f behind the first `sink` and before the last `recent`, less its linear trend:
+only (signs and a Fourier transform of logits), without thresholds; `head_labels` is a rule of this package. With x_f
+the logarithm of the attention to a key frame f behind the first `sink` and before the last `recent`, less its linear
+trend:
 
     wave    one period of at most half these frames has `periodicity` or more of the power of x, and x is not flat
     veil    else, where these frames have less than `between` times what uniform attention would give them
