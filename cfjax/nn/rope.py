@@ -71,6 +71,26 @@ def rotate_time(x_BFTNK: jax.Array, position_F: jax.Array) -> jax.Array:
     return jnp.concatenate([x for pair in parts for x in pair], axis=-1)
 
 
+def rotate_space(x: jax.Array, row_T: np.ndarray, column_T: np.ndarray) -> jax.Array:
+    """Rotates every token's height and width axes by so many patches, in float32; rotations add up.
+
+    Args:
+      x: [..., T, N, K].  row_T, column_T: integers, perhaps negative.
+    """
+    pairs = axis_pairs(x.shape[-1])
+    angle = jnp.concatenate(
+        [
+            jnp.sign(at)[:, None] * _angles(jnp.abs(at), n)
+            for at, n in zip(
+                (jnp.zeros(len(row_T), jnp.int32), jnp.asarray(row_T), jnp.asarray(column_T)), pairs, strict=True
+            )
+        ],
+        axis=-1,
+    )
+    flat = x.reshape(-1, *x.shape[-3:])
+    return rotate(flat, (jnp.cos(angle), jnp.sin(angle))).reshape(x.shape)
+
+
 def sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
     """[cos(t w_0..), sin(t w_0..)] with w_k = 10000^(-k / (dim / 2)); cosines first. [...] -> [..., dim] float32."""
     angle = _angles(timestep.astype(jnp.float32), dim // 2)
