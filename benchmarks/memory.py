@@ -3,13 +3,14 @@
     python benchmarks/memory.py --run runs/quickstart/dmd --work runs/memory
     python benchmarks/memory.py --run runs/quickstart/dmd --work runs/memory --policies window longlive_infinity
     python benchmarks/memory.py --run runs/quickstart/dmd --work runs/memory --codecs none
-    python benchmarks/memory.py --run runs/quickstart/dmd --work runs/memory --heads runs/heads/heads.json --labels runs/heads/labels.csv
+    python benchmarks/memory.py --run runs/quickstart/dmd --work runs/memory --heads runs/heads/heads.json
 
 Every policy with every codec makes the same clips of each seed, from the same noise; a video is ten times as long as
 those of training. What is measured is kept in the work folder and not measured again; the table holds all of it, means
-and standard deviations over the seeds. Frames/s are those of the fastest batch, with the decoder. `--heads` and `--labels`, which
-`cfjax profile_heads` writes, add Forcing-KV and Pyramid Forcing. Beside that, `codec_errors`: how far the latents of 40 blocks are from
-those of the same stream without a codec (`rollout.stored_error`).
+and standard deviations over the seeds. Frames/s are those of the fastest batch, with the decoder. `--heads=heads.json`
+and `--labels=labels.csv`, which `cfjax profile_heads` writes, add Forcing-KV and Pyramid Forcing. Beside that,
+`codec_errors`: how far the latents of 40 blocks are from those of the same stream without a codec
+(`rollout.stored_error`).
 """
 
 import argparse
