@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cfjax.memory.names import parse_memory
 from cfjax.memory.profile import (
     CHUNK,
     LABELS,
@@ -22,7 +23,7 @@ from cfjax.models.ends import embed_frames
 from cfjax.models.wan import apply_block, attend_cached
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.head_masses import last_block_mass
-from tests.memory.states import TOKENS
+from tests.memory.states import TOKENS, streamed
 from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, normal, relative, text_kv, tiny
 
 
@@ -96,6 +97,24 @@ def test_labels_are_read_as_they_are_written(tmp_path):
     label_LN, file = np.array([[1, -1, 2], [2, 2, -1]]), tmp_path / "labels.csv"
     file.write_text(labels_text(label_LN))
     assert read_labels(str(file)).label_LN == ((1, -1, 2), (2, 2, -1))
+
+
+@pytest.mark.slow
+def test_the_labels_of_a_network_run_in_it(tmp_path):
+    """Measured, written, read, streamed; the first block sees nothing before it, and is as under a full cache."""
+    mass = last_block_mass(
+        tiny(), normal(4, SHAPE), normal(5, (BATCH, 2, *SHAPE[2:])), 0.6, text_kv(), blocks=Blocks(2)
+    )
+    label_LN = head_labels(np.asarray(mass).mean(1), 1, 2, 0.5, 0.5).label
+    (tmp_path / "labels.csv").write_text(labels_text(label_LN))
+    settings = "window=7, sink=2, period=3, capacity=2, merged=2, near=2, far=4"
+    memory = parse_memory(f"pyramid(profile={tmp_path / 'labels.csv'}, {settings})")
+    assert memory is not None
+    inputs = [normal(seed, (BATCH, 12, *SHAPE[2:])) for seed in (1, 2)]
+    _, flow = streamed(memory, *inputs)
+    full = streamed(None, *inputs)[1]
+    assert relative(flow[:, :2], full[:, :2]) < 2e-6 and relative(flow[:, 10:], full[:, 10:]) > 1e-3
+    assert np.isfinite(flow).all()
 
 
 def test_what_a_commit_observes_is_what_attention_gets():
