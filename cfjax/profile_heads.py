@@ -61,8 +61,8 @@ def profile_heads(c: ConfigDict, workdir: Path) -> None:
             np.asarray(last_block_mass(run.model, clean, noise, jnp.float32(level), text_kv, blocks=run.blocks)).mean(1)
             for level in levels
         ]
-    mass_LNQF = np.mean(masses, axis=0)
-    labelled = head_labels(mass_LNQF, c.sink, c.recent, c.periodicity, c.between)
+    mass_LNFF = np.mean(masses, axis=0)
+    labelled = head_labels(mass_LNFF, c.sink, c.recent, c.periodicity, c.between)
     about = {
         **{name: c[name] for name in ("sink", "recent", "threshold", "periodicity", "between")},
         "step": run.step,
@@ -73,7 +73,7 @@ def profile_heads(c: ConfigDict, workdir: Path) -> None:
         "latents": c.latents,
         "labels": {name: np.round(getattr(labelled, name), 4).tolist() for name in labelled._fields},
     }
-    record = heads_record(run.name, run.model.config, mass_LNQF.mean(2), about)
+    record = heads_record(run.name, run.model.config, mass_LNFF.mean(2), about)
     write_atomically(workdir / HEADS_FILE, json.dumps(record, indent=1) + "\n")
     write_atomically(workdir / LABELS_FILE, labels_text(labelled.label))
     report(record, labelled.label, workdir)

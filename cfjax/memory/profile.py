@@ -216,16 +216,16 @@ class Labelled(NamedTuple):
     between: np.ndarray
 
 
-def head_labels(mass_LNQF: np.ndarray, sink: int, recent: int, periodicity: float, between: float) -> Labelled:
+def head_labels(mass_LNFF: np.ndarray, sink: int, recent: int, periodicity: float, between: float) -> Labelled:
     """Anchor, wave and veil heads; see the module.
 
     Where fewer than four frames are between, no period fits twice and no head is a wave. Shorter periods than the
     longest come as close to a whole number of times as the frames allow.
 
     Args:
-      mass_LNQF: mean attention of each of the last block's frames to every key frame, oldest first.
+      mass_LNFF: mean attention of each of the last block's frames to every key frame, oldest first.
     """
-    mass = np.asarray(mass_LNQF, np.float64)
+    mass = np.asarray(mass_LNFF, np.float64)
     inside = mass[..., sink : mass.shape[-1] - recent]
     frames = inside.shape[-1]
     share = inside.sum(-1).mean(-1) / (frames / mass.shape[-1])
@@ -236,10 +236,10 @@ def head_labels(mass_LNQF: np.ndarray, sink: int, recent: int, periodicity: floa
         x = x - x @ (trend @ np.linalg.pinv(trend)).T
         # |x|^2 by frequency, a negative one with its positive one, which the highest of an even number does not have.
         pairs = np.where(2 * np.arange(frames // 2 + 1) % frames == 0, 1, 2)
-        power_LNF = (pairs * np.abs(np.fft.rfft(x)) ** 2).mean(2)
-        strongest = 2 + power_LNF[..., 2:].argmax(-1)
-        whole = np.maximum(power_LNF[..., 1:].sum(-1), np.finfo(np.float64).tiny)
-        power, period = power_LNF[..., 2:].max(-1) / whole, frames / strongest
+        spectrum = (pairs * np.abs(np.fft.rfft(x)) ** 2).mean(2)
+        strongest = 2 + spectrum[..., 2:].argmax(-1)
+        whole = np.maximum(spectrum[..., 1:].sum(-1), np.finfo(np.float64).tiny)
+        power, period = spectrum[..., 2:].max(-1) / whole, frames / strongest
         uneven = np.sqrt((x**2).mean((2, 3)))
     kinds = [(power >= periodicity) & (uneven >= FLAT), share < between]
     label = np.select(kinds, [LABELS["wave"], LABELS["veil"]], LABELS["anchor"])

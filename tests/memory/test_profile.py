@@ -72,8 +72,8 @@ def masses(kind: str, frames: int, period: float, noise: float) -> np.ndarray:
 @pytest.mark.parametrize(("frames", "period"), [(12, 3), (21, 6), (23, 5), (40, 6), (41, 9)])
 def test_heads_of_known_kinds_get_their_labels(frames, period, noise):
     """Whether or not the period divides the number of frames; a wave need not attend evenly otherwise."""
-    mass_LNQF = np.stack([[masses(kind, frames, period, noise) for kind in LABELS]])
-    found = head_labels(mass_LNQF, 1, 4, 0.5, 0.5)
+    mass_LNFF = np.stack([[masses(kind, frames, period, noise) for kind in LABELS]])
+    found = head_labels(mass_LNFF, 1, 4, 0.5, 0.5)
     assert found.label.tolist() == [list(LABELS.values())]
     assert abs(found.period[0, 1] - period) <= 0.2 * period and found.power[0, 1] > 0.5
 
