@@ -23,6 +23,7 @@ are not rotated when they are averaged; here they are rotated to that place firs
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -286,7 +287,7 @@ def merge_tokens(x: jax.Array, squares: Squares, width: int, patch: int, *, keys
         return x
     *lead, tokens, heads, channels = x.shape
     turned = rotate_space(x, -squares.row, -squares.column) if keys else x
-    rows = turned.reshape(-1, tokens // width, width, heads * channels)
+    rows = turned.reshape(prod(lead), tokens // width, width, heads * channels)  # there may be no heads
     full = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % patch), (0, -width % patch), (0, 0)))
     sums = reduce(full, "f (h a) (w b) c -> f (h w) c", "sum", a=patch, b=patch)
     means = sums / jnp.asarray(squares.sizes, x.dtype)[None, :, None]

@@ -4,6 +4,8 @@ Channel layout: a head's channels are stored as [real parts, imaginary parts] ("
 two multiply-adds on contiguous halves. Wan2.1 stores (real, imaginary) pairs; conversion permutes q and k accordingly.
 """
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +89,7 @@ def rotate_space(x: jax.Array, row_T: np.ndarray, column_T: np.ndarray) -> jax.A
         ],
         axis=-1,
     )
-    flat = x.reshape(-1, *x.shape[-3:])
+    flat = x.reshape(prod(x.shape[:-3]), *x.shape[-3:])  # there may be no heads
     return rotate(flat, (jnp.cos(angle), jnp.sin(angle))).reshape(x.shape)
 
 

@@ -134,7 +134,7 @@ def test_squares_need_to_know_a_row():
 def test_heads_may_all_be_of_one_kind():
     """Anchors, whose groups of waves and veils are empty in every layer, are those of a table with all three."""
     k, v = keys_and_values()
-    own, anchors = slice(10, 12), replace(SMALL, profile=HeadLabels("anchors", ((1, 1),) * 3))
+    own, anchors = slice(10, 12), replace(SMALL, profile=HeadLabels("anchors", ((1, 1),) * 3), patch=2)
     one, other = (
         attended(memory, rolled(memory, k, v)[5], 10, *(x[:, :, own] for x in (k, k, v))) for memory in (SMALL, anchors)
     )
