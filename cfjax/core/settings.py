@@ -193,7 +193,8 @@ RULES: dict[str, Rules] = {
         ("frames", whole(0, FRAMES)),
         ("sink", whole(0, FRAMES)),
         ("levels", STEPS),
-        ("threshold", SHARE),
+        ("threshold|periodicity", SHARE),
+        ("between", real(0.0)),
     ],
     "compare": [
         ("--seed", SEED),

@@ -89,6 +89,10 @@ class WanConfig:
             raise UserError(f"a {height} x {width} latent frame is not divisible by the {self.patch} patch")
         return (height // self.patch[0]) * (width // self.patch[1])
 
+    def tokens_per_row(self, width: int) -> int:
+        """Tokens of one row of a latent frame that is so wide."""
+        return width // self.patch[1]
+
 
 PRESETS = {
     "wan_1_3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, remat="full", precision=BF16),

@@ -169,16 +169,21 @@ def attend_slots(
 def attend_biased(
     q_BFTNK: jax.Array, k_BFTNK: jax.Array, v_BFTNK: jax.Array, bias_F: jax.Array, *, backend: str = "auto"
 ) -> jax.Array:
-    """All queries attend to all keys, with a number per frame added to the logits (-inf: not seen)."""
+    """All queries attend to all keys, with a number added to the logits (-inf: not seen).
+
+    Args:
+      bias_F: the number of every frame, or of its every token, [F, T].
+    """
     frames, tokens, heads = q_BFTNK.shape[1:4]
+    bias_FT = jnp.broadcast_to(bias_F.reshape(len(bias_F), -1), (len(bias_F), tokens))
     if context_sharding(heads, tokens)[0] != "tokens":
-        bias_T = jnp.repeat(bias_F, tokens)
+        bias_T = bias_FT.reshape(-1)
         return _framed(
             dense(_flat(q_BFTNK), _flat(k_BFTNK), _flat(v_BFTNK), key_bias_T=bias_T, backend=backend), frames
         )
     q = rearrange(constrain(q_BFTNK, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
     k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (k_BFTNK, v_BFTNK))
-    return _framed(dense(q, k, v, key_bias_T=jnp.tile(bias_F, tokens), backend=backend), frames)
+    return _framed(dense(q, k, v, key_bias_T=bias_FT.T.reshape(-1), backend=backend), frames)
 
 
 def attend_masked(

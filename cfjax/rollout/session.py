@@ -330,9 +330,9 @@ class Session:
         return replace(blocks, window=0, sink=0, memory=memory)
 
     def _empty(self, memory: Memory) -> State:
-        config, (height, width, _) = self._pipeline.model.config, self._shape
-        rows = 2 if isinstance(self._pipeline.sampler, ManyStep) else 1
-        return memory.init(config, rows, config.tokens_per_frame(height, width), self._blocks(memory))
+        config, blocks, (height, width, _) = self._pipeline.model.config, self._blocks(memory), self._shape
+        rows, tokens = 2 if isinstance(self._pipeline.sampler, ManyStep) else 1, config.tokens_per_frame(height, width)
+        return memory.init(config, rows, tokens, blocks, config.tokens_per_row(width))
 
     def _keys_of(self, rows: np.ndarray) -> KV:
         negative = rows if self._text.negative_SE is None else self._text.negative_SE

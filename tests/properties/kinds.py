@@ -546,13 +546,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _heads(folder: Path) -> None:
-    from cfjax.memory.profile import heads_record
+    from cfjax.memory.profile import heads_record, labels_text
     from tests.tiny import CONFIG
 
     mass = np.random.default_rng(0).dirichlet(np.ones(6), (CONFIG.num_layers, CONFIG.num_heads))
     about = {"sink": 1, "recent": 2, "threshold": 0.4}
     (folder / "heads.json").write_text(json.dumps(heads_record("a run", CONFIG, mass, about), indent=1))
-    (folder / "labels.csv").write_text("1,-1,2\n-1,1,1\n")
+    (folder / "labels.csv").write_text(labels_text(np.array([[1, -1, 2], [-1, 1, 1]])))
 
 
 def _read_heads(folder: Path) -> Any:
