@@ -68,12 +68,14 @@ class Plan:
     Attributes:
       shape: (F, H, W, C) of the new block.
       first: whether it is made by the sampler's list for a first block.
+      commits: whether the program commits the blocks before; else each session does.
     """
 
     sampler: FewStep | ManyStep
     blocks: Blocks
     shape: tuple[int, int, int, int]
     first: bool
+    commits: bool
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -83,9 +85,11 @@ def _next_blocks(model: Wan, rows: tuple[Row, ...], numbers: Numbers, *, plan: P
     levels = levels_of(sampler, plan.first) if isinstance(sampler, FewStep) else None
 
     def one(row: Row, at: Any) -> tuple[jax.Array, State]:
-        clean, text_kv = row.clean_BFHWC, row.text_kv
-        committed = commit_block(model, per_prompt(clean, text_kv), text_kv, row.cache, at.before_B, blocks)
-        cache = jax.tree.map(partial(jnp.where, at.commits_B), committed, row.cache)
+        text_kv, cache = row.text_kv, row.cache
+        if plan.commits:
+            clean = per_prompt(row.clean_BFHWC, text_kv)
+            committed = commit_block(model, clean, text_kv, cache, at.before_B, blocks)
+            cache = jax.tree.map(partial(jnp.where, at.commits_B), committed, cache)
         steps = 1 if levels is None else max(len(levels), 1)
         noise, fresh = block_noise(jax.random.key(at.seed_B), at.block_B, plan.shape, steps)
         work = (text_kv, cache, at.start_B)
@@ -173,7 +177,8 @@ def _is_alone(session: Session) -> bool:
 def _plan(session: Session, frames: int) -> Plan:
     sampler = session.pipeline.sampler
     first = isinstance(sampler, FewStep) and bool(sampler.first_steps) and not session.state.generated
-    return Plan(sampler, session.layout, (frames, *session.latent_shape), first)
+    shape = (frames, *session.latent_shape)
+    return Plan(sampler, session.layout, shape, first, commits=not session.needs_pixels())
 
 
 def _pending_frames(state: SessionState, plan: Plan) -> int:
@@ -212,7 +217,8 @@ def _step(group: Sequence[Session]) -> list[Made]:
     plan = _plan(group[0], group[0].frames_ahead())
     clean_shape = (1, _pending_frames(group[0].state, plan), *plan.shape[1:])
     # What commits by itself first, and what is committed in the batch.
-    states = [s.prepared(s.state) if s.commits_alone() else s.state for s in group]
+    by_itself = lambda state: state.transition is not None or not plan.commits
+    states = [s.prepared(s.state) if by_itself(s.state) else s.state for s in group]
     rows, numbers = zip(*(_row(state, clean_shape) for state in states), strict=True)
     columns = Numbers(*(np.asarray(column) for column in zip(*_padded(numbers), strict=True)))
     found = call(_next_blocks, pipeline.model, _padded(rows), columns, plan=plan)

@@ -134,6 +134,7 @@ def test_commits_that_need_pixels_are_a_sessions_own():
     parts, words = Pipeline(tiny(), Same(), FEW, Blocks(1)), Text(encode)
     streams = [Session(parts, words, "ab"[i], latent_shape=SHAPE[2:], seed=i, memory=memory) for i in range(2)]
     copies = [one.fork() for one in streams]
+    assert [len(group) for group in groups(streams)] == [2]
     for found, one in zip(together(streams, 3), copies, strict=True):
         assert relative(found, alone(one, 3)) < 1e-5
 
@@ -232,12 +233,12 @@ def test_sessions_of_different_groups_in_one_call():
 
 def test_one_error_before_anybody_goes_on():
     streams = [stream(0), stream(2)]
-    closed, full = stream(1), session(Blocks(2), max_frames=2)
+    closed, full = stream(1), session(Blocks(2), max_frames=4)
     closed.close()
-    full.next()
+    full.next(), full.next()
     for bad, message in (
         ([*streams, closed], "this session is closed: open another one"),
-        ([*streams, full], "remembers all of at most 2: give max_frames"),
+        ([*streams, full], "remembers all of at most 4: give max_frames"),
         ([*streams, streams[0]], "a session is there twice"),
     ):
         before = [one.state for one in streams]
