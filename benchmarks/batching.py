@@ -69,8 +69,12 @@ def compared(parts: Pipeline, size: int, rounds: int) -> dict[str, Any]:
     for number, stream in enumerate(streams):
         for _ in range(4 + number):
             stream.next()
-    step_together(streams)
-    ways = {"alternating": lambda: [s.next() for s in streams], "together": lambda: step_together(streams)}
+    ways: dict[str, Callable[[], Any]] = {
+        "alternating": lambda: [s.next() for s in streams],
+        "together": lambda: step_together(streams),
+    }
+    for call in ways.values():
+        call()
     found: dict[str, dict[str, list[float]]] = {name: {"ms": [], "cpu_ms": []} for name in ways}
     foreign: list[float] = []
     for i in range(rounds):
@@ -134,22 +138,23 @@ def served(parts: Pipeline, turns: int) -> dict[str, Any]:
         for stream, made in zip(group, step_together(group), strict=True):
             frames[id(stream)] += made.latents_BFHWC.shape[1]
             away.append([int(rng.integers(3)), stream])
-    blocks = []
-    for number in range(6):  # it comes right after a step of the seven others has begun
-        old = [client(parts, 20 + i) for i in range(7)]
-        for _ in range(3):
-            step_together(old)
-        block = statistics.median(timed(lambda old=old: step_together(old))[0] for _ in range(5))
-        begun = time.perf_counter()
+    blocks, opened = [], []
+    old = [client(parts, 20 + i) for i in range(7)]
+    for _ in range(3):
         step_together(old)
-        step_together([*old, client(parts, 40 + number)])
-        blocks.append(1e3 * (time.perf_counter() - begun) / block)
+    for number in range(8):  # it comes right after a step of the seven others has begun, and is opened meanwhile
+        opened.append(timed(lambda number=number: client(parts, 40 + number))[0])
+        new = client(parts, 60 + number)
+        together = [*old, client(parts, 80)]
+        block = statistics.median(timed(lambda group=together: step_together(group))[0] for _ in range(5))
+        blocks.append(timed(lambda group=[*old, new]: (step_together(old), step_together(group)))[0] / block)
     counts = list(frames.values())
     return {
         "case": "served",
         "frames_of_clients": counts,
         "fairness": max(counts) / min(counts),
         "first_frame_in_blocks": {"median": statistics.median(blocks), "max": max(blocks)},
+        "open_ms": statistics.median(opened),
     }
 
 
