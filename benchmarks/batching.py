@@ -25,8 +25,8 @@ import numpy as np
 from measure import busy_s, others, parser, ratio, write
 
 from cfjax.core.console import say
-from cfjax.experiment.streams import random_codec
-from cfjax.models.wan import make_wan, preset
+from cfjax.experiment.streams import random_codec, random_model
+from cfjax.models.wan import Wan, preset
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.batched import SIZES, compile_sizes, groups, step_together
 from cfjax.rollout.generate import FewStep
@@ -41,7 +41,8 @@ MEMORY, OTHER = "longlive_infinity", "ema_sink"
 
 def pipeline() -> Pipeline:
     """The toy's, with random weights: speed does not depend on them."""
-    model = make_wan(preset("toy", remat="none"), jax.random.key(0))
+    config = preset("toy", remat="none")
+    model = random_model(jax.eval_shape(lambda: Wan(config, jax.random.key(0))), 0)
     return Pipeline(model, random_codec("toy", model.config.precision), FewStep(), Blocks(FRAMES))
 
 
@@ -111,14 +112,12 @@ def parity(parts: Pipeline, blocks: int = 8) -> float:
     for number, stream in enumerate(streams):
         for _ in range(number):
             stream.next()
-    errors = []
-    for copy, stream in [(stream.fork(), stream) for stream in streams]:
-        del stream
-        errors.append([np.asarray(copy.next().latents_BFHWC) for _ in range(blocks)])
-    for i in range(blocks):
-        for known, made in zip(errors, step_together(streams), strict=True):
-            known[i] = np.abs(known[i] - np.asarray(made.latents_BFHWC)).max() / np.abs(known[i]).max()
-    return float(np.max(errors))
+    copies, errors = [stream.fork() for stream in streams], []
+    for _ in range(blocks):
+        wanted = [np.asarray(copy.next().latents_BFHWC) for copy in copies]
+        found = [np.asarray(made.latents_BFHWC) for made in step_together(streams)]
+        errors += [np.abs(x - y).max() / np.abs(y).max() for x, y in zip(found, wanted, strict=True)]
+    return float(max(errors))
 
 
 def served(parts: Pipeline, turns: int) -> dict[str, Any]:
