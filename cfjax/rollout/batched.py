@@ -92,7 +92,7 @@ def _next_blocks(model: Wan, rows: tuple[Row, ...], numbers: Numbers, *, plan: P
             cache = jax.tree.map(partial(jnp.where, at.commits_B), committed, cache)
         steps = 1 if levels is None else max(len(levels), 1)
         noise, fresh = block_noise(jax.random.key(at.seed_B), at.block_B, plan.shape, steps)
-        work = (text_kv, cache, at.start_B)
+        work: tuple[KV, Any, Any] = (text_kv, cache, at.start_B)
         if isinstance(sampler, FewStep):
             return few_step_block(model, noise[None], fresh[:, None], levels, *work, blocks), cache  # type: ignore[arg-type]
         return many_step_block(model, noise[None], *work, sampler, blocks), cache
