@@ -65,7 +65,10 @@ def _side(place: str, workdir: Path, settings: Settings, workers: int) -> Scored
     """A folder that was measured before, or is measured now."""
     folder = local_path(place, "--config.compare", "it is read from this machine")
     if (folder / VIDEOS).is_file():
-        return load_scored(folder)
+        scored = load_scored(folder)
+        if not scored.measured():
+            raise UserError(f"{folder / VIDEOS}: none of its clips could be measured; it has nothing to compare")
+        return scored
     return score_folder(place, "", settings, workdir, workers=workers)
 
 

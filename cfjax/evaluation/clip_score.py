@@ -11,9 +11,9 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,16 @@ def measure_clip(clip: SourceClip, reference: SourceClip | None, settings: Setti
     try:
         with ExitStack() as stack:
             opened = stack.enter_context(reading(clip, settings.fps))
-            other = stack.enter_context(reading(reference, settings.fps or opened.fps)).frames if reference else None
+            other = stack.enter_context(closing(_frames_of(reference, opened.fps))) if reference else None
             return _Meters(clip, opened.fps, settings).run(opened.frames, other)
     except Unusable as error:
         return ClipScore(clip.name, fault=str(error))
+
+
+def _frames_of(clip: SourceClip, fps: float) -> Generator[np.ndarray, None, None]:
+    """A reference's frames; it is opened with the first."""
+    with reading(clip, fps) as opened:
+        yield from opened.frames
 
 
 class _Meters:
@@ -135,7 +141,7 @@ class _Meters:
         self._flow = FlowMeter(fps) if MOTION in chosen else None
         self._reference = ReferenceMeter()
 
-    def run(self, frames: Any, other: Any) -> ClipScore:
+    def run(self, frames: Iterator[np.ndarray], other: Iterator[np.ndarray] | None) -> ClipScore:
         """Every frame through every meter."""
         with_luma = self._frames is not None or self._flow is not None or other is not None
         count, shape, note = 0, (0, 0, 0), ""
@@ -147,15 +153,21 @@ class _Meters:
             if self._flow is not None:
                 self._flow.add(luma)
             if other is not None and not note:
-                note = self._against(frame, luma, next(other, None), count)
+                note = self._against(frame, luma, other, count)
             count, shape = count + 1, frame.shape
-        if other is not None and not note and next(other, None) is not None:
+        if other is not None and not note and self._more(other):
             note = f"the reference is longer; its first {count} frames were compared"
         values = {name: value for name, value in self._values(other is not None).items() if math.isfinite(value)}
         small = base64.b64encode(self._frames.small().tobytes()).decode() if self._frames is not None else ""
         return ClipScore(self._clip.name, "", note, count, self._fps, shape[0], shape[1], values, small)
 
-    def _against(self, frame: np.ndarray, luma: np.ndarray, other: np.ndarray | None, number: int) -> str:
+    def _against(self, frame: np.ndarray, luma: np.ndarray, others: Iterator[np.ndarray], number: int) -> str:
+        """Compares with the reference's next frame; returns why that is the end of it, "" if it is not."""
+        try:
+            other = next(others, None)
+        except Unusable as error:
+            self._reference = ReferenceMeter()
+            return f"not compared: the reference is {error}"
         if other is None:
             return f"the reference is shorter; {number} frames were compared"
         if other.shape != frame.shape:
@@ -163,6 +175,14 @@ class _Meters:
             return f"not compared: the reference has {sizes} pixels"
         self._reference.add(frame, luma, other, luma_of(other))
         return ""
+
+    @staticmethod
+    def _more(others: Iterator[np.ndarray]) -> bool:
+        """Whether the reference goes on; a damaged end does not count."""
+        try:
+            return next(others, None) is not None
+        except Unusable:
+            return False
 
     def _values(self, compared: bool) -> dict[str, float]:
         out: dict[str, float] = {}

@@ -16,11 +16,14 @@ FASTEST = 0.05  # of the pixels, whose mean motion decides
 THRESHOLD = 6.0  # px on a short side of 256
 NEEDED = 4  # of 16 frames
 GRID = 16  # px between the points that the camera's motion is fitted to
+SMALLEST = 16  # px a side of frames that have a flow: two of DIS's windows
 NEAR = 1.5  # px that a point may be from the fit and still follow the camera
 
 
 class FlowMeter:
     """Dynamic degree, motion smoothness and the camera's motion; three luma frames are kept.
+
+    A clip of less than 16 px a side has none of them.
 
     Args:
       fps: of the clip.
@@ -42,6 +45,8 @@ class FlowMeter:
 
     def add(self, luma_HW: np.ndarray) -> None:
         """Takes the luma of the next frame, float32, 0 to 255."""
+        if min(luma_HW.shape) < SMALLEST:
+            return
         number, self._count = self._count, self._count + 1
         self._side = min(luma_HW.shape)
         byte = opencv().convertScaleAbs(luma_HW)
