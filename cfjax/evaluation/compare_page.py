@@ -5,6 +5,7 @@ One self-contained file that makes no network requests.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cfjax.core.errors import UserError
 from cfjax.data.pictures import Unusable
 from cfjax.evaluation.clip_score import ClipScore
 from cfjax.evaluation.clip_source import SourceClip, find_source_clips, reading
@@ -119,8 +121,9 @@ def _table(rows: Mapping[str, Comparison], unit: str) -> str:
 
 def _clips(scored: Scored) -> dict[str, SourceClip]:
     """The clips of a side by name, where they still are."""
-    folder = Path(scored.videos)
-    return {clip.name: clip for clip in find_source_clips(folder, "compare")} if folder.is_dir() else {}
+    with suppress(UserError):
+        return {clip.name: clip for clip in find_source_clips(scored.videos, "compare")}
+    return {}
 
 
 def _pictures(clip: SourceClip, score: ClipScore, steps: int, size: tuple[int, int]) -> np.ndarray | None:

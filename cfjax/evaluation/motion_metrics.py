@@ -5,7 +5,6 @@ that `dynamic_degree` here is that rule on another flow, and not the published n
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -77,8 +76,9 @@ class FlowMeter:
         """Mean |difference| of a frame from its two neighbours, each moved half of the way."""
         cv2 = opencv()
         place, half = self._pixels(*a.shape), flow * np.float32(0.5)
-        border: dict[str, Any] = {"interpolation": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_REPLICATE}
-        moved = cv2.remap(a, place - half, None, **border) + cv2.remap(b, place + half, None, **border)
+        linear, edge = cv2.INTER_LINEAR, cv2.BORDER_REPLICATE
+        moved = cv2.remap(a, place - half, None, linear, borderMode=edge)
+        moved = moved + cv2.remap(b, place + half, None, linear, borderMode=edge)
         return float(cv2.norm(moved * np.float32(0.5), middle, cv2.NORM_L1)) / middle.size
 
     def _pair(self, flow_HW2: np.ndarray) -> None:

@@ -89,9 +89,9 @@ def needed_prompts(deviation: float, apart: float) -> float:
 
     def missing(pairs: float) -> float:
         edge = stats.t.ppf(1 - LEVEL / 2, pairs - 1)
-        beyond = stats.nct.sf(edge, pairs - 1, effect * math.sqrt(pairs))
-        below = stats.nct.cdf(-edge, pairs - 1, effect * math.sqrt(pairs))  # NaN for what is next to nothing
-        return float(beyond + np.nan_to_num(below)) - POWER
+        shift = effect * math.sqrt(pairs)
+        beyond, below = stats.nct.sf(edge, pairs - 1, shift), stats.nct.cdf(-edge, pairs - 1, shift)
+        return float(np.nan_to_num(beyond, nan=1.0) + np.nan_to_num(below)) - POWER  # SciPy's NaN: far out in a tail
 
     normal = ((stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)) / effect) ** 2
     if normal > 1000:  # within 2 pairs of the t-test's

@@ -179,9 +179,6 @@ def test_two_systems_are_compared_on_one_page(tmp_path, capsys):
     page = (tmp_path / "w" / PAGE).read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page) and page.count('class="clip"') == 12
     assert page.count("data:image/webp") == 12 and "Where they differ most" in page and "only here-0.mp4" in page
-    for clip in a.iterdir():
-        clip.unlink()
-    assert evaluate(tmp_path / "w", compare=f"{measured},{b}") == 2  # an empty folder holds no clips
     shutil.rmtree(a)
     assert evaluate(tmp_path / "w", compare=f"{measured},{b}") == 0
     assert "no longer where they were measured" in (tmp_path / "w" / PAGE).read_text()

@@ -189,7 +189,7 @@ def test_a_loop_is_found_with_its_period(period):
         return x + 12 * math.cos(angle), y + 12 * math.sin(angle)
 
     meter = FrameMeter()
-    for frame in noisy(np.stack(clip_of(turning, 40))):
+    for frame in noisy(np.stack(clip_of(turning, 40)), 3.0):
         meter.add(frame, luma_of(frame))
     found = meter.values(fps=10.0)
     assert found["loop"] == 1.0 and found["loop_period"] == pytest.approx(period / 10)

