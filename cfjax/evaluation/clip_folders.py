@@ -99,8 +99,11 @@ def compare_folders(
     for side, names in (("A", paired.alone_a), ("B", paired.alone_b)):
         if names:
             tell(f"  {len(names)} of {side} without a partner: {', '.join(names[:3])}{', ...' * (len(names) > 3)}")
-    if a.settings and b.settings and a.settings != b.settings:
-        tell(f"  measured with different settings: A {dict(a.settings)}, B {dict(b.settings)}")
+    if a.settings and b.settings and (asked := [json.dumps(side.settings) for side in (a, b)])[0] != asked[1]:
+        tell(f"  measured with different settings: A {asked[0]}, B {asked[1]}")
+    sides = [{name for score in scored.scores for name in score.values} for scored in (a, b)]
+    if alone := [name for name in BY_NAME if (name in sides[0]) != (name in sides[1])]:
+        tell(f"  not compared, as one side alone has it: {', '.join(alone)}")
     tell(f"  {'':22s} {'A':>10s} {'B':>10s} {'B - A':>10s} {'p (Holm)':>9s} {'effect':>7s} {'for 5 %':>9s}")
     for name, row in rows.items():
         numbers = [shown_number(x, BY_NAME[name].digits) for x in (row.mean_a, row.mean_b, row.difference)]

@@ -26,7 +26,7 @@ from cfjax.evaluation.video import spread
 from cfjax.evaluation.wall import WallColumn, escaped, wall_of
 
 SHOWN, STEPS, WIDTH = 6, 24, 320  # pairs of clips, frames of each, px
-_REACH = 2.0  # standard deviations at the ends of a row's interval drawing
+_REACH = 3.0  # standard deviations at the ends of a row's interval drawing
 
 
 def shown_number(value: float | None, digits: int) -> str:
@@ -57,7 +57,7 @@ def _drawing(row: Comparison) -> str:
     scale = row.difference / row.cohen_d
 
     def place(value: float) -> float:
-        return 60 + 58 * max(-1.0, min(1.0, value / scale / _REACH))
+        return 60 + 54 * max(-1.0, min(1.0, value / scale / _REACH))
 
     colour = "var(--accent)" if row.p_holm < LEVEL else "var(--muted)"
     low, high, at = place(row.low), place(row.high), place(row.difference)
@@ -187,6 +187,9 @@ def comparison_page(
     title = f"{Path(a.videos).name} against {Path(b.videos).name}"
     sure = [BY_NAME[name].title for name, row in rows.items() if row.p_holm < LEVEL]
     verdict = f"A and B differ in: {', '.join(sure)}." if sure else "No difference is beyond chance after correction."
+    count = max((row.prompts for row in rows.values()), default=1)
+    if (least := min(1.0, len(rows) * 2.0 ** (1 - count))) > LEVEL:  # all differences of one sign
+        verdict += f" With {count} {unit}s none could be: the least corrected p is {shown_p(least)}."
     lead = (
         f"A is {a.videos}, B is {b.videos}. {len(paired.pairs)} pairs of clips, by {paired.how}. {len(rows)} metrics, "
         f"Holm's correction over all of them. {verdict}"

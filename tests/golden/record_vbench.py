@@ -119,9 +119,7 @@ def _recorded(flickering: Any, dynamic: Any, others: dict[str, Any]) -> dict[str
     rule.params = {"thres": float(np.median(fastest)), "count_num": 2}
     out["moves"] = np.array([rule.check_move(fastest), rule.check_move(fastest[:1])])
     torch_clip, torch_noisy = (torch.from_numpy(x).permute(0, 3, 1, 2) / 255 for x in (clip, noisy(clip)))
-    metric = others["psnr"]
-    metric.device = torch.device("cpu")
-    out["psnr"] = metric.compute({"video": torch_clip, "reference": torch_noisy}).score
+    out["psnr"] = others["psnr"].to("cpu").compute({"video": torch_clip, "reference": torch_noisy}).score
     out["flickering_fastvideo"] = others["flickering"].compute({"video": torch_clip}).score
     large = moving(1, 192, 256)[0, ..., 0], noisy(moving(1, 192, 256))[0, ..., 0]
     pair = [torch.from_numpy(x.astype(np.float64))[None, None] for x in large]
