@@ -41,7 +41,7 @@ SHOWN = (
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, evaluates, prints the table."""
     c, workdir, _ = parse("evaluate", argv, description=DESCRIPTION, default_config="configs/evaluate.py", bucket=True)
-    if c.videos or c.compare:
+    if c.videos or c.compare or c.against:
         return _clips(c, workdir)
     if c.evaluations:
         say(write_table(workdir, gather(c.evaluations)))
