@@ -175,7 +175,7 @@ def test_two_systems_are_compared_on_one_page(tmp_path, capsys):
     found = json.loads((tmp_path / "w" / RESULT).read_text())
     flow = found["metrics"]["flow"]
     assert found["unit"] == "prompt" and flow["prompts"] == 4 and found["alone_a"] == ["only here-0.mp4"]
-    assert flow["relative"] == pytest.approx(1.0, abs=0.3) and flow["rank_biserial"] == 1.0 and flow["p"] == 0.125
+    assert flow["relative"] > 0.5 and flow["rank_biserial"] == 1.0 and flow["p"] == 0.125
     page = (tmp_path / "w" / PAGE).read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page) and page.count('class="clip"') == 12
     assert page.count("data:image/webp") == 12 and "Where they differ most" in page and "only here-0.mp4" in page
