@@ -1,4 +1,4 @@
-"""How fast `cfjax evaluate --config.videos` measures clips of 81 frames of 480 x 832, beside VBench's own code.
+"""How fast `cfjax evaluate --config.videos=FOLDER` measures clips of 81 frames of 480 x 832, beside VBench's own code.
 
     python benchmarks/evaluate_videos.py --vbench=VBench          a clone of github.com/Vchitect/VBench
     python benchmarks/evaluate_videos.py                          cfjax alone
