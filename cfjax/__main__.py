@@ -16,7 +16,7 @@ VERBS = {
     "precompute": "render or encode a data set once: latents, captions, ODE pairs",
     "train": "train one stage of an experiment, or resume it",
     "generate": "generate videos from a trained run, block by block",
-    "evaluate": "measure the videos that a trained run generates",
+    "evaluate": "measure the videos of a run or of any folder, and compare two systems",
     "bench": "how fast a run streams: frames/s, latencies, FLOPs, memory, beside PyTorch if asked",
     "compare": "the same weights through cfjax and through PyTorch, one table of errors",
     "study": "the paper's claim on laws with exact scores, and on the toy world, over seeds",

@@ -100,6 +100,16 @@ def test_decoders_and_replay_are_those_of_the_record():
         assert f"{row['speedup']['median']:.2f} with {row['frames'] // row['frames_per_block']}" in text
 
 
+def test_the_speed_of_measuring_videos_is_that_of_the_record():
+    made = record("evaluate_videos.json")
+    rows, text = {row["case"]: row for row in made["rows"]}, " ".join(text_of("docs/evaluate.md").split())
+    whole, faster = rows["all"], made["faster_than_vbench"]
+    assert f"{max(whole['frames_per_s']):.0f} frames a second with everything" in text
+    assert f"{max(whole['frames_per_cpu_s']):.0f} a second of one core's time, and {whole['grown_mib']:.0f} MiB" in text
+    assert f"{faster['median']:.1f} times less time than VBench's function ({faster['min']:.1f} at least)" in text
+    assert f"{made['largest_difference']:.1e} apart" in text
+
+
 def test_the_readmes_rows_are_those_of_the_pages():
     """The quickstart's six rows as docs/results.md has them, and the errors against PyTorch as docs/compare.md."""
     whole, short = table_under("docs/results.md", "The quickstart"), table_under("README.md", "What comes out")

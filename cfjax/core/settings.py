@@ -184,7 +184,9 @@ RULES: dict[str, Rules] = {
         ("seed", whole(0)),
         ("clips|batch", whole(1)),
         ("kept", whole(0)),
-        ("frames", whole(0, FRAMES)),
+        ("frames|block|first_block", whole(0, FRAMES)),
+        ("fps", replace(FPS, zero=True)),
+        ("workers", whole(0, 1024)),
     ],
     "export": [("clips", whole(1))],
     "profile_heads": [
