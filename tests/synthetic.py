@@ -10,6 +10,7 @@ from the published modules and know nothing of cfjax's conversion tables; called
 published numbers of tensors and parameters.
 """
 
+import importlib.util
 import json
 import math
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+NEEDED = ("torch", "diffusers", "transformers")  # which write the files
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -378,7 +381,13 @@ def write_clips(folder: Path, count: int = 4, seed: int = 0) -> Path:
 
 
 def main(folder: str) -> None:
-    """Writes everything into `folder`."""
+    """Writes everything into `folder`.
+
+    Raises:
+      SystemExit: PyTorch, diffusers or transformers are missing; nothing is written.
+    """
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        sys.exit(f'tests/synthetic.py needs {", ".join(missing)}: in the clone, pip install ".[compare]"')
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     write_wan_folder(root / "Wan2.1-T2V-1.3B")

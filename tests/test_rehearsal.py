@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from itertools import takewhile
 
 import av
@@ -21,6 +22,16 @@ def commands() -> list[list[str]]:
     after = (ROOT / "docs" / "wan.md").read_text().partition(SECTION)[2]
     section = "".join(takewhile(lambda line: not line.startswith("## "), after.splitlines(keepends=True)))
     return [shlex.split(line) for block in fenced(section, "bash") for line in lines_of(block) if line]
+
+
+@pytest.mark.parametrize("name", synthetic.NEEDED)
+def test_what_writes_the_miniatures_is_named_where_it_is_missing(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        SystemExit, match=f'tests/synthetic.py needs {name}: in the clone, pip install ".\\[compare\\]"'
+    ):
+        synthetic.main(str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
