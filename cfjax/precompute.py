@@ -1,6 +1,6 @@
 """`cfjax precompute`: clips, LMDBs and prompts to latents and text rows, or an AR teacher's ODE pairs; once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +16,7 @@ from cfjax.core.cli import Flag, given_keys, parse
 from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, local_path, path_of, read_if_whole
-from cfjax.core.progress import Progress
+from cfjax.core.progress import Progress, compiling
 from cfjax.data.captions import Columns
 from cfjax.data.check import check_dataset
 from cfjax.data.clips import read_listing
@@ -192,7 +192,7 @@ def _open_clips(c: ConfigDict, world: World) -> Opened:
         "report": {"passed_over": dict(found.passed_over)},
         "say": found.notes(),
     }
-    encode = video_encoder(world.codec, c.encode_frames)
+    encode = video_encoder(world.codec, c.encode_frames, shown=c.progress)
     return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode
 
 
@@ -270,8 +270,12 @@ def captions_of(source: Source, items: Iterable[int]) -> Iterator[str]:
             yield source.caption(item)
 
 
-def video_encoder(codec: Codec, frames: int) -> EncodeVideo:
-    """uint8 [B, P, H, W, 3] to float32 latents_BFHWC; Wan's VAE takes `frames` latent frames at a time (0: all)."""
+def video_encoder(codec: Codec, frames: int, *, shown: bool = False) -> EncodeVideo:
+    """uint8 [B, P, H, W, 3] to float32 latents_BFHWC; Wan's VAE takes `frames` latent frames at a time (0: all).
+
+    Args:
+      shown: say that the first call compiles.
+    """
 
     @jax.jit
     def encode(codec: Any, video: jax.Array) -> jax.Array:
@@ -280,7 +284,22 @@ def video_encoder(codec: Codec, frames: int) -> EncodeVideo:
             return encode_in_steps(codec, scaled, frames)
         return codec.encode(scaled)
 
-    return lambda video: np.asarray(encode(codec, video), np.float32)
+    return _said_once(lambda video: np.asarray(encode(codec, video), np.float32), "the encoder of clips", shown)
+
+
+def _said_once(function: Callable[..., Any], what: str, shown: bool) -> Callable[..., Any]:
+    """The function; its first call says that it compiles."""
+    called = False
+
+    def call(*args: Any) -> Any:
+        nonlocal called
+        if called:
+            return function(*args)
+        called = True
+        with compiling(f"{what}, with a first batch", shown=shown):
+            return function(*args)
+
+    return call
 
 
 # ---- ODE pairs
@@ -316,7 +335,8 @@ def precompute_pairs(c: ConfigDict) -> Path:
         if todo:
             teacher = roles["teacher"].initial(data.shapes, c.seed)
             solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
-            _solve_parts(c, data, writer, todo, partial(solve, teacher))
+            solved = lambda *batch: np.asarray(solve(teacher, *batch))
+            _solve_parts(c, data, writer, todo, _said_once(solved, "the teacher's solver", c.progress))
         complete = writer.finish()
     _report(writer, complete, writer.skipped())
     return target
@@ -401,7 +421,7 @@ def _solve_parts(c: ConfigDict, data: Data, writer: SetWriter, todo: Sequence[in
                         for name in ("latents_FHWC", "text_SE")
                     )
                     against = jnp.broadcast_to(negative[None], text.shape)
-                    trajectory = np.asarray(solve(clean, text, against, draw(jnp.asarray(filled))))
+                    trajectory = solve(clean, text, against, draw(jnp.asarray(filled)))
                     for item, record, states in zip(items, records, trajectory, strict=False):
                         latents = record["latents_FHWC"]
                         part.add(

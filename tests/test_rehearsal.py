@@ -44,10 +44,23 @@ def test_every_stage_runs_on_the_miniature_release(tmp_path, monkeypatch, capsys
     ]  # fmt: skip
     synthetic.main(".")
     capsys.readouterr()
+    compiled = set()
     for words in rest:
         assert main(words[1:]) == 0, shlex.join(words)
         said = capsys.readouterr()
         assert "\r" not in said.err and "guard: off" not in said.out
+        compiled |= {line for line in said.out.splitlines() if line.startswith("compiling ")}
+    assert compiled == {
+        f"compiling {what}, once ..."
+        for what in (
+            "the encoder of clips, with a first batch",
+            "the teacher's solver, with a first batch",
+            "the student's update",
+            "the critic's update",
+            "the sampler of the previews",
+            "the programs of the stream and its decoder",
+        )
+    }
     student = open_run("runs/dmd", with_model=False)
     assert (student.stage, student.step, student.model.config.dim) == ("dmd", 12, synthetic.DIT["dim"])
     (video,) = (tmp_path / "runs" / "rehearsal").glob("*.mp4")
