@@ -96,6 +96,8 @@ def _prompts(c: ConfigDict) -> tuple[str, str]:
 
 def _other_shapes(c: ConfigDict) -> dict[str, str]:
     """The keys in which the teacher's world is not the shipped one, as a command line sets them."""
+    if c.teacher == SHIPPED:
+        return {}
     own, usual = (open_run(name, with_model=False).toy.shapes.to_json() for name in (c.teacher, SHIPPED))
     shown = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return {f"data.shapes.{name}": shown(own[name]) for name in own if own[name] != usual[name]}

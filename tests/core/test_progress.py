@@ -7,6 +7,7 @@ import pytest
 
 from cfjax.core.console import counted, say
 from cfjax.core.progress import FIRST_SECONDS, LINE_SECONDS, Progress, compiling, duration, followed
+from tests.commands import ROOT
 from tests.training.toy import run
 
 
@@ -91,6 +92,12 @@ def test_on_a_terminal_there_is_a_bar_and_output_goes_above_it(monkeypatch):
     shown = terminal.getvalue()
     before = shown.partition("guard: a line\n")[0]
     assert before.endswith("\r") and "100%" in shown and "2/2" in shown and "student=0.5" in shown
+
+
+def test_nothing_else_draws_bars():
+    """A log would be full of them."""
+    users = {path.name for path in (ROOT / "cfjax").rglob("*.py") if "tqdm" in path.read_text()}
+    assert users == {"console.py", "progress.py"}
 
 
 def test_compiling_is_said_with_its_seconds(capsys):
