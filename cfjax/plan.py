@@ -17,6 +17,7 @@ from cfjax.core.sharding import abstract_mesh, batch_shards, make_mesh
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
 from cfjax.experiment.build import Experiment, build
 from cfjax.experiment.data import Shapes
+from cfjax.experiment.notes import other_sizes
 from cfjax.experiment.programs import expected_trip_counts, lower_update, stage_memory, whole_flops, with_attention
 from cfjax.experiment.stream_plan import plan_stream, stream_table
 from cfjax.planning.programs import Cost, compile_update
@@ -73,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
     if streams:
         return plan_streaming(c, argv, topology, flags, workdir / "plan.json")
     e = build(c, given_keys(argv)).with_sizes()
+    for note in other_sizes(e):
+        say(note)
     shapes, only = shapes_of(e, flags), [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
     plans = [plan(e, shapes, topology, devices, only=only, verbose=True, keep=workdir if flags["hlo"] else None)]
