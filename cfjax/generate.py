@@ -162,13 +162,13 @@ def report_found(found: Found, todo: SetPlan, videos: VideoSet) -> bool:
     """Says what is there already; whether that is everything."""
     if todo.unasked:
         first = ", ".join(todo.unasked[:3]) + (", ..." if todo.unasked[3:] else "")
-        say(f"{counted(len(todo.unasked), 'video')} in {found.folder} no longer requested; kept: {first}")
+        say(f"{found.folder}: {counted(len(todo.unasked), 'video')} no longer requested; kept: {first}")
     pages = todo.pages == sheet_pages(len(videos.asked)).keys()
     if found.settings.get("complete") and found.asked == videos.asked and not todo.make and pages:
-        say(f"{found.folder} holds {counted(len(videos.asked), 'video')}, all there are to make")
+        say(f"{found.folder} is complete, {counted(len(videos.asked), 'video')}; nothing to make")
         return True
     if there := len(videos.asked) - len(todo.make):
-        say(f"{there} of {counted(len(videos.asked), 'video')} in {found.folder}; going on with {len(todo.make)}")
+        say(f"{found.folder} has {there} of {counted(len(videos.asked), 'video')}; going on with {len(todo.make)}")
         for name in ("versions", "device"):
             before, now = found.settings.get(name), videos.settings[name]
             if before != now:
@@ -347,7 +347,7 @@ def report(todo: SetPlan, workdir: Path, record: dict[str, Any]) -> None:
     """Three lines on the terminal, or one when only what describes the videos was written."""
     if not todo.make:
         there = counted(len(record["videos"]), "video")
-        return say(f"{workdir} holds {there}, all there are; contact sheets and settings are updated")
+        return say(f"{workdir} is complete, {there}; contact sheets and settings are updated")
     t, seconds = record["timings"], record["seconds"]
     tile = f" in tiles of {record['decoder']['tile']}" if record["decoder"]["tile"] else ""
     videos, frames = counted(t["videos"], "video"), counted(record["frames"], "frame")

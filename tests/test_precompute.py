@@ -662,7 +662,7 @@ def test_the_validator_finds_every_planted_fault_in_an_lmdb(world, tmp_path, cap
     assert precompute(source, world, tmp_path / "text") == 0
     assert check(tmp_path / "text", capsys)[1] == [
         f"{source}, record 6: {expected[5][1]}",
-        f"{tmp_path}/text: 1 faults",
+        f"{tmp_path}/text: 1 fault",
     ]
 
 
