@@ -29,7 +29,6 @@ def get_config(arg: str = ""):
     moving-shapes world.
     """
     words = presets.switches(arg, "toy", "wan", "mini")
-    presets.one_of(words, "toy", "wan")
     presets.one_of(words, "toy", "mini")
     mini = "mini" in words
     wan = mini or "wan" in words

@@ -188,6 +188,7 @@ class SetWriter:
         self._description = dict(description)
         wanted = part_items or part_size(items, at_least)
         self._job = json.loads(json.dumps({**job, "items": items, "part_items": wanted, "layout": layout.to_json()}))
+        self._began = False  # by this process
         found = self._claim(listing, dict(same or {}), free={"part_items"} if not part_items else set())
         self.part_items, self._made_by = int(found["part_items"]), digest(found)
 
@@ -203,6 +204,7 @@ class SetWriter:
         if (found := read_if_whole(self.path / JOB)) is None:
             self._check_parts_are_ours()
             write_atomically(self.path / JOB, json.dumps(self._job, indent=1))
+            self._began = True
             found = read_json(self.path / JOB)
         try:
             checked(_JOB, found, self.path / JOB)
@@ -285,12 +287,12 @@ class SetWriter:
           UserError: a shard out of range.
           Temporary: another process writes this shard.
         """
+        self.todo(shard, shards)
         try:
-            self.todo(shard, shards)
             with holding(self.path, f".shard-{shard}-of-{shards}.lock", each=True):
                 yield self.todo(shard, shards)
         except UserError as error:
-            if not isinstance(error, Temporary):
+            if self._began and not isinstance(error, Temporary):
                 self._withdraw()
             raise
 
