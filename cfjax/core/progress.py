@@ -52,7 +52,7 @@ class Progress:
         self._total, self._unit, self._name, self._done = total, unit, name, done
         self._now, self._by_hand, self._lines = now, by_hand, shown and not sys.stderr.isatty()
         self._begun = self._since = now()
-        self._said, self._due, self._note = done, self._begun + FIRST_SECONDS, ""
+        self._said, self._due, self._note, self._rated = done, self._begun + FIRST_SECONDS, "", True
         self._bar: Any = tqdm(
             desc=name or None,
             total=total,
@@ -76,6 +76,10 @@ class Progress:
         if not self._by_hand and self._now() >= self._due:
             self.line()
 
+    def unrated(self) -> None:
+        """The next line has no rate: something was compiled since the last one."""
+        self._rated = False
+
     def note(self, values: Mapping[str, str]) -> None:
         """What to show beside the count, such as the losses."""
         self._note = "".join(f", {name} {value}" for name, value in values.items())
@@ -86,12 +90,12 @@ class Progress:
         if not self._lines:
             return
         now = self._now()
-        rate = (self._done - self._said) / max(now - self._since, 1e-9)
+        rate = (self._done - self._said) / max(now - self._since, 1e-9) if self._rated else 0.0
         speed = self._amount(rate) if rate >= 1 else f"{1 / rate:.3g} s" if rate else ""
         per = f", {speed}/s" if rate >= 1 else f", {speed} per {self._unit}" if rate else ""
         left = f", {duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
         self._say(f"{self._amount(self._done)} of {self._amount(self._total, unit=True)}{self._note}{per}{left}")
-        self._since, self._said, self._due = now, self._done, now + LINE_SECONDS
+        self._since, self._said, self._due, self._rated = now, self._done, now + LINE_SECONDS, True
 
     def close(self) -> None:
         """The end of the job, or what is done of it."""

@@ -245,8 +245,9 @@ class _RunIO:
         return Progress(self.schedule.steps, "step", self._meta["stage"], done=start, shown=self.shown, by_hand=True)
 
     @contextmanager
-    def compiling(self, role: str) -> Iterator[None]:
+    def compiling(self, role: str, bar: Progress) -> Iterator[None]:
         """Around the first update of a role; its time is in no rate."""
+        bar.unrated()
         with self.clock.outside(), compiling(f"the {role}'s update", shown=self.shown):
             yield
 
@@ -361,7 +362,7 @@ def _iterate(
         for step in range(start, schedule.steps):
             for role in stage.roles_at(step):
                 batch = io.batch(step)
-                with nullcontext() if role in compiled else io.compiling(role):
+                with nullcontext() if role in compiled else io.compiling(role, bar):
                     state, metrics = updates[role](state, frozen, put_batch(batch))
                 compiled.add(role)
                 io.updated(step, role, metrics, batch)

@@ -74,8 +74,10 @@ def test_training_writes_a_line_for_each_point_of_the_curves(tmp_path, capsys):
     assert "\r" not in err and [line.partition(",")[0] for line in err.splitlines()] == [
         "toy: 1 of 20 steps", "toy: 8 of 20 steps", "toy: 15 of 20 steps", "toy: 20 of 20 steps",
     ]  # fmt: skip
-    assert all(", critic " in line and ", student " in line and "steps/s" in line for line in err.splitlines())
-    assert err.splitlines()[1].endswith("left") and not err.splitlines()[-1].endswith("left")
+    first, second, third, last = err.splitlines()
+    assert all(", critic " in line for line in (first, second, third, last)) and ", student " in second
+    assert "/s" not in first and "steps/s" in third and third.endswith(" left")  # the first has compiled
+    assert "steps/s" in last and not last.endswith(" left")
     said = out.splitlines()
     assert "compiling the student's update, once ..." in said and "compiling the critic's update, once ..." in said
     assert sum(line.startswith("... compiled in ") for line in said) == 2
