@@ -50,7 +50,7 @@ def test_every_stage_runs_on_the_miniature_release(tmp_path, monkeypatch, capsys
         said = capsys.readouterr()
         assert "\r" not in said.err and "guard: off" not in said.out
         compiled |= {line for line in said.out.splitlines() if line.startswith("compiling ")}
-    assert compiled == {
+    assert compiled >= {
         f"compiling {what}, once ..."
         for what in (
             "the encoder of clips, with a first batch",
