@@ -7,7 +7,7 @@ from typing import cast, get_args
 from ml_collections import ConfigDict
 
 from cfjax.core.cli import parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.evaluation.clip_folders import PAGE, RESULT, compare_folders, score_folder, summary_lines
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     result = evaluate_run(run, clips=c.clips, batch=c.batch, seed=c.seed, kept=c.kept)
     save_evaluation(workdir, result)
     summary = result["summary"]
-    say(f"{run.name} ({run.stage}, step {run.step}): {c.clips} videos of held-out captions")
+    say(f"{run.name} ({run.stage}, step {run.step}): {counted(c.clips, 'video')} of held-out captions")
     for name in (name for name in SHOWN if name in summary):  # one clip per caption has no diversity
         bounds = f"  [{summary[name + '_low']:.3f}, {summary[name + '_high']:.3f}]" if name + "_low" in summary else ""
         say(f"  {name:18s} {summary[name]:.3f}{bounds}")
@@ -90,7 +90,7 @@ def _streams(c: ConfigDict, run: Run, workdir: Path) -> int:
             kept=c.kept,
         )  # fmt: skip
         save_streams(workdir, LONG, result)
-        say(f"{run.name}: {c.clips} videos of {result['frames']} latent frames under each policy")
+        say(f"{run.name}: {counted(c.clips, 'video')} of {counted(result['frames'], 'latent frame')} under each policy")
         say(f"  {'shape and colour as captioned, first and last piece':60s} residual")
         for name, policy in result["policies"].items():
             follows, residual = policy["over_time"]["follows"], policy["over_time"]["residual"]
@@ -107,7 +107,8 @@ def _streams(c: ConfigDict, run: Run, workdir: Path) -> int:
         seed=c.seed, kept=c.kept,
     )  # fmt: skip
     save_streams(workdir, SWITCH, result)
-    say(f"{run.name}: {c.clips} sessions a mode; {prompts[0]!r} becomes {prompts[1]!r} at block {result['switch']}")
+    sessions = counted(c.clips, "session")
+    say(f"{run.name}: {sessions} a mode; {prompts[0]!r} becomes {prompts[1]!r} at block {result['switch']}")
     for mode, shares in result["modes"].items():
         bounds = f"[{shares['settled_low']:.3f}, {shares['settled_high']:.3f}]"
         say(f"  {mode:8s} follow all of it two blocks later: {shares['settled']:.3f} {bounds}")

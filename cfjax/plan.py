@@ -10,13 +10,14 @@ from typing import Any
 import jax
 
 from cfjax.core.cli import Flag, given_keys, parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import write_atomically
 from cfjax.core.sharding import abstract_mesh, batch_shards, make_mesh
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
 from cfjax.experiment.build import Experiment, build
 from cfjax.experiment.data import Shapes
+from cfjax.experiment.notes import other_sizes
 from cfjax.experiment.programs import expected_trip_counts, lower_update, stage_memory, whole_flops, with_attention
 from cfjax.experiment.stream_plan import plan_stream, stream_table
 from cfjax.planning.programs import Cost, compile_update
@@ -39,7 +40,7 @@ FLAGS = (
     Flag("hlo", "write the compiled programs' HLO text, WORKDIR/ROLE.hlo.gz", kind=bool, default=False),
     Flag("only", "comma-separated roles that are compiled; of a stream decoders, or network (empty: all)", default=""),
 )
-WAN_STRIDE, WAN_CHANNELS, WAN_TEXT = (4, 8, 8), 16, 4096
+WAN_STRIDE = (4, 8, 8)
 TOY_PATCH, TOY_TEXT = 8, 64
 
 
@@ -72,7 +73,9 @@ def main(argv: Sequence[str]) -> int:
     simulate_devices(topology)
     if streams:
         return plan_streaming(c, argv, topology, flags, workdir / "plan.json")
-    e = build(c, given_keys(argv))
+    e = build(c, given_keys(argv)).with_sizes()
+    for note in other_sizes(e):
+        say(note)
     shapes, only = shapes_of(e, flags), [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
     plans = [plan(e, shapes, topology, devices, only=only, verbose=True, keep=workdir if flags["hlo"] else None)]
@@ -121,8 +124,9 @@ def shapes_of(e: Experiment, flags: Mapping[str, Any]) -> Shapes:
         if flags[name] % stride or flags[name] < stride:
             raise UserError(f"--{name}={flags[name]}: use a multiple of {stride}")
     frames = 1 + flags["frames"] // time
-    latents = (frames, flags["height"] // height, flags["width"] // width, WAN_CHANNELS)
-    return Shapes(latents, (flags["text"], WAN_TEXT))
+    sizes = e.networks["student"].base
+    latents = (frames, flags["height"] // height, flags["width"] // width, sizes.in_dim)
+    return Shapes(latents, (flags["text"], sizes.text_dim))
 
 
 def plan(
@@ -158,7 +162,9 @@ def plan(
     used, attention = with_attention(e, topology.chip.platform)
     memory = stage_memory(used, shapes, mesh)
     if verbose:
-        say(f"{e.stage.name} on {topology.name}, {len(devices)} devices; before activations, GiB per device:")
+        say(
+            f"{e.stage.name} on {topology.name}, {counted(len(devices), 'device')}; before activations, GiB per device:"
+        )
         say("\n".join(memory_table(memory)))
     costs, trip_counts = [], expected_trip_counts(e, shapes.latents[0])
     for role in only or e.stage.losses:

@@ -25,8 +25,14 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`wan`: 480 x 832 pixels, 81 frames, 16 per second; `toy` (the default): the moving-shapes world."""
-    wan = "wan" in presets.switches(arg, "toy", "wan")
+    """`wan`: 480 x 832 pixels, 81 frames, 16 per second; `mini`: 64 x 96, 33 frames; `toy` (the default): the
+    moving-shapes world.
+    """
+    words = presets.switches(arg, "toy", "wan", "mini")
+    presets.one_of(words, "toy", "mini")
+    mini = "mini" in words
+    wan = mini or "wan" in words
+    frames, height, width = presets.MINI_VIDEO.values() if mini else (81, 480, 832) if wan else (0, 0, 0)
     return ConfigDict(
         {
             # the model
@@ -56,9 +62,9 @@ def get_config(arg: str = ""):
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
             "strength": -1.0,  # video to video: the noise level that `video` is brought to, 0 to 1; -1: go on from it
             "fit": "cover",  # or stretch, as `inference.py` of the reference
-            "height": 480 if wan else 0,  # pixels; 0: what the run was trained on
-            "width": 832 if wan else 0,
-            "frames": 81 if wan else 0,  # pixel frames in all, given ones included
+            "height": height,  # pixels; 0: what the run was trained on
+            "width": width,
+            "frames": frames,  # pixel frames in all, given ones included
             # how
             "sampler": _sampler(),
             "memory": "",  # what is remembered: full, infinity_rope, ema_sink ... (docs/memory.md); "": the run's

@@ -118,7 +118,7 @@ def test_a_run_trains_goes_on_and_is_drawn(trained: Path):
     assert all(np.isfinite(row["student/loss"]) for row in rows if "student/loss" in row)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert len(EventAccumulator(str(trained / "events")).Reload().Scalars("student/loss")) == 4
+    assert len(EventAccumulator(str(trained / "events")).Reload().Scalars("1_training/student/loss")) == 4
 
 
 def test_a_run_generates_and_is_exported(trained: Path, root: Path):

@@ -290,6 +290,7 @@ def folder(tmp_path) -> Path:
     """Where a user would stand, not in the checkout: miniature releases and prompts, clips with captions."""
     root = tmp_path
     synthetic.main(str(root))
+    shutil.rmtree(root / "clips")
     rng = np.random.default_rng(0)
     for name in ("clips/first", "clips/second", "new_clips/third"):
         still, file = rng.integers(0, 255, (1, 32, 48, 3), np.uint8), root / f"{name}.mp4"
@@ -317,6 +318,7 @@ def test_every_command_runs(folder, monkeypatch, pages):
     whole = [
         list(c.words[1:]) for page in pages.split() for c in commands_of_page(page) if c.whole and c.words[0] == "cfjax"
     ]
+    whole = [words for words in whole if not any(word.endswith(":mini") for word in words)]  # tests/test_rehearsal.py
     listed = [words for words in whole if "--against=reference" not in words and words[0] not in ELSEWHERE]
     assert {words[0] for words in listed} == RUN[pages] and len(listed) >= 4
     for words in listed:

@@ -110,6 +110,44 @@ def test_the_speed_of_measuring_videos_is_that_of_the_record():
     assert f"{made['largest_difference']:.1e} apart" in text
 
 
+def test_errors_against_diffusers_are_those_of_the_record():
+    """What `cfjax compare` recorded, as docs/compare.md tells it; the README's figures are no smaller."""
+    rows, text = record("compare_diffusers.json")["rows"], " ".join(text_of("docs/compare.md").split())
+    worst: dict[str, float] = {}
+    for row in rows:
+        part = "flow" if row["what"].startswith("flow") else row["part"]
+        worst[part] = max(worst.get(part, 0.0), row["max_rel"])
+    told = {"flow": "flow", "gradients": "gradient of every parameter", "vae": "VAE", "text": "text rows"}
+    told |= {"unipc": "50 UniPC steps", "sampling": "whole samplers"}
+    assert worst.keys() == told.keys() and f"recorded {len(rows)} rows" in text
+    for part, name in told.items():
+        assert f"{name} {worst[part]:.1e}".replace("e-0", "e-") in text, part
+    shown = {row[0]: float(row[2]) for row in table_under("README.md", "Compared with PyTorch")}
+    assert shown["Wan DiT, flow"] >= worst["flow"] and shown["UMT5 encoder"] >= worst["text"]
+
+
+def test_replay_equals_the_loop_as_recorded():
+    worst = max(row["gradient_difference"] for row in record("replay.json")["rows"])
+    assert f"equal to the sequential loop to {worst:.1e}".replace("e-0", "e-") in " ".join(text_of("README.md").split())
+
+
+def test_the_readmes_sentences_are_of_its_tables():
+    """Parameters of the shipped teacher, the student's interval and its calls against its teacher's."""
+    text = " ".join(text_of("README.md").split())
+    teacher = json.loads((ROOT / "cfjax" / "assets" / "toy_teacher" / "model.json").read_text())
+    assert f"{teacher['parameters'] / 1e6:.2f} M parameters" in text
+    student = table_under("docs/results.md", "The quickstart")[-1]
+    low, high = re.search(r"\[(.*), (.*)\]", student[1]).groups()
+    assert f"(95 % interval {low} to {high})" in text
+    (*_, ar, ode, dmd) = table_under("README.md", "What comes out")
+    assert round(int(ar[3]) / int(dmd[3])) in (20, 21) and "with a twentieth of the calls" in text
+    pairs = ode[5].partition(" + ")[2]
+    assert f"{pairs} minutes go into ODE pairs" in text
+    assert f"+ {pairs} min of pairs" in table_under("docs/results.md", "The quickstart")[-2][8]
+    trained = sum(float(part) for row in (ar, ode, dmd) for part in row[5].split(" + "))
+    assert trained <= 20 and "trains for at most 20 minutes" in text
+
+
 def test_the_readmes_rows_are_those_of_the_pages():
     """The quickstart's six rows as docs/results.md has them, and the errors against PyTorch as docs/compare.md."""
     whole, short = table_under("docs/results.md", "The quickstart"), table_under("README.md", "What comes out")

@@ -536,7 +536,7 @@ def test_a_corrected_file_goes_on_and_a_picture_counts_by_its_content(root, pict
     Image.open(pictures / "b.png").rotate(90).save(pictures / "c.png")
     capsys.readouterr()
     assert generate(root, out, resume=True, **requests(pictures, second, first, third)) == 0
-    assert "2 of 3 videos are in" in capsys.readouterr().out
+    assert " has 2 of 3 videos; going on with" in capsys.readouterr().out
     # The prompt and the seed are the same: the names differ in their numbers alone.
     now = {file.name: file.read_bytes() for file in written(out, ".mp4") + written(out, ".safetensors")}
     for kind in ("mp4", "safetensors"):

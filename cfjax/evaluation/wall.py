@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.evaluation.video import check_uint8, data_uri
 
@@ -89,10 +90,8 @@ def wall_of(columns: Sequence[WallColumn], captions: Sequence[str], fps: float, 
     values = {"columns": len(columns), "frames": frames, "fps": f"{fps:g}", "clip-w": f"{width}px"}
     values |= {"clip-h": f"{height}px"} | {f"scale-{n}": scale for n, scale in enumerate(scales)}
     style = "; ".join(f"--{name}: {value}" for name, value in values.items())
-    names = "".join(
-        f"<span>{escaped(name)}{f'<small>{calls:,} calls</small>' if calls is not None else ''}</span>"
-        for name, calls, _ in columns
-    )
+    notes = ["" if calls is None else f"<small>{counted(calls, 'call')}</small>" for _, calls, _ in columns]
+    names = "".join(f"<span>{escaped(name)}{note}</span>" for (name, _, _), note in zip(columns, notes, strict=True))
     note = f"{frames} frames at {fps:g} per second, "
     note += (
         "as they are measured, in smaller pictures."

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.topology import Topology, parse_topology, shapes_of
@@ -268,7 +269,7 @@ def compiled(
             continue  # an empty cache
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
         name = "decode" if function is decode_step else getattr(function, "__name__", "program").strip("_")
-        told(f"{part}: compiling {name}, {log.times[key]} calls")
+        told(f"{part}: compiling {name}, {counted(log.times[key], 'call')}")
         lowered = function.lower(*placed, **static)  # type: ignore[attr-defined]
         cost = compile_update(name, lowered, topology, arguments=bytes_of(shapes), trip_counts={})
         out.append(ProgramCost(name, log.times[key], log.flops_of(key), cost))
@@ -280,8 +281,8 @@ def stream_table(plan: StreamPlan) -> list[str]:
     gib, topology = 2**30, plan.topology
     frames, height, width = plan.pixels
     lines = [
-        f"{plan.run} on one device of {topology.name}: {frames} frames of {width} x {height}, batch {plan.batch}, "
-        f"attention {plan.attention}",
+        f"{plan.run} on one device of {topology.name}: {counted(frames, 'frame')} of {width} x {height}, "
+        f"batch {plan.batch}, attention {plan.attention}",
         "GiB           program  calls  GFLOP each  arguments  temporaries     peak  compiled in, s",
     ]
     for part in (plan.network, *plan.decoders):

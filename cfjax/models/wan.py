@@ -97,6 +97,7 @@ class WanConfig:
 PRESETS = {
     "wan_1_3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, remat="full", precision=BF16),
     "wan_14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, remat="full", precision=BF16),
+    "wan_mini": WanConfig(dim=48, ffn_dim=64, num_heads=4, num_layers=2, text_dim=32, remat="full"),
     "toy": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, remat="full"),
 }
 
