@@ -148,6 +148,19 @@ def test_the_readmes_sentences_are_of_its_tables():
     assert trained <= 20 and "trains for at most 20 minutes" in text
 
 
+def test_the_quickstart_is_that_of_the_record():
+    """All but the times, which that run shared with others."""
+    stages = record("quickstart.json")["stages"]
+    shown = table_under("docs/results.md", "The quickstart")
+    for row, key in zip(shown, ("real", "codec", "teacher", "ar", "ode", "dmd"), strict=True):
+        stage = stages[key]
+        part = {name: f"{100 * stage[name]:.1f}" for name in stage if "_correct" in name and stage[name] is not None}
+        assert row[1] == f"{part['all_correct']} % [{part['all_correct_low']}, {part['all_correct_high']}]"
+        assert row[2] == " / ".join(part[f"{name}_correct"] for name in ("shape", "colour", "direction")) + " %"
+        assert row[3:6] == [f"{stage['step_ratio']:.2f}", f"{stage['jerkiness']:.2f}", f"{stage['residual']:.3f}"]
+        assert row[6] == str(stage["network_calls"] or "")
+
+
 def test_the_readmes_rows_are_those_of_the_pages():
     """The quickstart's six rows as docs/results.md has them, and the errors against PyTorch as docs/compare.md."""
     whole, short = table_under("docs/results.md", "The quickstart"), table_under("README.md", "What comes out")
