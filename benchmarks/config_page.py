@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +35,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "convert": (
         "cfjax convert",
         ("convert",),
-        "`experiment.KEY` is every key of the stage that the switches name, as [below](#stages).",
+        "`experiment.KEY` is every key of the stage that the switches name, as [above](#stages).",
     ),
     "evaluate": ("cfjax evaluate", ("evaluate",), ""),
     "bench": ("cfjax bench", ("bench",), "[performance.md](performance.md)."),
@@ -50,7 +50,7 @@ HEAD = """# Config keys
 
 Every key of every shipped config: `--config.KEY=value` sets it. `cfjax VERB --config=configs/NAME.py:SWITCH --help`
 says the same for one config with its own defaults; a mistyped key is told the nearest. Defaults here are those without
-a switch, "varies" where the configs differ. What may change when a run resumes:
+a switch, several where the configs differ. What may change when a run resumes:
 [pods.md](pods.md#changing-a-run). This page is written by `python benchmarks/config_page.py`.
 
 - [Names of the PyTorch reference](#names-of-the-pytorch-reference)
@@ -62,7 +62,7 @@ What a YAML file of the reference says, and our key for it, which a command line
 `--config.reference=True` sets the reference's own numbers and quirks of a stage: [compare.md](compare.md). "Read, never
 set": its code reads the name, and no shipped file has it.
 
-| theirs | ours | |
+| theirs | ours | note |
 |---|---|---|
 """
 STAGE_HEAD = """## Stages
@@ -70,7 +70,7 @@ STAGE_HEAD = """## Stages
 The configs of the stages (`configs/bidirectional.py` to `configs/dmd.py`) and of ODE pairs (`configs/ode_pairs.py`).
 ROLE is student, critic, teacher or real_score.
 """
-TABLE = "| key | default | values | |\n|---|---|---|---|\n"
+TABLE = "| key | default | values | what it is |\n|---|---|---|---|\n"
 
 
 @cache
@@ -92,23 +92,24 @@ def general(name: str) -> str:
 
 
 def cell(text: str) -> str:
-    """A table's cell."""
-    return text.replace("|", r"\|")
+    """A table's cell, with links to the pages that it names."""
+    return re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", text.replace("|", r"\|"))
 
 
 def default(values: list[object]) -> str:
-    """The values that the configs have."""
-    shown = list(dict.fromkeys(repr(value) for value in values))
+    """The values that the configs have, each once."""
+    shown = [f"`{value}`" for value in dict.fromkeys(map(repr, values))]
     joined = ", ".join(shown)
-    return f"`{joined}`" if len(shown) == 1 and len(joined) <= 48 else "varies" if len(shown) > 1 else "long"
+    return joined if len(joined) <= 60 else "by config" if len(shown) > 1 else "a list"
 
 
-def rows(kind: str, keys: Iterable[Key], specs: Iterable[str]) -> str:
+def rows(kind: str, keys: Iterable[Key], specs: Sequence[str]) -> str:
     """A table of some keys of a kind, from the configs that have them."""
     found: dict[Key, dict[str, list[tuple[str, object]]]] = {key: {} for key in keys}
     for spec in specs:
         for name, value in keys_of(get_config(spec)).items():
-            if not isinstance(value, ConfigDict) and (key := key_of(kind, name)) in found:
+            key = None if isinstance(value, ConfigDict) else key_of(kind, name)
+            if key in found and (spec in specs[: len(STAGES)] or not found[key].get(general(name))):
                 found[key].setdefault(general(name), []).append((name, value))
     lines = []
     for key, names in found.items():

@@ -181,6 +181,8 @@ def sizes_of(
     Raises:
       UserError: they do not divide; it names the nearest that do.
     """
+    if blocks is not None:
+        given_blocks(blocks, ask.given())
     frames = whole("frames", ask.frames, 0, FRAMES)
     height, width = whole("height", ask.height, 0, SIDE), whole("width", ask.width, 0, SIDE)
     return latent_sizes(
