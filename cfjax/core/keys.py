@@ -18,7 +18,7 @@ from cfjax.core.settings import Range, rule_of
 
 STAGED = "experiment"  # the kind of the stages' configs; the others are called as the verb that reads them
 _SHOWN = 3  # keys that a message offers
-_CLOSE = 0.15  # and how much less alike than the first
+_CLOSE = 0.1  # and how much less alike than the first
 
 
 def kind_of(verb: str, names: Collection[str]) -> str:
