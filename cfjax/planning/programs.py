@@ -16,13 +16,14 @@ from cfjax.planning.trip_counts import TripCounts
 # Without a GPU to try them on, XLA finds no tile sizes for some odd shapes (32760 tokens) in its Triton kernels.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # What TPU's compiler says of a program that is too large. In the second, which comes before memory is laid out,
-# "temporaries" are everything, arguments and results too; the third is of a kernel's blocks.
+# "temporaries" are everything, arguments and results too; the others are of one kernel's blocks and scratch.
 _SIZE = r"([\d.]+)([KMGT]?)"
 _HBM = (
     re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
     re.compile(rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
 )
 _KERNEL_MEMORY = re.compile(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\).*?space=(\w+)", re.DOTALL)
+_SCOPED = re.compile(rf"Scoped allocation with size {_SIZE} and limit {_SIZE} exceeded scoped (\w+) limit")
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 _KERNEL = re.compile(r'op_name="([^"]*)/(splash_mha_\w+)/pallas_call"')
 # Words of JAX's own in a name stack; what is left are the model's scopes.
@@ -103,6 +104,10 @@ def shortage(message: str) -> Shortage | None:
         used, there = (int(size) / 2**20 for size in found.groups()[:2])
         memory = found[3].upper()
         return Shortage(0, f"a kernel needs {used:.0f} MiB of {memory}, of which there are {there:.0f}")
+    if found := _SCOPED.search(message):
+        used, there = (float(n) * _UNITS[unit] / 2**20 for n, unit in (found.groups()[:2], found.groups()[2:4]))
+        memory = found[5].upper()
+        return Shortage(0, f"a kernel needs {used:.0f} MiB of {memory}, of which kernels have {there:.0f}")
     if _EXHAUSTED in message:
         first = " ".join(message.partition(_EXHAUSTED)[2].strip(": ").split())[:200]
         return Shortage(0, f"the compiler ran out of memory: {first}")

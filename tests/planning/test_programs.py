@@ -25,15 +25,34 @@ def compiled(function: Callable, *shapes: tuple[int, ...]) -> Cost:
     return compile_update("student", lowered, MACHINE, arguments=size, trip_counts={})
 
 
-def by_kernel(scratch: int) -> Callable:
-    """A kernel with so many rows of 8192 numbers beside its blocks."""
+def scratch(x):
+    """A kernel with 256 MiB beside its blocks."""
 
     def kernel(x, out, rows):
         rows[:128, :128] = x[...]
         out[...] = rows[:128, :128]
 
-    shape = jax.ShapeDtypeStruct((128, 128), jnp.float32)
-    return pl.pallas_call(kernel, out_shape=shape, scratch_shapes=[pltpu.VMEM((scratch, 8192), jnp.float32)])
+    rows = pltpu.VMEM((8192, 8192), jnp.float32)
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), scratch_shapes=[rows])(x)
+
+
+def double(x, out):
+    out[...] = x[...] * 2
+
+
+def blocks(x):
+    """A kernel whose blocks are the whole array."""
+    return pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+
+def scalars(numbers, x):
+    """A kernel that is given all numbers as scalars."""
+    spec = pl.BlockSpec((8, 128), lambda place, numbers: (0, 0))
+    grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=(1,), in_specs=[spec], out_specs=spec)
+    call = pl.pallas_call(
+        lambda numbers, x, out: double(x, out), grid_spec=grid, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
+    return call(numbers.astype(jnp.int32), x)
 
 
 # What is too large -> the program, its arguments, GiB of HBM that it needs.
@@ -55,10 +74,17 @@ def test_a_program_that_is_too_large_is_a_verdict(what):
     assert cost.peak / GIB == pytest.approx(gib, rel=0.3) and cost.temporaries == cost.peak - cost.arguments
 
 
-def test_a_kernel_that_is_too_large_is_a_verdict():
-    cost = compiled(by_kernel(8192), (128, 128))
-    assert cost.fits is False and cost.problem == "a kernel needs 256 MiB of VMEM, of which there are 128"
-    assert cost.peak == cost.arguments == 4 * 128 * 128
+@pytest.mark.parametrize(
+    ("kernel", "shapes", "problem"),
+    [
+        (scratch, [(128, 128)], "a kernel needs 256 MiB of VMEM, of which there are 128"),
+        (blocks, [(1536, 2048)], "a kernel needs 24 MiB of VMEM, of which kernels have 16"),
+        (scalars, [(2**21,), (8, 128)], "a kernel needs 8 MiB of SMEM, of which there are 1"),
+    ],
+)
+def test_a_kernel_that_is_too_large_is_a_verdict(kernel, shapes, problem):
+    cost = compiled(kernel, *shapes)
+    assert cost.fits is False and cost.problem == problem and cost.peak == cost.arguments > 0
 
 
 def test_other_wordings_are_verdicts_and_other_failures_are_none():
