@@ -21,6 +21,7 @@ from cfjax.experiment.notes import other_sizes
 from cfjax.experiment.programs import expected_trip_counts, lower_update, stage_memory, whole_flops, with_attention
 from cfjax.experiment.stream_plan import plan_stream, stream_table
 from cfjax.planning.programs import Cost, compile_update
+from cfjax.planning.progress import telling
 from cfjax.planning.search import Candidate, candidates, overrides
 from cfjax.training.memory import memory_table, needed_bytes
 
@@ -142,7 +143,7 @@ def plan(
     """Compiles the updates of an experiment (those of `only`, or all) for `devices`.
 
     Args:
-      verbose: print the memory of the weights before compiling.
+      verbose: print the memory of the weights before compiling; what is compiled is said in any case.
       keep: see `compile_update`.
 
     Raises:
@@ -166,11 +167,13 @@ def plan(
             f"{e.stage.name} on {topology.name}, {counted(len(devices), 'device')}; before activations, GiB per device:"
         )
         say("\n".join(memory_table(memory)))
-    costs, trip_counts = [], expected_trip_counts(e, shapes.latents[0])
-    for role in only or e.stage.losses:
-        needed, executed = (whole_flops(e, shapes, role, remat=remat) / len(devices) for remat in (False, True))
-        lowered, arguments = lower_update(used, shapes, mesh, role)
-        cost = compile_update(role, lowered, topology, arguments=arguments, trip_counts=trip_counts, keep=keep)
+    costs, trip_counts = list[Cost](), expected_trip_counts(e, shapes.latents[0])
+    roles = list(only or e.stage.losses)
+    for number, role in enumerate(roles, 1):
+        with telling(say, f"the {role}'s update for {topology.name} ({number} of {len(roles)})"):
+            needed, executed = (whole_flops(e, shapes, role, remat=remat) / len(devices) for remat in (False, True))
+            lowered, arguments = lower_update(used, shapes, mesh, role)
+            cost = compile_update(role, lowered, topology, arguments=arguments, trip_counts=trip_counts, keep=keep)
         costs.append(replace(cost, flops=needed, executed=executed))
     return Plan(topology, dict(e.mesh), e.data.batch_size, accumulate, attention, needed_bytes(memory), costs)
 
@@ -226,6 +229,8 @@ def report(e: Experiment, found: Plan) -> None:
         work = f"{cost.flops:11.3g}  {cost.executed:8.3g}  {cost.seconds(topology):9.3f}"
         say(f"{cost.role:<14}  {gib}  {work}  {cost.compile_seconds:14.0f}")
     for cost in found.costs:
+        if cost.problem:
+            say(f"{cost.role}: {cost.problem}")
         kinds = sorted(cost.traffic.items())
         moved = ", ".join(f"{kind} {t.runs:,.0f} of {t.bytes / GIB:,.1f} GiB" for kind, t in kinds)
         seconds = cost.traffic_bytes() * chip.devices / chip.interconnect if chip.interconnect else 0.0

@@ -44,12 +44,13 @@ def test_recipes_are_those_of_the_records():
 
 
 def test_plans_are_those_of_the_record(monkeypatch):
-    """docs/pods.md has the table that the benchmark prints; the README three rows of it."""
+    """docs/pods.md has the table that the benchmark prints, and each row's command; the README three rows of it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     made = runpy.run_path(str(ROOT / "benchmarks" / "plans.py"))
     sys.modules.pop("measure", None)
     rows = record("plans.json")["rows"]
     assert made["table"](rows) in text_of("docs/pods.md")
+    assert f"```bash\n{made['commands']()}\n```" in text_of("docs/pods.md")
     gib, known = made["GIB"], set()
     for row in rows:
         if row["memory_per_device"]:

@@ -46,6 +46,7 @@ EXPERIMENT = (
     *("adapters", "build"),  # a config has become an Experiment
     *("programs", "notes", "resume", "preview"),  # what is done with one
     *(
+        "checks",
         "runs",
         "job",
         "batches",

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cfjax.core.errors import UserError
 from cfjax.core.paths import local_path, write_atomically
+from cfjax.core.progress import Progress
 from cfjax.evaluation.clip_score import Settings, score_clips
 from cfjax.evaluation.clip_source import find_source_clips
 from cfjax.evaluation.clip_summary import VIDEOS, Scored, find_references, gathered, load_scored, save_scored
@@ -41,7 +40,7 @@ def score_folder(videos: str, against: str, settings: Settings, workdir: Path, *
     folder = local_path(videos, "--config.videos", "videos are read from this machine")
     clips = find_source_clips(folder, "videos")
     found, notes = find_references(clips, against)
-    with tqdm(total=len(clips), desc=folder.name, unit="clip", dynamic_ncols=True) as bar:
+    with Progress(len(clips), "clip", folder.name) as bar:
         scores = score_clips(clips, found, settings, workdir, workers=workers, done=bar.update)
     scored = replace(gathered(folder, clips, scores, settings, notes), against=against)
     save_scored(workdir, scored)

@@ -26,6 +26,7 @@ from cfjax.experiment.streams import RandomParts, random_codec, random_parts_of,
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.cpu_conv import traced_for
 from cfjax.planning.programs import Cost, compile_update
+from cfjax.planning.progress import telling
 from cfjax.planning.stream_cost import Need, stream_need
 from cfjax.rollout.blocks import FusedCommit, fuses
 from cfjax.rollout.clips import cache_bytes
@@ -156,7 +157,7 @@ def plan_stream(
 
     Args:
       only: the decoders that are compiled, or "network" for none of them; empty: all.
-      told: gets a line about each program before it is compiled, which may take minutes.
+      told: gets lines about each program: before it is compiled, which may take minutes, meanwhile, and after.
 
     Raises:
       UserError: see `stream_shapes`; or no such decoder.
@@ -263,15 +264,14 @@ def compiled(
     part: str, log: CallLog, topology: Topology, device: Any, told: Callable[[str], None]
 ) -> list[ProgramCost]:
     """Every program of a log with arguments, compiled for a device; `told` as in `plan_stream`."""
-    place, out = SingleDeviceSharding(device), []
-    for key, (function, shapes, static) in log.calls.items():
-        if not jax.tree.leaves(shapes):
-            continue  # an empty cache
+    place, out = SingleDeviceSharding(device), list[ProgramCost]()
+    calls = {key: call for key, call in log.calls.items() if jax.tree.leaves(call[1])}  # without: an empty cache
+    for number, (key, (function, shapes, static)) in enumerate(calls.items(), 1):
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
         name = "decode" if function is decode_step else getattr(function, "__name__", "program").strip("_")
-        told(f"{part}: compiling {name}, {counted(log.times[key], 'call')}")
-        lowered = function.lower(*placed, **static)  # type: ignore[attr-defined]
-        cost = compile_update(name, lowered, topology, arguments=bytes_of(shapes), trip_counts={})
+        with telling(told, f"{name} of the {part} ({number} of {len(calls)}), {counted(log.times[key], 'call')}"):
+            lowered = function.lower(*placed, **static)  # type: ignore[attr-defined]
+            cost = compile_update(name, lowered, topology, arguments=bytes_of(shapes), trip_counts={})
         out.append(ProgramCost(name, log.times[key], log.flops_of(key), cost))
     return out
 
