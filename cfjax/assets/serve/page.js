@@ -16,6 +16,7 @@ const MODES = {
   keep: "What is remembered stays as it is: the picture changes slowly.",
   cut: "A new scene: the next block moves away in time from what is remembered.",
 };
+const ANSWERS = ["invalid_value", "unsupported", "unknown_id", "limit"];  // errors that are an answer to a request
 const ENDS = {
   client: "The session has ended.", idle: "The session was idle for too long.", shutdown: "The server has shut down.",
   end: "This memory policy holds no more frames: choose another one, or start over.",
@@ -147,9 +148,9 @@ stream.addEventListener("snapshot", ({ detail: { id } }) => {
   branches.add(id, came?.position ?? 0, textOf(came?.prompt_applied ?? current), player.latest);
 });
 
-stream.addEventListener("error", ({ detail: { message } }) => {
-  // answers come in the order of the requests: this is the oldest one's
-  const request = waiting.shift();
+stream.addEventListener("error", ({ detail: { code, message } }) => {
+  // answers come in the order of the requests: this is the oldest one's, unless it is about none
+  const request = ANSWERS.includes(code) ? waiting.shift() : null;
   if (request?.change) {
     timeline.refused(request.change);
     current = request.before;
