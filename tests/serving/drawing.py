@@ -1,0 +1,83 @@
+"""A model whose pictures are known: what its prompt names, drawn, moving as the prompt or the keys say.
+
+Sessions are real ones of a tiny random network (tests/serving/running.py), so that recaching, policies and snapshots
+are too; only their pixels are drawn. A browser's picture can then be held against what was asked, exactly and without
+training. That trained networks draw what they are asked is measured elsewhere (docs/results.md).
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from cfjax.core.errors import UserError
+from cfjax.data.shapes import DIRECTIONS, PALETTE, SHAPES, ShapesConfig, coverage, parse_caption
+from cfjax.rollout.session import Session
+from cfjax.rollout.session_state import Made, SessionState, Text
+from cfjax.rollout.stream import Pipeline
+from cfjax.serving.served import Served
+from tests.serving.running import tiny_run, tiny_served
+
+WORLD = ShapesConfig()
+ACTIONS = ("up", "left", "down", "right")
+MEMORIES = ("infinity_rope(window=4, sink=1)", "infinity_rope(window=6, sink=2)")
+SPEED, RADIUS = 1.0, 6.0  # px
+
+
+@dataclass(frozen=True)
+class Drawn(SessionState):
+    """`at`: where the shape is (x, y), px."""
+
+    at: tuple[float, float] = (WORLD.size / 2, WORLD.size / 2)
+
+
+class Drawing(Session):
+    """See the module."""
+
+    keys: tuple[str, ...] = ()
+
+    def __init__(self, prompt: str, seed: int, memory: str) -> None:
+        run = tiny_run()
+
+        def encode(prompts):
+            if wrong := next(filter(None, map(run.world.prompt_fault, prompts)), ""):
+                raise UserError(f"prompt {wrong}")
+            return run.world.encode_prompts(prompts)
+
+        pipeline = Pipeline(run.model, run.world.codec, run.sampler, run.blocks)
+        super().__init__(pipeline, Text(encode), prompt, latent_shape=run.latent_shape[1:], seed=seed, memory=memory)
+        rng = np.random.default_rng(seed)
+        at = tuple(map(float, rng.uniform(10, WORLD.size - 10, 2)))
+        self._state = Drawn(**{f.name: getattr(self.state, f.name) for f in fields(SessionState)}, at=at)
+
+    def next(self, *args, **keys) -> Made:
+        """The next block; a heavier prompt of several is drawn."""
+        at = np.asarray(self.state.at)
+        made = super().next(*args, **keys)
+        text = made.prompt if isinstance(made.prompt, str) else max(made.prompt, key=lambda one: one[1])[0]
+        wanted = {name: str(value[0]) for name, value in parse_caption(text, WORLD).items()}
+        step = SPEED * np.sum([DIRECTIONS[key] for key in self.keys or (wanted["direction"],)], axis=0)
+        reach = np.array(SHAPES[wanted["shape"]].reach) * RADIUS
+        low, high = reach[::2], WORLD.size - reach[1::2]  # it stops at the walls
+        path = np.stack([np.clip(at + (f + 1) * step, low, high) for f in range(made.video_BPHWC.shape[1])])
+        mask = coverage(wanted["shape"], path, RADIUS, WORLD.size, WORLD.softness)[..., None]
+        video = np.asarray(WORLD.background) * (1 - mask) + np.asarray(PALETTE[wanted["colour"]]) * mask
+        self._state = replace(self.state, at=tuple(map(float, path[-1])))
+        return replace(made, video_BPHWC=video[None].astype(np.float32))
+
+
+def steer(session: Session, keys: tuple[str, ...]) -> None:
+    assert isinstance(session, Drawing)
+    session.keys = keys
+
+
+def drawing_served() -> Served:
+    served = tiny_served(memories=MEMORIES)
+    return replace(
+        served,
+        width=WORLD.size,
+        height=WORLD.size,
+        make=lambda prompt, seed, memory, image: Drawing(prompt, seed, memory),
+        actions=ACTIONS,
+        steer=steer,
+        takes_image=False,
+    )
