@@ -1,0 +1,187 @@
+"""The thread that the device belongs to: it takes sessions at their block boundaries and makes their next blocks."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from absl import logging
+
+from cfjax.core.errors import UserError
+from cfjax.memory.slots import Everything
+from cfjax.rollout.session import Session
+from cfjax.rollout.session_state import Made
+from cfjax.serving.items import Ended
+from cfjax.serving.live import Live
+from cfjax.serving.metrics import Metrics
+from cfjax.serving.protocol import Open, Refused
+from cfjax.serving.served import Served
+
+Step = Callable[[Sequence[Session]], list[Made]]  # the next block of each
+FAULT = "a fault of the server; its log has more"
+
+
+def one_by_one(sessions: Sequence[Session]) -> list[Made]:
+    """The next block of each session."""
+    return [session.next() for session in sessions]
+
+
+class Engine:
+    """See the module.
+
+    Args:
+      step: makes the blocks of up to `batch` sessions.
+    """
+
+    def __init__(self, metrics: Metrics, step: Step = one_by_one, batch: int = 8) -> None:
+        self._metrics, self._step, self._batch = metrics, step, batch
+        self._lock = threading.Lock()
+        self._lives: list[Live] = []
+        self._leaving: list[Live] = []
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    # ---- from any thread
+
+    def start(self, before: Callable[[], None] = lambda: None) -> None:
+        """Begins; `before`: is called first, on the device's thread."""
+        self._thread = threading.Thread(target=self._run, args=(before,), name="device", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float) -> bool:
+        """Ends behind the block that is being made; whether it did so in time."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return self._thread is None or not self._thread.is_alive()
+
+    def wake(self) -> None:
+        """There is something to do."""
+        self._wake.set()
+
+    def add(self, live: Live) -> None:
+        """Another stream."""
+        with self._lock:
+            self._lives.append(live)
+        self.wake()
+
+    def remove(self, live: Live) -> None:
+        """A stream that ends; its memory is let go of before the next block."""
+        live.ended = True
+        with self._lock:
+            if live in self._lives:
+                self._lives.remove(live)
+                self._leaving.append(live)
+        self.wake()
+
+    # ---- the device's thread
+
+    def _run(self, before: Callable[[], None]) -> None:
+        before()
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                pause = self._once()
+            except Exception:  # of no single stream; the others go on
+                logging.exception("serving: a fault between blocks")
+                pause = 0.1
+            if pause != 0:
+                self._wake.wait(pause)
+        with self._lock:
+            lives = [*self._lives, *self._leaving]
+            self._lives, self._leaving = [], []
+        for live in lives:
+            live.close()
+
+    def _once(self) -> float | None:
+        """One round; how long nothing is to be done unless woken, None: for good."""
+        with self._lock:
+            lives, leaving, self._leaving = tuple(self._lives), self._leaving, []
+        for live in leaving:
+            live.close()
+        for live in lives:
+            self._guarded(live, live.carry_out)
+        now = time.perf_counter()
+        ready = sorted((live for live in lives if live.ready(now)), key=lambda live: live.last_step)[: self._batch]
+        if ready:
+            self._make(ready)
+            return 0
+        due = [at for live in lives if (at := live.due()) is not None]
+        return max(min(due) - now, 1e-4) if due else None
+
+    def _make(self, lives: list[Live]) -> None:
+        """The next blocks. What fails together is tried alone, so that one stream's fault is its own."""
+        lives = [live for live in lives if self._guarded(live, live.begin)]
+        begun = time.perf_counter()
+        try:
+            made = self._step([live.session for live in lives])
+        except Exception as error:
+            if len(lives) > 1:
+                for live in lives:
+                    self._make_again(live)
+            elif lives:
+                self._failed(lives[0], error)
+            return
+        self._metrics.stepped(len(lives), time.perf_counter() - begun)
+        for live, block in zip(lives, made, strict=True):
+            self._guarded(live, lambda live=live, block=block: live.finish(block, begun))
+
+    def _make_again(self, live: Live) -> None:
+        begun = time.perf_counter()
+        try:
+            (block,) = self._step([live.session])
+            live.finish(block, begun)
+        except Exception as error:
+            self._failed(live, error)
+
+    def _guarded(self, live: Live, work: Callable[[], None]) -> bool:
+        """Whether it was done; a fault ends this stream alone."""
+        try:
+            work()
+        except Exception as error:
+            self._failed(live, error)
+            return False
+        return True
+
+    def _failed(self, live: Live, error: Exception) -> None:
+        session = live.open_session
+        if isinstance(error, UserError) and session is not None and isinstance(session.state.memory, Everything):
+            live.deliver(live, Ended("end"))  # its memory is full
+        else:
+            logging.error("serving: a stream failed", exc_info=error)
+            live.deliver(live, Refused("internal", FAULT))
+            live.deliver(live, Ended("internal", 1011))
+        self.remove(live)
+
+
+def warm(served: Served, step: Step, batches: Sequence[int], log: Callable[[str], None]) -> None:
+    """Runs everything once that clients can ask for, so that nothing is compiled while they wait.
+
+    Args:
+      batches: numbers of sessions that go through the device together.
+      log: is told what is done.
+    """
+    prompts = [*served.examples, *served.examples][:2]
+    for policy in served.policies:
+        asked = Open(1, prompts[0], memory=policy.name)
+        for batch in batches:
+            sessions = [served.open(asked) for _ in range(batch)]
+            for _ in range(2):
+                step(sessions)
+        session = sessions[0]
+        for mode in policy.modes:
+            session = served.open(asked)
+            step([session])
+            step([session])
+            session.set_prompt(prompts[1], mode, blend_blocks=2)
+            blocks = [*step([session]), *step([session])]
+            session.set_prompt([(prompts[0], 1.0), (prompts[1], 1.0)], mode, blend="slerp")
+            blocks += step([session])
+            session.restore(session.snapshot())
+        for other in served.policies:
+            if "recache" in other.modes and "recache" in policy.modes:
+                changed = session.fork(1)
+                changed.set_memory(other.name)
+                step([changed])
+        log(f"{policy.name}: {len(blocks)} blocks in {sum(b.network_s + b.decode_s for b in blocks):.2f} s")
