@@ -1,16 +1,18 @@
-"""A model whose pictures are known: what its prompt names, drawn, moving as the prompt or the keys say.
+"""A model whose pictures are known: what its prompt names, drawn, moving as the prompt or the keys say, without an end:
+what leaves on one side comes in on the other.
 
 Sessions are real ones of a tiny random network (tests/serving/running.py), so that recaching, policies and snapshots
 are too; only their pixels are drawn. A browser's picture can then be held against what was asked, exactly and without
 training. That trained networks draw what they are asked is measured elsewhere (docs/results.md).
 """
 
+import itertools
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.data.shapes import DIRECTIONS, PALETTE, SHAPES, ShapesConfig, coverage, parse_caption
+from cfjax.data.shapes import DIRECTIONS, PALETTE, ShapesConfig, coverage, parse_caption
 from cfjax.rollout.session import Session
 from cfjax.rollout.session_state import Made, SessionState, Text
 from cfjax.rollout.stream import Pipeline
@@ -45,8 +47,7 @@ class Drawing(Session):
 
         pipeline = Pipeline(run.model, run.world.codec, run.sampler, run.blocks)
         super().__init__(pipeline, Text(encode), prompt, latent_shape=run.latent_shape[1:], seed=seed, memory=memory)
-        rng = np.random.default_rng(seed)
-        at = tuple(map(float, rng.uniform(10, WORLD.size - 10, 2)))
+        at = tuple(map(float, np.random.default_rng(seed).uniform(0, WORLD.size, 2)))
         self._state = Drawn(**{f.name: getattr(self.state, f.name) for f in fields(SessionState)}, at=at)
 
     def next(self, *args, **keys) -> Made:
@@ -56,10 +57,10 @@ class Drawing(Session):
         text = made.prompt if isinstance(made.prompt, str) else max(made.prompt, key=lambda one: one[1])[0]
         wanted = {name: str(value[0]) for name, value in parse_caption(text, WORLD).items()}
         step = SPEED * np.sum([DIRECTIONS[key] for key in self.keys or (wanted["direction"],)], axis=0)
-        reach = np.array(SHAPES[wanted["shape"]].reach) * RADIUS
-        low, high = reach[::2], WORLD.size - reach[1::2]  # it stops at the walls
-        path = np.stack([np.clip(at + (f + 1) * step, low, high) for f in range(made.video_BPHWC.shape[1])])
-        mask = coverage(wanted["shape"], path, RADIUS, WORLD.size, WORLD.softness)[..., None]
+        path = np.stack([(at + (frame + 1) * step) % WORLD.size for frame in range(made.video_BPHWC.shape[1])])
+        around = np.array(list(itertools.product((-WORLD.size, 0, WORLD.size), repeat=2)))
+        masks = [coverage(wanted["shape"], path + by, RADIUS, WORLD.size, WORLD.softness) for by in around]
+        mask = np.max(masks, axis=0)[..., None]
         video = np.asarray(WORLD.background) * (1 - mask) + np.asarray(PALETTE[wanted["colour"]]) * mask
         self._state = replace(self.state, at=tuple(map(float, path[-1])))
         return replace(made, video_BPHWC=video[None].astype(np.float32))

@@ -254,6 +254,10 @@ document.addEventListener("keydown", (event) => {
   action();
 });
 
+// The place on the server is free for others at once
+addEventListener("pagehide", () => stream.close());
+addEventListener("pageshow", ({ persisted }) => { if (persisted) start(); });
+
 // ---- the start
 
 async function begin() {

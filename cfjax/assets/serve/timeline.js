@@ -1,7 +1,7 @@
 // The prompts over time: which one each block had, when it was asked for and when it was seen.
 
 const SPAN = [24, 72];  // blocks across the track, at first and at most
-const LISTED = 4;
+const [LISTED, KEPT] = [4, 16];  // changes
 const HUES = 5;  // --series-1 to -5 of page.css
 
 export class Timeline {
@@ -79,8 +79,8 @@ export class Timeline {
   }
 
   #write() {
-    this.#changes.length = Math.min(this.#changes.length, LISTED);
-    this.#list.replaceChildren(...this.#changes.map((change) => {
+    this.#changes.length = Math.min(this.#changes.length, KEPT);
+    this.#list.replaceChildren(...this.#changes.slice(0, LISTED).map((change) => {
       const item = document.createElement("li");
       item.dataset.hue = this.hue(change.prompt);
       const text = document.createElement("span");
