@@ -39,27 +39,28 @@ def serve(run: str, workdir: str) -> tuple[subprocess.Popen[str], str]:
 
 
 def play(page: Page) -> None:
-    """A minute of somebody's time: prompts, branches, one of them gone back to."""
-    blocks = page.locator("#changes li").first
+    """What somebody may do in half a minute: prompts, branches, one of them gone back to."""
+    latest = page.locator("#changes li").first
 
     def choose(word: str) -> None:
         page.locator(f"[data-word={word}]").click()
-        expect(blocks).to_contain_text("seen with block")
-        page.wait_for_timeout(3500)
+        expect(latest).to_contain_text("seen with block")
+        page.wait_for_timeout(1500)
 
-    page.wait_for_timeout(3000)
+    page.wait_for_timeout(1000)
     page.locator("#snapshot").click()
+    choose("right")
     choose("yellow")
     page.locator("#snapshot").click()
-    choose("up")
+    choose("left")
     page.locator("#snapshot").click()
     page.wait_for_timeout(500)
     page.locator(".back").nth(1).click()
-    page.wait_for_timeout(1500)
-    choose("magenta")
+    page.wait_for_timeout(500)
+    choose("blue")
     page.locator("#snapshot").click()
-    choose("square")
-    page.locator("#video").focus()
+    choose("right")
+    page.locator("#pause").focus()
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def main() -> None:
             server.terminate()
             server.wait()
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(shot)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    Image.open(io.BytesIO(shot)).convert("RGB").save(buffer, "PNG", optimize=True)
     if buffer.tell() > MOST:
         raise UserError(f"the picture has {buffer.tell():,} bytes; at most {MOST:,}")
     write_atomically(given.out, buffer.getvalue())

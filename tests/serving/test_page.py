@@ -38,6 +38,13 @@ COLLECT = """(count) => new Promise((done) => {
   };
   look();
 })"""
+# The name of what has the focus, and the outlines of it and of what stands for it.
+FOCUSED = """() => {
+  const here = document.activeElement;
+  const label = here.labels?.[0]?.textContent.trim();
+  const shown = [here, here.nextElementSibling].map((one) => one && getComputedStyle(one).outlineStyle);
+  return [here.getAttribute("aria-label") || label || here.textContent.trim(), shown];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -287,13 +294,7 @@ def test_everything_can_be_reached_by_keyboard(opened):
     page.locator("#theme").focus()
     for _ in range(24):
         page.keyboard.press("Tab")
-        name, ring = page.evaluate(
-            """() => {
-              const here = document.activeElement, label = here.labels?.[0] ?? document.querySelector(`label[for="${here.id}"]`);
-              const shown = [here, here.nextElementSibling].map((one) => one && getComputedStyle(one).outlineStyle);
-              return [here.getAttribute("aria-label") || label?.textContent.trim() || here.textContent.trim(), shown];
-            }"""
-        )
+        name, ring = page.evaluate(FOCUSED)
         names.append(name)
         rings.append("solid" in ring)
     assert all(names) and all(rings), list(zip(names, rings, strict=True))

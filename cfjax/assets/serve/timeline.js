@@ -1,7 +1,7 @@
 // The prompts over time: which one each block had, when it was asked for and when it was seen.
 
 const SPAN = [24, 72];  // blocks across the track, at first and at most
-const [LISTED, KEPT] = [4, 16];  // changes
+const [LISTED, KEPT] = [3, 16];  // changes
 const HUES = 5;  // --series-1 to -5 of page.css
 
 export class Timeline {
