@@ -16,8 +16,8 @@ from cfjax.serving.served import Limits, serve_run
 from cfjax.serving.web import Server, address_of, bind, run
 from cfjax.worlds.world import WorldParts
 
-DESCRIPTION = """Serves a trained or converted run: a page to play with, and live streams over WebSockets (docs/serving.md).
-Listens to this machine alone, unless it is given a token."""
+DESCRIPTION = """Serves a trained or converted run: a page to play with, and live streams over WebSockets
+(docs/serving.md). Listens to this machine alone, unless it is given a token."""
 
 
 def main(argv: Sequence[str]) -> int:

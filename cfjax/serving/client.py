@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.paths import one_line
@@ -52,7 +53,7 @@ class Client:
     def __init__(self, url: str, token: str = "", seconds: float = SECONDS) -> None:
         address = url.rstrip("/").replace("http", "ws", 1) if url.startswith("http") else url.rstrip("/")
         address += "" if address.endswith("/v1/stream") else "/v1/stream"
-        offered = [SUBPROTOCOL, *([TOKEN_SUBPROTOCOL + token] if token else [])]
+        offered = [Subprotocol(SUBPROTOCOL), *([Subprotocol(TOKEN_SUBPROTOCOL + token)] if token else [])]
         try:
             self.socket = connect(
                 address, subprotocols=offered, max_size=None, compression=None, open_timeout=seconds, proxy=None

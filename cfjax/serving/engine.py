@@ -1,9 +1,13 @@
 """The thread that the device belongs to: it takes sessions at their block boundaries and makes their next blocks."""
 
+import base64
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 from absl import logging
 
 from cfjax.core.errors import UserError
@@ -13,6 +17,7 @@ from cfjax.rollout.session_state import Made
 from cfjax.serving.items import Ended
 from cfjax.serving.live import Live
 from cfjax.serving.metrics import Metrics
+from cfjax.serving.pictures import encode_frame
 from cfjax.serving.protocol import Open, Refused
 from cfjax.serving.served import Served
 
@@ -113,26 +118,27 @@ class Engine:
     def _make(self, lives: list[Live]) -> None:
         """The next blocks. What fails together is tried alone, so that one stream's fault is its own."""
         lives = [live for live in lives if self._guarded(live, live.begin)]
+        if not lives:
+            return
         begun = time.perf_counter()
         try:
             made = self._step([live.session for live in lives])
         except Exception as error:
             if len(lives) > 1:
                 for live in lives:
-                    self._make_again(live)
-            elif lives:
-                self._failed(lives[0], error)
+                    self._make([live])
+            else:
+                self._not_made(lives[0], error)
             return
         self._metrics.stepped(len(lives), time.perf_counter() - begun)
         for live, block in zip(lives, made, strict=True):
-            self._guarded(live, lambda live=live, block=block: live.finish(block, begun))
+            self._guarded(live, partial(live.finish, block, begun))
 
-    def _make_again(self, live: Live) -> None:
-        begun = time.perf_counter()
-        try:
-            (block,) = self._step([live.session])
-            live.finish(block, begun)
-        except Exception as error:
+    def _not_made(self, live: Live, error: Exception) -> None:
+        if isinstance(error, UserError) and isinstance(live.session.state.memory, Everything):
+            live.deliver(live, Ended("end"))  # its memory is full
+            self.remove(live)
+        else:
             self._failed(live, error)
 
     def _guarded(self, live: Live, work: Callable[[], None]) -> bool:
@@ -145,13 +151,9 @@ class Engine:
         return True
 
     def _failed(self, live: Live, error: Exception) -> None:
-        session = live.open_session
-        if isinstance(error, UserError) and session is not None and isinstance(session.state.memory, Everything):
-            live.deliver(live, Ended("end"))  # its memory is full
-        else:
-            logging.error("serving: a stream failed", exc_info=error)
-            live.deliver(live, Refused("internal", FAULT))
-            live.deliver(live, Ended("internal", 1011))
+        logging.error("serving: a stream failed", exc_info=error)
+        live.deliver(live, Refused("internal", FAULT))
+        live.deliver(live, Ended("internal", 1011))
         self.remove(live)
 
 
@@ -163,6 +165,7 @@ def warm(served: Served, step: Step, batches: Sequence[int], log: Callable[[str]
       log: is told what is done.
     """
     prompts = [*served.examples, *served.examples][:2]
+    picture = base64.b64encode(encode_frame(np.zeros((served.height, served.width, 3), np.uint8), "png")).decode()
     for policy in served.policies:
         asked = Open(1, prompts[0], memory=policy.name)
         for batch in batches:
@@ -179,6 +182,8 @@ def warm(served: Served, step: Step, batches: Sequence[int], log: Callable[[str]
             session.set_prompt([(prompts[0], 1.0), (prompts[1], 1.0)], mode, blend="slerp")
             blocks += step([session])
             session.restore(session.snapshot())
+        if served.takes_image:
+            step([served.open(replace(asked, image=picture))])
         for other in served.policies:
             if "recache" in other.modes and "recache" in policy.modes:
                 changed = session.fork(1)

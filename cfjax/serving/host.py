@@ -75,8 +75,8 @@ class Host:
 
         self.engine.start(compile_all)
 
-    async def stop(self, seconds: float = 3.0) -> None:
-        """Tells every client, and ends; at most so many seconds for clients that read slowly, as many for the device."""
+    async def stop(self, seconds: float = 2.0) -> None:
+        """Tells every client, and ends; at most so many seconds for slow clients, and half of it for the device."""
         self.closing = True
         for live in [*self._lives.values()]:
             self.end(live, GOODBYE)
@@ -88,7 +88,7 @@ class Host:
         if self._tidying is not None:
             self._tidying.cancel()
         if self._loop is not None:
-            await self._loop.run_in_executor(None, self.engine.stop, min(seconds, 1.5))
+            await self._loop.run_in_executor(None, self.engine.stop, seconds / 2)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         """On the loop, from any thread; nothing when that has ended."""
@@ -103,17 +103,23 @@ class Host:
         limits = self.limits
         while True:
             await asyncio.sleep(min(1.0, limits.resume_seconds / 4, limits.idle_seconds / 4, limits.open_seconds / 4))
-            now = time.monotonic()
-            for name in [n for n, since in self._lost.items() if now - since > limits.resume_seconds]:
+            try:
+                self._tidy_once(time.monotonic())
+            except Exception:
+                logging.exception("serving: a fault while tidying")
+
+    def _tidy_once(self, now: float) -> None:
+        limits = self.limits
+        for name in [n for n, since in self._lost.items() if now - since > limits.resume_seconds]:
+            self.end(self._lives[name], Ended("idle"))
+        for socket, heard in [*self._heard.items()]:
+            name = self._sockets[socket]
+            if name and now - heard > limits.idle_seconds:
+                socket.put(Refused("timeout", f"nothing was heard for {limits.idle_seconds:g} s"))
                 self.end(self._lives[name], Ended("idle"))
-            for socket, heard in [*self._heard.items()]:
-                name = self._sockets[socket]
-                if name and now - heard > limits.idle_seconds:
-                    socket.put(Refused("timeout", f"nothing was heard for {limits.idle_seconds:g} s"))
-                    self.end(self._lives[name], Ended("idle"))
-                elif not name and now - heard > limits.open_seconds:
-                    socket.put(Refused("timeout", f"no open within {limits.open_seconds:g} s"))
-                    socket.put(Ended("refused", 1008))
+            elif not name and now - heard > limits.open_seconds:
+                socket.put(Refused("timeout", f"no open within {limits.open_seconds:g} s"))
+                socket.put(Ended("refused", 1008))
 
     # ---- sockets
 
