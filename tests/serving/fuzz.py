@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from cfjax.serving.protocol import MESSAGES, schema
 
-PROMPTS = st.sampled_from(["a red circle moving left", "a blue square moving up", "a red dog", "", "\u2028", "x" * 5000])
+PROMPTS = st.sampled_from(
+    ["a red circle moving left", "a blue square moving up", "a red dog", "", "\u2028", "x" * 5000]
+)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

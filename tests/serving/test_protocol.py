@@ -7,7 +7,6 @@ from dataclasses import fields
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from cfjax.serving.pictures import decode_frame, encode_frame
@@ -33,7 +32,10 @@ DOCS = (ROOT / "docs" / "serving.md").read_text()
 def test_the_schema_is_one_and_names_every_message():
     Draft202012Validator.check_schema(schema())
     definitions = schema()["$defs"]
-    sides = {side: [one["$ref"].removeprefix("#/$defs/") for one in definitions[side]["oneOf"]] for side in ("client", "server")}
+    sides = {
+        side: [one["$ref"].removeprefix("#/$defs/") for one in definitions[side]["oneOf"]]
+        for side in ("client", "server")
+    }
     assert sorted(name for names in sides.values() for name in names) == sorted(
         name for name in definitions if name.startswith(("client_", "server_"))
     )
