@@ -9,6 +9,7 @@ with Client("ws://127.0.0.1:8000") as client:
 import json
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -54,10 +55,12 @@ class Client:
         address = url.rstrip("/").replace("http", "ws", 1) if url.startswith("http") else url.rstrip("/")
         address += "" if address.endswith("/v1/stream") else "/v1/stream"
         offered = [Subprotocol(SUBPROTOCOL), *([Subprotocol(TOKEN_SUBPROTOCOL + token)] if token else [])]
+        self._around = ExitStack()
         try:
-            self.socket = connect(
+            opening = connect(
                 address, subprotocols=offered, max_size=None, compression=None, open_timeout=seconds, proxy=None
             )
+            self.socket = self._around.enter_context(opening)
         except InvalidStatus as error:
             status, said = error.response.status_code, (error.response.body or b"").decode(errors="replace")
             raise (Temporary if status == 503 else UserError)(f"{url}: {status}, {said}") from error
@@ -74,7 +77,7 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.socket.close()
+        self._around.close()
 
     def send(self, kind: str, **keys: Any) -> None:
         """Any message."""
