@@ -4,7 +4,7 @@ import base64
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,6 +22,7 @@ from cfjax.serving.protocol import Open, Refused
 from cfjax.serving.served import Served
 
 Step = Callable[[Sequence[Session]], list[Made]]  # the next block of each
+Groups = Callable[[Sequence[Session]], list[list[Session]]]  # which go together now, the first of them first
 FAULT = "a fault of the server; its log has more"
 
 
@@ -30,15 +31,33 @@ def one_by_one(sessions: Sequence[Session]) -> list[Made]:
     return [session.next() for session in sessions]
 
 
+def each_alone(sessions: Sequence[Session]) -> list[list[Session]]:
+    """Every session by itself."""
+    return [[session] for session in sessions]
+
+
+@dataclass(frozen=True)
+class Together:
+    """How sessions go through the device.
+
+    Attributes:
+      sizes: numbers of sessions for which programs are compiled.
+    """
+
+    step: Step = one_by_one
+    groups: Groups = each_alone
+    sizes: tuple[int, ...] = (1,)
+
+
 class Engine:
     """See the module.
 
     Args:
-      step: makes the blocks of up to `batch` sessions.
+      together: which sessions go through the device together, and what makes their blocks; None: one after another.
     """
 
-    def __init__(self, metrics: Metrics, step: Step = one_by_one, batch: int = 8) -> None:
-        self._metrics, self._step, self._batch = metrics, step, batch
+    def __init__(self, metrics: Metrics, together: "Together | None" = None) -> None:
+        self._metrics, self._together = metrics, together or Together()
         self._lock = threading.Lock()
         self._lives: list[Live] = []
         self._leaving: list[Live] = []
@@ -108,9 +127,11 @@ class Engine:
         for live in lives:
             self._guarded(live, live.carry_out)
         now = time.perf_counter()
-        ready = sorted((live for live in lives if live.ready(now)), key=lambda live: live.last_step)[: self._batch]
+        ready = sorted((live for live in lives if live.ready(now)), key=lambda live: live.last_step)
         if ready:
-            self._make(ready)
+            # One group alone: whoever comes meanwhile, or has waited longer, is in the next one.
+            first = {id(session) for session in self._together.groups([live.session for live in ready])[0]}
+            self._make([live for live in ready if id(live.session) in first])
             return 0
         due = [at for live in lives if (at := live.due()) is not None]
         return max(min(due) - now, 1e-4) if due else None
@@ -122,7 +143,7 @@ class Engine:
             return
         begun = time.perf_counter()
         try:
-            made = self._step([live.session for live in lives])
+            made = self._together.step([live.session for live in lives])
         except Exception as error:
             if len(lives) > 1:
                 for live in lives:
@@ -157,19 +178,19 @@ class Engine:
         self.remove(live)
 
 
-def warm(served: Served, step: Step, batches: Sequence[int], log: Callable[[str], None]) -> None:
+def warm(served: Served, together: Together, log: Callable[[str], None]) -> None:
     """Runs everything once that clients can ask for, so that nothing is compiled while they wait.
 
     Args:
-      batches: numbers of sessions that go through the device together.
       log: is told what is done.
     """
+    step = together.step
     prompts = [*served.examples, *served.examples][:2]
     picture = base64.b64encode(encode_frame(np.zeros((served.height, served.width, 3), np.uint8), "png")).decode()
     for policy in served.policies:
         asked = Open(1, prompts[0], memory=policy.name)
-        for batch in batches:
-            sessions = [served.open(asked) for _ in range(batch)]
+        for size in together.sizes:
+            sessions = [served.open(asked) for _ in range(size)]
             for _ in range(2):
                 step(sessions)
         session = sessions[0]

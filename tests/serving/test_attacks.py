@@ -38,13 +38,13 @@ def device_bytes() -> int:
 
 def test_abrupt_disconnects_leave_nothing_behind(hasty):
     vanish_often(hasty.url, PROMPTS[0], 8)  # what is made once is made
-    until(lambda: not hasty.host._lives and not hasty.host._sockets)
+    until(lambda: not hasty.host.sessions() and not hasty.host.sockets())
     tracemalloc.start()
     before, traced = device_bytes(), tracemalloc.get_traced_memory()[0]
     with witness(hasty.url, PROMPTS[0], 21) as ended:
         seen = vanish_often(hasty.url, PROMPTS[1], 200)
         frames = ended()
-    until(lambda: not hasty.host._lives and not hasty.host._sockets and not hasty.host._heard)
+    until(lambda: not hasty.host.sessions() and not hasty.host.sockets())
     until(lambda: device_bytes() <= before)
     grown = tracemalloc.get_traced_memory()[0] - traced - frames.nbytes
     tracemalloc.stop()
@@ -110,7 +110,7 @@ def test_acknowledging_what_was_not_read_does_not_fill_memory(hasty):
             one.send(json.dumps({"type": "ack", "block": block}))
         (connection,) = hasty.host._sockets
         assert len(live.kept) <= 3 and len(connection._outbox) <= 64
-    until(lambda: not hasty.host._lives)
+    until(lambda: not hasty.host.sessions())
 
 
 # ---- who may

@@ -19,7 +19,7 @@ from cfjax.core.errors import Temporary, UserError
 from cfjax.evaluation.video import to_uint8
 from cfjax.rollout.session import Session
 from cfjax.serving.client import Client, Received
-from cfjax.serving.engine import one_by_one
+from cfjax.serving.engine import Together, one_by_one
 from cfjax.serving.pictures import encode_frame
 from cfjax.serving.protocol import Open, schema, validator
 from cfjax.serving.served import Limits
@@ -300,7 +300,7 @@ def test_a_slow_reader_waits_at_three_blocks_and_others_go_on(server, client):
         other.open(PROMPTS[0], seed=7, **FAST)
         assert [b.index for b in other.blocks(30)] == [*range(30)]
         other.close()
-    live = server.host._lives[client.ready["session"]]
+    live = server.host.session(client.ready["session"])
     assert (live.next_block, live.unacked, len(live.kept)) == (3, 3, 3)
     client.send("ack", block=0)
     held.append(settle(client, 1)[0])
@@ -330,7 +330,7 @@ def test_a_lost_socket_comes_back(server):
         session = first.ready["session"]
         first.receive()
         first.socket.socket.shutdown(socket.SHUT_RDWR)
-    until(lambda: session in server.host._lost)
+    until(lambda: server.host.is_lost(session))
     with Client(server.url) as second:
         ready = second.reopen(session, after=1)
         assert ready["resumed"] and ready["session"] == session and ready["next_block"] == 2 and ready["seed"] == 8
@@ -358,7 +358,7 @@ def test_a_full_server_says_when_to_come_again():
             assert status == 503 and int(headers["retry-after"]) > 0
             session = only.ready["session"]
             only.socket.socket.shutdown(socket.SHUT_RDWR)
-        until(lambda: session in own.host._lost)
+        until(lambda: own.host.is_lost(session))
         with Client(own.url) as another, pytest.raises(UserError, match="all 1 places are taken"):
             another.open(PROMPTS[0])  # the lost one keeps its place
         with Client(own.url) as back:
@@ -381,7 +381,7 @@ def test_what_waits_for_too_long_ends():
         with Client(own.url) as lost:
             lost.open(PROMPTS[0], **FAST)
             lost.socket.socket.shutdown(socket.SHUT_RDWR)
-        until(lambda: not own.host._lives)
+        until(lambda: not own.host.sessions())
 
 
 def test_a_memory_of_everything_ends():
@@ -407,7 +407,11 @@ def test_a_fault_ends_one_stream_and_no_traceback_leaves(caplog):
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with running(step=step, batches=(1, 2)) as own, Client(own.url) as good, Client(own.url) as bad:
+        with (
+            running(together=Together(step, lambda sessions: [[*sessions]], (1, 2))) as own,
+            Client(own.url) as good,
+            Client(own.url) as bad,
+        ):
             good.open(PROMPTS[0], seed=12, **FAST)
             bad.open(PROMPTS[0], seed=13, **FAST)
             blocks = settle(good)
