@@ -9,15 +9,16 @@ from ml_collections import ConfigDict
 from cfjax.core.cli import parse
 from cfjax.core.console import say
 from cfjax.experiment.runs import open_run
+from cfjax.rollout.batched import SIZES, groups, step_together
 from cfjax.serving.app import Access, application, check_token
-from cfjax.serving.engine import one_by_one
+from cfjax.serving.engine import Together
 from cfjax.serving.host import Host
 from cfjax.serving.served import Limits, serve_run
 from cfjax.serving.web import Server, address_of, bind, run
 from cfjax.worlds.world import WorldParts
 
-DESCRIPTION = """Serves a trained or converted run: a page to play with, and live streams over WebSockets (docs/serving.md).
-Listens to this machine alone, unless it is given a token."""
+DESCRIPTION = """Serves a trained or converted run: a page to play with, and live streams over WebSockets
+(docs/serving.md). Listens to this machine alone, unless it is given a token."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,4 +81,5 @@ def open_host(c: ConfigDict) -> Host:
         resume_seconds=c.resume_seconds,
     )
     served = serve_run(opened, fps=c.fps, memories=tuple(c.memories), examples=tuple(c.prompts), limits=limits)
-    return Host(served, limits, one_by_one, (1,))
+    sizes = tuple(size for size in SIZES if size < 2 * limits.sessions)  # three fill four places
+    return Host(served, limits, Together(step_together, groups, sizes) if c.together else Together())

@@ -43,6 +43,7 @@ def get_config(arg: str = ""):
             "origins": (),  # pages of other hosts that may connect, as https://example.com
             # how much
             "sessions": 4 if wan else 8,  # at a time
+            "together": True,  # sessions go through the device together, up to eight
             "snapshots": 1 if wan else 16,  # of a session; each holds a cache on the device
             "seek_blocks": 1 if wan else 8,  # that a session can go back; each holds a cache
             "idle_seconds": 300.0,  # without a message

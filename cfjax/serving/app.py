@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -24,10 +25,11 @@ from cfjax.serving.stream import Connection
 
 PAGE = SCHEMA_FILE.parent
 RETRY_SECONDS = 5
+POLICY = "content-security-policy"
 HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; worker-src 'self' blob:; style-src 'self'; "
-    "img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    POLICY: "default-src 'none'; script-src 'self'; worker-src 'self' blob:; style-src 'self'; "
+    "img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'SOCKETS; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -95,6 +97,13 @@ def check_token(token: str, host: str) -> None:
         raise UserError(f"--config.host={host}: others can reach this address; set --config.token too")
 
 
+def headers(scope: Scope) -> dict[str, str]:
+    """Of every answer. Not every browser takes 'self' for sockets too, so these are named."""
+    host = HTTPConnection(scope).headers.get("host", "")
+    sockets = f" ws://{host} wss://{host}" if re.fullmatch(r"[\w.:\[\]-]+", host) else ""
+    return HEADERS | {POLICY: HEADERS[POLICY].replace("SOCKETS", sockets)}
+
+
 class Guard:
     """Around the application: refuses foreign requests, and gives every answer its headers."""
 
@@ -109,7 +118,7 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = {name for name, _ in message["headers"]}
-                extra = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in own]
+                extra = [(k.encode(), v.encode()) for k, v in headers(scope).items() if k.encode() not in own]
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 

@@ -7,15 +7,17 @@ with Client("ws://127.0.0.1:8000") as client:
 """
 
 import json
+import re
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.paths import one_line
@@ -27,7 +29,7 @@ SECONDS = 60.0  # that a server may be silent
 
 @dataclass(frozen=True)
 class Received:
-    """A block: its message, and its frames, uint8."""
+    """A block: its message and its frames, uint8."""
 
     message: dict[str, Any]
     frames_PHWC: np.ndarray
@@ -41,22 +43,18 @@ class Received:
 class Client:
     """One socket. See the module.
 
-    Args:
-      url: of the server, such as ws://127.0.0.1:8000; its stream's path is added.
-
     Raises:
       Temporary: the server has no place, or cannot be reached.
       UserError: it refuses, for want of a token, say.
     """
 
     def __init__(self, url: str, token: str = "", seconds: float = SECONDS) -> None:
-        address = url.rstrip("/").replace("http", "ws", 1) if url.startswith("http") else url.rstrip("/")
-        address += "" if address.endswith("/v1/stream") else "/v1/stream"
-        offered = [SUBPROTOCOL, *([TOKEN_SUBPROTOCOL + token] if token else [])]
+        address = re.sub("^http", "ws", url.rstrip("/").removesuffix("/v1/stream")) + "/v1/stream"
+        offered = [Subprotocol(SUBPROTOCOL), *([Subprotocol(TOKEN_SUBPROTOCOL + token)] if token else [])]
+        self._around = ExitStack()
         try:
-            self.socket = connect(
-                address, subprotocols=offered, max_size=None, compression=None, open_timeout=seconds, proxy=None
-            )
+            opening = connect(address, subprotocols=offered, open_timeout=seconds, max_size=None, compression=None)
+            self.socket = self._around.enter_context(opening)
         except InvalidStatus as error:
             status, said = error.response.status_code, (error.response.body or b"").decode(errors="replace")
             raise (Temporary if status == 503 else UserError)(f"{url}: {status}, {said}") from error
@@ -70,10 +68,8 @@ class Client:
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.socket.close()
+    def __exit__(self, *error: object) -> None:
+        self._around.close()
 
     def send(self, kind: str, **keys: Any) -> None:
         """Any message."""
@@ -81,13 +77,14 @@ class Client:
 
     def open(self, prompt: str, **keys: Any) -> dict[str, Any]:
         """Begins a stream: what `ready` says. Raises UserError for what the server refuses."""
-        self.send("open", version=VERSION, prompt=prompt, **keys)
-        self.ready = self.event("ready")
-        return self.ready
+        return self._begin("open", prompt=prompt, **keys)
 
     def reopen(self, session: str, after: int = -1) -> dict[str, Any]:
         """Back to a stream whose socket was lost."""
-        self.send("reopen", version=VERSION, session=session, after=after)
+        return self._begin("reopen", session=session, after=after)
+
+    def _begin(self, kind: str, **keys: Any) -> dict[str, Any]:
+        self.send(kind, version=VERSION, **keys)
         self.ready = self.event("ready")
         return self.ready
 
@@ -102,16 +99,12 @@ class Client:
             if message["type"] != "block":
                 return message
             size = (self.ready["height"], self.ready["width"])
-            frames = [unpack_frame(self._binary()) for _ in range(message["frames"])]
+            frames = [unpack_frame(self.socket.recv(self._seconds, decode=False)) for _ in range(message["frames"])]
         except TimeoutError:
             raise Temporary(f"the server said nothing for {self._seconds:g} s") from None
         except ConnectionClosed as error:
             raise Temporary(f"the connection is closed ({one_line(error)})") from error
         return Received(message, np.stack([decode_frame(data, message["format"], *size) for *_, data in frames]))
-
-    def _binary(self) -> bytes:
-        data = self.socket.recv(self._seconds)
-        return data if isinstance(data, bytes) else data.encode()
 
     def event(self, *kinds: str) -> dict[str, Any]:
         """The next message of one of these types; blocks before it are acknowledged and dropped.
@@ -125,8 +118,8 @@ class Client:
                 self.send("ack", block=got.index)
             elif got["type"] in kinds:
                 return got
-            elif got["type"] in ("error", "closed"):
-                raise UserError(got.get("message") or f"the server ended the stream: {got['reason']}")
+            else:
+                _raise_if_over(got)
 
     def blocks(self, count: int) -> Iterator[Received]:
         """The next blocks, each acknowledged when the next one is asked for; other messages wait for `event`.
@@ -136,8 +129,7 @@ class Client:
         """
         for _ in range(count):
             while not isinstance(got := self.receive(), Received):
-                if got["type"] in ("error", "closed"):
-                    raise UserError(got.get("message") or f"the server ended the stream: {got['reason']}")
+                _raise_if_over(got)
                 self._events.append(got)
             yield got
             self.send("ack", block=got.index)
@@ -146,3 +138,8 @@ class Client:
         """Ends the stream."""
         self.send("close")
         self.event("closed")
+
+
+def _raise_if_over(message: dict[str, Any]) -> None:
+    if message["type"] in ("error", "closed"):
+        raise UserError(message.get("message") or f"the server ended the stream: {message['reason']}")

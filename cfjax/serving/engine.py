@@ -1,9 +1,13 @@
 """The thread that the device belongs to: it takes sessions at their block boundaries and makes their next blocks."""
 
+import base64
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 from absl import logging
 
 from cfjax.core.errors import UserError
@@ -13,10 +17,12 @@ from cfjax.rollout.session_state import Made
 from cfjax.serving.items import Ended
 from cfjax.serving.live import Live
 from cfjax.serving.metrics import Metrics
+from cfjax.serving.pictures import encode_frame
 from cfjax.serving.protocol import Open, Refused
 from cfjax.serving.served import Served
 
 Step = Callable[[Sequence[Session]], list[Made]]  # the next block of each
+Groups = Callable[[Sequence[Session]], list[list[Session]]]  # which go together now, the first of them first
 FAULT = "a fault of the server; its log has more"
 
 
@@ -25,15 +31,33 @@ def one_by_one(sessions: Sequence[Session]) -> list[Made]:
     return [session.next() for session in sessions]
 
 
+def each_alone(sessions: Sequence[Session]) -> list[list[Session]]:
+    """Every session by itself."""
+    return [[session] for session in sessions]
+
+
+@dataclass(frozen=True)
+class Together:
+    """How sessions go through the device.
+
+    Attributes:
+      sizes: numbers of sessions for which programs are compiled.
+    """
+
+    step: Step = one_by_one
+    groups: Groups = each_alone
+    sizes: tuple[int, ...] = (1,)
+
+
 class Engine:
     """See the module.
 
     Args:
-      step: makes the blocks of up to `batch` sessions.
+      together: which sessions go through the device together, and what makes their blocks; None: one after another.
     """
 
-    def __init__(self, metrics: Metrics, step: Step = one_by_one, batch: int = 8) -> None:
-        self._metrics, self._step, self._batch = metrics, step, batch
+    def __init__(self, metrics: Metrics, together: "Together | None" = None) -> None:
+        self._metrics, self._together = metrics, together or Together()
         self._lock = threading.Lock()
         self._lives: list[Live] = []
         self._leaving: list[Live] = []
@@ -103,9 +127,11 @@ class Engine:
         for live in lives:
             self._guarded(live, live.carry_out)
         now = time.perf_counter()
-        ready = sorted((live for live in lives if live.ready(now)), key=lambda live: live.last_step)[: self._batch]
+        ready = sorted((live for live in lives if live.ready(now)), key=lambda live: live.last_step)
         if ready:
-            self._make(ready)
+            # One group alone: whoever comes meanwhile, or has waited longer, is in the next one.
+            first = {id(session) for session in self._together.groups([live.session for live in ready])[0]}
+            self._make([live for live in ready if id(live.session) in first])
             return 0
         due = [at for live in lives if (at := live.due()) is not None]
         return max(min(due) - now, 1e-4) if due else None
@@ -113,26 +139,27 @@ class Engine:
     def _make(self, lives: list[Live]) -> None:
         """The next blocks. What fails together is tried alone, so that one stream's fault is its own."""
         lives = [live for live in lives if self._guarded(live, live.begin)]
+        if not lives:
+            return
         begun = time.perf_counter()
         try:
-            made = self._step([live.session for live in lives])
+            made = self._together.step([live.session for live in lives])
         except Exception as error:
             if len(lives) > 1:
                 for live in lives:
-                    self._make_again(live)
-            elif lives:
-                self._failed(lives[0], error)
+                    self._make([live])
+            else:
+                self._not_made(lives[0], error)
             return
         self._metrics.stepped(len(lives), time.perf_counter() - begun)
         for live, block in zip(lives, made, strict=True):
-            self._guarded(live, lambda live=live, block=block: live.finish(block, begun))
+            self._guarded(live, partial(live.finish, block, begun))
 
-    def _make_again(self, live: Live) -> None:
-        begun = time.perf_counter()
-        try:
-            (block,) = self._step([live.session])
-            live.finish(block, begun)
-        except Exception as error:
+    def _not_made(self, live: Live, error: Exception) -> None:
+        if isinstance(error, UserError) and isinstance(live.session.state.memory, Everything):
+            live.deliver(live, Ended("end"))  # its memory is full
+            self.remove(live)
+        else:
             self._failed(live, error)
 
     def _guarded(self, live: Live, work: Callable[[], None]) -> bool:
@@ -145,28 +172,25 @@ class Engine:
         return True
 
     def _failed(self, live: Live, error: Exception) -> None:
-        session = live.open_session
-        if isinstance(error, UserError) and session is not None and isinstance(session.state.memory, Everything):
-            live.deliver(live, Ended("end"))  # its memory is full
-        else:
-            logging.error("serving: a stream failed", exc_info=error)
-            live.deliver(live, Refused("internal", FAULT))
-            live.deliver(live, Ended("internal", 1011))
+        logging.error("serving: a stream failed", exc_info=error)
+        live.deliver(live, Refused("internal", FAULT))
+        live.deliver(live, Ended("internal", 1011))
         self.remove(live)
 
 
-def warm(served: Served, step: Step, batches: Sequence[int], log: Callable[[str], None]) -> None:
+def warm(served: Served, together: Together, log: Callable[[str], None]) -> None:
     """Runs everything once that clients can ask for, so that nothing is compiled while they wait.
 
     Args:
-      batches: numbers of sessions that go through the device together.
       log: is told what is done.
     """
+    step = together.step
     prompts = [*served.examples, *served.examples][:2]
+    picture = base64.b64encode(encode_frame(np.zeros((served.height, served.width, 3), np.uint8), "png")).decode()
     for policy in served.policies:
         asked = Open(1, prompts[0], memory=policy.name)
-        for batch in batches:
-            sessions = [served.open(asked) for _ in range(batch)]
+        for size in together.sizes:
+            sessions = [served.open(asked) for _ in range(size)]
             for _ in range(2):
                 step(sessions)
         session = sessions[0]
@@ -179,6 +203,8 @@ def warm(served: Served, step: Step, batches: Sequence[int], log: Callable[[str]
             session.set_prompt([(prompts[0], 1.0), (prompts[1], 1.0)], mode, blend="slerp")
             blocks += step([session])
             session.restore(session.snapshot())
+        if served.takes_image:
+            step([served.open(replace(asked, image=picture))])
         for other in served.policies:
             if "recache" in other.modes and "recache" in policy.modes:
                 changed = session.fork(1)

@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from absl import logging
 
-from cfjax.serving.engine import Engine, Step, one_by_one, warm
+from cfjax.serving.engine import Engine, Together, warm
 from cfjax.serving.items import Block, Ended, Item, Opened
 from cfjax.serving.live import Live
 from cfjax.serving.metrics import Metrics
@@ -27,19 +27,14 @@ class Socket(Protocol):
 class Host:
     """All streams of one server. Its methods are the loop's, but for `deliver`.
 
-    Args:
-      batches: numbers of sessions that go through the device together.
-
     Attributes:
       ready: whether all programs are compiled.  failure: why they could not be.
     """
 
-    def __init__(
-        self, served: Served, limits: Limits = Limits(), step: Step = one_by_one, batches: Sequence[int] = (1,)
-    ) -> None:
+    def __init__(self, served: Served, limits: Limits = Limits(), together: Together = Together()) -> None:
         self.served, self.limits, self.metrics = served, limits, Metrics()
-        self.engine = Engine(self.metrics, step, max(batches))
-        self._step, self._batches = step, batches
+        self.engine = Engine(self.metrics, together)
+        self._together = together
         self._lives: dict[str, Live] = {}
         self._sockets: dict[Socket, str] = {}  # session's id; "" before there is one
         self._of: dict[str, Socket] = {}
@@ -67,7 +62,7 @@ class Host:
 
         def compile_all() -> None:
             try:
-                warm(self.served, self._step, self._batches, log)
+                warm(self.served, self._together, log)
                 self.ready = True
             except Exception as error:
                 self.failure = error
@@ -75,8 +70,8 @@ class Host:
 
         self.engine.start(compile_all)
 
-    async def stop(self, seconds: float = 3.0) -> None:
-        """Tells every client, and ends; at most so many seconds for clients that read slowly, as many for the device."""
+    async def stop(self, seconds: float = 2.0) -> None:
+        """Tells every client, and ends; at most so many seconds for slow clients, and half of it for the device."""
         self.closing = True
         for live in [*self._lives.values()]:
             self.end(live, GOODBYE)
@@ -88,7 +83,7 @@ class Host:
         if self._tidying is not None:
             self._tidying.cancel()
         if self._loop is not None:
-            await self._loop.run_in_executor(None, self.engine.stop, min(seconds, 1.5))
+            await self._loop.run_in_executor(None, self.engine.stop, seconds / 2)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         """On the loop, from any thread; nothing when that has ended."""
@@ -103,17 +98,23 @@ class Host:
         limits = self.limits
         while True:
             await asyncio.sleep(min(1.0, limits.resume_seconds / 4, limits.idle_seconds / 4, limits.open_seconds / 4))
-            now = time.monotonic()
-            for name in [n for n, since in self._lost.items() if now - since > limits.resume_seconds]:
+            try:
+                self._tidy_once(time.monotonic())
+            except Exception:
+                logging.exception("serving: a fault while tidying")
+
+    def _tidy_once(self, now: float) -> None:
+        limits = self.limits
+        for name in [n for n, since in self._lost.items() if now - since > limits.resume_seconds]:
+            self.end(self._lives[name], Ended("idle"))
+        for socket, heard in [*self._heard.items()]:
+            name = self._sockets[socket]
+            if name and now - heard > limits.idle_seconds:
+                socket.put(Refused("timeout", f"nothing was heard for {limits.idle_seconds:g} s"))
                 self.end(self._lives[name], Ended("idle"))
-            for socket, heard in [*self._heard.items()]:
-                name = self._sockets[socket]
-                if name and now - heard > limits.idle_seconds:
-                    socket.put(Refused("timeout", f"nothing was heard for {limits.idle_seconds:g} s"))
-                    self.end(self._lives[name], Ended("idle"))
-                elif not name and now - heard > limits.open_seconds:
-                    socket.put(Refused("timeout", f"no open within {limits.open_seconds:g} s"))
-                    socket.put(Ended("refused", 1008))
+            elif not name and now - heard > limits.open_seconds:
+                socket.put(Refused("timeout", f"no open within {limits.open_seconds:g} s"))
+                socket.put(Ended("refused", 1008))
 
     # ---- sockets
 
@@ -121,6 +122,22 @@ class Host:
         """Whether another socket finds no place; lost ones keep theirs, and one more may come for each."""
         waiting = sum(not name for name in self._sockets.values())
         return len(self._lives) + waiting >= self.limits.sessions + len(self._lost)
+
+    def sessions(self) -> int:
+        """How many there are, lost ones too."""
+        return len(self._lives)
+
+    def sockets(self) -> int:
+        """How many there are."""
+        return len(self._sockets)
+
+    def session(self, name: str) -> Live | None:
+        """A session by its id."""
+        return self._lives.get(name)
+
+    def is_lost(self, name: str) -> bool:
+        """Whether a session waits for another socket."""
+        return name in self._lost
 
     def joined(self, socket: Socket) -> None:
         """A socket is there."""

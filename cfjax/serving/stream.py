@@ -34,10 +34,14 @@ class Bucket:
         self._rate = self._left = rate
         self._then = time.monotonic()
 
+    def give(self) -> None:
+        """One message more, such as the `ack` of a block."""
+        self._left = min(self._left + 1, 2 * self._rate)
+
     def take(self) -> bool:
         """Whether one more is within the limit."""
         now = time.monotonic()
-        self._left = min(self._rate, self._left + (now - self._then) * self._rate)
+        self._left = max(self._left, min(self._rate, self._left + (now - self._then) * self._rate))
         self._then = now
         if self._left < 1:
             return False
@@ -119,6 +123,7 @@ class Connection:
         pictures = await asyncio.get_running_loop().run_in_executor(self._pool, block.encode)
         text = block.text()
         lag = None if block.changed is None else time.perf_counter() - block.changed
+        self._bucket.give()
         await self._socket.send_text(text)
         for picture in pictures:
             await self._socket.send_bytes(picture)

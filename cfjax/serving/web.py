@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals end the server, and are not raised again afterwards: a server that was asked to end has not failed."""
+        """Signals end the server, and are not raised again: one that was asked to end has not failed."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

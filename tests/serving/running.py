@@ -15,7 +15,7 @@ from cfjax.models.wan import WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep
 from cfjax.serving.app import Access, application
-from cfjax.serving.engine import Step, one_by_one
+from cfjax.serving.engine import Together
 from cfjax.serving.host import Host
 from cfjax.serving.served import Limits, Served, serve_run
 from cfjax.serving.web import Server, address_of, bind
@@ -64,11 +64,10 @@ def running(
     served: Served | None = None,
     limits: Limits = QUICK,
     access: Access = Access(),
-    step: Step = one_by_one,
-    **more: Any,
+    together: Together = Together(),
 ) -> Iterator[Running]:
     """A server in a thread, until all its programs are compiled; at the end it is stopped in order."""
-    host = Host(served or tiny_served(limits), limits, step, **more)
+    host = Host(served or tiny_served(limits), limits, together)
     warmed = threading.Event()
     server = Server(application(host, access, warmed.set), host)
     bound = bind("127.0.0.1", 0)
