@@ -50,20 +50,20 @@ class Drawing(Session):
         at = tuple(map(float, np.random.default_rng(seed).uniform(0, WORLD.size, 2)))
         self._state = Drawn(**{f.name: getattr(self.state, f.name) for f in fields(SessionState)}, at=at)
 
-    def next(self, *args, **keys) -> Made:
-        """The next block; a heavier prompt of several is drawn."""
-        at = np.asarray(self.state.at)
-        made = super().next(*args, **keys)
-        text = made.prompt if isinstance(made.prompt, str) else max(made.prompt, key=lambda one: one[1])[0]
+    def went_on(self, after: SessionState, pixels_BPHWC: np.ndarray, begun: float, made: float) -> Made:
+        """As a session has it, with drawn pixels; of several prompts the heaviest is drawn."""
+        state = self.state
+        assert isinstance(state, Drawn)
+        text = state.prompt if isinstance(state.prompt, str) else max(state.prompt, key=lambda one: one[1])[0]
         wanted = {name: str(value[0]) for name, value in parse_caption(text, WORLD).items()}
         step = SPEED * np.sum([DIRECTIONS[key] for key in self.keys or (wanted["direction"],)], axis=0)
-        path = np.stack([(at + (frame + 1) * step) % WORLD.size for frame in range(made.video_BPHWC.shape[1])])
+        path = np.stack([(state.at + (frame + 1) * step) % WORLD.size for frame in range(pixels_BPHWC.shape[1])])
         around = np.array(list(itertools.product((-WORLD.size, 0, WORLD.size), repeat=2)))
         masks = [coverage(wanted["shape"], path + by, RADIUS, WORLD.size, WORLD.softness) for by in around]
         mask = np.max(masks, axis=0)[..., None]
         video = np.asarray(WORLD.background) * (1 - mask) + np.asarray(PALETTE[wanted["colour"]]) * mask
-        self._state = replace(self.state, at=tuple(map(float, path[-1])))
-        return replace(made, video_BPHWC=video[None].astype(np.float32))
+        after = replace(after, at=tuple(map(float, path[-1])))
+        return super().went_on(after, video[None].astype(np.float32), begun, made)
 
 
 def steer(session: Session, keys: tuple[str, ...]) -> None:
