@@ -16,6 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cfjax.data.shapes import DIRECTIONS, PALETTE
+from cfjax.serving.app import Access
 from tests.serving.drawing import WORLD, drawing_served
 from tests.serving.running import Running, running, until
 
@@ -72,14 +73,14 @@ def opened(server: Running, browser: Browser) -> Iterator[Callable[..., Page]]:
     complaints: list[str] = []
     windows = []
 
-    def open_page(width: int = 1280, **options) -> Page:
+    def open_page(width: int = 1280, url: str = server.url, **options) -> Page:
         window = browser.new_context(viewport={"width": width, "height": 900}, **options)
         windows.append(window)
         page = window.new_page()
         page.set_default_timeout(1000 * SECONDS)
         page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(server.url)
+        page.goto(url)
         expect(page.locator("#cover")).to_be_hidden(timeout=1000 * SECONDS)
         return page
 
@@ -287,17 +288,29 @@ def test_a_finger_steers(opened):
     seen(page, "red", "left")
 
 
+def test_a_token_behind_the_address_opens_a_guarded_server(opened):
+    """For the model's description and for the stream."""
+    token = "a-secret-of-the-tests"
+    with running(drawing_served(), access=Access(token)) as guarded:
+        page = opened(url=f"{guarded.url}/#token={token}")
+        seen(page, "red", "left")
+        page.goto("about:blank")
+        until(lambda: "cfjax_sessions 0.0" in guarded.host.metrics.page().decode(), SECONDS)
+
+
 def test_everything_can_be_reached_by_keyboard(opened):
     """Every control has a name, and its focus can be seen; the list of shortcuts opens and closes."""
     page = opened()
-    names, rings = [], []
+    found = {}
     page.locator("#theme").focus()
-    for _ in range(24):
+    while True:
         page.keyboard.press("Tab")
-        name, ring = page.evaluate(FOCUSED)
-        names.append(name)
-        rings.append("solid" in ring)
-    assert all(names) and all(rings), list(zip(names, rings, strict=True))
+        if page.evaluate("document.activeElement === document.body"):  # the end
+            break
+        name, outlines = page.evaluate(FOCUSED)
+        found[name] = "solid" in outlines
+    assert all(found) and all(found.values()), found
+    assert {"Pause", "Branch", "Record", "Prompt", "red", "circle", "left", "up", "Another seed", "Start over"} <= set(found)
     page.locator("#video").focus()
     page.keyboard.press("?")
     expect(page.locator("#shortcuts")).to_be_visible()

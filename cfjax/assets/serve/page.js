@@ -168,6 +168,7 @@ player.addEventListener("shown", ({ detail: { block, frame } }) => {
   const here = due.filter((one) => block.index >= one.at_block);
   due = due.filter((one) => block.index < one.at_block);
   const text = textOf(block.prompt_applied);
+  $("video").setAttribute("aria-label", `The live video: ${text}`);
   timeline.block(text, block.position, here.some(({ what }) => what === "restore" || what === "fork"));
   for (const one of here) {
     if (one.change) timeline.arrived(one.change, block.position);

@@ -15,6 +15,12 @@ export const fetchJson = async (path) => {
   return answer.json();
 };
 
+// A WebSocket that is refused does not say why.
+const refusal = async () => {
+  const health = await fetch("healthz").catch(() => null);
+  return !health ? "no server" : health.ok ? "the server is full" : "the model is getting ready";
+};
+
 // Events: state {state: connecting | live | lost | ended, reason}, and by the server's types ready, block (with its
 // `images`), applied, snapshot, error.
 export class Stream extends EventTarget {
@@ -100,11 +106,8 @@ export class Stream extends EventTarget {
       return;
     }
     this.#timer = setTimeout(() => this.#connect(), WAITS[Math.min(this.#tries++, WAITS.length - 1)]);
-    this.#state("lost", this.#ready ? "reconnecting" : "connecting");
-    // a refused WebSocket does not say why
-    if (this.#ready) return;
-    const health = await fetch("healthz").catch(() => null);
-    if (!this.#ready && this.#lost) this.#state("lost", !health ? "connecting" : health.ok ? "the server is full" : "the model is getting ready");
+    if (this.#ready) this.#state("lost", "reconnecting");
+    else this.#state("lost", await refusal());
   }
 
   #state(state, reason = "") { this.#say("state", { state, reason }); }
