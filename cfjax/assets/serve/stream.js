@@ -107,7 +107,10 @@ export class Stream extends EventTarget {
     }
     this.#timer = setTimeout(() => this.#connect(), WAITS[Math.min(this.#tries++, WAITS.length - 1)]);
     if (this.#ready) this.#state("lost", "reconnecting");
-    else this.#state("lost", await refusal());
+    else {
+      const reason = await refusal();
+      if (!this.#ready) this.#state("lost", reason);
+    }
   }
 
   #state(state, reason = "") { this.#say("state", { state, reason }); }
