@@ -152,13 +152,14 @@ def test_the_picture_is_what_is_asked_for(opened):
     page.locator("[data-word=green]").click()
     page.locator("[data-word=down]").click()
     seen(page, "green", "down")
+    expect(page.locator("#video")).to_be_focused()
 
     ask(page, "a purple cow")
     expect(page.locator("#line")).to_contain_text("purple")
     expect(page.locator("#changes")).not_to_contain_text("purple")
     seen(page, "green", "down")
 
-    page.locator("#video").focus()
+    page.keyboard.press("Escape")
     for key, heading in (("ArrowRight", "right"), ("w", "up")):
         page.keyboard.down(key)
         seen(page, "green", heading)
@@ -177,7 +178,7 @@ def test_one_can_go_back_to_a_branch(opened):
     expect(page.locator(".back")).to_have_count(1)
     ask(page, "a yellow circle moving right")
     seen(page, "yellow", "right")
-    page.keyboard.press("Tab")  # shortcuts are not for whoever writes
+    page.keyboard.press("Escape")  # shortcuts are not for whoever writes
     page.keyboard.press("b")
     expect(page.locator("#branches ul .back")).to_have_count(1)
     later = position(page)

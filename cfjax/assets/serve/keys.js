@@ -6,8 +6,10 @@ const NAMES = {
 const ALIASES = { w: "up", a: "left", s: "down", d: "right", forward: "up", back: "down", backward: "down" };
 const ARROWS = { up: "M10 15V5M5.5 9.5 10 5l4.5 4.5", left: "M15 10H5M9.5 5.5 5 10l4.5 4.5", down: "M10 5v10M5.5 10.5 10 15l4.5-4.5", right: "M5 10h10M10.5 5.5 15 10l-4.5 4.5" };
 
-// Text boxes, lists and sliders keep their keys.
-export const typing = (target) => target.closest?.("input, textarea, select, dialog, [contenteditable]") !== null;
+// Text boxes and lists keep their keys; of choices only those that move among them are their own.
+export const keeps = ({ target, key }) => target.closest("input[type=radio]")
+  ? key === " " || key.startsWith("Arrow")
+  : target.closest("input, textarea, select, dialog") !== null;
 
 export class Keys {
   #held = new Set(); #send; #buttons = new Map(); #codes = new Map();
@@ -21,7 +23,7 @@ export class Keys {
     }
     document.addEventListener("keydown", (event) => {
       const action = this.#codes.get(event.code);
-      if (!action || typing(event.target) || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (!action || keeps(event) || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();  // arrows would scroll
       if (!event.repeat) this.#hold(action, true);
     });

@@ -2,7 +2,7 @@
 
 import { Branches } from "./branches.js";
 import { Player } from "./canvas.js";
-import { Keys, typing } from "./keys.js";
+import { Keys, keeps } from "./keys.js";
 import { Latest, Words } from "./presets.js";
 import { Recorder } from "./record.js";
 import { fetchJson, Stream } from "./stream.js";
@@ -221,8 +221,13 @@ function showMode() { $("mode-help").textContent = MODES[document.querySelector(
 
 // ---- controls
 
+// Keys are for the stream again, as after a choice by mouse or touch.
+function watch() { $("video").focus({ preventScroll: true }); }
+$("presets").addEventListener("click", ({ detail }) => { if (detail) watch(); });  // 0: by keyboard
+
 $("ask").addEventListener("submit", (event) => { event.preventDefault(); ask($("prompt").value); });
 $("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Escape") watch();
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   ask($("prompt").value);
@@ -249,7 +254,7 @@ const SHORTCUTS = {
 };
 document.addEventListener("keydown", (event) => {
   const action = SHORTCUTS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!action || event.repeat || event.ctrlKey || event.metaKey || event.altKey || typing(event.target) || keys?.has(event.code)) return;
+  if (!action || event.repeat || event.ctrlKey || event.metaKey || event.altKey || keeps(event) || keys?.has(event.code)) return;
   if (event.key === " " && event.target.closest("button, a")) return;  // their own key
   event.preventDefault();
   action();
