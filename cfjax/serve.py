@@ -1,6 +1,8 @@
 """`cfjax serve`: live streams of a run for browsers and programs, from one device."""
 
 import logging as python_logging
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,6 +58,9 @@ def serve(c: ConfigDict, bound) -> None:  # type: ignore[no-untyped-def]
     run(server, bound)
     if host.failure is not None:
         raise host.failure
+    if host.engine.alive():  # XLA compiles, which nothing stops, and would meet an interpreter that is gone
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def open_host(c: ConfigDict) -> Host:

@@ -10,7 +10,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,11 @@ class Client:
         """Any message."""
         self.socket.send(json.dumps({"type": kind, **keys}))
 
+    def ack(self, block: int) -> None:
+        """This block and all before it have arrived; nothing if the server has ended the stream meanwhile."""
+        with suppress(ConnectionClosed):
+            self.send("ack", block=block)
+
     def open(self, prompt: str, **keys: Any) -> dict[str, Any]:
         """Begins a stream: what `ready` says. Raises UserError for what the server refuses."""
         return self._begin("open", prompt=prompt, **keys)
@@ -115,7 +120,7 @@ class Client:
         while True:
             got = self._events.popleft() if self._events else self.receive()
             if isinstance(got, Received):
-                self.send("ack", block=got.index)
+                self.ack(got.index)
             elif got["type"] in kinds:
                 return got
             else:
@@ -132,7 +137,7 @@ class Client:
                 _raise_if_over(got)
                 self._events.append(got)
             yield got
-            self.send("ack", block=got.index)
+            self.ack(got.index)
 
     def close(self) -> None:
         """Ends the stream."""

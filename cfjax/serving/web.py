@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise UserError(
-            f"--config.host={host} --config.port={port}: {one_line(error)}; another port, or 0 for a free one"
+            f"--config.host={host} --config.port={port}: {error.strerror}; another port, or 0 for a free one"
         ) from error
     return bound
 
