@@ -41,12 +41,7 @@ class Received:
 
 
 class Client:
-    """One socket. See the module.
-
-    Raises:
-      Temporary: the server has no place, or cannot be reached.
-      UserError: it refuses, for want of a token, say.
-    """
+    """One socket. Raises Temporary where the server has no place or cannot be reached, UserError where it refuses."""
 
     def __init__(self, url: str, token: str = "", seconds: float = SECONDS) -> None:
         address = re.sub("^http", "ws", url.rstrip("/").removesuffix("/v1/stream")) + "/v1/stream"
