@@ -50,7 +50,7 @@ def serve(c: ConfigDict, bound) -> None:  # type: ignore[no-untyped-def]
     def warmed() -> None:
         if host.failure is not None:
             server.should_exit = True
-        else:
+        elif not host.closing:
             say(f"ready: {address}" + ("#token=..." if c.token else ""))
 
     server = Server(application(host, Access(c.token, tuple(c.origins)), warmed), host)
