@@ -53,8 +53,11 @@ def serve(c: ConfigDict, bound) -> None:  # type: ignore[no-untyped-def]
         elif not host.closing:
             say(f"ready: {address}" + ("#token=..." if c.token else ""))
 
-    server = Server(application(host, Access(c.token, tuple(c.origins)), warmed), host)
-    say(f"{host.served.name}, {host.served.width} x {host.served.height}: compiling; {address}healthz says when ready")
+    def begun() -> None:
+        size = f"{host.served.width} x {host.served.height}"
+        say(f"{host.served.name}, {size}: compiling; {address}healthz says when ready")
+
+    server = Server(application(host, Access(c.token, tuple(c.origins)), warmed), host, begun)
     run(server, bound)
     if host.failure is not None:
         raise host.failure
