@@ -7,6 +7,8 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from websockets.exceptions import InvalidStatus
 
 from cfjax.core.errors import Temporary, UserError
 from cfjax.evaluation.video import to_uint8
+from cfjax.rollout.batched import groups, step_together
 from cfjax.rollout.session import Session
 from cfjax.serving.client import Client, Received
 from cfjax.serving.engine import Together, one_by_one
@@ -105,12 +108,21 @@ def test_metrics_count_what_was_sent(server, client):
     client.close()
 
 
-def test_nothing_is_compiled_once_a_server_is_ready(server, client):
-    """Prompts in all modes, blends, snapshots, forks, seeks, a picture: all these programs are there."""
-    compiled: list[str] = []
-    listen = lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+@contextmanager
+def compiled() -> Iterator[list[str]]:
+    """What is compiled inside, by any thread."""
+    found: list[str] = []
+    listen = lambda event, seconds, **_: found.append(event) if event.endswith("backend_compile_duration") else None
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_once_a_server_is_ready(server, client):
+    """Prompts in all modes, blends, snapshots, forks, seeks, a picture: all these programs are there."""
+    with compiled() as programs:
         picture = base64.b64encode(encode_frame(np.full((20, 30, 3), 99, np.uint8), "jpeg")).decode()
         client.open(PROMPTS[1], image=picture, seed=5, **FAST)
         list(client.blocks(4))
@@ -125,9 +137,44 @@ def test_nothing_is_compiled_once_a_server_is_ready(server, client):
         client.send("seek", block=last.index)
         list(client.blocks(6))
         client.close()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled
+        assert not programs
+        jax.jit(lambda x: x * 1.2345678)(1.0)
+        assert programs  # it would have been seen
+
+
+def test_streams_that_go_together_are_those_alone():
+    """Within a step of 255, as a batch rounds otherwise; and their programs are there too."""
+    limits = replace(QUICK, sessions=2)
+    found: dict[int, np.ndarray] = {}
+    with running(tiny_served(limits), limits, together=Together(step_together, groups, (1, 2))) as own:
+
+        def stream(seed: int) -> None:
+            with Client(own.url) as client:
+                client.open(PROMPTS[0], seed=seed, **FAST)
+                first = settle(client)
+                client.send("prompt", prompt=PROMPTS[1], blend_blocks=2)
+                client.event("applied")
+                client.ack(2)
+                found[seed] = frames([*first, *client.blocks(20)])
+                client.close()
+
+        with compiled() as programs:
+            threads = [threading.Thread(target=stream, args=(seed,)) for seed in (31, 32)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+        together = own.host.metrics.registry.get_sample_value("cfjax_step_sessions_sum")
+        steps = own.host.metrics.registry.get_sample_value("cfjax_step_sessions_count")
+    print(f"{together} blocks in {steps} steps, {len(programs)} programs")
+    assert not programs and together > steps
+    for seed, video in found.items():
+        session = alone(seed)
+        wanted = frames_of(session, 3)
+        session.set_prompt(PROMPTS[1], "recache", 2)
+        wanted = np.concatenate([wanted, frames_of(session, 20)])
+        assert np.abs(video.astype(int) - wanted).max() <= 1
+    assert len(found) == 2
 
 
 # ---- each message
