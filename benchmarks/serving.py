@@ -1,4 +1,4 @@
-"""A server under load and under attack: benchmarks/results/serving.json, keys "load" and "fuzz".
+"""A server under load, under attack, and from the start: benchmarks/results/serving.json.
 
     python benchmarks/serving.py                       the tiny network of the tests, all counts
     python benchmarks/serving.py --run=runs/quickstart/dmd
@@ -11,7 +11,10 @@ and 5,000 messages come that are made from the schema and damaged. Numbers of th
 import gc
 import json
 import os
+import subprocess
 import sys
+import tarfile
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -40,6 +43,7 @@ from tests.serving.attacks import attack, flood, fuzz, vanish_often, witness
 from tests.serving.fuzz import messages
 from tests.serving.running import PROMPTS, Running, running, tiny_served, until
 
+ROOT = Path(__file__).parents[1]
 LIMITS = Limits(resume_seconds=0.2, sessions=9)
 SINGLE = ("binary", "oversize", "deep", "deep objects", "wide", "foreign", "no origin")
 
@@ -48,32 +52,36 @@ def main() -> None:
     """Both parts, and their record."""
     command = parser(__doc__ or "", "serving.json")
     command.add_argument("--run", default="", help="a run's folder; '': the tests' tiny network")
+    command.add_argument("--parts", default="load,fuzz,start")
     command.add_argument("--clients", type=int, default=8)
     command.add_argument("--seconds", type=float, default=120.0)
     command.add_argument("--disconnects", type=int, default=200)
     command.add_argument("--messages", type=int, default=5000)
     args = command.parse_args()
+    parts, found = args.parts.split(","), json.loads(args.out.read_text()) if args.out.exists() else {}
     served = tiny_served(LIMITS)
     if args.run:
         served = serve_run(
             open_run(args.run), fps=8.0, memories=("longlive_infinity",), examples=PROMPTS, limits=LIMITS
         )
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    with running(served, LIMITS, together=Together(step_together, groups, SIZES)) as own:
-        found["load"] = load(own, args.clients, args.seconds)
-    with running(served, LIMITS) as own:  # one after another: the witness's frames are then the same bits
-        found["fuzz"] = hostile(own, served, args.disconnects, args.messages)
-    for part in ("load", "fuzz"):
-        found[part] |= {
-            "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
-            "commit": commit(),
-            "run": args.run or "tests.serving.running.tiny_run",
-            "device": jax.devices()[0].device_kind,
-            "cpus": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-        }
+    about = {
+        "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+    network = {"run": args.run or "tests.serving.running.tiny_run"}
+    if "load" in parts:
+        with running(served, LIMITS, together=Together(step_together, groups, SIZES)) as own:
+            found["load"] = {**about, **network, **load(own, args.clients, args.seconds)}
+    if "fuzz" in parts:
+        with running(served, LIMITS) as own:  # one after another: the witness's frames are then the same bits
+            found["fuzz"] = {**about, **network, **hostile(own, served, args.disconnects, args.messages)}
+    if "start" in parts:
+        found["start"] = {**about, **starts()}
     write_atomically(args.out, json.dumps(found, indent=1) + "\n")
-    say(json.dumps({part: found[part] for part in ("load", "fuzz")}, indent=1))
+    say(json.dumps({part: found[part] for part in parts}, indent=1))
 
 
 def load(own: Running, clients: int, seconds: float) -> dict[str, Any]:
@@ -156,6 +164,29 @@ def hostile(own: Running, served: Served, disconnects: int, count: int) -> dict[
         "host_bytes_grown": grown,
         "device_bytes_grown": device_bytes() - device,
     }
+
+
+def starts() -> dict[str, Any]:
+    """Seconds from the command to "ready", with an empty cache of programs and with what that start has put there.
+
+    The run is a miniature of tests/golden with the policies of configs/serve.py.
+    """
+    seconds = []
+    with tempfile.TemporaryDirectory() as root:
+        with tarfile.open(ROOT / "tests" / "golden" / "old_outputs.tar.xz") as archive:
+            archive.extractall(root, filter="data")
+        asked = ["--config.run=runs/dmd", "--config.port=0", f"--compile_cache={root}/programs"]
+        memories = "--config.memories=infinity_rope,'ema_sink(window=6,sink=1)'"
+        command = [sys.executable, "-m", "cfjax", "serve", f"--config={ROOT}/configs/serve.py", *asked, memories]
+        for _ in range(2):
+            begun = time.perf_counter()
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+            with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as server:
+                assert server.stdout is not None and any(line.startswith("ready") for line in server.stdout)
+                seconds.append(round(time.perf_counter() - begun, 1))
+                server.terminate()
+    return {"first_s": seconds[0], "second_s": seconds[1], "second_over_first": round(seconds[1] / seconds[0], 3)}
 
 
 def device_bytes() -> int:

@@ -23,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
         "play", argv, description=DESCRIPTION, default_config="configs/play.py", default_workdir="runs/play"
     )
     prompts = [prompt for part in c.prompt.split("|") if (prompt := part.strip())]
-    if not prompts or len(prompts) > c.blocks:
-        raise UserError(f"--config.prompt={c.prompt!r}: give 1 to {c.blocks} prompts, a | b; each has a block at least")
+    if not prompts:
+        raise UserError(f"--config.prompt={c.prompt!r}: give a prompt, or several, a | b")
     file = workdir / "video.mp4"
     check_writable(workdir)
     if file.exists() and not c.overwrite:
@@ -45,10 +45,13 @@ def play(c: ConfigDict, prompts: Sequence[str], file: Path) -> None:
         # As fast as the server makes them: this is a file. PNG loses nothing.
         memory = {"memory": c.memory} if c.memory else {}
         ready = client.open(prompts[0], seed=c.seed, format="png", fps=0, **memory)
-        for number, count in enumerate(np.diff(np.linspace(0, c.blocks, len(prompts) + 1).round().astype(int))):
+        for number, prompt in enumerate(prompts):
             if number:
-                client.send("prompt", prompt=prompts[number], mode=c.mode)
-            for block in client.blocks(int(count)):
+                client.send("prompt", prompt=prompt, mode=c.mode)
+            left = c.blocks
+            while left:  # a few blocks are made already when the server hears of another prompt
+                (block,) = client.blocks(1)
+                left -= block.message["prompt_applied"] == prompt
                 frames += list(block.frames_PHWC)
                 say(f"block {block.index}: {len(block.frames_PHWC)} frames, {block.message['prompt_applied']}")
         client.close()

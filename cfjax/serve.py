@@ -1,6 +1,8 @@
 """`cfjax serve`: live streams of a run for browsers and programs, from one device."""
 
 import logging as python_logging
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,14 +50,20 @@ def serve(c: ConfigDict, bound) -> None:  # type: ignore[no-untyped-def]
     def warmed() -> None:
         if host.failure is not None:
             server.should_exit = True
-        else:
+        elif not host.closing:
             say(f"ready: {address}" + ("#token=..." if c.token else ""))
 
-    server = Server(application(host, Access(c.token, tuple(c.origins)), warmed), host)
-    say(f"{host.served.name}, {host.served.width} x {host.served.height}: compiling; {address}healthz says when ready")
+    def begun() -> None:
+        size = f"{host.served.width} x {host.served.height}"
+        say(f"{host.served.name}, {size}: compiling; {address}healthz says when ready")
+
+    server = Server(application(host, Access(c.token, tuple(c.origins)), warmed), host, begun)
     run(server, bound)
     if host.failure is not None:
         raise host.failure
+    if host.engine.alive():  # XLA compiles, which nothing stops, and would meet an interpreter that is gone
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def open_host(c: ConfigDict) -> Host:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Ten blocks, each prompt for as many of them as any other."""
+    """Ten blocks of each prompt."""
     return ConfigDict(
         {
             "url": "ws://127.0.0.1:8000",
@@ -19,7 +19,7 @@ def get_config():
             "mode": "recache",  # how prompts change: recache, keep, cut (docs/memory.md)
             "seed": 0,
             "memory": "",  # one of the server's policies; "": its first
-            "blocks": 10,
+            "blocks": 10,  # of each prompt; those that are on their way when it changes come besides
             "scale": 8,
             "overwrite": False,  # replace a video that is there
         }

@@ -306,9 +306,9 @@ class Session:
             )
         return frames
 
-    def commits_alone(self) -> bool:
-        """Whether the pending block's commit takes more than the network: a prompt that changes, or pixels."""
-        return self.state.transition is not None or bool(self._pictures(self.state.memory))
+    def needs_pixels(self) -> bool:
+        """Whether commits take decoded pixels."""
+        return bool(self._pictures(self.state.memory))
 
     def prepared(self, state: SessionState) -> SessionState:
         """With the pending block committed, and one block further in a change of the prompt."""

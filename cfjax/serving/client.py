@@ -10,7 +10,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,7 @@ class Received:
 
 
 class Client:
-    """One socket. See the module.
-
-    Raises:
-      Temporary: the server has no place, or cannot be reached.
-      UserError: it refuses, for want of a token, say.
-    """
+    """One socket. Raises Temporary where the server has no place or cannot be reached, UserError where it refuses."""
 
     def __init__(self, url: str, token: str = "", seconds: float = SECONDS) -> None:
         address = re.sub("^http", "ws", url.rstrip("/").removesuffix("/v1/stream")) + "/v1/stream"
@@ -74,6 +69,11 @@ class Client:
     def send(self, kind: str, **keys: Any) -> None:
         """Any message."""
         self.socket.send(json.dumps({"type": kind, **keys}))
+
+    def ack(self, block: int) -> None:
+        """This block and all before it have arrived; nothing if the server has ended the stream meanwhile."""
+        with suppress(ConnectionClosed):
+            self.send("ack", block=block)
 
     def open(self, prompt: str, **keys: Any) -> dict[str, Any]:
         """Begins a stream: what `ready` says. Raises UserError for what the server refuses."""
@@ -115,7 +115,7 @@ class Client:
         while True:
             got = self._events.popleft() if self._events else self.receive()
             if isinstance(got, Received):
-                self.send("ack", block=got.index)
+                self.ack(got.index)
             elif got["type"] in kinds:
                 return got
             else:
@@ -132,7 +132,7 @@ class Client:
                 _raise_if_over(got)
                 self._events.append(got)
             yield got
-            self.send("ack", block=got.index)
+            self.ack(got.index)
 
     def close(self) -> None:
         """Ends the stream."""

@@ -72,13 +72,16 @@ class Engine:
         self._thread = threading.Thread(target=self._run, args=(before,), name="device", daemon=True)
         self._thread.start()
 
-    def stop(self, timeout: float) -> bool:
-        """Ends behind the block that is being made; whether it did so in time."""
+    def stop(self, timeout: float) -> None:
+        """Ends behind the block that is being made, which is waited for so many seconds."""
         self._stopping = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout)
-        return self._thread is None or not self._thread.is_alive()
+
+    def alive(self) -> bool:
+        """Whether the device's thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wake(self) -> None:
         """There is something to do."""
@@ -178,13 +181,23 @@ class Engine:
         self.remove(live)
 
 
+def _until_full(step: Step, sessions: Sequence[Session]) -> list[Made]:
+    """Their next blocks; none where a memory of everything has no room for another one."""
+    try:
+        return step(sessions)
+    except UserError:
+        if isinstance(sessions[0].state.memory, Everything):
+            return []
+        raise
+
+
 def warm(served: Served, together: Together, log: Callable[[str], None]) -> None:
     """Runs everything once that clients can ask for, so that nothing is compiled while they wait.
 
     Args:
       log: is told what is done.
     """
-    step = together.step
+    step = partial(_until_full, together.step)
     prompts = [*served.examples, *served.examples][:2]
     picture = base64.b64encode(encode_frame(np.zeros((served.height, served.width, 3), np.uint8), "png")).decode()
     for policy in served.policies:

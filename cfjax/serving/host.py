@@ -202,7 +202,7 @@ class Host:
         self._lost.pop(live.id, None)
         self._attach(socket, live)
         if message.after >= 0:
-            self.ack(live, min(message.after, live.next_block - 1))
+            live.ack(min(message.after, live.sent))
         socket.put(Opened(resumed=True))
         for block in live.kept:
             socket.put(block)
@@ -211,16 +211,6 @@ class Host:
 
     def _attach(self, socket: Socket, live: Live) -> None:
         self._sockets[socket], self._of[live.id] = live.id, socket
-
-    def ack(self, live: Live, block: int) -> None:
-        """Blocks have arrived.
-
-        Raises:
-          Refused: one was not made yet.
-        """
-        live.ack(block)
-        while live.kept and live.kept[0].index <= block:
-            live.kept.popleft()
 
     def end(self, live: Live, item: Ended) -> None:
         """Ends a session; its client is told, if there is one."""

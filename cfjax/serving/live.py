@@ -64,7 +64,8 @@ class Live:
       wake: tells the device's thread that there is something to do.
       attached: whether a client is there; without one no block is made.
       ended: whether nothing may be made of it any more.
-      kept: the loop's: blocks that were not acknowledged, for a socket that comes back.
+      kept, sent: the loop's: blocks that were not acknowledged, for a socket that comes back; the last one that was
+        sent whole.
     """
 
     served: Served
@@ -76,6 +77,7 @@ class Live:
     attached: bool = True
     ended: bool = False
     kept: deque[Block] = field(default_factory=deque)
+    sent: int = -1
     last_step: float = 0.0
 
     def __post_init__(self) -> None:
@@ -112,14 +114,16 @@ class Live:
         """This block and all before it have arrived.
 
         Raises:
-          Refused: it was not made yet.
+          Refused: it was not sent yet: memory would grow for a client that acknowledges and does not read.
         """
+        if block > self.sent:
+            raise Refused("invalid_value", f"ack: block {block} was not sent yet")
         with self._lock:
-            if block >= self._next:
-                raise Refused("invalid_value", f"ack: block {block} was not made yet; the next one is {self._next}")
             full = len(self._unacked) >= self.limits.queue
             while self._unacked and self._unacked[0] <= block:
                 self._unacked.popleft()
+            while self.kept and self.kept[0].index <= block:
+                self.kept.popleft()
             if full and len(self._unacked) < self.limits.queue:
                 self._free_since = time.perf_counter()
         self.wake()
@@ -168,7 +172,8 @@ class Live:
 
     def _could(self) -> bool:
         waits = self._session is None or self._paused or self.ended or not self.attached
-        return not waits and len(self._unacked) < self.limits.queue
+        # In this order: what came before an `ack` is carried out before the block that this allows.
+        return not waits and len(self._unacked) < self.limits.queue and not self._messages
 
     @property
     def session(self) -> Session:

@@ -59,6 +59,8 @@ def given_video(image: str, most_bytes: int, frames: int, height: int, width: in
                 raise Unusable(f"too large: {opened.width} x {opened.height} pixels")
         picture = read_picture(io.BytesIO(data))
         fitted = fit_picture(picture, ClipFormat(frames, height, width, max_crop=1.0, upscale=True))
+    except Image.UnidentifiedImageError:  # its text holds an address in memory
+        raise Refused("invalid_value", "image: this is no JPEG, PNG or WebP picture") from None
     except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError, Unusable) as error:
         if isinstance(error, UserError):
             raise

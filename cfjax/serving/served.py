@@ -162,6 +162,8 @@ def serve_run(
         raise UserError(f"run={run.name!r} is bidirectional: it makes all frames at once; serve a causal one")
     if not memories or not examples:
         raise UserError("memories and examples: give at least one of each")
+    if wrong := next(filter(None, map(run.world.prompt_fault, examples)), ""):
+        raise UserError(f"--config.prompts: {wrong}")
     codec = run.world.codec
     time, down, right = codec.stride
     _, height, width, _ = run.latent_shape

@@ -5,8 +5,10 @@ import time
 from collections import deque
 from concurrent.futures import Executor
 
+from absl import logging
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from cfjax.serving.engine import FAULT
 from cfjax.serving.host import Host
 from cfjax.serving.items import Block, Ended, Item, Opened, text_of
 from cfjax.serving.protocol import (
@@ -60,7 +62,7 @@ class Connection:
         self._bucket, self._faults = Bucket(host.limits.messages_per_second), 0
         self._ending = False
         self._code = 1006
-        self._sender: asyncio.Task[None] | None = None
+        self._sender: asyncio.Task[None]
 
     def put(self, item: Item) -> None:
         """Sends it after all before it; the end goes before everything that has not left."""
@@ -72,7 +74,6 @@ class Connection:
                 kept = [one for one in self._outbox if isinstance(one, Refused)]
                 self._outbox.clear()
                 self._outbox.extend(kept[-1:])
-            if self._sender is not None:
                 asyncio.get_running_loop().call_later(GRACE, self._sender.cancel)
         if isinstance(item, Refused):
             self._host.metrics.errors.labels(item.code).inc()
@@ -88,16 +89,20 @@ class Connection:
         self._sender = sender = asyncio.create_task(self._send())
         try:
             await asyncio.wait({receiver, sender}, return_when=asyncio.FIRST_COMPLETED)
-            if self._ending and not sender.done():
-                await asyncio.wait({sender}, timeout=GRACE + 1)
+            if receiver.done() and not receiver.cancelled() and (fault := receiver.exception()) is not None:
+                logging.error("serving: a message failed", exc_info=fault)
+                self.put(Refused("internal", FAULT))
+                self._end(Ended("internal", 1011))
+            if self._ending:  # the last words; `put` has set them a limit
+                await asyncio.wait({sender})
         finally:
             for task in (receiver, sender):
                 task.cancel()
-            faults = await asyncio.gather(receiver, sender, return_exceptions=True)
+            _, lost = await asyncio.gather(receiver, sender, return_exceptions=True)
             self._host.left(self, for_good=self._code == 1000)
-        for fault in faults:
-            if isinstance(fault, Exception) and not isinstance(fault, WebSocketDisconnect | RuntimeError):
-                raise fault
+        # A socket that is gone or closed already is no fault.
+        if isinstance(lost, Exception) and not isinstance(lost, WebSocketDisconnect | RuntimeError):
+            raise lost
 
     # ---- out
 
@@ -127,6 +132,8 @@ class Connection:
         await self._socket.send_text(text)
         for picture in pictures:
             await self._socket.send_bytes(picture)
+        if (live := self._host.live_of(self)) is not None:
+            live.sent = max(live.sent, block.index)
         self._host.metrics.sent(block, sum(map(len, pictures)), lag)
 
     async def _send_ready(self, opened: Opened) -> None:
@@ -212,5 +219,5 @@ class Connection:
         if live is None:
             raise Refused("not_open", "the first message is open or reopen")
         if isinstance(message, Ack):
-            return host.ack(live, message.block)
+            return live.ack(message.block)
         live.post(message)

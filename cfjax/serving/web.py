@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise UserError(
-            f"--config.host={host} --config.port={port}: {one_line(error)}; another port, or 0 for a free one"
+            f"--config.host={host} --config.port={port}: {error.strerror}; another port, or 0 for a free one"
         ) from error
     return bound
 
@@ -62,9 +62,13 @@ class Upgraded(WebSocketsSansIOProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server: a signal ends streams by `closed`, and then the process by 0."""
+    """uvicorn's server: a signal ends streams by `closed`, and then the process by 0.
 
-    def __init__(self, app: Starlette, host: Host) -> None:
+    Args:
+      begun: is called once it answers, and signals end it in order.
+    """
+
+    def __init__(self, app: Starlette, host: Host, begun: Callable[[], None] = lambda: None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -79,7 +83,12 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=1,
             )
         )
-        self._streams = host
+        self._streams, self._begun = host, begun
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn has it, and then the caller's word."""
+        await super().startup(sockets)
+        self._begun()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Clients are told first."""

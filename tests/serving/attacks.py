@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -138,7 +138,8 @@ def attack(url: str, name: str) -> tuple[list[str], int]:
     try:
         with raw(url, **more) as one:
             one.send(sent)
-            one.send('{"type": "close"}')
+            with suppress(ConnectionClosed):  # it may be over already
+                one.send('{"type": "close"}')
             messages, code = read_to_end(one)
             return [m["code"] for m in messages if m["type"] == "error"], code
     except ConnectionClosed as closed:  # while it still sent
