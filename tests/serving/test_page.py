@@ -22,7 +22,6 @@ from tests.serving.running import Running, running, until
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SECONDS = 60
-LIVE = re.compile("live")
 expect.set_options(timeout=1000 * SECONDS)
 
 # Frames as they are drawn, at the video's own size.
@@ -46,6 +45,13 @@ FOCUSED = """() => {
   const shown = [here, here.nextElementSibling].map((one) => one && getComputedStyle(one).outlineStyle);
   return [here.getAttribute("aria-label") || label || here.textContent.trim(), shown];
 }"""
+
+
+def counted(server: Running, name: str) -> float:
+    """One of /metrics."""
+    found = re.search(rf"^cfjax_{name} (\S+)$", server.host.metrics.page().decode(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +93,7 @@ def opened(server: Running, browser: Browser) -> Iterator[Callable[..., Page]]:
     yield open_page
     for window in windows:
         window.pages[0].goto("about:blank")
-    until(lambda: "cfjax_sessions 0.0" in server.host.metrics.page().decode(), SECONDS)
+    until(lambda: counted(server, "sessions") == 0, SECONDS)
     for window in windows:
         window.close()
     assert complaints == []
@@ -181,11 +187,11 @@ def test_one_can_go_back_to_a_branch(opened):
     page.keyboard.press("Escape")  # shortcuts are not for whoever writes
     page.keyboard.press("b")
     expect(page.locator("#branches ul .back")).to_have_count(1)
-    later = position(page)
-
+    kept = int(page.locator(".back b").first.inner_text().removeprefix("block "))
     page.locator(".back").first.click()
     seen(page, "red", "left")
-    assert position(page) <= later + 3
+    jump = f"from block {kept + 1}: a red circle moving left"
+    expect(page.locator(".run.jump").first).to_have_attribute("title", jump)
     expect(page.locator("#prompt")).to_have_value("a red circle moving left")
     expect(page.locator(".back").first).to_have_attribute("aria-current", "true")
 
@@ -236,24 +242,28 @@ def test_a_pause_holds_the_picture_and_a_policy_can_be_changed(opened):
     frames_of(page, 8)
     expect(page.locator("#memory")).to_have_value(other)
     expect(page.locator("#line")).to_be_empty()
+    ask(page, "a blue square moving up")
+    seen(page, "blue", "up")
     page.locator("#seed").fill("7")
     page.locator("#restart").click()
-    expect(page.locator("#position")).to_have_text(re.compile(r"^block [01]$"))
-    seen(page, "red", "left")
+    expect(page.locator("#changes li")).to_have_count(1)
+    expect(page.locator("#changes li")).to_contain_text("from block 0")
+    seen(page, "blue", "up")
 
 
 def test_a_lost_socket_comes_back_to_its_stream(opened, server):
     page = opened()
     ask(page, "a cyan circle moving right")
     seen(page, "cyan", "right")
-    before = position(page)
+    before, sessions = position(page), counted(server, "sessions_opened_total")
+    lost = counted(server, "sockets_lost_total")
     for connection in list(server.server.server_state.connections):
         connection.loop.call_soon_threadsafe(connection.transport.abort)
-    expect(page.locator("#state")).not_to_have_text(LIVE)
-    expect(page.locator("#state")).to_have_text(LIVE)
+    until(lambda: counted(server, "sockets_lost_total") > lost, SECONDS)
     frames_of(page, 12)  # more than there can have been in the buffer
     seen(page, "cyan", "right")
-    assert position(page) > before
+    expect(page.locator("#state")).to_have_text("live")
+    assert position(page) > before and counted(server, "sessions_opened_total") == sessions
     expect(page.locator("#changes li")).to_have_count(2)
 
 
@@ -296,7 +306,7 @@ def test_a_token_behind_the_address_opens_a_guarded_server(opened):
         page = opened(url=f"{guarded.url}/#token={token}")
         seen(page, "red", "left")
         page.goto("about:blank")
-        until(lambda: "cfjax_sessions 0.0" in guarded.host.metrics.page().decode(), SECONDS)
+        until(lambda: counted(guarded, "sessions") == 0, SECONDS)
 
 
 def test_everything_can_be_reached_by_keyboard(opened):
