@@ -25,8 +25,8 @@ import numpy as np
 from measure import busy_s, others, parser, ratio, write
 
 from cfjax.core.console import say
-from cfjax.experiment.streams import random_codec
-from cfjax.models.wan import make_wan, preset
+from cfjax.experiment.streams import random_codec, random_model
+from cfjax.models.wan import Wan, preset
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.batched import SIZES, compile_sizes, groups, step_together
 from cfjax.rollout.generate import FewStep
@@ -41,7 +41,8 @@ MEMORY, OTHER = "longlive_infinity", "ema_sink"
 
 def pipeline() -> Pipeline:
     """The toy's, with random weights: speed does not depend on them."""
-    model = make_wan(preset("toy", remat="none"), jax.random.key(0))
+    config = preset("toy", remat="none")
+    model = random_model(jax.eval_shape(lambda: Wan(config, jax.random.key(0))), 0)
     return Pipeline(model, random_codec("toy", model.config.precision), FewStep(), Blocks(FRAMES))
 
 
@@ -69,8 +70,12 @@ def compared(parts: Pipeline, size: int, rounds: int) -> dict[str, Any]:
     for number, stream in enumerate(streams):
         for _ in range(4 + number):
             stream.next()
-    step_together(streams)
-    ways = {"alternating": lambda: [s.next() for s in streams], "together": lambda: step_together(streams)}
+    ways: dict[str, Callable[[], Any]] = {
+        "alternating": lambda: [s.next() for s in streams],
+        "together": lambda: step_together(streams),
+    }
+    for call in ways.values():
+        call()
     found: dict[str, dict[str, list[float]]] = {name: {"ms": [], "cpu_ms": []} for name in ways}
     foreign: list[float] = []
     for i in range(rounds):
@@ -107,14 +112,12 @@ def parity(parts: Pipeline, blocks: int = 8) -> float:
     for number, stream in enumerate(streams):
         for _ in range(number):
             stream.next()
-    errors = []
-    for copy, stream in [(stream.fork(), stream) for stream in streams]:
-        del stream
-        errors.append([np.asarray(copy.next().latents_BFHWC) for _ in range(blocks)])
-    for i in range(blocks):
-        for known, made in zip(errors, step_together(streams), strict=True):
-            known[i] = np.abs(known[i] - np.asarray(made.latents_BFHWC)).max() / np.abs(known[i]).max()
-    return float(np.max(errors))
+    copies, errors = [stream.fork() for stream in streams], []
+    for _ in range(blocks):
+        wanted = [np.asarray(copy.next().latents_BFHWC) for copy in copies]
+        found = [np.asarray(made.latents_BFHWC) for made in step_together(streams)]
+        errors += [np.abs(x - y).max() / np.abs(y).max() for x, y in zip(found, wanted, strict=True)]
+    return float(max(errors))
 
 
 def served(parts: Pipeline, turns: int) -> dict[str, Any]:
@@ -134,22 +137,23 @@ def served(parts: Pipeline, turns: int) -> dict[str, Any]:
         for stream, made in zip(group, step_together(group), strict=True):
             frames[id(stream)] += made.latents_BFHWC.shape[1]
             away.append([int(rng.integers(3)), stream])
-    blocks = []
-    for number in range(6):  # it comes right after a step of the seven others has begun
-        old = [client(parts, 20 + i) for i in range(7)]
-        for _ in range(3):
-            step_together(old)
-        block = statistics.median(timed(lambda old=old: step_together(old))[0] for _ in range(5))
-        begun = time.perf_counter()
+    blocks, opened = [], []
+    old = [client(parts, 20 + i) for i in range(7)]
+    for _ in range(3):
         step_together(old)
-        step_together([*old, client(parts, 40 + number)])
-        blocks.append(1e3 * (time.perf_counter() - begun) / block)
+    for number in range(8):  # it comes right after a step of the seven others has begun, and is opened meanwhile
+        opened.append(timed(lambda number=number: client(parts, 40 + number))[0])
+        new = client(parts, 60 + number)
+        together = [*old, client(parts, 80)]
+        block = statistics.median(timed(lambda group=together: step_together(group))[0] for _ in range(5))
+        blocks.append(timed(lambda group=[*old, new]: (step_together(old), step_together(group)))[0] / block)
     counts = list(frames.values())
     return {
         "case": "served",
         "frames_of_clients": counts,
         "fairness": max(counts) / min(counts),
         "first_frame_in_blocks": {"median": statistics.median(blocks), "max": max(blocks)},
+        "open_ms": statistics.median(opened),
     }
 
 

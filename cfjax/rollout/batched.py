@@ -12,18 +12,13 @@ a value that snapshots may hold (copying is 2 % of a block of the toy's).
 Rows may be at different positions, and their memories filled to different degrees: all slots are computed, and those
 that a row does not see masked (`nn.frames.masked_prefixes`). So a stream that begins joins the others at once.
 
-On CPUs a batch is divided among the cores, each part in the program of its size: XLA runs products this small on one.
-
 What is not part of every block is done for a session by itself, before it joins: commits under a changed prompt, and
 those that need pixels. Rolling samplers, sessions with a video, sharded programs, and attention by a flash kernel
 (where one stream fills the device) are steps of their own.
 """
 
-import os
-import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,7 +41,6 @@ from cfjax.rollout.session_state import Made, SessionState
 from cfjax.rollout.stream import StreamCodec, block_noise, levels_of, per_prompt
 
 SIZES = (1, 2, 4, 8)
-_dispatching = threading.Lock()
 
 
 class Row(NamedTuple):
@@ -98,7 +92,7 @@ def _next_blocks(model: Wan, rows: tuple[Row, ...], numbers: Numbers, *, plan: P
             cache = jax.tree.map(partial(jnp.where, at.commits_B), committed, cache)
         steps = 1 if levels is None else max(len(levels), 1)
         noise, fresh = block_noise(jax.random.key(at.seed_B), at.block_B, plan.shape, steps)
-        work = (text_kv, cache, at.start_B)
+        work: tuple[KV, Any, Any] = (text_kv, cache, at.start_B)
         if isinstance(sampler, FewStep):
             return few_step_block(model, noise[None], fresh[:, None], levels, *work, blocks), cache  # type: ignore[arg-type]
         return many_step_block(model, noise[None], *work, sampler, blocks), cache
@@ -194,18 +188,10 @@ def _pending_frames(state: SessionState, plan: Plan) -> int:
 # ---- their next blocks
 
 
-def cores() -> int:
-    """Into how many parts a batch is divided by default: the cores of a CPU, 1 on other devices."""
-    return len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
-
-
-def step_together(sessions: Sequence[Session], parts: int = 0) -> list[Made]:
+def step_together(sessions: Sequence[Session]) -> list[Made]:
     """The next block of every session, in their order; those that cannot go together go one after another.
 
     Of blocks that were made together, `network_s` and `decode_s` are those of them all.
-
-    Args:
-      parts: that a batch is divided into, which run at the same time; 0: `cores`.
 
     Raises:
       UserError: a session is closed, full, goes along with a video, or is there twice. None has gone on then.
@@ -219,43 +205,28 @@ def step_together(sessions: Sequence[Session], parts: int = 0) -> list[Made]:
     made: dict[int, Made] = {}
     for group in groups(sessions):
         alone = len(group) == 1 and _is_alone(group[0])
-        blocks = [group[0].next()] if alone else _step(group, parts or cores())
+        blocks = [group[0].next()] if alone else _step(group)
         made.update(zip(map(id, group), blocks, strict=True))
     return [made[id(session)] for session in sessions]
 
 
-def _called(session: Session, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
-    """One thread compiles or hands over at a time; what was handed over from different threads runs at once."""
-    with _dispatching:
-        return session.call(function, *args, **static)
-
-
-def _step(group: Sequence[Session], parts: int) -> list[Made]:
+def _step(group: Sequence[Session]) -> list[Made]:
     """The next blocks of sessions that go together."""
     begun = time.perf_counter()
+    pipeline, call = group[0].pipeline, group[0].call
     plan = _plan(group[0], group[0].frames_ahead())
     clean_shape = (1, _pending_frames(group[0].state, plan), *plan.shape[1:])
     # What commits by itself first, and what is committed in the batch.
     by_itself = lambda state: state.transition is not None or not plan.commits
     states = [s.prepared(s.state) if by_itself(s.state) else s.state for s in group]
-
-    def network(span: slice) -> list[tuple[jax.Array, State]]:
-        rows, numbers = zip(*(_row(state, clean_shape) for state in states[span]), strict=True)
-        columns = Numbers(*(np.asarray(column) for column in zip(*_padded(numbers), strict=True)))
-        found = _called(group[0], _next_blocks, group[0].pipeline.model, _padded(rows), columns, plan=plan)
-        return jax.block_until_ready(list(found[: len(rows)]))
-
-    size = -(-len(group) // parts)
-    spans = [slice(first, first + size) for first in range(0, len(group), size)]
-    if len(spans) == 1:
-        found = network(spans[0])
-    else:
-        with ThreadPoolExecutor(len(spans)) as pool:
-            found = [row for part in pool.map(network, spans) for row in part]
+    rows, numbers = zip(*(_row(state, clean_shape) for state in states), strict=True)
+    columns = Numbers(*(np.asarray(column) for column in zip(*_padded(numbers), strict=True)))
+    found = call(_next_blocks, pipeline.model, _padded(rows), columns, plan=plan)
+    jax.block_until_ready([x0 for x0, _ in found])
     made = time.perf_counter()
-    decoded = _decoded(group[0], [x0 for x0, _ in found], [state.decoder for state in states])
+    decoded = _decoded(group[0], [x0 for x0, _ in found[: len(group)]], [state.decoder for state in states])
     blocks = []
-    for session, state, (x0, cache), (video, decoder) in zip(group, states, found, decoded, strict=True):
+    for session, state, (x0, cache), (video, decoder) in zip(group, states, found, decoded, strict=False):
         after = replace(session.remembers(state), cache=cache, decoder=decoder, pending=(state.frame, x0))
         blocks.append(session.went_on(after, video, begun, made))
     return blocks
@@ -286,7 +257,7 @@ def _decoded(session: Session, latents: Sequence[jax.Array], states: Sequence[An
     return [found[i] for i in range(len(states))]
 
 
-def compile_sizes(session: Session, sizes: Sequence[int] = SIZES, parts: int = 0) -> None:
+def compile_sizes(session: Session, sizes: Sequence[int] = SIZES) -> None:
     """Makes a block of each of these sizes with copies of a session, which stays as it is: their programs are there."""
     for size in sizes:
-        step_together([session.fork() for _ in range(size)], parts)
+        step_together([session.fork() for _ in range(size)])

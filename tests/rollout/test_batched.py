@@ -34,9 +34,9 @@ def stream(number: int = 0, blocks: Blocks = SLOTS, sampler=FEW, **changes):
     return made
 
 
-def together(streams, count: int = 1, parts: int = 1) -> list[np.ndarray]:
+def together(streams, count: int = 1) -> list[np.ndarray]:
     """The latents of so many blocks of each."""
-    steps = [step_together(streams, parts) for _ in range(count)]
+    steps = [step_together(streams) for _ in range(count)]
     return [np.concatenate([np.asarray(step[i].latents_BFHWC) for step in steps], 1) for i in range(len(streams))]
 
 
@@ -105,14 +105,6 @@ def test_a_row_depends_on_nothing_but_itself():
     assert relative(together([first.fork(seed=5), *others[:2]], 2)[0], known) > 0.1
 
 
-def test_parts_of_a_batch_are_batches():
-    """At the same time, in threads: the same bits as one after another."""
-    streams = [stream(i) for i in range(4)]
-    wanted = [together([one.fork() for one in pair], 2) for pair in (streams[:2], streams[2:])]
-    for found, known in zip(together(streams, 2, parts=2), [*wanted[0], *wanted[1]], strict=True):
-        np.testing.assert_array_equal(found, known)
-
-
 def test_snapshots_are_values():
     streams = [stream(i) for i in range(3)]
     step_together(streams)
@@ -159,14 +151,11 @@ def test_a_program_per_batch_size():
     counted = lambda function: [key for key in programs._compiled if key[0] is function]
     for now in (streams, [*streams, stream(3, call=programs)], streams[:2], streams[1:2]):
         for _ in range(3):
-            step_together(now, 1)
-    assert len(counted(batched._next_blocks)) == len(counted(batched._decode)) == 3
-    for _ in range(2):  # a part is a batch, and compiled once
-        step_together([*streams, stream(3, call=programs)], 2)
+            step_together(now)
     assert len(counted(batched._next_blocks)) == len(counted(batched._decode)) == 3
     programs = Programs()
-    compile_sizes(stream(0, call=programs), (1, 2), parts=1)
-    assert len(counted(batched._next_blocks)) == len(counted(batched._decode)) == 2
+    compile_sizes(stream(0, call=programs), (1, 2, 4))
+    assert len(counted(batched._next_blocks)) == len(counted(batched._decode)) == 3
 
 
 def test_a_batch_has_no_conditional_and_no_scatter():
