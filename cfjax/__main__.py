@@ -16,6 +16,8 @@ VERBS = {
     "precompute": "render or encode a data set once: latents, captions, ODE pairs",
     "train": "train one stage of an experiment, or resume it",
     "generate": "generate videos from a trained run, block by block",
+    "serve": "live streams for browsers and programs, and a page to play with",
+    "play": "watch a server's stream from here, and write it to an mp4 file",
     "evaluate": "measure the videos of a run or of any folder, and compare two systems",
     "bench": "how fast a run streams: frames/s, latencies, FLOPs, memory, beside PyTorch if asked",
     "compare": "the same weights through cfjax and through PyTorch, one table of errors",

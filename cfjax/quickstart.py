@@ -229,6 +229,7 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
         )
     say(f"report: {page}")
     say(f'your own: cfjax generate --config.run={root}/{student} --config.prompt="a red circle moving left"')
+    say(f"live: cfjax serve --config.run={root}/{student}")
 
 
 def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:

@@ -128,6 +128,19 @@ def test_a_run_generates_and_is_exported(trained: Path, root: Path):
     assert (root / "exported" / "curves.svg").stat().st_size > 1000
 
 
+def test_a_run_is_served_and_played(trained: Path, root: Path):
+    """By a process of its own, which a signal ends."""
+    asked = [f"--config.run={trained}", "--config.port=0", "--config.sessions=1", "--config.memories=infinity_rope"]
+    script = Path(sys.executable).with_name("cfjax")
+    with subprocess.Popen([script, "serve", *asked], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = next(line.split()[1] for line in server.stdout if line.startswith("ready: "))
+        run("play", "play.py", root / "played", url=address.replace("http", "ws"), prompt=CAPTION, blocks=2)
+        server.terminate()
+        assert server.wait(60) == 0
+    assert (root / "played" / "video.mp4").stat().st_size > 1000
+
+
 def test_clips_prompts_and_lmdbs_become_sets(world: Path, root: Path):
     videos, lmdbs = helper("data/videos.py"), helper("data/lmdbs.py")
     for name in ("a.mp4", "b.webm", "c.gif"):

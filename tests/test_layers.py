@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "worlds": {"core", "data", "models", "training"},
     "experiment": {"core", "flow", "nn", "memory", "models", "rollout", "objectives", "training"}
     | {"data", "evaluation", "planning", "worlds"},
+    "serving": {"core", "data", "evaluation", "experiment", "memory", "models", "rollout", "worlds"},
     "studies": {"core", "flow", "nn", "models", "rollout", "objectives", "training", "evaluation"},
     "comparison": {"core", "flow", "nn", "models", "rollout", "objectives", "conversion"},
 }

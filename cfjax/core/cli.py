@@ -26,7 +26,16 @@ from cfjax.core.tuples import parse_tuple
 
 PACKAGE = Path(__file__).parents[1]
 # What tuples hold that configs leave empty, by the last word of their keys.
-EMPTY = {"compare": str, "dmd": str, "first_steps": int, "init_stages": str, "layers": int, "seeds": int, "steps": int}
+EMPTY = {
+    "compare": str,
+    "dmd": str,
+    "first_steps": int,
+    "init_stages": str,
+    "layers": int,
+    "origins": str,
+    "seeds": int,
+    "steps": int,
+}
 PROSE = {"prompt", "negative_prompt"}  # texts that may begin in any way
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # would break lines of messages and of scripts
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)

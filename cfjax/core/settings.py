@@ -168,6 +168,17 @@ RULES: dict[str, Rules] = {
         ("fps", FPS),
         ("scale", whole(1, SIDE)),
     ],
+    "serve": [
+        ("fps", FPS),
+        ("port", whole(0, 65535)),
+        ("sessions", whole(1, 4096)),
+        ("snapshots|seek_blocks", whole(0, 4096)),
+        ("(idle|resume)_seconds", positive(1e6)),
+    ],
+    "play": [
+        ("seed", SEED),
+        ("blocks|scale", whole(1, 1_000_000)),
+    ],
     "bench": [
         ("seed", whole(0, 2**31 - 1)),
         ("batch|batches", whole(1, 1_000_000)),

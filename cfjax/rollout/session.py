@@ -242,7 +242,7 @@ class Session:
 
     def fork(self, seed: int | None = None) -> "Session":
         """Another session from here on; with the same seed (None) it makes the same blocks."""
-        other = object.__new__(Session)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._held = deque(self._held, maxlen=self._held.maxlen)
         state = self.state
