@@ -38,6 +38,8 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], str]] = {
         "`experiment.KEY` is every key of the stage that the switches name, as [above](#stages).",
     ),
     "evaluate": ("cfjax evaluate", ("evaluate",), ""),
+    "serve": ("cfjax serve", ("serve",), "[serving.md](serving.md)."),
+    "play": ("cfjax play", ("play",), "[serving.md](serving.md)."),
     "bench": ("cfjax bench", ("bench",), "[performance.md](performance.md)."),
     "compare": ("cfjax compare", ("compare",), "[compare.md](compare.md)."),
     "quickstart": ("cfjax quickstart", ("quickstart",), ""),

@@ -10,6 +10,7 @@ WORLD = Key("world", "Folder of the Wan world; '' is beside the run, or the reco
 PROGRESS = Key("progress", "Whether progress bars are shown.")
 PRECISION = Key("precision", "Of the network's matrix products; '' is the run's own.", "", DTYPES)
 ATTEND = Key("attention", "The implementation of attention; '' is the run's own.", "", ("", *ATTENTION))
+STORAGE = Key("storage", "What weights rest in; '' is as they are multiplied.", "", (*DTYPES, "int8"))
 DECODER_PRECISION = Key("decoder_precision", "Of the decoder's products; '' is as recorded.", "", DTYPES)
 WINDOW = Key("window", "Latent frames that stay visible; 0 is all, -1 the run's own.", "latent frames")
 SINK = Key("sink", "First frames that stay visible inside the window; -1 is the run's own.", "latent frames")
@@ -39,6 +40,7 @@ GENERATE = (
     FPS, PROGRESS,
     Key("lora", "LoRA files merged into the network: FILE[:WEIGHT][|FILE[:WEIGHT]...] (docs/wan.md)."),
     Key("decoder", "Which of the world's decoders.", "", ("vae", "tiny_vae")),
+    STORAGE,
     Key(r"expect\.stage", "The stage that the run has to be of; '' is any."),
     Key(r"expect\.block_frames", "The block size that the run has to have; 0 is any.", "latent frames"),
     Key("prompt", "What to show; several prompts have a | between them."),
@@ -70,9 +72,9 @@ GENERATE = (
 BENCH = (
     RUN._replace(text="Run directory or shipped model; '' is random weights of preset."), EMA, WORLD, ATTEND,
     DECODER_PRECISION, WINDOW, SINK, FIRST_ALONE, *SAMPLER,
-    Key("preset", "Sizes of random weights.", "", ("toy", "wan_1_3b", "wan_14b")),
+    Key("preset", "Sizes of random weights.", "", ("toy", "wan_mini", "wan_1_3b", "wan_14b")),
     Key("precision", "Of the network's matrix products; '' is the run's or the preset's.", "", DTYPES),
-    Key("storage", "Of random weights; '' is as they are multiplied.", "", (*DTYPES, "int8")),
+    STORAGE,
     Key("decoder", "'' is the run's world's, the VAE or the toy's.", "", ("", "vae", "tiny_vae", "toy", "none")),
     Key("text", "Whether the text encoder is timed too."),
     Key("prompt", "The prompt that is encoded."),
@@ -157,6 +159,14 @@ EVALUATE = (
     Key("memory", "`:switch`: the sessions' memory policy.", "policy"),
     Key("prompts", "`:switch`: two prompts with a | between them, the second from the middle on."),
     Key("modes", "`:switch`: what happens to the past there: some of recache|keep|cut."),
+    Key("videos", "Instead of a run: a folder of clips, of any system, that is measured.", "folder"),
+    Key("against", "References of the same names as `videos`.", "folder"),
+    Key("compare", "Two folders, of clips or of what `videos` wrote, that are compared."),
+    Key("metrics", "Groups of metrics.", "", ("flickering", "frames", "motion")),
+    Key("block", "Frames that were generated together, for seams; 0 is unknown.", "pixel frames"),
+    Key("first_block", "Frames of the first block; 0 is as the others.", "pixel frames"),
+    Key("fps", "In place of the files' rate; 0 is the files'.", "frames/s"),
+    Key("workers", "Clips measured at a time; 0 is one a core.", "processes"),
 )  # fmt: skip
 
 EXPORT = (
@@ -178,8 +188,38 @@ PROFILE_HEADS = (
     Key("recent", "Last key frames that count as recent, the block's own included.", "latent frames"),
     Key("threshold", "The share of attention to recent frames from which a head is called static."),
     Key("batch", "Videos at a time.", "videos"),
+    Key("periodicity", "The share of a head's variation in one period from which it is a wave."),
+    Key("between", "Attention between sink and recent frames, of uniform attention's, below which a head is a veil."),
 )  # fmt: skip
 
+SERVE = (
+    RUN, EMA, WORLD, PRECISION, ATTEND, DECODER_PRECISION, FPS,
+    Key("decoder", "Which of the world's decoders.", "", ("vae", "tiny_vae")),
+    Key("text_cache", f"{TEXT_CACHE}; '' is none."),
+    Key("memories", "Memory policies that clients can choose from (docs/memory.md); the first is the default."),
+    Key("prompts", "Prompts that the page offers."),
+    Key("host", "Address to listen at; others than this machine's need a token."),
+    Key("port", "Port to listen at; 0 is a free one."),
+    Key("token", "What clients have to know; '' is nothing."),
+    Key("origins", "Pages of other hosts that may connect, as https://example.com."),
+    Key("sessions", "Sessions at a time.", "sessions"),
+    Key("together", "Whether sessions go through the device together."),
+    Key("snapshots", "Snapshots of a session; each holds a cache on the device.", "snapshots"),
+    Key("seek_blocks", "Blocks that a session can go back; each holds a cache.", "blocks"),
+    Key("idle_seconds", "A session without a message ends after so long.", "seconds"),
+    Key("resume_seconds", "A lost socket can come back for so long.", "seconds"),
+)  # fmt: skip
+PLAY = (
+    Key("url", "Address of the server."),
+    Key("token", "What the server asks for; '' is nothing."),
+    Key("prompt", "What to show; several, one after another, have a | between them."),
+    Key("mode", "What happens to the past when the prompt changes.", "", ("recache", "keep", "cut")),
+    Key("seed", "Seed of the stream."),
+    Key("memory", "One of the server's policies; '' is its first.", "policy"),
+    Key("blocks", "Blocks that are asked for.", "blocks"),
+    Key("scale", "Each pixel becomes a square of this side in the mp4.", "pixels"),
+    Key("overwrite", "Whether a video that is there is replaced."),
+)
 QUICKSTART = (
     Key("recipe", "Which stages are trained; set by the switch."),
     Key("layout", "Switches that every stage gets (framewise, 2step, 1step); set by the switch."),
@@ -233,6 +273,8 @@ ABLATION = (
 
 VERBS = {
     "generate": GENERATE,
+    "serve": SERVE,
+    "play": PLAY,
     "bench": BENCH,
     "precompute": PRECOMPUTE,
     "convert": CONVERT,
