@@ -7,9 +7,10 @@
 
 Every policy with every codec makes the same clips of each seed, from the same noise; a video is ten times as long as
 those of training. What is measured is kept in the work folder and not measured again; the table holds all of it, means
-and standard deviations over the seeds. Frames/s are those of the fastest batch, with the decoder. `--heads`, which
-`cfjax profile_heads` writes, adds Forcing-KV. Beside that, `codec_errors`: how far the latents of 40 blocks are from
-those of the same stream without a codec (`rollout.stored_error`).
+and standard deviations over the seeds. Frames/s are those of the fastest batch, with the decoder. `--heads=heads.json`
+and `--labels=labels.csv`, which `cfjax profile_heads` writes, add Forcing-KV and Pyramid Forcing. Beside that,
+`codec_errors`: how far the latents of 40 blocks are from those of the same stream without a codec
+(`rollout.stored_error`).
 """
 
 import argparse
@@ -48,8 +49,9 @@ POLICIES = {
     "deep_forcing": "deep_forcing(window=12, sink=3, capacity=9, recent=3)",
     "dummy_forcing": "dummy_forcing",
     "forcing_kv": "forcing_kv",
+    "pyramid": "pyramid(near=9, far=12)",
 }
-OWN_STORAGE = ("full", "memory_bank", "deep_forcing", "forcing_kv")  # no codec
+OWN_STORAGE = ("full",)  # no codec
 CODECS = ("none", "bf16", "fp8", "int8", "int4")
 SHOWN = ("follows", "step", "residual", "saturation", "sharpness")
 
@@ -63,8 +65,9 @@ def with_setting(policy: str, setting: str) -> str:
 def policy_text(options: argparse.Namespace, name: str, codec: str) -> str:
     """What names the policy with this codec; "" where it has none, or where a table of heads is missing."""
     text = POLICIES[name]
-    if name == "forcing_kv":
-        text = with_setting(text, f"profile={options.heads}") if options.heads else ""
+    tables = {"forcing_kv": options.heads, "pyramid": options.labels}
+    if name in tables:
+        text = with_setting(text, f"profile={tables[name]}") if tables[name] else ""
     if codec == "none" or not text:
         return text
     return "" if name in OWN_STORAGE else with_setting(text, f"codec={codec}")
@@ -170,6 +173,7 @@ def main() -> None:
     command.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     command.add_argument("--codecs", nargs="+", default=list(CODECS), choices=CODECS)
     command.add_argument("--heads", default="", help="heads.json of the run, as cfjax profile_heads writes it")
+    command.add_argument("--labels", default="", help="labels.csv beside it")
     command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     command.add_argument("--frames", type=int, default=10 * TRAINED, help="latent frames of a video")
     command.add_argument("--clips", type=int, default=24, help="videos of a seed")

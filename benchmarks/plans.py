@@ -10,6 +10,7 @@ accelerator. Nothing here was run on one: memory and collectives are the compile
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,9 +92,9 @@ def rows_of(name: str, workdir: Path) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, GiB and seconds per device."""
     lines = [
-        "| stage | update | machine | mesh | arguments | temporaries | peak | of | TFLOP needed / executed |"
-        " s at peak | collectives, GiB | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| stage | update | machine | mesh | microbatches | arguments | temporaries | peak | of |"
+        " TFLOP needed / executed | s at peak | collectives, GiB | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         gib = lambda key, row=row: f"{row[key] / GIB:.1f}"
@@ -107,6 +108,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["role"],
             row["topology"],
             mesh,
+            str(row["accumulate"][row["role"]]),
             *(gib(key) for key in ("arguments", "temporaries", "peak")),
             limit,
             f"{row['flops'] / 1e12:.0f} / {row['executed'] / 1e12:.0f}",
@@ -116,6 +118,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def commands() -> str:
+    """Every entry's command as it is given in a shell, one a line."""
+    return "\n".join(shlex.join(["cfjax", *command(name, Path("runs/plans") / name)]) for name in PLANS)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cfjax.core.cli import Flag, parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import write_atomically
@@ -200,15 +200,16 @@ def table(record: Mapping[str, Any]) -> str:
     blocks, per_frame = record["blocks"], 1 / speed["frames"]
     seen = (blocks or {}).get("memory") or f"window {blocks['window'] or 'all'}" if blocks else ""
     layout = f"blocks of {blocks['frames']}, {seen}" if blocks else "bidirectional"
+    layers, frames = counted(network["num_layers"], "layer"), counted(video["frames"], "frame")
     rows = {
-        record["run"]: f"{network['dim']} wide, {network['num_layers']} layers, {network['precision']['compute']}",
-        "video": f"{video['frames']} frames of {video['width']} x {video['height']}, batch {record['batch']}, {layout}",
+        record["run"]: f"{network['dim']} wide, {layers}, {network['precision']['compute']}",
+        "video": f"{frames} of {video['width']} x {video['height']}, batch {record['batch']}, {layout}",
         "on": record["device"]["kind"],
         f"frames/s, decoder {record['decoder']}": f"{speed['frames_per_second']:.2f}",
         "frames/s without decoder": f"{speed['frames_per_second_without_decoder']:.2f}",
         "first frames, ms: warm": ms(speed["first_frame_s"]),
         "first frames, ms: cold, with compiling": ms(speed["cold_first_frame_s"]),
-        "compiling, s": f"{speed['compile_s']:.1f} ({speed['programs']} programs)",
+        "compiling, s": f"{speed['compile_s']:.1f} ({counted(speed['programs'], 'program')})",
         "block, ms: p50 / p95 / p99": three(speed["block_s"]),
         "of these the network": three(speed["block_network_s"]),
         "of these the decoder": three(speed["block_decoder_s"]),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfjax.core.checksums import SUMS, differing, read_sums
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.paths import file_sizes, in_bucket, is_folder, path_of
 from cfjax.data.check import check_dataset
@@ -68,12 +68,11 @@ def check_place(place: Path) -> int:
     for line in found.unsure:
         say(f"note: {line}")
     what = ", ".join(found.kinds)
-    say(f"{place}: {what}: " + (_counted(found.bad) if found.bad else "all that has checksums is as it was written"))
+    say(
+        f"{place}: {what}: "
+        + (counted(found.bad, "fault") if found.bad else "all that has checksums is as it was written")
+    )
     return DIFFERENT if found.bad else 0
-
-
-def _counted(faults: int) -> str:
-    return "1 fault" if faults == 1 else f"{faults} faults"
 
 
 def _faults(place: Path, found: Findings) -> Iterator[str]:
@@ -105,7 +104,7 @@ def _folders_of_checkpoints(place: Path) -> list[Path]:
 
 def _checkpoints(folder: Path, found: Findings) -> Iterator[str]:
     steps = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
-    found.kinds.append(f"{len(steps)} checkpoints" if len(steps) != 1 else "1 checkpoint")
+    found.kinds.append(counted(len(steps), "checkpoint"))
     for step in steps:
         try:
             if read_sums(step) is None:
@@ -129,7 +128,7 @@ def _listed(place: Path) -> Iterator[str]:
 def _videos(place: Path, found: Findings, *, summed: bool) -> Iterator[str]:
     """Sizes of the videos that are recorded as finished; their bits are in the sums, which a set gets at its end."""
     videos = read_set(place, resume=True)
-    found.kinds.append(f"{len(videos.done)} finished videos of {len(videos.asked)}")
+    found.kinds.append(f"{counted(len(videos.done), 'finished video')} of {len(videos.asked)}")
     if not summed:
         found.unsure.append(f"{place} has no checksums, which come when all videos are made: sizes were compared")
     for line in videos.done.values():

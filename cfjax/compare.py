@@ -39,7 +39,9 @@ in float32. Prints one table (what, shape, largest absolute and relative error, 
 and writes it as JSON. Exit code 0: all within tolerance; 1: something is not; 2: the command has a mistake."""
 FLAGS = (
     Flag(
-        "against", "diffusers: the Hugging Face classes; reference: a clone of it", choices=("diffusers", "reference")
+        "against",
+        "diffusers: the Hugging Face classes; peft: LoRA in its hands; reference: a clone of it",
+        choices=("diffusers", "peft", "reference"),
     ),
     Flag("reference_dir", "with --against=reference: your clone of Causal-Forcing or Self-Forcing", default=""),
     Flag("only", "comma-separated checks, as --only=dit,vae (empty: all)", default=""),
@@ -47,8 +49,12 @@ FLAGS = (
     Flag("json", "where the table goes as JSON (empty: WORKDIR/compare.json)", default=""),
     Flag("seed", "of inputs and random weights", kind=int, default=0),
 )
-NEEDS = {"diffusers": ("torch", "diffusers", "transformers"), "reference": ("torch",)}
-PACKAGES = ("cfjax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers")
+NEEDS = {
+    "diffusers": ("torch", "diffusers", "transformers"),
+    "peft": ("torch", "diffusers", "transformers", "peft"),
+    "reference": ("torch",),
+}
+PACKAGES = ("cfjax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "transformers", "peft")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,7 +115,9 @@ def checks_of(against: str | None, reference_dir: str) -> Mapping[str, Check[Cas
       UserError: no side named, its packages or its clone are missing.
     """
     if against is None:
-        raise UserError("--against is missing: --against=diffusers, or --against=reference --reference_dir=CLONE")
+        raise UserError(
+            "--against is missing: --against=diffusers, --against=peft, or --against=reference --reference_dir=CLONE"
+        )
     missing = [name for name in NEEDS[against] if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--against={against} needs {', '.join(missing)}: pip install -e '.[compare]' in the clone")
@@ -117,6 +125,10 @@ def checks_of(against: str | None, reference_dir: str) -> Mapping[str, Check[Cas
         from cfjax.comparison.diffusers import CHECKS
 
         return CHECKS
+    if against == "peft":
+        from cfjax.comparison import peft
+
+        return peft.CHECKS
     if not reference_dir:
         raise UserError("--against=reference needs --reference_dir=CLONE, the folder of your clone of Causal-Forcing")
     from cfjax.comparison.reference_checks import open_checks

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cfjax.conversion.kinds import KINDS, Network
 from cfjax.conversion.lora import open_loras, with_loras
@@ -28,11 +27,12 @@ from cfjax.conversion.wan import TEXT_LENGTH, TI2V_CHANNELS, config_json_wan
 from cfjax.conversion.weight_file import SAFETENSORS
 from cfjax.conversion.write import write_json
 from cfjax.core.cli import parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints, local_path, path_of, reporting_storage_errors
 from cfjax.core.precision import Policy, to_record
+from cfjax.core.progress import Progress
 from cfjax.core.staging import contents, place, roll_back, staging
 from cfjax.experiment.lora import open_network, records_of, settings_of
 from cfjax.experiment.record import SIZES, read_run
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
             say(f"  {UNSAID}")
         total = sum(x.nbytes for each in source.found for x in each.network.arrays.values())
         with (
-            tqdm(total=total, unit="B", unit_scale=True, disable=not c.progress, leave=False) as bar,
+            Progress(total, "B", "convert", shown=c.progress) as bar,
             reporting_storage_errors(workdir, "nothing was changed there"),
             staging(workdir) as partial,
         ):
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     parameters = sum(x.size for each in source.found for x in each.network.arrays.values())
     size = f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.2f} MB"
     speed = f"{seconds:.1f} s, {total / 1e9 / seconds:.3f} GB/s"
-    say(f"{workdir}: {tensors:,} tensors, {parameters:,} parameters, {size} in {speed}")
+    say(f"{workdir}: {counted(tensors, 'tensor')}, {counted(parameters, 'parameter')}, {size} in {speed}")
     return 0
 
 
@@ -119,7 +119,7 @@ def _describe(found: Found) -> None:
     role = f" ({entry_of(found)})" if network.kind == "dit" else ""
     tensors = sum(len(x.parts) for x in arrays)
     layout = f", {network.layout} layout" if network.layout else ""
-    say(f"  {network.file}: {KINDS[network.kind].title}{role}, {tensors} tensors, {dtypes}{layout}")
+    say(f"  {network.file}: {KINDS[network.kind].title}{role}, {counted(tensors, 'tensor')}, {dtypes}{layout}")
     for note in network.notes:
         if not note.startswith(LEFT_OUT):
             say(f"    {note}")
@@ -312,7 +312,7 @@ def write_adapters(c: ConfigDict, workdir: Path) -> int:
     ):
         count = write_lora(c.to, partial, tensors, settings_of(record), record["base"]["init"])
         _put(partial, workdir)
-    say(f"{workdir}: the LoRA of {key}, {count} tensors of rank {record['rank']}, alpha {record['alpha']:g}")
+    say(f"{workdir}: the LoRA of {key}, {counted(count, 'tensor')} of rank {record['rank']}, alpha {record['alpha']:g}")
     return 0
 
 

@@ -7,8 +7,12 @@ from typing import cast, get_args
 from ml_collections import ConfigDict
 
 from cfjax.core.cli import parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
+from cfjax.core.lock import holding
+from cfjax.evaluation.clip_folders import PAGE, RESULT, compare_folders, score_folder, summary_lines
+from cfjax.evaluation.clip_score import Settings
+from cfjax.evaluation.clip_summary import VIDEOS
 from cfjax.evaluation.tables import gather, write_table
 from cfjax.experiment.measure import evaluate_run, save_evaluation
 from cfjax.experiment.measure_streams import LONG, SWITCH, measure_long, measure_switch, save_streams
@@ -19,7 +23,8 @@ DESCRIPTION = """Generates videos for held-out captions with a run's own sampler
 Writes evaluation.json and samples.npz to the workdir. With --config=configs/evaluate.py:table it puts evaluations side
 by side instead: mean and standard deviation over seeds, table.json and table.md. With configs/evaluate.py:long it
 measures long videos under memory policies over time, with :switch sessions whose prompt changes: long.json, switch.json
-and their videos."""
+and their videos. With --config.videos=FOLDER it measures the clips of any system in that folder: videos.json. With
+--config.compare=A,B it compares two such folders, prompt by prompt: compare.html and compare.json."""
 SHOWN = (
     "all_correct",
     "shape_correct",
@@ -36,6 +41,8 @@ SHOWN = (
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, evaluates, prints the table."""
     c, workdir, _ = parse("evaluate", argv, description=DESCRIPTION, default_config="configs/evaluate.py", bucket=True)
+    if c.videos or c.compare or c.against:
+        return _clips(c, workdir)
     if c.evaluations:
         say(write_table(workdir, gather(c.evaluations)))
         say(f"written to {workdir}/table.json and {workdir}/table.md")
@@ -46,12 +53,31 @@ def main(argv: Sequence[str]) -> int:
     result = evaluate_run(run, clips=c.clips, batch=c.batch, seed=c.seed, kept=c.kept)
     save_evaluation(workdir, result)
     summary = result["summary"]
-    say(f"{run.name} ({run.stage}, step {run.step}): {c.clips} videos of held-out captions")
+    say(f"{run.name} ({run.stage}, step {run.step}): {counted(c.clips, 'video')} of held-out captions")
     for name in (name for name in SHOWN if name in summary):  # one clip per caption has no diversity
         bounds = f"  [{summary[name + '_low']:.3f}, {summary[name + '_high']:.3f}]" if name + "_low" in summary else ""
         say(f"  {name:18s} {summary[name]:.3f}{bounds}")
     say(f"  network calls      {result['network_calls']}   frames/s {result['frames_per_second']:.1f}")
     say(f"written to {workdir}/evaluation.json")
+    return 0
+
+
+def _clips(c: ConfigDict, workdir: Path) -> int:
+    """Clips of any system; see `evaluation.clip_folders`."""
+    if c.videos and c.compare:
+        raise UserError("videos and compare exclude each other: measure a folder, or compare two")
+    if c.against and not c.videos:
+        raise UserError(f"against={c.against}: is compared with the clips of --config.videos; give both")
+    settings = Settings(tuple(c.metrics), c.block, c.first_block, c.fps)
+    with holding(workdir):
+        if c.compare:
+            compare_folders(tuple(c.compare), settings, workdir, workers=c.workers, tell=say)
+            say(f"written to {workdir}/{PAGE} and {workdir}/{RESULT}")
+            return 0
+        score_folder(c.videos, c.against, settings, workdir, workers=c.workers)
+        for line in summary_lines(workdir):
+            say(line)
+    say(f"written to {workdir}/{VIDEOS}")
     return 0
 
 
@@ -64,7 +90,7 @@ def _streams(c: ConfigDict, run: Run, workdir: Path) -> int:
             kept=c.kept,
         )  # fmt: skip
         save_streams(workdir, LONG, result)
-        say(f"{run.name}: {c.clips} videos of {result['frames']} latent frames under each policy")
+        say(f"{run.name}: {counted(c.clips, 'video')} of {counted(result['frames'], 'latent frame')} under each policy")
         say(f"  {'shape and colour as captioned, first and last piece':60s} residual")
         for name, policy in result["policies"].items():
             follows, residual = policy["over_time"]["follows"], policy["over_time"]["residual"]
@@ -81,7 +107,8 @@ def _streams(c: ConfigDict, run: Run, workdir: Path) -> int:
         seed=c.seed, kept=c.kept,
     )  # fmt: skip
     save_streams(workdir, SWITCH, result)
-    say(f"{run.name}: {c.clips} sessions a mode; {prompts[0]!r} becomes {prompts[1]!r} at block {result['switch']}")
+    sessions = counted(c.clips, "session")
+    say(f"{run.name}: {sessions} a mode; {prompts[0]!r} becomes {prompts[1]!r} at block {result['switch']}")
     for mode, shares in result["modes"].items():
         bounds = f"[{shares['settled_low']:.3f}, {shares['settled_high']:.3f}]"
         say(f"  {mode:8s} follow all of it two blocks later: {shares['settled']:.3f} {bounds}")

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from cfjax.conversion.lora import check_loras, merged, open_loras
 from cfjax.conversion.lora_files import LoraFile
 from cfjax.core.cli import parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_writable, in_bucket, one_line, reporting_storage_errors, unusable, write_atomically
 from cfjax.core.precision import to_record
@@ -66,17 +66,8 @@ with what is finished, which --config.resume=True resumes."""
 TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
 # What decides a request's video; a set cannot be resumed with other values.
 DECIDING = (
-    *(
-        "run.stage",
-        "run.step",
-        "run.averaged",
-        "run.weights",
-        "run.lora",
-        "run.high_noise",
-        "network",
-        "world",
-        "decoder",
-    ),
+    *("run.stage", "run.step", "run.averaged", "run.weights", "run.lora", "run.high_noise", "run.storage"),
+    *("network", "world", "decoder"),
     *("frames", "given_frames", "height", "width", "latent_shape", "sampler", "blocks", "negative_prompt"),
     *("video_sha256", "fit", "fps", "scale"),
 )
@@ -144,6 +135,7 @@ def open_job(c: ConfigDict, workdir: Path) -> Job:
         block_frames=c.expect.block_frames,
         precision=c.precision,
         attention=c.attention,
+        storage=c.storage,
     )
     check_loras(open_loras(c.lora), run.model.config)
     return plan(c, run, requests)
@@ -173,13 +165,13 @@ def report_found(found: Found, todo: SetPlan, videos: VideoSet) -> bool:
     """Says what is there already; whether that is everything."""
     if todo.unasked:
         first = ", ".join(todo.unasked[:3]) + (", ..." if todo.unasked[3:] else "")
-        say(f"{len(todo.unasked)} videos in {found.folder} are no longer requested; kept: {first}")
+        say(f"{found.folder}: {counted(len(todo.unasked), 'video')} no longer requested; kept: {first}")
     pages = todo.pages == sheet_pages(len(videos.asked)).keys()
     if found.settings.get("complete") and found.asked == videos.asked and not todo.make and pages:
-        say(f"all {len(videos.asked)} videos are in {found.folder}; nothing to make")
+        say(f"{found.folder} is complete, {counted(len(videos.asked), 'video')}; nothing to make")
         return True
     if there := len(videos.asked) - len(todo.make):
-        say(f"{there} of {len(videos.asked)} videos are in {found.folder}; going on with {len(todo.make)}")
+        say(f"{found.folder} has {there} of {counted(len(videos.asked), 'video')}; going on with {len(todo.make)}")
         for name in ("versions", "device"):
             before, now = found.settings.get(name), videos.settings[name]
             if before != now:
@@ -204,7 +196,7 @@ def make_videos(
     Args:
       seconds: gets those of the text, of opening the weights, and of compiling.
     """
-    programs, timings, make = Programs(), Timings(), set(todo.make)
+    programs, timings, make = Programs(say if c.progress else None), Timings(), set(todo.make)
     pages = SheetPages(
         videos.folder,
         [video.file for video in videos.asked],
@@ -305,6 +297,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
             "averaged": run.averaged,
             "weights": weights_hash(run),
             **({"high_noise": job.high.record(weights_hash(job.high.run))} if job.high else {}),
+            **({"storage": c.storage} if c.storage else {}),
             **({"lora": [lora_record(lora) for lora in open_loras(c.lora)]} if c.lora else {}),
         },
         "network": to_record(run.model.config),
@@ -359,12 +352,15 @@ def peak_host_bytes() -> int | None:
 def report(todo: SetPlan, workdir: Path, record: dict[str, Any]) -> None:
     """Three lines on the terminal, or one when only what describes the videos was written."""
     if not todo.make:
-        return say(f"all {len(record['videos'])} videos are in {workdir}; contact sheets and settings are updated")
+        there = counted(len(record["videos"]), "video")
+        return say(f"{workdir} is complete, {there}; contact sheets and settings are updated")
     t, seconds = record["timings"], record["seconds"]
     tile = f" in tiles of {record['decoder']['tile']}" if record["decoder"]["tile"] else ""
-    say(f"{t['videos']} videos of {record['frames']} frames, {record['width']} x {record['height']}, in {workdir}")
+    videos, frames = counted(t["videos"], "video"), counted(record["frames"], "frame")
+    calls = counted(record["network_calls"], "network call")
+    say(f"{videos} of {frames}, {record['width']} x {record['height']}, in {workdir}")
     say(
-        f"{record['network_calls']} network calls each; {t['frames_per_second_with_decoder']:.1f} frames/s with the "
+        f"{calls} each; {t['frames_per_second_with_decoder']:.1f} frames/s with the "
         f"{record['decoder']['name']} decoder{tile}, {t['frames_per_second_without_decoder']:.1f} without, "
         f"batch {record['batch']} on one {record['device']['kind']}"
     )

@@ -10,18 +10,19 @@ from typing import Any
 import jax
 
 from cfjax.core.cli import Flag, given_keys, parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import write_atomically
 from cfjax.core.sharding import abstract_mesh, batch_shards, make_mesh
 from cfjax.core.topology import GIB, Topology, open_topology, parse_topology, simulate_devices
 from cfjax.experiment.build import Experiment, build
 from cfjax.experiment.data import Shapes
+from cfjax.experiment.notes import other_sizes
 from cfjax.experiment.programs import expected_trip_counts, lower_update, stage_memory, whole_flops, with_attention
 from cfjax.experiment.stream_plan import plan_stream, stream_table
 from cfjax.models.vae import published_vae
-from cfjax.models.wan import preset as network_preset
 from cfjax.planning.programs import Cost, compile_update
+from cfjax.planning.progress import telling
 from cfjax.planning.search import Candidate, candidates, overrides
 from cfjax.training.memory import memory_table, needed_bytes
 
@@ -41,7 +42,6 @@ FLAGS = (
     Flag("hlo", "write the compiled programs' HLO text, WORKDIR/ROLE.hlo.gz", kind=bool, default=False),
     Flag("only", "comma-separated roles that are compiled; of a stream decoders, or network (empty: all)", default=""),
 )
-WAN_TEXT = 4096
 TOY_PATCH, TOY_TEXT = 8, 64
 
 
@@ -74,7 +74,9 @@ def main(argv: Sequence[str]) -> int:
     simulate_devices(topology)
     if streams:
         return plan_streaming(c, argv, topology, flags, workdir / "plan.json")
-    e = build(c, given_keys(argv))
+    e = build(c, given_keys(argv)).with_sizes()
+    for note in other_sizes(e):
+        say(note)
     shapes, only = shapes_of(e, flags), [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
     plans = [plan(e, shapes, topology, devices, only=only, verbose=True, keep=workdir if flags["hlo"] else None)]
@@ -116,16 +118,16 @@ def shapes_of(e: Experiment, flags: Mapping[str, Any]) -> Shapes:
     if toy := e.data.toy:
         side = toy.shapes.size // TOY_PATCH
         return Shapes((toy.shapes.frames, side, side, toy.channels), (toy.text_length, TOY_TEXT))
-    channels = network_preset(e.networks["student"].preset).in_dim
-    time, height, width = published_vae(channels).stride
+    sizes = e.networks["student"].base
+    time, height, width = published_vae(sizes.in_dim).stride
     if flags["frames"] % time != 1:
         raise UserError(f"--frames={flags['frames']}: use 1 + a multiple of {time}")
     for name, stride in (("height", 2 * height), ("width", 2 * width)):
         if flags[name] % stride or flags[name] < stride:
             raise UserError(f"--{name}={flags[name]}: use a multiple of {stride}")
     frames = 1 + flags["frames"] // time
-    latents = (frames, flags["height"] // height, flags["width"] // width, channels)
-    return Shapes(latents, (flags["text"], WAN_TEXT))
+    latents = (frames, flags["height"] // height, flags["width"] // width, sizes.in_dim)
+    return Shapes(latents, (flags["text"], sizes.text_dim))
 
 
 def plan(
@@ -141,7 +143,7 @@ def plan(
     """Compiles the updates of an experiment (those of `only`, or all) for `devices`.
 
     Args:
-      verbose: print the memory of the weights before compiling.
+      verbose: print the memory of the weights before compiling; what is compiled is said in any case.
       keep: see `compile_update`.
 
     Raises:
@@ -161,13 +163,17 @@ def plan(
     used, attention = with_attention(e, topology.chip.platform)
     memory = stage_memory(used, shapes, mesh)
     if verbose:
-        say(f"{e.stage.name} on {topology.name}, {len(devices)} devices; before activations, GiB per device:")
+        say(
+            f"{e.stage.name} on {topology.name}, {counted(len(devices), 'device')}; before activations, GiB per device:"
+        )
         say("\n".join(memory_table(memory)))
-    costs, trip_counts = [], expected_trip_counts(e, shapes.latents[0])
-    for role in only or e.stage.losses:
-        needed, executed = (whole_flops(e, shapes, role, remat=remat) / len(devices) for remat in (False, True))
-        lowered, arguments = lower_update(used, shapes, mesh, role)
-        cost = compile_update(role, lowered, topology, arguments=arguments, trip_counts=trip_counts, keep=keep)
+    costs, trip_counts = list[Cost](), expected_trip_counts(e, shapes.latents[0])
+    roles = list(only or e.stage.losses)
+    for number, role in enumerate(roles, 1):
+        with telling(say, f"the {role}'s update for {topology.name} ({number} of {len(roles)})"):
+            needed, executed = (whole_flops(e, shapes, role, remat=remat) / len(devices) for remat in (False, True))
+            lowered, arguments = lower_update(used, shapes, mesh, role)
+            cost = compile_update(role, lowered, topology, arguments=arguments, trip_counts=trip_counts, keep=keep)
         costs.append(replace(cost, flops=needed, executed=executed))
     return Plan(topology, dict(e.mesh), e.data.batch_size, accumulate, attention, needed_bytes(memory), costs)
 
@@ -223,6 +229,8 @@ def report(e: Experiment, found: Plan) -> None:
         work = f"{cost.flops:11.3g}  {cost.executed:8.3g}  {cost.seconds(topology):9.3f}"
         say(f"{cost.role:<14}  {gib}  {work}  {cost.compile_seconds:14.0f}")
     for cost in found.costs:
+        if cost.problem:
+            say(f"{cost.role}: {cost.problem}")
         kinds = sorted(cost.traffic.items())
         moved = ", ".join(f"{kind} {t.runs:,.0f} of {t.bytes / GIB:,.1f} GiB" for kind, t in kinds)
         seconds = cost.traffic_bytes() * chip.devices / chip.interconnect if chip.interconnect else 0.0

@@ -1,6 +1,6 @@
 """`cfjax precompute`: clips, LMDBs and prompts to latents and text rows, or an AR teacher's ODE pairs; once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cfjax.core.cli import Flag, given_keys, parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, local_path, path_of, read_if_whole
+from cfjax.core.progress import Progress, compiling
 from cfjax.data.captions import Columns
 from cfjax.data.check import check_dataset
 from cfjax.data.clips import read_listing
@@ -33,7 +33,7 @@ from cfjax.data.precompute import digest
 from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import identity
 from cfjax.experiment.data import Data, data_of, data_root, difference, pairs_layout
-from cfjax.experiment.networks import check_blocks, roles_of
+from cfjax.experiment.networks import check_blocks, networks_in, roles_of, sized
 from cfjax.experiment.reference import apply_reference
 from cfjax.experiment.stage import blocks_of
 from cfjax.models.codec import Codec
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         precompute_pairs(apply_reference(c, given_keys(argv)))
     else:
         data = data_of(c).open()
-        say(f"{data.dataset.path}: {len(data.dataset)} clips of latents {data.dataset.latent_shape}")
+        say(f"{data.dataset.path}: {counted(len(data.dataset), 'clip')} of latents {data.dataset.latent_shape}")
     return 0
 
 
@@ -87,7 +87,7 @@ def check(path: str, c: ConfigDict) -> int:
     for fault in faults():
         say(str(fault))
         count += 1
-    say(f"{path}: {count} faults" if count else f"{path}: every record is good")
+    say(f"{path}: {counted(count, 'fault')}" if count else f"{path}: every record is good")
     return int(count > 0)
 
 
@@ -160,10 +160,11 @@ def _report(writer: SetWriter, complete: bool, skipped: Sequence[Any]) -> None:
         say(f"left out {len(skipped) - SHOWN} more")
     if complete:
         out, items = len(writer.skipped()), writer.items
-        say(f"{writer.path}: {items - out} records of {items} items, {out} left out (report.json says why)")
+        records = counted(items - out, "record")
+        say(f"{writer.path}: {records} of {counted(items, 'item')}, {out} left out (report.json says why)")
     else:
         there = sum(map(writer.done, range(writer.parts)))
-        say(f"{writer.path}: {there} of {writer.parts} parts are there; the other shards make the rest")
+        say(f"{writer.path}: {there} of {counted(writer.parts, 'part')} are there; the other shards make the rest")
 
 
 def shard_of(c: ConfigDict) -> tuple[int, int]:
@@ -191,7 +192,7 @@ def _open_clips(c: ConfigDict, world: World) -> Opened:
         "report": {"passed_over": dict(found.passed_over)},
         "say": found.notes(),
     }
-    encode = video_encoder(world.codec, c.encode_frames)
+    encode = video_encoder(world.codec, c.encode_frames, shown=c.progress)
     return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode
 
 
@@ -269,8 +270,12 @@ def captions_of(source: Source, items: Iterable[int]) -> Iterator[str]:
             yield source.caption(item)
 
 
-def video_encoder(codec: Codec, frames: int) -> EncodeVideo:
-    """uint8 [B, P, H, W, 3] to float32 latents_BFHWC; Wan's VAE takes `frames` latent frames at a time (0: all)."""
+def video_encoder(codec: Codec, frames: int, *, shown: bool = False) -> EncodeVideo:
+    """uint8 [B, P, H, W, 3] to float32 latents_BFHWC; Wan's VAE takes `frames` latent frames at a time (0: all).
+
+    Args:
+      shown: say that the first call compiles.
+    """
 
     @jax.jit
     def encode(codec: Any, video: jax.Array) -> jax.Array:
@@ -279,7 +284,22 @@ def video_encoder(codec: Codec, frames: int) -> EncodeVideo:
             return encode_in_steps(codec, scaled, frames)
         return codec.encode(scaled)
 
-    return lambda video: np.asarray(encode(codec, video), np.float32)
+    return _said_once(lambda video: np.asarray(encode(codec, video), np.float32), "the encoder of clips", shown)
+
+
+def _said_once(function: Callable[..., Any], what: str, shown: bool) -> Callable[..., Any]:
+    """The function; its first call says that it compiles."""
+    called = False
+
+    def call(*args: Any) -> Any:
+        nonlocal called
+        if called:
+            return function(*args)
+        called = True
+        with compiling(f"{what}, with a first batch", shown=shown):
+            return function(*args)
+
+    return call
 
 
 # ---- ODE pairs
@@ -300,12 +320,13 @@ def precompute_pairs(c: ConfigDict) -> Path:
     method = values.pop("method")
     if method not in METHODS:  # before any file is touched, or any clip rendered
         raise UserError(f"objective.method={method!r}: use one of {', '.join(METHODS)}")
-    roles = roles_of(c)
+    roles = sized(roles_of(c))
     check_blocks(blocks_of(c), roles.values())
     data = data_of(c).open()
     if c.pairs > len(data.dataset):
-        raise UserError(f"pairs={c.pairs}, but {c.data.path}/{c.data.name} holds {len(data.dataset)} clips")
+        raise UserError(f"pairs={c.pairs}, but {c.data.path}/{c.data.name} holds {counted(len(data.dataset), 'clip')}")
     config = PairsConfig(**values)
+    networks_in(roles)["teacher"].check_fit(data.shapes, data.dataset.path)
     writer = _pairs_writer(c, data, target, config)
     shard, shards = shard_of(c)
     with writer.share(shard, shards) as todo:
@@ -314,7 +335,8 @@ def precompute_pairs(c: ConfigDict) -> Path:
         if todo:
             teacher = roles["teacher"].initial(data.shapes, c.seed)
             solve = jax.jit(partial(ode_pairs, config=config, blocks=blocks_of(c), method=method))
-            _solve_parts(c, data, writer, todo, partial(solve, teacher))
+            solved = lambda *batch: np.asarray(solve(teacher, *batch))
+            _solve_parts(c, data, writer, todo, _said_once(solved, "the teacher's solver", c.progress))
         complete = writer.finish()
     _report(writer, complete, writer.skipped())
     return target
@@ -387,7 +409,7 @@ def _solve_parts(c: ConfigDict, data: Data, writer: SetWriter, todo: Sequence[in
         jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(c.seed), i), dataset.latent_shape))
     )
     total = sum(len(writer.items_of(index)) for index in todo)
-    with tqdm(total=total, desc="ODE pairs", unit="pair", disable=not c.progress, dynamic_ncols=True) as bar:
+    with Progress(total, "pair", "ODE pairs", shown=c.progress) as bar:
         for index in todo:
             with writer.part(index) as part:
                 for start in range(part.items.start, part.items.stop, size):
@@ -399,7 +421,7 @@ def _solve_parts(c: ConfigDict, data: Data, writer: SetWriter, todo: Sequence[in
                         for name in ("latents_FHWC", "text_SE")
                     )
                     against = jnp.broadcast_to(negative[None], text.shape)
-                    trajectory = np.asarray(solve(clean, text, against, draw(jnp.asarray(filled))))
+                    trajectory = solve(clean, text, against, draw(jnp.asarray(filled)))
                     for item, record, states in zip(items, records, trajectory, strict=False):
                         latents = record["latents_FHWC"]
                         part.add(

@@ -1,4 +1,4 @@
-"""`cfjax profile_heads`: which attention heads look at recent frames alone, as a table for memory policies."""
+"""`cfjax profile_heads`: where every attention head looks, as tables for memory policies."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from cfjax.core.lock import holding
 from cfjax.core.paths import reporting_storage_errors, write_atomically
 from cfjax.data.requests import Request, read_latents, read_requests
 from cfjax.experiment.runs import Run, open_run
-from cfjax.memory.profile import heads_record
+from cfjax.memory.profile import LABELS, head_labels, heads_record, labels_text
 from cfjax.models.wan import embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate
@@ -26,8 +26,9 @@ from cfjax.rollout.head_masses import last_block_mass
 from cfjax.rollout.sizes import latent_sizes, pixel_frames
 
 DESCRIPTION = """Measures, for every layer and head of a run's network, how its attention is spread over key frames when
-the last block of a video is denoised. Writes heads.json, which memory policies read: forcing_kv(profile=FILE)."""
-HEADS_FILE = "heads.json"
+the last block of a video is denoised. Writes what memory policies read: heads.json for forcing_kv(profile=FILE), and
+labels.csv for pyramid(profile=FILE)."""
+HEADS_FILE, LABELS_FILE = "heads.json", "labels.csv"
 
 _generate = jax.jit(generate, static_argnames=("sampler", "blocks"))
 _embed = jax.jit(embed_text)
@@ -60,18 +61,22 @@ def profile_heads(c: ConfigDict, workdir: Path) -> None:
             np.asarray(last_block_mass(run.model, clean, noise, jnp.float32(level), text_kv, blocks=run.blocks)).mean(1)
             for level in levels
         ]
+    mass_LNFF = np.mean(masses, axis=0)
+    labelled = head_labels(mass_LNFF, c.sink, c.recent, c.periodicity, c.between)
     about = {
-        **{name: c[name] for name in ("sink", "recent", "threshold")},
+        **{name: c[name] for name in ("sink", "recent", "threshold", "periodicity", "between")},
         "step": run.step,
         "block_frames": run.blocks.frames,
         "levels": [round(float(level), 6) for level in levels],
         "prompts": sorted({r.prompt for r in requests}),
         "videos": len(requests),
         "latents": c.latents,
+        "labels": {name: np.round(getattr(labelled, name), 4).tolist() for name in labelled._fields},
     }
-    record = heads_record(run.name, run.model.config, np.mean(masses, axis=0), about)
+    record = heads_record(run.name, run.model.config, mass_LNFF.mean(2), about)
     write_atomically(workdir / HEADS_FILE, json.dumps(record, indent=1) + "\n")
-    report(record, workdir / HEADS_FILE)
+    write_atomically(workdir / LABELS_FILE, labels_text(labelled.label))
+    report(record, labelled.label, workdir)
 
 
 def levels_of(sampler: FewStep | ManyStep, most: int) -> np.ndarray:
@@ -114,10 +119,12 @@ def videos(
         yield clean, jax.random.normal(key_last, (len(part), stop - start, *clean.shape[2:])), text
 
 
-def report(record: dict[str, Any], file: Path) -> None:
-    """How many heads are static, layer by layer."""
+def report(record: dict[str, Any], label_LN: np.ndarray, workdir: Path) -> None:
+    """How many heads are static, layer by layer; how many have each label; what uses that."""
     static_LN = np.array(record["static"])
     layers, heads = static_LN.shape
     say(f"{static_LN.sum()} of {layers * heads} heads are static; in each layer, of {heads}:")
     say("  " + " ".join(str(count) for count in static_LN.sum(axis=1)))
-    say(f'written to {file}; --config.memory="forcing_kv(profile={file})" uses it')
+    say(", ".join(f"{(label_LN == label).sum()} {kind}" for kind, label in LABELS.items()) + " heads")
+    say(f'written to {workdir / HEADS_FILE}; --config.memory="forcing_kv(profile={workdir / HEADS_FILE})" uses it')
+    say(f'written to {workdir / LABELS_FILE}; --config.memory="pyramid(profile={workdir / LABELS_FILE})" uses it')

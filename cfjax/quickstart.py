@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from cfjax import __version__, evaluate, precompute, train
 from cfjax.core.cli import parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints, read_if_whole, write_atomically
@@ -32,6 +33,7 @@ evaluates each over captions that none of them saw, and writes report/index.html
 on from there."""
 WALL_CLIPS = 8
 SWITCHED = ("a red circle moving right", "a blue square moving left")
+SHIPPED = "toy_teacher"
 EVALUATE = "evaluate "  # key of an evaluation: this and the key of what it measures
 
 VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {"train": train.main, "precompute": precompute.main}
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     check_checkpoints(root)
     with holding(root):
         _same_settings(root, c)
-        steps = recipe(c, root, _prompts(c))
+        steps = recipe(c, root, _prompts(c), _other_shapes(c))
         seconds = run_steps(steps, root)
         report(c, root, steps, seconds)
     return 0
@@ -92,12 +94,27 @@ def _prompts(c: ConfigDict) -> tuple[str, str]:
         raise UserError(f"{error}; --config.streams=False leaves long videos and prompt switches out") from error
 
 
-def recipe(c: ConfigDict, root: Path, prompts: tuple[str, str] = SWITCHED) -> list[Step]:
+def _other_shapes(c: ConfigDict) -> dict[str, str]:
+    """The keys in which the teacher's world is not the shipped one, as a command line sets them."""
+    if c.teacher == SHIPPED:
+        return {}
+    own, usual = (open_run(name, with_model=False).toy.shapes.to_json() for name in (c.teacher, SHIPPED))
+    shown = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return {f"data.shapes.{name}": shown(own[name]) for name in own if own[name] != usual[name]}
+
+
+def recipe(
+    c: ConfigDict, root: Path, prompts: tuple[str, str] = SWITCHED, shapes: Mapping[str, str] = MappingProxyType({})
+) -> list[Step]:
     """The commands, in order: the stages of `c.stages`, an evaluation of the teacher and of each network, then of the
     student's long videos and of sessions whose prompt changes from the first to the second of `prompts`.
+
+    Args:
+      shapes: keys of the teacher's world, where it is another than the shipped one.
     """
     budget = c.budgets[c.budget]
     shared = {"data.path": f"{root}/data", "data.assets": c.teacher, "data.clips": budget.clips, "seed": c.seed}
+    shared |= shapes
     shared |= {} if c.guard else {"guard.enabled": False}
 
     def stage(s: ConfigDict) -> Step:
@@ -207,9 +224,12 @@ def report(c: ConfigDict, root: Path, steps: Sequence[Step], seconds: dict[str, 
     for key in (student, against):
         result = results[key]
         correct, calls = 100 * result["summary"]["all_correct"], result["network_calls"]
-        say(f"{titles_of(c, key)['title']}: {correct:.1f} % of captions all right with {calls} network calls")
+        say(
+            f"{titles_of(c, key)['title']}: {correct:.1f} % of captions all right with {counted(calls, 'network call')}"
+        )
     say(f"report: {page}")
     say(f'your own: cfjax generate --config.run={root}/{student} --config.prompt="a red circle moving left"')
+    say(f"live: cfjax serve --config.run={root}/{student}")
 
 
 def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cfjax.core.cli import given_keys, parse
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import check_checkpoints
@@ -24,11 +24,10 @@ from cfjax.experiment.adapters import bases_of, check_bases, sampling_whole
 from cfjax.experiment.build import Experiment, build
 from cfjax.experiment.data import Data
 from cfjax.experiment.networks import check_blocks, check_host_memory, same_blocks
-from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows
+from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows, other_sizes
 from cfjax.experiment.preview import make_monitor
 from cfjax.experiment.programs import rollout_before, stage_memory, whole_flops
 from cfjax.experiment.resume import changes, checkpoint_of, report_changes, report_dataset
-from cfjax.models.wan import preset
 from cfjax.training.loop import RunOutput, fit
 from cfjax.training.memory import check_memory, device_bytes, memory_limit, memory_table
 from cfjax.training.metrics import EventWriter
@@ -60,9 +59,12 @@ def train(e: Experiment, workdir: Path) -> TrainState:
     """
     check_host_memory(e.roles)
     earlier = _earlier(e, workdir)
+    e = e.with_sizes(earlier and earlier.get("models"))
     data = _first_process_first(e.data.open)
     if earlier:
         report_dataset(earlier, data, workdir, accept=e.accept_changes)
+    for role in e.networks.values():
+        role.check_fit(data.shapes, data.dataset.path)
     e = e.with_codec(data)
     check_mesh(e, data.dataset.latent_shape)
     mesh = e.make_mesh()
@@ -117,13 +119,14 @@ def _say_start(e: Experiment, data: Data, workdir: Path, mesh: Mesh | None) -> N
       UserError: the weights do not fit into a device's memory.
     """
     memory, clips = stage_memory(e, data.shapes, mesh), len(data.dataset)
-    say(f"{e.stage.name}: {clips} clips, {e.schedule.steps} steps in {workdir}; GiB per device, before activations:")
+    steps = counted(e.schedule.steps, "step")
+    say(f"{e.stage.name}: {counted(clips, 'clip')}, {steps} in {workdir}; GiB per device, before activations:")
     say("\n".join(memory_table(memory)))
     if carried := device_bytes(rollout_before(e, data.shapes, mesh, abstract=True)):
         say(f"the rollout, which goes on from update to update: {carried / GIB:,.4f}")
     check_memory(memory, memory_limit(jax.local_devices()[0]))
     windows = idle_windows(e, data.dataset.latent_shape[0])
-    for note in filter(None, (differing_levels(e), idle_devices(mesh, jax.local_devices()), *windows)):
+    for note in filter(None, (differing_levels(e), idle_devices(mesh, jax.local_devices()), *windows, *other_sizes(e))):
         say(note)
 
 
@@ -145,7 +148,7 @@ def _batches(e: Experiment, data: Data, rows: Sequence[int]) -> LatentIterator:
 def work_of(e: Experiment, data: Data) -> Work:
     """Figures for the performance curves; FLOPs are counted where the devices' peak is known."""
     shape = data.dataset.latent_shape
-    tokens = e.data.batch_size * shape[0] * preset(e.networks["student"].preset).tokens_per_frame(*shape[1:3])
+    tokens = e.data.batch_size * shape[0] * e.networks["student"].base.tokens_per_frame(*shape[1:3])
     peak = sum(peak_flops(device.device_kind) for device in jax.devices())
     flops = {role: whole_flops(e, data.shapes, role, remat=False) for role in e.stage.losses} if peak else {}
     tolerant = data.dataset if isinstance(data.dataset, TolerantDataset) else None
@@ -172,7 +175,7 @@ def check_mesh(e: Experiment, latent_shape: Sequence[int]) -> None:
     """
     context = e.mesh["context"]
     for name, role in e.networks.items():
-        tokens = preset(role.preset).tokens_per_frame(*latent_shape[1:3])
+        tokens = role.base.tokens_per_frame(*latent_shape[1:3])
         if tokens % context:
             raise UserError(f"mesh.context={context} must divide the {tokens} tokens per frame of roles.{name}")
 

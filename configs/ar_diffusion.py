@@ -3,6 +3,7 @@
     cfjax train --config=configs/ar_diffusion.py --workdir=runs/ar            chunk-wise, Wan 1.3B
     cfjax train --config=configs/ar_diffusion.py:framewise --workdir=runs/ar
     cfjax train --config=configs/ar_diffusion.py:toy --workdir=runs/toy/ar
+    cfjax train --config=configs/ar_diffusion.py:mini --workdir=runs/ar       a rehearsal of Wan on a laptop, minutes
     cfjax train --config=configs/ar_diffusion.py:diffusion_forcing --workdir=runs/df    the paper's baseline
     cfjax train --config=configs/ar_diffusion.py:noise_augmentation --workdir=runs/na   a little noise on the clean past
     cfjax train --config=configs/ar_diffusion.py:direct_forcing --workdir=runs/pfvg        (arXiv 2510.01784)
@@ -33,13 +34,15 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`; `diffusion_forcing`, `noise_augmentation`, `direct_forcing`, `resampling_forcing`, `bagger`.
+    """`toy`, `mini`, `framewise`; `diffusion_forcing`, `noise_augmentation`, `direct_forcing`, `resampling_forcing`,
+    `bagger`.
 
     The last five exclude each other.
     """
     histories = {"direct_forcing": "direct", "resampling_forcing": "resampled"}
     strategies = ("diffusion_forcing", "noise_augmentation", *histories, "bagger")
-    words = presets.switches(arg, "toy", "framewise", *strategies)
+    words = presets.switches(arg, "toy", "mini", "framewise", *strategies)
+    presets.one_of(words, "toy", "mini")
     presets.one_of(words, *strategies)
     toy, strategy = "toy" in words, next((word for word in words if word in strategies), "")
     c = presets.experiment("ar_diffusion", steps=500 if toy else 5000)
@@ -77,4 +80,4 @@ def get_config(arg: str = ""):
     if toy or strategy == "bagger":
         c.ema.student = presets.ema(0.99)
     c.sampler = presets.many_step(50, 3.0)
-    return c
+    return presets.mini(c) if "mini" in words else c

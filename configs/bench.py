@@ -17,19 +17,23 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`wan`: Wan 1.3B in bfloat16, 480 x 832 pixels, 81 frames; `toy` (the default); `framewise`: blocks of one."""
-    words = presets.switches(arg, "toy", "wan", "framewise")
+    """`wan`: Wan 1.3B in bfloat16, 480 x 832 pixels, 81 frames; `mini`: a
+    miniature of 64 x 96; `toy` (the default); `framewise`: blocks of one."""
+    words = presets.switches(arg, "toy", "wan", "mini", "framewise")
     presets.one_of(words, "toy", "wan")
-    wan = "wan" in words
+    presets.one_of(words, "toy", "mini")
+    mini = "mini" in words
+    wan = mini or "wan" in words
+    frames, height, width = presets.MINI_VIDEO.values() if mini else (81, 480, 832) if wan else (0, 0, 0)
     return ConfigDict(
         {
             # the network
             "run": "",  # a run directory or a shipped model; "": random weights of `preset`
             "ema": True,
             "world": "",  # the run's Wan world; "": beside it
-            "preset": "wan_1_3b" if wan else "toy",  # or wan_14b, wan_2_2_5b
+            "preset": presets.MINI if mini else "wan_1_3b" if wan else "toy",  # or wan_14b, wan_2_2_5b
             "precision": "",  # of its matrix products: float32, bfloat16; "": the run's or the preset's
-            "storage": "",  # of random weights: float32, bfloat16, int8; "": as they are multiplied
+            "storage": "",  # what weights rest in: float32, bfloat16, int8; "": as they are multiplied
             "attention": "",  # auto, xla, cudnn ...; "": the run's or the preset's
             # before and after it
             "decoder": "",  # vae, tiny_vae, toy, or none; "": the run's world's, the VAE or the toy's
@@ -38,9 +42,9 @@ def get_config(arg: str = ""):
             "prompt": "A cat surfs on a wave at sunset" if wan else "a red circle moving left",
             "text_rows": 512 if wan else 8,  # of a prompt, with random weights
             # what is made
-            "frames": 81 if wan else 0,  # pixel frames; 0: the run's, or the toy's
-            "height": 480 if wan else 0,
-            "width": 832 if wan else 0,
+            "frames": frames,  # pixel frames; 0: the run's, or the toy's
+            "height": height,
+            "width": width,
             "block_frames": 1 if "framewise" in words else 3,  # latent frames of a block, with random weights
             "memory": "",  # what is remembered, by name (docs/memory.md); "": the run's, all
             "window": -1,  # latent frames that stay visible; 0: all; -1: the run's, all

@@ -18,8 +18,10 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`: the moving-shapes world on a laptop. Without: Wan 1.3B on precomputed latents."""
-    toy = "toy" in presets.switches(arg, "toy")
+    """`toy`: the moving-shapes world on a laptop. `mini`: a dozen steps of a miniature Wan. Without: Wan 1.3B."""
+    words = presets.switches(arg, "toy", "mini")
+    presets.one_of(words, "toy", "mini")
+    toy = "toy" in words
     c = presets.experiment("bidirectional", steps=6000 if toy else 100_000)
     c.roles.student = presets.role("toy" if toy else "wan_1_3b")
     c.data = presets.toy_data("runs/teacher/data", assets="") if toy else presets.wan_data("data/wan")
@@ -28,4 +30,4 @@ def get_config(arg: str = ""):
     c.optim.student = presets.toy_optimizer() if toy else presets.optimizer(1e-5, 0.9)
     c.ema.student = presets.ema(0.998 if toy else 0.9999)
     c.sampler = presets.many_step(50, 3.0, causal=False)
-    return c
+    return presets.mini(c) if "mini" in words else c

@@ -6,6 +6,7 @@ cfjax compare --against=reference --reference_dir=Causal-Forcing --config.run=ch
 Without a run, random weights are compared, and nothing needs to be on disk:
 
 cfjax compare --against=diffusers
+cfjax compare --against=peft
 """
 
 from ml_collections import ConfigDict

@@ -17,8 +17,9 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `asymmetric`."""
-    words = presets.switches(arg, "toy", "framewise", "asymmetric")
+    """`toy`, `mini`, `framewise`, `asymmetric`."""
+    words = presets.switches(arg, "toy", "mini", "framewise", "asymmetric")
+    presets.one_of(words, "toy", "mini")
     toy = "toy" in words
     c = presets.experiment("consistency", steps=400 if toy else 5000)
     init, preset = ("runs/toy/ar", "toy") if toy else ("runs/ar", "wan_1_3b")
@@ -44,4 +45,4 @@ def get_config(arg: str = ""):
     c.optim.student = presets.toy_optimizer(0.002) if toy else presets.optimizer(2e-6)
     c.ema.student = presets.ema(0.9 if toy else 0.99)
     c.sampler = presets.few_step()
-    return c
+    return presets.mini(c) if "mini" in words else c

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from cfjax.experiment import presets
+
 STAGES = ("bidirectional", "ar_diffusion", "ode_regression", "consistency", "dmd")
 
 
@@ -28,7 +30,8 @@ def get_config(arg: str = ""):
     """The stage that the weights come from, such as `dmd`, and that stage's own switches.
 
     Stages are "bidirectional" (the default: Wan itself), "ar_diffusion", "ode_regression", "consistency" and "dmd".
-    Their switches are those of configs/STAGE.py: "framewise", and for dmd "2step" or "1step", say how to sample.
+    Their switches are those of configs/STAGE.py: "framewise", and for dmd "2step" or "1step", say how to sample; `mini`
+    is for the miniature releases of tests/synthetic.py.
     """
     words = [word for word in arg.split(",") if word]
     stage = next((word for word in words if word in STAGES), STAGES[0])
@@ -40,7 +43,7 @@ def get_config(arg: str = ""):
             "key": "",  # entry of a .pt: generator, generator_ema, critic; "": all, generator or else the average first
             "world": "",  # folder of a converted world, where the source has no VAE and text encoder
             # frames, height, width that it is made for; 0: those of 81 frames of 480 x 832 (TI2V-5B: 121 of 704 x 1280)
-            "latents": (0, 0, 0),
+            "latents": presets.MINI_LATENTS if "mini" in words else (0, 0, 0),
             "lora": "",  # merged into the transformer: FILE[:WEIGHT][|FILE[:WEIGHT]...] (docs/wan.md)
             "dequantize": "float32",  # what fp8, int8 and GGUF weights become; or bfloat16, float16
             "unscaled": False,  # fp8 weights without scales are a plain cast, not a file that lost its scales

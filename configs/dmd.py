@@ -38,7 +38,7 @@ for it: 3000 steps at batch 8, lr 1.5e-6; attention reaches back 21 frames. The 
 `objective.rolling` of the rollouts is made by windows of as many blocks as there are steps, each at another level, and
 so is what the student generates (sampler.kind="rolling"). Attention reaches back 21 frames, the first block among them;
 in rollouts block by block that stays at its own position. The toy's windows are of two steps: four, and the first
-block, are more than the 12 frames that its scores know.
+block, are more than the 12 frames that its scores know; the miniature's too.
 
 `streaming` is LongLive's streaming long tuning: every update, the student's or the critic's, adds a chunk to one
 rollout, which ends at `objective.max_frames` latent frames; then another begins. The first chunk is
@@ -59,6 +59,8 @@ the critic updates per student update, which decide the balance of the two netwo
 Toy recipe: faster rates, and guidance 1, because the toy's captions are followed already and 3 over-saturates.
 """
 
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
 from cfjax.experiment import presets
@@ -67,6 +69,7 @@ FULL = (1000, 750, 500, 250)
 FEW = {"2step": (1000, 500), "1step": (1000,)}
 # Switches of which one is enough.
 APART = (
+    ("toy", "mini"),
     ("long", "causvid"), ("long", "bidirectional"), ("sid", "gan"), ("2step", "1step"),
     ("rolling", "long"), ("rolling", "causvid"), ("rolling", "bidirectional"), ("rolling", "streaming"),
     ("long", "streaming"), ("streaming", "causvid"), ("streaming", "bidirectional"), ("streaming", "sid"),
@@ -76,16 +79,36 @@ APART = (
 )  # fmt: skip
 
 
+class Size(NamedTuple):
+    """Latent frames: that the scores were trained on; of the longest rollout of `long` and of `streaming`; that one
+    update of `streaming` adds, and that its student attends to.
+    """
+
+    window: int
+    long: int
+    streaming: int
+    new: int
+    attended: int
+
+
+SIZES = {"toy": Size(12, 18, 48, 9, 9), "mini": Size(9, 15, 21, 6, 6), "": Size(21, 27, 240, 18, 12)}
+
+
+def size_of(words: list[str]) -> Size:
+    """Those of the toy, the miniature or Wan."""
+    return next((SIZES[word] for word in words if word in SIZES), SIZES[""])
+
+
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `2step`, `1step`, `long`, `rolling`, `streaming`, `from_ar`, `from_cd`, `sid`, `gan`,
-    `causvid`, `bidirectional`.
+    """`toy`, `mini`, `framewise`, `2step`, `1step`, `long`, `rolling`, `streaming`, `from_ar`, `from_cd`, `sid`,
+    `gan`, `causvid`, `bidirectional`.
     """
     variants = ("from_ar", "from_cd", "sid", "gan", "causvid", "bidirectional")
-    words = presets.switches(arg, "toy", "framewise", *FEW, "long", "rolling", "streaming", *variants)
+    words = presets.switches(arg, "toy", "mini", "framewise", *FEW, "long", "rolling", "streaming", *variants)
     for alternatives in APART:
         presets.one_of(words, *alternatives)
     toy, streaming, long = "toy" in words, "streaming" in words, "long" in words or "rolling" in words
-    window = 12 if toy else 21  # latent frames that the scores were trained on
+    window = size_of(words).window
     c = presets.experiment("dmd", steps=600 if toy else 3000 if long or streaming else 1000)
     c.roles = roles(words)
     c.data = presets.toy_data() if toy else presets.wan_data("data/wan")
@@ -98,7 +121,7 @@ def get_config(arg: str = ""):
     if "rolling" in words:
         c.blocks.sink = c.blocks.frames
     if streaming:
-        c.blocks.window, c.blocks.sink = (9, 3) if toy else (12, 3)
+        c.blocks.window, c.blocks.sink = size_of(words).attended, 3
     if "bidirectional" in words:  # one block of all frames sees everything, and so does its sampler
         c.blocks.frames = window
     c.objective = objective(words, window)
@@ -109,7 +132,7 @@ def get_config(arg: str = ""):
     c.sampler = presets.few_step(c.objective.steps, c.objective.first_steps)
     if "rolling" in words:
         c.sampler.kind = "rolling"
-    return c
+    return presets.mini(c) if "mini" in words else c
 
 
 def roles(words: list[str]) -> ConfigDict:
@@ -142,8 +165,9 @@ def roles(words: list[str]) -> ConfigDict:
 def objective(words: list[str], window: int) -> ConfigDict:
     """How the student generates, and how its videos become a gradient."""
     toy, rolling, streaming = (word in words for word in ("toy", "rolling", "streaming"))
+    size, small = size_of(words), bool({"toy", "mini"} & set(words))
     long = rolling or "long" in words
-    steps = next((FEW[word] for word in words if word in FEW), FEW["2step"] if toy and rolling else FULL)
+    steps = next((FEW[word] for word in words if word in FEW), FEW["2step"] if small and rolling else FULL)
     one_list = steps == FULL or {"bidirectional", "causvid", "rolling"} & set(words)  # one block, no rollout, a window
     values = {
         "matching": next((word for word in words if word in ("sid", "gan")), "dmd"),
@@ -165,8 +189,8 @@ def objective(words: list[str], window: int) -> ConfigDict:
         "score_max": 0.98,
         "score_table_shift": 0.0,
         "window_frames": window if long or streaming else 0,
-        "max_frames": (18 if toy else 27) if long else (48 if toy else 240) if streaming else 0,
-        "new_frames": (9 if toy else 18) if streaming else 0,  # that an update adds to the rollout; 0: none goes on
+        "max_frames": size.long if long else size.streaming if streaming else 0,
+        "new_frames": size.new if streaming else 0,  # that an update adds to the rollout; 0: none goes on
         "switch_prompts": streaming,  # once in a rollout
         "codec_world": "",
         "codec_decoder": "vae",

@@ -5,6 +5,8 @@
     cfjax evaluate --config=configs/evaluate.py:table --workdir=runs/table      evaluations side by side
     cfjax evaluate --config=configs/evaluate.py:long --config.run=runs/quickstart/dmd --workdir=runs/long
     cfjax evaluate --config=configs/evaluate.py:switch --config.run=runs/quickstart/dmd --workdir=runs/switch
+    cfjax evaluate --config.videos=runs/videos --workdir=runs/measured
+    cfjax evaluate --config.compare=runs/videos,other/videos --workdir=runs/compared
 
 Decoded pixels are judged against the captioned factors by analysis and synthesis (cfjax/evaluation/shapes_metrics.py).
 The table takes every folder of `evaluations` (a glob pattern) that holds an evaluation; folders of one name, such as
@@ -14,6 +16,13 @@ The table takes every folder of `evaluations` (a glob pattern) that holds an eva
 between them a |) from the same noise, and measures caption, motion and drift over time. `switch` opens `clips` sessions
 of each of the `modes` whose prompt changes from the first to the second of `prompts` in the middle, and measures what
 share follows the new one, block by block.
+
+`videos` measures the clips of a folder, of any system, without weights (docs/evaluate.md); `against` is a folder of
+references with the same names. `compare` takes two folders of clips, or of what `videos` wrote, and compares them over
+their common prompts and seeds. `metrics` are groups of flickering, frames and motion; `block` is the number of frames
+that were generated together, for seams, and `first_block` that of the first one (12 and 9 for Wan in chunks of three
+latent frames; 0 for the same); `fps` replaces the files' frame rate, which folders of pictures do not have; `workers`
+clips are measured at a time, 0 for one a core.
 """
 
 from ml_collections import ConfigDict
@@ -44,5 +53,13 @@ def get_config(arg: str = ""):
             "memory": "longlive_infinity(window=9, sink=3)" if switch else "",
             "prompts": "a red circle moving right|a blue square moving left" if switch else "",
             "modes": "recache|keep|cut" if switch else "",
+            "videos": "",
+            "against": "",
+            "compare": (),
+            "metrics": ("flickering", "frames", "motion"),
+            "block": 0,
+            "first_block": 0,
+            "fps": 0.0,
+            "workers": 0,
         }
     )

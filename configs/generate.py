@@ -27,11 +27,14 @@ from cfjax.experiment import presets
 def get_config(arg: str = ""):
     """`wan`: 480 x 832 pixels, 81 frames, 16 per second; `wan_2_2` (TI2V-5B): 704 x 1280, 121, 24 per second.
 
-    `toy` (the default): the moving-shapes world.
+    `mini`: 64 x 96, 33 frames; `toy` (the default): the moving-shapes world.
     """
-    words = presets.switches(arg, "toy", "wan", "wan_2_2")
+    words = presets.switches(arg, "toy", "wan", "wan_2_2", "mini")
+    presets.one_of(words, "toy", "mini", "wan_2_2")
     presets.one_of(words, "toy", "wan", "wan_2_2")
-    new, wan = "wan_2_2" in words, not {"wan", "wan_2_2"}.isdisjoint(words)
+    new, mini = "wan_2_2" in words, "mini" in words
+    wan = new or mini or "wan" in words
+    frames, height, width = presets.MINI_VIDEO.values() if mini else _video(wan, new)
     return ConfigDict(
         {
             # the model
@@ -46,6 +49,7 @@ def get_config(arg: str = ""):
             "decoder_precision": "",  # float32, bfloat16 (the reference's); "": as recorded
             "precision": "",  # of the network's matrix products: float32, bfloat16; "": the run's own
             "attention": "",  # auto, xla, cudnn; "": the run's own
+            "storage": "",  # what weights rest in: float32, bfloat16, int8 (half of bfloat16); "": as multiplied
             "expect": ConfigDict({"stage": "", "block_frames": 0}),  # what the run has to be
             # what to make
             "prompt": "A cat surfs on a wave at sunset" if wan else "a red circle moving left",  # several: a | b
@@ -63,9 +67,9 @@ def get_config(arg: str = ""):
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
             "strength": -1.0,  # video to video: the noise level that `video` is brought to, 0 to 1; -1: go on from it
             "fit": "cover",  # or stretch, as `inference.py` of the reference
-            "height": (704 if new else 480) if wan else 0,  # pixels; 0: what the run was trained on
-            "width": (1280 if new else 832) if wan else 0,
-            "frames": (121 if new else 81) if wan else 0,  # pixel frames in all, given ones included
+            "height": height,  # pixels; 0: what the run was trained on
+            "width": width,
+            "frames": frames,  # pixel frames in all, given ones included
             # how
             "sampler": _sampler(),
             "memory": "",  # what is remembered: full, infinity_rope, ema_sink ... (docs/memory.md); "": the run's
@@ -84,6 +88,11 @@ def get_config(arg: str = ""):
             "progress": True,
         }
     )
+
+
+def _video(wan: bool, new: bool) -> tuple[int, int, int]:
+    """Frames, height and width in pixels; 0: what the run was trained on."""
+    return (121, 704, 1280) if new else (81, 480, 832) if wan else (0, 0, 0)
 
 
 def _high_noise() -> ConfigDict:

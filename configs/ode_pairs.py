@@ -13,8 +13,9 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `bidirectional`."""
-    words = presets.switches(arg, "toy", "framewise", "bidirectional")
+    """`toy`, `mini`, `framewise`, `bidirectional`."""
+    words = presets.switches(arg, "toy", "mini", "framewise", "bidirectional")
+    presets.one_of(words, "toy", "mini")
     toy = "toy" in words
     c = presets.experiment("ode_pairs", steps=0)
     init = "runs/toy/ar" if toy else "runs/ar"
@@ -40,4 +41,7 @@ def get_config(arg: str = ""):
         c.roles.teacher.update({"init": "toy_teacher" if toy else "checkpoints/wan_1_3b", "init_ema": False})
         c.roles.teacher.init_stages = ("bidirectional",)
         c.output = "bidirectional_pairs"
+    if "mini" in words:
+        c.pairs = 4
+        return presets.mini(c)
     return c

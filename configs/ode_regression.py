@@ -17,8 +17,9 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `framewise`, `bidirectional` or `bidirectional_pairs`."""
-    words = presets.switches(arg, "toy", "framewise", "bidirectional", "bidirectional_pairs")
+    """`toy`, `mini`, `framewise`, `bidirectional` or `bidirectional_pairs`."""
+    words = presets.switches(arg, "toy", "mini", "framewise", "bidirectional", "bidirectional_pairs")
+    presets.one_of(words, "toy", "mini")
     presets.one_of(words, "bidirectional", "bidirectional_pairs")
     toy = "toy" in words
     c = presets.experiment("ode_regression", steps=400 if toy else 5000)
@@ -40,4 +41,4 @@ def get_config(arg: str = ""):
     if toy:
         c.ema.student = presets.ema(0.99)
     c.sampler = presets.few_step()
-    return c
+    return presets.mini(c) if "mini" in words else c

@@ -33,9 +33,17 @@ Merging sets, or writing a single one in parts of another size (docs/data.md):
 
 from ml_collections import ConfigDict
 
+from cfjax.experiment import presets
 
-def get_config():
-    """Sizes of Wan2.1 at 480p; `fit` and `max_crop` say how other shapes are made to fit, see cfjax.data.video."""
+
+def get_config(arg: str = ""):
+    """`mini`: 33 frames of 64 x 96 pixels.
+
+    Sizes of Wan2.1 at 480p; fit and max_crop say how other shapes are made to fit, see cfjax.data.video.
+    """
+    mini = "mini" in presets.switches(arg, "mini")
+    frames, height, width = presets.MINI_VIDEO.values() if mini else (81, 480, 832)
+    latents = presets.MINI_LATENTS if mini else (21, 60, 104)
     return ConfigDict(
         {
             "source": "",
@@ -47,9 +55,9 @@ def get_config():
             "parts": False,  # take clips out of their files by the table's column timestamp (Panda-70M, Koala-36M)
             "world": "checkpoints/wan_1_3b/world",
             "output": "",
-            "frames": 81,
-            "height": 480,
-            "width": 832,
+            "frames": frames,
+            "height": height,
+            "width": width,
             "fps": 16.0,
             "fit": "cover",
             "max_crop": 0.5,
@@ -57,7 +65,7 @@ def get_config():
             "ground_truth": True,  # an LMDB's last entry is the clean clip; False: the ODE's end, as in CausVid
             "copy_latents": False,
             "lmdb": "",  # of --check and --merge: where the LMDB of a set was moved to
-            "latent_shape": (21, 60, 104, 16),  # F, H, W, C that stage 3 generates from prompts
+            "latent_shape": (*latents, 16),  # F, H, W, C that stage 3 generates from prompts
             "dtype": "float16",
             "text_dtype": "bfloat16",
             "encode_frames": 4,  # latent frames that the VAE makes at a time; 0 is the whole clip at once

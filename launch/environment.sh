@@ -50,3 +50,19 @@ make_files() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$partial" \
       --requirement "$list" && cp "$list" "$partial/cfjax-list" && mv "$partial" "$dir"
 }
+
+# make_browser: a browser for the test of the page: Chromium or Chrome that is there, else Debian's package.
+make_browser() {
+  local name apt=(apt-get)
+  for name in chromium chromium-browser google-chrome google-chrome-stable; do
+    command -v "$name" >/dev/null && return 0
+  done
+  if command -v apt-get >/dev/null; then
+    [ "$(id -u)" = 0 ] || apt=(sudo -n apt-get)
+    echo "installing chromium (once; ${apt[*]})" >&2
+    { "${apt[@]}" update --quiet=2 && DEBIAN_FRONTEND=noninteractive "${apt[@]}" install --quiet=2 --yes chromium; } >/dev/null &&
+      command -v chromium >/dev/null && return 0
+  fi
+  echo "no browser: install Chromium or Chrome" >&2
+  return 1
+}

@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 make_environment .venv ".[test]"
 make_files .cache/real_files tests/real_files.txt || echo "not fetched: tests/test_real_files.py will fail" >&2
+make_browser || echo "not installed: tests/serving/test_page.py will fail" >&2
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

@@ -118,7 +118,7 @@ def test_a_run_trains_goes_on_and_is_drawn(trained: Path):
     assert all(np.isfinite(row["student/loss"]) for row in rows if "student/loss" in row)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert len(EventAccumulator(str(trained / "events")).Reload().Scalars("student/loss")) == 4
+    assert len(EventAccumulator(str(trained / "events")).Reload().Scalars("1_training/student/loss")) == 4
 
 
 def test_a_run_generates_and_is_exported(trained: Path, root: Path):
@@ -126,6 +126,19 @@ def test_a_run_generates_and_is_exported(trained: Path, root: Path):
     assert len(list((root / "videos").glob("*.mp4"))) == 2
     run("export", "export.py", root / "exported", run=trained, clips=60)
     assert (root / "exported" / "curves.svg").stat().st_size > 1000
+
+
+def test_a_run_is_served_and_played(trained: Path, root: Path):
+    """By a process of its own, which a signal ends."""
+    asked = [f"--config.run={trained}", "--config.port=0", "--config.sessions=1", "--config.memories=infinity_rope"]
+    script = Path(sys.executable).with_name("cfjax")
+    with subprocess.Popen([script, "serve", *asked], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = next(line.split()[1] for line in server.stdout if line.startswith("ready: "))
+        run("play", "play.py", root / "played", url=address.replace("http", "ws"), prompt=CAPTION, blocks=2)
+        server.terminate()
+        assert server.wait(60) == 0
+    assert (root / "played" / "video.mp4").stat().st_size > 1000
 
 
 def test_clips_prompts_and_lmdbs_become_sets(world: Path, root: Path):

@@ -5,10 +5,12 @@ specifications, random numbers.
 
 writes `DIR/Wan2.1-T2V-1.3B`, `DIR/Wan2.2-TI2V-5B` and `DIR/Wan2.2-T2V-A14B` (original releases), `DIR/longlive_2.pt`,
 `DIR/Wan2.1-T2V-1.3B-Diffusers`, `DIR/causal_forcing.pt`, `DIR/self_forcing.pt`, `DIR/lora.safetensors`,
-`DIR/taew2_1.pth` and `DIR/prompts.txt`. The shapes below are written from the published modules and know nothing of
-cfjax's conversion tables; called with the published sizes they give the published numbers of tensors and parameters.
+`DIR/taew2_1.pth`, `DIR/prompts.txt` and `DIR/clips` (videos of 2.5 seconds with captions). The shapes below are written
+from the published modules and know nothing of cfjax's conversion tables; called with the published sizes they give the
+published numbers of tensors and parameters.
 """
 
+import importlib.util
 import json
 import math
 import sys
@@ -20,6 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+NEEDED = ("torch", "diffusers", "transformers")  # which write the files
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -423,8 +427,29 @@ def write_diffusers_folder(root: Path, seed: int = 0) -> Path:
     return root
 
 
+def write_clips(folder: Path, count: int = 4, seed: int = 0) -> Path:
+    """Videos of 40 frames of 64 x 96 pixels, 16 a second: drifting waves of colour; captions in captions.csv."""
+    from tests.data.videos import write_video
+
+    rng, lines = np.random.default_rng(seed), ["file,caption"]
+    time, y, x = np.meshgrid(np.arange(40), np.arange(64), np.arange(96), indexing="ij")
+    for n in range(count):
+        speed, turn = rng.uniform(0.1, 0.4, 3), rng.uniform(0, 2 * math.pi, 3)
+        phase = (x + y)[..., None] / 12 + speed * time[..., None] + turn
+        write_video(folder / f"{n}.mp4", 40, video=(127.5 + 120 * np.sin(phase)).astype(np.uint8))
+        lines.append(f"{n}.mp4,Waves of colour number {n}")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
 def main(folder: str) -> None:
-    """Writes everything into `folder`."""
+    """Writes everything into `folder`.
+
+    Raises:
+      SystemExit: PyTorch, diffusers or transformers are missing; nothing is written.
+    """
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        sys.exit(f'tests/synthetic.py needs {", ".join(missing)}: in the clone, pip install ".[compare]"')
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     write_wan_folder(root / "Wan2.1-T2V-1.3B")
@@ -438,6 +463,7 @@ def main(folder: str) -> None:
     )
     write_taehv(root / "taew2_1.pth")
     write_lora(root / "lora.safetensors")
+    write_clips(root / "clips")
     (root / "prompts.txt").write_text("A cat surfs on a wave\nA paper boat in the rain\n", encoding="utf-8")
 
 

@@ -148,7 +148,6 @@ def override(**keys: object) -> list[str]:
         (["--config.frames=5"], "frames=5"),
         (["--config.preset=wan_1_3b", "--config.decoder=toy"], "decoder=toy decodes the toy's latents"),
         (["--config.run=nowhere"], "run='nowhere': no such run directory"),
-        (["--config.run=nowhere", "--config.storage=int8"], "--config.storage='int8': a run's weights are as they are"),
         (["--config.batches=0"], "--config.batches=0: use 1"),
     ],
 )

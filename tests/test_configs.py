@@ -61,12 +61,12 @@ def test_every_documented_config_builds(path, arg):
         return
     if "stage" not in c:
         return
-    toy, framewise = "toy" in arg.split(","), "framewise" in arg.split(",")
-    whole = (12 if toy else 21) if c.stage == "dmd" and "bidirectional" in arg.split(",") else 0
+    toy, mini, framewise = (word in arg.split(",") for word in ("toy", "mini", "framewise"))
+    whole = (12 if toy else 9 if mini else 21) if c.stage == "dmd" and "bidirectional" in arg.split(",") else 0
     assert blocks_of(c).frames == (whole or (1 if framewise else 3))
     for role in networks_in(roles_of(c)).values():
         size = role.network(Shapes((21, 60, 104, 16), (512, 64 if toy else 4096)))
-        assert size.num_layers == (4 if toy else 40 if role.preset == "wan_14b" else 30)
+        assert size.num_layers == (4 if toy else 2 if mini else 40 if role.preset == "wan_14b" else 30)
     if c.stage == "ode_pairs":
         values = c.objective.to_dict()
         assert values.pop("method") == ("bidirectional" if "bidirectional" in arg.split(",") else "full")
@@ -345,7 +345,7 @@ def test_the_guard_watches_distribution_matching(chain):
     assert {f"guard/{name}" for name in (*wanted, "seam", "warnings", "seconds")} <= seen.keys()
     assert all(len(values) == 1 and np.isfinite(values).all() for values in seen.values())
     events = EventAccumulator(str(chain / "dmd" / "events")).Reload()
-    assert events.Scalars("guard/motion")[0].step == 2 and "samples" in events.Tags()["images"]
+    assert events.Scalars("3_guard/motion")[0].step == 2 and "2_samples/videos" in events.Tags()["images"]
     kept = json.loads((chain / "dmd" / "guard.json").read_text())
     assert kept["baseline"]["origin"] == "real clips" and len(kept["prompts"]) == 4
     assert 2.0 < kept["baseline"]["values"]["motion"] < 6.0
@@ -422,6 +422,11 @@ def test_existing_pairs_are_left_alone(chain, capsys):
         assert cfjax("precompute", f"ode_pairs.py:{words}", chain / "none", **{**pairs_keys(chain), **keys}) == 2
         error = one_line(capsys)
         assert f"pairs was made with {message}" in error and "another --config.output, or remove it" in error
+    for seed in (0, 1):  # a teacher of another stage: the first refusal leaves no job that would refuse the second
+        keys = {**pairs_keys(chain), "roles__teacher__init": chain / "dmd", "output": "refused", "seed": seed}
+        assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **keys) == 2
+        assert "holds stage 'dmd', expected 'ar_diffusion'" in one_line(capsys)
+        assert not (chain / "data" / "refused").exists()
     assert cfjax("precompute", "ode_pairs.py:toy", chain / "none", **pairs_keys(chain), output="clips") == 2
     assert "clips holds a dataset that configs/ode_pairs.py did not make" in one_line(capsys)
     assert manifest.read_bytes() == before
@@ -488,7 +493,7 @@ def test_an_unknown_key_is_named(tmp_path, capsys):
 
 def test_an_unknown_preset_is_named(chain, tmp_path, capsys):
     assert cfjax("train", "bidirectional.py:toy", tmp_path, **tiny(chain), roles__student__preset="wan_2b") == 2
-    assert "model.preset='wan_2b': use one of wan_1_3b, wan_14b, toy" in one_line(capsys)
+    assert "model.preset='wan_2b': use one of wan_1_3b, wan_14b, wan_mini, toy" in one_line(capsys)
 
 
 def test_a_missing_run_is_named(chain, tmp_path, capsys):
@@ -521,8 +526,34 @@ def test_blocks_must_divide_the_clip(chain, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data__channels", 8, "has other data.shapes, data.channels or data.text_length than the config"),
-        ("data__shapes__frames", 9, "has other data.shapes, data.channels or data.text_length than the config"),
+        ("shapes__colours", "red,purple", "data.shapes.colours=('red', 'purple'): choose distinct names from red,"),
+        ("shapes__colours", "red", "is a world with data.shapes.colours=('red', 'green', "),
+        (
+            "channels",
+            8,
+            "data.assets='toy_teacher' is a world with data.channels=16, not 8; train a teacher of your own",
+        ),
+    ],
+)
+def test_a_world_that_the_shipped_one_is_not_leaves_nothing_behind(tmp_path, capsys, key, value, message):
+    keys = {"data__path": tmp_path / "data", "data__clips": 16, f"data__{key}": value}
+    assert cfjax("train", "ar_diffusion.py:toy", tmp_path / "ar", **keys) == 2
+    assert message in one_line(capsys)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_world_whose_captions_are_all_of_one_kind_is_refused(tmp_path, capsys):
+    keys = {"data__path": tmp_path / "data", "data__shapes__colours": "red", "data__shapes__shapes": "ring"}
+    assert cfjax("train", "bidirectional.py:toy", tmp_path / "run", **keys, data__shapes__directions="left") == 2
+    assert "data.shapes: all 1 caption of this world would be" in (said := one_line(capsys))
+    assert "name more of data.shapes.colours (red," in said and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data__channels", 8, "/world was made with data.channels=16, not 8; choose another --config.data.path"),
+        ("data__shapes__frames", 9, "/world was made with data.shapes.frames=6, not 9; choose another"),
         ("data__clips", 32, "holds 64 clips, not data.clips=32"),
     ],
 )

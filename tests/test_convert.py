@@ -83,7 +83,7 @@ def test_a_release_becomes_a_run(run):
     assert (config.dim, config.num_heads, config.num_layers, config.text_dim) == (48, 4, 2, 32)
     assert (config.remat, config.precision.compute) == ("full", "bfloat16")
     c = config_from_meta(meta)
-    assert c.sampler.kind == "bidirectional" and c.roles.student.preset == "" and not c.ema
+    assert c.sampler.kind == "bidirectional" and c.roles.student.preset == "wan_mini" and not c.ema
     sampler_of(c), blocks_of(c)
     assert (meta["world_path"], meta["world"]) == ("world", fingerprint(run / "world"))
     assert read_record(run / "world")["fps"] == 16

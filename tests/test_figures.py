@@ -44,12 +44,13 @@ def test_recipes_are_those_of_the_records():
 
 
 def test_plans_are_those_of_the_record(monkeypatch):
-    """docs/pods.md has the table that the benchmark prints; the README three rows of it."""
+    """docs/pods.md has the table that the benchmark prints, and each row's command; the README three rows of it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     made = runpy.run_path(str(ROOT / "benchmarks" / "plans.py"))
     sys.modules.pop("measure", None)
     rows = record("plans.json")["rows"]
     assert made["table"](rows) in text_of("docs/pods.md")
+    assert f"```bash\n{made['commands']()}\n```" in text_of("docs/pods.md")
     gib, known = made["GIB"], set()
     for row in rows:
         if row["memory_per_device"]:
@@ -98,6 +99,67 @@ def test_decoders_and_replay_are_those_of_the_record():
     assert f"{saved[0]:.0f} to {saved[-1]:.0f} % less temporary memory" in text
     for row in rows:
         assert f"{row['speedup']['median']:.2f} with {row['frames'] // row['frames_per_block']}" in text
+
+
+def test_the_speed_of_measuring_videos_is_that_of_the_record():
+    made = record("evaluate_videos.json")
+    rows, text = {row["case"]: row for row in made["rows"]}, " ".join(text_of("docs/evaluate.md").split())
+    whole, faster = rows["all"], made["faster_than_vbench"]
+    assert f"{max(whole['frames_per_s']):.0f} frames a second with everything" in text
+    assert f"{max(whole['frames_per_cpu_s']):.0f} a second of one core's time, and {whole['grown_mib']:.0f} MiB" in text
+    assert f"{faster['median']:.1f} times less time than VBench's function ({faster['min']:.1f} at least)" in text
+    assert f"{made['largest_difference']:.1e} apart" in text
+
+
+def test_errors_against_diffusers_are_those_of_the_record():
+    """What `cfjax compare` recorded, as docs/compare.md tells it; the README's figures are no smaller."""
+    rows, text = record("compare_diffusers.json")["rows"], " ".join(text_of("docs/compare.md").split())
+    worst: dict[str, float] = {}
+    for row in rows:
+        part = "flow" if row["what"].startswith("flow") else row["part"]
+        worst[part] = max(worst.get(part, 0.0), row["max_rel"])
+    told = {"flow": "flow", "gradients": "gradient of every parameter", "vae": "VAE", "text": "text rows"}
+    told |= {"unipc": "50 UniPC steps", "sampling": "whole samplers"}
+    assert worst.keys() == told.keys() and f"recorded {len(rows)} rows" in text
+    for part, name in told.items():
+        assert f"{name} {worst[part]:.1e}".replace("e-0", "e-") in text, part
+    shown = {row[0]: float(row[2]) for row in table_under("README.md", "Compared with PyTorch")}
+    assert shown["Wan DiT, flow"] >= worst["flow"] and shown["UMT5 encoder"] >= worst["text"]
+
+
+def test_replay_equals_the_loop_as_recorded():
+    worst = max(row["gradient_difference"] for row in record("replay.json")["rows"])
+    assert f"equal to the sequential loop to {worst:.1e}".replace("e-0", "e-") in " ".join(text_of("README.md").split())
+
+
+def test_the_readmes_sentences_are_of_its_tables():
+    """Parameters of the shipped teacher, the student's interval and its calls against its teacher's."""
+    text = " ".join(text_of("README.md").split())
+    teacher = json.loads((ROOT / "cfjax" / "assets" / "toy_teacher" / "model.json").read_text())
+    assert f"{teacher['parameters'] / 1e6:.2f} M parameters" in text
+    student = table_under("docs/results.md", "The quickstart")[-1]
+    low, high = re.search(r"\[(.*), (.*)\]", student[1]).groups()
+    assert f"(95 % interval {low} to {high})" in text
+    (*_, ar, ode, dmd) = table_under("README.md", "What comes out")
+    assert round(int(ar[3]) / int(dmd[3])) in (20, 21) and "with a twentieth of the calls" in text
+    pairs = ode[5].partition(" + ")[2]
+    assert f"{pairs} minutes go into ODE pairs" in text
+    assert f"+ {pairs} min of pairs" in table_under("docs/results.md", "The quickstart")[-2][8]
+    trained = sum(float(part) for row in (ar, ode, dmd) for part in row[5].split(" + "))
+    assert trained <= 20 and "trains for at most 20 minutes" in text
+
+
+def test_the_quickstart_is_that_of_the_record():
+    """All but the times, which that run shared with others."""
+    stages = record("quickstart.json")["stages"]
+    shown = table_under("docs/results.md", "The quickstart")
+    for row, key in zip(shown, ("real", "codec", "teacher", "ar", "ode", "dmd"), strict=True):
+        stage = stages[key]
+        part = {name: f"{100 * stage[name]:.1f}" for name in stage if "_correct" in name and stage[name] is not None}
+        assert row[1] == f"{part['all_correct']} % [{part['all_correct_low']}, {part['all_correct_high']}]"
+        assert row[2] == " / ".join(part[f"{name}_correct"] for name in ("shape", "colour", "direction")) + " %"
+        assert row[3:6] == [f"{stage['step_ratio']:.2f}", f"{stage['jerkiness']:.2f}", f"{stage['residual']:.3f}"]
+        assert row[6] == str(stage["network_calls"] or "")
 
 
 def test_the_readmes_rows_are_those_of_the_pages():

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "worlds": {"core", "data", "models", "training"},
     "experiment": {"core", "flow", "nn", "memory", "models", "rollout", "objectives", "training"}
     | {"data", "evaluation", "planning", "worlds"},
+    "serving": {"core", "data", "evaluation", "experiment", "memory", "models", "rollout", "worlds"},
     "studies": {"core", "flow", "nn", "models", "rollout", "objectives", "training", "evaluation"},
     "comparison": {"core", "flow", "nn", "models", "rollout", "objectives", "conversion"},
 }
@@ -46,6 +47,7 @@ EXPERIMENT = (
     *("adapters", "build"),  # a config has become an Experiment
     *("programs", "notes", "resume", "preview"),  # what is done with one
     *(
+        "checks",
         "runs",
         "experts",
         "job",

@@ -37,7 +37,7 @@ from cfjax.training.step import make_update
 from cfjax.worlds.assets import ASSETS, MODEL_FILE
 from cfjax.worlds.records import config_from_record
 from cfjax.worlds.toy import evaluation_clips
-from tests.commands import cfjax, tiny, train_stopped_and_whole
+from tests.commands import cfjax, tiny, tiny_data, train_stopped_and_whole
 from tests.test_configs import shipped
 
 LORA = {"roles__student__lora__rank": 2, "roles__student__lora__alpha": 4.0}
@@ -150,6 +150,18 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     assert "real_score is frozen" in mistake(capsys, "train", "dmd.py:toy", new, **frozen)
     plain = mistake(capsys, "convert", "convert.py", tmp_path / "x", source=tmp_path, to="peft")
     assert "no run that trained a LoRA" in plain
+
+
+@pytest.mark.slow
+def test_its_trajectories_train_adapters_beside_it(run, tmp_path):
+    """Stage 2a: pairs of a teacher that is a LoRA itself, and a student whose adapters start from it, merged."""
+    keys = {**tiny_data(tmp_path), "roles__teacher__init": run, "pairs": 8, "objective__solver_steps": 4}
+    assert cfjax("precompute", "ode_pairs.py:toy", tmp_path / "none", **keys) == 0
+    keys = {**tiny(tmp_path), **LORA, "optim__student__name": "adamw", "roles__student__init": run}
+    assert cfjax("train", "ode_regression.py:toy", tmp_path / "ode", **keys) == 0
+    own = {name: x.read() for name, x in open_role(tmp_path / "ode", "student").items()}
+    assert len(own) == 20 and all(map(np.any, own.values()))
+    assert read_meta(tmp_path / "ode")["lora"]["student"]["base"]["init"] == str(run)
 
 
 def test_weights_below_that_have_changed_are_refused(run, monkeypatch):

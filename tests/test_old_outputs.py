@@ -162,7 +162,7 @@ def test_a_finished_video_set_stays_finished(name):
     """Its requests, and the record of what decides a video, are those that today's code would write."""
     keys = {**recorded.VIDEOS[name], "resume": True}
     out = printed(recorded.cfjax, "generate", "generate.py", f"videos/{name}", **keys)
-    assert f"all 2 videos are in videos/{name}; nothing to make" in out
+    assert f"videos/{name} is complete, 2 videos; nothing to make" in out
 
 
 @pytest.mark.slow

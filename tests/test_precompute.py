@@ -119,6 +119,19 @@ def encoded(clips, world, tmp_path_factory) -> Path:
     return output
 
 
+def test_a_refused_job_leaves_nothing_that_refuses_the_next(clips, world, tmp_path, capsys):
+    """Here one that can use no clip; the report stays, and the corrected command begins anew."""
+    only = tmp_path / "clips"
+    only.mkdir()
+    for file in ("h_short.mp4", "h_short.txt"):
+        shutil.copy(clips / file, only / file)
+    assert precompute(only, world, tmp_path / "set") == 2
+    assert "none of 1 item can be used; the first: too short" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "set").iterdir()] == ["report.json"]
+    assert precompute(only, world, tmp_path / "set", frames=5, latent_shape="(2,4,4,16)") == 0
+    assert len(open_dataset(tmp_path / "set")) == 1
+
+
 def test_clips_become_latents_and_mistakes_are_reported(clips, world, encoded):
     dataset, codec = open_dataset(encoded), ToyWorld.load(world).codec
     names = [dataset.record(i).name for i in range(len(dataset))]
@@ -649,7 +662,7 @@ def test_the_validator_finds_every_planted_fault_in_an_lmdb(world, tmp_path, cap
     assert precompute(source, world, tmp_path / "text") == 0
     assert check(tmp_path / "text", capsys)[1] == [
         f"{source}, record 6: {expected[5][1]}",
-        f"{tmp_path}/text: 1 faults",
+        f"{tmp_path}/text: 1 fault",
     ]
 
 

@@ -26,8 +26,8 @@ def test_the_toy_is_profiled(causal, tmp_path, capsys):
     """Two videos at two levels; the table is of its network, and its file is read by the policy."""
     keys = {"videos": 1, "levels": 2, "batch": 2}
     assert cfjax("profile_heads", "profile_heads.py", tmp_path, **keys) == 0
-    file = tmp_path / "heads.json"
-    assert f"written to {file}" in capsys.readouterr().out
+    file, said = tmp_path / "heads.json", capsys.readouterr().out
+    assert f"written to {file}" in said and f"written to {tmp_path / 'labels.csv'}" in said
     record, config = json.loads(file.read_text()), causal.model.config
     mass = np.array(record["mass"])
     assert mass.shape == (config.num_layers, config.num_heads, causal.latent_shape[0])
@@ -43,6 +43,10 @@ def test_the_toy_is_profiled(causal, tmp_path, capsys):
     memory = parse_memory(f"forcing_kv(profile={file}, window=7)")
     memory.check(config)
     assert len(memory.plan(9, Blocks(3))) == 3
+    pyramid = parse_memory(f"pyramid(profile={tmp_path / 'labels.csv'})")
+    pyramid.check(config)
+    assert [list(row) for row in pyramid.profile.label_LN] == record["labels"]["label"]
+    assert len(pyramid.plan(9, Blocks(3))) == 3
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.experiment.data import data_of
+from cfjax.experiment.runs import open_run
 from cfjax.quickstart import main, recipe
 from tests.commands import ROOT, cfjax, tiny
 
@@ -91,15 +92,24 @@ def test_a_workdir_belongs_to_one_budget_and_layout(tmp_path):
         main([f"--config={ROOT}/configs/quickstart.py:causvid", f"--workdir={tmp_path}"])
 
 
+def test_every_stage_is_in_the_teachers_world():
+    """Keys that differ from the shipped world's go to the stages that make or read clips."""
+    c = QUICKSTART.get_config("")
+    steps = recipe(c, Path("runs"), shapes={"data.shapes.colours": "red,orange"})
+    given = {step.key for step in steps if "--config.data.shapes.colours=red,orange" in step.argv}
+    assert given == {"ar", "pairs", "ode", "dmd"}
+
+
 @pytest.mark.slow
 def test_quickstart_runs_from_an_exported_teacher(tmp_path):
     root, teacher = tmp_path / "own", tmp_path / "teacher"
-    keys = {**tiny(root), "data__shapes__frames": 12}
+    keys = {**tiny(root), "data__shapes__frames": 12, "data__shapes__colours": "red,orange,white"}
     assert cfjax("train", "bidirectional.py:toy", root, **keys) == 0
     assert cfjax("export", "export.py", teacher, run=root, clips=60) == 0
     keys = {"budget": "tiny", "teacher": teacher}
     assert cfjax("quickstart", "quickstart.py", tmp_path / "all", **keys) == 0
     assert (tmp_path / "all" / "report" / "index.html").stat().st_size > 10_000
+    assert open_run(str(tmp_path / "all" / "dmd"), with_model=False).toy.shapes.colours == ("red", "orange", "white")
     stages = json.loads((tmp_path / "all" / "report" / "metrics.json").read_text())["stages"]
     assert {name: stages[name]["network_calls"] for name in ("teacher", "ar", "ode", "dmd")} == {
         "teacher": 100,

@@ -99,7 +99,7 @@ def test_an_interrupted_set_ends_in_the_same_bits(whole, videos, monkeypatch, tm
     assert before.items() <= {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.mp4")}.items()
     assert made(tmp_path) == made(whole) and names(tmp_path) == COMPLETE
     message = capsys.readouterr().out
-    assert (f"7 of 12 videos are in {tmp_path}; going on with 5" in message) == (videos == 7)
+    assert (f"{tmp_path} has 7 of 12 videos; going on with 5" in message) == (videos == 7)
     record = json.loads((tmp_path / "settings.json").read_text())
     assert record["complete"] and record["timings"]["videos"] == VIDEOS - videos
     with Image.open(tmp_path / "contact_sheet.png") as sheet, Image.open(whole / "contact_sheet.png") as other:
@@ -112,7 +112,7 @@ def test_a_complete_set_is_left_alone(whole, monkeypatch, capsys):
     monkeypatch.delattr(verb, "fill")
     before = {file.name: file.stat().st_mtime_ns for file in whole.iterdir()}
     assert generate(whole, resume=True) == 0
-    assert f"all 12 videos are in {whole}; nothing to make" in capsys.readouterr().out
+    assert f"{whole} is complete, 12 videos; nothing to make" in capsys.readouterr().out
     assert {file.name: file.stat().st_mtime_ns for file in whole.iterdir()} == before
     sheet = whole / "contact_sheet.png"
     picture, timings = sheet.read_bytes(), json.loads((whole / "settings.json").read_text())["timings"]
@@ -169,8 +169,8 @@ def test_more_and_fewer_requests(whole, tmp_path, capsys, monkeypatch):
     assert len(written) == 4 and kept.items() <= made(workdir).items()
     assert generate(workdir, resume=True, prompt="|".join(PROMPTS[1:])) == 0
     message = capsys.readouterr().out
-    assert f"8 videos in {workdir} are no longer requested; kept: 000_a_red_circle" in message
-    assert f"all 8 videos are in {workdir}; contact sheets and settings" in message and len(written) == 4
+    assert f"{workdir}: 8 videos no longer requested; kept: 000_a_red_circle" in message
+    assert f"{workdir} is complete, 8 videos; contact sheets and settings" in message and len(written) == 4
     assert (workdir / "000_a_blue_square_moving_up_seed0.mp4").read_bytes() == kept[
         "004_a_blue_square_moving_up_seed0.mp4"
     ]
@@ -285,6 +285,6 @@ def test_a_set_in_a_bucket_goes_on(whole, bucket, monkeypatch, capsys):
         slug = sorted(name for name in before if name.endswith(".mp4"))[old][3:]
         assert objects[f"{n:03d}{slug}"] == before[f"{old:03d}{slug}"]
     assert generate("gs://bucket/videos", resume=True, prompt="|".join(PROMPTS[::-1])) == 0
-    assert "all 12 videos are in gs://bucket/videos; nothing to make" in capsys.readouterr().out
+    assert "gs://bucket/videos is complete, 12 videos; nothing to make" in capsys.readouterr().out
     assert generate("gs://bucket/videos") == 2
     assert "--config.resume=True goes on with what is there" in capsys.readouterr().err

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cfjax.core.console import counted
+
 # Names in adapters: peft's and diffusers' (lora_A), kohya's and the originals' (lora_down), LyCORIS's, full deltas.
 ADAPTER = re.compile(
     r"(^|\.)(lora_(A|B|down|up|mid)|lora_embedding_[AB]|lora_magnitude_vector|dora_scale|hada_w\d_[ab]|lokr_w\d(_[ab])?"
@@ -26,10 +28,10 @@ def what_else(names: Iterable[str]) -> str:
     layers = [name for name in names if ADAPTER.search(name)]
     if layers:
         rest = sum(not ADAPTER.search(name) and not name.endswith(".alpha") for name in names)
-        beside = f" ({rest} other tensors beside it)" if rest else ""
+        beside = f" ({counted(rest, 'other tensor')} beside it)" if rest else ""
         return (
-            f"it is a LoRA (an adapter), {len(layers)} tensors such as {layers[0]}{beside}, not a network: name the"
-            " weights that it was trained on by --config.source, and this file by --config.lora"
+            f"it is a LoRA (an adapter), {counted(len(layers), 'tensor')} such as {layers[0]}{beside}, not a network: "
+            "name the weights that it was trained on by --config.source, and this file by --config.lora"
         )
     packed = next(filter(BITS.fullmatch, names), "")
     if packed:

@@ -34,6 +34,7 @@ from cfjax.conversion.folders import weight_files
 from cfjax.conversion.foreign import ADAPTER
 from cfjax.conversion.prefixes import CRITICS, FROZEN
 from cfjax.conversion.weight_file import SAFETENSORS, Arrays, listed, read_json, short
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.core.inside import resolved_inside
 from cfjax.core.limits import AXIS, JSON_BYTES
@@ -208,7 +209,7 @@ def _entry(entries: Mapping[str, Arrays], file: Path) -> tuple[str, list[str]]:
     own = [name for name in loras if not words[name] & (CRITICS | FROZEN)]
     if len(own) != 1:
         raise UserError(f"{file}: LoRAs {', '.join(loras)}; save one of them, the student's, in a file of its own")
-    return own[0], [f"{name} ({len(arrays)} tensors)" for name, arrays in entries.items() if name != own[0]]
+    return own[0], [f"{name} ({counted(len(arrays), 'tensor')})" for name, arrays in entries.items() if name != own[0]]
 
 
 def _part(name: str, file: Path) -> tuple[str, str]:

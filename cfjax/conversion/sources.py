@@ -14,6 +14,7 @@ from cfjax.conversion.foreign import is_own, what_else
 from cfjax.conversion.kinds import KINDS, Arrays, Network, imported, recognised
 from cfjax.conversion.prefixes import AVERAGED, CRITICS, FROZEN, PLAIN, SPIECE
 from cfjax.conversion.weight_file import WeightFile, read_json
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.core.inside import resolved_inside
 from cfjax.core.lazy import LazyArray
@@ -231,7 +232,7 @@ def _kind(arrays: Arrays) -> str:
 
 def _left(entry: str, arrays: Arrays) -> str:
     """An entry that is not taken, for a message."""
-    return f"{entry or 'the rest'} ({'a LoRA' if what_else(arrays) else f'{len(arrays)} tensors'})"
+    return f"{entry or 'the rest'} ({'a LoRA' if what_else(arrays) else counted(len(arrays), 'tensor')})"
 
 
 def _transformers(entries: list[str], path: Path) -> dict[str, tuple[str, bool]]:

@@ -19,13 +19,23 @@ from ml_collections.config_flags.config_flags import UnsupportedOperationError
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
+from cfjax.core.keys import help_lines, hint_for
 from cfjax.core.paths import in_bucket, local_path, path_of
 from cfjax.core.settings import check_settings
 from cfjax.core.tuples import parse_tuple
 
 PACKAGE = Path(__file__).parents[1]
 # What tuples hold that configs leave empty, by the last word of their keys.
-EMPTY = {"dmd": str, "first_steps": int, "init_stages": str, "layers": int, "seeds": int, "steps": int}
+EMPTY = {
+    "compare": str,
+    "dmd": str,
+    "first_steps": int,
+    "init_stages": str,
+    "layers": int,
+    "origins": str,
+    "seeds": int,
+    "steps": int,
+}
 PROSE = {"prompt", "negative_prompt"}  # texts that may begin in any way
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # would break lines of messages and of scripts
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
@@ -202,9 +212,11 @@ def _check_overrides(spec: str, config: ConfigDict, overrides: Sequence[str]) ->
     for arg in overrides:
         key = _override_key(arg)
         if key not in known:
-            raise UserError(f"--config.{key}: {spec} has no such key{_nearest(key, known)}")
+            leaves = [name for name in known if not isinstance(known[name], ConfigDict)]
+            raise UserError(f"--config.{key}: {spec} has no such key{hint_for(key, leaves)}")
         if isinstance(known[key], ConfigDict):
-            raise UserError(f"--config.{key} is a group; set one of its keys, as --config.{key}.NAME=value")
+            inside = next((name for name in known if name.startswith(f"{key}.")), f"{key}.NAME")
+            raise UserError(f"--config.{key} is a group; set one of its keys, as --config.{inside}=value")
 
 
 def _docstrings(path: Path) -> str:
@@ -222,9 +234,9 @@ def _help(verb: str, description: str, own: Sequence[Flag], spec: str | None, de
     if spec is None:
         return say("\nadd --config=FILE to see that config's purpose and keys")
     say(f"\n{spec}:\n{_docstrings(Path(spec.partition(':')[0]))}\n\nkeys:")
-    for key, value in keys_of(_load_plain(spec)).items():
-        if not isinstance(value, ConfigDict):
-            say(f"  --config.{key}={value!r}")
+    leaves = {key: value for key, value in keys_of(_load_plain(spec)).items() if not isinstance(value, ConfigDict)}
+    for line in help_lines(verb, leaves):
+        say(line)
 
 
 def _own_values(verb: str, argv: list[str], own: Sequence[Flag]) -> dict[str, Any]:

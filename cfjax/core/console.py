@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from tqdm import tqdm
+
 
 def say(message: str = "") -> None:
-    """Writes one line to standard output at once (progress bars live on standard error)."""
-    sys.stdout.write(message + "\n")
-    sys.stdout.flush()
+    """Writes one line to standard output at once, above a progress bar that is shown (on standard error)."""
+    with tqdm.external_write_mode(file=sys.stdout):
+        sys.stdout.write(message + "\n")
+        sys.stdout.flush()
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 video", "2 videos", "1,024 batches"."""
+    many = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else many}"
 
 
 def complain(message: str) -> None:

@@ -170,6 +170,17 @@ RULES: dict[str, Rules] = {
         ("fps", FPS),
         ("scale", whole(1, SIDE)),
     ],
+    "serve": [
+        ("fps", FPS),
+        ("port", whole(0, 65535)),
+        ("sessions", whole(1, 4096)),
+        ("snapshots|seek_blocks", whole(0, 4096)),
+        ("(idle|resume)_seconds", positive(1e6)),
+    ],
+    "play": [
+        ("seed", SEED),
+        ("blocks|scale", whole(1, 1_000_000)),
+    ],
     "bench": [
         ("seed", whole(0, 2**31 - 1)),
         ("batch|batches", whole(1, 1_000_000)),
@@ -186,7 +197,9 @@ RULES: dict[str, Rules] = {
         ("seed", whole(0)),
         ("clips|batch", whole(1)),
         ("kept", whole(0)),
-        ("frames", whole(0, FRAMES)),
+        ("frames|block|first_block", whole(0, FRAMES)),
+        ("fps", replace(FPS, zero=True)),
+        ("workers", whole(0, 1024)),
     ],
     "export": [("clips", whole(1))],
     "profile_heads": [
@@ -195,7 +208,8 @@ RULES: dict[str, Rules] = {
         ("frames", whole(0, FRAMES)),
         ("sink", whole(0, FRAMES)),
         ("levels", STEPS),
-        ("threshold", SHARE),
+        ("threshold|periodicity", SHARE),
+        ("between", real(0.0)),
     ],
     "compare": [
         ("--seed", SEED),

@@ -1,7 +1,7 @@
 """Checking every record of a dataset, of any kind, and reporting where each bad one is and what is wrong with it."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from tqdm import tqdm
 
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.inside import inside
 from cfjax.core.machine import machine_failure
+from cfjax.core.progress import Progress, followed
 from cfjax.data.archives import open_array
 from cfjax.data.latents import read_json
 from cfjax.data.lmdb_files import is_lmdb
@@ -92,8 +92,8 @@ def check_dataset(
         raise UserError(f"{path}: no dataset there (no {MANIFEST}, no LMDB)")
 
 
-def _bar(items: Iterable[Any], what: Path, progress: bool, total: int | None = None) -> Iterable[Any]:
-    return tqdm(items, desc=f"check {what.name}", total=total, unit="record", disable=not progress, dynamic_ncols=True)
+def _bar(items: Sequence[Any], what: Path, progress: bool) -> Iterator[Any]:
+    return followed(items, len(items), "record", f"check {what.name}", shown=progress)
 
 
 def _constant(name: str, array: np.ndarray) -> str:
@@ -163,7 +163,7 @@ def _check_records(path: Path, manifest: dict[str, Any], lmdb: str | Path, progr
         except UserError as error:
             yield Fault(path / MANIFEST, None, str(error).removeprefix(f"{path / MANIFEST}: "))
     known = _Set(layout, parts, items, rows)
-    with tqdm(total=records, desc=f"check {path.name}", unit="record", disable=not progress, dynamic_ncols=True) as bar:
+    with Progress(records, "record", f"check {path.name}", shown=progress) as bar:
         for about in parts:
             try:
                 file = inside(path, about["file"], path / MANIFEST)

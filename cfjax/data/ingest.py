@@ -10,10 +10,10 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from cfjax.core.errors import UserError
 from cfjax.core.limits import CAPTION
+from cfjax.core.progress import Progress
 from cfjax.data.captions import Columns, caption_of, check_characters, field_of
 from cfjax.data.clips import ClipFile, escaped
 from cfjax.data.lmdb_rows import LmdbRows
@@ -223,7 +223,7 @@ def ingest(
     """
     todo = writer.todo(shard, shards)
     total = sum(len(writer.items_of(index)) for index in todo)
-    bar = tqdm(total=total, desc=writer.path.name, unit="item", disable=not progress, dynamic_ncols=True)
+    bar = Progress(total, "item", writer.path.name, shown=progress)
     with ThreadPoolExecutor(max(workers, 1)) as pool, bar:
         for index in todo:
             with writer.part(index) as part:

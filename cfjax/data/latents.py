@@ -14,6 +14,7 @@ import grain
 import numpy as np
 from absl import logging
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.core.limits import CAPTION, JSON_BYTES, RECORDS, VOCABULARY
 from cfjax.core.machine import machine_failure
@@ -345,7 +346,9 @@ def make_iterator(
       UserError: the dataset holds fewer records than a batch, or a row is not of the batch.
     """
     if not 0 < batch_size <= len(dataset):
-        raise UserError(f"data.batch_size={batch_size}: {dataset.path} holds {len(dataset)} records; lower it")
+        raise UserError(
+            f"data.batch_size={batch_size}: {dataset.path} holds {counted(len(dataset), 'record')}; lower it"
+        )
     if not 0 <= seed < 2**32:
         raise UserError(f"data.seed={seed}: use 0 to 2**32 - 1")
     own = np.arange(batch_size) if rows is None else np.asarray(rows, int)

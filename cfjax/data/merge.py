@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cfjax.core.errors import UserError
 from cfjax.core.paths import local_path
+from cfjax.core.progress import Progress
 from cfjax.data.latents import ClipDataset, LatentDataset
 from cfjax.data.parts import Part, SetWriter
 from cfjax.data.readers import BrokenRecord
@@ -155,7 +155,7 @@ def merge(
         writer.write_negative(members[0].dataset.negative_text_SE)
     total = sum(len(writer.items_of(index)) for index in todo)
     ends = list(accumulate(len(member.dataset) for member in members))
-    with tqdm(total=total, desc=writer.path.name, unit="record", disable=not progress, dynamic_ncols=True) as bar:
+    with Progress(total, "record", writer.path.name, shown=progress) as bar:
         for index in todo:
             with writer.part(index) as part:
                 part.notes[CONTENT] = [_copy(part, members, ends, item, bar) for item in part.items]

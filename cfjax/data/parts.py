@@ -24,6 +24,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from cfjax.core.checksums import FileSum, crc32, measure, write_sums
+from cfjax.core.console import counted
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.limits import RECORDS
 from cfjax.core.lock import holding
@@ -182,11 +183,12 @@ class SetWriter:
         same: Mapping[str, Callable[[Any], bool]] | None = None,
     ) -> None:
         if items < 1 or part_items < 0:
-            raise UserError(f"{path}: {items} items in parts of part_items={part_items}; there must be some")
+            raise UserError(f"{path}: {counted(items, 'item')} in parts of part_items={part_items}; there must be some")
         self.path, self.items, self.layout = Path(path), items, layout
         self._description = dict(description)
         wanted = part_items or part_size(items, at_least)
         self._job = json.loads(json.dumps({**job, "items": items, "part_items": wanted, "layout": layout.to_json()}))
+        self._began = False  # by this process
         found = self._claim(listing, dict(same or {}), free={"part_items"} if not part_items else set())
         self.part_items, self._made_by = int(found["part_items"]), digest(found)
 
@@ -194,13 +196,15 @@ class SetWriter:
         self, listing: Sequence[Item] | None, same: Mapping[str, Callable[[Any], bool]], free: set[str]
     ) -> dict[str, Any]:
         """The record of the job that the folder was begun with, which equals this one but for the keys in `free`."""
-        others = self.path.exists() and any(not _is_partial(file) for file in contents(self.path))
+        files = contents(self.path) if self.path.exists() else []
+        others = any(not _is_partial(file) and file.name != REPORT for file in files)
         if others and not (self.path / JOB).exists():  # checked last: another process may just have begun
             raise UserError(f"output={str(self.path)!r} holds other files; choose another, or an empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         if (found := read_if_whole(self.path / JOB)) is None:
             self._check_parts_are_ours()
             write_atomically(self.path / JOB, json.dumps(self._job, indent=1))
+            self._began = True
             found = read_json(self.path / JOB)
         try:
             checked(_JOB, found, self.path / JOB)
@@ -277,13 +281,30 @@ class SetWriter:
         Shards of the same number of shards run side by side. If their number changes while others still run, a part
         may be written twice, each time atomically and with the same content.
 
+        A job that is refused inside, before anything of it is there, leaves nothing that a corrected one would meet.
+
         Raises:
           UserError: a shard out of range.
           Temporary: another process writes this shard.
         """
         self.todo(shard, shards)
-        with holding(self.path, f".shard-{shard}-of-{shards}.lock", each=True):
-            yield self.todo(shard, shards)
+        try:
+            with holding(self.path, f".shard-{shard}-of-{shards}.lock", each=True):
+                yield self.todo(shard, shards)
+        except UserError as error:
+            if self._began and not isinstance(error, Temporary):
+                self._withdraw()
+            raise
+
+    def _withdraw(self) -> None:
+        """Removes the job unless it has led to a record of data, by this process or another; a report stays."""
+        abouts = list(self.path.glob("part-*.json"))
+        if any((record := _about(file)) is None or record["records"] for file in abouts):
+            return
+        for file in (*abouts, *(self.path / name for name in (NEGATIVE_TEXT, ITEMS, JOB))):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: the report, or another process is at work there
+            self.path.rmdir()
 
     @contextmanager
     def part(self, index: int) -> Iterator[Part]:
@@ -361,7 +382,9 @@ class SetWriter:
         }
         write_atomically(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
         if not records:
-            raise UserError(f"{self.path}: none of {self.items} items can be used; the first: {skipped[0].reason}")
+            raise UserError(
+                f"{self.path}: none of {counted(self.items, 'item')} can be used; the first: {skipped[0].reason}"
+            )
         manifest = {
             "version": RECORDS_VERSION,
             "records": records,

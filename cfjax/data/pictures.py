@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -114,7 +115,7 @@ def over_white(rgba_HW4: np.ndarray) -> np.ndarray:
     return out
 
 
-def read_picture(path: str | Path) -> np.ndarray:
+def read_picture(path: str | Path | BinaryIO) -> np.ndarray:
     """A picture file as a viewer shows it, uint8 [H, W, 3].
 
     Whole numbers of 16 bits are scaled by their range; float pictures hold 0 to 1. Transparent parts show white.

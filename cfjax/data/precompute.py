@@ -19,11 +19,11 @@ from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from cfjax.core.checksums import write_sums
 from cfjax.core.errors import Temporary, UserError
 from cfjax.core.paths import to_disk
+from cfjax.core.progress import Progress
 
 MANIFEST_VERSION = 1
 EncodeCaptions = Callable[[list[str]], np.ndarray]
@@ -211,7 +211,7 @@ def _reserve(file: Path) -> None:
 
 
 def _batches(source: VideoSource, batch_size: int, progress: bool) -> Iterator[list[dict[str, Any]]]:
-    with tqdm(total=len(source), desc="precompute", unit="clip", disable=not progress) as bar:
+    with Progress(len(source), "clip", "precompute", shown=progress) as bar:
         for start in range(0, len(source), batch_size):
             items = [source[i] for i in range(start, min(start + batch_size, len(source)))]
             yield items

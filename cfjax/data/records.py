@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.core.inside import inside
 from cfjax.core.limits import FRAMES, LATENT_NUMBERS, RANK, RECORDS, SIDE, STATES, TEXT_NUMBERS, TEXT_ROWS
@@ -246,7 +247,9 @@ class RecordDataset:
         self.layout = manifest_layout(self.path, self.manifest)
         self.files = RecordFiles(manifest_parts(self.path, self.manifest))
         if len(self.files) != self.manifest["records"]:
-            raise UserError(f"{self.path}: its parts hold {len(self.files)} records, not {self.manifest['records']}")
+            raise UserError(
+                f"{self.path}: its parts hold {counted(len(self.files), 'record')}, not {self.manifest['records']}"
+            )
         self._lmdb: LmdbRows | None = None
         if self.layout.kept_in == "lmdb":
             about = manifest_lmdb(self.path, self.manifest)

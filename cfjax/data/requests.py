@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.data.archives import read_archive
 from cfjax.data.captions import Columns, caption_of
@@ -188,7 +189,9 @@ def read_video_start(
     """
     available = video_frames(path, fps)
     if available < frames:
-        raise UserError(f"video={str(path)!r} has {available} frames at {fps:g} per second, fewer than frames={frames}")
+        raise UserError(
+            f"video={str(path)!r} has {counted(available, 'frame')} at {fps:g} per second, fewer than frames={frames}"
+        )
     try:
         return to_float(read_clip(path, _format(frames, height, width, fps, fit)))
     except Unusable as error:

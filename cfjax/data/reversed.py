@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.data.latents import Batch, ClipDataset, WrappedDataset
 
@@ -47,7 +48,8 @@ def joined(dataset: ClipDataset, other: ClipDataset) -> ReversedText:
     """
     if (len(dataset), dataset.text_shape) != (len(other), other.text_shape):
         raise UserError(
-            f"data.reversed_name: {other.path} holds {len(other)} captions of {other.text_shape} rows, {dataset.path} "
-            f"{len(dataset)} of {dataset.text_shape}; make it of one caption per clip, in the clips' order"
+            f"data.reversed_name: {other.path} holds {counted(len(other), 'caption')} of {other.text_shape} rows, "
+            f"{dataset.path} {len(dataset)} of {dataset.text_shape}; make it of one caption per clip, in the clips' "
+            "order"
         )
     return ReversedText(dataset, lambda index: other[index]["text_SE"])

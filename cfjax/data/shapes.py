@@ -144,7 +144,7 @@ class ShapesConfig:
             names = getattr(self, field)
             unknown = [name for name in names if name not in known]
             if unknown or not names or len(set(names)) != len(names):
-                raise UserError(f"shapes.{field}={names}: choose distinct names from {', '.join(known)}")
+                raise UserError(f"data.shapes.{field}={names}: choose distinct names from {', '.join(known)}")
         if self.num_objects not in (1, 2) or self.num_objects > len(self.colours):
             raise UserError(f"shapes.num_objects={self.num_objects}: use 1, or 2 with at least two colours")
         for field in ("speed", "radius"):

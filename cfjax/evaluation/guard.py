@@ -299,6 +299,7 @@ _OTHER = {
     "blur": ("train on", "lower optim.student.lr if it has stopped improving"),
     "diversity": ("check that clips differ in data", "lower sampler.guidance"),
 }
+BACK = "go on from an earlier checkpoint"
 _ADVICE = {"dmd": _DMD, "consistency": _CONSISTENCY}
 _KEY = re.compile(r"\b(?:blocks|cadence|ema|objective|optim|sampler)(?:\.\w+)+")
 
@@ -318,30 +319,37 @@ def warnings(
     *,
     stage: str = "",
     keys: Collection[str] | None = None,
-) -> list[str]:
-    """One line for each sign of a collapse: the metric, its value and the baseline's, the step, and what to try.
+    earlier: bool = True,
+) -> dict[str, str]:
+    """A line for each sign of a collapse, by what it is: the metric, its value and the baseline's, the step, and what
+    to try.
 
     Args:
       stage: the training stage ("dmd", "consistency" ...), whose own keys are then named.
       keys: of the config, those that the run reads, as "objective.guidance": no other is named. None: any of the stage.
+      earlier: whether there is a checkpoint of an earlier step.
     """
     advice = _ADVICE.get(stage, _OTHER)
-    out = []
+    out = {}
     for rule in _RULES:
         value, base = now.values.get(rule.name), baseline.values.get(rule.name)
         if value is None or base is None or (rule.real_only and not baseline.real):
             continue
         if _broken(rule, value, base, thresholds):
             where = f"{rule.name} {value:.3g}, {base:.3g} in {baseline.origin}"
-            out.append(_line(now.step, where, rule.message, advice[rule.kind], keys))
+            out[rule.message] = _line(now.step, where, rule.message, advice[rule.kind], keys, earlier)
     value = now.values.get("diversity")
     if value is not None and "diversity" not in baseline.values and value < thresholds.diversity_low:
         where = f"diversity {value:.3g}, expected {thresholds.diversity_low:g} or more"
-        out.append(_line(now.step, where, "every seed gives much the same video", advice["diversity"], keys))
+        same = "every seed gives much the same video"
+        out[same] = _line(now.step, where, same, advice["diversity"], keys, earlier)
     return out
 
 
-def _line(step: int, where: str, message: str, fixes: Sequence[str], keys: Collection[str] | None) -> str:
+def _line(
+    step: int, where: str, message: str, fixes: Sequence[str], keys: Collection[str] | None, earlier: bool
+) -> str:
     fixes = [fix for fix in fixes if keys is None or set(_KEY.findall(fix)) <= set(keys)]
-    advice = f"try: {', or '.join(fixes)}; or " if fixes else ""
-    return f"step {step}: {message} ({where}); {advice}go on from an earlier checkpoint"
+    advice = [f"try: {', or '.join(fixes)}"] if fixes else []
+    advice += ["or go on from an earlier checkpoint" if fixes else BACK] if earlier else []
+    return "; ".join([f"step {step}: {message} ({where})", *advice])

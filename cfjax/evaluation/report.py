@@ -65,7 +65,8 @@ class Report:
     fps: float = 8.0
 
 
-def _section(name: str, title: str, *parts: str) -> str:
+def section(name: str, title: str, *parts: str) -> str:
+    """A part of a page under a heading; "" when all its parts are."""
     body = "\n".join(part for part in parts if part)
     return f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>' if body else ""
 
@@ -216,7 +217,8 @@ def _details(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary><pre><code>{escaped(body)}</code></pre></details>"
 
 
-def _head(title: str, css: str) -> str:
+def page_head(title: str, css: str) -> str:
+    """The page up to its body."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -239,18 +241,18 @@ def _sections(report: Report, table: Mapping[str, Row], wall: str) -> list[str]:
     pairs = "".join(f"<dt>{escaped(key)}</dt><dd>{escaped(value)}</dd>" for key, value in report.environment.items())
     items = "".join(f"<li>{escaped(note)}</li>" for note in report.notes)
     return [
-        _section("headline", f"Student against {other}", headline),
-        _section("wall", "Side by side", wall),
-        _section("metrics", "Metrics", _table(table, report.stages, report.student)),
-        _section("long", "Long videos", *(long_sections(report.long, report.fps) if report.long else ())),
-        _section(
+        section("headline", f"Student against {other}", headline),
+        section("wall", "Side by side", wall),
+        section("metrics", "Metrics", _table(table, report.stages, report.student)),
+        section("long", "Long videos", *(long_sections(report.long, report.fps) if report.long else ())),
+        section(
             "switch", "A prompt that changes", *(switch_sections(report.switch, report.fps) if report.switch else ())
         ),
-        _section("training", "Training", _training(report.stages)),
-        _section("commands", "Commands", f"<pre><code>{listing}</code></pre>" if listing else ""),
-        _section("config", "Configuration", _details("Show the whole config", shown_config) if report.config else ""),
-        _section("environment", "Environment", f"<dl>{pairs}</dl>" if pairs else ""),
-        _section("notes", "Notes", f"<ul>{items}</ul>" if items else ""),
+        section("training", "Training", _training(report.stages)),
+        section("commands", "Commands", f"<pre><code>{listing}</code></pre>" if listing else ""),
+        section("config", "Configuration", _details("Show the whole config", shown_config) if report.config else ""),
+        section("environment", "Environment", f"<dl>{pairs}</dl>" if pairs else ""),
+        section("notes", "Notes", f"<ul>{items}</ul>" if items else ""),
     ]
 
 
@@ -269,7 +271,7 @@ def write_report(path: str | Path, report: Report) -> None:
     wall = wall_of(_columns(report), report.captions, report.fps)
     assets = resources.files("cfjax") / "assets"
     parts = (
-        f"{_head(report.title, (assets / 'report.css').read_text())}\n<body>",
+        f"{page_head(report.title, (assets / 'report.css').read_text())}\n<body>",
         f"<header><h1>{escaped(report.title)}</h1><p>{escaped(_lead(report.stages))}</p></header>\n<main>",
         *_sections(report, table, wall),
         f"</main>\n<script>\n{(assets / 'report.js').read_text()}</script>\n</body>\n</html>\n",

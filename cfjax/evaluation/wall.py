@@ -1,7 +1,8 @@
 """Clips side by side on a page, all on one clock.
 
-A clip is a lossless PNG strip of its frames that CSS steps through: it plays wherever images do, stays as crisp as the
-pixels are, can be paused and stepped, and all clips of a wall share one clock, which separate <video> elements do not.
+A clip is a strip of its frames (a lossless PNG, or WebP) that CSS steps through: it plays wherever images do, stays as
+crisp as the pixels are, can be paused and stepped, and all clips of a wall share one clock, which separate <video>
+elements do not.
 """
 
 import html
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.evaluation.video import check_uint8, data_uri
 
 _STRIP_WIDTH = 8192  # px of a whole strip; larger clips are shown reduced
+_QUALITY = 80  # of lossy strips, of 100
 _WALL_BYTES = 4_000_000  # of encoded strips; rows beyond it are left out, and the page says so
 _CLIP_SIZES = ((160, 850), (96, 560), (96, 330))  # px for a clip, and for a row of them, on wide to narrow screens
 
@@ -48,30 +51,34 @@ def _reduction(frames: int, width: int) -> int:
     return -(-frames * width // _STRIP_WIDTH)
 
 
-def _strip(video_PHWC: np.ndarray) -> bytes:
-    """All frames side by side as a PNG [H, P * W], reduced by `_reduction`; rows and columns left over are cut."""
+def _strip(video_PHWC: np.ndarray, lossy: bool) -> bytes:
+    """All frames side by side as a picture [H, P * W], reduced by `_reduction`; rows and columns left over are cut."""
     factor = _reduction(video_PHWC.shape[0], video_PHWC.shape[2])
     height, width = (size // factor for size in video_PHWC.shape[1:3])
     whole = video_PHWC[:, : height * factor, : width * factor].transpose(1, 0, 2, 3).reshape(height * factor, -1, 3)
     image = Image.fromarray(np.ascontiguousarray(whole))
     with io.BytesIO() as buffer:
-        (image.reduce(factor) if factor > 1 else image).save(buffer, "PNG", optimize=True)
+        image = image.reduce(factor) if factor > 1 else image
+        if lossy:
+            image.save(buffer, "WEBP", quality=_QUALITY)
+        else:
+            image.save(buffer, "PNG", optimize=True)
         return buffer.getvalue()
 
 
-def wall_of(columns: Sequence[WallColumn], captions: Sequence[str], fps: float) -> str:
-    """One row per caption, one column per stage, all clips on one clock."""
+def wall_of(columns: Sequence[WallColumn], captions: Sequence[str], fps: float, *, lossy: bool = False) -> str:
+    """One row per caption, one column per stage, all clips on one clock; `lossy` for clips of natural pictures."""
     if not columns or not captions:
         return ""
     rows: list[str] = []
-    spent = 0
+    spent, kind = 0, "webp" if lossy else "png"
     for n, caption in enumerate(captions):
-        strips = [(name, _strip(clips[n]) if n < len(clips) else None) for name, _, clips in columns]
+        strips = [(name, _strip(clips[n], lossy) if n < len(clips) else None) for name, _, clips in columns]
         spent += sum(4 * len(strip) // 3 for _, strip in strips if strip)
         if (spent > _WALL_BYTES and rows) or not any(strip for _, strip in strips):
             break
         cells = "".join(
-            f'<img class="clip" alt="{escaped(f"{name}: {caption}")}" src="{data_uri(strip, "image/png")}">'
+            f'<img class="clip" alt="{escaped(f"{name}: {caption}")}" src="{data_uri(strip, f"image/{kind}")}">'
             if strip else '<span class="clip"></span>'
             for name, strip in strips
         )  # fmt: skip
@@ -83,12 +90,14 @@ def wall_of(columns: Sequence[WallColumn], captions: Sequence[str], fps: float) 
     values = {"columns": len(columns), "frames": frames, "fps": f"{fps:g}", "clip-w": f"{width}px"}
     values |= {"clip-h": f"{height}px"} | {f"scale-{n}": scale for n, scale in enumerate(scales)}
     style = "; ".join(f"--{name}: {value}" for name, value in values.items())
-    names = "".join(
-        f"<span>{escaped(name)}{f'<small>{calls:,} calls</small>' if calls is not None else ''}</span>"
-        for name, calls, _ in columns
-    )
+    notes = ["" if calls is None else f"<small>{counted(calls, 'call')}</small>" for _, calls, _ in columns]
+    names = "".join(f"<span>{escaped(name)}{note}</span>" for (name, _, _), note in zip(columns, notes, strict=True))
     note = f"{frames} frames at {fps:g} per second, "
-    note += "pixel for pixel." if factor == 1 else f"reduced {factor} times in width and height."
+    note += (
+        "as they are measured, in smaller pictures."
+        if lossy
+        else ("pixel for pixel." if factor == 1 else f"reduced {factor} times in width and height.")
+    )
     if len(rows) < len(captions):
         note += f" The first {len(rows)} of {len(captions)} captions."
     controls = (

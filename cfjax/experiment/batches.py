@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cfjax.core.errors import UserError
 from cfjax.core.programs import Programs
+from cfjax.core.progress import Progress
 from cfjax.data.requests import LATENTS, Request
 from cfjax.evaluation.video import to_uint8
 from cfjax.experiment.job import Job, hash_file, read_given, read_source, tiled_decoder
@@ -87,7 +87,7 @@ def generate_batches(
     """Batches of videos, with the numbers of their requests. A last batch is filled up, so that one shape compiles."""
     given, source = given_latents(c, job, batches), source_latents(c, job) if batches else None
     per_batch = len(job.blocks.spans(job.sizes.frames)) - job.given_blocks() if job.blocks else 1
-    with tqdm(total=per_batch * len(batches), unit="block", disable=not c.progress, dynamic_ncols=True) as bar:
+    with Progress(per_batch * len(batches), "block", "generate", shown=c.progress) as bar:
         for numbers in batches:
             rows = [job.requests[min(numbers.start + i, numbers.stop - 1)] for i in range(job.batch)]
             first = [latents for request in rows if (latents := given(request)) is not None]

@@ -16,7 +16,7 @@ from cfjax.core.sharding import make_mesh
 from cfjax.experiment.adapters import BASE, adapted, lora_records
 from cfjax.experiment.data import Data, DataSource, data_of
 from cfjax.experiment.lora import LORA
-from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of
+from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of, sized
 from cfjax.experiment.reference import apply_reference, unused_keys
 from cfjax.experiment.stage import (
     Objective,
@@ -108,6 +108,17 @@ class Experiment:
         """
         opened = {name: role.opened(data) for name, role in self.roles.items() if isinstance(role, CodecRole)}
         return replace(self, roles={**self.roles, **opened})
+
+    def with_sizes(self, models: Mapping[str, Any] | None = None) -> "Experiment":
+        """The same experiment, its networks as large as the weights that they start from.
+
+        Args:
+          models: the networks in the record of a resumed run.
+
+        Raises:
+          UserError: see `NetworkRole.sized`.
+        """
+        return replace(self, roles=sized(self.roles, models))
 
     def make_mesh(self) -> Mesh | None:
         """The mesh of all devices, or None for one device of one process."""

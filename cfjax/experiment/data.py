@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.once import make_once
 from cfjax.core.paths import local_path
@@ -20,7 +20,8 @@ from cfjax.data.shapes import ShapesConfig
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.experiment.record import thawed
 from cfjax.objectives.ode_regression import METHODS, METHODS_FOR
-from cfjax.worlds.toy import SplitSource, ToyWorld, open_toy_world
+from cfjax.worlds.toy import SplitSource, ToyWorld, check_split, open_toy_world
+from cfjax.worlds.world import RECORD
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,39 @@ class ToySource:
         """The world, made on first use; `keep`: and written to `path`.
 
         Raises:
-          UserError: the one that is there, or the one of `assets`, is not what the config describes.
+          UserError: the one that is there, or the one of `assets`, is not what the config describes; nothing is written
+            then. Or of a new one all captions would be trained on, or none.
         """
         path = data_root(self.path) / "world"
-        channels, length = self.channels, self.text_length
-        world = open_toy_world(
-            path, assets=self.assets, shapes=self.shapes, channels=channels, text_length=length, keep=keep
+        made = partial(
+            open_toy_world,
+            path,
+            assets=self.assets,
+            shapes=self.shapes,
+            channels=self.channels,
+            text_length=self.text_length,
         )
-        if (world.shapes, world.codec.latent_channels, world.text_length) != (self.shapes, channels, length):
+        there = (path / RECORD).exists()
+        if not there and not self.assets:
+            check_split(self.shapes)
+            return made(keep=keep)
+        world = made(keep=False)
+        if other := self._difference(world):
+            if there:
+                raise UserError(f"{path} was made with {other}; choose another --config.data.path")
             raise UserError(
-                f"{path} has other data.shapes, data.channels or data.text_length than the config; choose another "
-                "data.path (and data.assets='' for a world of your own)"
+                f"data.assets={self.assets!r} is a world with {other}; train a teacher of your own in it "
+                "(configs/bidirectional.py:toy, with the same keys), and start from that: docs/training.md"
             )
-        return world
+        return made(keep=True) if keep and not there else world
+
+    def _difference(self, world: ToyWorld) -> str:
+        """The first key in which a world is not what the config describes, "KEY=its, not ours"; or ""."""
+        theirs, ours = world.shapes.to_json(), self.shapes.to_json()
+        pairs = {f"data.shapes.{name}": (theirs[name], ours[name]) for name in ours}
+        pairs["data.channels"] = (world.codec.latent_channels, self.channels)
+        pairs["data.text_length"] = (world.text_length, self.text_length)
+        return next((f"{key}={its!r}, not {own!r}" for key, (its, own) in pairs.items() if its != own), "")
 
 
 @dataclass(frozen=True)
@@ -143,7 +164,8 @@ class DataSource:
             raise UserError(f"{root / name} was made in another world than {root / 'world'}; remove it and run again")
         if name == "clips" and len(dataset) != self.clips:
             raise UserError(
-                f"{root / name} holds {len(dataset)} clips, not data.clips={self.clips}; remove it to make it again"
+                f"{root / name} holds {counted(len(dataset), 'clip')}, not data.clips={self.clips}; remove it to "
+                "make it again"
             )
         if self.caption_encoder_needed:
             dataset = encoded(dataset, world.encode_prompts)
@@ -180,7 +202,7 @@ class DataSource:
         if points == wanted + 1 and not self.ground_truth:
             fix = "they hold clean clips: leave out --config.data.ground_truth=False"
         raise UserError(
-            f"{dataset.path} has {points} states per clip; ODE regression needs the {wanted - 1} levels of "
+            f"{dataset.path} has {counted(points, 'state')} per clip; ODE regression needs the {wanted - 1} levels of "
             f"objective.steps and the end: {fix}"
         )
 

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cfjax.core.errors import UserError
 from cfjax.core.paths import path_of
+from cfjax.core.progress import followed
 from cfjax.data.requests import (
     LATENTS,
     Request,
@@ -391,7 +391,7 @@ def check_requests(c: ConfigDict, job: Job, numbers: Sequence[int]) -> None:
     for n in numbers:
         if (file := job.requests[n].image) in job.hashes:
             users.setdefault(file, []).append(n)
-    for file in tqdm(users, desc="pictures", unit="", disable=not c.progress or len(users) < 2, dynamic_ncols=True):
+    for file in followed(users, len(users), "picture", "check", shown=c.progress and len(users) > 1):
         try:
             read_given(c, job, file)
         except UserError as error:

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from cfjax.core.errors import UserError
 from cfjax.core.paths import read_if_whole, replacing, write_atomically
+from cfjax.core.progress import compiling, followed
 from cfjax.evaluation.guard import Collector
 from cfjax.evaluation.shapes_metrics import Factors, evaluate_shapes
 from cfjax.evaluation.video import to_uint8
@@ -60,8 +60,9 @@ def evaluate_run(run: Run, *, clips: int, batch: int, seed: int, kept: int = 8) 
     real = evaluation_clips(run.toy.shapes, clips)
     captions = [clip["caption"] for clip in real]
     videos, fastest = [], float("inf")
-    run.sample(captions[:batch], seed)  # compiles
-    for start in tqdm(range(0, clips, batch), desc=f"evaluate {run.stage}", unit="batch", dynamic_ncols=True):
+    with compiling(f"the sampler of {run.name}"):
+        run.sample(captions[:batch], seed)
+    for start in followed(range(0, clips, batch), clips // batch, "batch", f"evaluate {run.stage}"):
         begun = time.perf_counter()
         videos.append(run.sample(captions[start : start + batch], seed + 1 + start))
         fastest = min(fastest, time.perf_counter() - begun)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from cfjax.core.errors import UserError
 from cfjax.core.paths import read_if_whole, write_atomically
 from cfjax.core.programs import Programs
+from cfjax.core.progress import Progress
 from cfjax.data.shapes import parse_caption
 from cfjax.evaluation.over_time import drift, follows, judge_pieces, pieces
 from cfjax.evaluation.shapes_metrics import Table, evaluate_shapes, wilson
@@ -62,7 +62,7 @@ def measure_long(
     sizes = Sizes(frames, 0, height, width, run.world.codec.stride)
     pieces(sizes.pixels()[0], piece)
     policies, videos = {}, {}
-    with tqdm(total=len(layouts) * clips, desc="long videos", unit="video", dynamic_ncols=True) as bar:
+    with Progress(len(layouts) * clips, "video", "long videos") as bar:
         for memory, layout in layouts.items():
             programs, made = Programs(), list[Clips]()
             for start in range(0, clips, batch):
@@ -125,7 +125,7 @@ def measure_switch(
     at = len(spans) // 2
     first, second = (parse_caption(prompt, run.toy.shapes) for prompt in prompts)
     found, videos = {}, {}
-    with tqdm(total=len(modes) * clips, desc="prompt switches", unit="video", dynamic_ncols=True) as bar:
+    with Progress(len(modes) * clips, "video", "prompt switches") as bar:
         for mode in modes:
             rows = []
             for number in range(clips):

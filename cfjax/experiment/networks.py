@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from cfjax.core.sharding import place, replicated, shard_model
 from cfjax.core.tree import from_named, named_leaves
 from cfjax.experiment.data import Data, Shapes
 from cfjax.experiment.lora import open_network, records_of
-from cfjax.experiment.record import START, read_run
+from cfjax.experiment.record import MODELS, START, read_run
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
 from cfjax.models.tiny_vae import abstract_tiny_vae, published_tiny_vae
@@ -33,8 +33,9 @@ from cfjax.models.wan import Wan, WanConfig, make_wan, preset
 from cfjax.models.weight_storage import STORAGES, fill, with_shardings, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.stage import Stage
-from cfjax.training.checkpoint import load_role, read_meta
+from cfjax.training.checkpoint import FOLDER, load_role, read_meta
 from cfjax.worlds.assets import META_FILE, MODEL_FILE, asset
+from cfjax.worlds.records import config_from_record, placed_template
 from cfjax.worlds.wan import load_codec
 
 
@@ -54,6 +55,7 @@ class NetworkRole:
 
     Attributes:
       branch: of a GAN's critic, its classifier.
+      sizes: of the weights that it starts from, once they are known (`sized`); None: the preset's.
     """
 
     name: str
@@ -68,11 +70,12 @@ class NetworkRole:
     init_ema: bool
     init_stages: tuple[str, ...]
     branch: BranchConfig | None
+    sizes: WanConfig | None = field(default=None, kw_only=True)
 
     def network(self, shapes: Shapes) -> WanConfig:
         """The network's config."""
-        return preset(
-            self.preset,
+        return replace(
+            self.base,
             in_dim=shapes.channels,
             out_dim=shapes.channels,
             text_dim=shapes.text_width,
@@ -80,6 +83,47 @@ class NetworkRole:
             attention=self.attention,
             precision=Policy(compute=self.precision),
         )
+
+    @property
+    def base(self) -> WanConfig:
+        """The network's sizes, before they are fitted to the data."""
+        return preset(self.preset) if self.sizes is None else self.sizes
+
+    def sized(self, models: Mapping[str, Any] | None = None) -> "NetworkRole":
+        """The same role with the sizes of the weights that it starts from, where it starts from any.
+
+        Args:
+          models: what the record of a resumed run says of its networks, which then holds.
+
+        Raises:
+          UserError: a record that is broken.
+        """
+        if models is not None and self.name in models:
+            return replace(self, sizes=config_from_record(WanConfig, models[self.name], f"roles.{self.name}"))
+        there = self.init and (asset(self.init, META_FILE) or is_folder(path_of(self.init) / FOLDER))
+        found = read_run(self.init, MODELS)["models"] if there else {}
+        if self.init_role not in found:
+            return self
+        return replace(self, sizes=config_from_record(WanConfig, found[self.init_role], self.init))
+
+    def check_fit(self, shapes: Shapes, where: object) -> None:
+        """Compares the weights that it starts from with the data, before any are made or read.
+
+        Args:
+          where: the dataset's name, for the message.
+
+        Raises:
+          UserError: they are for latents of other channels, or text rows of another width.
+        """
+        if self.sizes is None:
+            return
+        own = (self.sizes.in_dim, self.sizes.text_dim)
+        if own != (shapes.channels, shapes.text_width):
+            raise UserError(
+                f"roles.{self.name}.init={self.init!r} is a network for latents of {own[0]} channels and text rows of "
+                f"width {own[1]}; {where} has {shapes.channels} and {shapes.text_width}: name another "
+                "--config.data.path, or encode the clips with its world (--config.world of configs/precompute.py)"
+            )
 
     def template(self, shapes: Shapes, mesh: Mesh | None = None) -> Wan:
         """The network as shapes, each with the dtype it is stored in and its sharding; allocates nothing."""
@@ -139,7 +183,7 @@ class NetworkRole:
         role, ema, stages = self.init_role, self.init_ema, self.init_stages
         adapted = role in records_of(read_meta(self.init), self.init)
         if plain and not adapted:
-            where = template if mesh else make_wan(config, jax.random.key(0))
+            where = template if mesh else placed_template(lambda: Wan(config, jax.random.key(0)))
             return load_role(self.init, role, where, ema=ema, stages=stages)
         together = mesh is not None and jax.process_count() > 1
         arrays = open_network(self.init, role, ema=ema, stages=stages, together=together)
@@ -253,6 +297,11 @@ def codec_role(c: ConfigDict) -> CodecRole | None:
         return None
     asked = f"objective.{key}={c.objective[key]}"
     return CodecRole(asked, c.data.source == "shapes", c.objective.codec_world, c.objective.codec_decoder)
+
+
+def sized(roles: Mapping[str, Role], models: Mapping[str, Any] | None = None) -> dict[str, Role]:
+    """The roles, networks with the sizes of what they start from (`NetworkRole.sized`)."""
+    return {name: role.sized(models) if isinstance(role, NetworkRole) else role for name, role in roles.items()}
 
 
 def networks_in(roles: Mapping[str, Role]) -> dict[str, NetworkRole]:

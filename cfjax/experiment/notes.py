@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from cfjax.core.console import counted
 from cfjax.experiment.build import Experiment
+from cfjax.models.wan import PRESETS
 from cfjax.rollout.generate import FewStep
 
 
@@ -39,3 +41,17 @@ def idle_windows(e: Experiment, clip_frames: int) -> list[str]:
             "latent frames; it should be what they were trained on"
         )
     return out
+
+
+def other_sizes(e: Experiment) -> list[str]:
+    """Notes on networks that are not of their preset's sizes, because they start from weights of other sizes."""
+    return [
+        f"note: roles.{name}.init={role.init!r} has {counted(role.base.num_layers, 'layer')} of width {role.base.dim}, "
+        f"which holds: not roles.{name}.preset={role.preset!r}"
+        for name, role in e.networks.items()
+        if role.preset in PRESETS and (role.base.num_layers, role.base.dim) != _depth_and_width(role.preset)
+    ]
+
+
+def _depth_and_width(name: str) -> tuple[int, int]:
+    return PRESETS[name].num_layers, PRESETS[name].dim

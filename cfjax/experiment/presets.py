@@ -7,6 +7,9 @@ from ml_collections import ConfigDict
 from cfjax.core.errors import UserError
 
 NEVER = 2_000_000_000
+MINI = "wan_mini"  # the preset of tests/synthetic.py's releases
+MINI_VIDEO = {"frames": 33, "height": 64, "width": 96}  # pixels
+MINI_LATENTS = (9, 8, 12)  # of such a video: frames, height, width
 
 
 def switches(arg: str, *known: str) -> list[str]:
@@ -84,7 +87,7 @@ def role(
         {
             "preset": preset,
             "remat": "full",
-            "precision": "float32" if preset == "toy" else "bfloat16",
+            "precision": "float32" if preset in ("toy", MINI) else "bfloat16",
             "attention": "auto",
             "storage": storage,
             "offload": False,
@@ -216,6 +219,24 @@ def experiment(stage: str, *, steps: int, seed: int = 0) -> ConfigDict:
             "mesh": ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}),
         }
     )
+
+
+def mini(c: ConfigDict) -> ConfigDict:
+    """A Wan stage's config as a rehearsal on a laptop: the same stage, roles and objective, a dozen steps of two clips.
+
+    Networks are those of tests/synthetic.py, or whatever `checkpoints/wan_1_3b` holds (also in place of the 14B real
+    score): weights that a role starts from keep their sizes. Everything is float32, as a CPU multiplies that faster.
+    """
+    for network in c.roles.values():
+        network.update({"preset": MINI, "precision": "float32", "storage": "float32"})
+        network.init = network.init.replace("wan_14b", "wan_1_3b")
+    c.data.batch_size = 2
+    c.steps = c.steps and 12
+    c.log_every, c.sample_every = 4, max(1, c.steps)
+    c.guard.update({"prompts": 1, "seeds": 2})
+    if "sampler" in c and c.sampler.kind in ("many_step", "bidirectional"):
+        c.sampler.steps = 8
+    return c
 
 
 def ema(decay: float = 0.99, start: int = 0) -> ConfigDict:

@@ -16,7 +16,8 @@ supported: Wan worlds in runs of several processes, each of which would have to 
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cfjax.core.console import say
+from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.paths import replacing
+from cfjax.core.progress import compiling
 from cfjax.core.sharding import batch_sharding, batch_shards, replicated
 from cfjax.data.latents import ClipDataset
-from cfjax.evaluation.guard import Baseline, Collector, Sample, seams, warnings
+from cfjax.evaluation.guard import BACK, Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
 from cfjax.evaluation.video import grid_video, pick_frames, shrink, to_uint8
 from cfjax.experiment.build import Experiment, Preview
@@ -59,7 +61,7 @@ Decode = Callable[[np.ndarray], Iterator[np.ndarray]]
 
 @dataclass(frozen=True)
 class Rows:
-    """The clips of a preview: the first `shown` are in the "samples" video, those from `first_watched` on measured."""
+    """The clips of a preview: the first `shown` are in the video of samples, those from `first_watched` on measured."""
 
     captions: list[str]
     text_BSE: np.ndarray
@@ -174,14 +176,8 @@ def decode_clip(codec: Codec, latents_FHWC: np.ndarray) -> np.ndarray:
 
 def _off(when: str, error: Exception) -> None:
     """Says in one line that previews are off; the whole error goes to the log."""
-    logging.warning("guard: off", exc_info=error)
+    logging.info("guard: off", exc_info=error)
     say(f"guard: off from {when} on ({' '.join(str(error).split()) or type(error).__name__}); training goes on")
-
-
-def _warn(lines: Sequence[str]) -> None:
-    for line in lines:
-        logging.warning("guard: %s", line)
-        say(f"guard: {line}")
 
 
 class Monitor:
@@ -194,12 +190,14 @@ class Monitor:
         spans = blocks.spans(frames) if blocks else []
         self._seams_G = seams(spans, scene.time_stride)
         self._sample = jax.jit(self._generate, out_shardings=replicated(mesh) if mesh else None)
-        self._alive = True
+        self._alive, self._compiled, self._said = True, False, set[str]()
         if e.preview.guard:
             calls = network_calls(e.sampler, blocks, frames)
             against = "real clips" if scene.real else "the run's first samples"
-            clips = f"{len(scene.rows.watched())} clips of {calls} network calls"
-            say(f"guard: {clips} every {e.schedule.sample_every} steps, compared with {against}")
+            clips = f"{counted(len(scene.rows.watched()), 'clip')} of {counted(calls, 'network call')}"
+            every = e.schedule.sample_every
+            when = f"every {counted(every, 'step')}" if 0 < every < e.schedule.steps else "at the end"
+            say(f"guard: {clips} {when}, compared with {against}")
 
     @property
     def wants_start(self) -> bool:
@@ -219,11 +217,13 @@ class Monitor:
 
     def _preview(self, state: TrainState, step: int, writer: EventWriter) -> None:
         begun = time.perf_counter()
-        latents = self._draw(state.ema.get("student", state.params["student"]))
+        with self._compiling():
+            latents = self._draw(state.ema.get("student", state.params["student"]))
         if jax.process_index() > 0:
             return
         if not np.isfinite(latents).all():
-            _warn([f"step {step}: samples hold NaN or infinities; go on from an earlier checkpoint"])
+            back = f"; {BACK}" if self._saved(step) > 1 else ""
+            self._warn(step, {"NaN": f"step {step}: samples hold NaN or infinities{back}"})
             return
         rows, decode = self._scene.rows, self._scene.open_decoder()
         collector, shown = Collector(self._seams_G), []
@@ -232,15 +232,42 @@ class Monitor:
                 shown.append(shrink(pick_frames(video[None], SHOWN_FRAMES)[0], SHOWN_WIDTH))
             if i >= rows.first_watched:
                 collector.add(caption, video)
-        writer.video(step, "samples", grid_video(np.stack(shown), columns=4), scale=3 if self._scene.toy else 1)
+        writer.video(step, "videos", grid_video(np.stack(shown), columns=4), scale=3 if self._scene.toy else 1)
         if self._scene.toy and self._e.preview.clips:
             self._follows(self._scene.toy, latents, step, writer)
         if rows.watched():
             now = Sample(step, collector.values())
-            raised = warnings(now, self._baseline(decode, now), stage=self._e.stage.name, keys=self._e.used_keys)
+            raised = warnings(
+                now,
+                self._baseline(decode, now),
+                stage=self._e.stage.name,
+                keys=self._e.used_keys,
+                earlier=self._saved(step) > 1,
+            )
             curves = {**now.values, "warnings": len(raised), "seconds": time.perf_counter() - begun}
             writer.scalars(step, {f"guard/{name}": value for name, value in curves.items()})
-            _warn(raised)
+            self._warn(step, raised)
+
+    def _saved(self, step: int) -> int:
+        """How many checkpoints the run has saved once it has done `step` steps."""
+        schedule = self._e.schedule
+        return step // schedule.save_every + (step == schedule.steps and step % schedule.save_every > 0)
+
+    def _warn(self, step: int, raised: Mapping[str, str]) -> None:
+        """Says each sign when it comes, not again while it stays; none before a checkpoint is there to judge by."""
+        if not self._saved(step):
+            return
+        for line in (line for sign, line in raised.items() if sign not in self._said):
+            say(f"guard: {line}")
+        self._said = set(raised)
+
+    def _compiling(self) -> AbstractContextManager[None]:
+        """Around the first preview's sampling."""
+        if self._compiled:
+            return nullcontext()
+        self._compiled = True
+        shown = self._e.schedule.progress and jax.process_index() == 0
+        return compiling("the sampler of the previews", shown=shown)
 
     def _baseline(self, decode: Decode, now: Sample) -> Baseline:
         """The one in the workdir; else that of real clips, or `now`, which is then stored."""

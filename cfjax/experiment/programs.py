@@ -14,7 +14,6 @@ from cfjax.experiment.data import Shapes
 from cfjax.experiment.networks import NetworkRole
 from cfjax.models.cache import longest_share
 from cfjax.models.discriminator import TAP, tapped_layers
-from cfjax.models.wan import preset
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.frames import VISIBLE_PREFIX
 from cfjax.nn.visibility import Blocks
@@ -109,7 +108,7 @@ def expected_trip_counts(e: Experiment, frames: int) -> dict[str, float]:
     runs: dict[str, float] = {}
     critic = e.networks.get("critic")
     if critic is not None and critic.branch is not None:
-        depth = preset(critic.preset).num_layers
+        depth = critic.base.num_layers
         runs[TAP] = len(tapped_layers(critic.branch, depth)) / depth
     if e.stage.name == "ar_diffusion" and isinstance(e.objective, DiffusionConfig):
         runs[CORRECTIVE] = e.objective.bagger

@@ -66,6 +66,7 @@ def _latents(name: str, value: Any) -> str:
 
 
 START = table({"stage": text(64), "blocks": _BLOCKS})  # what a role that starts from these weights asks for
+MODELS = table({}, {"models": each_of(table({}))})  # what sizes a role that starts from these weights
 SIZES = table({"models": each_of(table({}))}, {"world_path": _PLACE})  # what moving its weights asks for
 RUN = table(
     {

@@ -1,5 +1,6 @@
 """Opening trained or converted models: (weights, config, world) of a run directory or an exported model."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,27 @@ from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
+from cfjax.core.quantize import is_quantized
+from cfjax.core.settings import FRAMES
 from cfjax.core.tree import named_leaves
+from cfjax.experiment.checks import (
+    SEEDS,
+    Ask,
+    captions_of,
+    check_loaded,
+    check_prompt,
+    check_text,
+    encoder_of,
+    given_of,
+    latents_of,
+    layout_with,
+    name_of,
+    seeds_of,
+    sizes_of,
+    video_of,
+    whole,
+    with_first_alone,
+)
 from cfjax.experiment.data import toy_source
 from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.networks import load_shipped
@@ -29,7 +50,7 @@ from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate, network_calls
 from cfjax.rollout.session import Session
 from cfjax.rollout.session_state import Prompt, Text
-from cfjax.rollout.stream import Pipeline, prompt_kv, seeded_noise, stream
+from cfjax.rollout.stream import Pipeline, decode_step, prompt_kv, seeded_noise, stream
 from cfjax.training.checkpoint import load_role
 from cfjax.worlds.assets import META_FILE, asset
 from cfjax.worlds.open import candidate_world_paths, find_world, open_world
@@ -91,38 +112,93 @@ class Run:
         sample = partial(_generate, sampler=self.sampler, blocks=self.blocks)
         return np.asarray(self.world.codec.decode(sample(self.model, noise, text, negative, key)))
 
-    def stream(self, captions: Sequence[str], *, seed: int = 0, latent_frames: int = 0) -> Iterator[np.ndarray]:
+    def generate(
+        self,
+        captions: Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        frames: int = 0,
+        height: int = 0,
+        width: int = 0,
+        memory: Memory | str | None = None,
+        negative_prompt: str = "",
+        given_BFHWC: np.ndarray | None = None,
+        independent_first_frame: bool = False,
+    ) -> np.ndarray:
+        """Whole videos of some captions, as `cfjax generate` makes them of the same seed; arguments as `stream`.
+
+        Returns:
+          video_BPHWC, float32 (not clipped; `cfjax.to_uint8` makes pixels of it).
+
+        Raises:
+          UserError: see `stream`; a bidirectional run generates, without memory and given frames.
+        """
+        ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame)
+        return np.concatenate(list(self._made(captions, ask)), axis=1)
+
+    def stream(
+        self,
+        captions: Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        frames: int = 0,
+        height: int = 0,
+        width: int = 0,
+        memory: Memory | str | None = None,
+        negative_prompt: str = "",
+        given_BFHWC: np.ndarray | None = None,
+        independent_first_frame: bool = False,
+    ) -> Iterator[np.ndarray]:
         """Videos of some captions, block after block: the pixels that `cfjax generate` makes of the same seed.
 
         Args:
-          seed: of every caption's noise, 0 to 2**32 - 1.
-          latent_frames: to generate; 0 is what the run was trained on.
+          seed: of every caption's noise, or one for each, 0 to 2**32 - 1.
+          frames, height, width: of the videos, in pixels; 0 is what the run was trained on.
+          memory: what is remembered, a policy or its name (docs/memory.md); None: the run's own.
+          negative_prompt: of a many-step sampler; "": the world's.
+          given_BFHWC: latents to go on from, such as an encoded picture; their frames come first, and count.
+          independent_first_frame: whether the first latent frame, such as a picture, is a block of its own.
+
+        Returns:
+          video_BPHWC of each block, float32 (not clipped), as soon as it is decoded.
 
         Raises:
-          UserError: a caption that the text encoder cannot take, a string in place of a list, or no such seed.
-
-        Yields:
-          video_BPHWC of each block, float32 (not clipped), as soon as it is decoded; all frames of a bidirectional run.
+          UserError: at once, for a caption that the text encoder cannot take, a seed out of range, sizes that do not
+            divide, no such memory; or a bidirectional run, which makes all frames at once.
         """
-        if isinstance(captions, str):
-            raise UserError(f"captions={captions!r}: give a list of captions, such as [{captions!r}]")
-        if wrong := next(filter(None, map(self.world.prompt_fault, captions)), ""):
-            raise UserError(f"caption {wrong}")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed={seed}: use 0 to 2**32 - 1")
+        if self.blocks is None:
+            raise UserError(f"run={self.name!r} is bidirectional: it makes all frames at once; use generate")
+        ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame)
+        return self._made(captions, ask)
+
+    def _made(self, captions: Sequence[str], ask: Ask) -> Iterator[np.ndarray]:
+        """`stream`, of bidirectional runs too; everything is checked before the first block is asked for."""
+        check_loaded(self.name, self.model)
         self._check_text_alone()
-        frames, height, width, channels = self.latent_shape
-        text, negative = self.world.encode_prompts(captions), self.world.negative_text_SE()
-        text_kv = prompt_kv(self.model, jnp.asarray(text), jnp.asarray(negative), self.sampler)
-        blocks = stream(
-            Pipeline(self.model, self.world.codec, self.sampler, self.blocks),
-            text_kv,
-            seeded_noise(np.full(len(captions), seed, np.uint32)),
-            num_frames=latent_frames or frames,
-            latent_shape=(height, width, channels),
-            batch=len(captions),
+        world, stride, config = self.world, self.world.codec.stride, self.model.config
+        blocks = layout_with(self.blocks, self.sampler, ask, config, stride[0])
+        texts = captions_of(captions, world.prompt_fault)
+        seeds = seeds_of(ask.seed, len(texts))
+        sizes = sizes_of(ask, self.latent_shape, stride=stride, patch=config.patch, blocks=blocks)
+        shape = (sizes.height, sizes.width, self.latent_shape[-1])
+        given = given_of(ask.given_BFHWC, shape, len(texts), blocks)
+        negative = jnp.asarray(self._negative(ask.negative_prompt))
+        text = jnp.asarray(world.encode_prompts(texts))
+        made = stream(
+            Pipeline(self.model, world.codec, self.sampler, blocks),
+            prompt_kv(self.model, text, negative, self.sampler),
+            seeded_noise(seeds),
+            num_frames=sizes.generated,
+            latent_shape=shape,
+            batch=len(texts),
+            given_BFHWC=None if given is None else jnp.asarray(given),
         )
-        yield from (video_BPHWC for video_BPHWC, _ in blocks)
+        return (video_BPHWC for video_BPHWC, _ in made)
+
+    def _negative(self, prompt: str) -> np.ndarray:
+        """Text rows of a negative prompt; "": the world's."""
+        check_text("negative_prompt", prompt, self.world.prompt_fault)
+        return self.world.encode_prompts([prompt])[0] if prompt else self.world.negative_text_SE()
 
     def _check_text_alone(self) -> None:
         if takes_picture(self.model.config):
@@ -137,39 +213,70 @@ class Run:
         max_frames: int = 0,
         given_BFHWC: np.ndarray | None = None,
         hold: int = 0,
+        negative_prompt: str = "",
+        independent_first_frame: bool = False,
     ) -> Session:
         """A live stream whose prompt and memory can change between any two blocks, see `rollout.session`.
 
         Args:
+          prompt: a text, or several with weights, [(text, weight), ...].
           memory: a policy, its name (docs/memory.md) or None, which is the run's own.
-          max_frames: of a memory of everything; 0 is what the run was trained on.
+          max_frames: of a memory of everything, in latent frames; 0 is what the run was trained on.
           given_BFHWC: latents to go on from, such as an encoded picture.
+          hold: how many of the latest block boundaries `seek` can go back to.
+          negative_prompt: of a many-step sampler; "": the world's.
 
         Raises:
           UserError: a prompt that the text encoder cannot take, no such policy or seed, or a bidirectional run.
         """
-        frames, height, width, channels = self.latent_shape
-
-        def encode(prompts: Sequence[str]) -> np.ndarray:
-            if wrong := next(filter(None, map(self.world.prompt_fault, prompts)), ""):
-                raise UserError(f"prompt {wrong}")
-            return self.world.encode_prompts(prompts)
-
+        check_loaded(self.name, self.model)
+        self._check_text_alone()
+        world, (frames, height, width, channels) = self.world, self.latent_shape
+        if self.blocks is None:
+            raise UserError(f"run={self.name!r} is bidirectional: it makes all frames at once, it has no session")
+        check_prompt(prompt, world.prompt_fault)
+        if not isinstance(memory, Memory | str | None):
+            raise UserError(f"memory={memory!r}: give a policy or its name (docs/memory.md)")
+        negative = self._negative(negative_prompt) if isinstance(self.sampler, ManyStep) else None
+        blocks = with_first_alone(self.blocks, independent_first_frame)
+        given = given_of(given_BFHWC, (height, width, channels), 1, blocks)
         return Session(
-            Pipeline(self.model, self.world.codec, self.sampler, self.blocks),
-            Text(encode, self.world.negative_text_SE() if isinstance(self.sampler, ManyStep) else None),
+            Pipeline(self.model, world.codec, self.sampler, blocks),
+            Text(encoder_of(world.encode_prompts, world.prompt_fault), negative),
             prompt,
             latent_shape=(height, width, channels),
-            seed=seed,
+            seed=whole("seed", seed, 0, SEEDS - 1),
             memory=memory,
-            max_frames=max_frames or frames,
-            given_BFHWC=None if given_BFHWC is None else jnp.asarray(given_BFHWC),
-            hold=hold,
+            max_frames=whole("max_frames", max_frames, 0, FRAMES) or frames,
+            given_BFHWC=None if given is None else jnp.asarray(given),
+            hold=whole("hold", hold, 0, FRAMES),
         )
+
+    def encode(self, video: np.ndarray) -> np.ndarray:
+        """latents_BFHWC, float32, of pixels: [P, H, W, 3], or [B, P, H, W, 3] of several clips.
+
+        Args:
+          video: uint8 from 0 to 255, or float from -1 to 1; a picture is a video of one frame.
+
+        Raises:
+          UserError: another shape or range, or sizes that the codec does not take.
+        """
+        pixels = video_of(video, self.world.codec)
+        return np.asarray(self.world.open_encoder()(jnp.asarray(pixels)), np.float32)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """video_BPHWC, float32 (not clipped), of latents [F, H, W, C], or [B, F, H, W, C] of several clips.
+
+        Raises:
+          UserError: another shape.
+        """
+        array, codec = latents_of(latents, self.world.codec), self.world.codec
+        video_BPHWC, _ = decode_step(codec, jnp.asarray(array), codec.init_state(len(array)))
+        return np.asarray(video_BPHWC)
 
 
 def open_run(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     ema: bool = True,
     world: str = "",
@@ -179,6 +286,7 @@ def open_run(
     block_frames: int = 0,
     precision: str = "",
     attention: str = "",
+    storage: str = "",
 ) -> Run:
     """Opens a run directory (trained, or written by `cfjax convert`) or an exported model (a path, or a shipped name).
 
@@ -189,10 +297,14 @@ def open_run(
         into memory together.
       stage, block_frames: required of the run; "" and 0 accept any.
       precision, attention: of the network, in place of the run's own.
+      storage: what its weights rest in, see `models.weight_storage`: "int8" is half of bfloat16's memory; "": the
+        dtype that they are multiplied in.
 
     Raises:
-      UserError: nothing there, another stage or block size, no world, or a world that it was not trained in.
+      UserError: nothing there, another stage or block size, an unknown storage, no world, or one that it was not
+        trained in.
     """
+    name = name_of(name)
     exported = asset(name, META_FILE)
     if exported is None and not is_folder(path_of(name)):
         raise UserError(f"run={name!r}: no such run directory, and no shipped teacher of that name")
@@ -211,7 +323,7 @@ def open_run(
         name=name,
         stage=meta["stage"],
         step=int(meta["step"]),
-        model=_template(network),
+        model=_template(network, storage),
         world=opened_world,
         sampler=sampler_of(c),
         blocks=blocks,
@@ -234,7 +346,8 @@ def load_weights(run: Run, change: Change | None = None) -> Run:
     Raises:
       UserError: they do not fit, or cannot be read.
     """
-    if change or run.adapted:
+    quantised = any(map(is_quantized, jax.tree.leaves(run.model, is_leaf=is_quantized)))
+    if change or run.adapted or quantised:
         arrays: Mapping[str, LazyArray]
         if asset(run.name, META_FILE):
             arrays = as_lazy(named_leaves(load_shipped(run.name, run.model)))
@@ -291,10 +404,10 @@ def _network(name: str, meta: Mapping[str, Any], precision: str, attention: str)
     return replace(config, remat="none", precision=policy, attention=attention or config.attention)
 
 
-def _template(config: WanConfig) -> Wan:
-    """The network's shapes, each in the dtype that its weights are used in."""
+def _template(config: WanConfig, storage: str) -> Wan:
+    """The network's shapes, each in the dtype that its weights rest in; "": that they are used in."""
     template = placed_template(lambda: Wan(config, jax.random.key(0)))
-    return with_storage_dtypes(template, config.precision.compute, config.precision.compute)
+    return with_storage_dtypes(template, storage or config.precision.compute, config.precision.compute)
 
 
 def _find_world(run: Path, meta: Mapping[str, Any], given: str) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.topology import Topology, parse_topology, shapes_of
@@ -25,6 +26,7 @@ from cfjax.experiment.streams import RandomParts, random_codec, random_parts_of,
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.cpu_conv import traced_for
 from cfjax.planning.programs import Cost, compile_update
+from cfjax.planning.progress import telling
 from cfjax.planning.stream_cost import Need, stream_need
 from cfjax.rollout.blocks import FusedCommit, fuses
 from cfjax.rollout.clips import cache_bytes
@@ -118,7 +120,15 @@ def stream_shapes(c: ConfigDict, text_rows: int) -> tuple[Run, Sizes, RandomPart
     """
     parts = None
     if c.run and (asset(c.run, META_FILE) or is_folder(path_of(c.run))):
-        run = open_run(c.run, ema=c.ema, world=c.world, precision=c.precision, attention=c.attention, with_model=False)
+        run = open_run(
+            c.run,
+            ema=c.ema,
+            world=c.world,
+            precision=c.precision,
+            attention=c.attention,
+            storage=c.storage,
+            with_model=False,
+        )
     else:
         if "preset" in c:
             parts = random_parts_of(c)
@@ -127,7 +137,7 @@ def stream_shapes(c: ConfigDict, text_rows: int) -> tuple[Run, Sizes, RandomPart
             frames = c.expect.block_frames or RandomParts.block_frames
             rows = text_rows if wan else 8
             preset = "wan_1_3b" if wan else "toy"
-            parts = RandomParts(preset, c.precision, block_frames=frames, text_rows=rows)
+            parts = RandomParts(preset, c.precision, c.storage, block_frames=frames, text_rows=rows)
         run = random_run(parts, c, shapes=True)
     if run.blocks is None:
         raise UserError(f"run={run.name!r} is bidirectional, and does not stream; name a causal one")
@@ -147,7 +157,7 @@ def plan_stream(
 
     Args:
       only: the decoders that are compiled, or "network" for none of them; empty: all.
-      told: gets a line about each program before it is compiled, which may take minutes.
+      told: gets lines about each program: before it is compiled, which may take minutes, meanwhile, and after.
 
     Raises:
       UserError: see `stream_shapes`; or no such decoder.
@@ -255,15 +265,14 @@ def compiled(
     part: str, log: CallLog, topology: Topology, device: Any, told: Callable[[str], None]
 ) -> list[ProgramCost]:
     """Every program of a log with arguments, compiled for a device; `told` as in `plan_stream`."""
-    place, out = SingleDeviceSharding(device), []
-    for key, (function, shapes, static) in log.calls.items():
-        if not jax.tree.leaves(shapes):
-            continue  # an empty cache
+    place, out = SingleDeviceSharding(device), list[ProgramCost]()
+    calls = {key: call for key, call in log.calls.items() if jax.tree.leaves(call[1])}  # without: an empty cache
+    for number, (key, (function, shapes, static)) in enumerate(calls.items(), 1):
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
         name = "decode" if function is decode_step else getattr(function, "__name__", "program").strip("_")
-        told(f"{part}: compiling {name}, {log.times[key]} calls")
-        lowered = function.lower(*placed, **static)  # type: ignore[attr-defined]
-        cost = compile_update(name, lowered, topology, arguments=bytes_of(shapes), trip_counts={})
+        with telling(told, f"{name} of the {part} ({number} of {len(calls)}), {counted(log.times[key], 'call')}"):
+            lowered = function.lower(*placed, **static)  # type: ignore[attr-defined]
+            cost = compile_update(name, lowered, topology, arguments=bytes_of(shapes), trip_counts={})
         out.append(ProgramCost(name, log.times[key], log.flops_of(key), cost))
     return out
 
@@ -273,8 +282,8 @@ def stream_table(plan: StreamPlan) -> list[str]:
     gib, topology = 2**30, plan.topology
     frames, height, width = plan.pixels
     lines = [
-        f"{plan.run} on one device of {topology.name}: {frames} frames of {width} x {height}, batch {plan.batch}, "
-        f"attention {plan.attention}",
+        f"{plan.run} on one device of {topology.name}: {counted(frames, 'frame')} of {width} x {height}, "
+        f"batch {plan.batch}, attention {plan.attention}",
         "GiB           program  calls  GFLOP each  arguments  temporaries     peak  compiled in, s",
     ]
     for part in (plan.network, *plan.decoders):

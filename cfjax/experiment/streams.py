@@ -98,11 +98,17 @@ def sizes_of(c: ConfigDict, run: Run, blocks: Blocks | None) -> Sizes:
 
 
 def _opened_run(c: ConfigDict) -> Run:
-    if c.storage:
-        raise UserError(f"--config.storage={c.storage!r}: a run's weights are as they are; leave it out, or the run")
     decoder = c.decoder if c.decoder in ("vae", "tiny_vae") else "vae"
     parts = WorldParts(decoder=decoder, decoder_precision=c.decoder_precision, with_text=c.text)
-    return open_run(c.run, ema=c.ema, world=c.world, parts=parts, precision=c.precision, attention=c.attention)
+    return open_run(
+        c.run,
+        ema=c.ema,
+        world=c.world,
+        parts=parts,
+        precision=c.precision,
+        attention=c.attention,
+        storage=c.storage,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,28 @@ SMA, is not here.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
-from cfjax.memory.slots import EMPTY, Attend, Incoming, Memory, Network, Seen, State, empty_frames, labels, layer_slots
-from cfjax.nn.frames import attend_biased, constrain_kv
+from cfjax.memory.slots import (
+    EMPTY,
+    Attend,
+    Incoming,
+    Memory,
+    Network,
+    Seen,
+    State,
+    empty_frames,
+    labels,
+    layer_slots,
+    placed,
+    rotate_rows,
+)
+from cfjax.nn.frames import attend_biased
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 
@@ -28,11 +41,14 @@ CHOSEN = -3  # in a plan: one of the frames recorded before, whichever fits
 
 
 class Bank(NamedTuple):
-    """Keys, rotated at their own frames, and values, [L, B, frames, T, N, K]; the frames; their number; the newest."""
+    """Keys and values as in the slots, [L, B, frames, ...]; the frames, and the time positions at which they were
+    committed; their number; the newest.
+    """
 
-    k_LBFTNK: jax.Array
-    v_LBFTNK: jax.Array
+    k: Any
+    v: Any
     frame_LBF: jax.Array
+    position_LBF: jax.Array
     filled: jax.Array
     newest: jax.Array
 
@@ -55,14 +71,13 @@ class MemoryBank(Memory):
         for name in ("bank", "interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"memory: {name}={getattr(self, name)}: use 1 or more")
-        if self.codec.name != "none":
-            raise UserError(f"memory: memory_bank stores keys as they are: leave codec={self.codec.name} out")
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Bank:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Bank:
         if layout.independent_first_frame:
             raise UserError("memory: memory_bank needs blocks of one size; it takes no independent first frame")
-        k, v = empty_frames(network, batch, self.bank, tokens)
-        return Bank(k, v, jnp.full(k.shape[:3], EMPTY, jnp.int32), jnp.int32(0), jnp.int32(EMPTY))
+        k, v = self.encoded(*empty_frames(network, batch, self.bank, tokens))
+        empty, none = jnp.full((network.num_layers, batch, self.bank), EMPTY, jnp.int32), jnp.int32(EMPTY)
+        return Bank(k, v, empty, empty, jnp.int32(0), none)
 
     def attention(self, network: Network, state: State, start: jax.Array, frames: int, layout: Blocks) -> Attend:
         """As `Memory.attention`, over the slots and the bank."""
@@ -70,14 +85,16 @@ class MemoryBank(Memory):
         key_F, _ = self.positions(labels(state), start, frames)
         seen = jnp.concatenate([jnp.arange(slots) < state.count, jnp.arange(self.bank) < bank.filled])
         bias_F = jnp.pad(jnp.where(seen, 0.0, -jnp.inf), (0, frames))
-        rows = to_bits((state.k, state.v, bank.k_LBFTNK, bank.v_LBFTNK))
+        rows = to_bits((state.k, state.v, bank.k, bank.v))
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
             counts = (slots, slots, self.bank, self.bank)
             past_k, past_v, bank_k, bank_v = (
-                from_bits(layer_slots(x, layer, count)).astype(k.dtype) for x, count in zip(rows, counts, strict=True)
+                self.codec.decode(from_bits(layer_slots(x, layer, count)), k.dtype)
+                for x, count in zip(rows, counts, strict=True)
             )
-            keys = jnp.concatenate([rotate_time(past_k, key_F), bank_k, k], axis=1)
+            own = rotate_rows(bank_k, layer_slots(bank.position_LBF, layer, self.bank))
+            keys = jnp.concatenate([rotate_time(past_k, key_F), own, k], axis=1)
             values = jnp.concatenate([past_v, bank_v, v], axis=1)
             return attend_biased(q, keys, values, bias_F, backend=network.attention)
 
@@ -87,8 +104,6 @@ class MemoryBank(Memory):
         """Records the first frame of every `interval`-th block, but not again when blocks are committed again."""
         bank, own_F = state.extra, self.own_positions(state, new.start, 1)
         records = new.is_new & (new.start > bank.newest) & (new.start // new.frames % self.interval == 0)
-        first = lambda x: x[:, :, :1]
-        own_k = jax.vmap(rotate_time, (0, None))(first(new.k), own_F)
         room = bank.filled < self.bank
         # Which of [bank, own] are in the bank: behind the others that stay, the new one.
         place = jnp.arange(self.bank)
@@ -98,23 +113,25 @@ class MemoryBank(Memory):
         order_LBF = jnp.where(records, jnp.where(room, added[None, None], kept), place[None, None])
 
         def put(old: jax.Array, own: jax.Array) -> jax.Array:
-            both = jnp.concatenate([old, own.astype(old.dtype)], axis=2)
-            return jnp.take_along_axis(both, order_LBF.reshape(*order_LBF.shape, *(1,) * (old.ndim - 3)), axis=2)
+            both = jnp.concatenate([old, own[:, :, :1].astype(old.dtype)], axis=2)
+            order = order_LBF.reshape(*order_LBF.shape, *(1,) * (old.ndim - 3))
+            return placed(jnp.take_along_axis(both, order, axis=2))
 
-        own_frame = jnp.broadcast_to(new.start, (*bank.frame_LBF.shape[:2], 1))
+        said = lambda x: jnp.broadcast_to(x, (*bank.frame_LBF.shape[:2], 1))
         after = Bank(
-            constrain_kv(put(bank.k_LBFTNK, own_k)),
-            constrain_kv(put(bank.v_LBFTNK, first(new.v))),
-            put(bank.frame_LBF, own_frame),
+            jax.tree.map(put, bank.k, new.k),
+            jax.tree.map(put, bank.v, new.v),
+            put(bank.frame_LBF, said(new.start)),
+            put(bank.position_LBF, said(own_F)),
             jnp.where(records & room, bank.filled + 1, bank.filled),
             jnp.where(records, new.start, bank.newest).astype(jnp.int32),
         )
         return replace(state, extra=after)
 
-    @staticmethod
-    def scores(bank: Bank, text_LBNK: jax.Array) -> jax.Array:
+    def scores(self, bank: Bank, text_LBNK: jax.Array) -> jax.Array:
         """How well each frame fits the prompt, [L, B, frames], from the mean of the text's keys."""
-        mean_LBFNK = jnp.mean(bank.k_LBFTNK.astype(jnp.float32), axis=3)
+        mean = jnp.mean(self.codec.decode(bank.k, jnp.float32), axis=3, keepdims=True)
+        mean_LBFNK = jax.vmap(rotate_rows)(mean, bank.position_LBF)[:, :, :, 0]
         scaled = text_LBNK.astype(jnp.float32)[:, :, None] * mean_LBFNK / text_LBNK.shape[-1] ** 0.5
         return jnp.mean(jnp.sum(scaled, axis=-1), axis=-1)
 

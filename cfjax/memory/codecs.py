@@ -13,11 +13,14 @@ takes its scales along. (LightX2V's `kvcache/quant.py` groups 64 tokens across f
 | int4 | half a byte | at most 64 tokens of a channel, at most 64 channels of a token |
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import gcd
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from cfjax.core.errors import UserError
 
@@ -102,6 +105,36 @@ class Codec:
         x = jax.ShapeDtypeStruct((1, tokens, heads, head_dim), dtype)
         stored = jax.eval_shape(lambda x: (self.encode_keys(x), self.encode_values(x)), x)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+
+
+def over_heads(stored: Any, pick: Callable[[jax.Array, int], jax.Array]) -> Any:
+    """`pick(x, axis of the heads)` of every array that keys or values [..., F, T, N, K] are stored in."""
+    if not isinstance(stored, Quantized):
+        return pick(stored, stored.ndim - 2)
+    beside = lambda x: pick(x, x.ndim - (2 if stored.keys else 3))
+    low = None if stored.low is None else beside(stored.low)
+    return replace(stored, codes=pick(stored.codes, stored.codes.ndim - 2), scale=beside(stored.scale), low=low)
+
+
+def cut_frames(stored: Any, pieces: int) -> Any:
+    """Every frame [..., F, T, N, K] in pieces, [..., F pieces, T / pieces, N, K], each with its scales: the same codes.
+
+    A scale that is for tokens of several pieces is kept with each of them.
+    """
+    cut = lambda x: rearrange(x, "... f (r t) n k -> ... (f r) t n k", r=pieces)
+    if not isinstance(stored, Quantized):
+        return cut(stored)
+    tokens = stored.codes.shape[-3]
+
+    def beside(x: jax.Array) -> jax.Array:
+        if not stored.keys:
+            return rearrange(x, "... f (r t) n g o -> ... (f r) t n g o", r=pieces)
+        group = tokens // x.shape[-4]
+        fine = jnp.repeat(x, group // gcd(group, tokens // pieces), axis=x.ndim - 4)
+        return rearrange(fine, "... f (r g) o n k -> ... (f r) g o n k", r=pieces)
+
+    low = None if stored.low is None else beside(stored.low)
+    return replace(stored, codes=cut(stored.codes), scale=beside(stored.scale), low=low)
 
 
 def group_size(length: int, name: CodecName) -> int:

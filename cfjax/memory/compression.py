@@ -20,8 +20,8 @@ from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
 from cfjax.memory.bank import CHOSEN
 from cfjax.memory.policies import DeepSink
-from cfjax.memory.slots import Attend, Labels, Network, Observe, State, counts, labels, layer_slots
-from cfjax.nn.frames import attend_slots, constrain_kv
+from cfjax.memory.slots import Attend, Labels, Network, Observe, State, counts, labels, layer_slots, placed
+from cfjax.nn.frames import attend_slots
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 
@@ -52,8 +52,6 @@ class DeepForcing(DeepSink):
                 f"memory: capacity={self.capacity} must be more than sink={self.sink} and recent={self.recent} "
                 f"together, and at most window={self.window}"
             )
-        if self.codec.name != "none":
-            raise UserError(f"memory: deep_forcing stores keys as they are: leave codec={self.codec.name} out")
 
     @property
     def chosen(self) -> int:
@@ -68,10 +66,14 @@ class DeepForcing(DeepSink):
             )
         return super().slots(layout)
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Participation:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Participation:
         rows = (network.num_layers, batch)
         positions = jnp.zeros((*rows, self.slots(layout), tokens), jnp.int32)
         return Participation(positions, jnp.zeros((*rows, self.recent, network.num_heads, network.head_dim)))
+
+    def encoded(self, k_LBFTNK: jax.Array, v_LBFTNK: jax.Array) -> tuple[Any, Any]:
+        """Keys as values are stored: single tokens move, and take their scales along."""
+        return self.codec.encode_values(k_LBFTNK), self.codec.encode_values(v_LBFTNK)
 
     def observer(self, network: Network, state: State, start: jax.Array, frames: int, layout: Blocks) -> Observe | None:
         """Sums of each frame's queries, [B, F, N, K]."""
@@ -87,7 +89,7 @@ class DeepForcing(DeepSink):
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
             def read(count: int) -> tuple[jax.Array, jax.Array]:
-                keys, values = (from_bits(layer_slots(x, layer, count)).astype(k.dtype) for x in rows)
+                keys, values = (self.codec.decode(from_bits(layer_slots(x, layer, count)), k.dtype) for x in rows)
                 return _rotate_tokens(keys, layer_slots(position_LBFT, layer, count)), values
 
             return attend_slots(q, k, v, read, state.count, tuple(sorted(filled)), backend=network.attention)
@@ -109,25 +111,26 @@ class DeepForcing(DeepSink):
         own_F = self.own_positions(state, start, frames)
         raw = jax.vmap(rotate_time, (0, None))(k_LBFTNK, -own_F)
         own = jnp.broadcast_to(own_F[:, None], (*raw.shape[:3], tokens)).astype(jnp.int32)
-        both = lambda old, new: jnp.concatenate([old, new], axis=2)
-        whole = (both(state.k, raw), both(state.v, v_LBFTNK), both(state.extra.position_LBFT, own))
+        both = lambda old, new: jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), old, new)
+        whole = both((state.k, state.v, state.extra.position_LBFT), (*self.encoded(raw, v_LBFTNK), own))
         query_LBFNK = both(state.extra.query_LBFNK, observed)[:, :, frames:]
 
         total = state.count + frames
         prunes = total > slots
         order = self.order(state.count, slots, frames)
-        kept = tuple(jnp.take(x, order, axis=2) for x in whole)
+        kept = jax.tree.map(lambda x: jnp.take(x, order, axis=2), whole)
         kept = jax.lax.cond(
             prunes & is_new, lambda: self._pruned(kept, whole, query_LBFNK, state.count, frames), lambda: kept
         )
         put = lambda old, new: jnp.where(is_new, new, old)
+        store = lambda old, new: jax.tree.map(lambda a, b: placed(put(a, b)), old, new)
         frame_F = both_labels(state.frame_F, start + jnp.arange(frames), order, prunes, self)
         position_F = both_labels(state.position_F, own_F, order, prunes, self)
         count = jnp.where(prunes, self.capacity - frames, total).astype(jnp.int32)
         return replace(
             state,
-            k=constrain_kv(put(state.k, kept[0])),
-            v=constrain_kv(put(state.v, kept[1])),
+            k=store(state.k, kept[0]),
+            v=store(state.v, kept[1]),
             frame_F=put(state.frame_F, frame_F),
             position_F=put(state.position_F, position_F),
             count=put(state.count, count),
@@ -146,21 +149,22 @@ class DeepForcing(DeepSink):
 
     def _pruned(
         self,
-        kept: tuple[jax.Array, ...],
-        whole: tuple[jax.Array, ...],
+        kept: tuple[Any, Any, jax.Array],
+        whole: tuple[Any, Any, jax.Array],
         query_LBFNK: jax.Array,
         count: jax.Array,
         frames: int,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Any, Any, jax.Array]:
         """`kept`, with the tokens that are chosen of the `whole` in their slots."""
-        slots, tokens = whole[0].shape[2] - frames, whole[0].shape[3]
+        slots, tokens = whole[2].shape[2] - frames, whole[2].shape[3]
         place = jnp.arange(slots + frames)
         number = jnp.where(place < slots, place, count + place - slots)
         may = (number >= self.sink) & (number < count + 2 * frames - self.recent)
         may &= (place < count) | (place >= slots)
 
-        def choose(layer: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            k, _, position, queries = layer
+        def choose(layer: tuple[Any, Any, jax.Array, jax.Array]) -> tuple[Any, Any, jax.Array]:
+            stored, _, position, queries = layer
+            k = self.codec.decode(stored, queries.dtype)
             scores_BFT = participation(k, position, jnp.sum(queries, axis=1))
             flat = jnp.where(may[:, None], scores_BFT, -jnp.inf).reshape(len(k), -1)
             chosen = jnp.sort(jax.lax.top_k(flat, self.chosen * tokens)[1], axis=1)
@@ -170,11 +174,11 @@ class DeepForcing(DeepSink):
                 found = jnp.take_along_axis(rows, chosen.reshape(*chosen.shape, *(1,) * (rows.ndim - 2)), axis=1)
                 return found.reshape(len(x), self.chosen, *x.shape[2:])
 
-            return tuple(take(x) for x in layer[:3])
+            return jax.tree.map(take, layer[:3])
 
         found = jax.lax.map(choose, (*whole, query_LBFNK))
         behind = slice(self.sink, self.sink + self.chosen)
-        return tuple(x.at[:, :, behind].set(new) for x, new in zip(kept, found, strict=True))
+        return jax.tree.map(lambda x, new: x.at[:, :, behind].set(new), kept, found)
 
     def next_labels(self, at: Labels, start: int, stop: int, own_F: np.ndarray) -> Labels:
         frames, slots = stop - start, len(at.frame_F)

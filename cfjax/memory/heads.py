@@ -23,8 +23,22 @@ from einops import rearrange
 from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
 from cfjax.memory.bank import CHOSEN
+from cfjax.memory.codecs import cut_frames, over_heads
 from cfjax.memory.profile import HeadTable, attention_mass
-from cfjax.memory.slots import Attend, Incoming, Memory, Network, Observe, Seen, State, counts, labels, layer_slots
+from cfjax.memory.slots import (
+    Attend,
+    Incoming,
+    Memory,
+    Network,
+    Observe,
+    Seen,
+    State,
+    counts,
+    labels,
+    layer_slots,
+    placed,
+    rotate_rows,
+)
 from cfjax.nn.frames import attend_masked, attend_slots, constrain_kv
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
@@ -71,15 +85,26 @@ def attend_groups(
     return pick(jnp.concatenate(outputs, axis=-2), groups.place_LN)
 
 
+def heads_of(stored: Any, heads_LN: np.ndarray) -> Any:
+    """The keys or values of some of every layer's heads, stored as those of all, [L, B, F, ...]."""
+
+    def pick(x: jax.Array, axis: int) -> jax.Array:
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = heads_LN.shape
+        return jnp.take_along_axis(x, jnp.asarray(heads_LN).reshape(shape), axis=axis)
+
+    return over_heads(stored, pick)
+
+
 class Runs(NamedTuple):
     """The dynamic heads' runs of tokens, [L, B, runs, tokens of a run, dynamic heads, K], keys not rotated in time.
 
-    position_BF: of every run.  filled: whether there are any.  first: the first frame of the stream's first block, or
-    -1 before it.
+    k, v: stored as in the slots, with the same first three axes.  position_BF: of every run.  filled: whether there are
+    any.  first: the first frame of the stream's first block, or -1 before it.
     """
 
-    k_LBFTNK: jax.Array
-    v_LBFTNK: jax.Array
+    k: Any
+    v: Any
     position_BF: jax.Array
     filled: jax.Array
     first: jax.Array
@@ -119,8 +144,6 @@ class ForcingKV(Memory):
         for name, least in (("dynamic", 1), ("runs", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"memory: {name}={getattr(self, name)}: use {least} or more")
-        if self.codec.name != "none":
-            raise UserError(f"memory: forcing_kv stores keys as they are: leave codec={self.codec.name} out")
 
     def check(self, network: Network) -> None:
         self.profile.check(network)
@@ -156,32 +179,32 @@ class ForcingKV(Memory):
             )
         return slots
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Runs:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Runs:
         self.check(network)
         runs, heads = max(n for n in range(1, self.runs + 1) if tokens % n == 0), self.groups.heads[1].shape[1]
-        number = self.dynamic * runs
-        shape = (network.num_layers, batch, number, tokens // runs, heads, network.head_dim)
-        k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
-        return Runs(k, v, jnp.zeros((batch, number), jnp.int32), jnp.bool_(False), jnp.int32(-1))
+        shape = (network.num_layers, batch, self.dynamic, tokens, heads, network.head_dim)
+        whole = self.encoded(*(constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2)))
+        k, v = (jax.tree.map(placed, cut_frames(x, runs)) for x in whole)
+        return Runs(k, v, jnp.zeros((batch, self.dynamic * runs), jnp.int32), jnp.bool_(False), jnp.int32(-1))
 
     def attention(self, network: Network, state: State, start: jax.Array, frames: int, layout: Blocks) -> Attend:
         """As `Memory.attention`, a call per group."""
         slots, runs = len(state.frame_F), state.extra
-        rows, run_rows = to_bits((state.k, state.v)), to_bits((runs.k_LBFTNK, runs.v_LBFTNK))
+        rows, run_rows = to_bits((state.k, state.v)), to_bits((runs.k, runs.v))
         key_F, _ = self.positions(labels(state), start, frames)
-        filled, backend = counts(slots, layout, self.protected), network.attention
+        filled, backend, decode = counts(slots, layout, self.protected), network.attention, self.codec.decode
 
         def self_attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
             def newest(count: int, pick: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
-                keys, values = (pick(from_bits(layer_slots(x, layer, count))).astype(k.dtype) for x in rows)
-                return rotate_time(keys, key_F[:count]), values
+                keys, values = (decode(from_bits(layer_slots(x, layer, count)), k.dtype) for x in rows)
+                return rotate_time(pick(keys), key_F[:count]), pick(values)
 
             def with_runs(count: int, pick: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
                 if count <= slots:
                     return newest(count, pick)
-                number = run_rows[0].shape[2]
-                keys, values = (from_bits(layer_slots(x, layer, number)).astype(k.dtype) for x in run_rows)
-                own = (_rotate_rows(keys, runs.position_BF), values)
+                number = runs.position_BF.shape[1]
+                keys, values = (decode(from_bits(layer_slots(x, layer, number)), k.dtype) for x in run_rows)
+                own = (rotate_rows(keys, runs.position_BF), values)
                 whole = (rearrange(x, "b (f r) t n k -> b f (r t) n k", r=number // self.dynamic) for x in own)
                 both = [jnp.concatenate(x, axis=1) for x in zip(newest(slots, pick), whole, strict=True)]
                 return both[0], both[1]
@@ -206,22 +229,26 @@ class ForcingKV(Memory):
         first = jnp.where(extra.first < 0, new.start, extra.first).astype(jnp.int32)
         full = state.count == len(state.frame_F)
         fills = new.is_new & full & ((new.start - first) // new.frames > self.warmup)
-        heads = self.groups.heads[1][:, None, None, None, :, None]
-        behind = lambda old, own: jnp.take_along_axis(jnp.concatenate([old[:, :, self.sink :], own], 2), heads, axis=4)
-        k, v = behind(state.k, new.k), behind(state.v, new.v)
+        behind = lambda old, own: jnp.concatenate([old[:, :, self.sink :], own], axis=2)
+        both = (jax.tree.map(behind, state.k, new.k), jax.tree.map(behind, state.v, new.v))
+        k, v = (heads_of(x, self.groups.heads[1]) for x in both)
         own_F = self.own_positions(state, new.start, new.frames)
         position_F = jnp.concatenate([state.position_F[self.sink :], own_F.astype(jnp.int32)])
         layer, compared = self.compared
-        chosen_BF = most_changed(k[layer, ..., :compared, :], new.frames, runs, number)
+        keys = self.codec.decode(jax.tree.map(lambda x: x[layer], k), jnp.float32)
+        chosen_BF = most_changed(keys[..., :compared, :], new.frames, runs, number)
 
-        def take(x: jax.Array, old: jax.Array) -> jax.Array:
-            cut = rearrange(x[:, :, : new.frames], "l b f (r t) n k -> l b (f r) t n k", r=runs)
-            found = jnp.take_along_axis(cut, chosen_BF[None, ..., None, None, None], axis=2)
-            return constrain_kv(jnp.where(fills, found, old))
+        def take(stored: Any, old: Any) -> Any:
+            def one(x: jax.Array, old: jax.Array) -> jax.Array:
+                found = jnp.take_along_axis(x, chosen_BF.reshape(1, *chosen_BF.shape, *(1,) * (x.ndim - 3)), axis=2)
+                return placed(jnp.where(fills, found, old))
+
+            leaving = jax.tree.map(lambda x: x[:, :, : new.frames], stored)
+            return jax.tree.map(one, cut_frames(leaving, runs), old)
 
         chosen = Runs(
-            take(k, extra.k_LBFTNK),
-            take(v, extra.v_LBFTNK),
+            take(k, extra.k),
+            take(v, extra.v),
             jnp.where(fills, position_F[chosen_BF // runs], extra.position_BF),
             extra.filled | fills,
             jnp.where(new.is_new, first, extra.first),
@@ -307,7 +334,7 @@ class DummyForcing(Memory):
             raise UserError(f"memory: window={self.window} must hold a frame besides the sink and one block")
         return slots
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Roles:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Roles:
         return Roles(jnp.zeros((network.num_layers, batch, network.num_heads), jnp.int32), jnp.int32(-1))
 
     def seen(self, group: Any, count: Any, slots: int, xp: Any = jnp) -> Any:
@@ -411,8 +438,3 @@ def most_changed(k_BFTNK: jax.Array, frames: int, runs: int, number: int) -> jax
     similarity_BFT = dot(then, after) / jnp.maximum(lengths, 1e-20)
     mean_BF = jnp.mean(rearrange(similarity_BFT, "b f (r t) -> b (f r) t", r=runs), axis=-1)
     return jnp.sort(jnp.argsort(mean_BF, axis=1)[:, :number], axis=1)
-
-
-def _rotate_rows(x_BFTNK: jax.Array, position_BF: jax.Array) -> jax.Array:
-    """`rotate_time` with positions of every row's own."""
-    return jax.vmap(lambda x, at: rotate_time(x[None], at)[0])(x_BFTNK, position_BF)

@@ -183,7 +183,7 @@ class RollingSink(Memory):
     def slots(self, layout: Blocks) -> int:
         return _whole_blocks("a rolling sink", super().slots(layout), self.window, layout)
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Early:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Early:
         k, v = empty_frames(network, batch, self.slots(layout), tokens)
         return Early(self.codec.encode_keys(k), self.codec.encode_values(v))
 
@@ -250,7 +250,7 @@ class ContextRecompute(SlotRelative):
     def slots(self, layout: Blocks) -> int:
         return _whole_blocks("context_recompute", super().slots(layout), self.window, layout)
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> jax.Array:
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> jax.Array:
         """The slots' latents, [B, slots, H W C], float32."""
         numbers = tokens * network.patch[0] * network.patch[1] * network.in_dim
         return jnp.zeros((batch, self.slots(layout), numbers), jnp.float32)

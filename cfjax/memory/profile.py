@@ -3,12 +3,22 @@
     share = attention to the last `recent` key frames / attention to all key frames behind the first `sink`
 
 A head is static where its share is 0.8 or more, else dynamic. Source: `configs_head/head_profile.py` of Forcing-KV.
+
+For Pyramid Forcing every head has one of three labels. Its paper (arXiv 2605.13111) says what they mean: waves attend
+periodically, veils to the first and the nearest frames, anchors to all. How they are measured is published in outline
+only (signs and a Fourier transform of logits), without thresholds; `head_labels` is a rule of this package. With x_f
+the logarithm of the attention to a key frame f behind the first `sink` and before the last `recent`, less its linear
+trend:
+
+    wave    one period of at most half these frames has `periodicity` or more of the power of x, and x is not flat
+    veil    else, where these frames have less than `between` times what uniform attention would give them
+    anchor  else
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +43,8 @@ from cfjax.core.schema import (
 
 KIND = "cfjax heads"
 CHUNK = 128  # queries
+LABELS = {"anchor": 1, "wave": -1, "veil": 2}
+FLAT = 0.1  # standard deviation of the logarithm of attention from frame to frame, below which it is not periodic
 _row = lambda rule: several(several(rule, least=1), least=1, most=LAYERS)
 _TABLE = table(
     {
@@ -146,14 +158,26 @@ def read_labels(path: str) -> HeadLabels:
     return HeadLabels(path, tuple(tuple(map(int, row)) for row in rows))
 
 
+def labels_text(label_LN: np.ndarray) -> str:
+    """What such a file says."""
+    return "".join(",".join(map(str, row)) + "\n" for row in np.asarray(label_LN).tolist())
+
+
 def attention_mass(q_BFTNK: jax.Array, k_BFTNK: jax.Array, seen_F: jax.Array | None = None) -> jax.Array:
-    """Each head's softmax weights, summed over every key frame's tokens and averaged over all queries, [B, N, F].
+    """`frame_masses`, averaged over all queries, [B, N, F]."""
+    return jnp.mean(frame_masses(q_BFTNK, k_BFTNK, seen_F), axis=2)
+
+
+def frame_masses(q_BFTNK: jax.Array, k_BFTNK: jax.Array, seen_F: jax.Array | None = None) -> jax.Array:
+    """Each head's softmax weights, summed over every key frame's tokens, [B, N, F of the queries, F of the keys].
+
+    Averaged over the queries of a frame.
 
     Args:
       q_BFTNK: scores of `CHUNK` queries exist at a time.
       seen_F: which key frames are seen; None: all.
     """
-    tokens = k_BFTNK.shape[2]
+    frames, tokens = q_BFTNK.shape[1], k_BFTNK.shape[2]
     q, k = (rearrange(x, "b f t n k -> b n (f t) k") for x in (q_BFTNK, k_BFTNK))
     queries, size = q.shape[2], min(CHUNK, q.shape[2])
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, -queries % size), (0, 0)))
@@ -165,7 +189,8 @@ def attention_mass(q_BFTNK: jax.Array, k_BFTNK: jax.Array, seen_F: jax.Array | N
         return rearrange(jax.nn.softmax(scores, axis=-1), "b n q (f t) -> b n q f t", t=tokens).sum(-1)
 
     masses = jax.lax.map(some, rearrange(padded, "b n (c q) k -> c b n q k", q=size))
-    return jnp.mean(rearrange(masses, "c b n q f -> b n (c q) f")[:, :, :queries], axis=2)
+    of_queries = rearrange(masses, "c b n q f -> b n (c q) f")[:, :, :queries]
+    return rearrange(of_queries, "b n (i t) f -> b n i t f", i=frames).mean(3)
 
 
 def head_shares(mass_LNF: np.ndarray, sink: int, recent: int) -> np.ndarray:
@@ -176,6 +201,49 @@ def head_shares(mass_LNF: np.ndarray, sink: int, recent: int) -> np.ndarray:
     """
     behind_LN = mass_LNF[..., sink:].sum(-1)
     return mass_LNF[..., -recent:].sum(-1) / np.maximum(behind_LN, np.finfo(np.float32).tiny)
+
+
+class Labelled(NamedTuple):
+    """Every head's label, and what it follows from, [L, N]; see the module.
+
+    power: the largest share of a period in the power of x.  period: it, in frames.  between: the attention between sink
+    and recent frames, in multiples of what uniform attention gives.
+    """
+
+    label: np.ndarray
+    power: np.ndarray
+    period: np.ndarray
+    between: np.ndarray
+
+
+def head_labels(mass_LNFF: np.ndarray, sink: int, recent: int, periodicity: float, between: float) -> Labelled:
+    """Anchor, wave and veil heads; see the module.
+
+    Where fewer than four frames are between, no period fits twice and no head is a wave. Shorter periods than the
+    longest come as close to a whole number of times as the frames allow.
+
+    Args:
+      mass_LNFF: mean attention of each of the last block's frames to every key frame, oldest first.
+    """
+    mass = np.asarray(mass_LNFF, np.float64)
+    inside = mass[..., sink : mass.shape[-1] - recent]
+    frames = inside.shape[-1]
+    share = inside.sum(-1).mean(-1) / (frames / mass.shape[-1])
+    power, period, uneven = (np.zeros(share.shape) for _ in range(3))
+    if frames >= 4:
+        x = np.log(np.maximum(inside, np.finfo(np.float32).tiny))
+        trend = np.stack([np.ones(frames), np.arange(frames)], axis=1)
+        x = x - x @ (trend @ np.linalg.pinv(trend)).T
+        # |x|^2 by frequency, a negative one with its positive one, which the highest of an even number does not have.
+        pairs = np.where(2 * np.arange(frames // 2 + 1) % frames == 0, 1, 2)
+        spectrum = (pairs * np.abs(np.fft.rfft(x)) ** 2).mean(2)
+        strongest = 2 + spectrum[..., 2:].argmax(-1)
+        whole = np.maximum(spectrum[..., 1:].sum(-1), np.finfo(np.float64).tiny)
+        power, period = spectrum[..., 2:].max(-1) / whole, frames / strongest
+        uneven = np.sqrt((x**2).mean((2, 3)))
+    kinds = [(power >= periodicity) & (uneven >= FLAT), share < between]
+    label = np.select(kinds, [LABELS["wave"], LABELS["veil"]], LABELS["anchor"])
+    return Labelled(label, power, period, share)
 
 
 def heads_record(run: str, network: Any, mass_LNF: np.ndarray, about: Mapping[str, Any]) -> dict[str, Any]:

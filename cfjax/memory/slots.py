@@ -142,8 +142,12 @@ class Memory:
         """Time positions: of the slots, [slots], and of the block's own frames, [frames]. `xp`: numpy or jax.numpy."""
         return at.position_F, start + at.offset + xp.arange(frames)
 
-    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks) -> Any:
-        """`State.extra` of an empty state."""
+    def encoded(self, k_LBFTNK: jax.Array, v_LBFTNK: jax.Array) -> tuple[Any, Any]:
+        """Keys (time axis not rotated) and values as they are stored."""
+        return self.codec.encode_keys(k_LBFTNK), self.codec.encode_values(v_LBFTNK)
+
+    def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Any:
+        """`State.extra` of an empty state; see `init`."""
         return None
 
     def before_commit(self, state: State, new: "Incoming") -> State:
@@ -209,25 +213,24 @@ class Memory:
             )
         return slots
 
-    def init(self, network: Network, batch: int, tokens: int, layout: Blocks) -> State:
+    def init(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> State:
         """The state before the first block.
 
         Args:
-          batch: rows, twice the videos for a guided sampler.  tokens: of a frame.
+          batch: rows, twice the videos for a guided sampler.  tokens: of a frame.  width: tokens of a row of a frame;
+            some policies need it.
         """
         slots = self.slots(layout)
-        k, v = empty_frames(network, batch, slots, tokens)
         empty = jnp.full((slots,), EMPTY, jnp.int32)
         return State(
-            self.codec.encode_keys(k),
-            self.codec.encode_values(v),
+            *self.encoded(*empty_frames(network, batch, slots, tokens)),
             empty,
             empty,
             jnp.int32(0),
             jnp.int32(0),
             jnp.int32(0),
             jnp.int32(-1),
-            self.extra(network, batch, tokens, layout),
+            self.extra(network, batch, tokens, layout, width),
         )
 
     def own_positions(self, state: State, start: jax.Array, frames: int) -> jax.Array:
@@ -278,12 +281,12 @@ class Memory:
         frames, slots = k_LBFTNK.shape[2], state.frame_F.shape[0]
         own_F = self.own_positions(state, start, frames)
         raw = jax.vmap(rotate_time, (0, None))(k_LBFTNK, -own_F)
-        k, v = self.codec.encode_keys(raw), self.codec.encode_values(v_LBFTNK)
+        k, v = self.encoded(raw, v_LBFTNK)
         new = Incoming(k, v, start, frames, state, start >= state.stop, text_LBNK, observed)
         state = self.before_commit(state, new)
         order = arrangement(state.count, slots, self.protected, frames)
         order = jnp.where(new.is_new, order, jnp.arange(slots))
-        pick = lambda old, own: _placed(jnp.take(jnp.concatenate([old, own], axis=2), order, axis=2))
+        pick = lambda old, own: placed(jnp.take(jnp.concatenate([old, own], axis=2), order, axis=2))
         state = self.relabelled(state, order, start, frames, new.is_new)
         return replace(state, k=jax.tree.map(pick, state.k, k), v=jax.tree.map(pick, state.v, v))
 
@@ -404,6 +407,11 @@ def layer_slots(stored: Any, layer: jax.Array | int, count: int) -> Any:
     return jax.tree.map(cut, stored)
 
 
-def _placed(x: jax.Array) -> jax.Array:
-    """Sharded as keys and values are, where it has their axes."""
+def rotate_rows(x_BFTNK: jax.Array, position_BF: jax.Array) -> jax.Array:
+    """`rotate_time` with positions of every row's own."""
+    return jax.vmap(lambda x, at: rotate_time(x[None], at)[0])(x_BFTNK, position_BF)
+
+
+def placed(x: jax.Array) -> jax.Array:
+    """A leaf of stored keys or values, sharded as keys and values are, where it has their axes."""
     return constrain_kv(x) if x.ndim == 6 and min(x.shape[3], x.shape[-1]) > 1 else x

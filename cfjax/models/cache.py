@@ -27,16 +27,17 @@ class KVCache:
     frame_F: jax.Array
 
 
-def init_cache(config: Any, batch: int, num_frames: int, tokens_per_frame: int, blocks: Blocks) -> Any:
+def init_cache(config: Any, batch: int, num_frames: int, tokens_per_frame: int, blocks: Blocks, width: int = 0) -> Any:
     """An empty cache for videos of `num_frames` latent frames (only `blocks.window` slots when there is a window).
 
     With a memory policy, its state.
 
     Args:
       config: a WanConfig (layers, heads, head dim, compute dtype).
+      width: tokens of a row of a frame, for memory policies that need it.
     """
     if blocks.memory is not None:
-        return blocks.memory.init(config, batch, tokens_per_frame, blocks)
+        return blocks.memory.init(config, batch, tokens_per_frame, blocks, width)
     slots = min(blocks.window, num_frames) if blocks.window else num_frames
     shape = (config.num_layers, batch, slots, tokens_per_frame, config.num_heads, config.head_dim)
     # Two buffers: a cache is donated, and one buffer cannot be donated twice.

@@ -16,6 +16,7 @@ import ftfy
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.core.limits import SENTINELS as MOST_SENTINELS
 from cfjax.core.limits import TOKENIZER_BYTES
@@ -160,8 +161,8 @@ class CaptionTokenizer(_Wrapped):
         for caption, ids in zip(captions, rows, strict=True):
             if len(ids) > length:
                 raise UserError(
-                    f"caption {caption!r} has {len(ids)} tokens, EOS included, but the text length is {length}: "
-                    "shorten it or raise the length"
+                    f"caption {caption!r} has {counted(len(ids), 'token')}, EOS included, but the text length "
+                    f"is {length}: shorten it or raise the length"
                 )
         return _padded(rows, length)
 

@@ -89,11 +89,16 @@ class WanConfig:
             raise UserError(f"a {height} x {width} latent frame is not divisible by the {self.patch} patch")
         return (height // self.patch[0]) * (width // self.patch[1])
 
+    def tokens_per_row(self, width: int) -> int:
+        """Tokens of one row of a latent frame that is so wide."""
+        return width // self.patch[1]
+
 
 PRESETS = {
     "wan_1_3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, remat="full", precision=BF16),
     "wan_14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, remat="full", precision=BF16),
     "wan_2_2_5b": WanConfig(3072, 14336, 24, 30, in_dim=48, out_dim=48, remat="full", precision=BF16),
+    "wan_mini": WanConfig(dim=48, ffn_dim=64, num_heads=4, num_layers=2, text_dim=32, remat="full"),
     "toy": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, remat="full"),
 }
 

@@ -12,7 +12,9 @@ in one of two ways (`core.sharding.context_sharding`):
 Either way all devices have the same work under every visibility.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,21 @@ from cfjax.nn.visibility import Visibility
 
 VISIBLE_PREFIX = "visible_prefix"  # scope of the conditional over the lengths of what a block sees
 MOST_LENGTHS = 12  # of a prefix: with more, the next longer one is computed, on average less than 1/12 too much
+_mask_prefixes = ContextVar("mask_prefixes", default=False)
+
+
+@contextmanager
+def masked_prefixes() -> Iterator[None]:
+    """While a function is traced: `attend_slots` and `attend_prefix` compute the longest prefix, and mask it.
+
+    For `jax.vmap` over videos that see prefixes of different lengths: a conditional whose index differs from row to
+    row computes every branch. Enter it inside the jitted function, so that what is compiled follows from that alone.
+    """
+    token = _mask_prefixes.set(True)
+    try:
+        yield
+    finally:
+        _mask_prefixes.reset(token)
 
 
 def _flat(x_BFTNK: jax.Array) -> jax.Array:
@@ -95,21 +112,15 @@ def attend_prefix(
     frames, tokens, heads = q_BFTNK.shape[1:4]
     backend = pick_backend(backend, q_BFTNK.dtype)
     whole_heads = context_sharding(heads, tokens)[0] != "tokens"
+    if _mask_prefixes.get():
+        return attend_seen(q_BFTNK, *read(lengths[-1]), jnp.arange(lengths[-1]) < visible, backend=backend)
     skips = backend == "cudnn" or backend.startswith("splash")
     if skips and whole_heads and len(lengths) > 1:
         k, v = (_flat(x) for x in read(lengths[-1]))
         return _framed(dense(_flat(q_BFTNK), k, v, num_keys=visible * tokens, backend=backend), frames)
 
     def attend_first(length: int, q: jax.Array) -> jax.Array:
-        k, v = read(length)
-        seen_F = None if exact else jnp.arange(length) < visible
-        if whole_heads:
-            mask = None if seen_F is None else jnp.repeat(seen_F, tokens)
-            return _framed(dense(_flat(q), _flat(k), _flat(v), key_mask_T=mask, backend=backend), frames)
-        q = rearrange(constrain(q, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
-        k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (k, v))
-        mask = None if seen_F is None else jnp.tile(seen_F, tokens)
-        return _framed(dense(q, k, v, key_mask_T=mask, backend=backend), frames)
+        return attend_seen(q, *read(length), None if exact else jnp.arange(length) < visible, backend=backend)
 
     branches = [partial(attend_first, length) for length in lengths]
     if len(branches) == 1:
@@ -122,6 +133,20 @@ def attend_prefix(
             return jax.lax.switch(index, branches, q)
 
     return attend_visible(q_BFTNK)
+
+
+def attend_seen(
+    q_BFTNK: jax.Array, k_BFTNK: jax.Array, v_BFTNK: jax.Array, seen_F: jax.Array | None, *, backend: str = "auto"
+) -> jax.Array:
+    """All queries attend to the frames that are seen (bool; None: all)."""
+    frames, tokens, heads = q_BFTNK.shape[1:4]
+    if context_sharding(heads, tokens)[0] != "tokens":
+        mask = None if seen_F is None else jnp.repeat(seen_F, tokens)
+        return _framed(dense(_flat(q_BFTNK), _flat(k_BFTNK), _flat(v_BFTNK), key_mask_T=mask, backend=backend), frames)
+    q = rearrange(constrain(q_BFTNK, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
+    k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (k_BFTNK, v_BFTNK))
+    mask = None if seen_F is None else jnp.tile(seen_F, tokens)
+    return _framed(dense(q, k, v, key_mask_T=mask, backend=backend), frames)
 
 
 def group_lengths(lengths: Sequence[int]) -> tuple[tuple[int, ...], bool]:
@@ -155,6 +180,11 @@ def attend_slots(
         keys, values = (jnp.concatenate(x, axis=1) for x in zip(read(counts[-1]), (k_BFTNK, v_BFTNK), strict=True))
         return attend_biased(q_BFTNK, keys, values, jnp.pad(bias_F, (0, own)), backend=backend)
 
+    if _mask_prefixes.get():  # the own frames behind all slots: none is written at a row's own place
+        keys, values = (jnp.concatenate(x, axis=1) for x in zip(read(counts[-1]), (k_BFTNK, v_BFTNK), strict=True))
+        seen_F = jnp.pad(jnp.arange(counts[-1]) < count, (0, own), constant_values=True)
+        return attend_seen(q_BFTNK, keys, values, seen_F, backend=backend)
+
     def read_both(length: int) -> tuple[jax.Array, jax.Array]:
         known = read(length - own)
         both = [jnp.concatenate(x, axis=1) for x in zip(known, (k_BFTNK, v_BFTNK), strict=True)]
@@ -169,16 +199,21 @@ def attend_slots(
 def attend_biased(
     q_BFTNK: jax.Array, k_BFTNK: jax.Array, v_BFTNK: jax.Array, bias_F: jax.Array, *, backend: str = "auto"
 ) -> jax.Array:
-    """All queries attend to all keys, with a number per frame added to the logits (-inf: not seen)."""
+    """All queries attend to all keys, with a number added to the logits (-inf: not seen).
+
+    Args:
+      bias_F: the number of every frame, or of its every token, [F, T].
+    """
     frames, tokens, heads = q_BFTNK.shape[1:4]
+    bias_FT = jnp.broadcast_to(bias_F.reshape(len(bias_F), -1), (len(bias_F), tokens))
     if context_sharding(heads, tokens)[0] != "tokens":
-        bias_T = jnp.repeat(bias_F, tokens)
+        bias_T = bias_FT.reshape(-1)
         return _framed(
             dense(_flat(q_BFTNK), _flat(k_BFTNK), _flat(v_BFTNK), key_bias_T=bias_T, backend=backend), frames
         )
     q = rearrange(constrain(q_BFTNK, "batch", None, None, "channels", None), "b f t n k -> b (f t) n k")
     k, v = (rearrange(constrain_kv(x), "b f t n k -> b (t f) n k") for x in (k_BFTNK, v_BFTNK))
-    return _framed(dense(q, k, v, key_bias_T=jnp.tile(bias_F, tokens), backend=backend), frames)
+    return _framed(dense(q, k, v, key_bias_T=bias_FT.T.reshape(-1), backend=backend), frames)
 
 
 def attend_masked(

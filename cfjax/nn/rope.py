@@ -4,6 +4,8 @@ Channel layout: a head's channels are stored as [real parts, imaginary parts] ("
 two multiply-adds on contiguous halves. Wan2.1 stores (real, imaginary) pairs; conversion permutes q and k accordingly.
 """
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,26 @@ def rotate_time(x_BFTNK: jax.Array, position_F: jax.Array) -> jax.Array:
     turned = (wide_real * cos - wide_imag * sin, wide_real * sin + wide_imag * cos)
     parts = [(t.astype(x_BFTNK.dtype), part[..., pairs:]) for t, part in zip(turned, (real, imag), strict=True)]
     return jnp.concatenate([x for pair in parts for x in pair], axis=-1)
+
+
+def rotate_space(x: jax.Array, row_T: np.ndarray, column_T: np.ndarray) -> jax.Array:
+    """Rotates every token's height and width axes by so many patches, in float32; rotations add up.
+
+    Args:
+      x: [..., T, N, K].  row_T, column_T: integers, perhaps negative.
+    """
+    pairs = axis_pairs(x.shape[-1])
+    angle = jnp.concatenate(
+        [
+            jnp.sign(at)[:, None] * _angles(jnp.abs(at), n)
+            for at, n in zip(
+                (jnp.zeros(len(row_T), jnp.int32), jnp.asarray(row_T), jnp.asarray(column_T)), pairs, strict=True
+            )
+        ],
+        axis=-1,
+    )
+    flat = x.reshape(prod(x.shape[:-3]), *x.shape[-3:])  # there may be no heads
+    return rotate(flat, (jnp.cos(angle), jnp.sin(angle))).reshape(x.shape)
 
 
 def sinusoid(timestep: jax.Array, dim: int) -> jax.Array:

@@ -15,7 +15,16 @@ from cfjax.planning.trip_counts import TripCounts
 
 # Without a GPU to try them on, XLA finds no tile sizes for some odd shapes (32760 tokens) in its Triton kernels.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-_FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What TPU's compiler says of a program that is too large. In the second, which comes before memory is laid out,
+# "temporaries" are everything, arguments and results too; the others are of one kernel's blocks and scratch.
+_SIZE = r"([\d.]+)([KMGT]?)"
+_HBM = (
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+    re.compile(rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+)
+_KERNEL_MEMORY = re.compile(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\).*?space=(\w+)", re.DOTALL)
+_SCOPED = re.compile(rf"Scoped allocation with size {_SIZE} and limit {_SIZE} exceeded scoped (\w+) limit")
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
 _KERNEL = re.compile(r'op_name="([^"]*)/(splash_mha_\w+)/pallas_call"')
 # Words of JAX's own in a name stack; what is left are the model's scopes.
 _JAX = re.compile(r"update|while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|shard_map|main")
@@ -77,10 +86,32 @@ def kernels(text: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def too_large(message: str) -> int | None:
-    """Bytes that a program would use, if that is what TPU's compiler complains about."""
-    found = _FULL.search(message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+@dataclass(frozen=True)
+class Shortage:
+    """Why a program is too large: bytes of HBM that it would use (0: the compiler does not say), and a sentence."""
+
+    used: int
+    text: str
+
+
+def shortage(message: str) -> Shortage | None:
+    """What a compiler that ran out of memory says; None for any other failure."""
+    for pattern in _HBM:
+        if found := pattern.search(message):
+            used, there = (float(n) * _UNITS[unit] for n, unit in (found.groups()[:2], found.groups()[2:]))
+            return Shortage(int(used), f"needs {used / GIB:.2f} GiB of HBM, of which programs have {there / GIB:.2f}")
+    if found := _KERNEL_MEMORY.search(message):
+        used, there = (int(size) / 2**20 for size in found.groups()[:2])
+        memory = found[3].upper()
+        return Shortage(0, f"a kernel needs {used:.0f} MiB of {memory}, of which there are {there:.0f}")
+    if found := _SCOPED.search(message):
+        used, there = (float(n) * _UNITS[unit] / 2**20 for n, unit in (found.groups()[:2], found.groups()[2:4]))
+        memory = found[5].upper()
+        return Shortage(0, f"a kernel needs {used:.0f} MiB of {memory}, of which kernels have {there:.0f}")
+    if _EXHAUSTED in message:
+        first = " ".join(message.partition(_EXHAUSTED)[2].strip(": ").split())[:200]
+        return Shortage(0, f"the compiler ran out of memory: {first}")
+    return None
 
 
 def compile_update(
@@ -105,18 +136,18 @@ def compile_update(
         with nullcontext() if topology.chip.platform == "cpu" else no_compile_cache():
             compiled = lowered.compile(compiler_options=options)
     except Exception as error:
-        used = too_large(str(error))
-        if used is None:
+        short = shortage(str(error))
+        if short is None:
             raise
         # What only other updates read is not in the compiler's figure, which does not say how much that is.
         return Cost(
             role,
             arguments=arguments,
-            temporaries=max(used - arguments, 0),
-            peak=used,
+            temporaries=max(short.used - arguments, 0),
+            peak=short.used or arguments,
             fits=False,
             compile_seconds=time.perf_counter() - begun,
-            problem=f"needs {used / GIB:.2f} GiB of HBM",
+            problem=short.text,
         )
     seconds = time.perf_counter() - begun
     read, temporaries, new, live = _sizes(compiled, topology.chip.platform)

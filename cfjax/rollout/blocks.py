@@ -135,7 +135,8 @@ def commit_unless_last(
 def empty_cache(config: Any, shape: Sequence[int], blocks: Blocks) -> KVCache:
     """The cache of a network with this config before the first block of latents of `shape` [B, F, H, W, C]."""
     batch, num_frames, height, width, _ = shape
-    return init_cache(config, batch, num_frames, config.tokens_per_frame(height, width), blocks)
+    tokens = config.tokens_per_frame(height, width)
+    return init_cache(config, batch, num_frames, tokens, blocks, config.tokens_per_row(width))
 
 
 def layout_from(blocks: Blocks, start: int) -> Blocks:

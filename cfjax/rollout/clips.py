@@ -192,7 +192,9 @@ def cache_bytes(model: Wan, sampler: FewStep | ManyStep, blocks: Blocks | None, 
         return 0
     rows = batch * (2 if isinstance(sampler, ManyStep) else 1)
     tokens = model.config.tokens_per_frame(sizes.height, sizes.width)
-    cache = jax.eval_shape(partial(init_cache, model.config, rows, sizes.frames, tokens, blocks))
+    cache = jax.eval_shape(
+        partial(init_cache, model.config, rows, sizes.frames, tokens, blocks, model.config.tokens_per_row(sizes.width))
+    )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cfjax.flow.path import add_noise
-from cfjax.memory.profile import attention_mass
+from cfjax.memory.profile import frame_masses
 from cfjax.models.cache import init_cache, write
 from cfjax.models.context import clean_context, forward_observed
 from cfjax.models.wan import KV, FrameKV, Wan
@@ -17,7 +17,9 @@ from cfjax.nn.visibility import Blocks
 def last_block_mass(
     model: Wan, clean_BFHWC: jax.Array, noise_BFHWC: jax.Array, sigma: jax.Array, text_kv: KV, *, blocks: Blocks
 ) -> jax.Array:
-    """Mean attention of the last block's queries to every key frame, [L, B, N, F], float32; sums to 1 over F.
+    """Mean attention of each of the last block's frames to every key frame, [L, B, N, F, F], float32.
+
+    It sums to 1 over the last axis.
 
     The block sees all frames before it, without noise, and its own, whatever window the network was trained with.
 
@@ -36,7 +38,7 @@ def last_block_mass(
 
     def observe(q: jax.Array, k: jax.Array, layer: jax.Array) -> jax.Array:
         keys = [k] if context is None else [jax.lax.dynamic_index_in_dim(context.k_LBFTNK, layer, keepdims=False), k]
-        return attention_mass(q, jnp.concatenate(keys, axis=1))
+        return frame_masses(q, jnp.concatenate(keys, axis=1))
 
     noisy = add_noise(last, noise_BFHWC, sigma)
     sigma_BF = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), noisy.shape[:2])

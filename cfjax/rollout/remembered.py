@@ -83,7 +83,10 @@ def empty(config: Any, shape: tuple[int, ...], blocks: Blocks, state: Any = None
     batch, num_frames, height, width, _ = shape
     tokens = config.tokens_per_frame(height, width)
     kept = init_cache(config, batch, num_frames, tokens, Blocks(blocks.frames))
-    return Remembered(init_cache(config, batch, num_frames, tokens, blocks) if state is None else state, kept)
+    return Remembered(
+        init_cache(config, batch, num_frames, tokens, blocks, config.tokens_per_row(width)) if state is None else state,
+        kept,
+    )
 
 
 def commit_if(
@@ -158,7 +161,11 @@ def _backward(blocks: Blocks, residuals: tuple, cotangent_BFHWC: jax.Array) -> t
     begin, start = exits.begin, 0 if exits.start is None else exits.start
     batch, _, height, width, _ = exits.x_BFHWC.shape
     tokens = model.config.tokens_per_frame(height, width)
-    state = blocks.memory.init(model.config, batch, tokens, blocks) if begin is None else begin.state
+    state = (
+        blocks.memory.init(model.config, batch, tokens, blocks, model.config.tokens_per_row(width))
+        if begin is None
+        else begin.state
+    )
     carry = (state, gradient)
     if peel:
         first_block = lambda gradient: lambda carry: replay.block(jnp.int32(0), 1, carry, gradient=gradient)

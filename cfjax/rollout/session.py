@@ -14,7 +14,7 @@ import time
 from collections import deque
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from cfjax.models.wan import KV, Wan
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
 from cfjax.rollout.generate import FewStep, ManyStep, layout_of
-from cfjax.rollout.prompts import Blend, blend_rows
-from cfjax.rollout.recache import Recache, at_once, by_blocks, check_at_once
+from cfjax.rollout.prompts import Blend
+from cfjax.rollout.recache import Recache, by_blocks, change_of, recommitted, turned
 from cfjax.rollout.session_state import (
     Made,
     Mode,
@@ -37,7 +37,6 @@ from cfjax.rollout.session_state import (
     SessionState,
     Snapshot,
     Text,
-    Transition,
     checked_seed,
     own_memory,
 )
@@ -153,33 +152,13 @@ class Session:
           UserError: the session is closed, a memory of everything is full, or the video does not fit.
         """
         begun, before = time.perf_counter(), self.state
-        state, start = before, before.frame
-        layout = layout_from(self._pipeline.blocks, start)  # type: ignore[arg-type]
-        frames = 1 if layout.independent_first_frame else layout.frames
-        if isinstance(state.memory, Everything) and start + frames > state.memory.window:
-            raise UserError(
-                f"the stream has {start} latent frames and remembers all of at most {state.memory.window}: give "
-                f"max_frames, or a memory policy such as longlive_infinity for a stream without end"
-            )
-        state = self._committed(state)
-        state = self._turned(state)
-        state, x0 = self._latents(state, frames, video_BPHWC, follow_motion)
+        frames = self.frames_ahead()
+        state, x0 = self._latents(self.prepared(before), frames, video_BPHWC, follow_motion)
         jax.block_until_ready(x0)
         made = time.perf_counter()
         video, decoder = self._call(decode_step, self._pipeline.codec, x0, state.decoder)
-        pixels = np.asarray(video)
-        after = replace(
-            state,
-            decoder=decoder,
-            pending=(start, x0),
-            block=state.block + 1,
-            frame=start + frames,
-            generated=state.generated + 1,
-        )
-        after = self._seen(after, pixels)
-        self._held.append(before)
-        self._state = after
-        return Made(state.block, start, pixels, x0, state.prompt, made - begun, time.perf_counter() - made)
+        after = replace(state, decoder=decoder, pending=(before.frame, x0))
+        return self.went_on(after, np.asarray(video), begun, made)
 
     def set_prompt(
         self,
@@ -204,26 +183,8 @@ class Session:
           UserError: an unknown prompt or mode. The stream goes on as before.
         """
         state = self.state
-        if mode not in get_args(Mode):
-            raise UserError(f"mode={mode!r}: use one of {', '.join(get_args(Mode))}")
-        if blend_blocks < 0:
-            raise UserError(f"blend_blocks={blend_blocks}: use 0 (at once) or more")
-        if mode == "recache" and not state.memory.recaches:
-            raise UserError(f"{memory_name(state.memory)}: nothing to commit again; use mode='keep' or 'cut'")
-        if mode == "cut" and not state.memory.cuts:
-            raise UserError(f"{memory_name(state.memory)}: the next blocks are half made; use mode='keep' or 'recache'")
-        if recache not in get_args(Recache):
-            raise UserError(f"recache={recache!r}: use {' or '.join(get_args(Recache))}")
-        if (recache == "unmasked" or move_sink) and mode != "recache":
-            raise UserError(f"mode={mode!r}: recache and move_sink are of mode='recache'; leave them out")
-        if move_sink and recache != "unmasked":
-            raise UserError("move_sink=True is of recache='unmasked'; set that too, or leave it out")
-        if recache == "unmasked":
-            check_at_once(state.memory, move_sink)
-        rows = self._text.rows(prompt)
-        blend_rows([state.rows, rows], [0.5, 0.5], blend)
-        change = Transition(state.rows, rows, max(blend_blocks, 1), 0, mode, blend, recache, move_sink)
-        self._state = replace(state, prompt=prompt, transition=change)
+        how = (mode, blend_blocks, blend, recache, move_sink)
+        self._state = replace(state, prompt=prompt, transition=change_of(state, lambda: self._text.rows(prompt), *how))
 
     def set_memory(self, memory: Memory | str) -> None:
         """Another policy, from the next block on: what the session still has the latents of is committed to it.
@@ -261,7 +222,7 @@ class Session:
         self._pipeline = replace(self._pipeline, model=model)
         state = replace(state, text_kv=self._keys_of(state.rows))
         if mode == "recache":
-            state = self._recommitted(state)
+            state = recommitted(state, self._put, self._blocks(state.memory))
         self._held.clear()
         self._state = state
 
@@ -281,7 +242,7 @@ class Session:
 
     def fork(self, seed: int | None = None) -> "Session":
         """Another session from here on; with the same seed (None) it makes the same blocks."""
-        other = object.__new__(Session)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._held = deque(self._held, maxlen=self._held.maxlen)
         state = self.state
@@ -307,6 +268,73 @@ class Session:
         self._state = None
         self._held.clear()
 
+    # ---- the parts of `next`, which `rollout.batched` calls too
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What the session's blocks are made with."""
+        return self._pipeline
+
+    @property
+    def call(self) -> Call:
+        """What calls the jitted functions."""
+        return self._call
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of a latent frame."""
+        return self._shape
+
+    @property
+    def layout(self) -> Blocks:
+        """The block layout, with the session's memory."""
+        return self._blocks(self.state.memory)
+
+    def frames_ahead(self) -> int:
+        """Latent frames of the next block.
+
+        Raises:
+          UserError: the session is closed, or a memory of everything is full.
+        """
+        state = self.state
+        layout = layout_from(self._pipeline.blocks, state.frame)  # type: ignore[arg-type]
+        frames = 1 if layout.independent_first_frame else layout.frames
+        if isinstance(state.memory, Everything) and state.frame + frames > state.memory.window:
+            raise UserError(
+                f"the stream has {state.frame} latent frames and remembers all of at most {state.memory.window}: give "
+                f"max_frames, or a memory policy such as longlive_infinity for a stream without end"
+            )
+        return frames
+
+    def needs_pixels(self) -> bool:
+        """Whether commits take decoded pixels."""
+        return bool(self._pictures(self.state.memory))
+
+    def prepared(self, state: SessionState) -> SessionState:
+        """With the pending block committed, and one block further in a change of the prompt."""
+        return turned(self._committed(state), self._keys_of, self._put, self._blocks(state.memory))
+
+    def remembers(self, state: SessionState) -> SessionState:
+        """With the pending block among the recent ones; its commit is elsewhere."""
+        if state.pending is None:
+            return state
+        recent = (*state.recent, state.pending)[-self._recent_blocks(state.memory) :]
+        return replace(state, pending=None, recent=recent)
+
+    def went_on(self, state: SessionState, video_BPHWC: np.ndarray, begun: float, made: float) -> Made:
+        """Goes on after a block, which is in the state as its pending one.
+
+        Args:
+          begun, made: when its work began, and when its latents were there, as of `time.perf_counter`.
+        """
+        before, pending = self.state, state.pending
+        assert pending is not None
+        start, x0 = pending
+        after = replace(state, block=state.block + 1, frame=start + x0.shape[1], generated=state.generated + 1)
+        self._state = self._seen(after, video_BPHWC)
+        self._held.append(before)
+        return Made(state.block, start, video_BPHWC, x0, state.prompt, made - begun, time.perf_counter() - made)
+
     # ---- how
 
     def _memory(self, memory: Memory | str | None) -> Memory:
@@ -330,9 +358,9 @@ class Session:
         return replace(blocks, window=0, sink=0, memory=memory)
 
     def _empty(self, memory: Memory) -> State:
-        config, (height, width, _) = self._pipeline.model.config, self._shape
-        rows = 2 if isinstance(self._pipeline.sampler, ManyStep) else 1
-        return memory.init(config, rows, config.tokens_per_frame(height, width), self._blocks(memory))
+        config, blocks, (height, width, _) = self._pipeline.model.config, self._blocks(memory), self._shape
+        rows, tokens = 2 if isinstance(self._pipeline.sampler, ManyStep) else 1, config.tokens_per_frame(height, width)
+        return memory.init(config, rows, tokens, blocks, config.tokens_per_row(width))
 
     def _keys_of(self, rows: np.ndarray) -> KV:
         negative = rows if self._text.negative_SE is None else self._text.negative_SE
@@ -412,8 +440,7 @@ class Session:
         if state.pending is None:
             return state
         start, own = state.pending
-        recent = (*state.recent, state.pending)[-self._recent_blocks(state.memory) :]
-        return replace(state, cache=self._put(state, start, own), pending=None, recent=recent)
+        return replace(self.remembers(state), cache=self._put(state, start, own))
 
     def _recent_blocks(self, memory: Memory) -> int:
         """How many blocks' latents are kept: those that are in slots, or would be in those of another policy."""
@@ -421,30 +448,3 @@ class Session:
         assert blocks is not None
         frames = max(memory.slots(blocks) + blocks.frames, self._max_frames - blocks.frames)
         return -(-frames // blocks.frames) + int(blocks.independent_first_frame)
-
-    def _turned(self, state: SessionState) -> SessionState:
-        """One block further in a change of the prompt."""
-        change = state.transition
-        if change is None:
-            return state
-        done = change.done + 1
-        last = done >= change.blocks
-        share = done / change.blocks
-        rows = (
-            change.rows_to if last else blend_rows([change.rows_from, change.rows_to], [1 - share, share], change.blend)
-        )
-        state = replace(
-            state, rows=rows, text_kv=self._keys_of(rows), transition=None if last else replace(change, done=done)
-        )
-        if change.mode == "cut" and done == 1 and state.frame:
-            state = replace(state, cache=state.memory.cut(state.cache))
-        if change.mode == "recache" and last:
-            if change.recache == "unmasked":
-                return at_once(state, self._put, move_sink=change.move_sink)
-            state = self._recommitted(state)
-        return state
-
-    def _recommitted(self, state: SessionState) -> SessionState:
-        """With the remembered blocks committed again."""
-        forgotten = replace(state, cache=state.memory.forget(state.cache))
-        return by_blocks(forgotten, self._put, self._blocks(state.memory))

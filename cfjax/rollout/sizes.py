@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import layout_from
@@ -87,6 +88,7 @@ def default_given(available: int, total: int, blocks: Blocks) -> int:
     if count < 1:
         least = first or blocks.frames
         raise UserError(
-            f"{available} latent frames to go on from, with {total} in all: needs {least} or more, at most half"
+            f"{counted(available, 'latent frame')} to go on from, with {total} in all: needs {least} or more, at "
+            "most half"
         )
     return count

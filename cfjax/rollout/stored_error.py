@@ -83,7 +83,11 @@ def given_past(pipeline: Pipeline, text_kv: KV, noise: Noise, clean: Sequence[ja
     assert blocks is not None and isinstance(sampler, FewStep)
     height, width = clean[0].shape[2:4]
     frames, tokens = sum(x.shape[1] for x in clean), model.config.tokens_per_frame(height, width)
-    cache, start, made = init_cache(model.config, clean[0].shape[0], frames, tokens, blocks), 0, list[jax.Array]()
+    cache, start, made = (
+        init_cache(model.config, clean[0].shape[0], frames, tokens, blocks, model.config.tokens_per_row(width)),
+        0,
+        list[jax.Array](),
+    )
     for number, (before, block) in enumerate(zip(chain([None], clean), clean, strict=False)):
         if before is not None:
             cache = _commit(model, before, text_kv, cache, jnp.int32(start - before.shape[1]), blocks=blocks)

@@ -215,6 +215,7 @@ def _begun(
         batch=rows,
         num_frames=num_frames,
         tokens_per_frame=model.config.tokens_per_frame(height, width),
+        width=model.config.tokens_per_row(width),
         blocks=blocks,
     )
     if given_BFHWC is None:
@@ -266,7 +267,9 @@ def _rolled_blocks(
         yield clean
 
 
-_empty_cache = jax.jit(init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks"))
+_empty_cache = jax.jit(
+    init_cache, static_argnames=("config", "batch", "num_frames", "tokens_per_frame", "blocks", "width")
+)
 _bidirectional = jax.jit(generate_bidirectional, static_argnames="sampler")
 
 

@@ -138,7 +138,9 @@ def empty_rollout(
     """Before the first update, for latents of shape [B, F, H, W, C] and text rows [B, S, E]."""
     blocks = streaming.check(blocks)
     batch, _, height, width, _ = latents
-    memory = blocks.memory.init(config, batch, config.tokens_per_frame(height, width), blocks)
+    memory = blocks.memory.init(
+        config, batch, config.tokens_per_frame(height, width), blocks, config.tokens_per_row(width)
+    )
     last = jnp.zeros((batch, streaming.window_frames, *latents[2:]), jnp.float32)
     return RolloutState(memory, last, jnp.zeros(text, jnp.float32), jnp.int32(0), jnp.int32(NEVER))
 
@@ -242,7 +244,10 @@ def _remembered(
     """
     begins, switches = when
     batch, _, height, width, _ = state.latents_BFHWC.shape
-    init = partial(blocks.memory.init, model.config, batch, model.config.tokens_per_frame(height, width), blocks)
+    config = model.config
+    init = partial(
+        blocks.memory.init, config, batch, config.tokens_per_frame(height, width), blocks, config.tokens_per_row(width)
+    )
     frames = min(blocks.memory.window, streaming.window_frames) // blocks.frames * blocks.frames
     layout = replace(blocks, memory=None)
 

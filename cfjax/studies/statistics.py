@@ -1,13 +1,16 @@
 """Means over seeds, tests between them, and measures of generated walks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 from scipy.spatial.distance import cdist, pdist
 
+from cfjax.evaluation.paired import holm
 from cfjax.studies.laws import Walk
+
+__all__ = ["MEASURES", "energy_distance", "holm", "measure", "paired", "recorded", "summary", "welch"]
 
 MEASURES = ("energy", "patterns", "spread", "motion", "static", "offmode")
 
@@ -37,16 +40,6 @@ def paired(a: Sequence[float], b: Sequence[float]) -> float:
     if np.ptp(gap) <= 1e-12 * np.abs(gap).max():
         return 1.0 if not gap.any() else 0.0
     return float(stats.ttest_rel(a, b).pvalue)
-
-
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's correction over one family of tests; a nan is no test, and stays nan."""
-    known = sorted((value, name) for name, value in p.items() if np.isfinite(value))
-    out, worst = dict.fromkeys(p, float("nan")), 0.0
-    for rank, (value, name) in enumerate(known):
-        worst = max(worst, min(1.0, (len(known) - rank) * value))
-        out[name] = worst
-    return out
 
 
 def recorded(p: float) -> float | None:

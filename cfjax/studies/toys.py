@@ -38,6 +38,9 @@ class ToyConfig:
         """A frame is one token."""
         return height * width
 
+    def tokens_per_row(self, width: int) -> int:
+        return width
+
 
 class Toy:
     """A network that predicts frames given their clean past, or is called on a whole video."""

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from cfjax.core.console import say
 from cfjax.core.errors import UserError
 from cfjax.core.machine import storage_failure
+from cfjax.core.progress import Progress, compiling
 from cfjax.objectives.stage import Batch, Models, Stage
 from cfjax.training.checkpoint import ASIDE, CheckpointStore
 from cfjax.training.growth import LossWatch
@@ -235,10 +235,21 @@ class _RunIO:
         say(f"{self.workdir}: going on from step {start}")
         return state, start
 
-    def bar(self, start: int) -> tqdm:
-        """The progress bar."""
-        shown = self.schedule.progress and jax.process_index() == 0
-        return tqdm(total=self.schedule.steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
+    @property
+    def shown(self) -> bool:
+        """Whether this process shows how far the run is."""
+        return self.schedule.progress and jax.process_index() == 0
+
+    def bar(self, start: int) -> Progress:
+        """The progress bar; where there is no terminal, a line per point of the curves."""
+        return Progress(self.schedule.steps, "step", self._meta["stage"], done=start, shown=self.shown, by_hand=True)
+
+    @contextmanager
+    def compiling(self, role: str, bar: Progress) -> Iterator[None]:
+        """Around the first update of a role; its time is in no rate."""
+        bar.unrated()
+        with self.clock.outside(), compiling(f"the {role}'s update", shown=self.shown):
+            yield
 
     def batch(self, step: int) -> Mapping[str, np.ndarray]:
         """The next batch."""
@@ -251,7 +262,7 @@ class _RunIO:
         self._meter.push(step, role, metrics, batch.get("index_B"))
         self.clock.updated(role)
 
-    def iteration(self, state: TrainState, step: int, bar: tqdm, *, stopped: bool) -> None:
+    def iteration(self, state: TrainState, step: int, bar: Progress, *, stopped: bool) -> None:
         """Logs and saves what is due after iteration `step`, which led to `state`."""
         done, last = step + 1, step + 1 == self.schedule.steps
         log = step % self.schedule.log_every == 0 or last
@@ -259,9 +270,10 @@ class _RunIO:
         self._meter.drain(None if log or save else step)
         self.clock.step()
         traced = self._tracer.after(step, state)
-        bar.set_postfix({role: f"{loss:.4g}" for role, loss in self._meter.latest.items()}, refresh=False)
+        bar.note({role: f"{loss:.4g}" for role, loss in self._meter.latest.items()})
         bar.update()
         if log:
+            bar.line()
             self.writer.scalars(step, self._meter.means())
         self.writer.performance(step, traced | (self.clock.values() if log else {}))
         if save:
@@ -297,7 +309,7 @@ class _RunIO:
             "grows again; --config.loss_growth=0 always saves"
         )
 
-    def exit_on_signal(self, signal_name: str, done: int, bar: tqdm) -> NoReturn:
+    def exit_on_signal(self, signal_name: str, done: int, bar: Progress) -> NoReturn:
         """Ends the process as a signal asked, once the checkpoint is on disk."""
         self.store.wait()
         bar.close()
@@ -343,14 +355,16 @@ def _iterate(
     watchdog: Watchdog,
 ) -> TrainState:
     """The iterations from `start` on."""
-    schedule = io.schedule
+    schedule, compiled = io.schedule, set[str]()
     with StopSignal() as stop, io.bar(start) as bar:
         if sample_fn is not None and schedule.sample_first and start == 0:
             sample_fn(state, 0, io.writer)
         for step in range(start, schedule.steps):
             for role in stage.roles_at(step):
                 batch = io.batch(step)
-                state, metrics = updates[role](state, frozen, put_batch(batch))
+                with nullcontext() if role in compiled else io.compiling(role, bar):
+                    state, metrics = updates[role](state, frozen, put_batch(batch))
+                compiled.add(role)
                 io.updated(step, role, metrics, batch)
             state, done = advance(state), step + 1
             stopped = stop.name(step)

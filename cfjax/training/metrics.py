@@ -30,6 +30,10 @@ PERFORMANCE = "performance.jsonl"  # what differs from machine to machine and fr
 FLUSH_SECONDS = 60.0  # after which points are on disk, or in the bucket
 LONGEST = 32e6  # bytes of an event file that goes to a bucket; it is sent whole, again and again, until the next begins
 
+# TensorBoard sorts its sections by name; metrics.jsonl has the names without these.
+CONFIG, TRAINING, SAMPLES = "0_config", "1_training", "2_samples"
+SECTIONS = {"samples": SAMPLES, "guard": "3_guard", "perf": "4_performance", "data": "5_data"}
+
 _files = itertools.count()  # of this process, whose names may else be equal
 
 
@@ -53,6 +57,12 @@ def _is_before(step: int, line: bytes) -> bool:
         return json.loads(line)["step"] < step
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def tag_of(name: str) -> str:
+    """TensorBoard's name of a curve: "student/loss" is "1_training/student/loss", "perf/mfu" "4_performance/mfu"."""
+    group, _, rest = name.partition("/")
+    return f"{SECTIONS[group]}/{rest}" if rest and group in SECTIONS else f"{TRAINING}/{name}"
 
 
 class EventWriter:
@@ -111,7 +121,7 @@ class EventWriter:
 
     def _numbers(self, step: int, values: Mapping[str, float], name: str) -> None:
         numbers = {tag: float(value) for tag, value in values.items()}
-        self._add(step, [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()])
+        self._add(step, [Summary.Value(tag=tag_of(tag), simple_value=value) for tag, value in numbers.items()])
         if self._enabled:
             self._lines[name].add((json.dumps({"step": int(step), **numbers}) + "\n").encode())
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -126,7 +136,7 @@ class EventWriter:
 
     def config(self, step: int, config: Any) -> None:
         """Adds a config (a mapping) as a JSON block."""
-        self.text(step, "config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
+        self.text(step, CONFIG, f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
 
     def image(self, step: int, name: str, image_HWC: np.ndarray, *, scale: int = 1) -> None:
         """Adds a uint8 RGB picture, enlarged `scale` times."""
@@ -159,7 +169,7 @@ class EventWriter:
 
     def _picture(self, step: int, name: str, shape: tuple[int, ...], encoded: bytes) -> None:
         image = Summary.Image(height=shape[0], width=shape[1], colorspace=3, encoded_image_string=encoded)
-        self._add(step, [Summary.Value(tag=name, image=image)])
+        self._add(step, [Summary.Value(tag=f"{SAMPLES}/{name}", image=image)])
 
     def _add(self, step: int, values: list[Summary.Value]) -> None:
         if self._enabled:

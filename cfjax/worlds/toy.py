@@ -16,11 +16,22 @@ from typing import Any
 import jax
 import numpy as np
 
+from cfjax.core.console import counted
 from cfjax.core.errors import UserError
 from cfjax.core.once import make_once
 from cfjax.core.paths import to_disk, write_atomically
 from cfjax.core.schema import checked, load_json, table
-from cfjax.data.shapes import SHAPES_RULE, ShapesConfig, ShapesSource, all_captions, caption, draw_factors, render
+from cfjax.data.shapes import (
+    PALETTE,
+    SHAPES,
+    SHAPES_RULE,
+    ShapesConfig,
+    ShapesSource,
+    all_captions,
+    caption,
+    draw_factors,
+    render,
+)
 from cfjax.models.codec import PatchCodec, fit_patch_codec
 from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import TextCache
@@ -189,6 +200,17 @@ def is_held_out(text: str) -> bool:
 def held_out_captions(shapes: ShapesConfig) -> list[str]:
     """The captions that no stage trains on."""
     return [text for text in all_captions(shapes) if is_held_out(text)]
+
+
+def check_split(shapes: ShapesConfig) -> None:
+    """Raises UserError unless some captions are trained on and some are held out, with a fix."""
+    held = [is_held_out(text) for text in all_captions(shapes)]
+    if all(held) or not any(held):
+        what = "held out" if all(held) else "trained on"
+        raise UserError(
+            f"data.shapes: all {counted(len(held), 'caption')} of this world would be {what}; "
+            f"name more of data.shapes.colours ({', '.join(PALETTE)}) or data.shapes.shapes ({', '.join(SHAPES)})"
+        )
 
 
 class SplitSource:

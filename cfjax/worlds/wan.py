@@ -18,12 +18,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from cfjax.core.errors import UserError
 from cfjax.core.limits import CAPTION, TEXT_ROWS
 from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
+from cfjax.core.progress import Progress
 from cfjax.core.schema import checked, each_of, load_json, number, one_of, table, text, whole
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder, text_fingerprint
@@ -221,7 +221,7 @@ class WanWorld:
         """Encodes captions and the negative prompt into `text_cache`; then the encoder's memory is free for the VAE."""
         every = list(dict.fromkeys((self.negative_prompt, *captions)))
         load = cache(self.load_text)
-        with tqdm(total=len(every), desc="captions", disable=not progress, dynamic_ncols=True) as bar:
+        with Progress(len(every), "caption", "text encoder", shown=progress) as bar:
             for start in range(0, len(every), FILL_AT_ONCE):
                 some = every[start : start + FILL_AT_ONCE]
                 fill(load, self._cache, some)

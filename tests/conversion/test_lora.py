@@ -1,6 +1,6 @@
 """LoRA files in every form: merged they are torch's W + s B A in float32, and what does not fit is told in a line.
 
-Of peft itself there is the formula (`tuners/lora/layer.py`, `Linear.get_delta_weight`), in torch, not the package.
+peft's formula (`tuners/lora/layer.py`, `Linear.get_delta_weight`) in torch; the package: `comparison/test_peft.py`.
 """
 
 import json

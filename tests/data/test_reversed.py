@@ -48,5 +48,5 @@ def test_batches_hold_both_captions():
 def test_a_dataset_of_reversed_captions_is_joined_by_record():
     dataset = joined(Captions("a", "b"), Captions("a backwards", "b backwards"))
     np.testing.assert_array_equal(dataset[1]["reversed_text_SE"], letters(["b backwards"])[0])
-    with pytest.raises(UserError, match=r"data.reversed_name: set holds 1 captions"):
+    with pytest.raises(UserError, match=r"data.reversed_name: set holds 1 caption"):
         joined(Captions("a", "b"), Captions("a"))

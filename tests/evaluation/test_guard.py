@@ -211,31 +211,31 @@ MILD = {
 }
 
 
-def metrics_in(lines):
-    return {line.partition("(")[2].split()[0] for line in lines}
+def metrics_in(raised):
+    return {line.partition("(")[2].split()[0] for line in raised.values()}
 
 
 @pytest.mark.parametrize("collapse", COLLAPSES)
 def test_a_collapse_is_reported(real, baseline, collapse):
     captions, videos = real
     spoil, metrics = COLLAPSES[collapse]
-    lines = warnings(Sample(7, values(captions, spoil(videos))), baseline, stage="dmd")
-    assert metrics <= metrics_in(lines), lines
-    for line in lines:
+    raised = warnings(Sample(7, values(captions, spoil(videos))), baseline, stage="dmd")
+    assert metrics <= metrics_in(raised), raised
+    for line in raised.values():
         assert line.startswith("step 7: ") and "in real clips)" in line and "; try: " in line and "\n" not in line
 
 
 @pytest.mark.parametrize("case", MILD)
 def test_what_is_mild_is_silent(real, baseline, case):
     captions, videos = real
-    assert warnings(Sample(7, values(captions, MILD[case](videos))), baseline, stage="dmd") == []
+    assert warnings(Sample(7, values(captions, MILD[case](videos))), baseline, stage="dmd") == {}
 
 
 def test_every_threshold_is_used_and_moves_its_warning(real, baseline):
     captions, videos = real
     sample = Sample(7, values(captions, chroma(videos, 1.6)))
     assert metrics_in(warnings(sample, baseline)) == {"saturation"}
-    assert warnings(sample, baseline, Thresholds(saturation_high_ratio=1.6)) == []
+    assert warnings(sample, baseline, Thresholds(saturation_high_ratio=1.6)) == {}
     used = {key for _, metrics in COLLAPSES.values() for key in metrics}
     names = {
         field.name.removesuffix("_ratio").removesuffix("_low").removesuffix("_high") for field in fields(Thresholds)
@@ -247,20 +247,21 @@ def test_a_runs_own_first_samples_forbid_no_gain():
     """From a blurred, slow start a student may become livelier and sharper; not blurrier."""
     first = {"motion": 2.0, "sharpness": 0.01, "saturation": 0.3}
     later = {"motion": 5.0, "sharpness": 0.03, "saturation": 0.3}
-    assert warnings(Sample(9, later), Baseline("step 0", False, first)) == []
+    assert warnings(Sample(9, later), Baseline("step 0", False, first)) == {}
     assert metrics_in(warnings(Sample(9, later), Baseline("real clips", True, first))) == {"motion", "sharpness"}
     assert metrics_in(warnings(Sample(9, first), Baseline("step 0", False, later))) == {"motion", "sharpness"}
 
 
 def test_without_a_baselines_diversity_there_is_a_floor():
-    (line,) = warnings(Sample(9, {"diversity": 0.1}), Baseline("real clips", True, {}))
+    (line,) = warnings(Sample(9, {"diversity": 0.1}), Baseline("real clips", True, {})).values()
     assert "every seed gives much the same video (diversity 0.1, expected 0.2 or more)" in line
-    assert warnings(Sample(9, {"diversity": 0.4}), Baseline("real clips", True, {})) == []
+    assert warnings(Sample(9, {"diversity": 0.4}), Baseline("real clips", True, {})) == {}
 
 
 def test_advice_names_the_stages_own_keys():
     def advice(stage):
-        (line,) = warnings(Sample(9, {"saturation": 0.5}), Baseline("step 0", False, {"saturation": 0.3}), stage=stage)
+        base = Baseline("step 0", False, {"saturation": 0.3})
+        (line,) = warnings(Sample(9, {"saturation": 0.5}), base, stage=stage).values()
         return line.partition("; try: ")[2]
 
     assert "objective.real_guidance" in advice("dmd") and "cadence.student" in advice("dmd")
@@ -269,9 +270,10 @@ def test_advice_names_the_stages_own_keys():
 
 
 def test_advice_leaves_out_keys_that_the_run_does_not_read():
-    def advice(metric, *keys):
+    def advice(metric, *keys, earlier=True):
         sample, other = Sample(9, {metric: 0.5}), Baseline("step 0", False, {metric: 0.3})
-        return warnings(sample, other, stage="dmd", keys=keys)[0].partition("; ")[2]
+        (line,) = warnings(sample, other, stage="dmd", keys=keys, earlier=earlier).values()
+        return line.partition("; ")[2]
 
     critic = "raise cadence.student (more critic updates per student update)"
     assert advice("saturation", "cadence.student", "objective.gan.r1_weight") == (
@@ -281,3 +283,5 @@ def test_advice_leaves_out_keys_that_the_run_does_not_read():
         f"try: lower objective.real_guidance, or {critic}; or go on from an earlier checkpoint"
     )
     assert advice("luma_drift") == "go on from an earlier checkpoint"
+    assert advice("luma_drift", earlier=False) == ""  # there is none to go on from
+    assert advice("saturation", "cadence.student", earlier=False) == f"try: {critic}"

@@ -1,6 +1,7 @@
 """A role's weights from any source, in the requested storage, and read without memory for float32."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,12 +12,15 @@ from cfjax.conversion.wan import ORIGINAL, config_json_wan, export_wan
 from cfjax.core import offload
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, as_lazy
+from cfjax.core.precision import to_record
 from cfjax.core.quantize import packed
 from cfjax.core.sharding import make_mesh
 from cfjax.core.tree import named_leaves
 from cfjax.experiment import presets
+from cfjax.experiment.build import build
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.networks import check_blocks, check_host_memory, network_role, roles_of
+from cfjax.experiment.notes import other_sizes
 from cfjax.experiment.stage import blocks_of
 from cfjax.models.weight_storage import fill
 from cfjax.training.streamed import write_streamed
@@ -106,6 +110,36 @@ def test_an_empty_network_has_the_weights_shardings(mesh, branch):
     for (name, leaf), other in zip(named_leaves(empty).items(), jax.tree.leaves(model), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (other.shape, other.dtype, other.sharding), name
         assert leaf.committed == other.committed and not leaf.any(), name
+
+
+def test_a_role_is_as_large_as_what_it_starts_from(tmp_path):
+    """Whatever its preset; where a run goes on, as that run's own networks."""
+    config = replace(network("student").network(SHAPES), num_layers=3, ffn_dim=96)
+    (tmp_path / META_FILE).write_text(json.dumps({"models": {"student": to_record(config)}}))
+    role = network("student", init=str(tmp_path))
+    assert role.network(SHAPES).num_layers == 4  # before anything is read
+    assert role.sized().network(SHAPES) == replace(config, remat="full")
+    own = {"student": to_record(replace(config, num_layers=2))}
+    assert role.sized(own).network(SHAPES).num_layers == 2 and role.sized({}).network(SHAPES).num_layers == 3
+    assert network("student").sized().sizes is None and network("student", init="nowhere").sized().sizes is None
+
+
+def test_weights_for_other_data_are_refused_before_any_are_made(tmp_path):
+    record = to_record(network("student").network(SHAPES))
+    (tmp_path / META_FILE).write_text(json.dumps({"models": {"student": record}}))
+    role = network("student", init=str(tmp_path)).sized()
+    role.check_fit(SHAPES, "data/clips")
+    with pytest.raises(UserError, match=r"latents of 16 channels and text rows of width 64; data/clips has 8 and 64"):
+        role.check_fit(Shapes((12, 4, 4, 8), (8, 64)), "data/clips")
+
+
+def test_a_network_of_other_sizes_than_its_preset_is_noted(tmp_path):
+    c = dmd.get_config("toy")
+    config = replace(network("student").network(SHAPES), num_layers=3)
+    (tmp_path / META_FILE).write_text(json.dumps({"models": {"student": to_record(config)}}))
+    c.roles.real_score.init = str(tmp_path)
+    (line,) = other_sizes(build(c).with_sizes())
+    assert line.endswith("has 3 layers of width 128, which holds: not roles.real_score.preset='toy'")
 
 
 def test_another_stage_or_size_is_named(run):

@@ -64,7 +64,7 @@ def world(tmp_path_factory):
 def config(**guard):
     c = dmd.get_config("toy,gan")
     c.guard.update({"prompts": 2, "seeds": 2, **guard})
-    c.sample_every, c.cadence.student = 100, 5
+    c.sample_every, c.save_every, c.cadence.student = 100, 50, 5
     c.sampler = presets.few_step((1000,))  # without fresh noise, so that a row follows its number alone
     return build(c)
 
@@ -123,7 +123,12 @@ def test_a_collapse_is_reported_and_a_resumed_run_remembers_its_baseline(prompts
     assert said and all("in step 0); try: " in line for line in said)
     assert any("raise cadence.student" in line for line in said) and not any("real_guidance" in line for line in said)
     assert curves(workdir)[-1]["guard/warnings"] == len(said)
-    assert [r.getMessage() for r in caplog.records if "step 200" in r.getMessage()] == said
+    assert not [r for r in caplog.records if "step 200" in r.getMessage()]  # once, not in the log too
+    look(again, workdir, 300, loud())
+    assert "guard" not in capsys.readouterr().out  # said already, and still so
+    look(again, workdir, 400)
+    look(again, workdir, 500, loud())
+    assert capsys.readouterr().out.count("guard: step 500:") == len(said)
     assert (workdir / "guard.json").read_bytes() == before
 
 
@@ -155,16 +160,25 @@ def test_rows_follow_their_numbers_and_a_mesh_changes_nothing(prompts_run, world
 def test_training_goes_on_without_a_look(prompts_run, world, tmp_path, capsys):
     monitor, _ = prompts_run
     broken = jax.tree.map(lambda x: x * jnp.nan, tiny())
-    look(monitor, tmp_path, 5, broken)
-    assert capsys.readouterr().out.splitlines() == [
-        "guard: step 5: samples hold NaN or infinities; go on from an earlier checkpoint"
+    for step, said in (
+        (5, []),  # nothing is saved yet
+        (60, ["guard: step 60: samples hold NaN or infinities"]),
+    ):
+        look(monitor, tmp_path, step, broken)
+        assert capsys.readouterr().out.splitlines() == said
+    again = make_monitor(config(), data(world, False), tmp_path)
+    capsys.readouterr()
+    look(again, tmp_path, 100, broken)
+    assert capsys.readouterr().out.splitlines()[-1:] == [
+        "guard: step 100: samples hold NaN or infinities; go on from an earlier checkpoint"
     ]
     failing = make_monitor(config(), data(world, False), tmp_path)
     failing._sample = lambda *_: 1 / 0
     capsys.readouterr()
     look(failing, tmp_path, 7)
     look(failing, tmp_path, 9)
-    assert capsys.readouterr().out == "guard: off from step 7 on (division by zero); training goes on\n"
+    off = "guard: off from step 7 on (division by zero); training goes on"
+    assert capsys.readouterr().out.splitlines() == ["compiling the sampler of the previews, once ...", off]
     assert curves(tmp_path) == []
 
 

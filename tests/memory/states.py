@@ -15,7 +15,7 @@ from cfjax.rollout.blocks import commit_block, denoise_block, scan_blocks
 from tests.tiny import CONFIG, SIDE, text_kv, tiny
 
 LAYOUT = Blocks(2)
-TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
+TOKENS, ROW = CONFIG.tokens_per_frame(SIDE, SIDE), CONFIG.tokens_per_row(SIDE)
 
 
 def layout(memory: Memory | None) -> Blocks:
@@ -56,6 +56,6 @@ def stream(model, kv, noisy, clean, start, state, *, blocks):
 def streamed(memory: Memory | None, noisy, clean, start: int = 0):
     """The last state and the flows of the tiny network."""
     blocks = layout(memory)
-    state = init_cache(CONFIG, noisy.shape[0], noisy.shape[1], TOKENS, blocks)
+    state = init_cache(CONFIG, noisy.shape[0], noisy.shape[1], TOKENS, blocks, ROW)
     kv = jax.tree.map(lambda x: x[:, : noisy.shape[0]], text_kv())
     return stream(tiny(), kv, noisy, clean, jnp.int32(start), state, blocks=blocks)

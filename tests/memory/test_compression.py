@@ -9,7 +9,6 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.memory.bank import CHOSEN
-from cfjax.memory.codecs import Codec
 from cfjax.memory.compression import DeepForcing, participation
 from cfjax.memory.policies import DeepSink
 from cfjax.nn.rope import rotate_time
@@ -158,7 +157,6 @@ def test_a_network_with_deep_forcing():
         ({"capacity": 14}, "capacity=14 must be more than sink=10 and recent=4 together, and at most window=21"),
         ({"capacity": 22}, "capacity=22 must be"),
         ({"recent": 2}, "needs recent=3 or more"),
-        ({"codec": Codec("int8")}, "leave codec=int8 out"),
     ],
 )
 def test_settings_that_do_not_fit(changes, message):

@@ -17,7 +17,7 @@ from cfjax.memory.profile import HeadTable, heads_record, read_heads
 from cfjax.memory.slots import Memory
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
-from tests.memory.states import LAYOUT, TOKENS, layout, streamed
+from tests.memory.states import LAYOUT, ROW, TOKENS, layout, streamed
 from tests.tiny import BATCH, CONFIG, SIDE, normal, relative
 
 CHUNK = Blocks(3)
@@ -49,7 +49,8 @@ def rolled(memory: Memory, k: np.ndarray, v: np.ndarray, q: np.ndarray | None = 
     They are not rotated in time; without queries, keys are taken for them.
     """
     blocks, frames, q = layout(memory), LAYOUT.frames, k if q is None else q
-    state = memory.init(DEEP, BATCH, TOKENS, blocks)
+    text = normal(9, (len(k), BATCH, HEADS, DIM))
+    state = memory.init(DEEP, BATCH, TOKENS, blocks, ROW)
 
     @jax.jit
     def commit(state, q, k, v, start):
@@ -57,7 +58,7 @@ def rolled(memory: Memory, k: np.ndarray, v: np.ndarray, q: np.ndarray | None = 
         q, k = (jax.vmap(rotate_time, (0, None))(x, at) for x in (q, k))
         observe = memory.observer(DEEP, state, start, frames, blocks)
         seen = observe and jax.lax.map(lambda x: observe(*x), (q, k, jnp.arange(len(k))))
-        return memory.commit(state, k, v, start, None, seen)
+        return memory.commit(state, k, v, start, text, seen)
 
     states = [state]
     for start in range(0, k.shape[2], frames):
@@ -364,7 +365,6 @@ def test_a_missing_table_is_said(tmp_path):
         ({"window": 5}, r"window=5 must hold the sink, a frame, dynamic=1 and one block: at least 6"),
         ({"dynamic": 4}, "dynamic=4: use at most 3"),
         ({"dynamic": 0}, "dynamic=0: use 1 or more"),
-        ({"codec": Codec("int8")}, "leave codec=int8 out"),
     ],
 )
 def test_settings_that_do_not_fit(changes, message):
@@ -375,4 +375,4 @@ def test_settings_that_do_not_fit(changes, message):
 def test_runs_divide_a_frame():
     """Three would not: two runs of two of the four tokens."""
     state = ForcingKV(profile=TABLE, runs=3).init(DEEP, 1, TOKENS, CHUNK)
-    assert state.extra.k_LBFTNK.shape == (3, 1, 2, 2, 2, DIM)
+    assert state.extra.k.shape == (3, 1, 2, 2, 2, DIM)

@@ -13,7 +13,7 @@ from cfjax.memory.bank import MemoryBank
 from cfjax.memory.codecs import Codec
 from cfjax.memory.names import POLICIES, memory_name, parse_memory
 from cfjax.memory.policies import ContextRecompute, DeepSink, EmaSink, MemoryTokens, RollingSink, SlotRelative
-from cfjax.memory.slots import MERGED, Memory
+from cfjax.memory.slots import MERGED, Memory, rotate_rows
 from cfjax.models.cache import init_cache
 from cfjax.models.context import clean_context
 from cfjax.nn.rope import rotate_time
@@ -316,15 +316,15 @@ def test_a_bank_keeps_what_fits_the_prompt(inputs):
                     del bank[int(np.argmin(score))]
                 bank.append(start)
             assert state.extra.frame_LBF[layer, 0, : len(bank)].tolist() == bank
-    np.testing.assert_allclose(state.extra.k_LBFTNK[1, 0, 1], keys[1, 0, 8], atol=1e-5)
+    np.testing.assert_allclose(state.extra.k[1, 0, 1], rotate_time(keys[1, :, 8:9], -jnp.array([8]))[0, 0], atol=1e-5)
     again = commit(memory.forget(state), keys[:, :, 8:10], keys[:, :, 8:10], jnp.int32(8), text)
     np.testing.assert_array_equal(again.extra.frame_LBF, state.extra.frame_LBF)
     # What is attended: the slots, the bank, the own frames.
     q, k, v = (np.asarray(x) for x in (keys[0][:, 4:6], keys[0][:, 6:8], keys[0][:, 8:10]))
     found = jax.jit(lambda *qkv: memory.attention(config, state, jnp.int32(12), 2, LAYOUT)(*qkv, 0))(q, k, v)
     past = jax.vmap(rotate_time, (0, None))(state.k, state.position_F)[0]
-    all_k = np.concatenate([past, state.extra.k_LBFTNK[0], k], axis=1)
-    all_v = np.concatenate([state.v[0], state.extra.v_LBFTNK[0], v], axis=1)
+    all_k = np.concatenate([past, rotate_rows(state.extra.k[0], state.extra.position_LBF[0]), k], axis=1)
+    all_v = np.concatenate([state.v[0], state.extra.v[0], v], axis=1)
     logits = np.einsum("bftnk,bgsnk->bnftgs", q, all_k) * CONFIG.head_dim**-0.5
     weights = np.exp(logits - logits.max((-2, -1), keepdims=True))
     weights /= weights.sum((-2, -1), keepdims=True)
@@ -360,16 +360,13 @@ def test_bytes_do_not_grow_with_the_video():
 
 # ---- names
 
-AS_THEY_ARE = ("memory_bank", "forcing_kv", "deep_forcing", "pyramid")  # policies that store keys as they are
-
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_is_named_by_a_text(name):
     assert parse_memory(name) == POLICIES[name].policy
     assert memory_name(parse_memory(name)) == name
-    codec = "none" if name in AS_THEY_ARE else "int8"
-    other = parse_memory(f"{name}(window=30, codec={codec})")
-    assert other == replace(POLICIES[name].policy, window=30, codec=Codec(codec))
+    other = parse_memory(f"{name}(window=30, codec=int8)")
+    assert other == replace(POLICIES[name].policy, window=30, codec=Codec("int8"))
     assert parse_memory(memory_name(other)) == other
 
 

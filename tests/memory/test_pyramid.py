@@ -9,12 +9,12 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import make_mesh, on_mesh
-from cfjax.memory.codecs import Codec
 from cfjax.memory.compression import DeepForcing
 from cfjax.memory.names import memory_name, parse_memory
-from cfjax.memory.profile import HeadLabels
-from cfjax.memory.pyramid import LABELS, PyramidHeads
+from cfjax.memory.profile import LABELS, HeadLabels
+from cfjax.memory.pyramid import PyramidHeads, merge_tokens, squares_of
 from cfjax.memory.slots import MERGED
+from cfjax.nn.rope import rope_table, rotate
 from cfjax.nn.visibility import Blocks
 from tests.memory.states import LAYOUT, TOKENS, layout, streamed
 from tests.memory.test_heads import (
@@ -37,7 +37,7 @@ TABLE = HeadLabels("table", ((1, -1), (2, 1), (-1, 2)))
 KINDS = {label: kind for kind, label in LABELS.items()}
 PUBLIC = PyramidHeads(profile=HeadLabels("public", ((1,),)))
 # Three slots: a sink of two, the newest frame; two frames between
-SMALL = PyramidHeads(7, 2, profile=TABLE, period=3, capacity=2, merged=2, near=2, far=4)
+SMALL = PyramidHeads(7, 2, profile=TABLE, period=3, capacity=2, merged=2, near=2, far=4, patch=1)
 
 
 def test_what_is_kept_is_what_the_public_code_keeps():
@@ -60,16 +60,27 @@ def test_what_a_block_sees():
     assert PUBLIC.plan(27, CHUNK, "wave")[0].frames == () and PUBLIC.plan(27, CHUNK, "wave")[1].frames == (0, 2)
 
 
-def test_pyramid_attends_to_what_it_says():
-    """Against a softmax in NumPy, of every frame, layer, head and video, with means of raw keys and values."""
+def first_place(x: np.ndarray) -> np.ndarray:
+    """Keys [..., T, N, K] of a frame of two rows and columns, all rotated to the place of the first."""
+    cos, sin = rope_table(jnp.zeros(1, jnp.int32), 2, 2, x.shape[-1])
+    return np.asarray(rotate(jnp.asarray(x.reshape(-1, *x.shape[-3:])), (cos, -sin))).reshape(x.shape)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_pyramid_attends_to_what_it_says(patch):
+    """Against a softmax in NumPy, of every frame, layer, head and video, with means of keys and values.
+
+    A frame has 2 x 2 tokens: with patch=2 a mean is one key and one value.
+    """
     k, v = keys_and_values()
-    q = np.asarray(normal(5, k.shape))
-    states = rolled(SMALL, k, v)
+    q, placed = np.asarray(normal(5, k.shape)), first_place(k)
+    memory = replace(SMALL, patch=patch)
+    states = rolled(memory, k, v)
     turned_q, turned_k, worst, means = turned(q), turned(k), 0.0, 0
     at = lambda x, position: np.asarray(turn(jnp.asarray(x[None, None, :, None]), jnp.array([position])))[0, 0, :, 0]
     for number, start in enumerate(range(0, FRAMES, 2)):
         own = slice(start, start + 2)
-        found = attended(SMALL, states[number], start, *(x[:, :, own] for x in (q, k, v)))
+        found = attended(memory, states[number], start, *(x[:, :, own] for x in (q, k, v)))
         for layer, row, head, frame in np.ndindex(3, BATCH, HEADS, 2):
             kind = KINDS[TABLE.label_LN[layer][head]]
             told = SMALL.plan(FRAMES, LAYOUT, kind, frame)[number]
@@ -80,7 +91,10 @@ def test_pyramid_attends_to_what_it_says():
                 if t == MERGED:
                     end = next(last)
                     means += 1
+                    known[0] = placed[layer, row, :, :, head] if patch > 1 else known[0]
                     key, value = (x[end - 1 : end + 1].mean(0) for x in known)
+                    if patch > 1:
+                        key, value = (x.mean(0, keepdims=True) for x in (key, value))
                 else:
                     key, value = (x[t] for x in known)
                 keys.append(at(key, position))
@@ -93,10 +107,34 @@ def test_pyramid_attends_to_what_it_says():
     assert worst < 5e-6 and means > 0
 
 
+def test_a_square_is_one_token_at_the_place_of_its_first():
+    """As in the public code's test, 4 x 2 tokens are two squares; and an odd grid has smaller ones at its edges.
+
+    Keys that were rotated to their own places come out as the mean of the raw keys, rotated to the first one's place.
+    """
+    two = squares_of(8, 2, 2)
+    assert two.square.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and two.sizes.tolist() == [4, 4]
+    for height, width in ((4, 2), (3, 5)):
+        squares, raw = squares_of(height * width, width, 2), np.asarray(normal(7, (2, 1, height * width, 2, 16)))
+        cos, sin = rope_table(jnp.zeros(1, jnp.int32), height, width, 16)
+        first = [int(np.argmax(squares.square == square)) for square in range(len(squares.sizes))]
+        assert [(t // width % 2, t % width % 2) for t in first] == [(0, 0)] * len(first)
+        mean = np.stack([raw[:, 0, squares.square == square].mean(1) for square in range(len(first))], axis=1)
+        found = merge_tokens(rotate(raw[:, 0], (cos, sin))[:, None], squares, width, 2, keys=True)
+        assert relative(found[:, 0], rotate(mean, (cos[np.array(first)], sin[np.array(first)]))) < 2e-6
+        values = merge_tokens(jnp.asarray(raw), squares, width, 2, keys=False)
+        np.testing.assert_allclose(values[:, 0], mean, atol=1e-6)
+
+
+def test_squares_need_to_know_a_row():
+    with pytest.raises(ValueError, match="width=0: patch=2 needs the tokens of a row, of 4"):
+        replace(SMALL, patch=2).init(DEEP, 1, TOKENS, LAYOUT)
+
+
 def test_heads_may_all_be_of_one_kind():
     """Anchors, whose groups of waves and veils are empty in every layer, are those of a table with all three."""
     k, v = keys_and_values()
-    own, anchors = slice(10, 12), replace(SMALL, profile=HeadLabels("anchors", ((1, 1),) * 3))
+    own, anchors = slice(10, 12), replace(SMALL, profile=HeadLabels("anchors", ((1, 1),) * 3), patch=2)
     one, other = (
         attended(memory, rolled(memory, k, v)[5], 10, *(x[:, :, own] for x in (k, k, v))) for memory in (SMALL, anchors)
     )
@@ -110,8 +148,8 @@ def test_a_mean_of_equal_frames_is_that_frame():
     veil, heads = state.extra.kept[2], SMALL.groups.heads[2]
     assert veil.frame_F.tolist() == [9, 11]
     for layer, head in ((1, 0), (2, 1)):
-        np.testing.assert_allclose(veil.v_LBFTNK[layer, :, 0, :, 0], v[layer, :, 0, :, head], atol=1e-6)
-        np.testing.assert_allclose(veil.k_LBFTNK[layer, :, 0, :, 0], k[layer, :, 0, :, head], atol=1e-5)
+        np.testing.assert_allclose(veil.v[layer, :, 0, :, 0], v[layer, :, 0, :, head], atol=1e-6)
+        np.testing.assert_allclose(veil.k[layer, :, 0, :, 0], k[layer, :, 0, :, head], atol=1e-5)
         assert heads[layer, 0] == head
 
 
@@ -193,7 +231,7 @@ def test_a_policy_reads_its_labels(tmp_path):
         ({"window": 10}, "at least 11"),
         ({"period": 0}, "period=0: use 1 or more"),
         ({"near": 22}, "near=22: use 0 or more, at most far=21"),
-        ({"codec": Codec("int8")}, "leave codec=int8 out"),
+        ({"patch": 0}, "patch=0: use 1 or more"),
     ],
 )
 def test_settings_that_do_not_fit(changes, message):

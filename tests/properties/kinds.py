@@ -536,6 +536,38 @@ def _sane_table(one: Any, whole: Any) -> bool:
     return all(isinstance(row["mean"], float | int) and math.isfinite(row["mean"]) for row in one.values())
 
 
+def _measured(folder: Path) -> None:
+    from cfjax.evaluation.clip_folders import score_folder
+    from cfjax.evaluation.clip_score import Settings
+    from cfjax.evaluation.video import write_png
+
+    for number in range(3):
+        write_png(folder / "videos" / f"{number}.png", np.full((4, 4, 3), 40 * number, np.uint8))
+    score_folder(str(folder / "videos"), "", Settings(("flickering",), fps=8.0), folder / "work", workers=1)
+
+
+def _read_record(folder: Path) -> Any:
+    from cfjax.evaluation.clip_score import Settings, score_clips
+    from cfjax.evaluation.clip_source import find_source_clips
+
+    clips = find_source_clips(folder / "videos", "videos")
+    return plain(score_clips(clips, {}, Settings(("flickering",), fps=8.0), folder / "work", workers=1)[0])
+
+
+def _read_measured(folder: Path) -> Any:
+    from cfjax.evaluation.clip_summary import load_scored
+
+    found = load_scored(folder / "work")
+    return plain(found.scores[0]), plain(found.identity)
+
+
+def _sane_score(one: Any, whole: Any) -> bool:
+    """Another number, or one fewer."""
+    score, listed = one if isinstance(one, tuple) else (one, [{"seed": 0}])
+    values = all(isinstance(x, float | int) and math.isfinite(x) for x in score["values"].values())
+    return values and score["frames"] >= 0 and all(identity["seed"] >= -1 for identity in listed)
+
+
 def _as_whole(one: Any, whole: Any) -> bool:
     """Nothing but what was written, or nothing."""
     return one is None
@@ -546,13 +578,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _heads(folder: Path) -> None:
-    from cfjax.memory.profile import heads_record
+    from cfjax.memory.profile import heads_record, labels_text
     from tests.tiny import CONFIG
 
     mass = np.random.default_rng(0).dirichlet(np.ones(6), (CONFIG.num_layers, CONFIG.num_heads))
     about = {"sink": 1, "recent": 2, "threshold": 0.4}
     (folder / "heads.json").write_text(json.dumps(heads_record("a run", CONFIG, mass, about), indent=1))
-    (folder / "labels.csv").write_text("1,-1,2\n-1,1,1\n")
+    (folder / "labels.csv").write_text(labels_text(np.array([[1, -1, 2], [-1, 1, 1]])))
 
 
 def _read_heads(folder: Path) -> Any:
@@ -603,6 +635,8 @@ KINDS: dict[str, Kind] = {
     "arrays' captions.json": Kind(_clips, "set/captions.json", _read_records, json_file, alike),
     "arrays": Kind(_clips, "set/latents.npy", _read_records, bits, alike),
     "LMDB, cut": Kind(_pairs, "pairs/data.mdb", _read_lmdb, lambda data, rng: data[: rng.randrange(len(data))], alike),
+    "clip's record": Kind(_measured, "work/clips/videos.json", _read_record, json_file, _sane_score),
+    "videos.json": Kind(_measured, "work/videos.json", _read_measured, json_file, _sane_score),
     "text cache": Kind(_cached_text, "entry", _read_text, bits, _as_whole),
     **{
         f"prompts.{end}": Kind(_prompts(f"prompts.{end}"), f"prompts.{end}", _read_prompts, how, _sane_prompts)

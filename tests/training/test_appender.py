@@ -75,7 +75,7 @@ def test_a_run_goes_on_while_its_curves_have_no_room(tmp_path, lines):
     assert lines and all("cannot be written (OSError" in line for line in lines)
     warned = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert warned == list(range(40))
-    points = EventAccumulator(str(tmp_path / "run/events")).Reload().Scalars("critic/loss")
+    points = EventAccumulator(str(tmp_path / "run/events")).Reload().Scalars("1_training/critic/loss")
     assert [point.step for point in points] == list(range(40))
 
 

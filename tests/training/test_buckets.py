@@ -213,7 +213,7 @@ def test_curves_go_on_where_the_bucket_left_them(bucket, tmp_path):
     assert len(events) == 2 and len(bucket.names("curves/")) == 4
     for name in events:
         (tmp_path / Path(name).name).write_bytes(bucket.objects[name].data)
-    curve = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    curve = EventAccumulator(str(tmp_path)).Reload().Scalars("1_training/loss")
     assert [(point.step, point.value) for point in curve] == [(0, 0), (1, 1), (2, 2), (3, 33), (4, 34)]
 
 

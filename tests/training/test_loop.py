@@ -197,7 +197,8 @@ def test_a_first_sample_is_drawn_once_and_keeps_its_curves(tmp_path):
     assert [line["step"] for line in lines if "look" in line] == [0, 5]  # 3 is withdrawn
 
 
-def test_the_bar_names_roles_and_losses(tmp_path, capsys):
+def test_the_bar_names_roles_and_losses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run(tmp_path, 6, progress=True)
     assert re.search(r"6/6 .*step.*student=.*critic=", capsys.readouterr().err)
 

@@ -28,11 +28,11 @@ def test_scalars_text_image_and_video_come_back(tmp_path):
         writer.image(1, "picture", image, scale=2)
         writer.video(1, "clip", video, fps=10, scale=3)
     events = read(tmp_path)
-    assert [(point.step, point.value) for point in events.Scalars("student/loss")] == [(3, 0.5)]
-    assert '"lr": 0.1' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    with Image.open(io.BytesIO(events.Images("picture")[0].encoded_image_string)) as picture:
+    assert [(point.step, point.value) for point in events.Scalars("1_training/student/loss")] == [(3, 0.5)]
+    assert '"lr": 0.1' in events.Tensors("0_config/text_summary")[0].tensor_proto.string_val[0].decode()
+    with Image.open(io.BytesIO(events.Images("2_samples/picture")[0].encoded_image_string)) as picture:
         np.testing.assert_array_equal(np.asarray(picture)[::2, ::2], image)
-    with Image.open(io.BytesIO(events.Images("clip")[0].encoded_image_string)) as clip:
+    with Image.open(io.BytesIO(events.Images("2_samples/clip")[0].encoded_image_string)) as clip:
         assert (clip.n_frames, clip.size, clip.info["duration"]) == (3, (18, 12), 100)
         for frame, shade in enumerate((0, 100, 200)):
             clip.seek(frame)

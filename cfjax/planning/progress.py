@@ -1,0 +1,33 @@
+"""How far a plan is: which program is compiled, which of how many, and for how long already."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EVERY = 30.0  # seconds between two lines about one program
+
+
+@contextmanager
+def telling(told: Callable[[str], None], what: str, *, every: float = EVERY) -> Iterator[None]:
+    """A line before a program is compiled, one every so many seconds, and one when it is done.
+
+    Args:
+      told: gets the lines, also from another thread.
+      what: such as "the student's update (1 of 2)".
+    """
+    begun, ended = time.perf_counter(), threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(every):
+            told(f"still compiling {what}: {time.perf_counter() - begun:.0f} s")
+
+    told(f"compiling {what}")
+    thread = threading.Thread(target=beat, name="plan-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    told(f"compiled {what} in {time.perf_counter() - begun:.0f} s")

@@ -1,0 +1,1 @@
+"""Live streams for many clients from one device: docs/serving.md."""
