@@ -137,7 +137,7 @@ class Engine:
             self._make([live for live in ready if id(live.session) in first])
             return 0
         due = [at for live in lives if (at := live.due()) is not None]
-        return max(min(due) - now, 1e-4) if due else None
+        return min(max(min(due) - now, 1e-4), 60.0) if due else None  # a tiny rate's is beyond what can be waited for
 
     def _make(self, lives: list[Live]) -> None:
         """The next blocks. What fails together is tried alone, so that one stream's fault is its own."""
