@@ -19,6 +19,8 @@ finished and still asked for (same prompt, seed, picture's content; settings mus
 the rest; with overwrite=True too, files that are in the way of the rest are replaced. docs/wan.md has the rules.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from cfjax.experiment import presets
@@ -32,15 +34,11 @@ def get_config(arg: str = ""):
     words = presets.switches(arg, "toy", "wan", "wan_2_2", "mini")
     presets.one_of(words, "toy", "mini", "wan_2_2")
     presets.one_of(words, "toy", "wan", "wan_2_2")
-    new, mini = "wan_2_2" in words, "mini" in words
-    wan = new or mini or "wan" in words
-    frames, height, width = presets.MINI_VIDEO.values() if mini else _video(wan, new)
+    video, wan = _video(words), bool({"wan", "wan_2_2", "mini"} & set(words))
     return ConfigDict(
         {
             # the model
-            "run": ("checkpoints/wan_2_2_5b" if new else "checkpoints/causal_forcing")
-            if wan
-            else "runs/quickstart/dmd",
+            "run": video["run"],
             "ema": True,  # averaged weights, when the run keeps them
             "lora": "",  # merged into the run's network: FILE[:WEIGHT][|FILE[:WEIGHT]...] (docs/wan.md)
             "high_noise": _high_noise(),
@@ -67,9 +65,9 @@ def get_config(arg: str = ""):
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
             "strength": -1.0,  # video to video: the noise level that `video` is brought to, 0 to 1; -1: go on from it
             "fit": "cover",  # or stretch, as `inference.py` of the reference
-            "height": height,  # pixels; 0: what the run was trained on
-            "width": width,
-            "frames": frames,  # pixel frames in all, given ones included
+            "height": video["height"],  # pixels; 0: what the run was trained on
+            "width": video["width"],
+            "frames": video["frames"],  # pixel frames in all, given ones included
             # how
             "sampler": _sampler(),
             "memory": "",  # what is remembered: full, infinity_rope, ema_sink ... (docs/memory.md); "": the run's
@@ -80,7 +78,7 @@ def get_config(arg: str = ""):
             "batch": 1 if wan else 8,  # videos at a time
             "tile": 0,  # decode in tiles of so many pixels; 0: whole frames, block by block
             "text_cache": "",  # a folder of text embeddings; the text encoder is read for what it lacks
-            "fps": (24.0 if new else 16.0) if wan else 8.0,  # of what is read and written
+            "fps": video["fps"],  # of what is read and written
             "scale": 1 if wan else 8,
             "save_latents": False,
             "overwrite": False,  # replace what is there
@@ -90,9 +88,16 @@ def get_config(arg: str = ""):
     )
 
 
-def _video(wan: bool, new: bool) -> tuple[int, int, int]:
-    """Frames, height and width in pixels; 0: what the run was trained on."""
-    return (121, 704, 1280) if new else (81, 480, 832) if wan else (0, 0, 0)
+def _video(words: list[str]) -> dict[str, Any]:
+    """The run and its videos' size and rate; 0: what the run was trained on."""
+    if "wan_2_2" in words:
+        return {"run": "checkpoints/wan_2_2_5b", "frames": 121, "height": 704, "width": 1280, "fps": 24.0}
+    wan = {"run": "checkpoints/causal_forcing", "fps": 16.0}
+    if "mini" in words:
+        return {**wan, **presets.MINI_VIDEO}
+    if "wan" in words:
+        return {**wan, "frames": 81, "height": 480, "width": 832}
+    return {"run": "runs/quickstart/dmd", "frames": 0, "height": 0, "width": 0, "fps": 8.0}
 
 
 def _high_noise() -> ConfigDict:

@@ -54,6 +54,7 @@ def open_high_noise(c: ConfigDict, run: Run, sampler: Any) -> HighNoise | None:
             with_model=False,
             precision=c.precision,
             attention=c.attention,
+            storage=c.storage,
         )
     except UserError as error:
         raise UserError(f"high_noise.{error}") from None
