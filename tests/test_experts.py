@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
+from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -18,7 +20,10 @@ from cfjax.comparison.diffusers_sampling import Pipeline, wan_scheduler
 from cfjax.comparison.twins import dit_twin, from_torch, to_torch, vae_twin
 from cfjax.conversion.vae import DIFFUSERS, export_vae
 from cfjax.conversion.wan import export_wan
+from cfjax.core.errors import UserError
+from cfjax.core.quantize import is_quantized
 from cfjax.data.requests import read_image
+from cfjax.experiment.experts import open_high_noise, with_high_noise
 from cfjax.experiment.runs import open_run
 from cfjax.models.experts import Experts, picture_condition, with_picture
 from cfjax.models.vae import VAEConfig, make_vae
@@ -150,6 +155,18 @@ def test_generate_takes_the_second_run(root, tmp_path):
     assert (record["boundary"], record["guidance"]) == (BOUNDARY, 4.0) and record["weights"]
 
 
+def test_both_rest_in_eight_bits(root):
+    run, own = open_run(str(root / "low"), storage="int8"), {"lora": "", "ema": True, "world": "", "decoder": "vae"}
+    asked = {"run": str(root / "high"), "boundary": BOUNDARY, "guidance": -1.0}
+    c = ConfigDict({**own, "high_noise": asked, "precision": "", "attention": "", "storage": "int8"})
+    model = with_high_noise(run, open_high_noise(c, run, run.sampler)).model
+    kernels = [sum(map(is_quantized, jax.tree.leaves(one, is_leaf=is_quantized))) for one in (model.low, model.high)]
+    assert kernels[0] == kernels[1] > 0
+    rows, negative = run.world.encode_prompts(["A cat"]), run.world.negative_text_SE()
+    made = partial(generate, sampler=run.sampler, blocks=None)
+    assert jax.eval_shape(made, model, normal(1, (1, 2, 4, 4, 16)), rows, negative, jax.random.key(0)).shape[1] == 2
+
+
 def test_what_is_no_pair_is_refused(root, tmp_path, capsys):
     keys = {"height": 32, "width": 32, "frames": 9, "progress": False, "prompt": "A cat"}
     for run, other, words in (
@@ -192,6 +209,8 @@ def test_image_to_video_by_the_verb(root, tmp_path, picture, capsys):
     video = np.zeros((1, 5, 32, 32, 3), np.float32)
     video[0, 0] = read_image(str(picture), 32, 32, "cover")[0]
     noise, _ = seeded_noise(np.zeros(1, np.uint32))(0, (1, 2, 4, 4, 16), 1)
+    with pytest.raises(UserError, match="is image to video: it needs a picture; use cfjax generate"):
+        run.generate(["A cat"])
     rows, negative = run.world.encode_prompts(["A cat"]), run.world.negative_text_SE()
     model = with_picture(run.model, picture_condition(run.world.encode(jnp.asarray(video))))
     expected = sample(model, noise, rows, negative, jax.random.key(0), sampler=ManyStep(steps=2), blocks=None)
