@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
     """
     words = presets.switches(arg, "toy", "wan", "wan_2_2", "mini")
     presets.one_of(words, "toy", "mini", "wan_2_2")
-    presets.one_of(words, "toy", "wan", "wan_2_2")
+    presets.one_of(words, "wan", "wan_2_2")
     video, wan = _video(words), bool({"wan", "wan_2_2", "mini"} & set(words))
     return ConfigDict(
         {

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from cfjax.__main__ import main
+from cfjax.convert import LATENTS
 from tests.golden import record_old_outputs as recorded
 
 ARCHIVE = Path(recorded.__file__).with_name("old_outputs.tar.xz")
@@ -30,6 +31,8 @@ QUICK = "ar"  # the run of the default suite; the others take up to a minute eac
 # Of weights after two more updates: 4e-7 was seen with AVX2 in place of AVX-512, but Adam can turn the last bits of a
 # gradient near 0 into a step of up to its learning rate.
 TOLERANCE = 1e-3
+# Values that are written otherwise since, by the config's file and the key; they mean the same.
+OTHERWISE = {("convert.py", "latents"): ([0, 0, 0], [*LATENTS[16]])}  # 0 is the release's own
 
 
 def each(names: Mapping[str, Any]) -> list[Any]:
@@ -112,6 +115,10 @@ def test_every_key_of_every_shipped_config_is_there_with_its_value(expected):
     for spec, keys in expected["configs"].items():
         file, _, arg = spec.partition(":")
         now = recorded.keys_of(recorded.ROOT / "configs" / file, arg)
+        for key in keys:
+            written, meant = OTHERWISE.get((file, key), (None, None))
+            if meant and now.get(key) == written:
+                now[key] = meant
         missing = {key: value for key, value in keys.items() if key not in now or now[key] != value}
         assert not missing, f"{spec}: {missing}"
 
