@@ -14,6 +14,7 @@ from cfjax.core.errors import UserError
 QUOTED = re.compile(r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\s*""", re.DOTALL)
 SEPARATORS = "\\s,;|'\"()\\[\\]{}\uff0c\u3001\uff1b\uff08\uff09"  # the last ones are those of Chinese keyboards
 WORD = re.compile(f"[^{SEPARATORS}]+")
+PHRASE = re.compile(f"{WORD.pattern}( {WORD.pattern})*")  # an entry where the default has such, as prompts are
 
 
 class NoTuple(ValueError):
@@ -31,14 +32,15 @@ def parse_tuple(flag: str, text: str, default: Sequence[Any], kind: type | None 
       UserError: it spells none; the line holds the right spelling.
     """
     kind = type(default[0]) if default else kind
+    bare = PHRASE if any(" " in entry for entry in default if isinstance(entry, str)) else WORD
     try:
-        return _parsed(text, kind)
+        return _parsed(text, kind, bare)
     except NoTuple as error:
         problem = f"{flag}={text}: needs a value of type tuple, as the default {tuple(default)!r}"
-        raise UserError(f"{problem}: {error}; write {flag}={_spelling(text, default, kind)}") from None
+        raise UserError(f"{problem}: {error}; write {flag}={_spelling(text, default, kind, bare)}") from None
 
 
-def _parsed(text: str, kind: type | None) -> tuple[Any, ...]:
+def _parsed(text: str, kind: type | None, bare: re.Pattern[str]) -> tuple[Any, ...]:
     if kind not in (None, str, bool, int, float):
         return _literal(text, kind)
     body = text.strip()
@@ -53,7 +55,7 @@ def _parsed(text: str, kind: type | None) -> tuple[Any, ...]:
         items = items[:-1]
     if len(items) == 1 and not ended and QUOTED.fullmatch(items[0]) and "," in items[0]:
         raise NoTuple("one word with a comma in it")
-    values = tuple(_value(item.strip(), kind) for item in items)
+    values = tuple(_value(item.strip(), kind, bare) for item in items)
     if {type(value) for value in values} == {int, float}:
         return tuple(map(float, values))
     if len({type(value) for value in values}) > 1:
@@ -74,13 +76,13 @@ def _items(body: str) -> list[str]:
         start = comma + 1
 
 
-def _value(item: str, kind: type | None) -> Any:
-    """One entry; without a kind its type is inferred."""
+def _value(item: str, kind: type | None, bare: re.Pattern[str]) -> Any:
+    """One entry, quoted or as `bare` has it; without a kind its type is inferred."""
     if QUOTED.fullmatch(item):
         if kind not in (None, str):
             raise NoTuple(f"{item} is a word")
         return ast.literal_eval(item)
-    if not WORD.fullmatch(item):
+    if not bare.fullmatch(item):
         raise NoTuple(f"{item!r} is no entry" if item else "nothing stands between two commas")
     try:
         value = ast.literal_eval(item)
@@ -106,12 +108,13 @@ def _literal(text: str, kind: type | None) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _spelling(text: str, default: Sequence[Any], kind: type | None) -> str:
+def _spelling(text: str, default: Sequence[Any], kind: type | None, bare: re.Pattern[str]) -> str:
     """The right way to write what was meant, or what the default would be."""
-    for words in (WORD.findall(text), default):
+    found = [entry[0] for entry in bare.finditer(text)]
+    for words in (found, default):
         spelled = ",".join(map(str, words))
         try:
-            _parsed(spelled, kind)
+            _parsed(spelled, kind, bare)
         except NoTuple:
             continue
         return spelled

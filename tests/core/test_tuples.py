@@ -37,6 +37,7 @@ WORDS, INTS, FLOATS = ("red", "green"), (1, 2), (1.0, 0.5)
         ((), "a,b", ("a", "b")),
         ((), "1,2", (1, 2)),
         ((), "1,0.5", (1.0, 0.5)),
+        (("a red circle", "b"), "a blue square, c", ("a blue square", "c")),
     ],
 )
 def test_spellings(default, text, expected):

@@ -110,7 +110,7 @@ def test_a_signal_ends_every_stream_in_order(folder):
         def watch(client: Client) -> None:
             with client:
                 while isinstance(got := client.receive(), Received):
-                    client.send("ack", block=got.index)
+                    client.ack(got.index)
                 ends.append(got)
 
         clients = [Client(address) for _ in range(2)]
