@@ -10,10 +10,13 @@ from cfjax.core.cli import parse
 from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
+from cfjax.core.paths import write_atomically
 from cfjax.evaluation.clip_folders import PAGE, RESULT, compare_folders, score_folder, summary_lines
 from cfjax.evaluation.clip_score import Settings
 from cfjax.evaluation.clip_summary import VIDEOS
 from cfjax.evaluation.tables import gather, write_table
+from cfjax.evaluation.vbench_total import RESULT as VBENCH
+from cfjax.evaluation.vbench_total import read_results, total_json, total_lines
 from cfjax.experiment.measure import evaluate_run, save_evaluation
 from cfjax.experiment.measure_streams import LONG, SWITCH, measure_long, measure_switch, save_streams
 from cfjax.experiment.runs import Run, open_run
@@ -24,7 +27,8 @@ Writes evaluation.json and samples.npz to the workdir. With --config=configs/eva
 by side instead: mean and standard deviation over seeds, table.json and table.md. With configs/evaluate.py:long it
 measures long videos under memory policies over time, with :switch sessions whose prompt changes: long.json, switch.json
 and their videos. With --config.videos=FOLDER it measures the clips of any system in that folder: videos.json. With
---config.compare=A,B it compares two such folders, prompt by prompt: compare.html and compare.json."""
+--config.compare=A,B it compares two such folders, prompt by prompt: compare.html and compare.json. With
+--config.vbench=FOLDER it sums up what VBench wrote there to quality, semantic and total: vbench.json."""
 SHOWN = (
     "all_correct",
     "shape_correct",
@@ -41,6 +45,8 @@ SHOWN = (
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, evaluates, prints the table."""
     c, workdir, _ = parse("evaluate", argv, description=DESCRIPTION, default_config="configs/evaluate.py", bucket=True)
+    if c.vbench:
+        return _vbench(c, workdir)
     if c.videos or c.compare or c.against:
         return _clips(c, workdir)
     if c.evaluations:
@@ -59,6 +65,19 @@ def main(argv: Sequence[str]) -> int:
         say(f"  {name:18s} {summary[name]:.3f}{bounds}")
     say(f"  network calls      {result['network_calls']}   frames/s {result['frames_per_second']:.1f}")
     say(f"written to {workdir}/evaluation.json")
+    return 0
+
+
+def _vbench(c: ConfigDict, workdir: Path) -> int:
+    """VBench's own results; see `evaluation.vbench_total`."""
+    if c.videos or c.compare:
+        raise UserError("vbench sums up results that are there: leave videos and compare out")
+    scores = read_results(c.vbench)
+    with holding(workdir):
+        write_atomically(workdir / VBENCH, total_json(scores, c.vbench))
+    for line in total_lines(scores):
+        say(line)
+    say(f"written to {workdir}/{VBENCH}")
     return 0
 
 

@@ -7,6 +7,7 @@
     cfjax evaluate --config=configs/evaluate.py:switch --config.run=runs/quickstart/dmd --workdir=runs/switch
     cfjax evaluate --config.videos=runs/videos --workdir=runs/measured
     cfjax evaluate --config.compare=runs/videos,other/videos --workdir=runs/compared
+    cfjax evaluate --config.vbench=evaluation_results --workdir=runs/vbench
 
 Decoded pixels are judged against the captioned factors by analysis and synthesis (cfjax/evaluation/shapes_metrics.py).
 The table takes every folder of `evaluations` (a glob pattern) that holds an evaluation; folders of one name, such as
@@ -23,6 +24,9 @@ their common prompts and seeds. `metrics` are groups of flickering, frames and m
 that were generated together, for seams, and `first_block` that of the first one (12 and 9 for Wan in chunks of three
 latent frames; 0 for the same); `fps` replaces the files' frame rate, which folders of pictures do not have; `workers`
 clips are measured at a time, 0 for one a core.
+
+`vbench` is a folder with what VBench's own evaluation wrote (`*_eval_results.json`), or such a file: quality, semantic
+and total as its leaderboard has them.
 """
 
 from ml_collections import ConfigDict
@@ -61,5 +65,6 @@ def get_config(arg: str = ""):
             "first_block": 0,
             "fps": 0.0,
             "workers": 0,
+            "vbench": "",
         }
     )

@@ -170,6 +170,7 @@ EVALUATE = (
     Key("first_block", "Frames of the first block; 0 is as the others.", "pixel frames"),
     Key("fps", "In place of the files' rate; 0 is the files'.", "frames/s"),
     Key("workers", "Clips measured at a time; 0 is one a core.", "processes"),
+    Key("vbench", "Instead: VBench's own results, a folder of *_eval_results.json or one of them.", "folder"),
 )  # fmt: skip
 
 EXPORT = (

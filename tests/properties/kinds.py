@@ -536,6 +536,24 @@ def _sane_table(one: Any, whole: Any) -> bool:
     return all(isinstance(row["mean"], float | int) and math.isfinite(row["mean"]) for row in one.values())
 
 
+def _vbench(folder: Path) -> None:
+    """As `VBench.evaluate` writes its results, of two dimensions."""
+    rows = [{"video_path": "a-0.mp4", "video_results": 0.5}]
+    content = {"color": [0.5, rows], "imaging_quality": [0.68, rows]}
+    (folder / "model_eval_results.json").write_text(json.dumps(content, indent=4))
+
+
+def _read_vbench(folder: Path) -> Any:
+    from cfjax.evaluation.vbench_total import read_results
+
+    return read_results(str(folder))
+
+
+def _sane_vbench(one: Any, whole: Any) -> bool:
+    """Another score, or one fewer."""
+    return set(one) <= set(whole) and all(0 <= score <= 1 for score in one.values())
+
+
 def _measured(folder: Path) -> None:
     from cfjax.evaluation.clip_folders import score_folder
     from cfjax.evaluation.clip_score import Settings
@@ -637,6 +655,7 @@ KINDS: dict[str, Kind] = {
     "LMDB, cut": Kind(_pairs, "pairs/data.mdb", _read_lmdb, lambda data, rng: data[: rng.randrange(len(data))], alike),
     "clip's record": Kind(_measured, "work/clips/videos.json", _read_record, json_file, _sane_score),
     "videos.json": Kind(_measured, "work/videos.json", _read_measured, json_file, _sane_score),
+    "VBench's results": Kind(_vbench, "model_eval_results.json", _read_vbench, json_file, _sane_vbench),
     "text cache": Kind(_cached_text, "entry", _read_text, bits, _as_whole),
     **{
         f"prompts.{end}": Kind(_prompts(f"prompts.{end}"), f"prompts.{end}", _read_prompts, how, _sane_prompts)
