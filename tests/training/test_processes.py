@@ -246,6 +246,8 @@ def test_a_process_that_hangs_or_dies_ends_the_others(data, tmp_path):
     run.until_saved(2)
     run.processes[1].send_signal(signal.SIGKILL)
     codes = run.finish()
-    assert codes == [STALLED, -signal.SIGKILL], (codes, run.output())
-    last = run.output().splitlines()[-1]  # a collective failed, perhaps one inside a save
-    assert re.match("cfjax: process 0 of 2 ends: (another one died|.*checkpoint could not be written)", last), last
+    # A collective failed, perhaps one inside a save; on a busy machine the coordination service may abort it first.
+    assert codes[0] in (STALLED, -signal.SIGABRT) and codes[1] == -signal.SIGKILL, (codes, run.output())
+    last = run.output().splitlines()[-1]
+    ended = "cfjax: process 0 of 2 ends: (another one died|.*checkpoint could not be written)"
+    assert codes[0] != STALLED or re.match(ended, last), last
