@@ -319,8 +319,9 @@ def folder(tmp_path) -> Path:
     return root
 
 
-# Verbs whose commands other tests run, made smaller than a page can say: those of the same names, and tests/studies.
-ELSEWHERE = {"quickstart", "plan", "study"}
+# Verbs whose commands other tests run, made smaller than a page can say: those of the same names, and in tests/studies
+# and tests/serving.
+ELSEWHERE = {"quickstart", "plan", "serve", "study"}
 RUN = {
     "README.md": {"convert", "generate", "check", "compare"},
     "docs/wan.md docs/data.md docs/compare.md": {"convert", "generate", "precompute", "compare"},

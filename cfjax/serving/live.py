@@ -46,7 +46,7 @@ class _Pace:
     """When the next block may be begun."""
 
     fps: float
-    due: float = 0.0
+    due: float = field(default_factory=time.perf_counter)
 
     def made(self, frames: int, now: float) -> None:
         """A block was begun. What was lost while the client or the device was slow is not made up for."""
