@@ -3,8 +3,9 @@
     python benchmarks/batching.py
 
 The quickstart's sizes (the toy's network with random weights, 32 x 32 pixels, blocks of 3 frames, 4 steps) under the
-memory policy `longlive_infinity`. A round makes a block of each client, one after another by `Session.next` and
-together by `step_together`, in turn. Wall time depends on what else runs: `others_share` says what part of the
+memory policy `longlive_infinity`. A round makes a block of each client, one after another by `Session.next`,
+together by `step_together`, and together in halves on two devices of one CPU, a thread for each (as `cfjax serve
+--config.devices=2`), in turn. Wall time depends on what else runs: `others_share` says what part of the
 processors others took, and the process's CPU time stands beside it. Prints a table and writes it as JSON.
 """
 
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +67,38 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
 
 
-def compared(parts: Pipeline, size: int, rounds: int) -> dict[str, Any]:
-    """Rounds of so many clients, at different positions of full memories."""
-    streams = [client(parts, number) for number in range(size)]
+def on(parts: Pipeline, device: Any) -> Pipeline:
+    """A copy on a device."""
+    return replace(parts, model=jax.device_put(parts.model, device), codec=jax.device_put(parts.codec, device))
+
+
+def clients(copies: Sequence[Pipeline], size: int) -> list[Session]:
+    """At different positions of full memories, one after another of the copies' devices."""
+    streams = [client(copies[number % len(copies)], number) for number in range(size)]
     for number, stream in enumerate(streams):
         for _ in range(4 + number):
             stream.next()
+    return streams
+
+
+def compared(parts: Pipeline, size: int, rounds: int, pool: ThreadPoolExecutor) -> dict[str, Any]:
+    """Rounds of so many clients."""
+    streams = clients([parts], size)
     ways: dict[str, Callable[[], Any]] = {
         "alternating": lambda: [s.next() for s in streams],
         "together": lambda: step_together(streams),
     }
+    if size > 1:
+        spread = clients([on(parts, device) for device in jax.devices()], size)
+        halves = [spread[::2], spread[1::2]]
+        ways["two_devices"] = lambda: list(pool.map(step_together, halves))
     for call in ways.values():
         call()
     found: dict[str, dict[str, list[float]]] = {name: {"ms": [], "cpu_ms": []} for name in ways}
     foreign: list[float] = []
     for i in range(rounds):
         begun, busy, own = time.perf_counter(), busy_s(), sum(os.times()[:4])
-        for name in list(ways) if i % 2 else reversed(ways):
+        for name in list(ways) if i % 2 else reversed(list(ways)):
             for kind, value in zip(("ms", "cpu_ms"), timed(ways[name]), strict=True):
                 found[name][kind].append(value)
         taken = busy_s() - busy - (sum(os.times()[:4]) - own)
@@ -96,6 +114,8 @@ def compared(parts: Pipeline, size: int, rounds: int) -> dict[str, Any]:
             "median_cpu_ms": statistics.median(times["cpu_ms"]),
         }
     row["wall_ratio"] = ratio(found["alternating"]["ms"], found["together"]["ms"])
+    if size > 1:
+        row["two_devices"]["wall_ratio"] = ratio(found["alternating"]["ms"], found["two_devices"]["ms"])
     row["cpu_ratio"] = ratio(found["alternating"]["cpu_ms"], found["together"]["cpu_ms"])
     quietest = sorted(range(rounds), key=foreign.__getitem__)[: max(rounds // 5, 1)]
     pick = lambda name: [found[name]["ms"][i] for i in quietest]
@@ -194,13 +214,16 @@ def starts() -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown of the comparisons."""
-    lines = ["| clients | one after another, frames/s | together, frames/s | ratio | ratio of CPU time | p50, p95 ms |"]
-    lines.append("|---" * 6 + "|")
+    lines = ["| clients | alternating, frames/s | together | ratio | of CPU time | p50, p95 ms | two devices | ratio |"]
+    lines.append("|---" * 8 + "|")
     for row in rows:
         old, new = row["alternating"], row["together"]
         cells = (row["clients"], f"{old['frames_per_s']:.0f}", f"{new['frames_per_s']:.0f}")
         ratios = (f"{row['wall_ratio']['median']:.2f}", f"{row['cpu_ratio']['median']:.2f}")
-        lines.append("| " + " | ".join(map(str, (*cells, *ratios, f"{new['p50_ms']:.1f}, {new['p95_ms']:.1f}"))) + " |")
+        both = row.get("two_devices")
+        last = (f"{both['frames_per_s']:.0f}", f"{both['wall_ratio']['median']:.2f}") if both else ("", "")
+        times = f"{new['p50_ms']:.1f}, {new['p95_ms']:.1f}"
+        lines.append("| " + " | ".join(map(str, (*cells, *ratios, times, *last))) + " |")
     return "\n".join(lines)
 
 
@@ -212,9 +235,10 @@ def main() -> None:
     if options.start:
         started()
         return
+    jax.config.update("jax_num_cpu_devices", 2)
     parts, load = pipeline(), dict[str, float]()
-    with others(load):
-        rows = [compared(parts, size, options.rounds) for size in SIZES]
+    with others(load), ThreadPoolExecutor(2) as pool:
+        rows = [compared(parts, size, options.rounds, pool) for size in SIZES]
     say(table(rows))
     more = [served(parts, 300), starts()]
     say(json.dumps(more))

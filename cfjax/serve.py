@@ -1,11 +1,15 @@
-"""`cfjax serve`: live streams of a run for browsers and programs, from one device."""
+"""`cfjax serve`: live streams of a run for browsers and programs."""
 
 import logging as python_logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from cfjax.core.cli import parse
@@ -15,7 +19,7 @@ from cfjax.rollout.batched import SIZES, groups, step_together
 from cfjax.serving.app import Access, application, check_token
 from cfjax.serving.engine import Together
 from cfjax.serving.host import Host
-from cfjax.serving.served import Limits, serve_run
+from cfjax.serving.served import Limits, on_devices, serve_run
 from cfjax.serving.web import Server, address_of, bind, run
 from cfjax.worlds.world import WorldParts
 
@@ -61,7 +65,7 @@ def serve(c: ConfigDict, bound) -> None:  # type: ignore[no-untyped-def]
     run(server, bound)
     if host.failure is not None:
         raise host.failure
-    if host.engine.alive():  # XLA compiles, which nothing stops, and would meet an interpreter that is gone
+    if host.working():  # XLA compiles, which nothing stops, and would meet an interpreter that is gone
         sys.stdout.flush()
         os._exit(0)
 
@@ -72,6 +76,7 @@ def open_host(c: ConfigDict) -> Host:
     Raises:
       UserError: it cannot be served.
     """
+    devices = devices_of(c)
     opened = open_run(
         c.run,
         ema=c.ema,
@@ -88,6 +93,16 @@ def open_host(c: ConfigDict) -> Host:
         idle_seconds=c.idle_seconds,
         resume_seconds=c.resume_seconds,
     )
-    served = serve_run(opened, fps=c.fps, memories=tuple(c.memories), examples=tuple(c.prompts), limits=limits)
-    sizes = tuple(size for size in SIZES if size < 2 * limits.sessions)  # three fill four places
-    return Host(served, limits, Together(step_together, groups, sizes) if c.together else Together())
+    offer = partial(serve_run, fps=c.fps, memories=tuple(c.memories), examples=tuple(c.prompts), limits=limits)
+    served, *copies = map(offer, on_devices(opened, devices))
+    most = -(-limits.sessions // len(devices))  # sessions of one device
+    sizes = tuple(size for size in SIZES if size < 2 * most)  # three fill four places
+    return Host(served, limits, Together(step_together, groups, sizes) if c.together else Together(), copies)
+
+
+def devices_of(c: ConfigDict) -> list[Any]:
+    """The devices that sessions are spread over. To be called before JAX has any: a CPU is made so many."""
+    if c.devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", c.devices)
+    return jax.local_devices()[: c.devices or None][: c.sessions]

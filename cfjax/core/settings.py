@@ -174,6 +174,7 @@ RULES: dict[str, Rules] = {
         ("fps", FPS),
         ("port", whole(0, 65535)),
         ("sessions", whole(1, 4096)),
+        ("devices", whole(0, 4096)),
         ("snapshots|seek_blocks", whole(0, 4096)),
         ("(idle|resume)_seconds", positive(1e6)),
     ],

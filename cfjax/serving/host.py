@@ -1,8 +1,13 @@
-"""The sessions of a server and who may have one: places, lost sockets that come back, limits in time."""
+"""The sessions of a server and who may have one: places, lost sockets that come back, limits in time.
+
+Every device has an engine, with a copy of the model. A session stays on the device that had the fewest as it came.
+"""
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from absl import logging
@@ -27,13 +32,24 @@ class Socket(Protocol):
 class Host:
     """All streams of one server. Its methods are the loop's, but for `deliver`.
 
+    Args:
+      served: the model.  copies: of it, on further devices (`served.on_devices`).
+
     Attributes:
       ready: whether all programs are compiled.  failure: why they could not be.
     """
 
-    def __init__(self, served: Served, limits: Limits = Limits(), together: Together = Together()) -> None:
+    def __init__(
+        self,
+        served: Served,
+        limits: Limits = Limits(),
+        together: Together = Together(),
+        copies: Sequence[Served] = (),
+    ) -> None:
         self.served, self.limits, self.metrics = served, limits, Metrics()
-        self.engine = Engine(self.metrics, together)
+        self._models = (served, *copies)
+        self._engines = [Engine(self.metrics, together) for _ in self._models]
+        self._places: dict[str, int] = {}  # session's id -> its engine's
         self._together = together
         self._lives: dict[str, Live] = {}
         self._sockets: dict[Socket, str] = {}  # session's id; "" before there is one
@@ -59,16 +75,27 @@ class Host:
         """
         self._loop = asyncio.get_running_loop()
         self._tidying = self._loop.create_task(self._tidy())
+        left, lock = len(self._engines), threading.Lock()
 
-        def compile_all() -> None:
+        def compile_all(model: Served) -> None:
+            nonlocal left
             try:
-                warm(self.served, self._together, log)
-                self.ready = True
+                warm(model, self._together, log)
             except Exception as error:
                 self.failure = error
-            self._call(warmed)
+            with lock:
+                left -= 1
+                last = not left
+            if last or self.failure is not None:
+                self.ready = self.failure is None
+                self._call(warmed)
 
-        self.engine.start(compile_all)
+        for engine, model in zip(self._engines, self._models, strict=True):
+            engine.start(partial(compile_all, model))
+
+    def working(self) -> bool:
+        """Whether the thread of a device is at work."""
+        return any(engine.alive() for engine in self._engines)
 
     async def stop(self, seconds: float = 2.0) -> None:
         """Tells every client, and ends; at most so many seconds for slow clients, and half of it for the device."""
@@ -83,7 +110,8 @@ class Host:
         if self._tidying is not None:
             self._tidying.cancel()
         if self._loop is not None:
-            await self._loop.run_in_executor(None, self.engine.stop, seconds / 2)
+            ends = [self._loop.run_in_executor(None, engine.stop, seconds / 2) for engine in self._engines]
+            await asyncio.gather(*ends)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         """On the loop, from any thread; nothing when that has ended."""
@@ -179,10 +207,13 @@ class Host:
             if len(self._lives) >= self.limits.sessions:
                 socket.put(Refused("full", f"all {self.limits.sessions} places are taken", retryable=True))
                 return socket.put(Ended("refused", 1013))
-            live = Live(self.served, self.limits, self.deliver, self.engine.wake)
-            self._lives[live.id] = live
+            taken = [*self._places.values()]
+            place = min(range(len(self._engines)), key=taken.count)
+            engine = self._engines[place]
+            live = Live(self._models[place], self.limits, self.deliver, engine.wake)
+            self._lives[live.id], self._places[live.id] = live, place
             self._attach(socket, live)
-            self.engine.add(live)
+            engine.add(live)
         live.post(message)
 
     def reopen(self, socket: Socket, message: Reopen) -> None:
@@ -207,7 +238,7 @@ class Host:
         for block in live.kept:
             socket.put(block)
         live.attached = True
-        self.engine.wake()
+        live.wake()
 
     def _attach(self, socket: Socket, live: Live) -> None:
         self._sockets[socket], self._of[live.id] = live.id, socket
@@ -219,7 +250,7 @@ class Host:
         self.metrics.ended.labels(item.reason).inc()
         self._lost.pop(live.id, None)
         live.kept.clear()
-        self.engine.remove(live)
+        self._engines[self._places.pop(live.id)].remove(live)
         if (socket := self._of.pop(live.id, None)) is not None:
             self._sockets[socket] = ""
             socket.put(item)

@@ -1,7 +1,7 @@
 """What a server offers: a run, the memory policies whose programs it compiles, and how sessions of it are opened."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,15 @@ def serve_run(
         vocabulary=vocabulary(run.world) if isinstance(run.world, ToyWorld) else None,
         takes_image=encode is not None,
     )
+
+
+def on_devices(run: Run, devices: Sequence[Any]) -> list[Run]:
+    """Copies of a run, its network and codec on these devices; the text encoder stays where it is."""
+    if len(devices) < 2:
+        return [run]
+    world = lambda codec: replace(run.world, codec=codec)  # type: ignore[type-var]
+    place = jax.device_put
+    return [replace(run, model=place(run.model, d), world=world(place(run.world.codec, d))) for d in devices]
 
 
 def sampler_name(run: Run) -> str:

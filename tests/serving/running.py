@@ -17,7 +17,7 @@ from cfjax.rollout.generate import FewStep
 from cfjax.serving.app import Access, application
 from cfjax.serving.engine import Together
 from cfjax.serving.host import Host
-from cfjax.serving.served import Limits, Served, serve_run
+from cfjax.serving.served import Limits, Served, on_devices, serve_run
 from cfjax.serving.web import Server, address_of, bind
 from tests.tiny import random_weights
 
@@ -50,6 +50,12 @@ def tiny_served(limits: Limits = QUICK, memories: Sequence[str] = MEMORIES) -> S
     return serve_run(tiny_run(), fps=8.0, memories=memories, examples=PROMPTS, limits=limits)
 
 
+def tiny_copies(devices: Sequence[Any], limits: Limits = QUICK) -> list[Served]:
+    """The same on several devices."""
+    runs = on_devices(tiny_run(), devices)
+    return [serve_run(one, fps=8.0, memories=MEMORIES[:1], examples=PROMPTS, limits=limits) for one in runs]
+
+
 @dataclass
 class Running:
     """A server that answers."""
@@ -65,9 +71,10 @@ def running(
     limits: Limits = QUICK,
     access: Access = Access(),
     together: Together = Together(),
+    copies: Sequence[Served] = (),
 ) -> Iterator[Running]:
     """A server in a thread, until all its programs are compiled; at the end it is stopped in order."""
-    host = Host(served or tiny_served(limits), limits, together)
+    host = Host(served or tiny_served(limits), limits, together, copies)
     warmed = threading.Event()
     server = Server(application(host, access, warmed.set), host)
     bound = bind("127.0.0.1", 0)

@@ -8,7 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from cfjax.serving.pictures import encode_frame
 from cfjax.serving.protocol import Open, schema, validator
 from cfjax.serving.served import Limits
 from tests.serving.attacks import raw
-from tests.serving.running import PROMPTS, QUICK, Running, running, tiny_served, until
+from tests.serving.running import PROMPTS, QUICK, Running, running, tiny_copies, tiny_served, until
 
 FAST = {"fps": 0, "format": "raw"}
 SERVER = Draft202012Validator({"$ref": "#/$defs/server", "$defs": schema()["$defs"]})
@@ -140,6 +140,30 @@ def test_nothing_is_compiled_once_a_server_is_ready(server, client):
         assert not programs
         jax.jit(lambda x: x * 1.2345678)(1.0)
         assert programs  # it would have been seen
+
+
+def test_every_device_has_its_streams():
+    """Each goes to the device with the fewest, stays there, and makes the same bits; nothing is compiled for it."""
+    limits, devices = replace(QUICK, sessions=3), jax.devices()[:2]
+    served, *copies = tiny_copies(devices, limits)
+    with running(served, limits, copies=copies) as own, ExitStack() as around, compiled() as programs:
+        clients = [around.enter_context(Client(own.url)) for _ in range(3)]
+        for seed, client in enumerate(clients[:2]):
+            client.open(PROMPTS[0], seed=seed, **FAST)
+        videos = [frames([*client.blocks(4)]) for client in clients[:2]]
+        lives = [own.host.session(client.ready["session"]) for client in clients[:2]]
+        places = [{d for x in jax.tree.leaves(live.session.state.cache) for d in x.devices()} for live in lives]
+        assert places == [{devices[0]}, {devices[1]}]
+        clients[1].close()
+        until(lambda: own.host.sessions() == 1)
+        clients[2].open(PROMPTS[0], seed=1, **FAST)
+        again = frames([*clients[2].blocks(4)])
+        cache = own.host.session(clients[2].ready["session"]).session.state.cache
+        assert all(x.devices() == {devices[1]} for x in jax.tree.leaves(cache))
+    assert not programs
+    np.testing.assert_array_equal(again, videos[1])
+    for seed, video in enumerate(videos):
+        np.testing.assert_array_equal(video, frames_of(alone(seed), 4))
 
 
 def test_streams_that_go_together_are_those_alone():
