@@ -514,8 +514,11 @@ def test_a_fault_ends_one_stream_and_no_traceback_leaves():
             good.open(PROMPTS[0], seed=12, **FAST)
             bad.open(PROMPTS[0], seed=13, **FAST)
             blocks = settle(good)
-            assert [b.index for b in settle(bad, 2)] == [0, 1]
-            error, closed = bad.receive(), bad.receive()
+            seen = []  # the end goes before blocks that have not left
+            while isinstance(error := bad.receive(), Received):
+                seen.append(error.index)
+            assert seen == [0, 1][: len(seen)]
+            closed = bad.receive()
             assert (error["code"], closed["reason"]) == ("internal", "internal")
             assert "secret" not in str(error) and "Traceback" not in str(error)
             with pytest.raises(Temporary, match="1011"):
