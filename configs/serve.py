@@ -43,7 +43,7 @@ def get_config(arg: str = ""):
             "origins": (),  # pages of other hosts that may connect, as https://example.com
             # how much
             "sessions": 4 if wan else 8,  # at a time
-            "devices": 0 if wan else 2,  # that sessions are spread over, at most; 0: all; a CPU counts as so many
+            "devices": 0 if wan else 1,  # that sessions are spread over, at most; 0: all; a CPU counts as so many
             "together": True,  # sessions go through a device together, up to eight
             "snapshots": 1 if wan else 16,  # of a session; each holds a cache on the device
             "seek_blocks": 1 if wan else 8,  # that a session can go back; each holds a cache
