@@ -70,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _vbench(c: ConfigDict, workdir: Path) -> int:
     """VBench's own results; see `evaluation.vbench_total`."""
-    if c.videos or c.compare:
-        raise UserError("vbench sums up results that are there: leave videos and compare out")
+    if others := [name for name in ("videos", "against", "compare") if c[name]]:
+        raise UserError(f"vbench sums up results that are there: leave {', '.join(others)} out")
     scores = read_results(c.vbench)
     with holding(workdir):
         write_atomically(workdir / VBENCH, total_json(scores, c.vbench))

@@ -7,7 +7,7 @@ missing as 0 and goes on; here there is no total then.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from cfjax.core.schema import load_json
 
 RESULT = "vbench.json"
 RESULTS = "*_eval_results.json"  # as `VBench.evaluate` names them
-WHOLE = 4.0  # quality's weight in the total, semantic's being 1
+QUALITY_WEIGHT = 4.0  # in the total, semantic's being 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def group_score(scores: Mapping[str, float], group: Mapping[str, Dimension]) -> 
 def summary(scores: Mapping[str, float]) -> dict[str, float | None]:
     """Quality, semantic and total, 0 to 1; None where a dimension that it needs is missing."""
     quality, semantic = group_score(scores, QUALITY), group_score(scores, SEMANTIC)
-    both = None if quality is None or semantic is None else (WHOLE * quality + semantic) / (WHOLE + 1)
+    both = None if quality is None or semantic is None else (QUALITY_WEIGHT * quality + semantic) / (QUALITY_WEIGHT + 1)
     return {"quality": quality, "semantic": semantic, "total": both}
 
 
@@ -107,6 +107,11 @@ def _scores_of(file: Path) -> dict[str, float]:
     return out
 
 
+def missing_of(scores: Mapping[str, float]) -> list[str]:
+    """The dimensions without a score."""
+    return [name for name in DIMENSIONS if name not in scores]
+
+
 def total_lines(scores: Mapping[str, float]) -> list[str]:
     """The table, in per cent as publications have it."""
     lines = []
@@ -114,7 +119,7 @@ def total_lines(scores: Mapping[str, float]) -> list[str]:
         lines += [f"  {name:24s} {100 * scores[name]:6.2f}" for name in group if name in scores]
         lines.append(f"{title:26s} {_percent(summary(scores)[title])}")
     lines.append(f"{'total':26s} {_percent(summary(scores)['total'])}")
-    if missing := [name for name in DIMENSIONS if name not in scores]:
+    if missing := missing_of(scores):
         lines.append(f"missing: {', '.join(missing)}; VBench's own script would count them as 0")
     return lines
 
@@ -125,5 +130,5 @@ def _percent(value: float | None) -> str:
 
 def total_json(scores: Mapping[str, float], place: str) -> str:
     """vbench.json: the scores as read, and what they amount to."""
-    missing: Sequence[str] = [name for name in DIMENSIONS if name not in scores]
-    return json.dumps({"vbench": place, "scores": dict(scores), **summary(scores), "missing": missing}, indent=1) + "\n"
+    about = {**summary(scores), "missing": missing_of(scores)}
+    return json.dumps({"vbench": place, "scores": dict(scores), **about}, indent=1) + "\n"

@@ -203,9 +203,11 @@ def on_devices(run: Run, devices: Sequence[Any]) -> list[Run]:
     """Copies of a run, its network and codec on these devices; the text encoder stays where it is."""
     if len(devices) < 2:
         return [run]
-    world = lambda codec: replace(run.world, codec=codec)  # type: ignore[type-var]
-    place = jax.device_put
-    return [replace(run, model=place(run.model, d), world=world(place(run.world.codec, d))) for d in devices]
+    copies = []
+    for device in devices:
+        model, codec = jax.device_put((run.model, run.world.codec), device)
+        copies.append(replace(run, model=model, world=replace(run.world, codec=codec)))  # type: ignore[type-var]
+    return copies
 
 
 def sampler_name(run: Run) -> str:

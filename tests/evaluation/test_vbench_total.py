@@ -69,6 +69,12 @@ def test_what_is_no_result_is_told(content, told, tmp_path):
         read_results(str(tmp_path))
 
 
+def test_other_questions_are_not_dropped(tmp_path, capsys):
+    asked = [f"--config.vbench={tmp_path}", "--config.against=other", f"--workdir={tmp_path / 'out'}"]
+    assert main(["evaluate", *asked]) == 2
+    assert "leave against out" in capsys.readouterr().err
+
+
 def test_two_scores_of_one_dimension_are_told(tmp_path):
     written(tmp_path, {"color": 0.5}, "a")
     written(tmp_path, {"color": 0.6}, "b")
