@@ -1,4 +1,4 @@
-"""Stage 2b: causal consistency distillation from the AR teacher (Causal Forcing++, arXiv 2605.15141).
+"""Stage 2b: causal consistency distillation from the AR teacher (paper section 3.3; arXiv 2605.15141).
 
 No ODE pairs: one guided Euler step of the AR teacher, given the clean past, links two neighbouring noise levels, and
 the student's prediction at the noisier one regresses the prediction of its EMA at the cleaner one (consistency models,

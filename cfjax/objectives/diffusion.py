@@ -1,7 +1,9 @@
-"""Stage 0 and 1: flow matching for the bidirectional teacher, and AR diffusion with teacher forcing (paper section 3).
+"""Stages 0 and 1: flow matching for a bidirectional teacher, and AR diffusion with teacher forcing (paper section 3.2).
 
 Both regress v* = eps - x0 with a weight per noise level; they differ in the attention mask and in whether a noise level
-is drawn per clip or per block. Reference: `model/diffusion.py`, `CausalDiffusion.generator_loss`.
+is drawn per clip or per block. Why clean frames are the past, and not noised ones as in diffusion forcing: those are
+never seen when videos are generated (paper proposition 3.4). Reference: `model/diffusion.py`,
+`CausalDiffusion.generator_loss`.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.3).
+"""Stage 3: asymmetric distribution matching distillation with self-rollout (paper section 3.2).
 
 Reference: `model/dmd.py`, `DMD`.
 

@@ -3,8 +3,9 @@
 Reference: `get_causal_ode_data_chunkwise.py`, and `model/ode_regression.py`, `ODERegression`.
 
 The teacher's PF-ODE is solved block by block *given the clean past*, so that (noisy block, clean past) -> clean block
-is a function: the student can learn it. With a bidirectional teacher the same pairs would depend on unseen future
-noise, and regression would return their mean. Pairs are made by one full-sequence pass per network call
+is a function: the student can learn it (paper definition 3.1 and equation 4, frame-level injectivity). With a
+bidirectional teacher the same pairs would depend on unseen future noise (lemma 3.2), and regression would return their
+mean (proposition 3.3). Pairs are made by one full-sequence pass per network call
 (`method="full"`), or block by block against a KV cache (`method="cached"`); both are the same mathematics.
 `method="bidirectional"` makes that baseline's pairs (CausVid, Self Forcing); `Regression` is how pairs are used.
 """

@@ -1,6 +1,6 @@
 """Self-rollout for distribution matching, split in two: generate without gradient, then replay with gradient.
 
-Only each block's exit step carries gradient (paper section 3.3; reference: `pipeline/self_forcing_training.py`,
+Only each block's exit step carries gradient (paper section 3.2; reference: `pipeline/self_forcing_training.py`,
 `SelfForcingTrainingPipeline.inference_with_trajectory`). So `rollout` runs the sequential loop without gradient and
 keeps the inputs of that step: its noisy latents and the committed keys and values. `replay_exit` then runs the exit
 steps of *all* blocks in one pass: the loop's gradient, from one large pass. Under a memory policy that is a pass for
