@@ -150,8 +150,10 @@ def test_the_readmes_sentences_are_of_its_tables():
 
 
 def test_the_quickstart_is_that_of_the_record():
-    """All but the times, which that run shared with others."""
-    stages = record("quickstart.json")["stages"]
+    made = record("quickstart.json")
+    stages, minutes = made["stages"], {key: seconds / 60 for key, seconds in made["seconds"].items()}
+    trained = {"ar": f"{minutes['ar']:.1f} min", "dmd": f"{minutes['dmd']:.1f} min"}
+    trained["ode"] = f"{minutes['ode']:.1f} min + {minutes['pairs']:.1f} min of pairs"
     shown = table_under("docs/results.md", "The quickstart")
     for row, key in zip(shown, ("real", "codec", "teacher", "ar", "ode", "dmd"), strict=True):
         stage = stages[key]
@@ -160,6 +162,11 @@ def test_the_quickstart_is_that_of_the_record():
         assert row[2] == " / ".join(part[f"{name}_correct"] for name in ("shape", "colour", "direction")) + " %"
         assert row[3:6] == [f"{stage['step_ratio']:.2f}", f"{stage['jerkiness']:.2f}", f"{stage['residual']:.3f}"]
         assert row[6] == str(stage["network_calls"] or "")
+        assert row[7] == (f"{stage['frames_per_second']:.0f}" if stage["network_calls"] else "")
+        assert row[8] == trained.get(key, "")
+    whole, training = made["whole_command_s"] / 60, sum(minutes[key] for key in ("ar", "pairs", "ode", "dmd"))
+    told = f"took {whole:.1f} minutes there, installation and evaluation included, {training:.1f} of them training"
+    assert told in " ".join(text_of("docs/results.md").split())
 
 
 def test_the_readmes_rows_are_those_of_the_pages():
