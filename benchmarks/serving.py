@@ -72,15 +72,21 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
     }
     network = {"run": args.run or "tests.serving.running.tiny_run"}
+
+    def keep() -> None:
+        write_atomically(args.out, json.dumps(found, indent=1) + "\n")
+
     if "load" in parts:
         with running(served, LIMITS, together=Together(step_together, groups, SIZES)) as own:
             found["load"] = {**about, **network, **load(own, args.clients, args.seconds)}
+        keep()
     if "fuzz" in parts:
         with running(served, LIMITS) as own:  # one after another: the witness's frames are then the same bits
             found["fuzz"] = {**about, **network, **hostile(own, served, args.disconnects, args.messages)}
+        keep()
     if "start" in parts:
         found["start"] = {**about, **starts()}
-    write_atomically(args.out, json.dumps(found, indent=1) + "\n")
+        keep()
     say(json.dumps({part: found[part] for part in parts}, indent=1))
 
 

@@ -61,7 +61,7 @@ def serve(c: ConfigDict, bound) -> None:  # type: ignore[no-untyped-def]
         size = f"{host.served.width} x {host.served.height}"
         say(f"{host.served.name}, {size}: compiling; {address}healthz says when ready")
 
-    server = Server(application(host, Access(c.token, tuple(c.origins)), warmed), host, begun)
+    server = Server(application(host, Access(c.token, tuple(c.origins)), warmed, say), host, begun)
     run(server, bound)
     if host.failure is not None:
         raise host.failure

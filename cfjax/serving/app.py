@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from absl import logging
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
@@ -127,17 +128,19 @@ class Guard:
         await self._app(scope, receive, send_with_headers)
 
 
-def application(host: Host, access: Access, warmed: Callable[[], None] = lambda: None) -> Starlette:
+def application(
+    host: Host, access: Access, warmed: Callable[[], None] = lambda: None, log: Callable[[str], None] = logging.info
+) -> Starlette:
     """The application of a server.
 
     Args:
-      warmed: see `Host.start`.
+      warmed, log: see `Host.start`.
     """
     pool = ThreadPoolExecutor(2, "pictures")
 
     @asynccontextmanager
     async def lifespan(app: Starlette):  # type: ignore[no-untyped-def]
-        host.start(warmed)
+        host.start(warmed, log)
         yield
         await host.stop()
         pool.shutdown(cancel_futures=True)

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from cfjax.core.errors import UserError
+from cfjax.core.progress import duration
 from cfjax.memory.slots import Everything
 from cfjax.rollout.session import Session
 from cfjax.rollout.session_state import Made
@@ -200,8 +201,8 @@ def warm(served: Served, together: Together, log: Callable[[str], None]) -> None
     step = partial(_until_full, together.step)
     prompts = [*served.examples, *served.examples][:2]
     picture = base64.b64encode(encode_frame(np.zeros((served.height, served.width, 3), np.uint8), "png")).decode()
-    for policy in served.policies:
-        asked = Open(1, prompts[0], memory=policy.name)
+    for number, policy in enumerate(served.policies, 1):
+        begun, asked = time.monotonic(), Open(1, prompts[0], memory=policy.name)
         for size in together.sizes:
             sessions = [served.open(asked) for _ in range(size)]
             for _ in range(2):
@@ -212,9 +213,10 @@ def warm(served: Served, together: Together, log: Callable[[str], None]) -> None
             step([session])
             step([session])
             session.set_prompt(prompts[1], mode, blend_blocks=2)
-            blocks = [*step([session]), *step([session])]
+            step([session])
+            step([session])
             session.set_prompt([(prompts[0], 1.0), (prompts[1], 1.0)], mode, blend="slerp")
-            blocks += step([session])
+            step([session])
             session.restore(session.snapshot())
         if served.takes_image:
             step([served.open(replace(asked, image=picture))])
@@ -223,4 +225,5 @@ def warm(served: Served, together: Together, log: Callable[[str], None]) -> None
                 changed = session.fork(1)
                 changed.set_memory(other.name)
                 step([changed])
-        log(f"{policy.name}: {len(blocks)} blocks in {sum(b.network_s + b.decode_s for b in blocks):.2f} s")
+        took, all_of_them = duration(time.monotonic() - begun), len(served.policies)
+        log(f"compiled for {policy.name} in {took}: memory policy {number} of {all_of_them}")

@@ -72,6 +72,7 @@ class Host:
 
         Args:
           warmed: is called on the loop when everything is compiled, or has failed (`failure`).
+          log: is told how far that is, from the devices' threads.
         """
         self._loop = asyncio.get_running_loop()
         self._tidying = self._loop.create_task(self._tidy())
