@@ -40,6 +40,9 @@ FLAGS = (
     Flag("width", "pixels, where the data is Wan's", kind=int, default=832),
     Flag("text", "rows of a prompt, where the data is Wan's", kind=int, default=512),
     Flag("hlo", "write the compiled programs' HLO text, WORKDIR/ROLE.hlo.gz", kind=bool, default=False),
+    Flag(
+        "quick", "compile with the least effort: far sooner, mostly with larger temporaries", kind=bool, default=False
+    ),
     Flag("only", "comma-separated roles that are compiled; of a stream decoders, or network (empty: all)", default=""),
 )
 TOY_PATCH, TOY_TEXT = 8, 64
@@ -56,6 +59,7 @@ class Plan:
     attention: str
     persistent: int  # bytes per device between updates
     costs: list[Cost]
+    quick: bool = False  # compiled with the least effort
 
     @property
     def fits(self) -> bool | None:
@@ -79,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
         say(note)
     shapes, only = shapes_of(e, flags), [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
-    plans = [plan(e, shapes, topology, devices, only=only, verbose=True, keep=workdir if flags["hlo"] else None)]
+    how = {"only": only, "verbose": True, "keep": workdir if flags["hlo"] else None, "quick": flags["quick"]}
+    plans = [plan(e, shapes, topology, devices, **how)]
     report(e, plans[0])
     if flags["fit"] > 0:
         plans += smallest(e, shapes, plans[0], flags["fit"], only)
@@ -91,7 +96,8 @@ def plan_streaming(c: Any, argv: Sequence[str], topology: Topology, flags: Mappi
     """Plans a stream, prints and records it; 0 if it fits (with one of the decoders), or on simulated devices."""
     only = [name for name in flags["only"].split(",") if name]
     device = open_topology(topology)[0]
-    found = plan_stream(c, topology, device, text_rows=flags["text"], only=only, told=say)
+    how = {"text_rows": flags["text"], "only": only, "told": say, "quick": flags["quick"]}
+    found = plan_stream(c, topology, device, **how)
     say("\n".join(stream_table(found)))
     bounds = [
         {
@@ -104,6 +110,7 @@ def plan_streaming(c: Any, argv: Sequence[str], topology: Topology, flags: Mappi
         for chosen in found.choices
     ]
     made = {"command": ["cfjax", "plan", *argv], "jax": jax.__version__, "stream": asdict(found), "bounds": bounds}
+    made["quick"] = flags["quick"]
     write_atomically(file, json.dumps(made, indent=1))
     say(f"{file}")
     return 0 if any(bound["fits"] is not False for bound in bounds) else 1
@@ -139,12 +146,13 @@ def plan(
     only: Sequence[str],
     verbose: bool = False,
     keep: Path | None = None,
+    quick: bool = False,
 ) -> Plan:
     """Compiles the updates of an experiment (those of `only`, or all) for `devices`.
 
     Args:
       verbose: print the memory of the weights before compiling; what is compiled is said in any case.
-      keep: see `compile_update`.
+      keep, quick: see `compile_update`.
 
     Raises:
       UserError: the mesh or the batch does not fit the devices, or an unknown role.
@@ -173,9 +181,11 @@ def plan(
         with telling(say, f"the {role}'s update for {topology.name} ({number} of {len(roles)})"):
             needed, executed = (whole_flops(e, shapes, role, remat=remat) / len(devices) for remat in (False, True))
             lowered, arguments = lower_update(used, shapes, mesh, role)
-            cost = compile_update(role, lowered, topology, arguments=arguments, trip_counts=trip_counts, keep=keep)
+            how: dict[str, Any] = {"trip_counts": trip_counts, "keep": keep, "quick": quick}
+            cost = compile_update(role, lowered, topology, arguments=arguments, **how)
         costs.append(replace(cost, flops=needed, executed=executed))
-    return Plan(topology, dict(e.mesh), e.data.batch_size, accumulate, attention, needed_bytes(memory), costs)
+    resting = needed_bytes(memory)
+    return Plan(topology, dict(e.mesh), e.data.batch_size, accumulate, attention, resting, costs, quick)
 
 
 def smallest(e: Experiment, shapes: Shapes, first: Plan, tries: int, only: Sequence[str]) -> list[Plan]:
@@ -196,7 +206,7 @@ def smallest(e: Experiment, shapes: Shapes, first: Plan, tries: int, only: Seque
         if estimate > 1.2 * first.topology.memory or len(out) == tries:
             continue
         topology = parse_topology(candidate.topology)
-        found = plan(changed(e, candidate), shapes, topology, open_topology(topology), only=only)
+        found = plan(changed(e, candidate), shapes, topology, open_topology(topology), only=only, quick=first.quick)
         out.append(found)
         peak = max(cost.peak for cost in found.costs) / GIB
         say(f"  {topology.name}  {overrides(candidate, e.stage.losses)}  peak {peak:.1f} GiB: {verdict(found)}")
@@ -245,6 +255,8 @@ def report(e: Experiment, found: Plan) -> None:
         say(f"an iteration takes {least:.2f} s at least, at the chip's peak")
     most = max((cost.peak for cost in found.costs), default=0) / GIB
     limit = f" of {topology.memory / GIB:.1f}" if topology.memory else ""
+    if found.quick:
+        say("--quick: temporaries are not those of the programs that training compiles, mostly larger")
     say(f"verdict: {verdict(found)}; at most {most:.1f}{limit} GiB per device")
 
 

@@ -169,7 +169,7 @@ def test_a_search_ends_at_the_first_machine_that_fits(monkeypatch, capsys):
     e = config("dmd.py", "--config.mesh.fsdp=16", "--config.mesh.context=4")
     tried = []
 
-    def stand_in(e, shapes, topology, devices, *, only):
+    def stand_in(e, shapes, topology, devices, *, only, quick=False):
         mesh = dict(e.mesh)
         samples = e.data.batch_size / (mesh["fsdp"] * e.accumulate("student"))
         peak = int((640 / (mesh["fsdp"] * mesh["tensor"]) + 80 * samples / (mesh["context"] * mesh["tensor"])) * GIB)

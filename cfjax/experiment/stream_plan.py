@@ -152,12 +152,14 @@ def plan_stream(
     text_rows: int,
     only: Sequence[str] = (),
     told: Callable[[str], None] = lambda line: None,
+    quick: bool = False,
 ) -> StreamPlan:
     """Compiles everything that a stream of `c` runs, with each of the world's decoders, for one device.
 
     Args:
       only: the decoders that are compiled, or "network" for none of them; empty: all.
       told: gets lines about each program: before it is compiled, which may take minutes, meanwhile, and after.
+      quick: see `compile_update`.
 
     Raises:
       UserError: see `stream_shapes`; or no such decoder.
@@ -179,16 +181,15 @@ def plan_stream(
     passes = passes_of(pipeline.sampler, pipeline.blocks, sizes, tokens)
     size = network_size(model)
     resident = size.weight_bytes + cache_bytes(model, pipeline.sampler, pipeline.blocks, sizes, batch)
-    network = Part(
-        "network", compiled("network", log, topology, device, told), resident, stream_need(size, passes, rows, batch)
-    )
+    programs = compiled("network", log, topology, device, told, quick)
+    network = Part("network", programs, resident, stream_need(size, passes, rows, batch))
     decoders = []
     with traced_for(platform):
         for name, codec in codecs.items():
             if only and name not in only:
                 continue
             log, state = record_decoder(codec, latents, batch)
-            programs, own = compiled(name, log, topology, device, told), bytes_of((codec, state))
+            programs, own = compiled(name, log, topology, device, told, quick), bytes_of((codec, state))
             moved = sum(program.calls * (program.cost.arguments + bytes_of(state)) for program in programs)
             need = Need(sum(program.calls * program.flops for program in programs), float(moved))
             decoders.append(Part(name, programs, own, need))
@@ -262,9 +263,9 @@ def record_decoder(codec: Any, latents: list[Any], batch: int) -> tuple[CallLog,
 
 
 def compiled(
-    part: str, log: CallLog, topology: Topology, device: Any, told: Callable[[str], None]
+    part: str, log: CallLog, topology: Topology, device: Any, told: Callable[[str], None], quick: bool
 ) -> list[ProgramCost]:
-    """Every program of a log with arguments, compiled for a device; `told` as in `plan_stream`."""
+    """Every program of a log with arguments, compiled for a device; `told` and `quick` as in `plan_stream`."""
     place, out = SingleDeviceSharding(device), list[ProgramCost]()
     calls = {key: call for key, call in log.calls.items() if jax.tree.leaves(call[1])}  # without: an empty cache
     for number, (key, (function, shapes, static)) in enumerate(calls.items(), 1):
@@ -272,7 +273,7 @@ def compiled(
         name = "decode" if function is decode_step else getattr(function, "__name__", "program").strip("_")
         with telling(told, f"{name} of the {part} ({number} of {len(calls)}), {counted(log.times[key], 'call')}"):
             lowered = function.lower(*placed, **static)  # type: ignore[attr-defined]
-            cost = compile_update(name, lowered, topology, arguments=bytes_of(shapes), trip_counts={})
+            cost = compile_update(name, lowered, topology, arguments=bytes_of(shapes), trip_counts={}, quick=quick)
         out.append(ProgramCost(name, log.times[key], log.flops_of(key), cost))
     return out
 

@@ -106,6 +106,19 @@ def test_a_program_that_fails_otherwise_is_an_error():
         compile_update("student", Broken(), MACHINE, arguments=0, trip_counts={})
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_quick_plan_asks_for_the_least_effort(quick):
+    asked = []
+
+    class Large:
+        def compile(self, **options):
+            asked.append(options["compiler_options"])
+            raise ValueError("RESOURCE_EXHAUSTED: no room")
+
+    cost = compile_update("student", Large(), MACHINE, arguments=1, trip_counts={}, quick=quick)
+    assert cost.fits is False and asked == [{"exec_time_optimization_effort": -1.0} if quick else None]
+
+
 def test_a_long_compilation_says_how_far_it_is():
     lines, said = [], threading.Event()
 
