@@ -45,7 +45,7 @@ class TinyReward(PreTrainedModel):
 
     def generate(self, input_ids, token_type_ids, attention_mask, images, **settings):
         assert settings == {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 128002}
-        seen = torch.cat([images[0][0].mean((1, 2, 3)), input_ids.shape[1:2] * torch.ones(1) / 10])
+        seen = torch.cat([images[0][0].mean((1, 2, 3)), torch.tensor([input_ids.shape[1] / 10])])
         return torch.cat([input_ids, self.layer(seen).argmax().reshape(1, 1)], 1)
 """
 
@@ -59,8 +59,10 @@ def write_model(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     (folder / "modeling_tiny.py").write_text(MODEL)
     names = {"AutoConfig": "modeling_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyReward"}
     (folder / "config.json").write_text(json.dumps({"model_type": "tiny_reward", "auto_map": names}))
-    rng = np.random.default_rng(3)
-    layer = {"layer.weight": rng.normal(size=(2, 4)).astype("f4") * 3, "layer.bias": np.zeros(2, "f4")}
+    layer = {
+        "layer.weight": np.array([[0, 0, 0, 0], [0.2, -0.1, 0.1, 1]], "f4"),  # yes to long questions and bright videos
+        "layer.bias": np.array([0, -1.05], "f4"),
+    }
     save_file(layer, folder / "model.safetensors", metadata={"format": "pt"})
     words = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*WORDS, "[UNK]"])}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -81,7 +83,7 @@ def test_questions_are_asked_and_weighed(tmp_path, capsys, monkeypatch):
     weight, bias = write_model(tmp_path / "model")
     (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS))
     (tmp_path / "weight.json").write_text(json.dumps(WEIGHT))
-    videos = system(tmp_path / "v", {name: start for name, start in CLIPS.items()}, length=14)
+    videos = system(tmp_path / "v", CLIPS, length=14)
     files = f"questions={tmp_path / 'questions.txt'}|weight={tmp_path / 'weight.json'}"
     keys = {
         "videos": videos,
@@ -91,9 +93,8 @@ def test_questions_are_asked_and_weighed(tmp_path, capsys, monkeypatch):
     assert evaluate(tmp_path / "w", "visionreward", **keys, scorers__visionreward__options=files) == 0
     capsys.readouterr()
     answered = set()
-    for score, identity in zip(
-        *(getattr(load_scored(tmp_path / "w"), name) for name in ("scores", "identity")), strict=True
-    ):
+    scored = load_scored(tmp_path / "w")
+    for score, identity in zip(scored.scores, scored.identity, strict=True):
         with reading(SourceClip(score.file, videos / score.file)) as opened:
             frames = np.stack([np.array(frame) for frame in opened.frames])[[0, 8, 13]]  # 14 frames at 8 a second
         mean = frames.astype("f4").mean((0, 1, 2)) / 255

@@ -170,7 +170,7 @@ def main():
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]  # this file is no package's module
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    opened = {}
+    opened: dict = {}
     for line in sys.stdin:
         try:
             reply = {"gives": answer(json.loads(line), opened)}
