@@ -88,8 +88,9 @@ def get_config(spec: str) -> ConfigDict:
 
 
 def general(name: str) -> str:
-    """A key without the name of its role or budget."""
+    """A key without the name of its role, scorer or budget."""
     name = re.sub(r"^(roles|optim|ema|cadence)\.\w+", r"\1.ROLE", name)
+    name = re.sub(r"^scorers\.\w+", "scorers.NAME", name)
     return re.sub(r"^titles\..*", "titles.NAME", re.sub(r"^budgets\.\w+", "budgets.NAME", name))
 
 

@@ -11,9 +11,10 @@ from cfjax.core.console import counted, say
 from cfjax.core.errors import UserError
 from cfjax.core.lock import holding
 from cfjax.core.paths import write_atomically
-from cfjax.evaluation.clip_folders import PAGE, RESULT, compare_folders, score_folder, summary_lines
+from cfjax.evaluation.clip_folders import PAGE, RESULT, Scoring, compare_folders, score_folder, summary_lines
 from cfjax.evaluation.clip_score import Settings
 from cfjax.evaluation.clip_summary import VIDEOS
+from cfjax.evaluation.scorers import ScorerSettings, check_names, parse_options
 from cfjax.evaluation.tables import gather, write_table
 from cfjax.evaluation.vbench_total import RESULT as VBENCH
 from cfjax.evaluation.vbench_total import read_results, total_json, total_lines
@@ -27,8 +28,9 @@ Writes evaluation.json and samples.npz to the workdir. With --config=configs/eva
 by side instead: mean and standard deviation over seeds, table.json and table.md. With configs/evaluate.py:long it
 measures long videos under memory policies over time, with :switch sessions whose prompt changes: long.json, switch.json
 and their videos. With --config.videos=FOLDER it measures the clips of any system in that folder: videos.json. With
---config.compare=A,B it compares two such folders, prompt by prompt: compare.html and compare.json. With
---config.vbench=FOLDER it sums up what VBench wrote there to quality, semantic and total: vbench.json."""
+--config.compare=A,B it compares two such folders, prompt by prompt: compare.html and compare.json. Beside either,
+--config.score=NAME runs official scorers, or your own. With --config.vbench=FOLDER it sums up what VBench wrote there
+to quality, semantic and total: vbench.json."""
 SHOWN = (
     "all_correct",
     "shape_correct",
@@ -49,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
         return _vbench(c, workdir)
     if c.videos or c.compare or c.against:
         return _clips(c, workdir)
+    if c.score:
+        raise UserError(f"--config.score={','.join(c.score)}: scorers score clips: give --config.videos or compare")
     if c.evaluations:
         say(write_table(workdir, gather(c.evaluations)))
         say(f"written to {workdir}/table.json and {workdir}/table.md")
@@ -70,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _vbench(c: ConfigDict, workdir: Path) -> int:
     """VBench's own results; see `evaluation.vbench_total`."""
-    if others := [name for name in ("videos", "against", "compare") if c[name]]:
+    if others := [name for name in ("videos", "against", "compare", "score") if c[name]]:
         raise UserError(f"vbench sums up results that are there: leave {', '.join(others)} out")
     scores = read_results(c.vbench)
     with holding(workdir):
@@ -88,16 +92,35 @@ def _clips(c: ConfigDict, workdir: Path) -> int:
     if c.against and not c.videos:
         raise UserError(f"against={c.against}: is compared with the clips of --config.videos; give both")
     settings = Settings(tuple(c.metrics), c.block, c.first_block, c.fps)
+    scoring = Scoring(_scorers(c), c.prompts)
     with holding(workdir):
         if c.compare:
-            compare_folders(tuple(c.compare), settings, workdir, workers=c.workers, tell=say)
+            compare_folders(tuple(c.compare), settings, workdir, workers=c.workers, tell=say, scoring=scoring)
             say(f"written to {workdir}/{PAGE} and {workdir}/{RESULT}")
             return 0
-        score_folder(c.videos, c.against, settings, workdir, workers=c.workers)
+        score_folder(c.videos, c.against, settings, workdir, workers=c.workers, scoring=scoring)
         for line in summary_lines(workdir):
             say(line)
     say(f"written to {workdir}/{VIDEOS}")
     return 0
+
+
+def _scorers(c: ConfigDict) -> list[ScorerSettings]:
+    """The settings of the scorers that `score` names."""
+    check_names(tuple(c.score))
+    for name, keys in c.scorers.items():
+        if name not in c.score and (given := [key for key, value in keys.items() if value]):
+            raise UserError(
+                f"scorers.{name}.{given[0]} is set, and score does not name {name}: add --config.score={name}"
+            )
+    out = []
+    for name in c.score:
+        if name not in c.scorers:
+            raise UserError(f"--config.score={name}: this config has no group scorers.{name}; use configs/evaluate.py")
+        keys = c.scorers[name]
+        options = parse_options(keys.options, f"--config.scorers.{name}.options")
+        out.append(ScorerSettings(name, keys.weights, keys.python, keys.device, options))
+    return out
 
 
 def _streams(c: ConfigDict, run: Run, workdir: Path) -> int:

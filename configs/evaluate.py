@@ -25,6 +25,14 @@ that were generated together, for seams, and `first_block` that of the first one
 latent frames; 0 for the same); `fps` replaces the files' frame rate, which folders of pictures do not have; `workers`
 clips are measured at a time, 0 for one a core.
 
+`score` names scorers that need weights (lpips, fvd, vbench, vbench_long, visionreward, hpsv3, or those of installed
+packages), and `scorers.NAME` has what each needs: weights, a file or folder; python, of the environment that has its
+package; device; options, NAME=VALUE with a | between them (docs/evaluate.md). Beside videos and compare, `prompts` is
+a file: the list that the clips' prompts are from.
+
+    cfjax evaluate --config.videos=runs/videos --config.against=real/videos --config.score=fvd \
+        --config.scorers.fvd.weights=i3d_torchscript.pt --workdir=runs/scored
+
 `vbench` is a folder with what VBench's own evaluation wrote (`*_eval_results.json`), or such a file: quality, semantic
 and total as its leaderboard has them.
 """
@@ -66,5 +74,7 @@ def get_config(arg: str = ""):
             "fps": 0.0,
             "workers": 0,
             "vbench": "",
+            "score": (),
+            "scorers": presets.scorers(),
         }
     )

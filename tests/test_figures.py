@@ -105,7 +105,10 @@ def test_the_speed_of_measuring_videos_is_that_of_the_record():
     made = record("evaluate_videos.json")
     rows, text = {row["case"]: row for row in made["rows"]}, " ".join(text_of("docs/evaluate.md").split())
     whole, faster = rows["all"], made["faster_than_vbench"]
-    assert f"{max(whole['frames_per_s']):.0f} frames a second with everything" in text
+    shares = [100 * share for row in rows.values() for share in row["others_share"]]
+    assert f"On {made['cores']} cores of which other programs took {min(shares):.0f} to {max(shares):.0f} %:" in text
+    real_time = f"{whole['times_real_time']:.1f} times real time"
+    assert f"{max(whole['frames_per_s']):.0f} frames a second with everything, {real_time}" in text
     assert f"{max(whole['frames_per_cpu_s']):.0f} a second of one core's time, and {whole['grown_mib']:.0f} MiB" in text
     assert f"{faster['median']:.1f} times less time than VBench's function ({faster['min']:.1f} at least)" in text
     assert f"{made['largest_difference']:.1e} apart" in text

@@ -33,6 +33,7 @@ EMPTY = {
     "init_stages": str,
     "layers": int,
     "origins": str,
+    "score": str,
     "seeds": int,
     "steps": int,
 }

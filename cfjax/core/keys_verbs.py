@@ -160,7 +160,7 @@ EVALUATE = (
     Key("frames", "Length of a long video or session; 0 is ten times, or twice, that of training.", "latent frames"),
     Key("memories", "`:long`: memory policies with a | between them (docs/memory.md)."),
     Key("memory", "`:switch`: the sessions' memory policy.", "policy"),
-    Key("prompts", "`:switch`: two prompts with a | between them, the second from the middle on."),
+    Key("prompts", "`:switch`: two prompts, A|B; beside videos or compare: the clips' list, FILE or FILE|EXTENDED."),
     Key("modes", "`:switch`: what happens to the past there: some of recache|keep|cut."),
     Key("videos", "Instead of a run: a folder of clips, of any system, that is measured.", "folder"),
     Key("against", "References of the same names as `videos`.", "folder"),
@@ -170,6 +170,11 @@ EVALUATE = (
     Key("first_block", "Frames of the first block; 0 is as the others.", "pixel frames"),
     Key("fps", "In place of the files' rate; 0 is the files'.", "frames/s"),
     Key("workers", "Clips measured at a time; 0 is one a core.", "processes"),
+    Key("score", "Scorers that run on the clips: lpips, fvd, vbench, vbench_long, visionreward, hpsv3, or your own."),
+    Key(r"scorers\.\w+\.weights", "The scorer's weights.", "file or folder"),
+    Key(r"scorers\.\w+\.python", "Interpreter of the environment with its package; '' is this one.", "file"),
+    Key(r"scorers\.\w+\.device", "Where it runs; '' is cuda where torch has it.", "", ("", "cpu", "cuda")),
+    Key(r"scorers\.\w+\.options", "Its own settings: NAME=VALUE with a | between them (docs/evaluate.md)."),
     Key("vbench", "Instead: VBench's own results, a folder of *_eval_results.json or one of them.", "folder"),
 )  # fmt: skip
 

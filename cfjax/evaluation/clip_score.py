@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -100,9 +100,14 @@ SCORE = table(
 _RECORD = table({"version": one_of(VERSION), "made_of": text(10_000), "score": SCORE})
 
 
-def score_of(values: Mapping[str, Any]) -> ClipScore:
-    """A score of what `SCORE` allows; metrics that this version does not know are left out."""
-    known = {name: v for name, v in values["values"].items() if v is not None and name in BY_NAME}
+def score_of(values: Mapping[str, Any], scorers: Collection[str] = ()) -> ClipScore:
+    """A score of what `SCORE` allows; metrics that this version does not know are left out.
+
+    Args:
+      scorers: whose metrics, SCORER or SCORER.NUMBER, are known too.
+    """
+    found = {name: v for name, v in values["values"].items() if v is not None}
+    known = {name: v for name, v in found.items() if name in BY_NAME or name.partition(".")[0] in scorers}
     return ClipScore(**{**{k: v for k, v in values.items() if k in ClipScore.__dataclass_fields__}, "values": known})
 
 

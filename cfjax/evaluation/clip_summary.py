@@ -13,11 +13,11 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.core.limits import LIST_BYTES
 from cfjax.core.paths import write_atomically
-from cfjax.core.schema import checked, each_of, load_json, several, table, text, whole
+from cfjax.core.schema import anything, checked, each_of, load_json, number, several, table, text, whole
 from cfjax.evaluation.clip_identity import Identity, identities
 from cfjax.evaluation.clip_score import SCORE, ClipScore, Settings, score_of, without_pictures
 from cfjax.evaluation.clip_source import SourceClip, find_source_clips
-from cfjax.evaluation.clip_table import METRICS
+from cfjax.evaluation.clip_table import metrics_of
 from cfjax.evaluation.paired import interval
 
 VIDEOS = "videos.json"
@@ -32,6 +32,8 @@ class Scored:
       videos: the folder.  found_by: how prompts and seeds were found, in words.
       identity: of each clip, in the order of `scores`.
       notes: lines to be told.
+      scorers: what decided each scorer's numbers, and its numbers of the whole folder.
+      prompts: the list of prompts that was given; {} for none.
     """
 
     videos: str
@@ -41,6 +43,8 @@ class Scored:
     settings: Mapping[str, Any] = field(default_factory=dict)
     against: str = ""
     notes: tuple[str, ...] = ()
+    scorers: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[str, Any] = field(default_factory=dict)
 
     def measured(self) -> list[tuple[Identity, ClipScore]]:
         """Those that could be measured."""
@@ -109,7 +113,7 @@ def by_prompt(rows: Sequence[tuple[Identity, float]]) -> dict[str, float]:
 def summary(scored: Scored) -> dict[str, dict[str, float | int]]:
     """By metric: mean over the prompts, its 95 % bootstrap interval where there are two or more, and the clips."""
     out = {}
-    for metric in METRICS:
+    for metric in metrics_of(name for _, score in scored.measured() for name in score.values):
         rows = [(i, score.values[metric.name]) for i, score in scored.measured() if metric.name in score.values]
         if rows:
             means = np.array(list(by_prompt(rows).values()))
@@ -160,6 +164,8 @@ def save_scored(workdir: Path, scored: Scored) -> dict[str, Any]:
         "notes": scored.notes,
         "summary": summary(scored),
         "diversity": diversity(scored),
+        **({"scorers": scored.scorers} if scored.scorers else {}),
+        **({"prompts": scored.prompts} if scored.prompts else {}),
         "clips": [
             {"prompt": one.prompt, "seed": one.seed, **_plain(score)}
             for one, score in zip(scored.identity, scored.scores, strict=True)
@@ -182,10 +188,26 @@ def _installed(name: str) -> bool:
         return False
 
 
+_SCORER = table(
+    {
+        "version": text(4096),
+        "weights": each_of(text(64)),
+        "options": each_of(text(2**16)),
+        "folder": each_of(number(-1e300, 1e300)),
+        "clips": whole(),
+        "against": whole(),
+    }
+)
 _CLIPS = several(table({"prompt": text(100_000), "seed": whole(-1, 10**10)}), 1)
 _SCORED = table(
     {"videos": text(4096), "prompts_by": text(4096), "clips": _CLIPS},
-    {"settings": each_of(lambda name, value: ""), "notes": several(text(2**14))},
+    {
+        "settings": each_of(anything),
+        "notes": several(text(2**14)),
+        "scorers": each_of(_SCORER),
+        "prompts": each_of(anything),
+        "against": text(4096),
+    },
 )
 
 
@@ -198,7 +220,9 @@ def load_scored(workdir: Path) -> Scored:
     file = workdir / VIDEOS
     try:
         content = checked(_SCORED, load_json(file, LIST_BYTES), file)
-        scores = [score_of(checked(SCORE, clip, f"{file}: clips[{n}]")) for n, clip in enumerate(content["clips"])]
+        known = content.get("scorers", {}).keys()
+        clips = enumerate(content["clips"])
+        scores = [score_of(checked(SCORE, clip, f"{file}: clips[{n}]"), known) for n, clip in clips]
     except FileNotFoundError:
         raise UserError(f"{file}: is not there; cfjax evaluate --config.videos=FOLDER writes it") from None
     except (OSError, ValueError) as error:
@@ -210,7 +234,10 @@ def load_scored(workdir: Path) -> Scored:
         scores,
         identity,
         content.get("settings", {}),
-        notes=tuple(content.get("notes", ())),
+        content.get("against", ""),
+        tuple(content.get("notes", ())),
+        content.get("scorers", {}),
+        content.get("prompts", {}),
     )
 
 

@@ -1,5 +1,6 @@
 """The metrics of a clip by name: unit, meaning, source. docs/evaluate.md has the formulas."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 FLICKERING, FRAMES, MOTION = "flickering", "frames", "motion"
@@ -57,6 +58,28 @@ METRICS = (
     Metric("action_sign", "Action, direction", "share", "asked moves whose direction is right", 3),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+_SCORED = {
+    "lpips": "LPIPS against the reference, mean over frames; 0 is equal",
+    "visionreward": "VisionReward's weighted answers",
+    "visionreward.instruction_following": "mean answer, yes 1 and no -1, to its questions that quote the prompt",
+    "hpsv3": "HPSv3's reward, mean over frames",
+}
+
+
+def metric_of(name: str) -> Metric:
+    """A metric of the table, or one of a scorer: its name, SCORER or SCORER.NUMBER, is all that is known of it."""
+    if name in BY_NAME:
+        return BY_NAME[name]
+    scorer, _, own = name.partition(".")
+    return Metric(name, name, "", _SCORED.get(name, f"{own or 'the number'} of scorer {scorer}"), 4)
+
+
+def metrics_of(names: Iterable[str]) -> tuple[Metric, ...]:
+    """The metrics of these names: the table's in its order, then those of scorers by name."""
+    given = set(names)
+    return tuple(m for m in METRICS if m.name in given) + tuple(map(metric_of, sorted(given - BY_NAME.keys())))
 
 
 def known_groups(names: tuple[str, ...]) -> str:

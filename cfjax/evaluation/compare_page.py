@@ -18,9 +18,9 @@ from cfjax.data.pictures import Unusable
 from cfjax.evaluation.clip_score import ClipScore
 from cfjax.evaluation.clip_source import SourceClip, find_source_clips, reading
 from cfjax.evaluation.clip_summary import Scored
-from cfjax.evaluation.clip_table import BY_NAME
+from cfjax.evaluation.clip_table import metric_of
 from cfjax.evaluation.paired import LEVEL, Comparison
-from cfjax.evaluation.pairing import Pair, Paired
+from cfjax.evaluation.pairing import Pair, Paired, whole_folders
 from cfjax.evaluation.report import page_head, section
 from cfjax.evaluation.video import spread
 from cfjax.evaluation.wall import WallColumn, escaped, wall_of
@@ -79,7 +79,7 @@ def _table(rows: Mapping[str, Comparison], unit: str) -> str:
     )
     body = []
     for name, row in rows.items():
-        metric = BY_NAME[name]
+        metric = metric_of(name)
         digits = metric.digits
         title = f"|{metric.title}|" if metric.size else metric.title
         bounds = f"{shown_number(row.low, digits)} to {shown_number(row.high, digits)}"
@@ -106,7 +106,7 @@ def _table(rows: Mapping[str, Comparison], unit: str) -> str:
             + "</tr>"
         )
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
-    named = map(BY_NAME.__getitem__, rows)
+    named = map(metric_of, rows)
     meanings = "".join(f"<dt>{escaped(metric.title)}</dt><dd>{escaped(metric.help)}</dd>" for metric in named)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Metrics"><table>\n<thead><tr>{head}</tr></thead>\n'
@@ -175,6 +175,23 @@ def clip_wall(chosen: Sequence[tuple[Pair, str]], a: Scored, b: Scored) -> str:
     return wall_of(columns, captions, steps * firsts[0].fps / firsts[0].frames, lossy=True)
 
 
+def _whole(a: Scored, b: Scored) -> str:
+    """Scorers' numbers of whole folders; "" where there are none."""
+    rows = "".join(
+        f'<tr><th scope="row">{escaped(name)}</th>'
+        + "".join(f"<td>{shown_number(x, 4)}</td>" for x in (ours, theirs, theirs - ours))
+        + "</tr>"
+        for name, (ours, theirs) in whole_folders(a, b).items()
+    )
+    if not rows:
+        return ""
+    heads = "".join(f'<th scope="col">{text}</th>' for text in ("", "A", "B", "B \u2212 A"))
+    return (
+        f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody></table>\n"
+        '<p class="note">One number a side: there is nothing to test.</p>'
+    )
+
+
 def _without_partner(side: str, names: Sequence[str]) -> str:
     more = ", \u2026" if len(names) > 8 else ""
     return f"{len(names)} of {side} without a partner: {escaped(', '.join(names[:8]))}{more}"
@@ -185,7 +202,7 @@ def comparison_page(
 ) -> str:
     """The whole page."""
     title = f"{Path(a.videos).name} against {Path(b.videos).name}"
-    sure = [BY_NAME[name].title for name, row in rows.items() if row.p_holm < LEVEL]
+    sure = [metric_of(name).title for name, row in rows.items() if row.p_holm < LEVEL]
     verdict = f"A and B differ in: {', '.join(sure)}." if sure else "No difference is beyond chance after correction."
     count = max((row.prompts for row in rows.values()), default=1)
     if (least := min(1.0, len(rows) * 2.0 ** (1 - count))) > LEVEL:  # all differences of one sign
@@ -203,6 +220,7 @@ def comparison_page(
             f"{page_head(title, (assets / 'report.css').read_text())}\n<body>",
             f"<header><h1>{escaped(title)}</h1><p>{escaped(lead)}</p></header>\n<main>",
             section("metrics", "Metrics", _table(rows, unit)),
+            section("folders", "Whole folders", _whole(a, b)),
             section("wall", "Where they differ most", clip_wall(chosen, a, b)),
             section("left", "Left over", f"<ul>{''.join([*left, *notes])}</ul>" if left or notes else ""),
             f"</main>\n<script>\n{(assets / 'report.js').read_text()}</script>\n</body>\n</html>\n",
@@ -223,6 +241,8 @@ def comparison_json(
         "alone_a": list(paired.alone_a),
         "alone_b": list(paired.alone_b),
         "metrics": rows,
+        "folders": {name: {"a": ours, "b": theirs} for name, (ours, theirs) in whole_folders(a, b).items()},
+        "scorers": {name: about["version"] for name, about in a.scorers.items() if name in b.scorers},
         "most_different": [
             {"prompt": pair.prompt, "seed": pair.seed, "by": why, "a": pair.a[0].file, "b": pair.b[0].file}
             for pair, why in chosen

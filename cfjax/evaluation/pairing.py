@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from cfjax.core.errors import UserError
 from cfjax.evaluation.clip_identity import Identity
 from cfjax.evaluation.clip_score import ClipScore
 from cfjax.evaluation.clip_summary import Scored
-from cfjax.evaluation.clip_table import METRICS
+from cfjax.evaluation.clip_table import Metric, metrics_of
 
 Clip = tuple[Identity, ClipScore]
 
@@ -84,6 +84,12 @@ def _keyed(scored: Scored, *, with_seed: bool) -> dict[tuple[str, int], list[Cli
     return out
 
 
+def _compared(pairs: Sequence[Pair]) -> list[Metric]:
+    """The metrics that some clip of the pairs has and that systems are compared by."""
+    clips = (score for pair in pairs for side in (pair.a, pair.b) for score in side)
+    return [metric for metric in metrics_of(name for score in clips for name in score.values) if metric.compared]
+
+
 def values_of(pairs: Sequence[Pair]) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
     """A's and B's values by metric, unit by unit, and what a unit is: "prompt", or "seed" where there is one prompt.
 
@@ -92,9 +98,7 @@ def values_of(pairs: Sequence[Pair]) -> tuple[dict[str, tuple[list[float], list[
     prompts = {pair.key() for pair in pairs}
     unit = "prompt" if len(prompts) > 1 or len(pairs) == 1 else "seed"
     out = {}
-    for metric in METRICS:
-        if not metric.compared:
-            continue
+    for metric in _compared(pairs):
         groups: dict[object, list[tuple[float, float]]] = {}
         for number, pair in enumerate(pairs):
             found = pair.values(metric.name, metric.size)
@@ -111,9 +115,10 @@ def most_different(pairs: Sequence[Pair], count: int) -> list[tuple[Pair, str]]:
 
     The metric named is the one with the largest term.
     """
-    gaps = np.full((len(pairs), len(METRICS)), math.nan)
-    for m, metric in enumerate(METRICS):
-        for n, pair in enumerate(pairs) if metric.compared else ():
+    metrics = _compared(pairs)
+    gaps = np.full((len(pairs), len(metrics)), math.nan)
+    for m, metric in enumerate(metrics):
+        for n, pair in enumerate(pairs):
             a, b = pair.values(metric.name, metric.size)
             gaps[n, m] = abs(b - a)
     known = np.isfinite(gaps)
@@ -122,4 +127,44 @@ def most_different(pairs: Sequence[Pair], count: int) -> list[tuple[Pair, str]]:
     terms = np.where(known & (scale > 0), gaps / np.where(scale > 0, scale, 1.0), 0.0)
     totals = terms.sum(1) / np.maximum(known.sum(1), 1)
     order = np.argsort(-totals, kind="stable")[:count]
-    return [(pairs[n], METRICS[int(terms[n].argmax())].title) for n in order]
+    return [(pairs[n], metrics[int(terms[n].argmax())].title) for n in order]
+
+
+def alike(a: Scored, b: Scored) -> tuple[Scored, Scored, list[str]]:
+    """Both sides without the numbers of scorers that ran in another version, with other weights or options.
+
+    Returns:
+      the sides, and a line for each scorer that was left out.
+    """
+    lines, out = [], set()
+    for name in a.scorers.keys() & b.scorers.keys():
+        ours, theirs = a.scorers[name], b.scorers[name]
+        for part in ("version", "weights", "options"):
+            if ours[part] != theirs[part]:
+                lines.append(f"not compared: {name}, whose {part} differ: A {ours[part]}, B {theirs[part]}")
+                out.add(name)
+                break
+    return _without(a, out), _without(b, out), sorted(lines)
+
+
+def _without(scored: Scored, names: set[str]) -> Scored:
+    """A side without the numbers of some scorers."""
+    if not names:
+        return scored
+    scores = [
+        replace(score, values={n: x for n, x in score.values.items() if n.partition(".")[0] not in names})
+        for score in scored.scores
+    ]
+    return replace(scored, scores=scores, scorers={n: x for n, x in scored.scorers.items() if n not in names})
+
+
+def whole_folders(a: Scored, b: Scored) -> dict[str, tuple[float, float]]:
+    """Scorers' numbers of whole folders that both sides have; those against a reference for equal references."""
+    out = {}
+    for name in sorted(a.scorers.keys() & b.scorers.keys()):
+        sides = a.scorers[name], b.scorers[name]
+        if any(side["against"] for side in sides) and a.against != b.against:
+            continue
+        shared = (key for key in sides[0]["folder"] if key in sides[1]["folder"])
+        out |= {key: (sides[0]["folder"][key], sides[1]["folder"][key]) for key in shared}
+    return out

@@ -119,6 +119,17 @@ def game() -> ConfigDict:
     return ConfigDict({**weights, "r1_sigma": 0.01, "r2_sigma": 0.01, "relativistic": False})
 
 
+def scorers() -> ConfigDict:
+    """Settings of every scorer that is installed, by name; "" is none, this environment, and cuda where there is one.
+
+    A package that adds a scorer (`cfjax.evaluation.scorers`) has its keys here with no change.
+    """
+    from cfjax.evaluation.scorers import known_scorers  # other configs need no decoder of videos
+
+    keys = ("weights", "python", "device", "options")
+    return ConfigDict({name: ConfigDict(dict.fromkeys(keys, "")) for name in known_scorers()})
+
+
 def blocks(framewise: bool = False) -> ConfigDict:
     """Three latent frames per block ("chunk-wise"), or one."""
     return ConfigDict({"frames": 1 if framewise else 3, "independent_first_frame": False, "window": 0, "sink": 0})

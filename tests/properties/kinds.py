@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -554,13 +555,95 @@ def _sane_vbench(one: Any, whole: Any) -> bool:
     return set(one) <= set(whole) and all(0 <= score <= 1 for score in one.values())
 
 
-def _measured(folder: Path) -> None:
-    from cfjax.evaluation.clip_folders import score_folder
-    from cfjax.evaluation.clip_score import Settings
+class Mini:
+    """A scorer: how bright a clip is."""
+
+    name, version, needs = "mini", "1", frozenset()
+
+    def __init__(self, settings: Any) -> None:
+        self.path = Path(settings.weights)
+
+    def weights(self) -> list[Path]:
+        return [self.path]
+
+    def close(self) -> None:
+        pass
+
+    def score(self, clip: Any) -> dict[str, float]:
+        return {"": float(np.mean([frame.mean() for frame in clip.frames()]))}
+
+
+def _scored(folder: Path) -> None:
+    _frames(folder)
+    (folder / "mini.bin").write_bytes(b"weights")
+    _read_scored(folder)
+
+
+def _read_scored(folder: Path) -> Any:
+    from cfjax.evaluation.clip_source import find_source_clips
+    from cfjax.evaluation.scorer_runs import ScorerJob, run_scorers
+    from cfjax.evaluation.scorers import BUILT_IN, ScoredClip, ScorerSettings
+
+    clips = [ScoredClip(clip, "a cat") for clip in find_source_clips(folder / "videos", "videos")]
+    with mock.patch.dict(BUILT_IN, mini="tests.properties.kinds:Mini"):
+        asked = [ScorerSettings("mini", str(folder / "mini.bin"))]
+        (found,) = run_scorers(asked, ScorerJob(clips, (), folder / "work"))
+    return plain(found)
+
+
+def _sane_scored(one: Any, whole: Any) -> bool:
+    """Another number or fewer, another fault; a hash is one that was kept."""
+    numbers = [x for values in one["clips"].values() for x in values.values()]
+    return all(math.isfinite(x) for x in numbers) and one["weights"].keys() == whole["weights"].keys()
+
+
+def _vbench_list(folder: Path) -> None:
+    rows = [{"prompt_en": "a cat", "dimension": ["color", "scene"]}, {"prompt_en": "a dog", "dimension": ["color"]}]
+    (folder / "VBench_full_info.json").write_text(json.dumps(rows, indent=4))
+
+
+def _read_vbench_list(folder: Path) -> Any:
+    from cfjax.evaluation.prompt_lists import read_prompt_list
+
+    found = read_prompt_list(str(folder / "VBench_full_info.json"))
+    return list(found.prompts), [list(names) for names in found.dimensions]
+
+
+def _sane_list(one: Any, whole: Any) -> bool:
+    """Other words; the list's hash tells them apart."""
+    return 0 < len(one[0]) <= 20 and all(text.strip() and _is_text(text) for text in one[0])
+
+
+def _questions(folder: Path) -> None:
+    (folder / "questions.txt").write_text('Does it meet "[[prompt]]"?\nIs the light good?\n')
+    (folder / "weight.json").write_text("[0.5, 0.25]")
+
+
+def _read_asked(folder: Path) -> Any:
+    from cfjax.evaluation.reward_scorers import read_questions
+
+    asked, weights = read_questions(str(folder / "questions.txt"), str(folder / "weight.json"), "key")
+    return asked, weights.tolist()
+
+
+def _sane_asked(one: Any, whole: Any) -> bool:
+    """Other words or weights; files' hashes tell them apart."""
+    return len(one[0]) == len(one[1]) and all(map(math.isfinite, one[1])) and all(map(_is_text, one[0]))
+
+
+def _frames(folder: Path) -> None:
+    """A clip of three pictures."""
     from cfjax.evaluation.video import write_png
 
     for number in range(3):
         write_png(folder / "videos" / f"{number}.png", np.full((4, 4, 3), 40 * number, np.uint8))
+
+
+def _measured(folder: Path) -> None:
+    from cfjax.evaluation.clip_folders import score_folder
+    from cfjax.evaluation.clip_score import Settings
+
+    _frames(folder)
     score_folder(str(folder / "videos"), "", Settings(("flickering",), fps=8.0), folder / "work", workers=1)
 
 
@@ -655,6 +738,11 @@ KINDS: dict[str, Kind] = {
     "LMDB, cut": Kind(_pairs, "pairs/data.mdb", _read_lmdb, lambda data, rng: data[: rng.randrange(len(data))], alike),
     "clip's record": Kind(_measured, "work/clips/videos.json", _read_record, json_file, _sane_score),
     "videos.json": Kind(_measured, "work/videos.json", _read_measured, json_file, _sane_score),
+    "scorer's record": Kind(_scored, "work/scorers/mini/clips/videos.json", _read_scored, json_file, _sane_scored),
+    "weights.json": Kind(_scored, "work/scorers/weights.json", _read_scored, json_file, _sane_scored),
+    "VBench's prompts": Kind(_vbench_list, "VBench_full_info.json", _read_vbench_list, json_file, _sane_list),
+    "questions": Kind(_questions, "questions.txt", _read_asked, bits, _sane_asked),
+    "questions' weights": Kind(_questions, "weight.json", _read_asked, json_file, _sane_asked),
     "VBench's results": Kind(_vbench, "model_eval_results.json", _read_vbench, json_file, _sane_vbench),
     "text cache": Kind(_cached_text, "entry", _read_text, bits, _as_whole),
     **{
