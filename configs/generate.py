@@ -57,6 +57,7 @@ def get_config(arg: str = ""):
             "encoding": "",  # of that file, if it is not UTF-8: gbk, cp1252 ...
             "timeline": "",  # instead: prompts over time, "a[5s] | b[10s#]", or a .jsonl or .json file (docs/memory.md)
             "negative_prompt": "",  # "": the world's own
+            "actions": "",  # of a run that can be steered: keys held for so many latent frames, "right*6, up+left*3"
             "videos": 1 if wan else 4,  # of each prompt
             "seed": 0,  # of a prompt's first video
             "seeds": (),  # of all its videos, in place of seed and videos

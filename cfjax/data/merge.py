@@ -42,11 +42,9 @@ class Member:
             return cls(dataset, replace(dataset.layout, kept_in=kept))
         dtype = dataset.manifest["arrays"]["latents"]["dtype"]
         rows, width = dataset.text_shape
-        points = dataset.trajectory_points
-        return cls(
-            dataset,
-            Layout(dataset.latent_shape, rows, width, trajectory_points=points, dtype=dtype, text_dtype="float32"),
-        )
+        points, keys = dataset.trajectory_points, dataset.manifest["arrays"].get("actions", {"shape": [0]})["shape"][-1]
+        how = {"trajectory_points": points, "action_keys": keys, "dtype": dtype, "text_dtype": "float32"}
+        return cls(dataset, Layout(dataset.latent_shape, rows, width, **how))
 
     def record(self, index: int) -> Record:
         """Record `index` with everything it holds. Raises BrokenRecord, or UserError for the machine's failures."""
@@ -56,6 +54,7 @@ class Member:
         assert isinstance(dataset, LatentDataset)
         values = dataset[index]
         kept = {"latents": "latents_FHWC", "trajectory": "trajectory_JFHWC", "text": "text_SE"}
+        kept["actions"] = "actions_FA"
         arrays = {name: values[key] for name, key in kept.items() if key in values}
         return Record(f"{dataset.path.name}/{index}", index, dataset.caption(index), arrays)
 
