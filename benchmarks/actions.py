@@ -105,7 +105,7 @@ ROWS = {
 
 def loop_table(results: dict[str, Any]) -> str:
     """The closed loop of the student, a row for each number, as docs/actions.md has it."""
-    found = results["loop"]["dmd"] if "dmd" in results["loop"] else next(iter(results["loop"].values()))
+    found = results["loop"]["toy_steered"]
     head = f"| {found['sequences']} sequences of {found['blocks']} blocks | all | by tenths of the video |"
     lines = [head, "|---|---|---|"]
     for key, title in ROWS.items():
@@ -137,7 +137,7 @@ def main() -> None:
     sequences, blocks = (200, 60) if given.what == "loop" else (50, 20)
     found = measured(given.run, sequences=given.sequences or sequences, blocks=given.blocks or blocks)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    key = found["stage"] if given.what == "loop" else found["form"]
+    key = Path(given.run).name if given.what == "loop" else found["form"]
     results.setdefault(given.what, {})[key] = found
     write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
     say(json.dumps({name: value for name, value in found.items() if not isinstance(value, dict)}, indent=1))

@@ -66,8 +66,7 @@ def get_config(arg: str = ""):
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
             "strength": -1.0,  # video to video: the noise level that `video` is brought to, 0 to 1; -1: go on from it
             "fit": "cover",  # or stretch, as `inference.py` of the reference
-            "height": video["height"],  # pixels; 0: what the run was trained on
-            "width": video["width"],
+            **{side: video[side] for side in ("height", "width")},  # pixels; 0: what the run was trained on
             "frames": video["frames"],  # pixel frames in all, given ones included
             # how
             "sampler": _sampler(),

@@ -42,9 +42,10 @@ class Member:
             return cls(dataset, replace(dataset.layout, kept_in=kept))
         dtype = dataset.manifest["arrays"]["latents"]["dtype"]
         rows, width = dataset.text_shape
-        points, keys = dataset.trajectory_points, dataset.manifest["arrays"].get("actions", {"shape": [0]})["shape"][-1]
-        how = {"trajectory_points": points, "action_keys": keys, "dtype": dtype, "text_dtype": "float32"}
-        return cls(dataset, Layout(dataset.latent_shape, rows, width, **how))
+        points = dataset.trajectory_points
+        keys = dataset.manifest["arrays"].get("actions", {"shape": [0]})["shape"][-1]
+        layout = Layout(dataset.latent_shape, rows, width, "records", points, dtype, "float32", action_keys=keys)
+        return cls(dataset, layout)
 
     def record(self, index: int) -> Record:
         """Record `index` with everything it holds. Raises BrokenRecord, or UserError for the machine's failures."""

@@ -273,8 +273,15 @@ def precompute(
     if steering := getattr(source, "steering", None):
         description["source"]["steering"] = steering.to_json()
     encode = jax.jit(codec.encode)
-    how: dict[str, Any] = {"dtype": dtype, "description": description, "overwrite": overwrite, "action_keys": keys}
-    writer = LatentWriter(path, records=len(source), latent_shape=shape, **how)
+    writer = LatentWriter(
+        path,
+        records=len(source),
+        latent_shape=shape,
+        dtype=dtype,
+        action_keys=keys,
+        description=description,
+        overwrite=overwrite,
+    )
     with writer:
         for items in _batches(source, batch_size, progress):
             latents = np.asarray(encode(np.stack([item["video_PHWC"] for item in items])))

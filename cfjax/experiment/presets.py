@@ -15,7 +15,7 @@ MINI_LATENTS = (9, 8, 12)  # of such a video: frames, height, width
 
 
 def switches(arg: str, *known: str) -> list[str]:
-    """The switches in a config's argument, `configs/NAME.py:switch,switch`.
+    """The switches in a config's argument, `configs/NAME.py:switch,switch`; `toy` too, where one is of the toy alone.
 
     Raises:
       UserError: a switch that is not `known`.
@@ -24,7 +24,7 @@ def switches(arg: str, *known: str) -> list[str]:
     unknown = [word for word in words if word not in known]
     if unknown:
         raise UserError(f"--config=...:{arg}: unknown switch {unknown[0]!r}; use {', '.join(known)}")
-    return words
+    return [*words, "toy"] if "toy" not in words and any(word in STEERED for word in words) else words
 
 
 def one_of(words: list[str], *alternatives: str) -> None:
@@ -119,16 +119,11 @@ def steered(c: ConfigDict, words: list[str]) -> ConfigDict:
     """With one of the switches `STEERED`, a toy stage's config where arrow keys steer; else the config as it is.
 
     Its networks are told the keys, its clips are others, and runs lie in another folder.
-
-    Raises:
-      UserError: the switch without `toy`.
     """
     one_of(words, *STEERED)
     switch = next((word for word in words if word in STEERED), "")
     if not switch:
         return c
-    if "toy" not in words:
-        raise UserError(f"--config=...:{','.join(words)}: {switch} is of the toy world; write toy,{switch}")
     form, folder = STEERED[switch]
     for network in c.roles.values():
         network.actions = actions(form)

@@ -40,7 +40,11 @@ def steer(one: Session, held=HELD) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("actions", "sampler", "layout"),
-    [(ATTENTION, FEW, LAYOUT), (EMBEDDING, FEW, Blocks(2)), pytest.param(EMBEDDING, ManyStep("euler", steps=2), LAYOUT, marks=pytest.mark.slow)],
+    [
+        (ATTENTION, FEW, LAYOUT),
+        (EMBEDDING, FEW, Blocks(2)),
+        pytest.param(EMBEDDING, ManyStep("euler", steps=2), LAYOUT, marks=pytest.mark.slow),
+    ],
     ids=["attention", "embedding, everything", "guided"],
 )
 def test_a_session_makes_the_blocks_of_the_whole_video(actions, sampler, layout):
@@ -61,7 +65,10 @@ def test_a_session_makes_the_blocks_of_the_whole_video(actions, sampler, layout)
     assert error < 1e-5
 
 
-@pytest.mark.parametrize("actions", [pytest.param(EMBEDDING, id="embedding", marks=pytest.mark.slow), pytest.param(ATTENTION, id="attention")])
+@pytest.mark.parametrize(
+    "actions",
+    [pytest.param(EMBEDDING, id="embedding", marks=pytest.mark.slow), pytest.param(ATTENTION, id="attention")],
+)
 def test_together_each_follows_its_own_keys(actions):
     """One ahead of the others, each with other keys; what is held of one concerns no other."""
     streams = [opened(actions, seed=i, prompt="abc"[i]) for i in range(3)]
