@@ -134,7 +134,7 @@ def page() -> str:
         named = ", ".join(f"`{key.strip()}`" for key in ours.split(",") if key)
         lines.append(f"| `{theirs}` | {named} | {cell(note)} |\n")
     parts += [NAMES + "".join(lines), STAGE_HEAD]
-    variants = [*STAGES, "ar_diffusion:toy", "dmd:gan"]  # switches that add keys
+    variants = [*STAGES, "ar_diffusion:toy", "ar_diffusion:toy,actions", "dmd:gan"]  # switches that add keys
     for title, keys in GROUPS.items():
         parts.append(f"### {title}\n\n{rows(STAGED, keys, variants)}")
     for kind, (title, specs, about) in SECTIONS.items():

@@ -9,6 +9,7 @@
     cfjax train --config=configs/ar_diffusion.py:direct_forcing --workdir=runs/pfvg        (arXiv 2510.01784)
     cfjax train --config=configs/ar_diffusion.py:resampling_forcing --workdir=runs/rf      (arXiv 2512.15702)
     cfjax train --config=configs/ar_diffusion.py:bagger --workdir=runs/bagger              (arXiv 2512.12080)
+    cfjax train --config=configs/ar_diffusion.py:toy,actions --workdir=runs/toy_steered/ar       steered by arrow keys
     cfjax plan --config=configs/ar_diffusion.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Each strategy also takes `toy` and `framewise`, as in `:toy,bagger`. The last two are for a network that can generate:
@@ -35,13 +36,13 @@ from cfjax.experiment import presets
 
 def get_config(arg: str = ""):
     """`toy`, `mini`, `framewise`; `diffusion_forcing`, `noise_augmentation`, `direct_forcing`, `resampling_forcing`,
-    `bagger`.
+    `bagger`, `actions`, `action_attention`.
 
-    The last five exclude each other.
+    The five before the last two exclude each other; these two are the toy steered by keys (docs/actions.md).
     """
     histories = {"direct_forcing": "direct", "resampling_forcing": "resampled"}
     strategies = ("diffusion_forcing", "noise_augmentation", *histories, "bagger")
-    words = presets.switches(arg, "toy", "mini", "framewise", *strategies)
+    words = presets.switches(arg, "toy", "mini", "framewise", *strategies, *presets.STEERED)
     presets.one_of(words, "toy", "mini")
     presets.one_of(words, *strategies)
     toy, strategy = "toy" in words, next((word for word in words if word in strategies), "")
@@ -80,4 +81,4 @@ def get_config(arg: str = ""):
     if toy or strategy == "bagger":
         c.ema.student = presets.ema(0.99)
     c.sampler = presets.many_step(50, 3.0)
-    return presets.mini(c) if "mini" in words else c
+    return presets.steered(presets.mini(c) if "mini" in words else c, words)

@@ -4,6 +4,10 @@ Real users start from Wan2.1 and skip this. The toy teacher that ships with the 
 
     cfjax train --config=configs/bidirectional.py:toy --workdir=runs/teacher
 
+and the teacher of the world where arrow keys steer (docs/actions.md), which starts from that one, by
+
+    cfjax train --config=configs/bidirectional.py:toy,actions --workdir=runs/toy_steered/teacher
+
 At Wan's size, what a slice of TPUs needs for it (compiled, on any machine):
 
     cfjax plan --config=configs/bidirectional.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
@@ -18,8 +22,11 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`: the moving-shapes world on a laptop. `mini`: a dozen steps of a miniature Wan. Without: Wan 1.3B."""
-    words = presets.switches(arg, "toy", "mini")
+    """`toy`: the moving-shapes world on a laptop. `mini`: a dozen steps of a miniature Wan. Without: Wan 1.3B.
+
+    `actions`, `action_attention`: the toy, steered by keys, from the teacher that ships.
+    """
+    words = presets.switches(arg, "toy", "mini", *presets.STEERED)
     presets.one_of(words, "toy", "mini")
     toy = "toy" in words
     c = presets.experiment("bidirectional", steps=6000 if toy else 100_000)
@@ -30,4 +37,8 @@ def get_config(arg: str = ""):
     c.optim.student = presets.toy_optimizer() if toy else presets.optimizer(1e-5, 0.9)
     c.ema.student = presets.ema(0.998 if toy else 0.9999)
     c.sampler = presets.many_step(50, 3.0, causal=False)
-    return presets.mini(c) if "mini" in words else c
+    if any(word in presets.STEERED for word in words):
+        c.steps, c.optim.student, c.ema.student = 400, presets.toy_optimizer(0.005), presets.ema(0.99)
+        c.roles.student.update({"init": "toy_teacher", "init_stages": ("bidirectional",)})
+        c.data = presets.toy_data()
+    return presets.steered(presets.mini(c) if "mini" in words else c, words)

@@ -4,6 +4,7 @@
     cfjax train --config=configs/consistency.py:framewise --workdir=runs/cd
     cfjax train --config=configs/consistency.py:toy --workdir=runs/toy/cd
     cfjax train --config=configs/consistency.py:asymmetric --workdir=runs/acd      a bidirectional teacher (Figure 10)
+    cfjax train --config=configs/consistency.py:toy,actions --workdir=runs/toy_steered/cd   steered by arrow keys
     cfjax plan --config=configs/consistency.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Student, its average and the teacher all start from stage 1. Numbers of the PyTorch reference: 48 levels, guidance 3,
@@ -17,8 +18,8 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`, `mini`, `framewise`, `asymmetric`."""
-    words = presets.switches(arg, "toy", "mini", "framewise", "asymmetric")
+    """`toy`, `mini`, `framewise`, `asymmetric`; `actions`, `action_attention`: the toy steered by keys."""
+    words = presets.switches(arg, "toy", "mini", "framewise", "asymmetric", *presets.STEERED)
     presets.one_of(words, "toy", "mini")
     toy = "toy" in words
     c = presets.experiment("consistency", steps=400 if toy else 5000)
@@ -45,4 +46,4 @@ def get_config(arg: str = ""):
     c.optim.student = presets.toy_optimizer(0.002) if toy else presets.optimizer(2e-6)
     c.ema.student = presets.ema(0.9 if toy else 0.99)
     c.sampler = presets.few_step()
-    return presets.mini(c) if "mini" in words else c
+    return presets.steered(presets.mini(c) if "mini" in words else c, words)

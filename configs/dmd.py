@@ -13,6 +13,7 @@
     cfjax train --config=configs/dmd.py:long --workdir=runs/long              rollouts of 21 to 27 latent frames
     cfjax train --config=configs/dmd.py:rolling --workdir=runs/rolling        half of them by windows: Rolling Forcing
     cfjax train --config=configs/dmd.py:streaming --workdir=runs/streaming    one rollout of 240 frames, over updates
+    cfjax train --config=configs/dmd.py:toy,from_cd,actions --workdir=runs/toy_steered/dmd  steered by arrow keys
     cfjax plan --config=configs/dmd.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
 Numbers of the PyTorch reference: student lr 2e-6, critic 4e-7, betas (0, 0.999), one student update in five
@@ -76,6 +77,7 @@ APART = (
     ("streaming", "gan"), ("streaming", "from_ar"), ("streaming", "from_cd"),
     ("from_ar", "from_cd", "causvid", "bidirectional"),  # each says what the student starts from
     ("framewise", "bidirectional"),
+    *((switch, other) for switch in presets.STEERED for other in ("long", "rolling", "streaming", "gan", "mini")),
 )  # fmt: skip
 
 
@@ -101,10 +103,11 @@ def size_of(words: list[str]) -> Size:
 
 def get_config(arg: str = ""):
     """`toy`, `mini`, `framewise`, `2step`, `1step`, `long`, `rolling`, `streaming`, `from_ar`, `from_cd`, `sid`,
-    `gan`, `causvid`, `bidirectional`.
+    `gan`, `causvid`, `bidirectional`; `actions`, `action_attention`: the toy steered by keys.
     """
     variants = ("from_ar", "from_cd", "sid", "gan", "causvid", "bidirectional")
-    words = presets.switches(arg, "toy", "mini", "framewise", *FEW, "long", "rolling", "streaming", *variants)
+    longer = ("long", "rolling", "streaming")
+    words = presets.switches(arg, "toy", "mini", "framewise", *FEW, *longer, *variants, *presets.STEERED)
     for alternatives in APART:
         presets.one_of(words, *alternatives)
     toy, streaming, long = "toy" in words, "streaming" in words, "long" in words or "rolling" in words
@@ -132,7 +135,7 @@ def get_config(arg: str = ""):
     c.sampler = presets.few_step(c.objective.steps, c.objective.first_steps)
     if "rolling" in words:
         c.sampler.kind = "rolling"
-    return presets.mini(c) if "mini" in words else c
+    return presets.steered(presets.mini(c) if "mini" in words else c, words)
 
 
 def roles(words: list[str]) -> ConfigDict:
@@ -140,6 +143,8 @@ def roles(words: list[str]) -> ConfigDict:
     toy = "toy" in words
     runs, base = ("runs/toy", "toy") if toy else ("runs", "wan_1_3b")
     teacher = {"init": "toy_teacher" if toy else "checkpoints/wan_1_3b", "stages": ("bidirectional",)}
+    if any(word in presets.STEERED for word in words):  # scores that know the keys
+        teacher |= {"init": f"{runs}/teacher", "init_ema": True}
     c = ConfigDict()
     c.student = presets.role(base, init=f"{runs}/ode", init_ema=toy, stages=("ode_regression",))
     if "from_ar" in words:

@@ -57,6 +57,7 @@ def get_config(arg: str = ""):
             "encoding": "",  # of that file, if it is not UTF-8: gbk, cp1252 ...
             "timeline": "",  # instead: prompts over time, "a[5s] | b[10s#]", or a .jsonl or .json file (docs/memory.md)
             "negative_prompt": "",  # "": the world's own
+            "actions": "",  # of a run that can be steered: keys held for so many latent frames, "right*6, up+left*3"
             "videos": 1 if wan else 4,  # of each prompt
             "seed": 0,  # of a prompt's first video
             "seeds": (),  # of all its videos, in place of seed and videos
@@ -65,8 +66,7 @@ def get_config(arg: str = ""):
             "given_frames": 0,  # latent frames to go on from; 0: whole blocks, at most half of the result
             "strength": -1.0,  # video to video: the noise level that `video` is brought to, 0 to 1; -1: go on from it
             "fit": "cover",  # or stretch, as `inference.py` of the reference
-            "height": video["height"],  # pixels; 0: what the run was trained on
-            "width": video["width"],
+            **{side: video[side] for side in ("height", "width")},  # pixels; 0: what the run was trained on
             "frames": video["frames"],  # pixel frames in all, given ones included
             # how
             "sampler": _sampler(),

@@ -182,3 +182,12 @@ def test_the_readmes_rows_are_those_of_the_pages():
     errors = {e for row in table_under("docs/compare.md", "Numbers") for e in numbers.findall(row[2])}
     shown = table_under("README.md", "Compared with PyTorch")
     assert len(shown) == 6 and {e for row in shown for e in numbers.findall(row[2])} <= errors
+
+
+def test_steering_is_as_recorded(monkeypatch):
+    """docs/actions.md has the table that the benchmark makes."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    made, found = runpy.run_path(str(ROOT / "benchmarks" / "actions.py")), record("actions.json")
+    assert made["loop_table"](found) in text_of("docs/actions.md")
+    if "form" in found:
+        assert made["form_table"](found) in text_of("docs/actions.md")

@@ -10,7 +10,7 @@ import cfjax
 PACKAGE = Path(cfjax.__file__).parent
 SUFFIX = re.compile(r"_?[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)")
 NOT_SHAPES = {"discrete_cd_N"}  # a key of the reference's config
-LETTERS = set("BFPHWCTSEDLNKGJIYRM")
+LETTERS = set("BFPHWCTSEDLNKGJIYRMA")
 
 
 def names(tree: ast.AST) -> set[str]:

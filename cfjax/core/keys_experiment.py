@@ -69,6 +69,11 @@ _DATA = (
     Key(r"data\.shapes\.radius", "Least and greatest radius of a shape.", "pixels"),
     Key(r"data\.shapes\.branching", "Chance that a shape turns by 90 degrees past the first third of its clip."),
     Key(r"data\.shapes\.bounces", "Whether shapes bounce off the edges; otherwise their whole path is inside."),
+    Key(r"data\.steering\.speed", "How far a held key moves a shape (docs/actions.md).", "pixels per frame"),
+    Key(r"data\.steering\.held", "Least and greatest time that an axis keeps its keys.", "frames"),
+    Key(r"data\.steering\.still", "Chance that an axis has no key held."),
+    Key(r"data\.steering\.both", "Chance that an axis has both keys held, which cancel."),
+    Key(r"data\.steering\.silent", "Share of the steered clips whose captions have no direction."),
 )
 
 _NETWORKS = (
@@ -99,6 +104,16 @@ _NETWORKS = (
     Key(r"roles\.\w+\.branch\.ffn_dim", "Width of the classifier's blocks; 0 is the network's.", "channels"),
     Key(r"roles\.\w+\.branch\.num_class", "Logits per clip.", "logits"),
     Key(r"roles\.\w+\.branch\.time_embedding", "Whether the time embedding is classified too."),
+    Key(
+        r"roles\.\w+\.actions\.form",
+        "How the network is told the keys that are held (docs/actions.md).",
+        "",
+        ("embedding", "attention"),
+    ),
+    Key(r"roles\.\w+\.actions\.keys", "How many keys there are.", "keys"),
+    Key(r"roles\.\w+\.actions\.window", "Latest frames whose keys are attended to.", "latent frames"),
+    Key(r"roles\.\w+\.actions\.frames", "Frames whose keys make one key and value of the attention.", "latent frames"),
+    Key(r"roles\.\w+\.actions\.width", "Width of the attention's embedding of the keys.", "channels"),
     Key(r"ema\.\w+\.decay", "Decay of the role's averaged weights per iteration."),
     Key(r"ema\.\w+\.start", "Until then the average is a copy of the weights.", "iterations"),
 )

@@ -51,6 +51,7 @@ GENERATE = (
     Key("prompt_column", "Column of that file; '' is known by its name."),
     Key("timeline", 'Instead: prompts over time, as "a[5s] | b[10s#]", or a file of them (docs/memory.md).'),
     Key("negative_prompt", "What guidance leads away from; '' is the world's own."),
+    Key("actions", "Keys that are held, KEYS*FRAMES, ..., as right*6, up+left*3; '' is none (docs/actions.md)."),
     Key("videos", "Videos of each prompt, of consecutive seeds.", "videos"),
     Key("seed", "Seed of a prompt's first video."),
     Key("seeds", "Seeds of all its videos, in place of seed and videos; () is none."),

@@ -49,10 +49,14 @@ class Policy:
 
 
 def to_record(config: Any) -> dict[str, Any]:
-    """`dataclasses.asdict` of a network's config as records on disk hold it: its `Policy` by `Policy.to_record`."""
+    """`dataclasses.asdict` of a network's config as records on disk hold it: its `Policy` by `Policy.to_record`.
+
+    What it does not have, None, is left out.
+    """
     policies = {f.name: getattr(config, f.name) for f in fields(config)}
     policies = {name: value.to_record() for name, value in policies.items() if isinstance(value, Policy)}
-    return {**asdict(config), **policies}
+    values = {name: value for name, value in asdict(config).items() if value is not None}
+    return {**values, **policies}
 
 
 F32 = Policy()

@@ -98,11 +98,15 @@ EXPERIMENT: Rules = [
     (r"data\.shapes\.frames", whole(2, 4096)),
     (r"data\.shapes\.(speed|radius)", positive(length=2)),
     (r"data\.shapes\.branching", SHARE),
+    (r"data\.steering\.speed", positive()),
+    (r"data\.steering\.held", whole(1, 4096, length=2)),
+    (r"data\.steering\.(still|both|silent)", SHARE),
     # the networks
     (r"blocks\.frames", whole(1, FRAMES)),
     (r"blocks\.(window|sink)", whole(0, FRAMES)),
     (r"roles\..*\.branch\.(layers|ffn_dim)", whole(0)),
     (r"roles\..*\.branch\.num_class", whole(1)),
+    (r"roles\..*\.actions\.(keys|window|frames|width)", whole(1, 256)),
     (r"roles\..*\.lora\.rank", whole(0, 65536)),
     (r"roles\..*\.lora\.alpha", real(0.0)),
     # the losses

@@ -59,9 +59,14 @@ BRANCH_RULES: tuple[tuple[str, MeshAxes], ...] = (  # of a discriminator
     (r"branch/classifier/down/kernel", ("tensor", None)),
     (r"branch/(registers|.*/(bias|scale))", ()),
 )
+ACTION_RULES: tuple[tuple[str, MeshAxes], ...] = ((r".*", ()),)  # small
 # (leaves, their table): a leaf belongs to the first entry that matches it. A table must match its leaves exactly, and
 # is skipped when there are none, so that a network with extra leaves needs one more entry here.
-PARAMETER_RULES: tuple[tuple[str, Rules], ...] = ((r"branch/.*", BRANCH_RULES), (r".*", WAN_RULES))
+PARAMETER_RULES: tuple[tuple[str, Rules], ...] = (
+    (r"branch/.*", BRANCH_RULES),
+    (r"(blocks/action_attn|action_embedding)/.*", ACTION_RULES),
+    (r".*", WAN_RULES),
+)
 
 
 def make_mesh(

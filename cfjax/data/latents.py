@@ -32,7 +32,8 @@ MANIFEST_RULE = table(
         "version": one_of(MANIFEST_VERSION),
         "records": whole(1, RECORDS),
         "arrays": table(
-            dict.fromkeys(("latents", "caption_id", "text", "negative_text"), ARRAY_RULE), {"trajectory": ARRAY_RULE}
+            dict.fromkeys(("latents", "caption_id", "text", "negative_text"), ARRAY_RULE),
+            {"trajectory": ARRAY_RULE, "actions": ARRAY_RULE},
         ),
     },
     {"text_encoder": table({}, {"world": text(64)}), "source": table({}), "codec": table({}), "world_path": text(4096)},
@@ -42,7 +43,8 @@ MANIFEST_RULE = table(
 class ClipDataset(Protocol):
     """Random access to clips and their captions' text rows, wherever they are kept.
 
-    `dataset[i]` is {"latents_FHWC", "text_SE": float32, "index": int32} and, for ODE sets, "trajectory_JFHWC".
+    `dataset[i]` is {"latents_FHWC", "text_SE": float32, "index": int32}, for ODE sets also "trajectory_JFHWC", and of
+    steered clips "actions_FA", the keys that are held in every latent frame.
 
     Attributes:
       path: its folder.
@@ -137,7 +139,7 @@ def read_json(file: Path, most: int = JSON_BYTES) -> Any:
 class LatentDataset:
     """Random access to a latent dataset; arrays stay on disk until a record is read.
 
-    `dataset[i]` is {"latents_FHWC", "text_SE": float32, "index": int32} and, for ODE sets, "trajectory_JFHWC".
+    `dataset[i]`: see `ClipDataset`.
 
     Attributes:
       manifest: the parsed manifest.json.
@@ -160,6 +162,7 @@ class LatentDataset:
         self.text_table = self._open("text")
         self.negative_text_SE = np.array(self._open("negative_text"))
         self._trajectory = self._open("trajectory") if "trajectory" in arrays else None
+        self._actions = self._open("actions") if "actions" in arrays else None
         captions = self.path / "captions.json"
         self.captions: list[str] = checked(several(text(CAPTION), 1, VOCABULARY), read_json(captions), captions)
         self._check()
@@ -187,6 +190,10 @@ class LatentDataset:
             raise UserError(f"{self.path}: trajectory must be [N,J,F,H,W,C] of the latents' shape; {_FIX}")
         if records != self.manifest.get("records") or len(self.caption_ids) != records:
             raise UserError(f"{self.path}: records, latents and caption_id disagree in number; {_FIX}")
+        if self._actions is not None and (
+            self._actions.ndim != 3 or self._actions.shape[:2] != self._latents.shape[:2]
+        ):
+            raise UserError(f"{self.path}: actions must be [N,F,A] of the latents' records and frames; {_FIX}")
         if captions != len(self.text_table) or self.negative_text_SE.shape != self.text_table.shape[1:]:
             raise UserError(f"{self.path}: captions, text and negative_text do not fit together; {_FIX}")
         if self.caption_ids.min() < 0 or self.caption_ids.max() >= captions:
@@ -204,6 +211,8 @@ class LatentDataset:
         }
         if self._trajectory is not None:
             record["trajectory_JFHWC"] = np.asarray(self._trajectory[index], np.float32)
+        if self._actions is not None:
+            record["actions_FA"] = np.asarray(self._actions[index], np.float32)
         return record
 
     def __repr__(self) -> str:
@@ -252,6 +261,7 @@ _BATCH_NAMES = {
     "reversed_text_SE": "reversed_text_BSE",
     "index": "index_B",
     "trajectory_JFHWC": "trajectory_BJFHWC",
+    "actions_FA": "actions_BFA",
 }
 
 

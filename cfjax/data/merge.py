@@ -43,10 +43,9 @@ class Member:
         dtype = dataset.manifest["arrays"]["latents"]["dtype"]
         rows, width = dataset.text_shape
         points = dataset.trajectory_points
-        return cls(
-            dataset,
-            Layout(dataset.latent_shape, rows, width, trajectory_points=points, dtype=dtype, text_dtype="float32"),
-        )
+        keys = dataset.manifest["arrays"].get("actions", {"shape": [0]})["shape"][-1]
+        layout = Layout(dataset.latent_shape, rows, width, "records", points, dtype, "float32", action_keys=keys)
+        return cls(dataset, layout)
 
     def record(self, index: int) -> Record:
         """Record `index` with everything it holds. Raises BrokenRecord, or UserError for the machine's failures."""
@@ -56,6 +55,7 @@ class Member:
         assert isinstance(dataset, LatentDataset)
         values = dataset[index]
         kept = {"latents": "latents_FHWC", "trajectory": "trajectory_JFHWC", "text": "text_SE"}
+        kept["actions"] = "actions_FA"
         arrays = {name: values[key] for name, key in kept.items() if key in values}
         return Record(f"{dataset.path.name}/{index}", index, dataset.caption(index), arrays)
 

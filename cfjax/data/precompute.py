@@ -2,8 +2,9 @@
 
 A latent dataset is a folder: manifest.json, latents.npy [N, F, H, W, C], caption_id.npy int32 [N], captions.json,
 text.npy float32 [captions, S, E], negative_text.npy float32 [S, E] (the empty caption), factors.npz (what the source
-knows of each record), and for ODE sets trajectory.npy [N, J, F, H, W, C]. The folder is written under a hidden name and
-renamed when complete, so a folder that exists is whole. `cfjax.data.latents` reads it.
+knows of each record), for ODE sets trajectory.npy [N, J, F, H, W, C], and of steered clips actions.npy [N, F, A]. The
+folder is written under a hidden name and renamed when complete, so a folder that exists is whole. `cfjax.data.latents`
+reads it.
 """
 
 import errno
@@ -30,7 +31,7 @@ EncodeCaptions = Callable[[list[str]], np.ndarray]
 
 
 class VideoSource(Protocol):
-    """Random access to {"video_PHWC", "caption", "factors"}; `config.to_json()` describes it."""
+    """Random access to {"video_PHWC", "caption", "factors"}, perhaps "actions_FA"; `config.to_json()` describes it."""
 
     config: Any
 
@@ -67,6 +68,7 @@ class LatentWriter:
 
     Args:
       trajectory_points: J > 0 adds trajectory.npy with J states per record, which `append` then expects.
+      action_keys: A > 0 adds actions.npy, the keys held in each latent frame, which `append` then expects.
       description: JSON-able entries for the manifest: "codec", "text_encoder", "source" and whatever the caller adds.
       overwrite: replaces an existing dataset at the moment of publishing; without it an existing path is a UserError.
     """
@@ -79,6 +81,7 @@ class LatentWriter:
         latent_shape: tuple[int, int, int, int],
         dtype: str = "float16",
         trajectory_points: int = 0,
+        action_keys: int = 0,
         description: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -95,6 +98,8 @@ class LatentWriter:
         self._specs = {"latents": ((records, *latent_shape), dtype), "caption_id": ((records,), "int32")}
         if trajectory_points:
             self._specs["trajectory"] = ((records, trajectory_points, *latent_shape), dtype)
+        if action_keys:
+            self._specs["actions"] = ((records, latent_shape[0], action_keys), dtype)
         self._description = dict(description or {})
 
     def _check_free(self) -> None:
@@ -115,9 +120,12 @@ class LatentWriter:
             raise Temporary(f"{self.path}: no room for {name}.npy ({error.strerror}); is the disk full?") from None
         return self
 
-    def append(self, latents_BFHWC: Any, caption_id_B: Any, trajectory_BJFHWC: Any = None) -> None:
+    def append(
+        self, latents_BFHWC: Any, caption_id_B: Any, trajectory_BJFHWC: Any = None, actions_BFA: Any = None
+    ) -> None:
         """Stores the next B records. Raises UserError on a wrong shape, too many records or non-finite latents."""
-        given = {"latents": latents_BFHWC, "caption_id": caption_id_B, "trajectory": trajectory_BJFHWC}
+        given = {"latents": latents_BFHWC, "caption_id": caption_id_B}
+        given |= {"trajectory": trajectory_BJFHWC, "actions": actions_BFA}
         given = {name: np.asarray(array) for name, array in given.items() if array is not None}
         if given.keys() != self._arrays.keys():
             raise UserError(f"{self.path}: expected {sorted(self._arrays)}, got {sorted(given)}")
@@ -253,22 +261,33 @@ def precompute(
     """
     caption_ids: dict[str, int] = {}
     factors: list[Mapping[str, np.ndarray]] = []
-    shape = jax.eval_shape(codec.encode, np.asarray(source[0]["video_PHWC"])[None]).shape[1:]
+    first = source[0]
+    shape = jax.eval_shape(codec.encode, np.asarray(first["video_PHWC"])[None]).shape[1:]
+    keys = first["actions_FA"].shape[1] if "actions_FA" in first else 0
     seed = getattr(source, "seed", None)
     description = {
         "codec": codec.describe(),
         "text_encoder": dict(text_encoder),
         "source": {"name": type(source).__name__, "seed": seed, "config": source.config.to_json()},
     }
+    if steering := getattr(source, "steering", None):
+        description["source"]["steering"] = steering.to_json()
     encode = jax.jit(codec.encode)
     writer = LatentWriter(
-        path, records=len(source), latent_shape=shape, dtype=dtype, description=description, overwrite=overwrite
+        path,
+        records=len(source),
+        latent_shape=shape,
+        dtype=dtype,
+        action_keys=keys,
+        description=description,
+        overwrite=overwrite,
     )
     with writer:
         for items in _batches(source, batch_size, progress):
             latents = np.asarray(encode(np.stack([item["video_PHWC"] for item in items])))
             ids = [caption_ids.setdefault(item["caption"], len(caption_ids)) for item in items]
-            writer.append(latents, np.asarray(ids, np.int32))
+            actions = np.stack([item["actions_FA"] for item in items]) if keys else None
+            writer.append(latents, np.asarray(ids, np.int32), actions_BFA=actions)
             factors += [item["factors"] for item in items]
         captions = list(caption_ids)
         writer.write_text(captions, encode_table(encode_captions, captions), encode_table(encode_captions, [""])[0])

@@ -2,7 +2,8 @@
 
 A record is `cfj1`, the length of its header (uint32, little-endian), a JSON header {"name", "item", "caption",
 "arrays": [[name, dtype, shape], ...]} and the arrays' bytes in that order. It holds `text`, only a caption's real rows,
-and, if the set keeps them, `latents` [F, H, W, C] and `trajectory` [J, F, H, W, C]. No other file is needed to read it.
+and, if the set keeps them, `latents` [F, H, W, C], `trajectory` [J, F, H, W, C] and `actions` [F, A]. No other file is
+needed to read it.
 
 A set is a folder: manifest.json, part-*.array_record (uncompressed, one record per Riegeli chunk, so that reading at
 random is one read and every chunk is checked by its hash), negative_text.npy, report.json (what was left out and why).
@@ -36,6 +37,7 @@ RECORDS_VERSION = 2
 MANIFEST, NEGATIVE_TEXT, REPORT = "manifest.json", "negative_text.npy", "report.json"
 KEPT_IN = ("records", "lmdb", "none")
 _MAGIC = b"cfj1"
+ACTION_KEYS = 256  # most of a record's
 _DTYPES = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
@@ -60,6 +62,7 @@ LAYOUT_RULE = table(
     {
         "kept_in": one_of(*KEPT_IN),
         "trajectory_points": whole(0, STATES),
+        "action_keys": whole(0, ACTION_KEYS),
         "dtype": _DTYPE,
         "text_dtype": _DTYPE,
     },
@@ -95,6 +98,7 @@ class Layout:
       text_rows, text_width: S and E that a caption's rows are padded to when read.
       kept_in: where latents are: in the "records", in the "lmdb" of the manifest, or nowhere ("none").
       trajectory_points: J of an ODE set, else 0.
+      action_keys: A of steered clips, whose records say which keys are held in each latent frame; else 0.
     """
 
     latent_shape: tuple[int, int, int, int]
@@ -104,27 +108,34 @@ class Layout:
     trajectory_points: int = 0
     dtype: str = "float16"
     text_dtype: str = "bfloat16"
+    action_keys: int = 0
 
     def __post_init__(self) -> None:
         for name in (self.dtype, self.text_dtype):
             storage_dtype(name)
         if self.kept_in not in KEPT_IN or len(self.latent_shape) != 4:
             raise ValueError(f"not a layout: {self}")
+        if self.kept_in != "records" and self.action_keys:
+            raise ValueError(f"actions without latents in the records: {self}")
         if self.kept_in == "none" and self.trajectory_points:
             raise ValueError(f"trajectories without latents: {self}")
         if math.prod(self.latent_shape) > LATENT_NUMBERS or self.text_rows * self.text_width > TEXT_NUMBERS:
             raise ValueError(f"too many numbers for one record: {self}")
 
     def arrays(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the latents and trajectory that a record holds."""
+        """Shapes of the latents, trajectory and actions that a record holds."""
         if self.kept_in != "records":
             return {}
         trajectory = {"trajectory": (self.trajectory_points, *self.latent_shape)} if self.trajectory_points else {}
-        return {"latents": self.latent_shape, **trajectory}
+        actions = {"actions": (self.latent_shape[0], self.action_keys)} if self.action_keys else {}
+        return {"latents": self.latent_shape, **trajectory, **actions}
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able fields."""
-        return {**asdict(self), "latent_shape": list(self.latent_shape)}
+        values = {**asdict(self), "latent_shape": list(self.latent_shape)}
+        if not self.action_keys:  # as sets without have always said it
+            del values["action_keys"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Layout":
@@ -324,6 +335,8 @@ class RecordDataset:
         }
         if self.trajectory_points:
             out["trajectory_JFHWC"] = np.asarray(arrays["trajectory"], np.float32)
+        if self.layout.action_keys:
+            out["actions_FA"] = np.asarray(arrays["actions"], np.float32)
         return out
 
     @property

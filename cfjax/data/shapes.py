@@ -217,7 +217,7 @@ def render(factors: Factors, config: ShapesConfig) -> np.ndarray:
     return video
 
 
-def _limits(shape: str, radius: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+def limits(shape: str, radius: float, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The smallest and largest centre (x, y) that keep the shape inside the frame."""
     left, right, up, down = (reach * radius for reach in SHAPES[shape].reach)
     return np.array([left, up]), np.array([size - right, size - down])
@@ -258,7 +258,7 @@ def _draw_object(config: ShapesConfig, rng: np.random.Generator, colour: str) ->
         turn_side = int(rng.choice((-1, 1)))
     steps = speed * _steps(config, np.asarray(DIRECTIONS[direction]), turn_frame, turn_side)
     path = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)])
-    low, high = _limits(shape, radius, config.size)
+    low, high = limits(shape, radius, config.size)
     sure = path[: config.head_frames] if config.bounces else path
     start = rng.uniform(low - sure.min(axis=0), high - sure.max(axis=0))
     centres, bounces = _bounce(start, steps, low, high) if config.bounces else (start + path, 0)

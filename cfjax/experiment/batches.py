@@ -17,6 +17,7 @@ from cfjax.data.requests import LATENTS, Request
 from cfjax.evaluation.video import to_uint8
 from cfjax.experiment.job import Job, hash_file, read_given, read_source, tiled_decoder
 from cfjax.models.experts import picture_condition, takes_picture, with_picture
+from cfjax.models.steered import steered
 from cfjax.models.text_cache import TextCache, read_rows
 from cfjax.rollout.clips import Clips, make_clips, timed_clips
 from cfjax.rollout.generate import ManyStep
@@ -92,7 +93,7 @@ def generate_batches(
             rows = [job.requests[min(numbers.start + i, numbers.stop - 1)] for i in range(job.batch)]
             first = [latents for request in rows if (latents := given(request)) is not None]
             guided = isinstance(job.sampler, ManyStep)
-            model: Any = job.run.model
+            model: Any = steered(job.run.model, None if job.keys_FA is None else job.keys_FA[None])
             if takes_picture(model.config):
                 model, first = with_picture(model, picture_condition(jnp.asarray(np.stack(first)))), []
             pipeline = Pipeline(model, job.run.world.codec, job.sampler, job.blocks, c.fused_commit)

@@ -36,10 +36,31 @@ class Ask:
     negative_prompt: str = ""
     given_BFHWC: np.ndarray | None = None
     independent_first_frame: bool = False
+    actions: np.ndarray | None = None
 
     def given(self) -> int:
         """How many latent frames are given."""
         return np.shape(self.given_BFHWC)[1] if np.ndim(self.given_BFHWC) == 5 else 0  # type: ignore[arg-type]
+
+
+def actions_of(actions: Any, config: WanConfig, batch: int, frames: int) -> np.ndarray | None:
+    """Keys of every frame, [B, F, A], float32; None where none was given.
+
+    Raises:
+      UserError: a network that cannot be steered, or another shape.
+    """
+    if actions is None:
+        return None
+    if config.actions is None:
+        raise UserError("actions: this run cannot be steered (docs/actions.md); leave them out")
+    keys, wanted = np.asarray(actions, np.float32), (batch, frames, config.actions.keys)
+    keys = np.broadcast_to(keys[None], (batch, *keys.shape)) if keys.ndim == 2 else keys
+    if keys.shape != wanted or not np.isfinite(keys).all():
+        raise UserError(
+            f"actions: {np.shape(actions)} are no numbers of {frames} latent frames and {wanted[2]} keys; give "
+            f"{wanted[1:]}, or {wanted}"
+        )
+    return keys
 
 
 def name_of(name: Any) -> str:

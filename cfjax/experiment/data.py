@@ -17,6 +17,7 @@ from cfjax.data.precompute import precompute
 from cfjax.data.reversed import encoded, joined
 from cfjax.data.sets import open_dataset, without_ground_truth
 from cfjax.data.shapes import ShapesConfig
+from cfjax.data.steered import SteeringConfig
 from cfjax.data.tolerant import TolerantDataset
 from cfjax.experiment.record import thawed
 from cfjax.objectives.ode_regression import METHODS, METHODS_FOR
@@ -114,6 +115,8 @@ class DataSource:
       toy: of the toy's clips; None for others.
       clips_needed: whether the stage needs latents, not prompts alone.
       trajectory_points: states per clip that ODE regression asks for; 0 is none.
+      steering: of the toy's clips; None: they move by themselves.
+      action_keys: of networks that are told which are held; 0: none is.
       caption_encoder_needed: whether captions are made while training, so that their text rows are not in the dataset.
       config: the experiment's config as plain values, to compare ODE pairs with.
     """
@@ -132,6 +135,8 @@ class DataSource:
     trajectory_points: int
     caption_encoder_needed: bool
     config: Mapping[str, Any]
+    steering: SteeringConfig | None = None
+    action_keys: int = 0
 
     def open(self) -> Data:
         """The dataset `path`/`name`; the toy's clips and world are made on first use.
@@ -153,7 +158,7 @@ class DataSource:
     def _open_toy(self, root: Path, world: ToyWorld) -> Data:
         name = self.name
         if name == "clips":
-            source = SplitSource(world.shapes, 0, self.clips)
+            source = SplitSource(world.shapes, 0, self.clips, steering=self.steering)
             about = {"name": world.text_name, "length": world.text_length, "width": world.text_width}
             record = {**about, "world": world.fingerprint()}
             encoders = (world.codec, world.encode_prompts)
@@ -162,6 +167,9 @@ class DataSource:
         made_in = dataset.manifest.get("text_encoder", {}).get("world")
         if made_in != world.fingerprint():
             raise UserError(f"{root / name} was made in another world than {root / 'world'}; remove it and run again")
+        steered_by = dataset.manifest.get("source", {}).get("steering")
+        if name == "clips" and steered_by != (self.steering and self.steering.to_json()):
+            raise UserError(f"{root / name} was made with data.steering={steered_by}; choose another data.path")
         if name == "clips" and len(dataset) != self.clips:
             raise UserError(
                 f"{root / name} holds {counted(len(dataset), 'clip')}, not data.clips={self.clips}; remove it to "
@@ -181,6 +189,11 @@ class DataSource:
         if self.clips_needed and not dataset.has_latents:
             stage = self.config["stage"]
             raise UserError(f"{dataset.path} holds prompts alone; stage {stage} needs clips: choose another data.name")
+        if self.action_keys and action_keys_of(dataset) != self.action_keys:
+            raise UserError(
+                f"{dataset.path} holds {counted(action_keys_of(dataset), 'key')} per frame, the networks are told of "
+                f"{self.action_keys}: choose another data.path"
+            )
         if self.trajectory_points:
             if not self.ground_truth:
                 dataset = without_ground_truth(dataset)
@@ -205,6 +218,13 @@ class DataSource:
             f"{dataset.path} has {counted(points, 'state')} per clip; ODE regression needs the {wanted - 1} levels of "
             f"objective.steps and the end: {fix}"
         )
+
+
+def action_keys_of(dataset: ClipDataset) -> int:
+    """How many keys its records say of; 0 where clips are not steered."""
+    manifest = dataset.manifest
+    shape = manifest.get("arrays", {}).get("actions", {}).get("shape", [0])
+    return int(manifest.get("layout", {}).get("action_keys", shape[-1]))
 
 
 def data_root(path: str) -> Path:
@@ -245,6 +265,8 @@ def data_of(c: ConfigDict) -> DataSource:
         trajectory_points=len(o.steps) + 1 if c.stage == "ode_regression" else 0,
         caption_encoder_needed=c.stage == "ar_diffusion" and bool(o.bagger),
         config=c.to_dict(),
+        steering=SteeringConfig(**c.data.steering.to_dict()) if "steering" in c.data else None,
+        action_keys=max((role.actions["keys"] for role in c.roles.values() if "actions" in role), default=0),
     )
 
 

@@ -23,6 +23,7 @@ from cfjax.data.requests import (
     read_video_start,
     video_frames,
 )
+from cfjax.data.steered import parse_keys
 from cfjax.data.video import ClipFormat
 from cfjax.evaluation.video import check_mp4
 from cfjax.experiment.experts import HighNoise, open_high_noise
@@ -61,6 +62,7 @@ class Job:
       faults: numbers of requests that cannot be met, with the reason; see `check_requests`.
       timelines: of requests whose prompts change over time, by their text.
       high: the run for high noise levels, where there is one.
+      keys_FA: what is held in every latent frame of a run that can be steered; None: nothing.
     """
 
     run: Run
@@ -74,6 +76,7 @@ class Job:
     faults: Sequence[tuple[int, str]] = ()
     timelines: Mapping[str, Timeline] = field(default_factory=dict)
     high: HighNoise | None = None
+    keys_FA: np.ndarray | None = None
 
     def prompts(self, numbers: Iterable[int]) -> list[str]:
         """The prompts of some requests, those of their timelines in place of these, each once."""
@@ -126,7 +129,8 @@ def plan(c: ConfigDict, run: Run, requests: list[Request]) -> Job:
     batch = 1 if timelines else min(c.batch, len(requests))
     negative = c.negative_prompt or run.world.negative_prompt
     high = open_high_noise(c, run, sampler)
-    job = Job(run, requests, sampler, blocks, sizes, batch, negative, hashes, (), timelines, high)
+    keys = keys_of(c, run, sizes.frames, by_session=bool(timelines))
+    job = Job(run, requests, sampler, blocks, sizes, batch, negative, hashes, (), timelines, high, keys)
     job = replace(job, faults=[*check_prompts(job, c.negative_prompt), *faults])
     if not c.video:
         return job
@@ -146,6 +150,21 @@ def timed_requests(c: ConfigDict) -> list[Request]:
     seeds = tuple(c.seeds) or tuple(range(c.seed, c.seed + c.videos))
     places = [f"timeline {number}" for number in range(1, len(found) + 1)]
     return [Request(t.text, seed, c.image, place) for t, place in zip(found, places, strict=True) for seed in seeds]
+
+
+def keys_of(c: ConfigDict, run: Run, frames: int, *, by_session: bool) -> np.ndarray | None:
+    """The keys of `c.actions`, [F, A]; None where there are none.
+
+    Raises:
+      UserError: a run that cannot be steered, a text that is no keys, or not with a timeline.
+    """
+    if not c.get("actions", ""):
+        return None
+    if run.model.config.actions is None:
+        raise UserError(f"actions={c.actions!r}: run={run.name!r} cannot be steered (docs/actions.md); leave them out")
+    if by_session:
+        raise UserError(f"actions={c.actions!r}: not with a timeline or a memory that needs pixels; leave one out")
+    return parse_keys(c.actions, frames)
 
 
 def timelines_of(

@@ -25,8 +25,10 @@ from cfjax.core.tree import from_named, named_leaves
 from cfjax.experiment.data import Data, Shapes
 from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.record import MODELS, START, read_run
+from cfjax.models.actions import ActionConfig
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
+from cfjax.models.fresh import with_actions
 from cfjax.models.tiny_vae import abstract_tiny_vae, published_tiny_vae
 from cfjax.models.vae import abstract_vae, published_vae
 from cfjax.models.wan import Wan, WanConfig, make_wan, preset
@@ -55,6 +57,7 @@ class NetworkRole:
 
     Attributes:
       branch: of a GAN's critic, its classifier.
+      actions: how it is told the keys that are held; None: it cannot be steered.
       sizes: of the weights that it starts from, once they are known (`sized`); None: the preset's.
     """
 
@@ -70,6 +73,7 @@ class NetworkRole:
     init_ema: bool
     init_stages: tuple[str, ...]
     branch: BranchConfig | None
+    actions: ActionConfig | None = field(default=None, kw_only=True)
     sizes: WanConfig | None = field(default=None, kw_only=True)
 
     def network(self, shapes: Shapes) -> WanConfig:
@@ -82,6 +86,7 @@ class NetworkRole:
             remat=self.remat,
             attention=self.attention,
             precision=Policy(compute=self.precision),
+            actions=self.actions,
         )
 
     @property
@@ -104,7 +109,13 @@ class NetworkRole:
         found = read_run(self.init, MODELS)["models"] if there else {}
         if self.init_role not in found:
             return self
-        return replace(self, sizes=config_from_record(WanConfig, found[self.init_role], self.init))
+        sizes = config_from_record(WanConfig, found[self.init_role], self.init)
+        if sizes.actions not in (None, self.actions):
+            raise UserError(
+                f"roles.{self.name}.init={self.init!r} is told which keys are held, by {sizes.actions}, not by "
+                f"{self.actions}: take a config's switch actions, or start from another run"
+            )
+        return replace(self, sizes=sizes)
 
     def check_fit(self, shapes: Shapes, where: object) -> None:
         """Compares the weights that it starts from with the data, before any are made or read.
@@ -169,6 +180,10 @@ class NetworkRole:
         return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
 
     def _initial(self, config: WanConfig, seed: int, mesh: Mesh | None) -> Wan:
+        if self.init and config.actions is not None and self.base.actions is None:
+            network = self._initial(replace(config, actions=None), seed, None)
+            network = with_actions(network, config, jax.random.fold_in(self._key(seed), 2))
+            return shard_model(network, mesh) if mesh else network
         template = self._without_branch(config, mesh)
         plain = self.storage == "float32" and not self.offload
         if not self.init or asset(self.init, MODEL_FILE):
@@ -287,6 +302,7 @@ def network_role(name: str, c: ConfigDict) -> NetworkRole:
         init_ema=c.init_ema,
         init_stages=tuple(c.init_stages),
         branch=BranchConfig(**c.branch.to_dict()) if "branch" in c else None,
+        actions=ActionConfig(**c.actions.to_dict()) if "actions" in c else None,
     )
 
 

@@ -7,13 +7,15 @@ from ml_collections import ConfigDict
 from cfjax.core.errors import UserError
 
 NEVER = 2_000_000_000
+# Switches of the toy that is steered -> how its networks are told the keys, and the folder of its runs.
+STEERED = {"actions": ("embedding", "toy_steered"), "action_attention": ("attention", "toy_steered_attention")}
 MINI = "wan_mini"  # the preset of tests/synthetic.py's releases
 MINI_VIDEO = {"frames": 33, "height": 64, "width": 96}  # pixels
 MINI_LATENTS = (9, 8, 12)  # of such a video: frames, height, width
 
 
 def switches(arg: str, *known: str) -> list[str]:
-    """The switches in a config's argument, `configs/NAME.py:switch,switch`.
+    """The switches in a config's argument, `configs/NAME.py:switch,switch`; `toy` too, where one is of the toy alone.
 
     Raises:
       UserError: a switch that is not `known`.
@@ -22,7 +24,7 @@ def switches(arg: str, *known: str) -> list[str]:
     unknown = [word for word in words if word not in known]
     if unknown:
         raise UserError(f"--config=...:{arg}: unknown switch {unknown[0]!r}; use {', '.join(known)}")
-    return words
+    return [*words, "toy"] if "toy" not in words and any(word in STEERED for word in words) else words
 
 
 def one_of(words: list[str], *alternatives: str) -> None:
@@ -106,6 +108,29 @@ def lora(rank: int = 0, alpha: float = 0.0, targets: str = "blocks") -> ConfigDi
     `alpha` 0 is the rank. `targets`: "attention", "blocks" (the feed-forward layers too) or "all" (every linear one).
     """
     return ConfigDict({"rank": rank, "alpha": alpha, "targets": targets})
+
+
+def actions(form: str = "embedding") -> ConfigDict:
+    """How a network is told the four arrow keys: "embedding", or Matrix-Game-2's "attention" (docs/actions.md)."""
+    return ConfigDict({"form": form, "keys": 4, "window": 6, "frames": 3, "width": 64})
+
+
+def steered(c: ConfigDict, words: list[str]) -> ConfigDict:
+    """With one of the switches `STEERED`, a toy stage's config where arrow keys steer; else the config as it is.
+
+    Its networks are told the keys, its clips are others, and runs lie in another folder.
+    """
+    one_of(words, *STEERED)
+    switch = next((word for word in words if word in STEERED), "")
+    if not switch:
+        return c
+    form, folder = STEERED[switch]
+    for network in c.roles.values():
+        network.actions = actions(form)
+        network.init = network.init.replace("runs/toy/", f"runs/{folder}/")
+    c.data.path = "runs/toy_steered/data"
+    c.data.steering = ConfigDict({"speed": 1.5, "held": (1, 8), "still": 0.35, "both": 0.05, "silent": 0.5})
+    return c
 
 
 def branch(ffn_dim: int = 0) -> ConfigDict:

@@ -35,12 +35,14 @@ from cfjax.core.paths import replacing
 from cfjax.core.progress import compiling
 from cfjax.core.sharding import batch_sharding, batch_shards, replicated
 from cfjax.data.latents import ClipDataset
+from cfjax.data.steered import keys_asked
 from cfjax.evaluation.guard import BACK, Baseline, Collector, Sample, seams, warnings
 from cfjax.evaluation.shapes_metrics import evaluate_shapes
 from cfjax.evaluation.video import grid_video, pick_frames, shrink, to_uint8
 from cfjax.experiment.build import Experiment, Preview
 from cfjax.experiment.data import Data
 from cfjax.models.codec import Codec
+from cfjax.models.steered import steered
 from cfjax.models.wan import Wan
 from cfjax.rollout.generate import generate, network_calls
 from cfjax.rollout.stream import decode_step
@@ -305,6 +307,9 @@ class Monitor:
         if self._mesh and self._scene.chunk:
             noise = jax.lax.with_sharding_constraint(noise, batch_sharding(self._mesh))
         key = jax.random.fold_in(fresh, row_B[0])
+        if model.config.actions is not None:  # steered as the captions say
+            keys = keys_asked(self._scene.rows.captions, self._latent_shape[0])
+            model = steered(model, jnp.asarray(keys)[row_B])
         return generate(model, noise, text_BSE, negative_SE, key, self._e.sampler, self._e.sampling_blocks)
 
     def _draw(self, model: Wan) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cfjax.core.sharding import batch_sharding, on_mesh, replicated
+from cfjax.data.steered import KEYS
 from cfjax.experiment.build import Experiment
 from cfjax.experiment.data import Shapes
 from cfjax.experiment.networks import NetworkRole
@@ -43,6 +44,10 @@ def abstract_batch(e: Experiment, shapes: Shapes, mesh: Mesh | None) -> dict[str
     }
     if e.data.trajectory_points:
         arrays["trajectory_BJFHWC"] = ((size, e.data.trajectory_points, *shapes.latents), jnp.float32)
+
+    if e.data.steering or e.data.action_keys:
+        keys = e.data.action_keys or len(KEYS)
+        arrays["actions_BFA"] = ((size, shapes.latents[0], keys), jnp.float32)
 
     def where(name: str) -> Any:
         if mesh is None:

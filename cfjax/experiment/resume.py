@@ -42,6 +42,7 @@ CHANGES = (
     (r"stage|roles|optim|ema", Kind.FIXED),
     (r"trained(\.preset|\.branch(\..+)?)?", Kind.FIXED),
     (r"trained\.lora(\.(rank|targets))?", Kind.FIXED),
+    (r"(trained|frozen)\.actions(\..+)?", Kind.FIXED),
     (r"optim\.\w+(\.name)?", Kind.FIXED),
     (r"ema\.\w+", Kind.FIXED),
     (r"trained\.init(_role|_ema|_stages)?", Kind.NO_EFFECT),
@@ -64,7 +65,7 @@ CHANGES = (
 )
 # With objective.new_frames the rollout is in the checkpoint, and its arrays depend on these.
 _OF_ROLLOUT = r"data\.batch_size|objective\.window_frames|blocks\.(window|sink|memory)"
-_CHOSEN = r"(roles|optim|ema)\.\w+(\.branch)?"  # groups that are there or not by choice, not by version
+_CHOSEN = r"(roles|optim|ema)\.\w+(\.branch|\.actions)?"  # groups that are there or not by choice, not by version
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ from cfjax.core.precision import Policy
 from cfjax.core.quantize import is_quantized
 from cfjax.core.settings import FRAMES
 from cfjax.core.tree import named_leaves
+from cfjax.data.steered import keys_asked
 from cfjax.experiment.checks import (
     SEEDS,
     Ask,
+    actions_of,
     captions_of,
     check_loaded,
     check_prompt,
@@ -44,6 +46,7 @@ from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
 from cfjax.memory.slots import Memory
 from cfjax.models.experts import takes_picture
+from cfjax.models.steered import steered
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.models.weight_storage import fill, with_storage_dtypes
 from cfjax.nn.visibility import Blocks
@@ -103,14 +106,18 @@ class Run:
         return network_calls(self.sampler, self.blocks, self.latent_shape[0])
 
     def sample(self, captions: list[str], seed: int) -> np.ndarray:
-        """Videos of some captions, video_BPHWC float32 (not clipped), with the run's own sampler."""
+        """Videos of some captions, video_BPHWC float32 (not clipped), with the run's own sampler.
+
+        A run that can be steered is steered as the captions say.
+        """
         self._check_text_alone()
         text = jnp.asarray(self.world.encode_prompts(captions))
         negative = jnp.asarray(self.world.negative_text_SE())
         noise = jax.random.normal(jax.random.key(seed), (len(captions), *self.latent_shape))
         key = jax.random.key(seed + 1)
         sample = partial(_generate, sampler=self.sampler, blocks=self.blocks)
-        return np.asarray(self.world.codec.decode(sample(self.model, noise, text, negative, key)))
+        model = steered(self.model, keys_asked(captions, self.latent_shape[0]))
+        return np.asarray(self.world.codec.decode(sample(model, noise, text, negative, key)))
 
     def generate(
         self,
@@ -124,6 +131,7 @@ class Run:
         negative_prompt: str = "",
         given_BFHWC: np.ndarray | None = None,
         independent_first_frame: bool = False,
+        actions: np.ndarray | None = None,
     ) -> np.ndarray:
         """Whole videos of some captions, as `cfjax generate` makes them of the same seed; arguments as `stream`.
 
@@ -133,7 +141,7 @@ class Run:
         Raises:
           UserError: see `stream`; a bidirectional run generates, without memory and given frames.
         """
-        ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame)
+        ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame, actions)
         return np.concatenate(list(self._made(captions, ask)), axis=1)
 
     def stream(
@@ -148,6 +156,7 @@ class Run:
         negative_prompt: str = "",
         given_BFHWC: np.ndarray | None = None,
         independent_first_frame: bool = False,
+        actions: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
         """Videos of some captions, block after block: the pixels that `cfjax generate` makes of the same seed.
 
@@ -158,6 +167,8 @@ class Run:
           negative_prompt: of a many-step sampler; "": the world's.
           given_BFHWC: latents to go on from, such as an encoded picture; their frames come first, and count.
           independent_first_frame: whether the first latent frame, such as a picture, is a block of its own.
+          actions: of a run that can be steered, 1 for each key that is held in each latent frame, [F, A], or [B, F, A]
+            of several captions (docs/actions.md); None: none is.
 
         Returns:
           video_BPHWC of each block, float32 (not clipped), as soon as it is decoded.
@@ -168,7 +179,7 @@ class Run:
         """
         if self.blocks is None:
             raise UserError(f"run={self.name!r} is bidirectional: it makes all frames at once; use generate")
-        ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame)
+        ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame, actions)
         return self._made(captions, ask)
 
     def _made(self, captions: Sequence[str], ask: Ask) -> Iterator[np.ndarray]:
@@ -184,8 +195,9 @@ class Run:
         given = given_of(ask.given_BFHWC, shape, len(texts), blocks)
         negative = jnp.asarray(self._negative(ask.negative_prompt))
         text = jnp.asarray(world.encode_prompts(texts))
+        keys = actions_of(ask.actions, config, len(texts), sizes.frames)
         made = stream(
-            Pipeline(self.model, world.codec, self.sampler, blocks),
+            Pipeline(steered(self.model, keys), world.codec, self.sampler, blocks),
             prompt_kv(self.model, text, negative, self.sampler),
             seeded_noise(seeds),
             num_frames=sizes.generated,

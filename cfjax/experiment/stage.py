@@ -12,6 +12,7 @@ from cfjax.flow.schedule import warp_steps
 from cfjax.memory.names import with_memory
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives import gan, sid, streaming
+from cfjax.objectives.actions import with_actions
 from cfjax.objectives.consistency import ConsistencyConfig, consistency
 from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_matching
 from cfjax.objectives.dmd import DMDConfig, critic_loss
@@ -210,8 +211,27 @@ def stage_of(c: ConfigDict) -> Stage:
     """
     ema = {role: Ema(**values.to_dict()) for role, values in c.ema.items()}
     objective = objective_of(c)
+    losses = losses_of(c, objective)
+    if any("actions" in role for role in c.roles.values()):
+        check_actions(c, objective)
+        losses = {role: with_actions(loss) for role, loss in losses.items()}  # type: ignore[arg-type]
     goes_on = isinstance(objective, DMDConfig) and objective.streaming is not None
-    return Stage(c.stage, losses_of(c, objective), cadence=c.cadence.to_dict(), ema=ema, goes_on=goes_on)
+    return Stage(c.stage, losses, cadence=c.cadence.to_dict(), ema=ema, goes_on=goes_on)
+
+
+def check_actions(c: ConfigDict, objective: Objective) -> None:
+    """Refuses what networks that are told the keys of a clip's frames cannot do.
+
+    Raises:
+      UserError: rollouts longer than the clips or by windows, corrective clips, a GAN.
+    """
+    o, asked = c.objective, "roles.*.actions"
+    if isinstance(objective, DMDConfig) and (objective.long or objective.streaming or objective.self_forcing.rolling):
+        raise UserError(f"{asked}: not with objective.max_frames, new_frames or rolling, whose frames have no keys")
+    if isinstance(objective, DMDConfig) and o.matching == "gan":
+        raise UserError(f"{asked}: not with objective.matching='gan'; use dmd or sid")
+    if isinstance(objective, DiffusionConfig) and objective.bagger:
+        raise UserError(f"{asked}: not with objective.bagger, whose clips are played backwards")
 
 
 def optimizers_of(c: ConfigDict, stage: Stage) -> dict[str, optax.GradientTransformation]:

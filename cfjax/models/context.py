@@ -74,6 +74,7 @@ def forward_kv(
 Observe = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
 
+@singledispatch
 def forward_observed(
     model: Wan,
     latents_BFHWC: jax.Array,
@@ -87,7 +88,8 @@ def forward_observed(
     """`forward_kv`, and what `observe` makes of the block's own queries and keys, layer by layer, stacked: [L, ...]."""
     frames, config = latents_BFHWC.shape[1], model.config
     self_attend, numbers = attend_cached(config, cache, start, frames, blocks)
-    stream, _, e0, table = embed_frames(model, latents_BFHWC, sigma_BF, frame_positions(cache, start, frames, blocks))
+    positions = frame_positions(cache, start, frames, blocks)
+    stream, _, e0, table = embed_frames(model, latents_BFHWC, sigma_BF, positions, text_kv)
 
     def watch(block: Block, stream_BFTD: jax.Array, kv: FrameKV, layer: jax.Array) -> tuple[FrameKV, Any]:
         return kv, observe(block_query(block, stream_BFTD, e0, table, config), kv.k_LBFTNK, layer)
@@ -139,6 +141,7 @@ def forward_fused(
         jnp.concatenate([clean_BFHWC, noisy_BFHWC], axis=1),
         jnp.concatenate([clean_sigma_BF, sigma_BF], axis=1),
         start + jnp.arange(frames + noisy_BFHWC.shape[1]),
+        text_kv,
     )
     cut = lambda kv: FrameKV(*(x[:, :frames] for x in kv))
     stream, kv = _but_last(model, stream, e0, text_kv, table, attend_both, jnp.arange(config.num_layers), cut)
@@ -201,7 +204,7 @@ def _keys_and_values(
     layer_input: Any,
 ) -> FrameKV:
     """`models.wan.backbone` up to the last layer's keys and values."""
-    stream, _, e0, table = embed_frames(model, clean_BFHWC, sigma_BF, position_F)
+    stream, _, e0, table = embed_frames(model, clean_BFHWC, sigma_BF, position_F, text_kv)
     stream, kv = _but_last(model, stream, e0, text_kv, table, self_attend, layer_input, lambda kv: kv)
     return _appended(kv, block_kv(layer_of(model.blocks, -1), stream, e0, table, model.config))
 

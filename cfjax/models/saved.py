@@ -6,7 +6,7 @@ pass of its own: its value is the saved flow, and its gradient recomputes a laye
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, singledispatch
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class Saved:
     flow_BFHWC: jax.Array
 
 
+@singledispatch
 def forward_saving(
     model: Wan,
     latents_BFHWC: jax.Array,
@@ -63,6 +64,7 @@ def _placed(stream_BFLTD: jax.Array) -> jax.Array:
     return constrain(stream_BFLTD, "batch", None, None, "tokens", None)
 
 
+@singledispatch
 def replay_saved(
     model: Wan,
     noisy_BFHWC: jax.Array,
@@ -102,7 +104,7 @@ def _backward(static: Static, residuals: tuple, cotangent: jax.Array) -> tuple:
     self_attend = replay_attend(config, frames, blocks, kv_gradient, None if whole else start)
 
     def enter(model: Wan) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        stream, e, e0, table = embed_frames(model, noisy, sigma_BF, start + jnp.arange(frames))
+        stream, e, e0, table = embed_frames(model, noisy, sigma_BF, start + jnp.arange(frames), text_kv)
         return (stream, e, e0), table
 
     (first, e_BFD, e0_BF6D), pull_enter, table = jax.vjp(enter, model, has_aux=True)

@@ -27,6 +27,7 @@ from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, Policy
 from cfjax.core.sharding import constrain
+from cfjax.models.actions import ActionAttention, ActionConfig, action_mlp, attend_actions
 from cfjax.models.cache import KVCache, attend_past, view
 from cfjax.models.ends import embed_frames, flow_of
 from cfjax.nn import layers
@@ -53,6 +54,7 @@ class WanConfig:
       remat: "none", "full" (recompute each block) or "dots" (keep matrix products).
       attention: kernel, see `nn.attention`.
       precision: dtypes.
+      actions: how it is told the keys that are held; None: it cannot be steered.
     """
 
     dim: int
@@ -68,6 +70,7 @@ class WanConfig:
     remat: str = "none"
     attention: str = "auto"
     precision: Policy = field(default_factory=Policy)
+    actions: ActionConfig | None = None
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -163,6 +166,8 @@ class Block(nnx.Module):
         self.norm3 = layers.LayerNorm(config.dim)
         self.cross_attn = Attention(config.dim, keys[2])
         self.ffn = layers.Mlp((config.dim, config.ffn_dim, config.dim), layers.gelu_tanh, keys[3])
+        if config.actions is not None and config.actions.form == "attention":
+            self.action_attn = ActionAttention(config.actions, config.dim, jax.random.fold_in(key, 4))
 
 
 class Wan(nnx.Module):
@@ -171,8 +176,7 @@ class Wan(nnx.Module):
     def __init__(self, config: WanConfig, key: jax.Array):
         keys = jax.random.split(key, 6)
         dim, small = config.dim, layers.normal(0.02)
-        patch = config.patch[0] * config.patch[1]
-        self.config = config
+        self.config, patch = config, config.patch[0] * config.patch[1]
         self.patch_embedding = layers.Linear(config.in_dim * patch, dim, keys[0])
         self.text_embedding = layers.Mlp((config.text_dim, dim, dim), layers.gelu_tanh, keys[1], kernel_init=small)
         self.time_embedding = layers.Mlp((config.freq_dim, dim, dim), jax.nn.silu, keys[2], kernel_init=small)
@@ -181,6 +185,8 @@ class Wan(nnx.Module):
         self.head_modulation = nnx.Param(layers.normal(dim**-0.5)(keys[5], (2, dim)))
         # Folded in, not split off: the keys of the other parameters, and so their values, do not depend on it.
         self.head = layers.Linear(dim, config.out_dim * patch, jax.random.fold_in(key, 6), kernel_init=layers.zeros)
+        if config.actions is not None and config.actions.form == "embedding":
+            self.action_embedding = action_mlp(config.actions, dim, jax.random.fold_in(key, 7))
 
     def __call__(
         self, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, visibility: Visibility = FULL
@@ -390,8 +396,9 @@ def apply_block(
         stream_BFTD = stream_BFTD + gate_a * policy.to_norm_dtype(attended)
     with jax.named_scope("cross_attention"):
         q_text = block.cross_attn.query(block.norm3(stream_BFTD, config.eps, policy).astype(compute), config)
-        attended = block.cross_attn.output(attend_text(q_text, *text, backend=config.attention), config)
+        attended = block.cross_attn.output(attend_text(q_text, *text[:2], backend=config.attention), config)
         stream_BFTD = stream_BFTD + policy.to_norm_dtype(attended)
+    stream_BFTD = attend_actions(block, stream_BFTD, text, config)
     with jax.named_scope("feed_forward"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_f) + shift_f).astype(compute)
         stream_BFTD = stream_BFTD + gate_f * policy.to_norm_dtype(block.ffn(h, compute))
@@ -428,7 +435,7 @@ def backbone(
       head_frames: the head is applied to the last so many frames only.
     """
     config = model.config
-    stream, e_BFD, e0_BF6D, table = embed_frames(model, latents_BFHWC, sigma_BF, position_F)
+    stream, e_BFD, e0_BF6D, table = embed_frames(model, latents_BFHWC, sigma_BF, position_F, text_kv)
 
     def layer(stream: jax.Array, inputs: tuple[tuple[Block, Any], KV]) -> tuple[jax.Array, Any]:
         (block, past), text = from_bits(inputs[0]), inputs[1]

@@ -25,9 +25,9 @@ STORAGES = ("float32", "bfloat16", "int8")
 # Weights that are cast to the compute dtype anyway may be stored in it: same numbers, half the memory in bfloat16.
 STORAGE_DTYPES: tuple[tuple[str, str], ...] = (
     (r"(patch_embedding|head|text_embedding/(up|down))/(kernel|bias)", "compute"),
-    (r"blocks/(self_attn|cross_attn)/([qkvo]/(kernel|bias)|norm_[qk]/scale)", "compute"),
-    (r"blocks/ffn/(up|down)/(kernel|bias)", "compute"),
-    (r"(time_embedding/(up|down)|time_projection)/(kernel|bias)", "float32"),
+    (r"blocks/(self_attn|cross_attn|action_attn)/([qkvo]/(kernel|bias)|norm_[qk]/scale)", "compute"),
+    (r"blocks/(ffn|action_attn/embed)/(up|down)/(kernel|bias)", "compute"),
+    (r"((time|action)_embedding/(up|down)|time_projection)/(kernel|bias)", "float32"),
     (r"blocks/(modulation|norm3/(scale|bias))|head_modulation", "float32"),
 )
 # What int8 applies to: the matrices of the blocks, 98 % of the weights. Everything else: see `STORAGE_DTYPES`.

@@ -30,7 +30,7 @@ import numpy as np
 from cfjax.core.errors import UserError
 from cfjax.core.sharding import active_mesh
 from cfjax.memory.slots import State
-from cfjax.models.wan import KV, Wan
+from cfjax.models.wan import KV, Wan, WanConfig
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.frames import masked_prefixes
 from cfjax.nn.visibility import Blocks
@@ -38,17 +38,23 @@ from cfjax.rollout.blocks import commit_block
 from cfjax.rollout.generate import FewStep, ManyStep, few_step_block, many_step_block
 from cfjax.rollout.session import Session
 from cfjax.rollout.session_state import Made, SessionState
+from cfjax.rollout.steering import rows_of, steered_block
 from cfjax.rollout.stream import StreamCodec, block_noise, levels_of, per_prompt
 
 SIZES = (1, 2, 4, 8)
 
 
 class Row(NamedTuple):
-    """One session's part of a batch; `clean_BFHWC` is the block to be committed, or zeros."""
+    """One session's part of a batch; `clean_BFHWC` is the block to be committed, or zeros.
+
+    `clean_keys`, `keys`: what steers that block and the new one (`steering.rows_of`); None: nothing.
+    """
 
     clean_BFHWC: jax.Array
     text_kv: KV
     cache: State
+    clean_keys_BFA: Any = None
+    keys_BFA: Any = None
 
 
 class Numbers(NamedTuple):
@@ -88,14 +94,15 @@ def _next_blocks(model: Wan, rows: tuple[Row, ...], numbers: Numbers, *, plan: P
         text_kv, cache = row.text_kv, row.cache
         if plan.commits:
             clean = per_prompt(row.clean_BFHWC, text_kv)
-            committed = commit_block(model, clean, text_kv, cache, at.before_B, blocks)
+            committing = steered_block(model, row.clean_keys_BFA, at.before_B)
+            committed = commit_block(committing, clean, text_kv, cache, at.before_B, blocks)
             cache = jax.tree.map(partial(jnp.where, at.commits_B), committed, cache)
         steps = 1 if levels is None else max(len(levels), 1)
         noise, fresh = block_noise(jax.random.key(at.seed_B), at.block_B, plan.shape, steps)
-        work: tuple[KV, Any, Any] = (text_kv, cache, at.start_B)
+        own, work = steered_block(model, row.keys_BFA, at.start_B), (text_kv, cache, at.start_B)
         if isinstance(sampler, FewStep):
-            return few_step_block(model, noise[None], fresh[:, None], levels, *work, blocks), cache  # type: ignore[arg-type]
-        return many_step_block(model, noise[None], *work, sampler, blocks), cache
+            return few_step_block(own, noise[None], fresh[:, None], levels, *work, blocks), cache  # type: ignore[arg-type]
+        return many_step_block(own, noise[None], *work, sampler, blocks), cache
 
     with masked_prefixes():
         made = jax.vmap(one)(_stacked(rows), numbers)
@@ -219,7 +226,8 @@ def _step(group: Sequence[Session]) -> list[Made]:
     # What commits by itself first, and what is committed in the batch.
     by_itself = lambda state: state.transition is not None or not plan.commits
     states = [s.prepared(s.state) if by_itself(s.state) else s.state for s in group]
-    rows, numbers = zip(*(_row(state, clean_shape) for state in states), strict=True)
+    config = pipeline.model.config
+    rows, numbers = zip(*(_row(state, clean_shape, plan.shape[0], config) for state in states), strict=True)
     columns = Numbers(*(np.asarray(column) for column in zip(*_padded(numbers), strict=True)))
     found = call(_next_blocks, pipeline.model, _padded(rows), columns, plan=plan)
     jax.block_until_ready([x0 for x0, _ in found])
@@ -232,13 +240,14 @@ def _step(group: Sequence[Session]) -> list[Made]:
     return blocks
 
 
-def _row(state: SessionState, clean_shape: tuple[int, ...]) -> tuple[Row, Numbers]:
+def _row(state: SessionState, clean_shape: tuple[int, ...], frames: int, config: WanConfig) -> tuple[Row, Numbers]:
     commits = state.pending is not None
     before, clean = state.pending or (state.frame, np.zeros(clean_shape, np.float32))
     at = Numbers(
         np.bool_(commits), np.int32(before), np.int32(state.frame), np.uint32(state.seed), np.int32(state.block)
     )
-    return Row(jnp.asarray(clean), state.text_kv, state.cache), at
+    keys = (rows_of(config, state.held, *span) for span in ((before, clean_shape[1]), (state.frame, frames)))
+    return Row(jnp.asarray(clean), state.text_kv, state.cache, *keys), at
 
 
 def _decoded(session: Session, latents: Sequence[jax.Array], states: Sequence[Any]) -> list[tuple[np.ndarray, Any]]:

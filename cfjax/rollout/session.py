@@ -12,9 +12,9 @@ same noise, whatever the sampler.
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,13 @@ from cfjax.core.errors import UserError
 from cfjax.memory.names import memory_name, parse_memory
 from cfjax.memory.slots import Everything, Memory, State
 from cfjax.models.lora import Lora, attach, scaled
-from cfjax.models.wan import KV, Wan
+from cfjax.models.wan import KV
 from cfjax.nn.visibility import Blocks
-from cfjax.rollout.blocks import commit_block, given_blocks, layout_from
+from cfjax.rollout.blocks import given_blocks, layout_from
 from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.prompts import Blend
 from cfjax.rollout.recache import Recache, by_blocks, change_of, recommitted, turned
+from cfjax.rollout.session_commit import commit_kept
 from cfjax.rollout.session_state import (
     Made,
     Mode,
@@ -41,13 +42,13 @@ from cfjax.rollout.session_state import (
     own_memory,
 )
 from cfjax.rollout.session_video import next_from, next_source
+from cfjax.rollout.steering import Held, changed, steered_at
 from cfjax.rollout.stream import (
     Call,
     Pipeline,
     decode_step,
     levels_of,
     next_block,
-    per_prompt,
     plain,
     prompt_kv,
     rolled,
@@ -56,23 +57,6 @@ from cfjax.rollout.stream import (
 from cfjax.rollout.video import levels_at
 
 NO_END = 2**30  # the frame that an endless video ends before; differences of frames stay within int32
-
-
-# Not donated: a snapshot may hold the same cache.
-@partial(jax.jit, static_argnames="blocks")
-def _commit(
-    model: Wan,
-    clean: jax.Array,
-    text_kv: KV,
-    cache: Any,
-    start: jax.Array,
-    picture: jax.Array | None = None,
-    *,
-    blocks: Blocks,
-) -> State:
-    picture = None if picture is None else per_prompt(picture, text_kv)
-    return commit_block(model, per_prompt(clean, text_kv), text_kv, cache, start, blocks, picture_BFHWC=picture)
-
 
 _encode = jax.jit(lambda codec, video: codec.encode(video))
 
@@ -122,7 +106,7 @@ class Session:
         rows = self._text.rows(prompt)
         state = SessionState(
             self._empty(chosen), chosen, pipeline.codec.init_state(1), self._keys_of(rows), rows, prompt,
-            0, 0, 0, None, (), None, checked_seed(seed),
+            0, 0, 0, None, (), None, checked_seed(seed), held=Held.none_of(pipeline.model.config),
         )  # fmt: skip
         self.given_video_BPHWC: np.ndarray | None = None
         self._state = state if given_BFHWC is None else self._given(state, jnp.asarray(given_BFHWC))
@@ -185,6 +169,11 @@ class Session:
         state = self.state
         how = (mode, blend_blocks, blend, recache, move_sink)
         self._state = replace(state, prompt=prompt, transition=change_of(state, lambda: self._text.rows(prompt), *how))
+
+    def set_actions(self, keys: Sequence[float]) -> None:
+        """The keys that are held, a number for each, from the next block on. Raises what `steering.changed` does."""
+        state = self.state
+        self._state = replace(state, held=changed(state.held, keys, self._pipeline.sampler, state.memory))
 
     def set_memory(self, memory: Memory | str) -> None:
         """Another policy, from the next block on: what the session still has the latents of is committed to it.
@@ -330,8 +319,9 @@ class Session:
         before, pending = self.state, state.pending
         assert pending is not None
         start, x0 = pending
+        held = state.held and state.held.went_on(start, x0.shape[1])
         after = replace(state, block=state.block + 1, frame=start + x0.shape[1], generated=state.generated + 1)
-        self._state = self._seen(after, video_BPHWC)
+        self._state = self._seen(replace(after, held=held), video_BPHWC)
         self._held.append(before)
         return Made(state.block, start, video_BPHWC, x0, state.prompt, made - begun, time.perf_counter() - made)
 
@@ -385,7 +375,8 @@ class Session:
         self, state: SessionState, frames: int, video_BPHWC: np.ndarray | None, follow_motion: bool
     ) -> tuple[SessionState, jax.Array]:
         """The next block, and the state with what went into it."""
-        sampler, model, start = self._pipeline.sampler, self._pipeline.model, state.frame
+        sampler, start = self._pipeline.sampler, state.frame
+        model = steered_at(self._pipeline.model, state.held, start, frames)
         # The first generated block has a program of its own only where its steps are its own.
         first = isinstance(sampler, FewStep) and bool(sampler.first_steps) and not state.generated
         steps = len(levels_of(sampler, first)) if isinstance(sampler, FewStep) else 1
@@ -414,13 +405,14 @@ class Session:
 
     def _put(self, state: SessionState, start: int, own: jax.Array) -> State:
         """The cache with one more block."""
-        work = [self._pipeline.model, own, state.text_kv, state.cache, jnp.int32(start)]
+        model = steered_at(self._pipeline.model, state.held, start, own.shape[1])
+        work = [model, own, state.text_kv, state.cache, jnp.int32(start)]
         if count := self._pictures(state.memory):
             pixels, picture = state.pixels_BPHWC, jnp.zeros_like(own[:, :1])
             if pixels is not None and pixels.shape[1] == count:  # else nothing has left
                 picture = self._call(_encode, self._pipeline.codec, jnp.asarray(pixels[:, :1]))
             work.append(picture)
-        return self._call(_commit, *work, blocks=self._blocks(state.memory))
+        return self._call(commit_kept, *work, blocks=self._blocks(state.memory))
 
     def _pictures(self, memory: Memory) -> int:
         """How many decoded pixel frames are kept."""

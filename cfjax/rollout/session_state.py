@@ -14,6 +14,7 @@ from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.rollout.prompts import Blend, blend_rows
 from cfjax.rollout.rolling import Window, rolling_layout
+from cfjax.rollout.steering import Held
 from cfjax.rollout.stream import Pipeline
 
 Mode = Literal["recache", "keep", "cut"]
@@ -107,6 +108,7 @@ class SessionState:
       source: the video that it goes along with, or None.
       window: of a rolling sampler, the blocks that are half denoised; None before the first block.
       pixels_BPHWC: the newest decoded pixel frames, as many as a commit needs; None: none.
+      held: the keys that steer it; None: it cannot be steered.
     """
 
     cache: State
@@ -125,6 +127,7 @@ class SessionState:
     source: Source | None = None
     window: Window | None = None
     pixels_BPHWC: np.ndarray | None = None
+    held: Held | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from cfjax.core.errors import UserError
+from cfjax.data.steered import KEYS, as_keys, spoken
 from cfjax.experiment.runs import Run
 from cfjax.memory.names import FULL, POLICIES, memory_name, parse_memory
 from cfjax.rollout.blocks import layout_from
@@ -177,6 +178,8 @@ def serve_run(
         width=width * right,
     )
 
+    keys = KEYS if run.model.config.actions is not None else ()
+
     def make(prompt: str, seed: int, memory: str, image: str) -> Session:
         given = None
         if image:
@@ -193,10 +196,17 @@ def serve_run(
         make=make,
         policies=tuple(policy_of(name) for name in memories),
         samplers=(sampler_name(run),),
-        examples=tuple(examples),
-        vocabulary=vocabulary(run.world) if isinstance(run.world, ToyWorld) else None,
+        examples=tuple(dict.fromkeys(spoken(prompt, silent=bool(keys)) for prompt in examples)),
+        vocabulary=vocabulary(run.world, steered=bool(keys)) if isinstance(run.world, ToyWorld) else None,
+        actions=keys,
+        steer=steer if keys else None,
         takes_image=encode is not None,
     )
+
+
+def steer(session: Session, held: tuple[str, ...]) -> None:
+    """The arrow keys of the toy, from the session's next block on."""
+    session.set_actions(list(as_keys(held)))
 
 
 def on_devices(run: Run, devices: Sequence[Any]) -> list[Run]:
@@ -219,12 +229,12 @@ def sampler_name(run: Run) -> str:
     return f"{kind}, {', '.join(map(str, sampler.steps))}"
 
 
-def vocabulary(world: ToyWorld) -> dict[str, Any]:
-    """The words that the toy knows."""
+def vocabulary(world: ToyWorld, *, steered: bool = False) -> dict[str, Any]:
+    """The words that the toy knows; `steered`: where keys say which way to go, not prompts."""
     shapes = world.shapes
     return {
-        "pattern": "a COLOUR SHAPE moving DIRECTION",
+        "pattern": "a COLOUR SHAPE" if steered else "a COLOUR SHAPE moving DIRECTION",
         "colours": list(shapes.colours),
         "shapes": list(shapes.shapes),
-        "directions": list(shapes.directions),
+        "directions": [] if steered else list(shapes.directions),
     }

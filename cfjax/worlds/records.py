@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from cfjax.core.limits import AXIS, LAYERS
 from cfjax.core.precision import Policy
 from cfjax.core.schema import EPS, SIZE, Rule, checked, flag, number, one_of, row, several, table, text, whole
+from cfjax.models.actions import FORMS, ActionConfig
 from cfjax.models.tiny_vae import TinyVAEConfig
 from cfjax.models.umt5 import UMT5_RULE, UMT5Config
 from cfjax.models.vae import VAEConfig
@@ -17,12 +18,17 @@ from cfjax.models.wan import WanConfig
 
 _DTYPE = one_of("float32", "bfloat16")
 _PRECISION = {"precision": table({"compute": _DTYPE, "island": _DTYPE}, closed=True)}
+_ACTIONS = table(
+    {"form": one_of(*FORMS)},
+    dict.fromkeys(("keys", "window", "frames", "width"), whole(1, 4096)),
+    closed=True,
+)
 # What a run's record says of each network: its config's fields, and no others.
 SIZES: dict[type, Rule] = {
     WanConfig: table(
         dict.fromkeys(("dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "text_dim", "freq_dim"), SIZE)
         | {"num_layers": whole(1, LAYERS), "patch": row(SIZE, SIZE), "eps": EPS},
-        {"remat": one_of("none", "full", "dots"), "attention": text(), **_PRECISION},
+        {"remat": one_of("none", "full", "dots"), "attention": text(), "actions": _ACTIONS, **_PRECISION},
         closed=True,
     ),
     VAEConfig: table(
@@ -68,6 +74,8 @@ def config_from_record(cls: type[C], values: dict[str, Any], where: object = "th
     values = {key: tuples(value) for key, value in values.items()}
     if isinstance(values.get("precision"), dict):
         values["precision"] = Policy.from_record(values["precision"])
+    if isinstance(values.get("actions"), dict):
+        values["actions"] = ActionConfig(**values["actions"])
     return cls(**values)
 
 

@@ -32,6 +32,7 @@ from cfjax.data.shapes import (
     draw_factors,
     render,
 )
+from cfjax.data.steered import SteeringConfig, draw_steered, spoken
 from cfjax.models.codec import PatchCodec, fit_patch_codec
 from cfjax.models.text import TextEncoder
 from cfjax.models.text_cache import TextCache
@@ -214,10 +215,22 @@ def check_split(shapes: ShapesConfig) -> None:
 
 
 class SplitSource:
-    """Clips whose captions are all trained on, or all held out: a clip is redrawn until its caption is."""
+    """Clips whose captions are all trained on, or all held out: a clip is redrawn until its caption is.
 
-    def __init__(self, config: ShapesConfig, seed: int, length: int, *, held_out: bool = False) -> None:
+    With `steering` they are steered, and their records say by which keys (`data.steered`).
+    """
+
+    def __init__(
+        self,
+        config: ShapesConfig,
+        seed: int,
+        length: int,
+        *,
+        held_out: bool = False,
+        steering: SteeringConfig | None = None,
+    ) -> None:
         self.config, self.seed, self.length, self.held_out = config, seed, length, held_out
+        self.steering = steering
 
     def __len__(self) -> int:
         return self.length
@@ -226,12 +239,17 @@ class SplitSource:
         """Like `ShapesSource`: a function of (config, seed, index) alone."""
         if not 0 <= index < self.length:
             raise IndexError(f"record {index} of {self.length}")
-        rng = np.random.default_rng([self.seed, index])
+        rng, steering = np.random.default_rng([self.seed, index]), self.steering
         while True:
-            factors = draw_factors(self.config, rng)
+            factors = draw_steered(self.config, steering, rng) if steering else draw_factors(self.config, rng)
             text = caption(factors, self.config)
             if is_held_out(text) == self.held_out:
-                return {"video_PHWC": render(factors, self.config), "caption": text, "factors": factors}
+                break
+        record = {"video_PHWC": render(factors, self.config), "caption": text, "factors": factors}
+        if steering:
+            record["caption"] = spoken(text, silent=bool(factors["silent"][0]))
+            record["actions_FA"] = factors["keys"][0]
+        return record
 
 
 def two_captions(shapes: ShapesConfig) -> tuple[str, str]:

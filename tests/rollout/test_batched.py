@@ -162,7 +162,9 @@ def test_a_batch_has_no_conditional_and_no_scatter():
     """Under vmap, a conditional over lengths would compute every branch, and a row's own place would be a scatter."""
     streams = [stream(i) for i in range(2)]
     plan = batched._plan(streams[0], 2)
-    rows, numbers = zip(*(batched._row(one.state, (1, 2, *SHAPE[2:])) for one in streams), strict=True)
+    rows, numbers = zip(
+        *(batched._row(one.state, (1, 2, *SHAPE[2:]), 2, tiny().config) for one in streams), strict=True
+    )
     columns = batched.Numbers(*(np.asarray(column) for column in zip(*numbers, strict=True)))
     text = batched._next_blocks.lower(tiny(), rows, columns, plan=plan).as_text()
     assert "dot_general" in text and "stablehlo.case" not in text and "stablehlo.scatter" not in text

@@ -129,8 +129,8 @@ def test_pixels_leave_before_the_commit():
     called.clear()
     made(stream, 3)
     counts = Counter(called)
-    assert counts["next_block"] == 3 and counts["_commit"] == 2
-    assert "_commit" not in called[: called.index("<lambda>")]
+    assert counts["next_block"] == 3 and counts["commit_kept"] == 2
+    assert "commit_kept" not in called[: called.index("<lambda>")]
 
 
 def test_snapshots_and_forks_are_values():

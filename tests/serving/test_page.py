@@ -16,7 +16,9 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cfjax.data.shapes import DIRECTIONS, PALETTE
+from cfjax.experiment.runs import open_run
 from cfjax.serving.app import Access
+from cfjax.serving.served import serve_run
 from tests.serving.drawing import WORLD, drawing_served
 from tests.serving.running import Running, running, until
 
@@ -329,3 +331,30 @@ def test_everything_can_be_reached_by_keyboard(opened):
     expect(page.locator("#shortcuts")).to_be_hidden()
     page.keyboard.press("/")
     expect(page.locator("#prompt")).to_be_focused()
+
+
+# ---- a trained student
+
+
+def centre_of(page: Page) -> np.ndarray:
+    """Where the shape is (x, y), px."""
+    away = np.square(frames_of(page, 1)[0].astype(np.float32) / 127.5 - 1 - np.asarray(WORLD.background)).sum(-1)
+    mass = np.where(away > 0.1 * away.max(), away, 0.0)
+    axis = np.arange(WORLD.size) + 0.5
+    return np.array([mass.sum(0) @ axis, mass.sum(1) @ axis]) / mass.sum()
+
+
+def test_the_shipped_student_is_steered(opened):
+    """By the arrow keys, or WASD, to every side of its world."""
+    run = open_run("toy_steered")
+    served = serve_run(run, fps=30.0, memories=("longlive_infinity",), examples=("a red circle moving left",))
+    with running(served) as steered:
+        page = opened(url=steered.url)
+        expect(page.locator("[data-word=left]")).to_have_count(0)  # keys say which way, not prompts
+        for key, axis, beyond in (("ArrowRight", 0, True), ("ArrowUp", 1, False), ("a", 0, False), ("s", 1, True)):
+            page.keyboard.down(key)
+            until(lambda a=axis, b=beyond: (centre_of(page)[a] > 16) == b and abs(centre_of(page)[a] - 16) > 6, SECONDS)
+            page.keyboard.up(key)
+        assert colour_of(frames_of(page, 1)[0]) == "red"
+        page.goto("about:blank")
+        until(lambda: counted(steered, "sessions") == 0, SECONDS)

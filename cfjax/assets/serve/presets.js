@@ -2,13 +2,13 @@
 
 const LATEST = 6;
 
-// `vocabulary` of /api/model: {colours, shapes, directions}; every choice is a prompt.
+// `vocabulary` of /api/model: {colours, shapes, directions}; every choice is a prompt. A model that is steered has no directions.
 export class Words {
   #groups; #choose;
 
   constructor(box, vocabulary, choose) {
     this.#choose = choose;
-    this.#groups = [["Colour", vocabulary.colours], ["Shape", vocabulary.shapes], ["Moving", vocabulary.directions]].map(([title, words]) => {
+    this.#groups = [["Colour", vocabulary.colours], ["Shape", vocabulary.shapes], ["Moving", vocabulary.directions]].filter(([, words]) => words.length).map(([title, words]) => {
       const group = document.createElement("fieldset");
       group.className = "words";
       group.innerHTML = `<legend>${title}</legend>`;
@@ -38,7 +38,7 @@ export class Words {
 
   #chosen() {
     const [colour, shape, direction] = this.#groups.map(({ group, words }) => group.querySelector("input:checked")?.value ?? words[0]);
-    this.#choose(`a ${colour} ${shape} moving ${direction}`);
+    this.#choose(direction ? `a ${colour} ${shape} moving ${direction}` : `a ${colour} ${shape}`);
   }
 }
 
