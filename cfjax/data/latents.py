@@ -252,6 +252,7 @@ _BATCH_NAMES = {
     "reversed_text_SE": "reversed_text_BSE",
     "index": "index_B",
     "trajectory_JFHWC": "trajectory_BJFHWC",
+    "picture_FHWC": "picture_BFHWC",
 }
 
 

@@ -14,6 +14,7 @@ from cfjax.experiment.data import Shapes
 from cfjax.experiment.networks import NetworkRole
 from cfjax.models.cache import longest_share
 from cfjax.models.discriminator import TAP, tapped_layers
+from cfjax.models.experts import takes_picture
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.frames import VISIBLE_PREFIX
 from cfjax.nn.visibility import Blocks
@@ -43,6 +44,9 @@ def abstract_batch(e: Experiment, shapes: Shapes, mesh: Mesh | None) -> dict[str
     }
     if e.data.trajectory_points:
         arrays["trajectory_BJFHWC"] = ((size, e.data.trajectory_points, *shapes.latents), jnp.float32)
+
+    if any(takes_picture(network.base) for network in e.networks.values()):
+        arrays["picture_BFHWC"] = arrays["latents_BFHWC"]
 
     def where(name: str) -> Any:
         if mesh is None:

@@ -74,6 +74,7 @@ def forward_kv(
 Observe = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
 
+@singledispatch
 def forward_observed(
     model: Wan,
     latents_BFHWC: jax.Array,
