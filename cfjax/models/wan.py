@@ -26,8 +26,8 @@ from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
 from cfjax.core.precision import BF16, LATER, Policy
 from cfjax.core.sharding import constrain
-from cfjax.models.cache import KVCache, attend_past, view
 from cfjax.models.attention import Attention, ImageAttention, ImageEmbedding
+from cfjax.models.cache import KVCache, attend_past, view
 from cfjax.models.ends import embed_frames, flow_of
 from cfjax.nn import layers
 from cfjax.nn.frames import attend_frames, attend_text, constrain_kv
