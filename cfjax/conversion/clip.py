@@ -163,7 +163,8 @@ def infer_config_clip(
                 )
     elif dim % HEAD_DIM:
         raise UserError(
-            f"no config.json gives the number of heads, and {dim} channels of the image encoder are no multiple of {HEAD_DIM}"
+            f"no config.json gives the number of heads, and {dim} channels of the image encoder are no multiple of"
+            f" {HEAD_DIM}"
         )
     return CLIPConfig(
         heads=vision.get("num_attention_heads", dim // HEAD_DIM), eps=vision.get("layer_norm_eps", 1e-5), **sizes
