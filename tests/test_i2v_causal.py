@@ -179,12 +179,11 @@ def pixels(picture: Path) -> np.ndarray:
 
 
 def test_records_hold_the_latents_of_each_clips_first_frame_before_grey(root):
-    dataset, world = open_dataset(root / "set"), open_run(str(root / "wan"), with_model=False).world
+    dataset = open_dataset(root / "set")
     record = dataset[0]
     assert record["picture_FHWC"].shape == dataset.latent_shape == (3, 4, 4, 16)
     np.testing.assert_allclose(record["picture_FHWC"][0], record["latents_FHWC"][0], atol=1e-5)
-    still = np.asarray(world.codec.decode(jnp.asarray(record["picture_FHWC"][None])))
-    assert still.shape == (1, 9, PIXELS, PIXELS, 3)
+    assert not np.allclose(record["picture_FHWC"][1], record["latents_FHWC"][1], atol=1e-2)
     assert main(["precompute", f"--check={root / 'set'}"]) == 0
 
 
@@ -203,13 +202,11 @@ def test_generate_and_a_session_with_a_picture(run, tmp_path, picture):
     made = load_file(file)["latents_FHWC"]
     opened = open_run(str(run), precision="float32")
     session = opened.session("A cat", seed=3, image=pixels(picture))
-    streamed = np.concatenate([np.asarray(session.next().latents_BFHWC) for _ in range(3)], axis=1)
-    assert relative(streamed[0], made) < 1e-4
-    video = opened.generate(["A cat"], seed=3, image=pixels(picture))
-    decoded = np.asarray(opened.world.codec.decode(jnp.asarray(made[None])))
-    assert relative(video, decoded) < 1e-4
-    other = opened.generate(["A cat"], seed=3, image=-pixels(picture))
-    assert relative(other, decoded) > 1e-3
+    blocks = [session.next() for _ in range(3)]
+    assert relative(np.concatenate([block.latents_BFHWC for block in blocks], axis=1)[0], made) < 1e-4
+    streamed = np.concatenate([block.video_BPHWC for block in blocks], axis=1)
+    assert relative(opened.generate(["A cat"], seed=3, image=pixels(picture)), streamed) < 1e-4
+    assert relative(opened.generate(["A cat"], seed=3, image=-pixels(picture)), streamed) > 1e-3
     with pytest.raises(UserError, match="it needs a picture; give image="):
         opened.session("A cat")
 
@@ -281,6 +278,7 @@ def test_a_stream_of_it_is_planned():
     assert [x.shape for x in latents] == [(1, 3, 8, 8, 16)] and log.calls
 
 
+@pytest.mark.slow
 def test_the_verb_plans_it(root, tmp_path):
     argv = ["plan", f"--config={ROOT}/configs/ar_diffusion.py:mini", "--topology=cpu:1", f"--workdir={tmp_path}"]
     argv += [f"--config.roles.student.init={root / 'wan'}", "--frames=9", "--height=32", "--width=32", "--text=8"]
