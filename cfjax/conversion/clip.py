@@ -146,13 +146,15 @@ def infer_config_clip(
     if side < 1 or side**2 + 1 != places:
         raise UserError(f"{places} positions are not those of a square of patches and one more")
     before = "transformer." if original else "encoder.layers."
-    sizes = {
-        "dim": dim,
-        "ffn_dim": shape(f"{before}0.mlp.{'0' if original else 'fc1'}.weight", 2)[0],
-        "layers": layer_count(shapes, before),
-        "image_size": side * patch,
-        "patch": patch,
-    }
+    sized = partial(
+        CLIPConfig,
+        dim=dim,
+        ffn_dim=shape(f"{before}0.mlp.{'0' if original else 'fc1'}.weight", 2)[0],
+        layers=layer_count(shapes, before),
+        image_size=side * patch,
+        patch=patch,
+    )
+    sizes = sized.keywords
     vision = (about or {}).get("vision_config") or about or {}
     if vision:
         checked(ABOUT, vision, "image encoder's config.json")
@@ -166,9 +168,7 @@ def infer_config_clip(
             f"no config.json gives the number of heads, and {dim} channels of the image encoder are no multiple of"
             f" {HEAD_DIM}"
         )
-    return CLIPConfig(
-        heads=vision.get("num_attention_heads", dim // HEAD_DIM), eps=vision.get("layer_norm_eps", 1e-5), **sizes
-    )
+    return sized(heads=vision.get("num_attention_heads", dim // HEAD_DIM), eps=vision.get("layer_norm_eps", 1e-5))
 
 
 def config_json_clip(config: CLIPConfig, layout: str) -> dict[str, Any] | None:
