@@ -90,7 +90,8 @@ def window_flow(
     positions = place.at + cache.offset + jnp.arange(frames)
     layers = jnp.arange(config.num_layers)
     if isinstance(model, Conditioned):
-        model, x_BFHWC = model.network, model.beside(x_BFHWC, place.at)
+        x_BFHWC = model.beside(x_BFHWC, place.at)
+        model = model.network
     return backbone(model, x_BFHWC, sigma_BF, text_kv, positions, attend, layer_input=layers)[0]
 
 
