@@ -71,7 +71,7 @@ _DATA = (
     Key(r"data\.shapes\.bounces", "Whether shapes bounce off the edges; otherwise their whole path is inside."),
 )
 
-PRESETS = ("wan_1_3b", "wan_14b", "wan_2_2_i2v_14b", "wan_2_2_5b", "wan_mini", "toy")
+PRESETS = ("wan_1_3b", "wan_14b", "wan_i2v_14b", "wan_2_2_i2v_14b", "wan_2_2_5b", "wan_mini", "toy")
 
 _NETWORKS = (
     Key(r"blocks\.frames", "Frames that are denoised together.", "latent frames"),
