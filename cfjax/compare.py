@@ -32,7 +32,7 @@ from cfjax.training.checkpoint import FOLDER, load_role
 from cfjax.worlds.assets import META_FILE, asset
 from cfjax.worlds.open import find_world, is_wan_world
 from cfjax.worlds.records import config_from_record, placed_template
-from cfjax.worlds.wan import load_codec, load_text, part_sizes, read_record
+from cfjax.worlds.wan import load_codec, load_text, open_image_encoder, part_sizes, read_record
 
 DESCRIPTION = """Compares cfjax with an independent PyTorch implementation: the same weights, inputs, noise and times
 in float32. Prints one table (what, shape, largest absolute and relative error, cosine, the first layer that diverges)
@@ -166,6 +166,7 @@ def open_case(c: ConfigDict, seed: int, tolerance: float | None) -> Case:
         steps=c.steps,
         seed=seed,
         tolerance=tolerance,
+        image_encoder=parts.get("image_encoder"),
     )
 
 
@@ -205,5 +206,6 @@ def _world_parts(world: Path) -> dict[str, Any]:
         "channels": part_sizes(world, "vae")["z_dim"] if have("vae") else 16,
         "vae": partial(load_codec, world, "vae") if have("vae") else None,
         "text_encoder": (lambda: load_text(world, length).model) if have("text_encoder") else None,
+        "image_encoder": partial(open_image_encoder, world) if have("image_encoder") else None,
         "tokenizer": str(world / "tokenizer") if (world / "tokenizer").is_dir() else "",
     }

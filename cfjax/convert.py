@@ -52,12 +52,14 @@ stays."""
 TARGETS = ("orbax", "pt", "safetensors", "diffusers", *FORMS)
 WORLD, TOKENIZER = "world", "tokenizer"
 LEFT_OUT = "left out: "
+NO_SIZES = ("remat", "attention", "precision")  # of a network's config
 # Networks that meet in what is so wide: kind, its size, kind, its size.
 MEETING = (
     ("dit", "out_dim", "vae", "z_dim", "latents"),
     ("dit", "out_dim", "tiny_vae", "latent_channels", "latents"),
     ("tiny_vae", "latent_channels", "vae", "z_dim", "latents"),
     ("dit", "text_dim", "text_encoder", "dim", "text rows"),
+    ("dit", "image_dim", "image_encoder", "dim", "a picture's features"),
 )
 UNSAID = (
     "the file does not say what it was trained for: recorded as bidirectional, with 50 steps of UniPC; if it generates "
@@ -72,6 +74,7 @@ NEGATIVE_PROMPT = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"  # noqa: RUF001
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
+OF_PICTURES = "镜头晃动，"  # noqa: RUF001  # before it in Wan2.1's image to video (`wan/configs/wan_i2v_14B.py`)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -184,7 +187,9 @@ def _check_channels(source: Source, world: Path | None) -> None:
     for each in source.found:
         sizes[each.network.kind] = vars(each.network.config), each.network.file
     for one, width, other, its_width, what in MEETING:
-        if one in sizes and other in sizes and sizes[one][0][width] != sizes[other][0][its_width]:
+        if one not in sizes or other not in sizes or not sizes[one][0][width]:  # 0: it takes none
+            continue
+        if sizes[one][0][width] != sizes[other][0][its_width]:
             (ours, file), (theirs, place) = sizes[one], sizes[other]
             raise UserError(
                 f"{file}: the {KINDS[one].title} is made for {what} of {ours[width]} channels, the"
@@ -195,7 +200,7 @@ def _check_channels(source: Source, world: Path | None) -> None:
 
 def _held_by(to: str, source: Source) -> Source:
     """What `to` is for when nobody named parts: a .pt is the transformers alone, diffusers knows no tiny decoder."""
-    left = {"pt": ("vae", "text_encoder", "tiny_vae"), "diffusers": ("tiny_vae",)}.get(to, ())
+    left = {"pt": ("vae", "text_encoder", "tiny_vae", "image_encoder"), "diffusers": ("tiny_vae",)}.get(to, ())
     kept = [found for found in source.found if found.network.kind not in left]
     if not kept or len(kept) == len(source.found):
         return source
@@ -269,7 +274,8 @@ def _write(c: ConfigDict, source: Source, partial: Path, workdir: Path, watch: C
     if (partial / WORLD).exists():
         record = {"kind": KIND, "format": FORMAT, "text_length": TEXT_LENGTH}
         record |= {"fps": FPS.get(_channels(source), FPS[16])}
-        write_json(partial / WORLD / RECORD, {**record, "negative_prompt": NEGATIVE_PROMPT})
+        eyes = any(each.network.config.image_dim for each in transformers)
+        write_json(partial / WORLD / RECORD, {**record, "negative_prompt": OF_PICTURES * eyes + NEGATIVE_PROMPT})
     if transformers:
         arrays = {
             f"{'ema' if each.ema else 'params'}/{each.role}/{name}": x.watched(watch)
@@ -361,8 +367,7 @@ def _run_meta(c: ConfigDict, transformers: list[Found], partial: Path, workdir: 
 
 def preset_of(config: WanConfig) -> str:
     """The preset of these sizes; "" where there is none, and the recorded sizes are all there is."""
-    sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch", "eps")
-    same = lambda other: all(getattr(config, name) == getattr(other, name) for name in sizes)
+    same = lambda other: replace(other, **{name: getattr(config, name) for name in NO_SIZES}) == config
     return next((name for name, other in PRESETS.items() if same(other)), "")
 
 

@@ -58,6 +58,7 @@ from cfjax.models.text_cache import TextCache, fill
 from cfjax.rollout.clips import Clips, Timings, cache_bytes
 from cfjax.rollout.generate import ManyStep
 from cfjax.rollout.sizes import pixel_frames
+from cfjax.worlds.wan import image_encoder_hash
 from cfjax.worlds.world import WorldParts
 
 DESCRIPTION = """Generates videos with a run that was trained here or converted: text to video, image to video, and the
@@ -67,6 +68,7 @@ TEXT_ROWS = ".text_rows"  # folder in the workdir, as long as videos are made
 # What decides a request's video; a set cannot be resumed with other values.
 DECIDING = (
     *("run.stage", "run.step", "run.averaged", "run.weights", "run.lora", "run.high_noise", "run.storage"),
+    "run.image_encoder",
     *("network", "world", "decoder"),
     *("frames", "given_frames", "height", "width", "latent_shape", "sampler", "blocks", "negative_prompt"),
     *("video_sha256", "fit", "fps", "scale"),
@@ -297,6 +299,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
             "averaged": run.averaged,
             "weights": weights_hash(run),
             **({"high_noise": job.high.record(weights_hash(job.high.run))} if job.high else {}),
+            **({"image_encoder": image_encoder_hash(run.world.folder)} if run.model.config.image_dim else {}),
             **({"storage": c.storage} if c.storage else {}),
             **({"lora": [lora_record(lora) for lora in open_loras(c.lora)]} if c.lora else {}),
         },

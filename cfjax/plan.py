@@ -126,14 +126,14 @@ def shapes_of(e: Experiment, flags: Mapping[str, Any]) -> Shapes:
         side = toy.shapes.size // TOY_PATCH
         return Shapes((toy.shapes.frames, side, side, toy.channels), (toy.text_length, TOY_TEXT))
     sizes = e.networks["student"].base
-    time, height, width = published_vae(sizes.in_dim).stride
+    time, height, width = published_vae(sizes.out_dim).stride
     if flags["frames"] % time != 1:
         raise UserError(f"--frames={flags['frames']}: use 1 + a multiple of {time}")
     for name, stride in (("height", 2 * height), ("width", 2 * width)):
         if flags[name] % stride or flags[name] < stride:
             raise UserError(f"--{name}={flags[name]}: use a multiple of {stride}")
     frames = 1 + flags["frames"] // time
-    latents = (frames, flags["height"] // height, flags["width"] // width, sizes.in_dim)
+    latents = (frames, flags["height"] // height, flags["width"] // width, sizes.out_dim)
     return Shapes(latents, (flags["text"], sizes.text_dim))
 
 

@@ -33,7 +33,7 @@ from cfjax.data.precompute import digest
 from cfjax.data.records import MANIFEST, Layout
 from cfjax.data.sets import identity
 from cfjax.experiment.data import Data, data_of, data_root, difference, pairs_layout
-from cfjax.experiment.networks import check_blocks, networks_in, roles_of, sized
+from cfjax.experiment.networks import check_blocks, check_pictures, networks_in, roles_of, sized
 from cfjax.experiment.reference import apply_reference
 from cfjax.experiment.stage import blocks_of
 from cfjax.models.codec import Codec
@@ -105,6 +105,8 @@ def precompute_source(c: ConfigDict) -> Path:
     for key in ("source", "output", "world"):
         local_path(c[key], f"--config.{key}", "cfjax precompute reads and writes folders of this machine")
     lmdb = is_lmdb(c.source)
+    if c.pictures and (lmdb or not Path(c.source).is_dir()):
+        raise UserError(f"pictures=True: source={c.source!r} has no pixels to take pictures of; give a folder of clips")
     if not c.output and not lmdb:
         raise UserError("output='': give the folder of the new dataset, --config.output=data/wan/clips")
     cache = c.text_cache or str(Path(c.world).absolute().parent / "text_cache")
@@ -193,7 +195,7 @@ def _open_clips(c: ConfigDict, world: World) -> Opened:
         "say": found.notes(),
     }
     encode = video_encoder(world.codec, c.encode_frames, shown=c.progress)
-    return ClipSource(c.source, clips, wanted), _layout(c, world, latent), about, encode
+    return ClipSource(c.source, clips, wanted), _layout(c, world, latent, pictures=c.pictures), about, encode
 
 
 def columns_of(c: ConfigDict) -> Columns:
@@ -271,7 +273,7 @@ def captions_of(source: Source, items: Iterable[int]) -> Iterator[str]:
 
 
 def video_encoder(codec: Codec, frames: int, *, shown: bool = False) -> EncodeVideo:
-    """uint8 [B, P, H, W, 3] to float32 latents_BFHWC; Wan's VAE takes `frames` latent frames at a time (0: all).
+    """[B, P, H, W, 3], 0 to 255, to float32 latents_BFHWC; Wan's VAE takes `frames` latent frames at a time (0: all).
 
     Args:
       shown: say that the first call compiles.
@@ -321,6 +323,7 @@ def precompute_pairs(c: ConfigDict) -> Path:
     if method not in METHODS:  # before any file is touched, or any clip rendered
         raise UserError(f"objective.method={method!r}: use one of {', '.join(METHODS)}")
     roles = sized(roles_of(c))
+    check_pictures("ODE pairs", roles)
     check_blocks(blocks_of(c), roles.values())
     data = data_of(c).open()
     if c.pairs > len(data.dataset):

@@ -19,6 +19,7 @@ from cfjax.core.paths import reporting_storage_errors, write_atomically
 from cfjax.data.requests import Request, read_latents, read_requests
 from cfjax.experiment.runs import Run, open_run
 from cfjax.memory.profile import LABELS, head_labels, heads_record, labels_text
+from cfjax.models.experts import takes_picture
 from cfjax.models.wan import embed_text
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.generate import FewStep, ManyStep, generate
@@ -51,6 +52,8 @@ def profile_heads(c: ConfigDict, workdir: Path) -> None:
     run = open_run(c.run, ema=c.ema, world=c.world, precision=c.precision)
     if run.blocks is None:
         raise UserError(f"--config.run={c.run}: it is bidirectional; name a run that generates block by block")
+    if takes_picture(run.model.config):
+        raise UserError(f"--config.run={c.run}: image to video, whose videos need pictures; name a text-to-video run")
     requests = read_requests(c.prompt, c.prompts, seed=c.seed, videos=1 if c.latents else c.videos)
     if wrong := next(filter(None, (run.world.prompt_fault(r.prompt) for r in requests)), ""):
         raise UserError(f"prompt {wrong}")

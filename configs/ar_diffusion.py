@@ -69,6 +69,7 @@ def get_config(arg: str = ""):
         "history": histories.get(strategy, "clean"),
         "history_shift": 0.6,
         "history_steps": 1,
+        "image_start": 0.0,
         "bagger": 0.6 if strategy == "bagger" else 0.0,
         "bagger_prefix": 4 / 7,
         "bagger_steps": 20,

@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
             "run": "",  # a run directory or a shipped model; "": random weights of `preset`
             "ema": True,
             "world": "",  # the run's Wan world; "": beside it
-            "preset": presets.MINI if mini else "wan_1_3b" if wan else "toy",  # or wan_14b, wan_2_2_5b
+            "preset": presets.MINI if mini else "wan_1_3b" if wan else "toy",  # or wan_14b, wan_2_2_5b ...
             "precision": "",  # of its matrix products: float32, bfloat16; "": the run's or the preset's
             "storage": "",  # what weights rest in: float32, bfloat16, int8; "": as they are multiplied
             "attention": "",  # auto, xla, cudnn ...; "": the run's or the preset's

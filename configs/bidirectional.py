@@ -33,7 +33,13 @@ def get_config(arg: str = ""):
     c.roles.student = presets.role("toy" if toy else "wan_1_3b")
     c.data = presets.toy_data("runs/teacher/data", assets="") if toy else presets.wan_data("data/wan")
     c.blocks = presets.blocks()
-    c.objective = {"shift": 5.0, "weighting": "uniform", "text_dropout": 0.1, "bf16_timesteps": False}
+    c.objective = {
+        "shift": 5.0,
+        "weighting": "uniform",
+        "text_dropout": 0.1,
+        "bf16_timesteps": False,
+        "image_start": 0.0,  # Wan2.2-TI2V-5B: chance that a clip's first latent frame is given, clean
+    }
     c.optim.student = presets.toy_optimizer() if toy else presets.optimizer(1e-5, 0.9)
     c.ema.student = presets.ema(0.998 if toy else 0.9999)
     c.sampler = presets.many_step(50, 3.0, causal=False)

@@ -18,9 +18,9 @@ def get_config():
     `run`: a run directory, converted or trained, or a shipped teacher; `world`: its Wan world ("": where the run says).
     Without a run, the world's own parts are compared; without either, random weights.
     `role`, `ema`: which of the run's networks, and whether its average where there is one; `random`: sizes of random
-    weights, "toy" or "full" (Wan 1.3B, its VAE and text encoder; the latter needs 50 GB of memory), or "ti2v_toy" and
-    "ti2v" (Wan2.2-TI2V-5B's network and VAE); `frames`: latent frames; `height`, `width`: pixels; `text_length`: text
-    rows; `steps`: of the many-step sampler.
+    weights, "toy" or "full" (Wan 1.3B, its VAE and text encoder; the latter needs 50 GB of memory), "ti2v_toy" and
+    "ti2v" (Wan2.2-TI2V-5B's network and VAE), or "i2v_toy" and "i2v" (Wan2.1-I2V-14B's network and CLIP); `frames`:
+    latent frames; `height`, `width`: pixels; `text_length`: text rows; `steps`: of the many-step sampler.
     """
     return ConfigDict(
         {

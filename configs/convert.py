@@ -39,7 +39,7 @@ def get_config(arg: str = ""):
         {
             "source": "",  # folder or file
             "to": "orbax",  # a run directory; or pt, safetensors, diffusers
-            "parts": "",  # some of dit,vae,text_encoder,tiny_vae; "": all there are that `to` is for
+            "parts": "",  # some of dit,vae,text_encoder,tiny_vae,image_encoder; "": all there are that `to` is for
             "key": "",  # entry of a .pt: generator, generator_ema, critic; "": all, generator or else the average first
             "world": "",  # folder of a converted world, where the source has no VAE and text encoder
             # frames, height, width that it is made for; 0: those of 81 frames of 480 x 832 (TI2V-5B: 121 of 704 x 1280)

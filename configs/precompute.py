@@ -63,6 +63,7 @@ def get_config(arg: str = ""):
             "max_crop": 0.5,
             "upscale": False,
             "ground_truth": True,  # an LMDB's last entry is the clean clip; False: the ODE's end, as in CausVid
+            "pictures": False,  # encode each clip's first frame before grey too, for image-to-video networks
             "copy_latents": False,
             "lmdb": "",  # of --check and --merge: where the LMDB of a set was moved to
             "latent_shape": (*latents, 16),  # F, H, W, C that stage 3 generates from prompts

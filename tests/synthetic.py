@@ -3,7 +3,8 @@ specifications, random numbers.
 
     python tests/synthetic.py DIR
 
-writes `DIR/Wan2.1-T2V-1.3B`, `DIR/Wan2.2-TI2V-5B` and `DIR/Wan2.2-T2V-A14B` (original releases), `DIR/longlive_2.pt`,
+writes `DIR/Wan2.1-T2V-1.3B`, `DIR/Wan2.1-I2V-14B-480P`, `DIR/Wan2.2-TI2V-5B` and `DIR/Wan2.2-T2V-A14B` (original
+releases), `DIR/longlive_2.pt`,
 `DIR/Wan2.1-T2V-1.3B-Diffusers`, `DIR/causal_forcing.pt`, `DIR/self_forcing.pt`, `DIR/lora.safetensors`,
 `DIR/taew2_1.pth`, `DIR/prompts.txt` and `DIR/clips` (videos of 2.5 seconds with captions). The shapes below are written
 from the published modules and know nothing of cfjax's conversion tables; called with the published sizes they give the
@@ -26,10 +27,13 @@ from safetensors.numpy import save_file
 NEEDED = ("torch", "diffusers", "transformers")  # which write the files
 
 Shapes = dict[str, tuple[int, ...]]
+KINDS = ("weight", "bias")
 
 DIT = {"dim": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 2, "freq_dim": 256, "in_dim": 16, "out_dim": 16}
 TEXT_DIM, TEXT_HEADS, TEXT_FFN, TEXT_LAYERS = 32, 4, 64, 2
 VAE_DIM, Z_DIM = 8, 16
+CLIP = {"dim": 160, "ffn_dim": 32, "layers": 3, "image_size": 28, "patch": 14}
+IMAGE = {"in_dim": 36, "image_dim": CLIP["dim"]}  # of an image-to-video transformer
 LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -49,9 +53,17 @@ def _conv(name: str, out_dim: int, in_dim: int, *window: int) -> Shapes:
 
 
 def dit_shapes(
-    dim: int, ffn_dim: int, num_heads: int, num_layers: int, freq_dim: int, in_dim: int, out_dim: int, text_dim: int
+    dim: int,
+    ffn_dim: int,
+    num_heads: int,
+    num_layers: int,
+    freq_dim: int,
+    in_dim: int,
+    out_dim: int,
+    text_dim: int,
+    image_dim: int = 0,
 ) -> Shapes:
-    """The original Wan2.1 T2V transformer's state dict, in its order."""
+    """The original Wan2.1 transformer's state dict, in its order: T2V's, or with `image_dim` I2V's."""
     shapes = {"patch_embedding.weight": (dim, in_dim, 1, 2, 2), "patch_embedding.bias": (dim,)}
     for room, width in (("text_embedding", text_dim), ("time_embedding", freq_dim)):
         shapes |= _linear(f"{room}.0", dim, width) | _linear(f"{room}.2", dim, dim)
@@ -64,9 +76,41 @@ def dit_shapes(
             block |= {f"{attention}.norm_{part}.weight": (dim,) for part in "qk"}
             if attention == "self_attn":
                 block |= {"norm3.weight": (dim,), "norm3.bias": (dim,)}
+        if image_dim:  # `WanI2VCrossAttention`
+            block |= _linear("cross_attn.k_img", dim, dim) | _linear("cross_attn.v_img", dim, dim)
+            block |= {"cross_attn.norm_k_img.weight": (dim,)}
         block |= _linear("ffn.0", ffn_dim, dim) | _linear("ffn.2", dim, ffn_dim)
         shapes |= {f"blocks.{i}.{key}": shape for key, shape in block.items()}
-    return shapes | {"head.modulation": (1, 2, dim)} | _linear("head.head", 4 * out_dim, dim)
+    shapes |= {"head.modulation": (1, 2, dim)} | _linear("head.head", 4 * out_dim, dim)
+    if image_dim:  # `MLPProj`
+        shapes |= {f"img_emb.proj.{i}.{kind}": (image_dim if i == 0 else dim,) for i in (0, 4) for kind in KINDS}
+        shapes |= _linear("img_emb.proj.1", image_dim, image_dim) | _linear("img_emb.proj.3", dim, image_dim)
+    return shapes
+
+
+def clip_shapes(dim: int, ffn_dim: int, layers: int, image_size: int, patch: int, words: int) -> Shapes:
+    """models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (`wan/modules/clip.py`, `XLMRobertaCLIP`): both halves.
+
+    Of the text half (`wan/modules/xlm_roberta.py`) the sizes are a few: nothing reads it.
+    """
+    places, wide = 1 + (image_size // patch) ** 2, 8
+    shapes: Shapes = {"log_scale": (), "visual.cls_embedding": (1, 1, dim), "visual.pos_embedding": (1, places, dim)}
+    shapes |= {"visual.patch_embedding.weight": (dim, 3, patch, patch), "visual.head": (dim, wide)}
+    for norm in ("pre_norm", "post_norm", *(f"transformer.{i}.norm{j}" for i in range(layers) for j in (1, 2))):
+        shapes |= {f"visual.{norm}.{kind}": (dim,) for kind in KINDS}
+    for i in range(layers):
+        block = f"visual.transformer.{i}"
+        shapes |= _linear(f"{block}.attn.to_qkv", 3 * dim, dim) | _linear(f"{block}.attn.proj", dim, dim)
+        shapes |= _linear(f"{block}.mlp.0", ffn_dim, dim) | _linear(f"{block}.mlp.2", dim, ffn_dim)
+    for table, rows in (("token", words), ("type", 1), ("pos", 6)):
+        shapes |= {f"textual.{table}_embedding.weight": (rows, wide)}
+    for i in range(2):
+        block = f"textual.blocks.{i}"
+        for part in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.0", "ffn.2"):
+            shapes |= _linear(f"{block}.{part}", wide, wide)
+        shapes |= {f"{block}.norm{j}.{kind}": (wide,) for j in (1, 2) for kind in KINDS}
+    shapes |= {f"textual.norm.{kind}": (wide,) for kind in KINDS}
+    return shapes | {"textual.head.0.weight": (wide, wide), "textual.head.2.weight": (wide, wide)}
 
 
 def t5_shapes(vocab: int, dim: int, attn_dim: int, ffn_dim: int, num_heads: int, num_layers: int) -> Shapes:
@@ -260,6 +304,11 @@ def vae_2_2_weights(seed: int = 0) -> dict[str, np.ndarray]:
     return random_weights(vae_2_2_shapes(VAE_DIM // 2, VAE_DIM, 48), seed + 4)
 
 
+def clip_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    """The miniature of CLIP, both halves, original layout, float32."""
+    return random_weights(clip_shapes(**CLIP, words=10), seed + 5)
+
+
 def t5_weights(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
     """The miniature text encoder's state dict, original layout, bfloat16."""
     shapes = t5_shapes(vocab, TEXT_DIM, TEXT_DIM, TEXT_FFN, TEXT_HEADS, TEXT_LAYERS)
@@ -319,6 +368,16 @@ def write_ti2v_folder(root: Path, seed: int = 0, vocab: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_pt(root / "models_t5_umt5-xxl-enc-bf16.pth", as_torch(t5_weights(vocab or write_tokenizer(folder), seed)))
     save_pt(root / "Wan2.2_VAE.pth", as_torch(vae_2_2_weights(seed)))
+    return root
+
+
+def write_i2v_folder(root: Path, seed: int = 0, vocab: int = 0) -> Path:
+    """A miniature `Wan2.1-I2V-14B-480P` as released; arguments as `write_wan_folder`."""
+    root = write_wan_folder(root, seed, 1, vocab=vocab)
+    write_config(root, model_type="i2v", in_dim=IMAGE["in_dim"])
+    save_safetensors(root, "diffusion_pytorch_model", dit_weights(seed, **IMAGE))
+    name = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    save_pt(root / name, as_torch(clip_weights(seed)))
     return root
 
 
@@ -456,6 +515,7 @@ def main(folder: str) -> None:
     write_ti2v_folder(root / "Wan2.2-TI2V-5B")
     save_pt(root / "longlive_2.pt", {"generator": prefixed(as_torch(dit_weights(7, in_dim=48, out_dim=48)))})
     write_a14b_folder(root / "Wan2.2-T2V-A14B")
+    write_i2v_folder(root / "Wan2.1-I2V-14B-480P")
     write_diffusers_folder(root / "Wan2.1-T2V-1.3B-Diffusers")
     write_causal_forcing_pt(root / "causal_forcing.pt")
     write_causal_forcing_pt(

@@ -209,7 +209,7 @@ def test_image_to_video_by_the_verb(root, tmp_path, picture, capsys):
     video = np.zeros((1, 5, 32, 32, 3), np.float32)
     video[0, 0] = read_image(str(picture), 32, 32, "cover")[0]
     noise, _ = seeded_noise(np.zeros(1, np.uint32))(0, (1, 2, 4, 4, 16), 1)
-    with pytest.raises(UserError, match="is image to video: it needs a picture; use cfjax generate"):
+    with pytest.raises(UserError, match="is image to video: it needs a picture; give image="):
         run.generate(["A cat"])
     rows, negative = run.world.encode_prompts(["A cat"]), run.world.negative_text_SE()
     model = with_picture(run.model, picture_condition(run.world.encode(jnp.asarray(video))))

@@ -48,6 +48,7 @@ EXPERIMENT = (
     *("programs", "notes", "resume", "preview"),  # what is done with one
     *(
         "checks",
+        "pictures",
         "runs",
         "experts",
         "job",

@@ -1,6 +1,7 @@
 """Wan2.2-TI2V-5B from a miniature release: converted and back, generated from, also with a picture, trained on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 from cfjax import plan
 from cfjax.__main__ import main
 from cfjax.core.cli import parse
+from cfjax.core.errors import UserError
 from cfjax.data.requests import read_image
 from cfjax.data.sets import open_dataset
 from cfjax.experiment.build import build
@@ -112,9 +114,17 @@ def test_a_picture_is_the_first_latent_of_all_frames_at_once(root, tmp_path, cap
     made, settings = latents(tmp_path / "out"), json.loads((tmp_path / "out" / "settings.json").read_text())
     assert made.shape == (3, 2, 2, 48)
     assert (settings["given_frames"], settings["network_calls"], settings["fps"]) == (1, 4, 24.0)
-    world = open_run(str(root / "wan")).world
+    run = open_run(str(root / "wan"), precision="float32")
+    run, world = replace(run, sampler=replace(run.sampler, steps=2)), run.world
     first = world.encode(jnp.asarray(read_image(str(picture), SIDE, SIDE, "cover"))[None])
     np.testing.assert_allclose(made[:1], first[0], atol=1e-5)
+    asked = {"frames": 9, "height": SIDE, "width": SIDE}
+    pixels, decoded = np.asarray(Image.open(picture)), world.codec.decode(jnp.asarray(made[None]))
+    for start in ({"image": pixels}, {"given_BFHWC": run.encode(pixels[None])}):
+        video = run.generate(["A cat surfs on a wave at sunset"], **asked, **start)
+        np.testing.assert_allclose(video, decoded, atol=1e-4)
+    with pytest.raises(UserError, match="goes on from one, a picture's"):
+        run.generate(["A cat"], **asked, given_BFHWC=np.zeros((1, 2, 2, 2, 48)))
     assert generate(root, tmp_path / "no", "wan", 9, video=picture.with_suffix(".mp4"), given_frames=1) == 2
     assert "give it a picture (image)" in capsys.readouterr().err
 
@@ -162,9 +172,10 @@ def test_clips_are_encoded_and_trained_on(root, tmp_path):
     assert main(["precompute", f"--config={ROOT}/configs/precompute.py", *asked]) == 0
     assert open_dataset(tmp_path / "set").latent_shape == (3, 2, 2, 48)
     data = {"data__path": tmp_path, "data__name": "set", "data__batch_size": 2, "guard__enabled": False}
-    few = {"steps": 1, "sample_every": 0, "roles__student__preset": "toy"}
+    few = {"steps": 1, "sample_every": 0, "roles__student__preset": "toy", "objective__image_start": 0.5}
     assert cfjax("train", "bidirectional.py", tmp_path / "run", **data, **few, **QUIET) == 0
-    assert read_meta(tmp_path / "run")["latent_shape"] == [3, 2, 2, 48]
+    meta = read_meta(tmp_path / "run")
+    assert meta["latent_shape"] == [3, 2, 2, 48] and meta["image_start"] is True
 
 
 def test_plans_know_its_sizes(tmp_path):

@@ -13,13 +13,15 @@ from cfjax.core.errors import UserError
 from cfjax.core.precision import F32
 from cfjax.core.tree import map_named
 from cfjax.models import umt5, vae, wan
+from cfjax.models.clip import CLIPConfig, CLIPVision, make_clip
+from cfjax.models.experts import MASK
 from cfjax.models.umt5 import UMT5
 from cfjax.models.vae import WanVAE
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
 
 Module = TypeVar("Module")
-WIDTHS = ("toy", "full", "ti2v_toy", "ti2v")
+WIDTHS = ("toy", "full", "ti2v_toy", "ti2v", "i2v_toy", "i2v")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Case:
     """Weights and sizes of one comparison. Parts are functions, so that one at a time is loaded, compared and freed.
 
     Attributes:
-      dit, vae, text_encoder: return the module, float32; None when there is none to compare.
+      dit, vae, text_encoder, image_encoder: return the module, float32; None when there is none to compare.
       tokenizer: folder of the tokenizer's files, "" for none.
       blocks: the causal layout.
       frames, height, width: of the latents that networks are tried on.
@@ -49,6 +51,7 @@ class Case:
     steps: int
     seed: int
     tolerance: float | None = None
+    image_encoder: Callable[[], CLIPVision] | None = None
 
     def normal(self, name: str, *shape: int) -> np.ndarray:
         """N(0, 1) float32, a function of the seed and the name alone."""
@@ -91,23 +94,30 @@ def random_parts(width: str, seed: int) -> dict[str, Any]:
     """`Case`'s parts with random weights, and the latents' "channels".
 
     Args:
-      width: "toy" sizes, or the "full" ones of the 1.3B release; "ti2v_toy" and "ti2v" are Wan2.2-TI2V-5B's.
+      width: "toy" sizes, or the "full" ones of the 1.3B release; "ti2v_toy" and "ti2v" are Wan2.2-TI2V-5B's,
+        "i2v_toy" and "i2v" those of Wan2.1-I2V-14B and its CLIP.
 
     Raises:
       UserError: another width.
     """
     if width not in WIDTHS:
         raise UserError(f"width={width!r}: use {' or '.join(WIDTHS)}")
-    toy, new, key = width.endswith("toy"), width.startswith("ti2v"), jax.random.key(seed)
+    toy, new, pictures = width.endswith("toy"), width.startswith("ti2v"), width.startswith("i2v")
+    key = jax.random.key(seed)
     text = umt5.PRESETS["toy" if toy else "umt5_xxl"]
-    full = "wan_2_2_5b" if new else "wan_1_3b"
+    full = "wan_2_2_5b" if new else "wan_i2v_14b" if pictures else "wan_1_3b"
     dit = replace(wan.PRESETS["toy" if toy else full], text_dim=text.dim, remat="none", precision=F32)
     codec = vae.PRESETS["wan_2_2" if new else "wan"]
     if toy:
         codec = replace(codec, base_dim=8, decoder_base_dim=12 if new else 0)
         dit = replace(dit, in_dim=codec.z_dim, out_dim=codec.z_dim)
+    eyes = CLIPConfig(dim=64, ffn_dim=96, heads=4, layers=3, image_size=28) if toy else CLIPConfig()
+    if pictures:
+        dit = replace(dit, in_dim=2 * dit.out_dim + MASK, image_dim=eyes.dim)
+    clip = lambda: random_weights(jax.jit(make_clip, static_argnums=0)(eyes, key), seed)
     return {
-        "channels": dit.in_dim,
+        "channels": dit.out_dim,
+        **({"image_encoder": clip} if pictures else {}),
         "dit": lambda: random_weights(wan.make_wan(dit, key), seed),
         "vae": lambda: random_weights(vae.make_vae(codec, key), seed),
         "text_encoder": lambda: random_weights(jax.jit(umt5.make_umt5, static_argnums=0)(text, key), seed),

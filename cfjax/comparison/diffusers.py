@@ -15,22 +15,25 @@ import torch
 from einops import rearrange
 
 from cfjax.comparison.case import Case, have
-from cfjax.comparison.diffusers_parts import check_text, check_tokenizer, check_vae
+from cfjax.comparison.diffusers_parts import check_image_encoder, check_text, check_tokenizer, check_vae
 from cfjax.comparison.diffusers_sampling import check_sampling, check_unipc
 from cfjax.comparison.layers import layer_outputs
 from cfjax.comparison.report import Check, Row, compare_arrays, compare_named
 from cfjax.comparison.twins import dit_twin, from_torch, recorded, to_torch
-from cfjax.conversion.wan import export_wan
+from cfjax.conversion.wan import TEXT_LENGTH, export_wan
 from cfjax.models.wan import Wan, WanConfig, embed_text
 
 SIGMAS = (1.0, 0.8333333, 0.5, 0.0625)  # where the network is tried
+IMAGE_TOKENS = 5  # of the picture that networks which take one are tried on
 FLOW, GRADIENT = 1e-4, 1e-3  # allowed of a forward pass, of a gradient
 
 
-def call_twin(twin: torch.nn.Module, latents: Any, timestep: Any, text_BSE: Any) -> torch.Tensor:
+def call_twin(twin: torch.nn.Module, latents: Any, timestep: Any, text_BSE: Any, image_BSE: Any = None) -> torch.Tensor:
     """Their flow, [B, C, F, H, W]; `timestep` [B], or [B, tokens]."""
     rows = torch.tensor(np.asarray(text_BSE))
-    return twin(to_torch(latents), torch.tensor(np.asarray(timestep, np.float32)), rows, return_dict=False)[0]
+    image = None if image_BSE is None else torch.tensor(np.asarray(image_BSE))
+    times = torch.tensor(np.asarray(timestep, np.float32))
+    return twin(to_torch(latents), times, rows, image, return_dict=False)[0]
 
 
 def dit_modules(twin: Any) -> dict[str, torch.nn.Module]:
@@ -59,41 +62,50 @@ def paired(ours: dict[str, np.ndarray], theirs: dict[str, list[np.ndarray]]) -> 
 
 
 @jax.jit
-def flow_of(model: Wan, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_BSE: jax.Array) -> jax.Array:
+def flow_of(
+    model: Wan, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_BSE: jax.Array, image_BSE: jax.Array | None = None
+) -> jax.Array:
     """The bidirectional network's flow."""
-    return model(latents_BFHWC, sigma_BF, embed_text(model, text_BSE))
+    return model(latents_BFHWC, sigma_BF, embed_text(model, text_BSE, image_BSE))
 
 
-def _inputs(case: Case, config: WanConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
+def _inputs(case: Case, config: WanConfig, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Latents, text rows, and a picture's features for networks that take some.
+
+    With these there are as many text rows as diffusers' class takes for granted (`WanAttnProcessor`).
+    """
     latents = case.normal("latents", batch, case.frames, case.height, case.width, config.in_dim)
-    return latents, case.normal("text", batch, case.text_length, config.text_dim)
+    if not config.image_dim:
+        return latents, case.normal("text", batch, case.text_length, config.text_dim), None
+    image = case.normal("image", batch, IMAGE_TOKENS, config.image_dim)
+    return latents, case.normal("text", batch, TEXT_LENGTH, config.text_dim), image
 
 
 def check_dit(case: Case) -> list[Row]:
     """The flow at several noise levels with every layer's output, and with a noise level per frame."""
     model = have("dit", case.dit)
     config = model.config
-    latents, text = _inputs(case, config, 1)
+    latents, text, image = _inputs(case, config, 1)
     per_frame = case.uniform("sigma", 1, case.frames)
     ours, layers = [], []
     for sigma in SIGMAS:
         sigma_BF = np.full((1, case.frames), sigma, np.float32)
-        ours.append(np.asarray(flow_of(model, latents, sigma_BF, text)))
-        layers.append(layer_outputs(model, latents, sigma_BF, text))
-    ours_per_frame = np.asarray(flow_of(model, latents, per_frame, text))
+        ours.append(np.asarray(flow_of(model, latents, sigma_BF, text, image)))
+        layers.append(layer_outputs(model, latents, sigma_BF, text, image_BSE=image))
+    ours_per_frame = np.asarray(flow_of(model, latents, per_frame, text, image))
 
     twin, rows = dit_twin(config, export_wan(model)), []
     del model
     with torch.no_grad():
         for sigma, mine, outputs in zip(SIGMAS, ours, layers, strict=True):
             with recorded(dit_modules(twin)) as kept:
-                theirs = from_torch(call_twin(twin, latents, [np.float32(1000) * np.float32(sigma)], text))
+                theirs = from_torch(call_twin(twin, latents, [np.float32(1000) * np.float32(sigma)], text, image))
             pairs = {**paired(outputs, kept), "head": (mine, theirs)}
             what = f"flow at t={1000 * sigma:g}"
             rows.append(compare_arrays("dit", what, mine, theirs, tolerance=case.bound(FLOW), layers=pairs))
         tokens = config.tokens_per_frame(case.height, case.width)
         times = np.repeat(np.float32(1000) * per_frame, tokens, axis=1)
-        theirs = from_torch(call_twin(twin, latents, times, text))
+        theirs = from_torch(call_twin(twin, latents, times, text, image))
     note = "theirs: one timestep per token"
     what = "flow, a timestep per frame"
     rows.append(compare_arrays("dit", what, ours_per_frame, theirs, tolerance=case.bound(FLOW), note=note))
@@ -104,14 +116,15 @@ def check_gradients(case: Case) -> list[Row]:
     """The gradient of a random linear function of the flow, for all parameters and for the inputs."""
     model = have("dit", case.dit)
     config = model.config
-    latents, text = _inputs(case, config, 2)
+    latents, text, image = _inputs(case, config, 2)
+    features_BSE = None if image is None else jnp.asarray(image)
     weight, sigma_B = case.normal("weight", *latents.shape[:-1], config.out_dim), np.array([0.9375, 0.25], np.float32)
 
     @jax.jit
     def gradients(model: Wan, latents: jax.Array, text: jax.Array) -> Any:
         def value(model: Wan, latents: jax.Array, text: jax.Array) -> jax.Array:
             sigma_BF = jnp.broadcast_to(sigma_B[:, None], latents.shape[:2])
-            return jnp.sum(model(latents, sigma_BF, embed_text(model, text)) * weight)
+            return jnp.sum(model(latents, sigma_BF, embed_text(model, text, features_BSE)) * weight)
 
         return jax.grad(value, argnums=(0, 1, 2))(model, latents, text)
 
@@ -119,7 +132,8 @@ def check_gradients(case: Case) -> list[Row]:
     twin, ours = dit_twin(config, export_wan(model)), export_wan(ours)
     del model
     video, rows = to_torch(latents).requires_grad_(), torch.tensor(text).requires_grad_()
-    flow = twin(video, torch.tensor(np.float32(1000) * sigma_B), rows, return_dict=False)[0]
+    features = None if image is None else torch.tensor(image)
+    flow = twin(video, torch.tensor(np.float32(1000) * sigma_B), rows, features, return_dict=False)[0]
     (flow * to_torch(weight)).sum().backward()
     theirs = {name: p.grad.numpy() for name, p in twin.named_parameters() if p.grad is not None}
     assert video.grad is not None and rows.grad is not None
@@ -139,4 +153,5 @@ CHECKS: dict[str, Check[Case]] = {
     "tokenizer": check_tokenizer,
     "unipc": check_unipc,
     "sampling": check_sampling,
+    "image_encoder": check_image_encoder,
 }

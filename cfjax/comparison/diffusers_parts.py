@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfjax.comparison.case import Case, have
 from cfjax.comparison.report import MissingPart, Row, compare_arrays
-from cfjax.comparison.twins import from_torch, recorded, text_twin, to_torch, vae_twin
-from cfjax.conversion import umt5, vae
+from cfjax.comparison.twins import clip_twin, from_torch, recorded, text_twin, to_torch, vae_twin
+from cfjax.conversion import clip, umt5, vae
 from cfjax.core.precision import F32
+from cfjax.models.clip import CLIPVision
 from cfjax.models.text import TextEncoder
 from cfjax.models.tokenizer import TOKENIZER_FILE, load_tokenizer
 from cfjax.models.umt5 import UMT5, encode_by_layer
@@ -208,3 +209,17 @@ def check_tokenizer(case: Case) -> list[Row]:
     )
     compare = partial(compare_arrays, "tokenizer", tolerance=0.0, note=note)
     return [compare("ids", ids, theirs["input_ids"]), compare("mask", mask, theirs["attention_mask"])]
+
+
+def check_image_encoder(case: Case) -> list[Row]:
+    """CLIP's features of random pixels, which transformers has among its hidden states."""
+    model = have("image encoder", case.image_encoder)
+    config = model.config
+    pixels = case.normal("pixels", 2, config.image_size, config.image_size, 3)
+    ours = np.asarray(jax.jit(CLIPVision.__call__, static_argnames="policy")(model, jnp.asarray(pixels)))
+    twin: Any = clip_twin(config, clip.export_clip(model))
+    del model
+    with torch.no_grad():
+        states = twin(torch.tensor(rearrange(pixels, "b h w c -> b c h w")), output_hidden_states=True).hidden_states
+    what = "features before the last block"
+    return [compare_arrays("image_encoder", what, ours, states[-2].numpy(), tolerance=case.bound(FORWARD))]

@@ -31,7 +31,7 @@ def _streams(
 
 @jax.jit
 def _before_blocks(
-    model: Wan, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_BSE: jax.Array
+    model: Wan, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_BSE: jax.Array, image_BSE: jax.Array | None
 ) -> tuple[dict[str, jax.Array], KV]:
     """The embeddings by name, and the text's keys and values of all blocks."""
     config = model.config
@@ -44,7 +44,7 @@ def _before_blocks(
         "time_projection": e0_BF6D,
         "text_embedding": model.text_embedding(text_BSE, config.precision.compute),
     }
-    return embeddings, embed_text(model, text_BSE)
+    return embeddings, embed_text(model, text_BSE, image_BSE)
 
 
 def layer_outputs(
@@ -54,6 +54,7 @@ def layer_outputs(
     text_BSE: ArrayLike,
     visibility: Visibility = FULL,
     clean_BFHWC: ArrayLike | None = None,
+    image_BSE: ArrayLike | None = None,
 ) -> dict[str, np.ndarray]:
     """Outputs in the order they are computed: the four embeddings, then "blocks.0", "blocks.1" ...
 
@@ -61,6 +62,7 @@ def layer_outputs(
     text_embedding [B, S, D].
 
     Args:
+      image_BSE: a picture's features, of networks that take some.
       clean_BFHWC: the clean half of a teacher-forced pass, at sigma 0; F is then that of [clean, noisy].
     """
     latents_BFHWC, sigma_BF, text_BSE = (jnp.asarray(x, jnp.float32) for x in (latents_BFHWC, sigma_BF, text_BSE))
@@ -70,7 +72,8 @@ def layer_outputs(
         latents_BFHWC = jnp.concatenate([jnp.asarray(clean_BFHWC), latents_BFHWC], axis=1)
         sigma_BF = jnp.concatenate([jnp.zeros_like(sigma_BF), sigma_BF], axis=1)
         position_F = jnp.tile(position_F, 2)
-    outputs, text_kv = _before_blocks(model, latents_BFHWC, sigma_BF, text_BSE)
+    image = None if image_BSE is None else jnp.asarray(image_BSE)
+    outputs, text_kv = _before_blocks(model, latents_BFHWC, sigma_BF, text_BSE, image)
     streams = _streams(model, latents_BFHWC, sigma_BF, text_kv, position_F, visibility, frames)
     outputs |= {f"blocks.{layer}": stream for layer, stream in enumerate(streams)}
     return {name: np.asarray(x) for name, x in outputs.items()}

@@ -10,9 +10,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformer3DModel
 from einops import rearrange
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 from transformers import UMT5Config as TransformersConfig
-from transformers import UMT5EncoderModel
 
+from cfjax.models.clip import CLIPConfig
 from cfjax.models.umt5 import UMT5Config
 from cfjax.models.vae import VAEConfig
 from cfjax.models.wan import WanConfig
@@ -46,6 +47,8 @@ def dit_twin(config: WanConfig, named: dict[str, np.ndarray]) -> WanTransformer3
             ffn_dim=config.ffn_dim,
             num_layers=config.num_layers,
             eps=config.eps,
+            image_dim=config.image_dim or None,
+            added_kv_proj_dim=config.dim if config.image_dim else None,
         )
     # Its angles are no weights: no state dict holds them.
     twin.rope = WanRotaryPosEmbed(config.head_dim, twin.config.patch_size, twin.config.rope_max_seq_len)
@@ -98,6 +101,21 @@ def text_twin(config: UMT5Config, named: dict[str, np.ndarray]) -> UMT5EncoderMo
     with torch.device("meta"):
         twin = UMT5EncoderModel(theirs)
     return filled(twin, named)
+
+
+def clip_twin(config: CLIPConfig, named: dict[str, np.ndarray]) -> CLIPVisionModel:
+    """transformers' encoder with weights in its own names (`export_clip`)."""
+    theirs = CLIPVisionConfig(
+        hidden_size=config.dim,
+        intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        image_size=config.image_size,
+        patch_size=config.patch,
+        layer_norm_eps=config.eps,
+        hidden_act="gelu",
+    )
+    return filled(CLIPVisionModel(theirs), named)
 
 
 def to_torch(video_BFHWC: Any) -> torch.Tensor:

@@ -13,12 +13,19 @@ ADAPTER = re.compile(
 )
 BITS = re.compile(r".*\.(absmax|quant_map|nested_absmax|quant_state\..*|SCB|qweight|qzeros|g_idx)")
 # Who a config.json of each kind of network says it is of.
-OWN_CLASS = {"dit": "Wan", "vae": "Autoencoder", "text_encoder": "T5", "tiny_vae": "Autoencoder"}
+OWN_CLASS = {
+    "dit": "Wan",
+    "vae": "Autoencoder",
+    "text_encoder": "T5",
+    "tiny_vae": "Autoencoder",
+    "image_encoder": "CLIP",
+}
 OWN_KEYS = {
     "dit": ({"dim", "ffn_dim", "num_layers", "num_heads"}, {"num_attention_heads", "attention_head_dim", "ffn_dim"}),
     "vae": ({"z_dim", "base_dim"},),
     "text_encoder": ({"d_model", "d_ff", "num_layers"},),
     "tiny_vae": (),
+    "image_encoder": ({"hidden_size", "intermediate_size", "num_hidden_layers"}, {"vision_config"}),
 }
 
 

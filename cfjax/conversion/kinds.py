@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cfjax.conversion import tiny_vae, umt5, vae, wan
+from cfjax.conversion import clip, tiny_vae, umt5, vae, wan
 from cfjax.conversion.foreign import what_else
 from cfjax.conversion.prefixes import is_extra
 from cfjax.conversion.quantised import NO_WEIGHTS, dequantised
@@ -19,6 +19,7 @@ from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, all_finite
 from cfjax.core.limits import AXIS, RANK
 from cfjax.core.tree import named_leaves
+from cfjax.models.clip import CLIPConfig, abstract_clip
 from cfjax.models.tiny_vae import TinyVAEConfig
 from cfjax.models.umt5 import UMT5Config
 from cfjax.models.vae import VAEConfig
@@ -39,7 +40,7 @@ class Kind:
       infer: (shapes, layout, config.json or None) -> config.
       config_json: (config, layout) -> config.json or None.
       examples: configs whose names are every config's, but for the numbers in them.
-      prepare: what to do to a file's arrays first.
+      prepare: what to do to a file's arrays first.  finish: and its inverse, of those of a layout, at the end.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Kind:
     config_json: Callable[[Any, str], Mapping[str, Any] | None]
     examples: tuple[Any, ...]
     prepare: Callable[[Arrays], dict[str, LazyArray]] = dict
+    finish: Callable[[Arrays, str], dict[str, LazyArray]] = lambda arrays, _: dict(arrays)
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -63,11 +65,12 @@ class Kind:
 KINDS = {
     "dit": Kind(
         "Wan transformer",
-        lambda _: wan.LAYOUTS,
+        wan.layouts_wan,
         wan.abstract_wan,
         wan.infer_config_wan,
         wan.config_json_wan,
-        (WanConfig(dim=4, ffn_dim=4, num_heads=2, num_layers=1),),
+        tuple(WanConfig(dim=4, ffn_dim=4, num_heads=2, num_layers=1, image_dim=width) for width in (0, 4)),
+        wan.read_wan,
     ),
     "vae": Kind(
         "Wan VAE",
@@ -94,6 +97,16 @@ KINDS = {
         tiny_vae.config_json_tiny_vae,
         (TinyVAEConfig(),),
     ),
+    "image_encoder": Kind(
+        "CLIP vision transformer",
+        lambda _: clip.LAYOUTS,
+        abstract_clip,
+        clip.infer_config_clip,
+        clip.config_json_clip,
+        (CLIPConfig(dim=4, ffn_dim=4, heads=2, layers=2, image_size=2, patch=1),),
+        clip.read_clip,
+        clip.written_clip,
+    ),
 }
 
 
@@ -116,7 +129,8 @@ class Network:
 
     def exported(self, layout: str) -> dict[str, LazyArray]:
         """The weights by another layout's names."""
-        return export_plan(KINDS[self.kind].tables(self.config)[layout], self.arrays, self.config)
+        row = KINDS[self.kind]
+        return row.finish(export_plan(row.tables(self.config)[layout], self.arrays, self.config), layout)
 
     def about(self, layout: str) -> Mapping[str, Any] | None:
         """config.json in another layout."""

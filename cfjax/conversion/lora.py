@@ -15,7 +15,7 @@ import numpy as np
 from cfjax.conversion.kinds import KINDS, Network
 from cfjax.conversion.lora_files import LoraFile, parse_loras, read_lora
 from cfjax.conversion.rules import DTYPES, export_plan, import_plan, their_names
-from cfjax.conversion.wan import DIFFUSERS, ORIGINAL, abstract_wan
+from cfjax.conversion.wan import abstract_wan, layouts_wan
 from cfjax.conversion.weight_file import listed
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray, all_finite
@@ -85,20 +85,20 @@ def merged(arrays: Arrays, config: WanConfig, loras: Sequence[LoraFile]) -> dict
     Raises:
       UserError: a LoRA does not fit the network.
     """
-    theirs = export_plan(ORIGINAL, arrays, config)
+    theirs = export_plan(layouts_wan(config)["original"], arrays, config)
     changes: dict[str, list[Change]] = {}
     for lora in loras:
         for name, one in changes_of(lora, {name: x.shape for name, x in theirs.items()}, config).items():
             changes.setdefault(name, []).extend(one)
     added = {name: _added(name, x, changes[name]) if name in changes else x for name, x in theirs.items()}
-    return import_plan(ORIGINAL, added, named_leaves(abstract_wan(config)), config)
+    return import_plan(layouts_wan(config)["original"], added, named_leaves(abstract_wan(config)), config)
 
 
 def their_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's tensors by the original's names."""
     template = named_leaves(abstract_wan(config))
     ours = {name: LazyArray(x.shape, np.dtype(np.float32), ()) for name, x in template.items()}
-    return {name: x.shape for name, x in export_plan(ORIGINAL, ours, config).items()}
+    return {name: x.shape for name, x in export_plan(layouts_wan(config)["original"], ours, config).items()}
 
 
 def check_loras(loras: Sequence[LoraFile], config: WanConfig) -> None:
@@ -167,9 +167,9 @@ def changes_of(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]], config: Wa
 def _targets(config: WanConfig) -> dict[str, dict[str, str]]:
     """Module, as the original and diffusers name it -> weight, bias or modulation -> the original's tensor."""
     template = named_leaves(abstract_wan(config))
-    original = their_names(ORIGINAL, template)
+    original, other = (their_names(layouts_wan(config)[name], template) for name in ("original", "diffusers"))
     out: dict[str, dict[str, str]] = {}
-    for names in (original, their_names(DIFFUSERS, template)):
+    for names in (original, other):
         for name, own in zip(names, original, strict=True):
             module, _, kind = name.rpartition(".")
             out.setdefault(module, {})[kind] = own

@@ -13,7 +13,7 @@ import numpy as np
 from cfjax.conversion.lora import Change, changes_of, check_loras, their_shapes
 from cfjax.conversion.lora_files import LoraFile
 from cfjax.conversion.rules import LAYER, TRANSPOSED, Rule, their_names
-from cfjax.conversion.wan import HALVES_KERNEL, ORIGINAL, abstract_wan
+from cfjax.conversion.wan import HALVES_KERNEL, abstract_wan, layouts_wan
 from cfjax.core.errors import UserError
 from cfjax.core.tree import match, named_leaves
 from cfjax.models.lora import DOWN, UP, Lora, LoraConfig
@@ -33,7 +33,7 @@ def adapter_of(loras: Sequence[LoraFile], config: WanConfig) -> Lora:
     for lora in loras:
         for name, changes in changes_of(lora, shapes, config).items():
             found.setdefault(name, []).extend(changes)
-    rules = match([(rule.ours, rule) for rule in ORIGINAL], template)
+    rules = match([(rule.ours, rule) for rule in layouts_wan(config)["original"]], template)
     out: dict[str, dict[str, Any]] = {}
     for kernel, rule in rules.items():
         names = their_names([rule], {kernel: template[kernel]})

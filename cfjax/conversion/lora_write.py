@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cfjax.conversion.rules import LAYER, TRANSPOSED, Layout, their_names
-from cfjax.conversion.wan import HALVES_KERNEL, ORIGINAL, abstract_wan
+from cfjax.conversion.wan import HALVES_KERNEL, abstract_wan, layouts_wan
 from cfjax.conversion.write import write_json
 from cfjax.core.errors import UserError
 from cfjax.core.lazy import LazyArray
@@ -29,7 +29,7 @@ def lora_tensors(lora: Mapping[str, LazyArray], config: WanConfig) -> dict[str, 
       UserError: a layer whose weight is not a matrix alone in the original.
     """
     template = named_leaves(abstract_wan(config))
-    rules = match([(rule.ours, rule) for rule in ORIGINAL], template)
+    rules = match([(rule.ours, rule) for rule in layouts_wan(config)["original"]], template)
     out: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for layer in sorted({name.rpartition("/")[0].removeprefix("lora/") for name in lora}):
         kernel = f"{layer}/kernel"

@@ -19,8 +19,10 @@ from cfjax.core.lazy import LazyArray
 PREFIX = "model."  # of the reference's checkpoints
 # What FSDP, activation checkpointing and torch.compile put into names, anywhere.
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
-# Of the transformer, umT5 (the original's, transformers' two), the VAE (the original's, diffusers') and the tiny VAE.
+# Of CLIP (transformers'), the transformer and CLIP (the original's), umT5 (the original's, transformers' two), the VAE
+# (the original's, diffusers') and the tiny VAE. The first that a name ends with is its own.
 ANCHORS = (
+    "embeddings.patch_embedding.weight",
     "patch_embedding.weight",
     "token_embedding.weight",
     "shared.weight",
@@ -68,9 +70,9 @@ def prefixes(names: Iterable[str]) -> list[str]:
     """What stands before the anchors of networks, the longest first; [] where there is none."""
     found = set()
     for name in names:
-        for anchor in ANCHORS:
-            if name == anchor or name.endswith(f".{anchor}"):
-                found.add(name.removesuffix(anchor))
+        anchor = next((one for one in ANCHORS if name == one or name.endswith(f".{one}")), None)
+        if anchor is not None:
+            found.add(name.removesuffix(anchor))
     return sorted(found, key=lambda prefix: (-len(prefix), prefix))
 
 

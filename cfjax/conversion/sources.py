@@ -22,7 +22,7 @@ from cfjax.core.limits import TOKENIZER_BYTES
 from cfjax.core.schema import checked, either, one_of, several, table, text
 from cfjax.models.tokenizer import SENTENCEPIECE_FILE
 
-COMPONENTS = ("transformer", "vae", "text_encoder")
+COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
 TOKENIZERS = ("tokenizer", "google/umt5-xxl")
 TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE)
 # Entries of a training checkpoint as the reference calls them (`trainer/diffusion.py`).

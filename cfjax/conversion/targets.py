@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cfjax.conversion.clip import processor_json_clip
 from cfjax.conversion.folders import PIPELINE
 from cfjax.conversion.kinds import KINDS
 from cfjax.conversion.prefixes import PREFIX
@@ -27,14 +28,21 @@ Watch = Callable[[int], Any]
 TRANSFORMER = "diffusion_pytorch_model"
 # Names in a Wan release, without suffix.
 VAE_2_2, TINY_2_2 = "Wan2.2_VAE", "taew2_2"
-RELEASE = {"vae": "Wan2.1_VAE", "text_encoder": "models_t5_umt5-xxl-enc-bf16", "tiny_vae": "taew2_1"}
+RELEASE = {
+    "vae": "Wan2.1_VAE",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16",
+    "tiny_vae": "taew2_1",
+    "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
+}
 CHECKPOINT = "model.pt"
 # Folder, file stem and index entry of a pipeline's networks.
 COMPONENTS = {
     "dit": ("transformer", TRANSFORMER, ["diffusers", "WanTransformer3DModel"]),
     "vae": ("vae", TRANSFORMER, ["diffusers", "AutoencoderKLWan"]),
     "text_encoder": ("text_encoder", "model", ["transformers", "UMT5EncoderModel"]),
+    "image_encoder": ("image_encoder", "model", ["transformers", "CLIPVisionModel"]),
 }
+PROCESSOR = "image_processor"  # of pipelines with an image encoder
 DIFFUSERS_VERSION = "0.35.0"
 
 
@@ -134,13 +142,20 @@ def _write_pipeline(plans: Plans, folder: Path, max_bytes: float) -> None:
             about["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
         write_json(folder / name / "config.json", about)
         write_safetensors(folder / name, stem, arrays, max_bytes)
+        if found.network.kind == "image_encoder":
+            (folder / PROCESSOR).mkdir()
+            write_json(folder / PROCESSOR / "preprocessor_config.json", processor_json_clip(found.network.config))
 
 
 def _write_index(source: Source, folder: Path, shift: float) -> None:
     """model_index.json and the scheduler: what is not there is null, as diffusers writes it."""
     here = {found.network.kind for found in source.found}
+    networks = [found.network.config for found in source.found if found.network.kind == "dit"]
+    pictures = "image_encoder" in here or any(map(takes_picture, networks))
     index: dict[str, Any] = {
-        name: entry if kind in here else [None, None] for kind, (name, _, entry) in COMPONENTS.items()
+        name: entry if kind in here else [None, None]
+        for kind, (name, _, entry) in COMPONENTS.items()
+        if kind != "image_encoder" or pictures
     }
     index |= {
         "_class_name": "WanPipeline",
@@ -148,12 +163,11 @@ def _write_index(source: Source, folder: Path, shift: float) -> None:
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "tokenizer": ["transformers", "T5TokenizerFast"] if source.tokenizer else [None, None],
     }
-    networks = [found.network.config for found in source.found if found.network.kind == "dit"]
     if any(config.in_dim == TI2V_CHANNELS for config in networks):
         index["expand_timesteps"] = True  # a timestep per token
-    if any(map(takes_picture, networks)):
+    if pictures:
         index["_class_name"] = "WanImageToVideoPipeline"
-        index |= {name: [None, None] for name in ("image_encoder", "image_processor")}
+        index[PROCESSOR] = ["transformers", "CLIPImageProcessor"] if "image_encoder" in here else [None, None]
     write_json(folder / PIPELINE, index)
     (folder / "scheduler").mkdir()
     scheduler = {

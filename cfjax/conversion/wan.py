@@ -23,7 +23,7 @@ from cfjax.conversion.rules import (
     layer_count,
 )
 from cfjax.core.errors import UserError
-from cfjax.core.schema import EPS, SIZE, checked, one_of, table
+from cfjax.core.schema import EPS, SIZE, checked, either, one_of, table
 from cfjax.models.experts import MASK, takes_picture
 from cfjax.models.wan import Wan, WanConfig
 
@@ -86,6 +86,31 @@ ORIGINAL = (
 
 
 LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
+# What networks that take a picture's features have besides (Wan2.1's image to video).
+WITH_IMAGE = {
+    "original": (
+        Rule("image_embedding/norm_in/scale", "img_emb.proj.0.weight", SAME),
+        Rule("image_embedding/norm_in/bias", "img_emb.proj.0.bias", SAME),
+        *kernel_bias("image_embedding/up", "img_emb.proj.1"),
+        *kernel_bias("image_embedding/down", "img_emb.proj.3"),
+        Rule("image_embedding/norm_out/scale", "img_emb.proj.4.weight", SAME),
+        Rule("image_embedding/norm_out/bias", "img_emb.proj.4.bias", SAME),
+        *kernel_bias("blocks/cross_attn/([kv])_img", r"blocks.{layer}.cross_attn.\1_img"),
+        Rule("blocks/cross_attn/norm_k_img/scale", "blocks.{layer}.cross_attn.norm_k_img.weight", SAME),
+    ),
+    "diffusers": (
+        Rule("image_embedding/norm_in/scale", "condition_embedder.image_embedder.norm1.weight", SAME),
+        Rule("image_embedding/norm_in/bias", "condition_embedder.image_embedder.norm1.bias", SAME),
+        *kernel_bias("image_embedding/up", "condition_embedder.image_embedder.ff.net.0.proj"),
+        *kernel_bias("image_embedding/down", "condition_embedder.image_embedder.ff.net.2"),
+        Rule("image_embedding/norm_out/scale", "condition_embedder.image_embedder.norm2.weight", SAME),
+        Rule("image_embedding/norm_out/bias", "condition_embedder.image_embedder.norm2.bias", SAME),
+        *kernel_bias("blocks/cross_attn/([kv])_img", r"blocks.{layer}.attn2.add_\1_proj"),
+        Rule("blocks/cross_attn/norm_k_img/scale", "blocks.{layer}.attn2.norm_added_k.weight", SAME),
+    ),
+}
+# In some of diffusers' files, whose class reads none of them (`_keys_to_ignore_on_load_unexpected`).
+UNREAD = ".attn2.norm_added_q.weight"
 HEAD_DIM = 128  # of every published Wan model; the weights alone do not determine it
 TEXT_LENGTH = 512
 TI2V_CHANNELS = 48  # of the latents of Wan2.2-TI2V-5B, which also goes on from a clean first latent frame
@@ -107,6 +132,7 @@ SIZES = {
         "out_channels": "out_dim",
         "num_layers": "num_layers",
         "text_dim": "text_dim",
+        "image_dim": "image_dim",
     },
 }
 # What config.json may say of switches that our network has thrown for good.
@@ -114,8 +140,8 @@ FIXED = {
     "model_type": one_of("t2v", "ti2v", "i2v"),
     "qk_norm": one_of(True, "rms_norm_across_heads"),
     "cross_attn_norm": one_of(True),
-    "image_dim": one_of(None),
-    "added_kv_proj_dim": one_of(None),
+    "image_dim": either(one_of(None), SIZE),
+    "added_kv_proj_dim": either(one_of(None), SIZE),
     "pos_embed_seq_len": one_of(None),
     "text_len": one_of(TEXT_LENGTH),
 }
@@ -125,7 +151,18 @@ ABOUT = {
     layout: table({}, {**dict.fromkeys((*SIZES[layout], *HEADS[layout]), SIZE), "eps": EPS, **FIXED})
     for layout in SIZES
 }
-IMAGE_KEYS = ("img_emb.", "k_img.", "image_embedder.", "add_k_proj.")
+# The features of a first and a last picture, each with a place of its own.
+TWO_PICTURES = ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")
+
+
+def layouts_wan(config: WanConfig) -> dict[str, tuple[Rule, ...]]:
+    """The tables of a network of these sizes, by layout."""
+    return {name: (*rows, *(WITH_IMAGE[name] if config.image_dim else ())) for name, rows in LAYOUTS.items()}
+
+
+def read_wan(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's tensors less those that nothing reads."""
+    return {name: x for name, x in weights.items() if not name.endswith(UNREAD)}
 
 
 def infer_config_wan(
@@ -139,14 +176,13 @@ def infer_config_wan(
       about: config.json; None takes 128 channels per head and eps 1e-6, as every published Wan model has.
 
     Raises:
-      UserError: an image-to-video model, arrays that give a size are missing, or config.json says something else.
+      UserError: a model of two pictures, arrays that give a size are missing, or config.json says something else.
     """
     about = about or {}
-    image = next((name for name in shapes if any(key in f".{name}" for key in IMAGE_KEYS)), None)
-    if image:
+    if two := next((name for name in TWO_PICTURES if name in shapes), ""):
         raise UserError(
-            f"an image-to-video model ({image}) needs CLIP image features in its cross-attention, which this network"
-            " has not; convert a text-to-video (T2V) one, or Wan2.2's image-to-video ones, which need none"
+            f"a first-and-last-frame-to-video model ({two}) takes two pictures' features, which this network does not;"
+            " convert an image-to-video (I2V) or a text-to-video (T2V) one"
         )
     checked(ABOUT[layout], about, "config.json")
     sized = _sized(shapes, LAYOUTS[layout] is ORIGINAL)
@@ -154,9 +190,14 @@ def infer_config_wan(
     if about.get("model_type") == "i2v" and sizes["in_dim"] == sizes["out_dim"]:
         takes = f"take {sizes['in_dim']} channels and give as many"
         raise UserError(f"config.json: model_type i2v, an image-to-video model, but the weights {takes}")
+    if sizes["image_dim"] and sizes["in_dim"] == sizes["out_dim"]:
+        raise UserError("the network takes a picture's features but no picture's latents; no such network is known")
     for key, name in SIZES[layout].items():
-        if key in about and about[key] != sizes[name]:
+        if key in about and (about[key] or 0) != sizes[name]:
             raise UserError(f"config.json: {key} is {about[key]}, but the weights have {sizes[name]}")
+    added = sizes["dim"] if sizes["image_dim"] else 0
+    if "added_kv_proj_dim" in about and (about["added_kv_proj_dim"] or 0) != added:
+        raise UserError(f"config.json: added_kv_proj_dim is {about['added_kv_proj_dim']}, but the weights have {added}")
     if "patch_size" in about and repr(about["patch_size"]) != repr([1, *sizes["patch"]]):
         patch = [1, *sizes["patch"]]
         raise UserError(f"config.json: patch_size is {about['patch_size']}, but the weights have {patch}")
@@ -176,6 +217,7 @@ def infer_config_wan(
 def _sized(shapes: Mapping[str, tuple[int, ...]], original: bool) -> partial[WanConfig]:
     """A config with every size that shapes determine; the number of heads is not among them."""
     room = "{}_embedding.0" if original else "condition_embedder.{}_embedder.linear_1"
+    image = "img_emb.proj.1.weight" if original else "condition_embedder.image_embedder.ff.net.0.proj.weight"
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in shapes or len(shapes[name]) != rank:
@@ -199,6 +241,7 @@ def _sized(shapes: Mapping[str, tuple[int, ...]], original: bool) -> partial[Wan
         text_dim=shape(f"{room.format('text')}.weight", 2)[1],
         freq_dim=shape(f"{room.format('time')}.weight", 2)[1],
         patch=(patch[0], patch[1]),
+        image_dim=shape(image, 2)[1] if image in shapes else 0,
     )
 
 
@@ -211,17 +254,17 @@ def config_json_wan(config: WanConfig, layout: str) -> dict[str, Any]:
         return {"_class_name": "WanModel", **sizes, **more}
     return {
         "_class_name": "WanTransformer3DModel",
-        "added_kv_proj_dim": None,
+        "added_kv_proj_dim": config.dim if config.image_dim else None,
         "attention_head_dim": config.head_dim,
         "cross_attn_norm": True,
         "eps": config.eps,
-        "image_dim": None,
         "num_attention_heads": config.num_heads,
         "patch_size": [1, *config.patch],
         "pos_embed_seq_len": None,
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
         **{key: getattr(config, name) for key, name in SIZES[layout].items()},
+        "image_dim": config.image_dim or None,
     }
 
 
@@ -232,9 +275,14 @@ def abstract_wan(config: WanConfig) -> Wan:
 
 def import_wan(weights: Mapping[str, Any], config: WanConfig, table: tuple[Rule, ...] = DIFFUSERS) -> Wan:
     """`rules.import_module` of a state dict in the layout `DIFFUSERS` or `ORIGINAL`."""
-    return import_module(abstract_wan(config), table, weights, config)
+    return import_module(abstract_wan(config), _of_config(table, config), weights, config)
 
 
 def export_wan(model: Wan, table: tuple[Rule, ...] = DIFFUSERS) -> dict[str, np.ndarray]:
     """`rules.export_module`: the state dict that `import_wan` reads back."""
-    return export_module(table, model)
+    return export_module(_of_config(table, model.config), model)
+
+
+def _of_config(table: tuple[Rule, ...], config: WanConfig) -> tuple[Rule, ...]:
+    """A layout's table with the rows that this network has besides."""
+    return next((layouts_wan(config)[name] for name, rows in LAYOUTS.items() if rows is table), table)

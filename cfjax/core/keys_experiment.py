@@ -76,13 +76,15 @@ _DATA = (
     Key(r"data\.steering\.silent", "Share of the steered clips whose captions have no direction."),
 )
 
+PRESETS = ("wan_1_3b", "wan_14b", "wan_i2v_14b", "wan_2_2_i2v_14b", "wan_2_2_5b", "wan_mini", "toy")
+
 _NETWORKS = (
     Key(r"blocks\.frames", "Frames that are denoised together.", "latent frames"),
     Key(r"blocks\.independent_first_frame", "Whether the first latent frame is a block of its own."),
     Key(r"blocks\.window", "How far attention reaches back, the block included; 0 is everything.", "latent frames"),
     Key(r"blocks\.sink", "First frames that stay visible inside the window.", "latent frames"),
     Key(r"blocks\.memory", f"{MEMORY} while the student rolls out; '' is window and sink.", "policy"),
-    Key(r"roles\.\w+\.preset", "Sizes of the network.", "", ("wan_1_3b", "wan_14b", "wan_2_2_5b", "wan_mini", "toy")),
+    Key(r"roles\.\w+\.preset", "Sizes of the network.", "", PRESETS),
     Key(r"roles\.\w+\.remat", "What the backward pass computes again, not keeps.", "", ("none", "full", "dots")),
     Key(r"roles\.\w+\.precision", "Of the matrix products.", "", ("float32", "bfloat16")),
     Key(r"roles\.\w+\.attention", "The implementation of attention.", "", ATTENTION),
@@ -152,6 +154,10 @@ _OBJECTIVE = (
         ("bsmntw", "uniform", "x0"),
     ),
     Key(r"objective\.text_dropout", "Chance that a clip's caption becomes the negative prompt, for guidance."),
+    Key(
+        r"objective\.image_start",
+        "Chance that a clip's first latent frame is given: clean, at level 0, without loss (Wan2.2-TI2V-5B).",
+    ),
     Key(r"objective\.bf16_timesteps", "Whether timesteps are rounded to bfloat16, as the reference does (Q1, Q2)."),
     Key(
         r"objective\.forcing",

@@ -73,10 +73,12 @@ GENERATE = (
     Key("resume", "Whether finished videos of the same settings are kept, and the rest made."),
 )  # fmt: skip
 
+PRESETS = ("toy", "wan_mini", "wan_1_3b", "wan_14b", "wan_i2v_14b", "wan_2_2_i2v_14b", "wan_2_2_5b")
+
 BENCH = (
     RUN._replace(text="Run directory or shipped model; '' is random weights of preset."), EMA, WORLD, ATTEND,
     DECODER_PRECISION, WINDOW, SINK, FIRST_ALONE, *SAMPLER,
-    Key("preset", "Sizes of random weights.", "", ("toy", "wan_mini", "wan_1_3b", "wan_14b", "wan_2_2_5b")),
+    Key("preset", "Sizes of random weights.", "", PRESETS),
     Key("precision", "Of the network's matrix products; '' is the run's or the preset's.", "", DTYPES),
     STORAGE,
     Key("decoder", "'' is the run's world's, the VAE or the toy's.", "", ("", "vae", "tiny_vae", "toy", "none")),
@@ -109,6 +111,10 @@ PRECOMPUTE = (
     Key("max_crop", "The part of a picture that `cover` may cut off; clips that need more are left out."),
     Key("upscale", "Whether clips that are smaller are enlarged; otherwise they are left out."),
     Key("ground_truth", "Whether an LMDB's last entry is the clean clip; False: the ODE's end, as in CausVid."),
+    Key(
+        "pictures",
+        "Whether a clip's first frame and grey ones after it are encoded too, for image-to-video networks.",
+    ),
     Key("copy_latents", "Whether an LMDB's latents are copied; otherwise they are read where they are."),
     Key("lmdb", "Where the LMDB of a set was moved to, for --check and --merge.", "file"),
     Key("latent_shape", "F, H, W, C of the latents that stage 3 generates from prompts."),
@@ -128,7 +134,7 @@ CONVERT = (
     Key("source", "Wan release, diffusers folder, checkpoint, single file or run directory.", "file or folder"),
     Key("to", "What is written: a run directory, or files for others.", "",
         ("orbax", "pt", "safetensors", "diffusers", "peft", "lora")),
-    Key("parts", "Some of dit, vae, text_encoder, tiny_vae; '' is all there are that `to` is for."),
+    Key("parts", "Some of dit, vae, text_encoder, tiny_vae, image_encoder; '' is all there are that `to` is for."),
     Key("key", "Entry of a .pt (generator, generator_ema, critic); '' is all, or generator, or else the average."),
     Key("world", "Folder of a converted world, where the source has no VAE and text encoder.", "folder"),
     Key("latents", "Frames, height and width of the latents that the model is made for; 0 is the release's."),
@@ -143,7 +149,7 @@ COMPARE = (
     RUN._replace(text="Run directory or shipped teacher; '' is the world's parts, or random weights."), EMA,
     Key("world", "Folder of the run's Wan world; '' is where the run says.", "folder"),
     Key("role", "Which of the run's networks."),
-    Key("random", "Sizes of random weights.", "", ("toy", "full", "ti2v_toy", "ti2v")),
+    Key("random", "Sizes of random weights.", "", ("toy", "full", "ti2v_toy", "ti2v", "i2v_toy", "i2v")),
     Key("frames", "Length of the test inputs.", "latent frames"),
     Key("height", "Height of the test inputs.", "pixels"),
     Key("width", "Width of the test inputs.", "pixels"),

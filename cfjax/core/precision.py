@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from cfjax.core.errors import UserError
 
+# Metadata of a field that came later: records of its default are those of before.
+LATER = {"later": True}
 _RECORDED = {"norm": "island"}  # field -> its key in records on disk, which keep the older name
 
 
@@ -51,12 +53,12 @@ class Policy:
 def to_record(config: Any) -> dict[str, Any]:
     """`dataclasses.asdict` of a network's config as records on disk hold it: its `Policy` by `Policy.to_record`.
 
-    What it does not have, None, is left out.
+    Fields that came later (`LATER`) are there where they are not their default.
     """
     policies = {f.name: getattr(config, f.name) for f in fields(config)}
     policies = {name: value.to_record() for name, value in policies.items() if isinstance(value, Policy)}
-    values = {name: value for name, value in asdict(config).items() if value is not None}
-    return {**values, **policies}
+    as_before = {f.name for f in fields(config) if f.metadata == LATER and getattr(config, f.name) == f.default}
+    return {name: value for name, value in {**asdict(config), **policies}.items() if name not in as_before}
 
 
 F32 = Policy()

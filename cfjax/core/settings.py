@@ -115,7 +115,7 @@ EXPERIMENT: Rules = [
     (r"objective\.score_table_shift", SHIFT_OR_OWN),
     (r"objective\.((real|fake|bagger)_)?guidance|objective\.sid_alpha", GUIDANCE),
     (r"objective\.(text_dropout|context_noise)", real(0.0, 1.0, below=True)),
-    (r"objective\.(bagger|rolling)", SHARE),
+    (r"objective\.(bagger|rolling|image_start)", SHARE),
     (r"objective\.bagger_prefix", positive(1.0, below=True)),
     (r"objective\.score_(min|max)", positive(1.0)),
     (r"objective\.noise_augmentation", whole(0, LEVELS - 1)),

@@ -46,10 +46,10 @@ LOGICAL_AXIS_RULES: dict[str, tuple[tuple[str, ...], ...]] = {
 MeshAxes = tuple[str | None, ...]
 Rules = Sequence[tuple[str, MeshAxes]]
 WAN_RULES: tuple[tuple[str, MeshAxes], ...] = (
-    (r"blocks/((self|cross)_attn/[qkv]|ffn/up)/kernel(/int8)?", (None, "fsdp", "tensor")),
+    (r"blocks/((self|cross)_attn/([qkv]|[kv]_img)|ffn/up)/kernel(/int8)?", (None, "fsdp", "tensor")),
     (r"blocks/((self|cross)_attn/o|ffn/down)/kernel(/int8)?", (None, "tensor", "fsdp")),
-    (r"(text|time)_embedding/down/kernel|head/kernel", ("tensor", "fsdp")),
-    (r"(text_embedding/up|time_embedding/up|time_projection|patch_embedding)/kernel", ("fsdp", "tensor")),
+    (r"(text|time|image)_embedding/down/kernel|head/kernel", ("tensor", "fsdp")),
+    (r"((text|time|image)_embedding/up|time_projection|patch_embedding)/kernel", ("fsdp", "tensor")),
     (r".*/(bias|scale)|blocks/modulation|head_modulation", ()),
 )
 BRANCH_RULES: tuple[tuple[str, MeshAxes], ...] = (  # of a discriminator

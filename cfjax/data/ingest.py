@@ -25,6 +25,7 @@ from cfjax.data.video import UNTIL_THE_END, read_clip
 
 EncodeText = Callable[[Sequence[str]], np.ndarray]
 EncodeVideo = Callable[[np.ndarray], np.ndarray]
+GREY = 127.5  # of pixels from 0 to 255; 0 of those from -1 to 1
 
 
 class Source(Protocol):
@@ -215,7 +216,8 @@ def ingest(
     Args:
       report: further entries of the set's report, JSON-able.
       encode_text: captions to text rows [n, S, E], zero beyond each caption's own.
-      encode_video: uint8 [B, P, H, W, 3] to latents_BFHWC; always called with `batch_size` clips.
+      encode_video: uint8 [B, P, H, W, 3] to latents_BFHWC; always called with `batch_size` clips. Where the set keeps
+        pictures, also with each clip's first frame and grey ones after it.
       workers: threads that read ahead.
 
     Raises:
@@ -229,6 +231,13 @@ def ingest(
             with writer.part(index) as part:
                 _fill(part, source, pool, encode_text, encode_video, batch_size, max(workers, 1), bar)
     return writer.finish(report)
+
+
+def stilled(video_BPHWC: np.ndarray) -> np.ndarray:
+    """Clips, 0 to 255, with grey in place of all frames but the first: what an image-to-video network knows of one."""
+    out = np.full(video_BPHWC.shape, GREY, np.float32)
+    out[:, :1] = video_BPHWC[:, :1]
+    return out
 
 
 def _fill(
@@ -252,6 +261,9 @@ def _fill(
             full = np.stack([*videos, *[videos[-1]] * (batch_size - len(videos))])  # one shape, one compiled program
             for entry, latents in zip(arrays, encode_video(full), strict=False):
                 entry["latents"] = latents
+            if part.layout.pictures:
+                for entry, latents in zip(arrays, encode_video(stilled(full)), strict=False):
+                    entry["picture"] = latents
         text = encode_text([loaded.caption for loaded in batch])
         for loaded, entry, rows in zip(batch, arrays, text, strict=True):
             part.add(source.name(loaded.item), loaded.item, loaded.caption, rows, **entry)

@@ -262,6 +262,7 @@ _BATCH_NAMES = {
     "index": "index_B",
     "trajectory_JFHWC": "trajectory_BJFHWC",
     "actions_FA": "actions_BFA",
+    "picture_FHWC": "picture_BFHWC",
 }
 
 

@@ -2,8 +2,8 @@
 
 A record is `cfj1`, the length of its header (uint32, little-endian), a JSON header {"name", "item", "caption",
 "arrays": [[name, dtype, shape], ...]} and the arrays' bytes in that order. It holds `text`, only a caption's real rows,
-and, if the set keeps them, `latents` [F, H, W, C], `trajectory` [J, F, H, W, C] and `actions` [F, A]. No other file is
-needed to read it.
+and, if the set keeps them, `latents` [F, H, W, C], `trajectory` [J, F, H, W, C], `picture` [F, H, W, C] and `actions`
+[F, A]. No other file is needed to read it.
 
 A set is a folder: manifest.json, part-*.array_record (uncompressed, one record per Riegeli chunk, so that reading at
 random is one read and every chunk is checked by its hash), negative_text.npy, report.json (what was left out and why).
@@ -65,6 +65,7 @@ LAYOUT_RULE = table(
         "action_keys": whole(0, ACTION_KEYS),
         "dtype": _DTYPE,
         "text_dtype": _DTYPE,
+        "pictures": flag,
     },
     closed=True,
 )
@@ -99,6 +100,8 @@ class Layout:
       kept_in: where latents are: in the "records", in the "lmdb" of the manifest, or nowhere ("none").
       trajectory_points: J of an ODE set, else 0.
       action_keys: A of steered clips, whose records say which keys are held in each latent frame; else 0.
+      pictures: whether a record also has the latents of its first pixel frame and grey frames after it, which
+        image-to-video networks take.
     """
 
     latent_shape: tuple[int, int, int, int]
@@ -109,6 +112,7 @@ class Layout:
     dtype: str = "float16"
     text_dtype: str = "bfloat16"
     action_keys: int = 0
+    pictures: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.dtype, self.text_dtype):
@@ -123,19 +127,18 @@ class Layout:
             raise ValueError(f"too many numbers for one record: {self}")
 
     def arrays(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the latents, trajectory and actions that a record holds."""
+        """Shapes of the latents, trajectory, actions and picture that a record holds."""
         if self.kept_in != "records":
             return {}
         trajectory = {"trajectory": (self.trajectory_points, *self.latent_shape)} if self.trajectory_points else {}
         actions = {"actions": (self.latent_shape[0], self.action_keys)} if self.action_keys else {}
-        return {"latents": self.latent_shape, **trajectory, **actions}
+        picture = {"picture": self.latent_shape} if self.pictures else {}
+        return {"latents": self.latent_shape, **trajectory, **actions, **picture}
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able fields."""
+        """JSON-able fields; sets without actions or pictures are described as before there were any."""
         values = {**asdict(self), "latent_shape": list(self.latent_shape)}
-        if not self.action_keys:  # as sets without have always said it
-            del values["action_keys"]
-        return values
+        return {key: value for key, value in values.items() if value or key not in ("action_keys", "pictures")}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Layout":
@@ -238,8 +241,9 @@ def misshapen(record: Record, layout: Layout) -> str:
 class RecordDataset:
     """Random access to a set of records; the same interface as `LatentDataset`.
 
-    `dataset[i]` is {"latents_FHWC", "text_SE": float32, "index": int32} and, for ODE sets, "trajectory_JFHWC". Where a
-    set keeps no latents, `latents_FHWC` is NaN everywhere: stage 3 uses only its shape, nothing else can train on it.
+    `dataset[i]` is {"latents_FHWC", "text_SE": float32, "index": int32} and, for ODE sets, "trajectory_JFHWC", for sets
+    with pictures "picture_FHWC". Where a set keeps no latents, `latents_FHWC` is NaN everywhere: stage 3 uses only its
+    shape, nothing else can train on it.
 
     Opening reads the manifest and asks for the parts' sizes; no part is opened before a record of it is read, and few
     are open at a time. It may be pickled, and read from after a fork.
@@ -337,6 +341,8 @@ class RecordDataset:
             out["trajectory_JFHWC"] = np.asarray(arrays["trajectory"], np.float32)
         if self.layout.action_keys:
             out["actions_FA"] = np.asarray(arrays["actions"], np.float32)
+        if self.layout.pictures:
+            out["picture_FHWC"] = np.asarray(arrays["picture"], np.float32)
         return out
 
     @property

@@ -12,7 +12,7 @@ from cfjax.data.readers import BrokenRecord
 
 Log = Callable[[str], None]
 
-FLOATS = {"trajectory_JFHWC", "text_SE", "actions_FA"}  # of a record, besides its latents
+FLOATS = {"trajectory_JFHWC", "picture_FHWC", "text_SE", "actions_FA"}  # of a record, besides its latents
 
 
 class TolerantDataset(WrappedDataset):

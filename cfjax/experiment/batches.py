@@ -26,7 +26,9 @@ from cfjax.rollout.session_state import Text
 from cfjax.rollout.stream import Pipeline, seeded_noise
 from cfjax.rollout.timeline import Timeline
 from cfjax.rollout.video import noised
+from cfjax.worlds.wan import load_image_encoder
 
+CHANGED = "has changed since the command began; give it again with --config.resume=True"
 GIVEN_KEPT = 16  # encoded inputs kept in memory; videos of one picture are usually adjacent
 
 
@@ -50,7 +52,7 @@ def given_latents(c: ConfigDict, job: Job, batches: Sequence[range]) -> Callable
     @lru_cache(maxsize=GIVEN_KEPT)
     def read(file: str) -> np.ndarray:
         if hash_file(file) != job.hashes[file]:
-            raise UserError(f"{file}: has changed since the command began; give it again with --config.resume=True")
+            raise UserError(f"{file}: {CHANGED}")
         given = read_given(c, job, file)
         if pictures:
             grey = np.zeros((job.sizes.pixels()[0] - len(given), *given.shape[1:]), given.dtype)
@@ -68,6 +70,24 @@ def given_latents(c: ConfigDict, job: Job, batches: Sequence[range]) -> Callable
     return of
 
 
+def given_features(c: ConfigDict, job: Job, batches: Sequence[range]) -> Callable[[Request], np.ndarray] | None:
+    """CLIP's features of each request's picture, [T, D], for networks that take some, else None.
+
+    They are made at once, before the network runs, so that the encoder is in memory no longer than that.
+
+    Raises:
+      UserError: a file that cannot be read or does not fit any more, or there is no encoder.
+    """
+    if not job.run.model.config.image_dim or not batches:
+        return None
+    encode, found = load_image_encoder(job.run.world.folder), dict[str, np.ndarray]()
+    for file in dict.fromkeys(job.requests[n].image for numbers in batches for n in numbers):
+        if hash_file(file) != job.hashes[file]:
+            raise UserError(f"{file}: {CHANGED}")
+        found[file] = np.asarray(encode(jnp.asarray(read_given(c, job, file))))[0]
+    return lambda request: found[request.image]
+
+
 def source_latents(c: ConfigDict, job: Job) -> jax.Array | None:
     """latents_BFHWC, B = 1, of the video that is changed with `c.strength`; None without one.
 
@@ -77,7 +97,7 @@ def source_latents(c: ConfigDict, job: Job) -> jax.Array | None:
     if c.strength < 0:
         return None
     if hash_file(c.video) != job.hashes[c.video]:
-        raise UserError(f"{c.video}: has changed since the command began; give it again with --config.resume=True")
+        raise UserError(f"{c.video}: {CHANGED}")
     source = jnp.asarray(read_source(c, job)[None])
     return source if Path(c.video).suffix in LATENTS else job.run.world.open_encoder()(source)
 
@@ -87,6 +107,7 @@ def generate_batches(
 ) -> Iterator[tuple[range, Clips]]:
     """Batches of videos, with the numbers of their requests. A last batch is filled up, so that one shape compiles."""
     given, source = given_latents(c, job, batches), source_latents(c, job) if batches else None
+    features = given_features(c, job, batches)
     per_batch = len(job.blocks.spans(job.sizes.frames)) - job.given_blocks() if job.blocks else 1
     with Progress(per_batch * len(batches), "block", "generate", shown=c.progress) as bar:
         for numbers in batches:
@@ -95,7 +116,8 @@ def generate_batches(
             guided = isinstance(job.sampler, ManyStep)
             model: Any = steered(job.run.model, None if job.keys_FA is None else job.keys_FA[None])
             if takes_picture(model.config):
-                model, first = with_picture(model, picture_condition(jnp.asarray(np.stack(first)))), []
+                image = jnp.asarray(np.stack([features(request) for request in rows])) if features else None
+                model, first = with_picture(model, picture_condition(jnp.asarray(np.stack(first))), image), []
             pipeline = Pipeline(model, job.run.world.codec, job.sampler, job.blocks, c.fused_commit)
             if timeline := job.timelines.get(rows[0].prompt):
                 yield numbers, timed_video(c, job, pipeline, timeline, rows[0].seed, texts, first, programs, bar.update)
@@ -133,7 +155,7 @@ def timed_video(
         pipeline,
         Text(lambda prompts: np.asarray(read_rows(texts, list(prompts))), negative),
         timeline.switches[0].prompt,
-        latent_shape=(job.sizes.height, job.sizes.width, job.run.model.config.in_dim),
+        latent_shape=(job.sizes.height, job.sizes.width, job.run.model.config.out_dim),
         seed=seed,
         max_frames=job.sizes.frames,
         given_BFHWC=jnp.asarray(np.stack(given)) if given else None,

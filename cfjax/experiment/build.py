@@ -16,7 +16,16 @@ from cfjax.core.sharding import make_mesh
 from cfjax.experiment.adapters import BASE, adapted, lora_records
 from cfjax.experiment.data import Data, DataSource, data_of
 from cfjax.experiment.lora import LORA
-from cfjax.experiment.networks import CodecRole, NetworkRole, Role, check_roles, networks_in, roles_of, sized
+from cfjax.experiment.networks import (
+    CodecRole,
+    NetworkRole,
+    Role,
+    check_pictures,
+    check_roles,
+    networks_in,
+    roles_of,
+    sized,
+)
 from cfjax.experiment.reference import apply_reference, unused_keys
 from cfjax.experiment.stage import (
     Objective,
@@ -30,6 +39,7 @@ from cfjax.experiment.stage import (
 from cfjax.memory.names import blocks_record
 from cfjax.models.wan import Wan
 from cfjax.nn.visibility import Blocks
+from cfjax.objectives.diffusion import DiffusionConfig
 from cfjax.objectives.stage import Stage
 from cfjax.rollout.generate import FewStep, ManyStep
 from cfjax.training.loop import Schedule
@@ -116,9 +126,11 @@ class Experiment:
           models: the networks in the record of a resumed run.
 
         Raises:
-          UserError: see `NetworkRole.sized`.
+          UserError: see `NetworkRole.sized`; or networks that the stage cannot train (`networks.check_pictures`).
         """
-        return replace(self, roles=sized(self.roles, models))
+        roles = sized(self.roles, models)
+        check_pictures(self.stage.name, roles)
+        return replace(self, roles=roles)
 
     def make_mesh(self) -> Mesh | None:
         """The mesh of all devices, or None for one device of one process."""
@@ -134,6 +146,7 @@ class Experiment:
           models: the networks by role.
         """
         made, records = data.dataset.manifest, lora_records(self.roles)
+        begins = isinstance(self.objective, DiffusionConfig) and self.objective.image_start > 0
         below = {f"{role}{BASE}" for role in records}  # as they are where the record of the adapters says
         return {
             "stage": self.stage.name,
@@ -145,6 +158,7 @@ class Experiment:
             "world": made.get("text_encoder", {}).get("world", ""),
             "world_path": made.get("world_path", ""),
             **({LORA: records} if records else {}),
+            **({"image_start": True} if begins and self.sampling_blocks is None else {}),
         }
 
 

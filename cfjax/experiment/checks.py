@@ -37,6 +37,7 @@ class Ask:
     given_BFHWC: np.ndarray | None = None
     independent_first_frame: bool = False
     actions: np.ndarray | None = None
+    image: Any = None
 
     def given(self) -> int:
         """How many latent frames are given."""
@@ -217,21 +218,29 @@ def sizes_of(
     )
 
 
-def given_of(given: Any, shape: tuple[int, int, int], batch: int, blocks: Blocks | None) -> np.ndarray | None:
+def given_of(
+    given: Any, shape: tuple[int, int, int], batch: int, blocks: Blocks | None, *, image_start: bool = False
+) -> np.ndarray | None:
     """Latents to go on from, float32 [B, F, H, W, C]; a single video's are everybody's.
 
+    Args:
+      image_start: whether a bidirectional run goes on from a clean first latent frame, as Wan2.2-TI2V-5B does.
+
     Raises:
-      UserError: another shape, frames that end inside a block, or a bidirectional run.
+      UserError: another shape, frames that end inside a block, or a bidirectional run that cannot.
     """
     if given is None:
         return None
-    if blocks is None:
+    if blocks is None and not image_start:
         raise UserError("given_BFHWC: this run is bidirectional and cannot go on from given frames; leave them out")
     latents = numbers("given_BFHWC", given)
     need = f"[{batch}, F, {', '.join(map(str, shape))}]"
     if latents.ndim != 5 or latents.shape[2:] != shape or latents.shape[0] not in (1, batch) or not latents.shape[1]:
         raise UserError(f"given_BFHWC: latents {list(latents.shape)}; needs {need}, as run.encode makes them")
-    given_blocks(blocks, latents.shape[1])
+    if blocks is not None:
+        given_blocks(blocks, latents.shape[1])
+    elif latents.shape[1] != 1:
+        raise UserError(f"given_BFHWC: {latents.shape[1]} frames; this run goes on from one, a picture's")
     return np.broadcast_to(latents, (batch, *latents.shape[1:]))
 
 

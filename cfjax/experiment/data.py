@@ -27,10 +27,11 @@ from cfjax.worlds.world import RECORD
 
 @dataclass(frozen=True)
 class Shapes:
-    """The shapes of one sample: latents (F, H, W, C) and text rows (S, E)."""
+    """The shapes of one sample: latents (F, H, W, C) and text rows (S, E); whether it has its picture's latents too."""
 
     latents: tuple[int, int, int, int]
     text: tuple[int, int]
+    pictures: bool = False
 
     @property
     def channels(self) -> int:
@@ -53,7 +54,8 @@ class Data:
     @property
     def shapes(self) -> Shapes:
         """The shapes of one sample."""
-        return Shapes(self.dataset.latent_shape, self.dataset.text_shape)
+        pictures = bool(self.dataset.manifest.get("layout", {}).get("pictures", False))
+        return Shapes(self.dataset.latent_shape, self.dataset.text_shape, pictures)
 
 
 @dataclass(frozen=True)

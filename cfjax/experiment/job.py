@@ -39,6 +39,7 @@ from cfjax.rollout.sizes import Sizes, default_given, latent_sizes, pixel_frames
 from cfjax.rollout.timeline import Clock, Switch, Timeline, read_timelines
 from cfjax.training.checkpoint import checkpoint_hash
 from cfjax.worlds.assets import MODEL_FILE, asset
+from cfjax.worlds.wan import check_image_encoder
 
 SAMPLERS_OWN = {
     "kind": "",
@@ -287,6 +288,8 @@ def count_given(c: ConfigDict, run: Run, requests: Sequence[Request], blocks: Bl
     if takes_picture(run.model.config):
         if pictures != len(requests) or c.video:
             raise UserError(f"run={run.name!r} is image to video: give each of its prompts a picture (image), no video")
+        if width := run.model.config.image_dim:
+            check_image_encoder(run.world.folder, width)
         return 0
     if pictures and c.video:
         raise UserError("image and video are both given; a video continues one of them")

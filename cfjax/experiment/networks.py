@@ -28,6 +28,7 @@ from cfjax.experiment.record import MODELS, START, read_run
 from cfjax.models.actions import ActionConfig
 from cfjax.models.codec import Codec, abstract_patch_codec
 from cfjax.models.discriminator import BranchConfig, Discriminator, with_branch
+from cfjax.models.experts import MASK, takes_picture
 from cfjax.models.fresh import with_actions
 from cfjax.models.tiny_vae import abstract_tiny_vae, published_tiny_vae
 from cfjax.models.vae import abstract_vae, published_vae
@@ -80,7 +81,7 @@ class NetworkRole:
         """The network's config."""
         return replace(
             self.base,
-            in_dim=shapes.channels,
+            in_dim=2 * shapes.channels + MASK if takes_picture(self.base) else shapes.channels,
             out_dim=shapes.channels,
             text_dim=shapes.text_width,
             remat=self.remat,
@@ -124,11 +125,17 @@ class NetworkRole:
           where: the dataset's name, for the message.
 
         Raises:
-          UserError: they are for latents of other channels, or text rows of another width.
+          UserError: they are for latents of other channels, or text rows of another width; or take a picture, of
+            which the data has none.
         """
+        if takes_picture(self.base) and not shapes.pictures:
+            raise UserError(
+                f"roles.{self.name} is an image-to-video network; {where} has no pictures' latents: encode the clips"
+                " with --config.pictures=True of configs/precompute.py, or name another --config.data.path"
+            )
         if self.sizes is None:
             return
-        own = (self.sizes.in_dim, self.sizes.text_dim)
+        own = (self.sizes.out_dim, self.sizes.text_dim)
         if own != (shapes.channels, shapes.text_width):
             raise UserError(
                 f"roles.{self.name}.init={self.init!r} is a network for latents of {own[0]} channels and text rows of "
@@ -323,6 +330,30 @@ def sized(roles: Mapping[str, Role], models: Mapping[str, Any] | None = None) ->
 def networks_in(roles: Mapping[str, Role]) -> dict[str, NetworkRole]:
     """Those roles that are networks."""
     return {name: role for name, role in roles.items() if isinstance(role, NetworkRole)}
+
+
+PICTURE_STAGES = ("bidirectional", "ar_diffusion")  # whose losses give networks the clips' pictures
+
+
+def check_pictures(stage: str, roles: Mapping[str, Role]) -> None:
+    """Refuses networks that take a picture in stages whose losses have none for them.
+
+    Raises:
+      UserError: there is one; or one that takes CLIP's features, or LoRAs on one.
+    """
+    for name, role in networks_in(roles).items():
+        if not takes_picture(role.base):
+            continue
+        if stage not in PICTURE_STAGES:
+            raise UserError(
+                f"roles.{name} is an image-to-video network: these train in stages {' and '.join(PICTURE_STAGES)}, not"
+                f" in {stage}; start from a text-to-video network"
+            )
+        if role.base.image_dim:
+            raise UserError(
+                f"roles.{name} takes CLIP's features of a picture (Wan2.1's image to video), which training has not;"
+                " train Wan2.2's image-to-video networks, which take none"
+            )
 
 
 def check_roles(stage: Stage, roles: Mapping[str, Role]) -> None:

@@ -42,6 +42,7 @@ from cfjax.evaluation.video import grid_video, pick_frames, shrink, to_uint8
 from cfjax.experiment.build import Experiment, Preview
 from cfjax.experiment.data import Data
 from cfjax.models.codec import Codec
+from cfjax.models.experts import takes_picture
 from cfjax.models.steered import steered
 from cfjax.models.wan import Wan
 from cfjax.rollout.generate import generate, network_calls
@@ -326,6 +327,9 @@ class Monitor:
 
 def make_monitor(e: Experiment, data: Data, workdir: Path, mesh: Mesh | None = None) -> Monitor | None:
     """What `fit` calls every `sample_every` iterations; None where nothing is to be sampled."""
+    if takes_picture(e.networks["student"].base):
+        say("guard: off: an image-to-video network's samples need pictures, which previews have not; training goes on")
+        return None
     try:
         scene = toy_scene(e.preview, data.world) if data.world else wan_scene(e.preview, data.dataset, mesh)
     except Exception as error:  # training does not need it

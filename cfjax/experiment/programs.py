@@ -15,6 +15,7 @@ from cfjax.experiment.data import Shapes
 from cfjax.experiment.networks import NetworkRole
 from cfjax.models.cache import longest_share
 from cfjax.models.discriminator import TAP, tapped_layers
+from cfjax.models.experts import takes_picture
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.frames import VISIBLE_PREFIX
 from cfjax.nn.visibility import Blocks
@@ -48,6 +49,8 @@ def abstract_batch(e: Experiment, shapes: Shapes, mesh: Mesh | None) -> dict[str
     if e.data.steering or e.data.action_keys:
         keys = e.data.action_keys or len(KEYS)
         arrays["actions_BFA"] = ((size, shapes.latents[0], keys), jnp.float32)
+    if any(takes_picture(network.base) for network in e.networks.values()):
+        arrays["picture_BFHWC"] = arrays["latents_BFHWC"]
 
     def where(name: str) -> Any:
         if mesh is None:

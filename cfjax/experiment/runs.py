@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from cfjax.experiment.checks import (
 from cfjax.experiment.data import toy_source
 from cfjax.experiment.lora import open_network, records_of
 from cfjax.experiment.networks import load_shipped
+from cfjax.experiment.pictures import check_picture, conditioned, encoded_start, picture_of
 from cfjax.experiment.record import config_from_meta, read_run
 from cfjax.experiment.stage import sampler_of, sampling_blocks
 from cfjax.memory.slots import Memory
@@ -132,6 +133,7 @@ class Run:
         given_BFHWC: np.ndarray | None = None,
         independent_first_frame: bool = False,
         actions: np.ndarray | None = None,
+        image: np.ndarray | None = None,
     ) -> np.ndarray:
         """Whole videos of some captions, as `cfjax generate` makes them of the same seed; arguments as `stream`.
 
@@ -139,9 +141,11 @@ class Run:
           video_BPHWC, float32 (not clipped; `cfjax.to_uint8` makes pixels of it).
 
         Raises:
-          UserError: see `stream`; a bidirectional run generates, without memory and given frames.
+          UserError: see `stream`; a bidirectional run generates, without memory, and without given frames unless it
+            is one that begins with a picture (Wan2.2-TI2V-5B, image to video).
         """
         ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame, actions)
+        ask = replace(ask, image=image)
         return np.concatenate(list(self._made(captions, ask)), axis=1)
 
     def stream(
@@ -157,6 +161,7 @@ class Run:
         given_BFHWC: np.ndarray | None = None,
         independent_first_frame: bool = False,
         actions: np.ndarray | None = None,
+        image: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
         """Videos of some captions, block after block: the pixels that `cfjax generate` makes of the same seed.
 
@@ -169,6 +174,8 @@ class Run:
           independent_first_frame: whether the first latent frame, such as a picture, is a block of its own.
           actions: of a run that can be steered, 1 for each key that is held in each latent frame, [F, A], or [B, F, A]
             of several captions (docs/actions.md); None: none is.
+          image: a picture to begin with, [H, W, 3] or one for each caption, of the videos' size: uint8 from 0 to 255 or
+            float from -1 to 1. Image-to-video networks need one; for others it is encoded and given.
 
         Returns:
           video_BPHWC of each block, float32 (not clipped), as soon as it is decoded.
@@ -180,25 +187,34 @@ class Run:
         if self.blocks is None:
             raise UserError(f"run={self.name!r} is bidirectional: it makes all frames at once; use generate")
         ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame, actions)
+        ask = replace(ask, image=image)
         return self._made(captions, ask)
 
     def _made(self, captions: Sequence[str], ask: Ask) -> Iterator[np.ndarray]:
         """`stream`, of bidirectional runs too; everything is checked before the first block is asked for."""
         check_loaded(self.name, self.model)
-        self._check_text_alone()
         world, stride, config = self.world, self.world.codec.stride, self.model.config
         blocks = layout_with(self.blocks, self.sampler, ask, config, stride[0])
         texts = captions_of(captions, world.prompt_fault)
+        check_picture(self.name, config, ask.image, ask.given_BFHWC)
+        picture, size = None, [own * step for own, step in zip(self.latent_shape[1:3], stride[1:], strict=True)]
+        if ask.image is not None:
+            picture = picture_of(ask.image, world, ask.height or size[0], ask.width or size[1], len(texts))
+            ask = ask if takes_picture(config) else replace(ask, given_BFHWC=encoded_start(picture, world))
         seeds = seeds_of(ask.seed, len(texts))
         sizes = sizes_of(ask, self.latent_shape, stride=stride, patch=config.patch, blocks=blocks)
         shape = (sizes.height, sizes.width, self.latent_shape[-1])
-        given = given_of(ask.given_BFHWC, shape, len(texts), blocks)
+        given = given_of(ask.given_BFHWC, shape, len(texts), blocks, image_start=self.image_start)
         negative = jnp.asarray(self._negative(ask.negative_prompt))
         text = jnp.asarray(world.encode_prompts(texts))
+        model = self.model
+        if takes_picture(config) and picture is not None:
+            each = np.broadcast_to(picture, (len(texts), *picture.shape[1:]))
+            model = cast(Wan, conditioned(model, world, each, sizes.frames))
         keys = actions_of(ask.actions, config, len(texts), sizes.frames)
         made = stream(
-            Pipeline(steered(self.model, keys), world.codec, self.sampler, blocks),
-            prompt_kv(self.model, text, negative, self.sampler),
+            Pipeline(steered(model, keys), world.codec, self.sampler, blocks),
+            prompt_kv(model, text, negative, self.sampler),
             seeded_noise(seeds),
             num_frames=sizes.generated,
             latent_shape=shape,
@@ -214,7 +230,7 @@ class Run:
 
     def _check_text_alone(self) -> None:
         if takes_picture(self.model.config):
-            raise UserError(f"run={self.name!r} is image to video: it needs a picture; use cfjax generate")
+            raise UserError(f"run={self.name!r} is image to video: it needs a picture; use generate with image=")
 
     def session(
         self,
@@ -227,6 +243,7 @@ class Run:
         hold: int = 0,
         negative_prompt: str = "",
         independent_first_frame: bool = False,
+        image: np.ndarray | None = None,
     ) -> Session:
         """A live stream whose prompt and memory can change between any two blocks, see `rollout.session`.
 
@@ -237,12 +254,14 @@ class Run:
           given_BFHWC: latents to go on from, such as an encoded picture.
           hold: how many of the latest block boundaries `seek` can go back to.
           negative_prompt: of a many-step sampler; "": the world's.
+          image: a picture to begin with, [H, W, 3], see `stream`; that of an image-to-video network is beside the first
+            `max_frames` latent frames, and the last of them beside all later ones.
 
         Raises:
           UserError: a prompt that the text encoder cannot take, no such policy or seed, or a bidirectional run.
         """
         check_loaded(self.name, self.model)
-        self._check_text_alone()
+        check_picture(self.name, self.model.config, image, given_BFHWC)
         world, (frames, height, width, channels) = self.world, self.latent_shape
         if self.blocks is None:
             raise UserError(f"run={self.name!r} is bidirectional: it makes all frames at once, it has no session")
@@ -251,15 +270,23 @@ class Run:
             raise UserError(f"memory={memory!r}: give a policy or its name (docs/memory.md)")
         negative = self._negative(negative_prompt) if isinstance(self.sampler, ManyStep) else None
         blocks = with_first_alone(self.blocks, independent_first_frame)
+        longest = whole("max_frames", max_frames, 0, FRAMES) or frames
+        model, picture = self.model, None
+        if image is not None:
+            picture = picture_of(image, world, height * world.codec.stride[1], width * world.codec.stride[2], 1)
+        if picture is not None and takes_picture(model.config):
+            model = cast(Wan, conditioned(model, world, picture, longest))
+        elif picture is not None:
+            given_BFHWC = encoded_start(picture, world)
         given = given_of(given_BFHWC, (height, width, channels), 1, blocks)
         return Session(
-            Pipeline(self.model, world.codec, self.sampler, blocks),
+            Pipeline(model, world.codec, self.sampler, blocks),
             Text(encoder_of(world.encode_prompts, world.prompt_fault), negative),
             prompt,
             latent_shape=(height, width, channels),
             seed=whole("seed", seed, 0, SEEDS - 1),
             memory=memory,
-            max_frames=whole("max_frames", max_frames, 0, FRAMES) or frames,
+            max_frames=longest,
             given_BFHWC=None if given is None else jnp.asarray(given),
             hold=whole("hold", hold, 0, FRAMES),
         )
@@ -329,8 +356,6 @@ def open_run(
         raise UserError(f"run={name!r} was trained in another world than {opened_world.folder} now holds")
     network = _network(name, meta, precision, attention)
     _check_world(name, network, opened_world)
-    if blocks is not None and takes_picture(network):
-        raise UserError(f"run={name!r}: an image-to-video network that generates block by block is not supported")
     run = Run(
         name=name,
         stage=meta["stage"],

@@ -17,6 +17,7 @@ from cfjax.core.topology import peak_bandwidth, peak_flops
 from cfjax.core.tree import map_named, named_leaves
 from cfjax.memory.rolling import RollingForcing
 from cfjax.memory.slots import Seen
+from cfjax.models.experts import Conditioned
 from cfjax.models.wan import Wan, WanConfig
 from cfjax.nn.visibility import Blocks
 from cfjax.planning.flops import count_flops
@@ -96,6 +97,9 @@ class CountedPrograms(Programs):
 
 def _dense(argument: Any) -> Any:
     """A network with the attention whose FLOPs `count_flops` sees: kernels have none in a jaxpr."""
+    if isinstance(argument, Conditioned):
+        image = None if argument.image is None else argument.image.get_value()
+        return jax.eval_shape(Conditioned, _dense(argument.network), argument.condition.get_value(), image)
     if not isinstance(argument, Wan):
         return argument
     config = replace(argument.config, attention="xla")

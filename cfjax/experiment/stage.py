@@ -18,6 +18,7 @@ from cfjax.objectives.diffusion import DiffusionConfig, ar_diffusion, flow_match
 from cfjax.objectives.dmd import DMDConfig, critic_loss
 from cfjax.objectives.dmd import generator_loss as dmd
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
+from cfjax.objectives.pictures import with_pictures
 from cfjax.objectives.stage import Ema, Loss, RolloutLoss, Stage
 from cfjax.rollout.generate import FewStep, ManyStep, layout_of
 from cfjax.rollout.long_video import LongVideo
@@ -144,7 +145,7 @@ def losses_of(c: ConfigDict, objective: Objective) -> Mapping[str, Loss | Rollou
     check_memory(c, objective, blocks)
     if isinstance(objective, DiffusionConfig):
         causal = c.stage == "ar_diffusion"
-        return {"student": ar_diffusion(objective, blocks) if causal else flow_matching(objective)}
+        return {"student": with_pictures(ar_diffusion(objective, blocks) if causal else flow_matching(objective))}
     if isinstance(objective, PairsConfig):
         return {"student": ode_regression(objective, blocks, how=Regression(o.levels_per, o.past))}
     if isinstance(objective, ConsistencyConfig):

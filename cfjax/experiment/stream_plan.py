@@ -22,7 +22,7 @@ from cfjax.core.topology import Topology, parse_topology, shapes_of
 from cfjax.experiment.job import blocks_of, sampler_of
 from cfjax.experiment.runs import Run, open_run
 from cfjax.experiment.speed import CallLog, network_size, passes_of
-from cfjax.experiment.streams import RandomParts, random_codec, random_parts_of, random_run, sizes_of
+from cfjax.experiment.streams import RandomParts, random_codec, random_parts_of, random_run, sizes_of, with_blank
 from cfjax.nn.attention import pick_backend
 from cfjax.nn.cpu_conv import traced_for
 from cfjax.planning.programs import Cost, compile_update
@@ -174,7 +174,7 @@ def plan_stream(
     sampler = sampler_of(c, run)
     blocks = layout_of(sampler, blocks_of(c, run.blocks))
     fused: FusedCommit = "on" if fuses("auto", platform, memory=blocks.memory if blocks else None) else "off"
-    pipeline = Pipeline(model, run.world.codec, sampler, blocks, fused)
+    pipeline = Pipeline(with_blank(model, sizes), run.world.codec, sampler, blocks, fused)
     rows, batch = run.world.text_length, c.batch
     log, latents = record_network(pipeline, sizes, (batch, rows, config.text_dim))
     tokens = config.tokens_per_frame(sizes.height, sizes.width)
@@ -211,7 +211,7 @@ def decoders_of(run: Run, parts: RandomParts | None) -> dict[str, Any]:
     if parts is None or parts.toy:
         return {type(run.world.codec).__name__: jax.eval_shape(lambda: run.world.codec)}
     policy = replace(run.model.config.precision, norm="float32")
-    channels = run.model.config.in_dim
+    channels = run.model.config.out_dim
     return {name: jax.eval_shape(partial(random_codec, name, policy, channels)) for name in ("vae", "tiny_vae")}
 
 

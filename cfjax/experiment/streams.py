@@ -18,6 +18,7 @@ from cfjax.experiment.runs import Run, open_run
 from cfjax.experiment.speed import NoDecoder, Stream
 from cfjax.models import umt5, wan
 from cfjax.models.codec import Codec, PatchCodec
+from cfjax.models.experts import blank_picture, takes_picture
 from cfjax.models.tiny_vae import make_tiny_vae, published_tiny_vae
 from cfjax.models.umt5 import encode_by_layer
 from cfjax.models.vae import make_vae, published_vae
@@ -74,7 +75,7 @@ def open_stream(c: ConfigDict) -> Opened:
     codec: Any = NoDecoder() if c.decoder == "none" else run.world.codec
     rows = np.random.default_rng(c.seed).standard_normal((c.batch, run.world.text_length, run.world.text_width))
     text = rows.astype(np.float32)
-    pipeline = Pipeline(run.model, codec, sampler, blocks)
+    pipeline = Pipeline(with_blank(run.model, sizes), codec, sampler, blocks)
     decoder = c.decoder or ("toy" if isinstance(codec, PatchCodec) else "vae")
     return Opened(Stream(pipeline, text, text[0], sizes), run.name, decoder, _prompt_encoder(c, run))
 
@@ -95,6 +96,17 @@ def sizes_of(c: ConfigDict, run: Run, blocks: Blocks | None) -> Sizes:
         patch=run.model.config.patch,
         blocks=blocks,
     )
+
+
+def with_blank(model: Any, sizes: Sizes) -> Any:
+    """The network; one that takes a picture with one of zeros."""
+    if not takes_picture(model.config):
+        return model
+    shape = (sizes.frames, sizes.height, sizes.width, model.config.out_dim)
+    blank = partial(blank_picture, latent_shape=shape)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
+        return jax.eval_shape(blank, model)
+    return blank(model)
 
 
 def _opened_run(c: ConfigDict) -> Run:
@@ -162,7 +174,7 @@ def random_run(parts: RandomParts, config: ConfigDict, *, shapes: bool = False) 
         random_codec,
         parts.decoder or ("toy" if parts.toy else "vae"),
         Policy(parts.decoder_precision or policy.compute),
-        network.in_dim,
+        network.out_dim,
     )
     world = _RandomWorld(jax.eval_shape(make) if shapes else make(), parts.text_rows, network.text_dim)
     return Run(
@@ -173,7 +185,7 @@ def random_run(parts: RandomParts, config: ConfigDict, *, shapes: bool = False) 
         world=cast(World, world),
         sampler=FewStep(),
         blocks=Blocks(parts.block_frames),
-        latent_shape=(*(TOY_LATENTS if parts.toy else WAN_LATENTS[network.in_dim]), network.in_dim),
+        latent_shape=(*(TOY_LATENTS if parts.toy else WAN_LATENTS[network.out_dim]), network.out_dim),
         config=config,
     )
 

@@ -73,6 +73,7 @@ class SteeredKV(NamedTuple):
 
     k_LBSNK: jax.Array
     v_LBSNK: jax.Array
+    image: "KV | None"
     rows_LBFIA: jax.Array
 
 

@@ -15,8 +15,9 @@ from flax import nnx
 
 from cfjax.core.errors import UserError
 from cfjax.core.tree import from_named, named_leaves
+from cfjax.models.attention import Attention
 from cfjax.models.ends import embed_time
-from cfjax.models.wan import KV, Attention, Wan, WanConfig, attend_by, backbone
+from cfjax.models.wan import KV, Wan, WanConfig, attend_by, backbone
 from cfjax.nn import layers
 from cfjax.nn.attention import dense
 from cfjax.nn.visibility import FULL

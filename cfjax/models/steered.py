@@ -85,8 +85,10 @@ def steered(network: Any, keys_BFA: Any, start: Any = 0, *, padded: bool = False
 
 
 @embed_text.register
-def _(model: Steered, text_BSE: jax.Array) -> KV:  # type: ignore[misc]  # a Wan is expected
-    return embed_text(model.network, text_BSE)
+def _(  # type: ignore[misc]  # a Wan is expected
+    model: Steered, text_BSE: jax.Array, image_BSE: jax.Array | None = None
+) -> KV:
+    return embed_text(model.network, text_BSE, image_BSE)
 
 
 @teacher_forced.register

@@ -20,14 +20,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
 from cfjax.core.bits import from_bits, to_bits
 from cfjax.core.errors import UserError
-from cfjax.core.precision import BF16, Policy
+from cfjax.core.precision import BF16, LATER, Policy
 from cfjax.core.sharding import constrain
 from cfjax.models.actions import ActionAttention, ActionConfig, action_mlp, attend_actions
+from cfjax.models.attention import Attention, ImageAttention, ImageEmbedding
 from cfjax.models.cache import KVCache, attend_past, view
 from cfjax.models.ends import embed_frames, flow_of
 from cfjax.nn import layers
@@ -51,6 +51,8 @@ class WanConfig:
       freq_dim: width of the timestep sinusoid.
       patch: patch height and width; one latent frame is `H W / (ph pw)` tokens.
       eps: of every norm.
+      image_dim: width of a picture's features that the cross-attention takes beside the text's rows (Wan2.1's image to
+        video networks: CLIP's 1280); 0: none.
       remat: "none", "full" (recompute each block) or "dots" (keep matrix products).
       attention: kernel, see `nn.attention`.
       precision: dtypes.
@@ -70,7 +72,8 @@ class WanConfig:
     remat: str = "none"
     attention: str = "auto"
     precision: Policy = field(default_factory=Policy)
-    actions: ActionConfig | None = None
+    image_dim: int = field(default=0, metadata=LATER)
+    actions: ActionConfig | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -100,6 +103,8 @@ class WanConfig:
 PRESETS = {
     "wan_1_3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, remat="full", precision=BF16),
     "wan_14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, remat="full", precision=BF16),
+    "wan_i2v_14b": WanConfig(5120, 13824, 40, 40, in_dim=36, image_dim=1280, remat="full", precision=BF16),
+    "wan_2_2_i2v_14b": WanConfig(5120, 13824, 40, 40, in_dim=36, remat="full", precision=BF16),
     "wan_2_2_5b": WanConfig(3072, 14336, 24, 30, in_dim=48, out_dim=48, remat="full", precision=BF16),
     "wan_mini": WanConfig(dim=48, ffn_dim=64, num_heads=4, num_layers=2, text_dim=32, remat="full"),
     "toy": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, remat="full"),
@@ -121,10 +126,11 @@ def preset(name: str, **overrides: Any) -> WanConfig:
 
 
 class KV(NamedTuple):
-    """The text's keys and values of every layer."""
+    """The text's keys and values of every layer; `image`: those of a picture's features, of networks that take some."""
 
     k_LBSNK: jax.Array
     v_LBSNK: jax.Array
+    image: "KV | None" = None
 
 
 class FrameKV(NamedTuple):
@@ -132,28 +138,6 @@ class FrameKV(NamedTuple):
 
     k_LBFTNK: jax.Array
     v_LBFTNK: jax.Array
-
-
-class Attention(nnx.Module):
-    """q, k, v, o projections with RMSNorm of q and k over the full width."""
-
-    def __init__(self, dim: int, key: jax.Array):
-        keys = jax.random.split(key, 4)
-        self.q, self.k, self.v, self.o = (layers.Linear(dim, dim, k) for k in keys)
-        self.norm_q, self.norm_k = layers.RMSNorm(dim), layers.RMSNorm(dim)
-
-    def query(self, x: jax.Array, config: WanConfig) -> jax.Array:
-        q = self.norm_q(self.q(x, config.precision.compute), config.eps)
-        return rearrange(q, "... (n k) -> ... n k", n=config.num_heads)
-
-    def key_value(self, x: jax.Array, config: WanConfig) -> tuple[jax.Array, jax.Array]:
-        k = self.norm_k(self.k(x, config.precision.compute), config.eps)
-        v = self.v(x, config.precision.compute)
-        split = lambda y: rearrange(y, "... (n k) -> ... n k", n=config.num_heads)
-        return split(k), split(v)
-
-    def output(self, attended_BFTNK: jax.Array, config: WanConfig) -> jax.Array:
-        return self.o(rearrange(attended_BFTNK, "... n k -> ... (n k)"), config.precision.compute)
 
 
 class Block(nnx.Module):
@@ -164,7 +148,7 @@ class Block(nnx.Module):
         self.modulation = nnx.Param(layers.normal(config.dim**-0.5)(keys[0], (6, config.dim)))
         self.self_attn = Attention(config.dim, keys[1])
         self.norm3 = layers.LayerNorm(config.dim)
-        self.cross_attn = Attention(config.dim, keys[2])
+        self.cross_attn = (ImageAttention if config.image_dim else Attention)(config.dim, keys[2])
         self.ffn = layers.Mlp((config.dim, config.ffn_dim, config.dim), layers.gelu_tanh, keys[3])
         if config.actions is not None and config.actions.form == "attention":
             self.action_attn = ActionAttention(config.actions, config.dim, jax.random.fold_in(key, 4))
@@ -187,6 +171,8 @@ class Wan(nnx.Module):
         self.head = layers.Linear(dim, config.out_dim * patch, jax.random.fold_in(key, 6), kernel_init=layers.zeros)
         if config.actions is not None and config.actions.form == "embedding":
             self.action_embedding = action_mlp(config.actions, dim, jax.random.fold_in(key, 7))
+        if config.image_dim:
+            self.image_embedding = ImageEmbedding(config.image_dim, dim, jax.random.fold_in(key, 8))
 
     def __call__(
         self, latents_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, visibility: Visibility = FULL
@@ -210,13 +196,26 @@ def make_wan(config: WanConfig, key: jax.Array) -> Wan:
 
 @singledispatch
 @jax.named_scope("embed_text")
-def embed_text(model: Wan, text_BSE: jax.Array) -> KV:
-    """Cross-attention keys and values of all layers, [L, B, S, N, K]; padding rows are attended too (quirk Q18)."""
+def embed_text(model: Wan, text_BSE: jax.Array, image_BSE: jax.Array | None = None) -> KV:
+    """Cross-attention keys and values of all layers, [L, B, S, N, K]; padding rows are attended too (quirk Q18).
+
+    Args:
+      image_BSE: a picture's features (`models.clip`), of networks that take some (`WanConfig.image_dim`).
+
+    Raises:
+      UserError: the network takes a picture's features and there are none, or the other way round.
+    """
     config = model.config
+    if (image_BSE is not None) != bool(config.image_dim):
+        raise UserError("a picture's features go with networks that take some, and with no others")
     context = model.text_embedding(text_BSE, config.precision.compute)
+    picture = None if image_BSE is None else model.image_embedding(image_BSE, config.precision)
 
     def layer(_: None, block: Block) -> tuple[None, KV]:
-        return None, KV(*block.cross_attn.key_value(context, config))
+        own, image = block.cross_attn, None
+        if picture is not None and isinstance(own, ImageAttention):
+            image = KV(*own.image_key_value(picture, config))
+        return None, KV(*own.key_value(context, config), image)
 
     return jax.lax.scan(layer, None, model.blocks)[1]
 
@@ -396,8 +395,10 @@ def apply_block(
         stream_BFTD = stream_BFTD + gate_a * policy.to_norm_dtype(attended)
     with jax.named_scope("cross_attention"):
         q_text = block.cross_attn.query(block.norm3(stream_BFTD, config.eps, policy).astype(compute), config)
-        attended = block.cross_attn.output(attend_text(q_text, *text[:2], backend=config.attention), config)
-        stream_BFTD = stream_BFTD + policy.to_norm_dtype(attended)
+        seen = attend_text(q_text, text.k_LBSNK, text.v_LBSNK, backend=config.attention)
+        if text.image is not None:
+            seen += attend_text(q_text, text.image.k_LBSNK, text.image.v_LBSNK, backend=config.attention)
+        stream_BFTD = stream_BFTD + policy.to_norm_dtype(block.cross_attn.output(seen, config))
     stream_BFTD = attend_actions(block, stream_BFTD, text, config)
     with jax.named_scope("feed_forward"):
         h = (layers.layer_norm(stream_BFTD, config.eps, policy) * (1 + scale_f) + shift_f).astype(compute)

@@ -24,15 +24,15 @@ STORAGES = ("float32", "bfloat16", "int8")
 
 # Weights that are cast to the compute dtype anyway may be stored in it: same numbers, half the memory in bfloat16.
 STORAGE_DTYPES: tuple[tuple[str, str], ...] = (
-    (r"(patch_embedding|head|text_embedding/(up|down))/(kernel|bias)", "compute"),
-    (r"blocks/(self_attn|cross_attn|action_attn)/([qkvo]/(kernel|bias)|norm_[qk]/scale)", "compute"),
+    (r"(patch_embedding|head|(text|image)_embedding/(up|down))/(kernel|bias)", "compute"),
+    (r"blocks/(self|cross|action)_attn/(([qkvo]|[kv]_img)/(kernel|bias)|norm_(q|k|k_img)/scale)", "compute"),
     (r"blocks/(ffn|action_attn/embed)/(up|down)/(kernel|bias)", "compute"),
     (r"((time|action)_embedding/(up|down)|time_projection)/(kernel|bias)", "float32"),
-    (r"blocks/(modulation|norm3/(scale|bias))|head_modulation", "float32"),
+    (r"(blocks/norm3|image_embedding/norm_(in|out))/(scale|bias)|blocks/modulation|head_modulation", "float32"),
 )
 # What int8 applies to: the matrices of the blocks, 98 % of the weights. Everything else: see `STORAGE_DTYPES`.
 QUANTIZED: tuple[tuple[str, bool], ...] = (
-    (r"blocks/((self_attn|cross_attn)/[qkvo]|ffn/(up|down))/kernel", True),
+    (r"blocks/((self|cross)_attn/([qkvo]|[kv]_img)|ffn/(up|down))/kernel", True),
     (r".*/(kernel|bias|scale)|blocks/modulation|head_modulation", False),
 )
 # What is offloaded: every matrix. The other weights are small, and read all over the network.

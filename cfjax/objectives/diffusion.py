@@ -41,6 +41,9 @@ class DiffusionConfig:
         larger a is *less* noise) and with the noisy half's own eps, as the reference does; 0 is off.
       history: with teacher forcing, "clean", or the network's own degraded past: "direct", or "resampled"
         (`objectives.history`), whose levels are drawn with `history_shift`, solved in `history_steps` Euler steps.
+      image_start: chance per clip that its first latent frame is given: clean, at level 0, without loss, as
+        Wan2.2-TI2V-5B continues a picture (its release: `wan/textimage2video.py`, `WanTI2V.i2v`, one timestep per
+        token). In an AR network's noisy half too.
       bagger: chance that an update (a microbatch) learns from corrective clips, the network's rollouts played backwards
         (`objectives.history`), instead of real ones; 0 is off. The paper's aggregated data hold 1/3, 1/2, 3/5 after
         rounds 1, 2, 3. Its objective is forcing="diffusion".
@@ -57,6 +60,7 @@ class DiffusionConfig:
     history: str = "clean"
     history_shift: float = 0.6
     history_steps: int = 1
+    image_start: float = 0.0
     bagger: float = 0.0
     bagger_prefix: float = 4 / 7
     bagger_steps: int = 20
@@ -79,6 +83,10 @@ class DiffusionConfig:
             raise UserError(f"objective.bagger={self.bagger}: use a probability, 0 for off")
         if self.bagger and (self.history != "clean" or self.noise_augmentation):
             raise UserError("objective.bagger needs history='clean' and noise_augmentation=0")
+        if not 0.0 <= self.image_start <= 1.0:
+            raise UserError(f"objective.image_start={self.image_start}: use a probability, 0 for off")
+        if self.image_start and (self.bagger or self.history != "clean" or self.noise_augmentation):
+            raise UserError("objective.image_start needs history='clean', noise_augmentation=0 and bagger=0")
         if not 0.0 < self.bagger_prefix < 1.0 or self.bagger_steps < 1:
             raise UserError("objective.bagger_prefix must lie between 0 and 1, and objective.bagger_steps be 1 or more")
         if self.weighting not in ("bsmntw", "uniform", "x0"):
@@ -105,8 +113,9 @@ def per_block(index_BF: jax.Array, blocks: Blocks) -> jax.Array:
 def draw(key: jax.Array, shape: tuple[int, ...], config: DiffusionConfig) -> dict[str, jax.Array]:
     """Random numbers of one loss: eps ~ N(0, 1) [B,F,H,W,C]; index ~ U{0..999} [B,F]; drop ~ Bernoulli [B].
 
-    With noise augmentation also augment ~ U{a..999} [B,F]; with a resampled history see `draw_history`; with BAgger
-    rollout_eps ~ N(0, 1) [B,F,H,W,C] and corrective ~ Bernoulli, a scalar.
+    With a given first frame also given ~ Bernoulli [B]; with noise augmentation augment ~ U{a..999} [B,F]; with a
+    resampled history see `draw_history`; with BAgger rollout_eps ~ N(0, 1) [B,F,H,W,C] and corrective ~ Bernoulli, a
+    scalar.
     """
     key_eps, key_index, key_drop = jax.random.split(key, 3)
     draws = {
@@ -117,6 +126,8 @@ def draw(key: jax.Array, shape: tuple[int, ...], config: DiffusionConfig) -> dic
     if config.noise_augmentation:
         key_augment = jax.random.fold_in(key_index, 1)
         draws["augment_BF"] = jax.random.randint(key_augment, shape[:2], config.noise_augmentation, 1000)
+    if config.image_start:
+        draws["given_B"] = jax.random.bernoulli(jax.random.fold_in(key_drop, 1), config.image_start, shape[:1])
     if config.bagger:
         key_rollout = jax.random.fold_in(key_eps, 2)
         draws["rollout_eps_BFHWC"] = jax.random.normal(key_rollout, shape, jnp.float32)
@@ -147,18 +158,31 @@ def _noised(config: DiffusionConfig, x0: jax.Array, draws: Draws, index_BF: jax.
 
 
 def _weighted_error(
-    v: jax.Array, target: jax.Array, weight_BF: jax.Array, learned_F: jax.Array | None = None
+    v: jax.Array, target: jax.Array, weight_BF: jax.Array, learned_BF: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Means over all frames, or over those of `learned_F` (one or more)."""
+    """Means over all frames of all clips, or over those of `learned_BF` (one or more)."""
     error_BF = jnp.mean(jnp.square(v - target), axis=(2, 3, 4))
-    where = None if learned_F is None else jnp.broadcast_to(learned_F[None], error_BF.shape)
+    where = learned_BF
     return jnp.mean(weight_BF * error_BF, where=where), {"flow_error": jnp.mean(error_BF, where=where)}
+
+
+def given_first(draws: Draws, frames: int) -> jax.Array:
+    """given_BF: true where a frame is a clip's first one and given."""
+    return draws["given_B"][:, None] & (jnp.arange(frames) == 0)[None]
+
+
+def _with_given(
+    given_BF: jax.Array, x0: jax.Array, x: jax.Array, conditioning_sigma_BF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The noisy frames and their levels with the given ones clean, at level 0."""
+    return jnp.where(given_BF[:, :, None, None, None], x0, x), jnp.where(given_BF, 0.0, conditioning_sigma_BF)
 
 
 def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
     """The bidirectional teacher's loss: one noise level per clip, full attention.
 
-    L = E w(sigma) |v(x_sigma, sigma, text) - (eps - x0)|^2 (rectified flow, arXiv 2210.02747, as in Wan2.1).
+    L = E w(sigma) |v(x_sigma, sigma, text) - (eps - x0)|^2 (rectified flow, arXiv 2210.02747, as in Wan2.1). With
+    `image_start` a clip's first latent frame may be clean, at level 0, outside the mean.
     """
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
@@ -166,9 +190,14 @@ def flow_matching(config: DiffusionConfig, role: str = "student") -> Loss:
         draws = draw(key, x0.shape, config) if draws is None else draws
         index_BF = jnp.broadcast_to(draws["index_BF"][:, :1], x0.shape[:2])
         x, conditioning_sigma_BF, weight_BF = _noised(config, x0, draws, index_BF)
+        learned_BF = None
+        if config.image_start:
+            given_BF = given_first(draws, x0.shape[1])
+            x, conditioning_sigma_BF = _with_given(given_BF, x0, x, conditioning_sigma_BF)
+            learned_BF = ~given_BF
         model = models[role]
         v = model(x, conditioning_sigma_BF, embed_text(model, drop_text(batch, draws["drop_B"])), FULL)
-        return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF)
+        return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF, learned_BF)
 
     return loss
 
@@ -233,21 +262,20 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
     With `bagger` a corrective clip's first blocks are clean, at level 0, outside the mean. The paper changes the
     caption ("a reversed video of ..."): a batch may hold such rows, reversed_text_BSE (`data.reversed`); without them
     the clip keeps its own caption, whose direction of motion is then wrong (the given blocks show the right one).
+
+    With `image_start` a clip's first latent frame may be given, as in `flow_matching`: clean in the noisy half too.
     """
 
     def loss(models: Models, batch: Batch, key: jax.Array, draws: Draws | None = None):
         x0, text_BSE = batch["latents_BFHWC"].astype(jnp.float32), batch["text_BSE"]
         draws = draw(key, x0.shape, config) if draws is None else draws
-        learned_F = None
+        given_BF = given_first(draws, x0.shape[1]) if config.image_start else None
         if config.bagger:
             x0, text_BSE, given_F = _aggregated(config, models, role, batch, draws, blocks)
+            given_BF = jnp.broadcast_to(given_F[None], x0.shape[:2])
         x, conditioning_sigma_BF, weight_BF = _noised(config, x0, draws, per_block(draws["index_BF"], blocks))
-        if config.bagger:
-            x, conditioning_sigma_BF = (
-                jnp.where(given_F[None, :, None, None, None], x0, x),
-                jnp.where(given_F[None], 0.0, conditioning_sigma_BF),
-            )
-            learned_F = ~given_F
+        if given_BF is not None:
+            x, conditioning_sigma_BF = _with_given(given_BF, x0, x, conditioning_sigma_BF)
         model = models[role]
         text_kv = embed_text(model, drop_text({**batch, "text_BSE": text_BSE}, draws["drop_B"]))
         if config.forcing == "diffusion":
@@ -255,6 +283,7 @@ def ar_diffusion(config: DiffusionConfig, blocks: Blocks, role: str = "student")
         else:
             past, past_BF = _past(config, model, x0, (x, conditioning_sigma_BF), text_kv, draws, blocks)
             v = teacher_forced(model, x, conditioning_sigma_BF, past, text_kv, blocks, clean_sigma_BF=past_BF)
-        return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF, learned_F)
+        learned_BF = None if given_BF is None else ~given_BF
+        return _weighted_error(v, velocity(x0, draws["eps_BFHWC"]), weight_BF, learned_BF)
 
     return loss

@@ -17,6 +17,7 @@ from cfjax.core.errors import UserError
 from cfjax.memory.policies import ContextRecompute
 from cfjax.models.cache import KVCache, init_cache, write
 from cfjax.models.context import clean_context, forward_fused, forward_kv, forward_observed
+from cfjax.models.experts import Conditioned
 from cfjax.models.wan import KV, Wan, forward_block
 from cfjax.nn.visibility import Blocks
 
@@ -59,6 +60,8 @@ def commit_block(
     `ContextRecompute.commit_latents`.
     """
     if isinstance(blocks.memory, ContextRecompute):
+        if isinstance(model, Conditioned):
+            raise UserError("this memory computes its window anew, whose picture's latents are not kept; use another")
         layout = Blocks(blocks.frames)
         return blocks.memory.commit_latents(
             cache, clean_BFHWC, start, lambda latents: clean_context(model, latents, text_kv, layout), picture_BFHWC

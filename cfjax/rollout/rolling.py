@@ -26,6 +26,7 @@ from cfjax.flow.path import add_noise, x0_from_flow
 from cfjax.memory.names import memory_name
 from cfjax.memory.rolling import Place, RollingForcing
 from cfjax.memory.slots import State
+from cfjax.models.experts import Conditioned
 from cfjax.models.wan import KV, Wan, backbone
 from cfjax.nn.visibility import Blocks
 from cfjax.rollout.blocks import commit_block, commit_given, empty_cache
@@ -75,13 +76,22 @@ def empty_window(shape: tuple[int, ...], steps: int, blocks: Blocks) -> Window:
 
 
 def window_flow(
-    model: Wan, x_BFHWC: jax.Array, sigma_BF: jax.Array, text_kv: KV, cache: State, place: Place, blocks: Blocks
+    model: Wan | Conditioned,
+    x_BFHWC: jax.Array,
+    sigma_BF: jax.Array,
+    text_kv: KV,
+    cache: State,
+    place: Place,
+    blocks: Blocks,
 ) -> jax.Array:
     """The flow of all frames of a window, each at its own noise level, given the committed past. Reads the cache."""
     frames, config = x_BFHWC.shape[1], model.config
     attend = blocks.memory.window_attention(config, cache, place, frames, blocks)
     positions = place.at + cache.offset + jnp.arange(frames)
     layers = jnp.arange(config.num_layers)
+    if isinstance(model, Conditioned):
+        x_BFHWC = model.beside(x_BFHWC, place.at)
+        model = model.network
     return backbone(model, x_BFHWC, sigma_BF, text_kv, positions, attend, layer_input=layers)[0]
 
 

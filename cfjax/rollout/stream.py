@@ -231,7 +231,7 @@ def _all_at_once(
 ) -> jax.Array:
     """What follows the given frames, of a bidirectional network; the prompts' keys come before the negative ones'."""
     batch = noise_BFHWC.shape[0]
-    positive, negative = (KV(*(x[:, part] for x in text_kv)) for part in (slice(batch), slice(batch, None)))
+    positive, negative = (jax.tree.map(cut, text_kv) for cut in (lambda x: x[:, :batch], lambda x: x[:, batch:]))
     work = (pipeline.model, noise_BFHWC, positive, negative)
     if given_BFHWC is None:
         return call(_bidirectional, *work, sampler=pipeline.sampler)

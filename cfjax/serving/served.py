@@ -13,6 +13,7 @@ from cfjax.core.errors import UserError
 from cfjax.data.steered import KEYS, as_keys, spoken
 from cfjax.experiment.runs import Run
 from cfjax.memory.names import FULL, POLICIES, memory_name, parse_memory
+from cfjax.models.experts import takes_picture
 from cfjax.rollout.blocks import layout_from
 from cfjax.rollout.generate import ManyStep
 from cfjax.rollout.session import Session
@@ -161,6 +162,8 @@ def serve_run(
     blocks = run.blocks
     if blocks is None:
         raise UserError(f"run={run.name!r} is bidirectional: it makes all frames at once; serve a causal one")
+    if takes_picture(run.model.config):
+        raise UserError(f"run={run.name!r} is image to video, which is not served; use cfjax generate")
     if not memories or not examples:
         raise UserError("memories and examples: give at least one of each")
     if wrong := next(filter(None, map(run.world.prompt_fault, examples)), ""):

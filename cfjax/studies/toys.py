@@ -83,7 +83,8 @@ def _framewise(blocks: Blocks) -> None:
 
 @embed_text.register
 def _(model: Toy, text_BSE: jax.Array) -> KV:  # type: ignore[misc]  # a Wan is expected
-    return KV(*(jnp.zeros((1, text_BSE.shape[0], 1, 1, 1)) for _ in range(2)))
+    nothing = jnp.zeros((1, text_BSE.shape[0], 1, 1, 1))
+    return KV(nothing, nothing)
 
 
 @clean_context.register

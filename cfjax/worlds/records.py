@@ -1,4 +1,4 @@
-"""Frozen configs of networks, codecs and text encoders from their JSON records, and templates to restore them into."""
+"""Frozen configs of networks, codecs and encoders from their JSON records, and templates to restore them into."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from cfjax.core.limits import AXIS, LAYERS
 from cfjax.core.precision import Policy
 from cfjax.core.schema import EPS, SIZE, Rule, checked, flag, number, one_of, row, several, table, text, whole
 from cfjax.models.actions import FORMS, ActionConfig
+from cfjax.models.clip import CLIP_RULE, CLIPConfig
 from cfjax.models.tiny_vae import TinyVAEConfig
 from cfjax.models.umt5 import UMT5_RULE, UMT5Config
 from cfjax.models.vae import VAEConfig
@@ -28,7 +29,8 @@ SIZES: dict[type, Rule] = {
     WanConfig: table(
         dict.fromkeys(("dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "text_dim", "freq_dim"), SIZE)
         | {"num_layers": whole(1, LAYERS), "patch": row(SIZE, SIZE), "eps": EPS},
-        {"remat": one_of("none", "full", "dots"), "attention": text(), "actions": _ACTIONS, **_PRECISION},
+        {"remat": one_of("none", "full", "dots"), "attention": text(), "image_dim": whole(0, AXIS)}
+        | {"actions": _ACTIONS, **_PRECISION},
         closed=True,
     ),
     VAEConfig: table(
@@ -52,6 +54,7 @@ SIZES: dict[type, Rule] = {
         closed=True,
     ),
     UMT5Config: UMT5_RULE,
+    CLIPConfig: CLIP_RULE,
 }
 C = TypeVar("C")
 M = TypeVar("M")

@@ -1,7 +1,7 @@
 """Wan's world on disk: video autoencoders, umT5 and its tokenizer, as `cfjax convert` writes them.
 
     world/world.json                        kind, text length, negative prompt, frames per second
-    world/{vae,tiny_vae,text_encoder}/      one-role run directories, their sizes in the checkpoint's record
+    world/{vae,tiny_vae,text_encoder,image_encoder}/   one-role run directories, their sizes in the checkpoint's record
     world/tokenizer/                        the tokenizer's own files
 
 Only requested parts are read: the text encoder (11 GB in bfloat16) only when a caption is not in the embedding cache,
@@ -25,6 +25,7 @@ from cfjax.core.paths import is_folder, path_of
 from cfjax.core.precision import Policy
 from cfjax.core.progress import Progress
 from cfjax.core.schema import checked, each_of, load_json, number, one_of, table, text, whole
+from cfjax.models.clip import CLIPConfig, CLIPVision, encode_pictures, make_clip
 from cfjax.models.codec import Codec
 from cfjax.models.text import TextEncoder, text_fingerprint
 from cfjax.models.text_cache import FILL_AT_ONCE, TextCache, encode_cached, fill
@@ -38,7 +39,7 @@ from cfjax.worlds.records import config_from_record, placed_template
 from cfjax.worlds.world import RECORD
 
 KIND, FORMAT = "wan", 1
-DECODERS = ("vae", "tiny_vae")
+DECODERS, IMAGE_ENCODER = ("vae", "tiny_vae"), "image_encoder"
 WORLD_RULE = table(
     {
         "kind": one_of(KIND),
@@ -109,6 +110,47 @@ def open_cache(path: str | Path, folder: str | Path, length: int) -> TextCache:
     return TextCache(folder, text_fingerprint(meta["fingerprint"], config, tokenizer), length)
 
 
+def open_image_encoder(path: str | Path) -> CLIPVision:
+    """CLIP of the world at `path`, float32.
+
+    Raises:
+      UserError: the world has none.
+    """
+    folder = path_of(path) / IMAGE_ENCODER
+    check_image_encoder(path)
+    config = config_from_record(CLIPConfig, _part_record(folder, IMAGE_ENCODER)["model"], folder)
+    template = placed_template(lambda: make_clip(config, jax.random.key(0)))
+    return load_role(folder, IMAGE_ENCODER, template)
+
+
+def load_image_encoder(path: str | Path, width: int = 0) -> Callable[[jax.Array], jax.Array]:
+    """picture_BHWC in [-1, 1] to features [B, T, D], float32, by CLIP of the world at `path`, read now.
+
+    Raises:
+      UserError: the world has none, or its features are not `width` wide.
+    """
+    check_image_encoder(path, width)
+    return partial(encode_pictures, open_image_encoder(path))
+
+
+def check_image_encoder(path: str | Path, width: int = 0) -> None:
+    """Raises UserError unless the world at `path` has CLIP's image encoder, of features that are `width` wide."""
+    if not is_folder(path_of(path) / IMAGE_ENCODER / FOLDER):
+        raise UserError(
+            f"{path} has no {IMAGE_ENCODER}, whose features of the picture this network takes; add CLIP to it: cfjax"
+            " convert --config.source=models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, with the world's own"
+            " workdir"
+        )
+    if width and (own := part_sizes(path, IMAGE_ENCODER).get("dim")) != width:
+        raise UserError(f"{path}: its {IMAGE_ENCODER} makes features of {own} channels, the network takes {width}")
+
+
+def image_encoder_hash(path: str | Path) -> str:
+    """A hash of the files of CLIP's checkpoint of the world at `path`."""
+    folder = path_of(path) / IMAGE_ENCODER
+    return checkpoint_hash(folder, int(read_meta(folder)["step"]))
+
+
 def _text_record(path: str | Path) -> dict[str, Any]:
     folder = path_of(path) / "text_encoder"
     if not is_folder(folder / FOLDER):
@@ -122,7 +164,7 @@ def _part_record(folder: Path, kind: str) -> dict[str, Any]:
 
 def part_kinds(path: str | Path) -> list[str]:
     """The networks that the world at `path` has."""
-    return [kind for kind in (*DECODERS, "text_encoder") if is_folder(path_of(path) / kind / FOLDER)]
+    return [kind for kind in (*DECODERS, "text_encoder", IMAGE_ENCODER) if is_folder(path_of(path) / kind / FOLDER)]
 
 
 def part_sizes(path: str | Path, kind: str) -> dict[str, Any]:

@@ -158,10 +158,30 @@ def _taehv(folder: Path) -> None:
     synthetic.write_taehv(folder / "taew2_1.pth")
 
 
-def _read_tiny(folder: Path) -> Any:
+def _clip(folder: Path) -> None:
+    from tests import synthetic
+
+    synthetic.save_pt(folder / "clip.pth", synthetic.as_torch(synthetic.clip_weights()))
+
+
+def _clip_folder(folder: Path) -> None:
+    """transformers' layout."""
+    from safetensors.numpy import save_file
+
     from cfjax.conversion.sources import open_source
 
-    (found,) = open_source(folder / "taew2_1.pth").found
+    _clip(folder)
+    network = open_source(folder / "clip.pth").found[0].network
+    arrays = {name: np.ascontiguousarray(x.read()) for name, x in network.exported("diffusers").items()}
+    (folder / "clip.pth").unlink()
+    save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(network.about("diffusers")))
+
+
+def _read_only(folder: Path) -> Any:
+    from cfjax.conversion.sources import open_source
+
+    (found,) = open_source(folder).found
     return plain(found.network.config), {name: x.read() for name, x in found.network.arrays.items()}
 
 
@@ -718,7 +738,9 @@ KINDS: dict[str, Kind] = {
     "LoRA": Kind(_lora, "adapter_model.safetensors", _read_merged, safetensors, alike),
     "LoRA, adapter_config.json": Kind(_lora, "adapter_config.json", _read_merged, json_file, alike),
     "weights, distributed": Kind(_distributed, ".metadata", _read_release, bits, alike),
-    "weights, tiny decoder": Kind(_taehv, "taew2_1.pth", _read_tiny, bits, alike),
+    "weights, tiny decoder": Kind(_taehv, "taew2_1.pth", _read_only, bits, alike),
+    "weights, CLIP": Kind(_clip, "clip.pth", _read_only, bits, alike),
+    "CLIP config.json": Kind(_clip_folder, "config.json", _read_only, json_file, alike),
     "toy world.json": Kind(_toy, "world.json", _read_world, json_file, _sane_world),
     "toy codec": Kind(_toy, "codec.safetensors", _read_world, safetensors, _sane_world),
     "toy text_encoder.json": Kind(_toy, "text_encoder.json", _read_world, json_file, _sane_world),
