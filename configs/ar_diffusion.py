@@ -45,6 +45,7 @@ def get_config(arg: str = ""):
     words = presets.switches(arg, "toy", "mini", "framewise", *strategies, *presets.STEERED)
     presets.one_of(words, "toy", "mini")
     presets.one_of(words, *strategies)
+    presets.one_of(words, "bagger", *presets.STEERED)  # its clips are played backwards, their keys are not
     toy, strategy = "toy" in words, next((word for word in words if word in strategies), "")
     c = presets.experiment("ar_diffusion", steps=500 if toy else 5000)
     c.roles.student = presets.role(

@@ -23,11 +23,11 @@ def test_it_is_small_and_says_how_it_was_made():
 def test_it_moves_as_it_is_told():
     """A small closed loop of what benchmarks/actions.py measures; keys change between blocks."""
     run = open_run("toy_steered")
-    captions = ["a red circle", "a blue square moving up", "a green triangle", "a yellow circle"]
+    captions = ["a red circle", "a blue square moving up", "a green triangle", "a yellow circle"] * 2
     shapes, colours = [text.split()[2] for text in captions], [text.split()[1] for text in captions]
     frames, blocks = run.blocks.frames, 16
     keys = random_keys(len(captions), blocks, frames, seed=5)
-    video = run.generate(captions, seed=[1, 2, 3, 4], frames=frames * blocks, memory=MEMORY, actions=keys)
+    video = run.generate(captions, seed=list(range(1, 9)), frames=frames * blocks, memory=MEMORY, actions=keys)
     found = summary(follow(video, keys, shapes, run.toy.shapes, speed=1.5, block_frames=frames), shapes, colours)
     print({name: round(found[name], 3) for name in ("told", "error_px", "inside", "there")})
     assert found["told"] >= 0.6 and found["there"] >= 0.9 and found["shape_kept"] == found["colour_kept"] == 1
