@@ -1,10 +1,12 @@
 """Stage 0: the bidirectional teacher, by flow matching.
 
-Real users start from Wan2.1 and skip this. The toy teacher that ships with the package was made by
+Real users start from Wan2.1 and skip this. The toy teachers that ship with the package were made by
 
     cfjax train --config=configs/bidirectional.py:toy --workdir=runs/teacher
+    cfjax train --config=configs/bidirectional.py:toy,branching --workdir=runs/branching/teacher
 
-At Wan's size, what a slice of TPUs needs for it (compiled, on any machine):
+The second is `cfjax study uncertain`'s: its clips turn where nothing announces it. At Wan's size, what a slice of TPUs
+needs for it (compiled, on any machine):
 
     cfjax plan --config=configs/bidirectional.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --config.mesh.context=4
 
@@ -18,16 +20,23 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`: the moving-shapes world on a laptop. `mini`: a dozen steps of a miniature Wan. Without: Wan 1.3B."""
-    words = presets.switches(arg, "toy", "mini")
+    """`toy`: the moving-shapes world on a laptop; with `branching`, that of unannounced turns. `mini`: a dozen steps of
+    a miniature Wan. Without: Wan 1.3B.
+    """
+    words = presets.switches(arg, "toy", "mini", "branching")
     presets.one_of(words, "toy", "mini")
-    toy = "toy" in words
+    presets.one_of(words, "branching", "mini")
+    toy, branching = "toy" in words, "branching" in words
     c = presets.experiment("bidirectional", steps=6000 if toy else 100_000)
     c.roles.student = presets.role("toy" if toy else "wan_1_3b")
     c.data = presets.toy_data("runs/teacher/data", assets="") if toy else presets.wan_data("data/wan")
+    if branching:
+        presets.with_toy(words, "branching")
+        c.steps, c.roles.student = 4000, presets.role("toy_small")
+        c.data = presets.branching_data(assets="")
     c.blocks = presets.blocks()
     c.objective = {"shift": 5.0, "weighting": "uniform", "text_dropout": 0.1, "bf16_timesteps": False}
     c.optim.student = presets.toy_optimizer() if toy else presets.optimizer(1e-5, 0.9)
     c.ema.student = presets.ema(0.998 if toy else 0.9999)
-    c.sampler = presets.many_step(50, 3.0, causal=False)
+    c.sampler = presets.many_step(50, 1.0 if branching else 3.0, causal=False)
     return presets.mini(c) if "mini" in words else c

@@ -54,6 +54,7 @@ EXPERIMENT = (
         "batches",
         "measure",
         "measure_streams",
+        "measure_turns",
         "speed",
         "streams",
         "stream_plan",

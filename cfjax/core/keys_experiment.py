@@ -77,7 +77,12 @@ _NETWORKS = (
     Key(r"blocks\.window", "How far attention reaches back, the block included; 0 is everything.", "latent frames"),
     Key(r"blocks\.sink", "First frames that stay visible inside the window.", "latent frames"),
     Key(r"blocks\.memory", f"{MEMORY} while the student rolls out; '' is window and sink.", "policy"),
-    Key(r"roles\.\w+\.preset", "Sizes of the network.", "", ("wan_1_3b", "wan_14b", "wan_2_2_5b", "wan_mini", "toy")),
+    Key(
+        r"roles\.\w+\.preset",
+        "Sizes of the network.",
+        "",
+        ("wan_1_3b", "wan_14b", "wan_2_2_5b", "wan_mini", "toy", "toy_small"),
+    ),
     Key(r"roles\.\w+\.remat", "What the backward pass computes again, not keeps.", "", ("none", "full", "dots")),
     Key(r"roles\.\w+\.precision", "Of the matrix products.", "", ("float32", "bfloat16")),
     Key(r"roles\.\w+\.attention", "The implementation of attention.", "", ATTENTION),
