@@ -24,8 +24,10 @@ from cfjax.experiment.measure_turns import GIVEN, SAMPLERS, Trial, everything_af
 from cfjax.experiment.runs import open_run
 from cfjax.experiment.stage import blocks_of
 from cfjax.quickstart import Step, environment, networks, other_shapes, recipe, run_steps, titles_of
+from cfjax.studies import turning_paths
 from cfjax.studies.ablation import compare_networks, figure, left_open, open_table, verdicts
 from cfjax.studies.injectivity import Plan, run
+from cfjax.studies.laws import Turns
 from cfjax.studies.page import PAIRED, commit, page, provenance, table_html, verdict_list, write, write_study
 from cfjax.studies.students import Budget
 from cfjax.studies.turning import Futures, dose
@@ -267,6 +269,7 @@ def uncertain(c: ConfigDict, root: Path, command: str) -> int:
     if unknown := {*c.layouts} - {*LAYOUTS}:
         raise UserError(f"layouts={c.layouts}: {sorted(unknown)[0]!r} is none; use some of {', '.join(LAYOUTS)}")
     record = {key: c[key].to_dict() if key == "budget" else c[key] for key in ("budget", "teacher", "pasts", "futures")}
+    record |= {"paths": {key: value for key, value in c.paths.items() if key not in ("turn", "inits")}}
     file = root / "uncertain.json"
     if (found := read_if_whole(file)) is not None and found != record:
         raise UserError(f"{root} holds a study with other settings; choose another --workdir, or remove it")
@@ -274,13 +277,14 @@ def uncertain(c: ConfigDict, root: Path, command: str) -> int:
     write(file, json.dumps(record, indent=1))
     exact = exact_part(trial, root / "exact.json", c.exact.to_dict())
     real = _summary(trial, trial.real(REAL_SEED))
+    paths = paths_part(c, root / "paths")
     soon, late = c.recipes[: c.first], c.recipes[c.first :]
     stages = ("before", "after") if c.dmd else ("before",)
     for recipes, stage in ((r, s) for s in stages for r in (soon, late) if r):
-        for seed in range(c.seeds):
-            for layout, name in ((layout, name) for layout in c.layouts for name in recipes):
+        for layout, seed in itertools.product(c.layouts, range(c.seeds)):
+            for name in recipes:
                 _cell(c, (trial, real), root / f"seed{seed}" / layout, name, stage)
-            report_uncertain(c, root, command, exact, real)
+            report_uncertain(c, root, command, (exact, paths), real)
     return 0
 
 
@@ -301,6 +305,19 @@ def exact_part(trial: Trial, file: Path, doses: Mapping[str, Any]) -> list[dict[
     ]
     write(file, json.dumps(rows, indent=1))
     return rows
+
+
+def paths_part(c: ConfigDict, folder: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
+    """Students of exact teachers, by chance of a turn and by seed; each computed once."""
+    out: dict[str, list[dict[str, dict[str, float]]]] = {}
+    for turn, seed in itertools.product(c.paths.turn, range(c.seeds)):
+        file = folder / f"{turn:g}_{seed}.json"
+        if (found := read_if_whole(file)) is None:
+            law, budget = Turns(branching=turn), turning_paths.plan_of(c.paths.to_dict())
+            found = turning_paths.seed_of(law, c.paths.inits, budget, seed, c.paths.videos, say)
+            write(file, json.dumps(found, indent=1))
+        out.setdefault(f"{turn:g}", []).append(found)
+    return out
 
 
 def _summary(trial: Trial, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,10 +348,10 @@ def _cell(c: ConfigDict, against: tuple[Trial, Mapping[str, Any]], folder: Path,
         say(f"{layout}, seed {seed}, {network}: {told}")
 
 
-def report_uncertain(
-    c: ConfigDict, root: Path, command: str, exact: Sequence[Mapping[str, Any]], real: Mapping[str, Any]
-) -> None:
+def report_uncertain(c: ConfigDict, root: Path, command: str, theory: tuple[Any, Any], real: Mapping[str, Any]) -> None:
     """Writes report/index.html and study.json from what is measured so far."""
+    exact, paths = theory
+    of_paths = turning_paths.claims(paths)
     numbers: dict[str, Any] = {layout: {} for layout in c.layouts}
     made: dict[str, dict[str, str]] = {}
     for file in sorted(root.glob("seed*/*/measured/*.json")):
@@ -348,7 +365,7 @@ def report_uncertain(
         numbers[layout]["real"] = {measure: {0: value} for measure, value in relative(real, real).items()}
     networks = {n for name in c.recipes for of in CELLS[name].values() for n in of}
     wanted = c.seeds * len(c.layouts) * len(networks)
-    first, rest = judge(decisive(numbers)), judge(others(numbers))
+    first, rest = judge([*of_paths[0], *decisive(numbers)]), judge([*of_paths[1], *others(numbers)])
     about = {"command": command, **provenance(made), "seeds": c.seeds, "measured": f"{len(made)} of {wanted} cells"}
     about |= {"pasts": c.pasts, "futures": c.futures, "budget": json.dumps(c.budget.to_dict())}
     parts = [
@@ -356,7 +373,7 @@ def report_uncertain(
         verdict_list(rest, "All other comparisons", PAIRED),
         f"<section><h2>Figures</h2>{uncertain_figure(numbers, exact, first=GIVEN)}</section>",
         "<section><h2>Numbers</h2></section>",
-        *map(table_html, shown := uncertain_tables(numbers, exact)),
+        *map(table_html, shown := [turning_paths.table(paths), *uncertain_tables(numbers, exact)]),
     ]
     lead = (
         "Objects of this world turn where nothing announces it, so a past leaves its future open. Every network goes "
@@ -364,7 +381,7 @@ def report_uncertain(
         "t-interval] over seeds; tests are paired by seed."
     )
     write(root / "report" / "index.html", page("An uncertain world", lead, parts, about))
-    record = {**about, "made": made, "real": real, "exact": exact, "numbers": numbers}
+    record = {**about, "made": made, "real": real, "exact": exact, "paths": paths, "numbers": numbers}
     record |= {
         "decisive": [vars(v) for v in first],
         "others": [vars(v) for v in rest],

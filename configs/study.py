@@ -99,6 +99,11 @@ def uncertain() -> ConfigDict:
             "budget": {
                 "clips": 4096, "ar": 200, "pairs": 768, "solver_steps": 24, "ode": 150, "cd": 150, "dmd": 150,
             },
+            "paths": {
+                "turn": (0.5, 0.25, 1.0),
+                "inits": ("causal_ode", "bi_ode", "bi_ode_cp", "causal_cd", "asym_cd", "ar_diff"),
+                "videos": 2000, "steps": 1500, "batch": 256, "pool": 32768, "solver_steps": 192,
+            },
             "exact": {
                 "pasts": 8, "noises": 48, "again": 32, "turn": (0.25, 0.5, 1.0), "frames": (1, 2, 3, 5),
             },

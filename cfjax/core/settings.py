@@ -241,6 +241,8 @@ RULES: dict[str, Rules] = {
         (r"seeds|pasts|budget\..*|exact\.pasts", whole(1)),
         ("first", whole(0)),
         (r"futures|exact\.(noises|again)", whole(2)),
+        (r"paths\.turn", real(0.05, 1.0)),
+        (r"paths\.(videos|steps|batch|pool|solver_steps)", whole(2)),
         (r"exact\.turn", real(0.0, 1.0)),
         (r"exact\.frames", whole(1)),
     ],

@@ -60,8 +60,8 @@ class Trial:
 
 
 def trial_of(world: ToyWorld, pasts: int, futures: int) -> Trial:
-    """The trial of a world, of `pasts` clips that no stage trains on, with captions that they do train on: this world has a
-    dozen captions, too few to read a new one, and what is asked is how a seen past goes on.
+    """The trial of a world, of `pasts` clips that no stage trains on, with captions that they do train on: a dozen
+    captions in all are too few to read a new one, and what is asked is how a past goes on.
 
     Raises:
       UserError: nothing turns in it, or it turns before a block of three frames has passed.

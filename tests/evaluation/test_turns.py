@@ -19,9 +19,9 @@ def pasts():
 
 
 def test_chances_are_those_of_the_clips():
-    """Calibrated: of 6,000 clips, as many turn as was likely from their starts, among the sure ones and the others."""
-    source = ShapesSource(WORLD, 3, 6000)
-    turned, chance = np.zeros(6000, bool), np.zeros(6000)
+    """Calibrated: of 2,500 clips, as many turn as was likely from their starts, among the sure ones and the others."""
+    source = ShapesSource(WORLD, 3, 2500)
+    turned, chance = np.zeros(2500, bool), np.zeros(2500)
     for i in range(len(source)):
         factors = source.factors(i)
         paths, chances = possible_paths(WORLD, factors)
@@ -29,7 +29,7 @@ def test_chances_are_those_of_the_clips():
         assert own.min() < 1e-4 and chances[own.argmin()] > 0 and chances.sum() == pytest.approx(1.0)
         assert len(paths) == 9 and np.ptp(paths[:, :4], axis=0).max() < 1e-9  # alike up to the first turn
         turned[i], chance[i] = factors["turn_frame"][0] >= 0, 1 - chances[0]
-    assert chance.mean() == pytest.approx(WORLD.branching, abs=0.02)
+    assert chance.mean() == pytest.approx(WORLD.branching, abs=0.03)
     for rows in (chance < 0.999, chance > 0.999):  # of the latter starts no path goes straight on
         error = 4 * np.sqrt(0.25 / max(rows.sum(), 1))
         assert rows.sum() > 50 and abs(turned[rows].mean() - chance[rows].mean()) < error
