@@ -63,7 +63,7 @@ CELLS: dict[str, dict[str, tuple[str, ...]]] = {
     "asymmetric_cd": {"before": ("asymmetric_cd", "asymmetric_cd_one"), "after": ("asymmetric_cd_dmd",)},
     "none": {"before": ("ar", "ar_solver"), "after": ("ar_dmd",)},
 }
-REAL_SEED = 1_000_003  # of the real futures that all networks are held against
+REAL_SEED = 1_000_003
 UNGUIDED = ("pairs", "bi_pairs", "cd", "asymmetric_cd")  # stages with guidance of their own
 
 
@@ -276,14 +276,15 @@ def uncertain(c: ConfigDict, root: Path, command: str) -> int:
     trial = trial_of(open_run(c.teacher, with_model=False).toy, c.pasts, c.futures)
     write(file, json.dumps(record, indent=1))
     exact = exact_part(trial, root / "exact.json", c.exact.to_dict())
-    real = _summary(trial, trial.real(REAL_SEED))
+    futures = trial.real(REAL_SEED)  # that all networks are held against
+    real = _summary(trial, trial.real(REAL_SEED + 1), futures)
     paths = paths_part(c, root / "paths")
     soon, late = c.recipes[: c.first], c.recipes[c.first :]
     stages = ("before", "after") if c.dmd else ("before",)
     for recipes, stage in ((r, s) for s in stages for r in (soon, late) if r):
         for layout, seed in itertools.product(c.layouts, range(c.seeds)):
             for name in recipes:
-                _cell(c, (trial, real), root / f"seed{seed}" / layout, name, stage)
+                _cell(c, (trial, futures, real), root / f"seed{seed}" / layout, name, stage)
             report_uncertain(c, root, command, (exact, paths), real)
     return 0
 
@@ -312,21 +313,22 @@ def paths_part(c: ConfigDict, folder: Path) -> dict[str, list[dict[str, dict[str
     out: dict[str, list[dict[str, dict[str, float]]]] = {}
     for turn, seed in itertools.product(c.paths.turn, range(c.seeds)):
         file = folder / f"{turn:g}_{seed}.json"
-        if (found := read_if_whole(file)) is None:
+        found: dict[str, dict[str, float]] = read_if_whole(file) or {}
+        if missing := [init for init in c.paths.inits if init not in found]:
             law, budget = Turns(branching=turn), turning_paths.plan_of(c.paths.to_dict())
-            found = turning_paths.seed_of(law, c.paths.inits, budget, seed, c.paths.videos, say)
+            found |= turning_paths.seed_of(law, missing, budget, seed, c.paths.videos, say)
             write(file, json.dumps(found, indent=1))
         out.setdefault(f"{turn:g}", []).append(found)
     return out
 
 
-def _summary(trial: Trial, table: Mapping[str, Any]) -> dict[str, Any]:
-    return summarise(table, trial.pasts, given=trial.given, shows=trial.shows, futures=trial.futures, seed=REAL_SEED)
+def _summary(trial: Trial, table: Mapping[str, Any], real: Mapping[str, Any]) -> dict[str, Any]:
+    return summarise(table, real, trial.pasts, given=trial.given, shows=trial.shows)
 
 
-def _cell(c: ConfigDict, against: tuple[Trial, Mapping[str, Any]], folder: Path, name: str, stage: str) -> None:
+def _cell(c: ConfigDict, against: tuple[Trial, Any, Mapping[str, Any]], folder: Path, name: str, stage: str) -> None:
     """Trains what a cell of the table needs and is not there, and measures it; a measured one is left alone."""
-    (trial, real), layout, seed = against, folder.name, int(folder.parent.name.removeprefix("seed"))
+    (trial, futures, real), layout, seed = against, folder.name, int(folder.parent.name.removeprefix("seed"))
     files = {network: folder / "measured" / f"{network}.json" for network in CELLS[name][stage]}
     if all(read_if_whole(file) is not None for file in files.values()):
         return
@@ -342,7 +344,7 @@ def _cell(c: ConfigDict, against: tuple[Trial, Mapping[str, Any]], folder: Path,
         ending = next(ending for ending in SAMPLERS if network.endswith(ending))
         run = open_run(str(folder / network.removesuffix(ending)))
         table = futures_of(run, trial, seed, SAMPLERS[ending])
-        found = relative(_summary(trial, table), real)
+        found = relative(_summary(trial, table, futures), real)
         write(file, json.dumps({**found, "made": _made()}, indent=1))
         told = ", ".join(f"{measure} {found[measure]:.3f}" for measure, *_ in MEASURES)
         say(f"{layout}, seed {seed}, {network}: {told}")

@@ -55,12 +55,13 @@ def test_it_follows_held_out_captions():
 
 
 def test_the_branching_teacher_turns_as_often_as_its_clips():
-    """Small, with its recipe; where its own first frames leave open whether it turns, to which side, it does both."""
+    """Small, with its recipe; its videos turn about as often as clips, to both sides. Its limits: docs/results.md."""
     folder = ASSETS / "branching_teacher"
     record = json.loads((folder / "model.json").read_text())
     assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6 and record["parameters"] < 1e6
     assert "cfjax train --config=configs/bidirectional.py:toy,branching" in record["note"]
-    assert record["evaluation"]["summary"]["all_correct"] >= 0.9
+    summary = record["evaluation"]["summary"]
+    assert summary["shape_correct"] >= 0.95 and summary["presence"] >= 0.95 and abs(summary["step"] - 1.0) < 0.1
     run = open_run("branching_teacher")
     shapes = run.toy.shapes
     assert shapes.branching == 0.5 and run.latent_shape[0] == shapes.frames == 9

@@ -57,9 +57,9 @@ Numbers = Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]
 
 
 def summarise(
-    table: Mapping[str, Any], pasts: Sequence[Past], *, given: int, shows: slice, futures: int, seed: int
+    table: Mapping[str, Any], real: Mapping[str, Any], pasts: Sequence[Past], *, given: int, shows: slice
 ) -> dict[str, Any]:
-    """Measurements of `futures` videos of each past, in the order of the pasts, against the exact law.
+    """Measurements of equally many videos of each past, in the order of the pasts, against the law of what may follow.
 
     sharpness: mean over the frames in which a turn can first show; `by_frame`: of all.  motion: see `measure_turns`.
     turns: share of turned videos over the chance of a turn, means over pasts.  between: share.  energy: unbiased energy
@@ -67,17 +67,17 @@ def summarise(
     that of the law.
 
     Args:
+      real: the same measurements of real futures, so that what a measurement adds is in both.
       shows: these frames, counted from the first one.
-      seed: of the real futures' draws, so that all networks are held against the same ones.
     """
-    rng, at = np.random.default_rng(seed), table["centres"].reshape(len(pasts), futures, -1, 2)
-    energies, made, real = [], [], []
-    for past, mine in zip(pasts, at, strict=True):
-        drawn = past.centres_KP2[rng.choice(len(past.chance_K), 4 * futures, p=past.chance_K)]
+    size = table["centres"].shape[1:]
+    by_past = (of["centres"].reshape(len(pasts), -1, *size) for of in (table, real))
+    energies, made, law = [], [], []
+    for past, mine, drawn in zip(pasts, *by_past, strict=True):
         energies.append(energy_distance(*(x[:, given:].reshape(len(x), -1) for x in (mine, drawn))))
         made.append(mine[:, -1].var(axis=0, ddof=1).sum())
         last = past.centres_KP2[:, -1]
-        real.append((past.chance_K @ np.square(last) - np.square(past.chance_K @ last)).sum())
+        law.append((past.chance_K @ np.square(last) - np.square(past.chance_K @ last)).sum())
     sharp = table["sharpness"]
     return {
         "sharpness": float(sharp[:, shows.start - given : shows.stop - given].mean()),
@@ -85,7 +85,7 @@ def summarise(
         "turns": float(table["turned"].mean() / np.mean([past.turns for past in pasts])),
         "between": float(table["between"].mean()),
         "energy": float(np.mean(energies)),
-        "spread": float(np.mean(made) / np.mean(real)),
+        "spread": float(np.mean(made) / np.mean(law)),
         "by_frame": sharp.mean(axis=0).tolist(),
     }
 

@@ -10,7 +10,9 @@ from cfjax.__main__ import main
 from cfjax.core.cli import parse
 from cfjax.data.shapes import ShapesSource
 from cfjax.evaluation.turns import first_turned, measure_turns, pasts_of, real_futures
+from cfjax.studies.laws import Turns, sample
 from cfjax.studies.turning import Futures, four_steps, left_open, with_chance
+from cfjax.studies.turning_paths import claims, measure_paths, table
 from cfjax.studies.uncertain import MEASURES, decisive, figure, others, relative, summarise, tables
 from cfjax.studies.verdicts import judge
 from cfjax.study import CELLS, _commands, _uncertain_recipe
@@ -69,16 +71,16 @@ def test_four_steps_of_a_map_reach_its_ends_and_of_a_mean_do_not():
 def test_real_futures_are_the_law():
     source, rng, futures = ShapesSource(WORLD, 5, 40), np.random.default_rng(1), 24
     pasts = pasts_of([source[i] for i in range(len(source))], WORLD)
-    video = np.concatenate([real_futures(past, WORLD, rng, futures) for past in pasts])
-    table = measure_turns(video, [p.factors for p in pasts for _ in range(futures)], WORLD, given=GIVEN)
+    factors = [past.factors for past in pasts for _ in range(futures)]
+    draws = [np.concatenate([real_futures(past, WORLD, rng, futures) for past in pasts]) for _ in range(2)]
+    table, real = (measure_turns(video, factors, WORLD, given=GIVEN) for video in draws)
     shows = slice(first_turned(WORLD), 8)
-    found = summarise(table, pasts, given=GIVEN, shows=shows, futures=futures, seed=0)
+    found = summarise(table, real, pasts, given=GIVEN, shows=shows)
     print({name: round(value, 4) for name, value in found.items() if name != "by_frame"})
     assert found["turns"] == pytest.approx(1.0, abs=0.1) and found["spread"] == pytest.approx(1.0, abs=0.1)
     assert abs(found["energy"]) < 0.1 and found["between"] == 0.0 and len(found["by_frame"]) == 6
-    straight = np.repeat(video[::futures], futures, axis=0)  # one future, over and over
-    table = measure_turns(straight, [p.factors for p in pasts for _ in range(futures)], WORLD, given=GIVEN)
-    worse = summarise(table, pasts, given=GIVEN, shows=shows, futures=futures, seed=0)
+    same = np.repeat(draws[0][::futures], futures, axis=0)  # one future, over and over
+    worse = summarise(measure_turns(same, factors, WORLD, given=GIVEN), real, pasts, given=GIVEN, shows=shows)
     assert worse["energy"] > 0.5 and worse["spread"] < 1e-9
     assert relative(worse, found)["motion"] == pytest.approx(worse["motion"] / found["motion"])
 
@@ -134,11 +136,44 @@ def test_every_cell_is_a_recipes_network():
                 assert "guidance" not in read.objective or read.objective.guidance == 1.0
 
 
+def test_paths_of_the_law_turn_as_often_as_it_says():
+    law = Turns(branching=0.4)
+    assert np.exp(law.mixture().log_weights_M).sum() == pytest.approx(1.0) and len(law.mixture().means_MF) == 7
+    assert len(Turns(branching=1.0).mixture().means_MF) == 6
+    paths, real = (sample(law, np.random.default_rng(k), 4000) for k in range(2))
+    aside = np.abs(np.diff(paths, axis=1)[:, -2:].mean(axis=1))
+    assert (aside > law.step / 2).mean() == pytest.approx(0.4, abs=0.03)
+    assert np.abs(np.diff(paths, axis=1)[:, 0]).max() < 5 * law.noise  # straight at first
+    found = measure_paths(paths[:1500], real[:1500], law)
+    print(found)
+    assert all(found[m] == pytest.approx(1.0, abs=0.1) for m in ("motion", "turns", "spread"))
+    assert found["between"] < 0.1
+    still = measure_paths(np.repeat(paths[:1500, :1], law.frames, axis=1), real[:1500], law)
+    assert still["motion"] == 0.0 == still["turns"] and still["energy"] > 10 * abs(found["energy"])
+    half = measure_paths(np.cumsum(np.full((1500, 6), law.step / 2), axis=1), real[:1500], law)
+    assert half["between"] == 1.0
+
+
+def test_claims_of_exact_teachers_are_of_the_first_law():
+    good = {"motion": 1.0, "turns": 1.0, "between": 0.05, "energy": 0.0, "spread": 1.0}
+    bad = {"motion": 0.8, "turns": 0.5, "between": 0.3, "energy": 0.1, "spread": 0.6}
+    rng = np.random.default_rng(0)
+    noisy = lambda row: {m: v + rng.normal(0, 0.01) for m, v in row.items()}
+    inits = {"real": good, "causal_ode": good, "bi_ode": bad}
+    paths = {turn: [{i: noisy(row) for i, row in inits.items()} for _ in range(5)] for turn in ("0.5", "1")}
+    first, rest = claims(paths)
+    assert [v.outcome for v in judge(first)] == ["holds"] * 3 + ["not significant"] * 3
+    assert len(rest) == 2 + 5 and {v.outcome for v in judge(rest)} == {"holds"}
+    assert [row[:3] for row in table(paths).rows[:3]] == [["0.5", i, "5"] for i in inits]
+
+
 @pytest.mark.slow
 def test_the_study_runs_and_goes_on(tmp_path, capsys):
     keys = {"seeds": 1, "first": 1, "recipes": "('causal_forcing','none')", "layouts": "('framewise',)"}
     keys |= {"pasts": 6, "futures": 2, "exact.pasts": 1, "exact.noises": 8, "exact.again": 4}
     keys |= {f"budget.{stage}": 2 for stage in ("ar", "ode", "cd", "dmd")}
+    keys |= {"paths.turn": "(0.5,)", "paths.inits": "('causal_ode','bi_ode')", "paths.videos": 50, "paths.steps": 2}
+    keys |= {"paths.batch": 8, "paths.pool": 64, "paths.solver_steps": 4}
     keys |= {"budget.clips": 128, "budget.pairs": 64, "budget.solver_steps": 4}
     argv = ["study", "uncertain", STUDY, f"--workdir={tmp_path}", *(f"--config.{k}={v}" for k, v in keys.items())]
     assert main(argv) == 0
@@ -148,6 +183,7 @@ def test_the_study_runs_and_goes_on(tmp_path, capsys):
     assert "An uncertain world" in (tmp_path / "report" / "index.html").read_text()
     capsys.readouterr()
     assert main(argv) == 0 and "$ cfjax" not in capsys.readouterr().out
+    assert set(record["paths"]["0.5"][0]) == {"real", "causal_ode", "bi_ode"}
     assert main([*argv, "--config.pasts=7"]) == 2 and "other settings" in capsys.readouterr().err
     assert main(["study", "uncertain", STUDY, "--config.recipes=('sid',)", f"--workdir={tmp_path}/b"]) == 2
     assert "is not in Table 2" in capsys.readouterr().err
