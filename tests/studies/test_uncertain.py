@@ -130,7 +130,7 @@ def test_every_cell_is_a_recipes_network():
             steps = _commands(c, q, ROOT / "unused")
             assert [s.key for s in steps if s.verb == "train"][-2:] == [of["before"][0], of["after"][0]]
             for step in steps:
-                read = parse(step.verb, step.argv, description="")[0]
+                read = parse(step.verb, [*step.argv, "--workdir=unused"], description="")[0]
                 frames = 3 if layout == "chunkwise" else 1
                 assert (read.blocks.frames, read.seed, read.data.shapes.branching) == (frames, 1, 0.5)
                 assert "guidance" not in read.objective or read.objective.guidance == 1.0
