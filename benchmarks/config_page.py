@@ -47,6 +47,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "profile_heads": ("cfjax profile_heads", ("profile_heads",), "[memory.md](memory.md)."),
     "study injectivity": ("cfjax study injectivity", ("study",), "[theory.md](theory.md)."),
     "study ablation": ("cfjax study ablation", ("study:ablation",), ""),
+    "study uncertain": ("cfjax study uncertain", ("study:uncertain",), ""),
 }
 HEAD = """# Config keys
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     check_checkpoints(root)
     with holding(root):
         _same_settings(root, c)
-        steps = recipe(c, root, _prompts(c), _other_shapes(c))
+        steps = recipe(c, root, _prompts(c), other_shapes(c))
         seconds = run_steps(steps, root)
         report(c, root, steps, seconds)
     return 0
@@ -94,7 +94,7 @@ def _prompts(c: ConfigDict) -> tuple[str, str]:
         raise UserError(f"{error}; --config.streams=False leaves long videos and prompt switches out") from error
 
 
-def _other_shapes(c: ConfigDict) -> dict[str, str]:
+def other_shapes(c: ConfigDict) -> dict[str, str]:
     """The keys in which the teacher's world is not the shipped one, as a command line sets them."""
     if c.teacher == SHIPPED:
         return {}

@@ -1,10 +1,12 @@
 """Stage 0: the bidirectional teacher, by flow matching.
 
-Real users start from Wan2.1 and skip this. The toy teacher that ships with the package was made by
+Real users start from Wan2.1 and skip this. The toy teachers that ship with the package were made by
 
     cfjax train --config=configs/bidirectional.py:toy --workdir=runs/teacher
+    cfjax train --config=configs/bidirectional.py:toy,branching --workdir=runs/branching/teacher
 
-and the teacher of the world where arrow keys steer (docs/actions.md), which starts from that one, by
+The second is `cfjax study uncertain`'s: its clips turn where nothing announces it. The teacher of the world where arrow
+keys steer (docs/actions.md) starts from the first:
 
     cfjax train --config=configs/bidirectional.py:toy,actions --workdir=runs/toy_steered/teacher
 
@@ -22,16 +24,22 @@ from cfjax.experiment import presets
 
 
 def get_config(arg: str = ""):
-    """`toy`: the moving-shapes world on a laptop. `mini`: a dozen steps of a miniature Wan. Without: Wan 1.3B.
+    """`toy`: the moving-shapes world on a laptop; with `branching`, that of unannounced turns. `mini`: a dozen steps of
+    a miniature Wan. Without: Wan 1.3B.
 
     `actions`, `action_attention`: the toy, steered by keys, from the teacher that ships.
     """
-    words = presets.switches(arg, "toy", "mini", *presets.STEERED)
+    words = presets.switches(arg, "toy", "mini", "branching", *presets.STEERED)
     presets.one_of(words, "toy", "mini")
-    toy = "toy" in words
+    presets.one_of(words, "branching", "mini", *presets.STEERED)
+    toy, branching = "toy" in words, "branching" in words
     c = presets.experiment("bidirectional", steps=6000 if toy else 100_000)
     c.roles.student = presets.role("toy" if toy else "wan_1_3b")
     c.data = presets.toy_data("runs/teacher/data", assets="") if toy else presets.wan_data("data/wan")
+    if branching:
+        presets.with_toy(words, "branching")
+        c.steps, c.roles.student = 4000, presets.role("toy_small")
+        c.data = presets.branching_data(assets="")
     c.blocks = presets.blocks()
     c.objective = {
         "shift": 5.0,
@@ -42,7 +50,7 @@ def get_config(arg: str = ""):
     }
     c.optim.student = presets.toy_optimizer() if toy else presets.optimizer(1e-5, 0.9)
     c.ema.student = presets.ema(0.998 if toy else 0.9999)
-    c.sampler = presets.many_step(50, 3.0, causal=False)
+    c.sampler = presets.many_step(50, 1.0 if branching else 3.0, causal=False)
     if any(word in presets.STEERED for word in words):
         c.steps, c.optim.student, c.ema.student = 400, presets.toy_optimizer(0.005), presets.ema(0.99)
         c.roles.student.update({"init": "toy_teacher", "init_stages": ("bidirectional",)})

@@ -493,7 +493,7 @@ def test_an_unknown_key_is_named(tmp_path, capsys):
 
 def test_an_unknown_preset_is_named(chain, tmp_path, capsys):
     assert cfjax("train", "bidirectional.py:toy", tmp_path, **tiny(chain), roles__student__preset="wan_2b") == 2
-    known = "wan_1_3b, wan_14b, wan_i2v_14b, wan_2_2_i2v_14b, wan_2_2_5b, wan_mini, toy"
+    known = "wan_1_3b, wan_14b, wan_i2v_14b, wan_2_2_i2v_14b, wan_2_2_5b, wan_mini, toy, toy_small"
     assert f"model.preset='wan_2b': use one of {known}" in one_line(capsys)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import statistics
 import sys
 
 from tests.commands import ROOT
@@ -191,3 +192,26 @@ def test_steering_is_as_recorded(monkeypatch):
     assert made["loop_table"](found) in text_of("docs/actions.md")
     if "form" in found:
         assert made["form_table"](found) in text_of("docs/actions.md")
+
+
+def test_the_uncertain_world_is_that_of_the_record():
+    """Exact teachers by initialisation, then every network of the learned world that is measured, by layout."""
+    made = record("study/uncertain.json")
+    paths, shown = made["paths"]["0.5"], table_under("docs/results.md", "Measured: exact teachers")
+    for (_, init, seeds, *cells), key in zip(shown, paths[0], strict=True):
+        of = {m: [seed[key][m] for seed in paths] for m in paths[0][key]}
+        assert init == f"`{key}`" and seeds == str(len(paths))
+        spreads = [(statistics.fmean(of[m]), statistics.stdev(of[m])) for m in ("motion", "turns", "between")]
+        told = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in spreads]
+        told.append(f"{statistics.fmean(of['energy']):.4f}")
+        assert cells == told
+    rows = table_under("docs/results.md", "Measured: the learned world")
+    found = {
+        (layout, network): [f"{statistics.fmean(of[m].values()):.2f}" for m in LEARNED]
+        for layout, networks in made["numbers"].items()
+        for network, of in networks.items()
+    }
+    assert rows and {(row[0], plain(row[1])): row[3:] for row in rows} == found
+
+
+LEARNED = ("sharpness", "motion", "turns", "between", "energy", "spread")

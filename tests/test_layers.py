@@ -55,6 +55,7 @@ EXPERIMENT = (
         "batches",
         "measure",
         "measure_streams",
+        "measure_turns",
         "speed",
         "streams",
         "stream_plan",

@@ -37,10 +37,14 @@ CACHES = ("home/.cache/matplotlib/", "home/.config/matplotlib/")
 
 
 @pytest.mark.parametrize("name", ["a[b", "a*b", "a?b", "a\\b"])
-@pytest.mark.parametrize("verb", ["train", "convert", "quickstart", "study ablation"])
+@pytest.mark.parametrize("verb", ["train", "convert", "quickstart", "study ablation", "study uncertain"])
 def test_names_below_which_no_checkpoint_can_be_written(tmp_path, capsys, verb, name):
     """Orbax would write it, and not find its pieces; of a folder above the workdir, too."""
-    config = {"train": "dmd.py:toy", "study ablation": "study.py:ablation"}.get(verb, f"{verb}.py")
+    config = {
+        "train": "dmd.py:toy",
+        "study ablation": "study.py:ablation",
+        "study uncertain": "study.py:uncertain",
+    }.get(verb, f"{verb}.py")
     argv = [*verb.split(), f"--config={ROOT}/configs/{config}", f"--workdir={tmp_path / name / 'run'}"]
     if verb == "convert":
         argv.append("--config.source=anything")

@@ -76,7 +76,7 @@ _DATA = (
     Key(r"data\.steering\.silent", "Share of the steered clips whose captions have no direction."),
 )
 
-PRESETS = ("wan_1_3b", "wan_14b", "wan_i2v_14b", "wan_2_2_i2v_14b", "wan_2_2_5b", "wan_mini", "toy")
+PRESETS = ("wan_1_3b", "wan_14b", "wan_i2v_14b", "wan_2_2_i2v_14b", "wan_2_2_5b", "wan_mini", "toy", "toy_small")
 
 _NETWORKS = (
     Key(r"blocks\.frames", "Frames that are denoised together.", "latent frames"),

@@ -287,6 +287,32 @@ ABLATION = (
     Key("recipes", "Recipes of configs/quickstart.py; the others are compared with the first."),
     Key("forcings", "Recipes of stage 1 alone, compared with the first recipe's AR teacher."),
 )
+UNCERTAIN = (
+    Key("seeds", "How many seeds each cell is trained with.", "seeds"),
+    Key("teacher", "Exported bidirectional model of a world with turns that the recipes start from."),
+    Key("recipes", "Recipes of configs/quickstart.py, the paper's Table 2."),
+    Key("first", "So many of these are trained first, with all seeds.", "recipes"),
+    Key("layouts", "Blocks of three latent frames, and of one.", "", ("chunkwise", "framewise")),
+    Key("dmd", "Whether every cell goes on with DMD."),
+    Key("pasts", "Clean pasts that every network goes on from.", "pasts"),
+    Key("futures", "Videos of each of them.", "videos"),
+    Key(r"budget\.clips", "Clips of the dataset.", "clips"),
+    Key(r"budget\.pairs", "ODE pairs.", "clips"),
+    Key(r"budget\.solver_steps", "Euler steps of an ODE pair: a multiple of four.", "steps"),
+    Key(r"budget\.(ar|ode|cd|dmd)", "Iterations of that stage.", "iterations"),
+    Key(r"paths\.turn", "Exact teachers: chances of a turn; the first one is tested."),
+    Key(r"paths\.inits", "Exact teachers: initialisations that are trained.", "", INITS),
+    Key(r"paths\.videos", "Exact teachers: generated and real paths of a measurement.", "videos"),
+    Key(r"paths\.steps", "Exact teachers: updates of every stage.", "updates"),
+    Key(r"paths\.batch", "Exact teachers: paths of an update.", "videos"),
+    Key(r"paths\.pool", "Exact teachers: different paths in all.", "videos"),
+    Key(r"paths\.solver_steps", "Exact teachers: Euler steps of an ODE pair: a multiple of four.", "steps"),
+    Key(r"exact\.pasts", "Pasts of the exact part.", "pasts"),
+    Key(r"exact\.noises", "Draws of a block's own noise.", "draws"),
+    Key(r"exact\.again", "Draws of the noise behind it, for each.", "draws"),
+    Key(r"exact\.turn", "Chances of a turn."),
+    Key(r"exact\.frames", "Frames of a block, from the first that can show a turn.", "frames"),
+)
 
 VERBS = {
     "generate": GENERATE,
@@ -302,4 +328,5 @@ VERBS = {
     "quickstart": QUICKSTART,
     "study injectivity": INJECTIVITY,
     "study ablation": ABLATION,
+    "study uncertain": UNCERTAIN,
 }

@@ -241,6 +241,15 @@ RULES: dict[str, Rules] = {
         (r"budget\.(dmd_)?lr", positive()),
     ],
     "study ablation": [("seeds", whole(1))],
+    "study uncertain": [
+        (r"seeds|pasts|budget\..*|exact\.pasts", whole(1)),
+        ("first", whole(0)),
+        (r"futures|exact\.(noises|again)", whole(2)),
+        (r"paths\.turn", real(0.05, 1.0)),
+        (r"paths\.(videos|steps|batch|pool|solver_steps)", whole(2)),
+        (r"exact\.turn", real(0.0, 1.0)),
+        (r"exact\.frames", whole(1)),
+    ],
 }
 
 

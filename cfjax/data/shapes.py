@@ -244,6 +244,39 @@ def _bounce(start: np.ndarray, steps: np.ndarray, low: np.ndarray, high: np.ndar
     return np.stack(centres), count
 
 
+def _turn_frames(config: ShapesConfig) -> range:
+    """The steps from which on an object may move in another direction."""
+    first = max(config.head_frames - 1, -(-config.frames // 3))
+    return range(first, max(first + 1, config.frames - config.frames // 4))
+
+
+def possible_paths(config: ShapesConfig, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+    """Every path that begins as a clip does: centres [K, P, 2], and the chance of each given the frames before turns.
+
+    The first path goes straight on; then come, by the moment of the turn, that to the left and that to the right. These
+    frames show start, heading, speed and size. As a start is drawn uniformly over those that keep the whole path inside
+    the frame, a path is the likelier the fewer starts it has, and impossible from a start that it has not.
+
+    Raises:
+      UserError: a world of two objects, or of bounces, where that is not so.
+    """
+    if config.num_objects > 1 or config.bounces:
+        raise UserError("data.shapes: paths are counted in a world of one object, without bounces")
+    turns = [(-1, 0), *itertools.product(_turn_frames(config), (-1, 1))]
+    prior = [1 - config.branching, *[config.branching / (len(turns) - 1)] * (len(turns) - 1)]
+    heading, start = np.asarray(DIRECTIONS[str(factors["direction"][0])]), factors["centres"][0, 0].astype(float)
+    low, high = limits(str(factors["shape"][0]), float(factors["radius"][0]), config.size)
+    paths, chances = [], []
+    for (frame, side), chance in zip(turns, prior, strict=True):
+        steps = float(factors["speed"][0]) * _steps(config, heading, frame, side)
+        path = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)])
+        lowest, highest = low - path.min(axis=0), high - path.max(axis=0)
+        inside = np.all((start > lowest - 1e-4) & (start < highest + 1e-4))
+        paths.append(start + path)
+        chances.append(chance * inside / np.prod(highest - lowest))
+    return np.stack(paths), np.asarray(chances) / np.sum(chances)
+
+
 def _draw_object(config: ShapesConfig, rng: np.random.Generator, colour: str) -> dict[str, Any]:
     shape = config.shapes[rng.integers(len(config.shapes))]
     direction = config.directions[rng.integers(len(config.directions))]
@@ -253,8 +286,8 @@ def _draw_object(config: ShapesConfig, rng: np.random.Generator, colour: str) ->
     speed, radius = rng.uniform(slowest, fastest), rng.uniform(*config.radius)
     turn_frame, turn_side = -1, 0
     if rng.uniform() < config.branching:
-        first = max(config.head_frames - 1, -(-config.frames // 3))
-        turn_frame = int(rng.integers(first, max(first + 1, config.frames - config.frames // 4)))
+        frames = _turn_frames(config)
+        turn_frame = int(rng.integers(frames.start, frames.stop))
         turn_side = int(rng.choice((-1, 1)))
     steps = speed * _steps(config, np.asarray(DIRECTIONS[direction]), turn_frame, turn_side)
     path = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)])

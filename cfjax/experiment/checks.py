@@ -4,7 +4,7 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -24,9 +24,24 @@ SEEDS = 2**32
 Fault = Callable[[str], str]  # why the text encoder cannot take a prompt; "" if it can
 
 
+class Asked(TypedDict, total=False):
+    """Keyword arguments of `Run.generate` and `Run.stream`, which documents them."""
+
+    seed: int | Sequence[int]
+    frames: int
+    height: int
+    width: int
+    memory: Memory | str | None
+    negative_prompt: str
+    given_BFHWC: np.ndarray | None
+    independent_first_frame: bool
+    actions: np.ndarray | None
+    image: Any
+
+
 @dataclass(frozen=True)
 class Ask:
-    """What is asked of `Run.generate` and `Run.stream` besides the captions; see there."""
+    """`Asked` with its defaults."""
 
     seed: int | Sequence[int] = 0
     frames: int = 0

@@ -38,6 +38,16 @@ def one_of(words: list[str], *alternatives: str) -> None:
         raise UserError(f"--config=...:{','.join(words)}: {given[0]} and {given[1]} exclude each other; leave one out")
 
 
+def with_toy(words: list[str], word: str) -> None:
+    """Raises UserError for a switch of the toy world, without `toy`.
+
+    Raises:
+      UserError: `toy` is not among the switches.
+    """
+    if "toy" not in words:
+        raise UserError(f"--config=...:{word}: {word} and Wan exclude each other; use toy,{word}")
+
+
 def optimizer(lr: float, b1: float = 0.0, b2: float = 0.999, **overrides: Any) -> ConfigDict:
     """The reference's AdamW: constant rate, decay 0.01 on everything, clip 10 (`trainer/distillation.py`)."""
     values: dict[str, Any] = {
@@ -89,7 +99,7 @@ def role(
         {
             "preset": preset,
             "remat": "full",
-            "precision": "float32" if preset in ("toy", MINI) else "bfloat16",
+            "precision": "float32" if preset in ("toy", "toy_small", MINI) else "bfloat16",
             "attention": "auto",
             "storage": storage,
             "offload": False,
@@ -203,6 +213,16 @@ def toy_data(path: str = "runs/toy/data", *, assets: str = "toy_teacher", name: 
             ),
         }
     )
+
+
+def branching_data(path: str = "runs/branching/data", *, assets: str = "branching_teacher") -> ConfigDict:
+    """The world with an uncertain future: one small white shape of 16 x 16 pixels and 9 frames, one token each,
+    which turns by 90 degrees in half of the clips, to either side, at a moment that nothing announces.
+    """
+    c = toy_data(path, assets=assets)
+    c.shapes.update({"size": 16, "frames": 9, "colours": ("white",), "speed": (0.9, 1.1), "radius": (1.8, 2.2)})
+    c.shapes.branching = 0.5
+    return c
 
 
 def many_step(steps: int = 50, guidance: float = 3.0, *, causal: bool = True) -> ConfigDict:

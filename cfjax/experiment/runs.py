@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from cfjax.data.steered import keys_asked
 from cfjax.experiment.checks import (
     SEEDS,
     Ask,
+    Asked,
     actions_of,
     captions_of,
     check_loaded,
@@ -120,21 +121,7 @@ class Run:
         model = steered(self.model, keys_asked(captions, self.latent_shape[0]))
         return np.asarray(self.world.codec.decode(sample(model, noise, text, negative, key)))
 
-    def generate(
-        self,
-        captions: Sequence[str],
-        *,
-        seed: int | Sequence[int] = 0,
-        frames: int = 0,
-        height: int = 0,
-        width: int = 0,
-        memory: Memory | str | None = None,
-        negative_prompt: str = "",
-        given_BFHWC: np.ndarray | None = None,
-        independent_first_frame: bool = False,
-        actions: np.ndarray | None = None,
-        image: np.ndarray | None = None,
-    ) -> np.ndarray:
+    def generate(self, captions: Sequence[str], **asked: Unpack[Asked]) -> np.ndarray:
         """Whole videos of some captions, as `cfjax generate` makes them of the same seed; arguments as `stream`.
 
         Returns:
@@ -144,28 +131,13 @@ class Run:
           UserError: see `stream`; a bidirectional run generates, without memory, and without given frames unless it
             is one that begins with a picture (Wan2.2-TI2V-5B, image to video).
         """
-        ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame, actions)
-        ask = replace(ask, image=image)
-        return np.concatenate(list(self._made(captions, ask)), axis=1)
+        return np.concatenate(list(self._made(captions, Ask(**asked))), axis=1)
 
-    def stream(
-        self,
-        captions: Sequence[str],
-        *,
-        seed: int | Sequence[int] = 0,
-        frames: int = 0,
-        height: int = 0,
-        width: int = 0,
-        memory: Memory | str | None = None,
-        negative_prompt: str = "",
-        given_BFHWC: np.ndarray | None = None,
-        independent_first_frame: bool = False,
-        actions: np.ndarray | None = None,
-        image: np.ndarray | None = None,
-    ) -> Iterator[np.ndarray]:
+    def stream(self, captions: Sequence[str], **asked: Unpack[Asked]) -> Iterator[np.ndarray]:
         """Videos of some captions, block after block: the pixels that `cfjax generate` makes of the same seed.
 
         Args:
+          captions: one for each video; all other arguments by name.
           seed: of every caption's noise, or one for each, 0 to 2**32 - 1.
           frames, height, width: of the videos, in pixels; 0 is what the run was trained on.
           memory: what is remembered, a policy or its name (docs/memory.md); None: the run's own.
@@ -186,9 +158,7 @@ class Run:
         """
         if self.blocks is None:
             raise UserError(f"run={self.name!r} is bidirectional: it makes all frames at once; use generate")
-        ask = Ask(seed, frames, height, width, memory, negative_prompt, given_BFHWC, independent_first_frame, actions)
-        ask = replace(ask, image=image)
-        return self._made(captions, ask)
+        return self._made(captions, Ask(**asked))
 
     def _made(self, captions: Sequence[str], ask: Ask) -> Iterator[np.ndarray]:
         """`stream`, of bidirectional runs too; everything is checked before the first block is asked for."""

@@ -108,6 +108,7 @@ PRESETS = {
     "wan_2_2_5b": WanConfig(3072, 14336, 24, 30, in_dim=48, out_dim=48, remat="full", precision=BF16),
     "wan_mini": WanConfig(dim=48, ffn_dim=64, num_heads=4, num_layers=2, text_dim=32, remat="full"),
     "toy": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, remat="full"),
+    "toy_small": WanConfig(dim=96, ffn_dim=256, num_heads=4, num_layers=4, text_dim=64, remat="full"),
 }
 
 

@@ -58,7 +58,33 @@ class Walk:
         return Mixture(means, np.full(count, -np.log(count)), covariance)
 
 
-Law = LinearGaussian | Walk
+@dataclass(frozen=True)
+class Turns:
+    """The sideways path of an object that turns where nothing announces it: x^1 ~ N(0, first^2),
+    x^i = x^{i-1} + c_i step + noise w, where c is 0 until a turn, and then always the same sign.
+
+    A video turns with chance `branching`, to either side, after `straight` or more steps and with two or more to come.
+    """
+
+    frames: int = 6
+    branching: float = 0.5
+    straight: int = 1
+    first: float = 0.3
+    step: float = 0.5
+    noise: float = 0.12
+
+    def mixture(self) -> Mixture:
+        """One component that goes straight on, and two for every moment of a turn."""
+        index, moments = np.arange(self.frames), range(self.straight, self.frames - 2)
+        aside = [self.step * np.maximum(index - moment, 0) for moment in moments]
+        means = np.stack([np.zeros(self.frames), *aside, *(-path for path in aside)])
+        chances = np.array([1.0 - self.branching, *[self.branching / (2 * len(aside))] * (2 * len(aside))])
+        covariance = self.first**2 + self.noise**2 * np.minimum(index[:, None], index[None])
+        possible = chances > 0
+        return Mixture(means[possible], np.log(chances[possible]), covariance)
+
+
+Law = LinearGaussian | Walk | Turns
 
 
 class Conditional(NamedTuple):

@@ -25,6 +25,12 @@ from cfjax.studies.walk import TEACHER_OF
 BI, AR, GREY = "#c0392b", "#2471a3", "#7f8c8d"
 COLOURS = {"causal_ode": AR, "causal_cd": "#16a085", "bi_ode": BI, "asym_cd": "#8e44ad", "bi_ode_cp": "#e67e22"}
 
+WELCH = (
+    "p: Welch's test over seeds, the paired test where both numbers are the same network's or it stands alone; "
+    "Holm-corrected over all claims of this page. Tables below are corrected each by itself."
+)
+PAIRED = "p: the paired t-test, seed by seed; Holm-corrected over the claims of this list."
+
 
 def commit() -> str:
     """The commit of the code that ran, marked where the tree differs; "unknown" outside a clone."""
@@ -185,16 +191,15 @@ def table_html(table: Table) -> str:
     return f"<section><h3>{title}</h3>{body}{note}</section>"
 
 
-def verdict_list(found: Sequence[Verdict]) -> str:
-    """The section that says which claims hold."""
+def verdict_list(found: Sequence[Verdict], title: str = "What holds", tests: str = WELCH) -> str:
+    """The section that says which claims hold, and by which tests."""
     rows = (f"<li><b>{html.escape(v.claim)}</b> {html.escape(v.numbers)} <em>{v.outcome}.</em></li>" for v in found)
     rule = (
         f"A claim holds here if its direction is seen with p < {LEVEL:g}, it is reversed if the opposite is, and else "
-        "it is not significant. p: Welch's test over seeds, the paired test where both numbers are the same "
-        "network's or it stands alone; Holm-corrected over all claims of this page. Tables below are corrected each "
-        "by itself."
+        f"it is not significant. {tests}"
     )
-    return f'<section><h2>What holds</h2><p class="note">{html.escape(rule)}</p><ul>{"".join(rows)}</ul></section>'
+    note = f'<p class="note">{html.escape(rule)}</p>'
+    return f"<section><h2>{html.escape(title)}</h2>{note}<ul>{''.join(rows)}</ul></section>"
 
 
 def page(title: str, lead: str, parts: Sequence[str], about: Mapping[str, Any]) -> str:

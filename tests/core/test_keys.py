@@ -22,6 +22,7 @@ from cfjax.models import lora, text_cache, wan, weight_storage
 from cfjax.nn.attention import BACKENDS
 from cfjax.objectives import history, ode_regression
 from cfjax.studies.students import INITS
+from cfjax.study import kind_of as study_of
 from cfjax.training.optim import OPTIMIZERS, SCHEDULES
 from cfjax.worlds import wan as wan_world
 from tests.commands import ROOT
@@ -32,7 +33,7 @@ VERB_OF = {stem: verb for verb, stems in READS.items() for stem in stems if not 
 
 def verb_of(stem: str, c: ConfigDict) -> str:
     if stem == "study":
-        return "study ablation" if "recipes" in c else "study injectivity"
+        return f"study {study_of(c)}"
     return VERB_OF.get(stem, stem)
 
 

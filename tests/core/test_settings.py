@@ -15,6 +15,7 @@ from cfjax.core.settings import EVALUATED, RULES, TOGETHER, check_settings, rule
 from cfjax.core.tree import match
 from cfjax.experiment.presets import NEVER
 from cfjax.quickstart import recipe
+from cfjax.study import kind_of
 from tests.commands import ROOT
 from tests.test_configs import CASES, get_config
 
@@ -28,6 +29,7 @@ READS = {  # the configs that a verb takes
     "precompute": ("precompute", "ode_pairs", *STAGES),
     "study injectivity": ("study",),
     "study ablation": ("study",),
+    "study uncertain": ("study",),
 }
 
 
@@ -48,10 +50,8 @@ def shipped() -> dict[tuple[str, str], ConfigDict]:
 
 
 def read_by(verb: str) -> list[ConfigDict]:
-    names, ablation = READS.get(verb, (verb,)), verb == "study ablation"
-    return [
-        c for (name, _), c in shipped().items() if name in names and (name != "study" or ("recipes" in c) == ablation)
-    ]
+    names, kind = READS.get(verb, (verb,)), verb.removeprefix("study ")
+    return [c for (name, _), c in shipped().items() if name in names and (name != "study" or kind_of(c) == kind)]
 
 
 def settings_of(verb: str) -> set[str]:

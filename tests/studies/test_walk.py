@@ -282,7 +282,7 @@ def test_a_plan_that_cannot_be_is_reported_in_one_line(key, value):
 def test_mistakes_are_one_line(tmp_path, capsys):
     for argv, message in (
         (["history"], "cfjax study injectivity or cfjax study ablation"),
-        (["ablation", f"--config={ROOT}/configs/study.py", f"--workdir={tmp_path}"], "for the other study"),
+        (["ablation", f"--config={ROOT}/configs/study.py", f"--workdir={tmp_path}"], "for another study"),
         (["injectivity", f"--config={ROOT}/configs/study.py", "--config.inits=('ode',)"], "unknown initialisations"),
         (["ablation", f"--config={ROOT}/configs/study.py:ablation", "--config.seeds=0"], "seeds=0: use 1 or more"),
         (["ablation", f"--config={ROOT}/configs/study.py:ablation", "--config.recipes=()"], "at least one recipe"),

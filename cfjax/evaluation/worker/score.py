@@ -134,7 +134,7 @@ class VBench:
 
         module = importlib.import_module(request["module"])
         made = getattr(module, request["class"])
-        self.folder = os.path.dirname(os.path.abspath(module.__file__))
+        self.folder = os.path.dirname(os.path.abspath(str(module.__file__)))
         info = request["info"] or os.path.join(self.folder, "VBench_full_info.json")
         self.vbench = made(torch.device(torch_device(request["device"])), info, request["output"])
 
