@@ -31,6 +31,16 @@ import pytest
 MAPS = Path("/proc/self/maps")
 MANY_MAPS, TOO_MANY_MAPS = 20_000, 40_000
 COMPILES = 0.5  # seconds: a test that is quicker has compiled next to nothing
+# The files that take longest begin first, slow tests or not: the last to end are short ones, and no worker waits long.
+# Not beside each other stand those whose programs are the same: the later one finds them in the cache.
+LONGEST = (
+    "test_quickstart", "training/test_meshes", "studies/test_walk", "training/test_processes", "test_configs",
+    "rollout/test_self_forcing", "objectives/test_dmd", "comparison/test_reference", "test_old_outputs",
+    "studies/test_ablation", "test_rehearsal", "test_plan", "objectives/test_ode_regression", "test_generate",
+    "test_device_script", "memory/test_policies", "memory/test_heads", "rollout/test_batched", "rollout/test_generate",
+    "rollout/test_long_video", "rollout/test_rolling_training", "models/test_wan", "objectives/test_gan",
+    "test_lora_runs", "test_long_runs",
+)  # fmt: skip
 
 
 def make_room(most: int) -> None:
@@ -57,3 +67,16 @@ def room_after_a_test() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; deselect with -m 'not slow'")
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files of the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collecting garbage, which tracing makes much of, need not look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)

@@ -22,22 +22,21 @@ def layout(memory: Memory | None) -> Blocks:
     return replace(LAYOUT, memory=memory)
 
 
+@partial(jax.jit, static_argnames="memory")
+def commit(state, own, start, *, memory: Memory):
+    """Two frames whose keys and values are a number each: one program for all states of a policy."""
+    values = jnp.broadcast_to(own.reshape(1, 1, 2, 1, 1, 1), (1, 1, 2, 1, CONFIG.num_heads, CONFIG.head_dim))
+    at = memory.own_positions(state, start, 2)
+    return memory.commit(state, jax.vmap(rotate_time, (0, None))(values, at), values, start)
+
+
 def committed(memory: Memory, numbers: np.ndarray, count: int, *, again: bool = False):
     """A state after `count` blocks of one layer whose keys and values are `numbers`, [F], in every channel."""
-    config, blocks = replace(CONFIG, num_layers=1), layout(memory)
-    state = memory.init(config, 1, 1, blocks)
-    shape = (1, 1, 2, 1, CONFIG.num_heads, CONFIG.head_dim)
-
-    @jax.jit
-    def commit(state, own, start):
-        values = jnp.broadcast_to(own.reshape(1, 1, 2, 1, 1, 1), shape)
-        at = memory.own_positions(state, start, 2)
-        return memory.commit(state, jax.vmap(rotate_time, (0, None))(values, at), values, start)
-
+    state = memory.init(replace(CONFIG, num_layers=1), 1, 1, layout(memory))
     for start in range(0, 2 * count, 2):
         own = jnp.asarray(numbers[start : start + 2], jnp.float32)
         for _ in range(2 if again else 1):
-            state = commit(state, own, jnp.int32(start))
+            state = commit(state, own, jnp.int32(start), memory=memory)
     return state
 
 

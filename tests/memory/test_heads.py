@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,44 +44,45 @@ def keys_and_values(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(normal(seed, shape)), np.asarray(normal(seed + 1, shape))
 
 
+@partial(jax.jit, static_argnames="memory")
+def commit(state, q, k, v, start, text, *, memory: Memory):
+    """A block's keys, values and queries, not rotated in time: one program for all states of a policy."""
+    blocks, frames = layout(memory), LAYOUT.frames
+    at = memory.own_positions(state, start, frames)
+    q, k = (jax.vmap(rotate_time, (0, None))(x, at) for x in (q, k))
+    observe = memory.observer(DEEP, state, start, frames, blocks)
+    seen = observe and jax.lax.map(lambda x: observe(*x), (q, k, jnp.arange(len(k))))
+    return memory.commit(state, k, v, start, text, seen)
+
+
 def rolled(memory: Memory, k: np.ndarray, v: np.ndarray, q: np.ndarray | None = None, *, again: bool = False):
     """The states before every block and after the last, of blocks of two frames committed with these keys and queries.
 
     They are not rotated in time; without queries, keys are taken for them.
     """
-    blocks, frames, q = layout(memory), LAYOUT.frames, k if q is None else q
+    frames, q = LAYOUT.frames, k if q is None else q
     text = normal(9, (len(k), BATCH, HEADS, DIM))
-    state = memory.init(DEEP, BATCH, TOKENS, blocks, ROW)
-
-    @jax.jit
-    def commit(state, q, k, v, start):
-        at = memory.own_positions(state, start, frames)
-        q, k = (jax.vmap(rotate_time, (0, None))(x, at) for x in (q, k))
-        observe = memory.observer(DEEP, state, start, frames, blocks)
-        seen = observe and jax.lax.map(lambda x: observe(*x), (q, k, jnp.arange(len(k))))
-        return memory.commit(state, k, v, start, text, seen)
-
+    state = memory.init(DEEP, BATCH, TOKENS, layout(memory), ROW)
     states = [state]
     for start in range(0, k.shape[2], frames):
         own = slice(start, start + frames)
         for _ in range(2 if again else 1):
-            state = commit(state, *(x[:, :, own] for x in (q, k, v)), jnp.int32(start))
+            state = commit(state, *(x[:, :, own] for x in (q, k, v)), jnp.int32(start), text, memory=memory)
         states.append(state)
     return states
 
 
+@partial(jax.jit, static_argnames="memory")
+def attend(state, start, q, k, v, *, memory: Memory):
+    at = memory.own_positions(state, start, 2)
+    self_attend = memory.attention(DEEP, state, start, 2, layout(memory))
+    one = lambda q, k, v, layer: self_attend(rotate_time(q, at), rotate_time(k, at), v, layer)
+    return jax.lax.map(lambda x: one(*x), (q, k, v, jnp.arange(len(q))))
+
+
 def attended(memory: Memory, state, start: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The attention of a block of two frames, layer by layer, [L, B, F, T, N, K]; q and k not rotated in time."""
-    blocks = layout(memory)
-
-    @jax.jit
-    def attend(state, start, q, k, v):
-        at = memory.own_positions(state, start, 2)
-        self_attend = memory.attention(DEEP, state, start, 2, blocks)
-        one = lambda q, k, v, layer: self_attend(rotate_time(q, at), rotate_time(k, at), v, layer)
-        return jax.lax.map(lambda x: one(*x), (q, k, v, jnp.arange(len(q))))
-
-    return np.asarray(attend(state, jnp.int32(start), q, k, v))
+    return np.asarray(attend(state, jnp.int32(start), q, k, v, memory=memory))
 
 
 def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -22,11 +22,15 @@ from tests.tiny import BATCH, CONFIG, FRAMES, SHAPE, SIDE, normal, relative, tex
 BLOCKS = Blocks(2)
 TOKENS = CONFIG.tokens_per_frame(SIDE, SIDE)
 SIGMAS = (1.0, 0.9375, 0.8333333, 0.625)
+# The loop is Python's, not compiled as a whole: a pass of the network, and its gradient, is one program for all blocks.
+forward = jax.jit(forward_block, static_argnames="blocks")
+commit = jax.jit(commit_block, static_argnames="blocks")
+embed = jax.jit(embed_text)
 
 
 def sequential(model, text_BSE, draws, config, exits, blocks):
     """The loop of `SelfForcingTrainingPipeline.inference_with_trajectory` in Python, differentiated directly."""
-    kv_text = embed_text(model, text_BSE)
+    kv_text = embed(model, text_BSE)
     frozen, frozen_kv = jax.lax.stop_gradient((model, kv_text))
     clean = init_cache(CONFIG, BATCH, FRAMES, TOKENS, blocks)
     seen = clean  # what later blocks attend to: values of `clean`, gradient by kv_gradient
@@ -37,16 +41,16 @@ def sequential(model, text_BSE, draws, config, exits, blocks):
         at = jnp.int32(start)
         for j in range(exits[b]):
             level = jnp.full((BATCH, stop - start), sigmas[j])
-            v, _ = forward_block(frozen, x, level, frozen_kv, clean, at, blocks)
+            v, _ = forward(frozen, x, level, frozen_kv, clean, at, blocks=blocks)
             eps = draws["renoise_BFJHWC"][:, start:stop, j]
             x = add_noise(x0_from_flow(v, x, level), eps, sigmas[j + 1])
         x = jax.lax.stop_gradient(x)
         level = jnp.full((BATCH, stop - start), sigmas[exits[b]])
-        v, own = forward_block(model, x, level, kv_text, seen, at, blocks)
+        v, own = forward(model, x, level, kv_text, seen, at, blocks=blocks)
         x0 = x0_from_flow(v, x, level)
         outputs.append(x0)
         committed = add_noise(jax.lax.stop_gradient(x0), draws["context_BFHWC"][:, start:stop], config.context_noise)
-        clean = jax.lax.stop_gradient(commit_block(frozen, committed, frozen_kv, clean, at, blocks))
+        clean = jax.lax.stop_gradient(commit(frozen, committed, frozen_kv, clean, at, blocks=blocks))
         cut = slice(start, stop)
 
         def through(cached, exit_kv, own_part, cut=cut):
@@ -89,7 +93,7 @@ def test_replay_is_the_sequential_gradient(kv_gradient, first, saves):
         x0 = replay_exit(model, kv, rolled, config, BLOCKS)
         return jnp.sum(x0 * weight), (x0, rolled.x0_BFHWC)
 
-    grad_loop, x0_loop = jax.jit(jax.grad(by_loop, has_aux=True))(tiny())
+    grad_loop, x0_loop = jax.grad(by_loop, has_aux=True)(tiny())
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(grad_loop))
     for save in saves:
         found = jax.jit(partial(jax.grad(by_replay, has_aux=True), save=save))(tiny())
