@@ -9,8 +9,7 @@ One set of weights, four uses, one backbone (`models.context` has those that mak
     forward_block(model, block, ...)     one block against a KV cache; also returns the block's own keys and values
     replay(model, noisy, ..., context)   all blocks at once against such a context
 
-All take text as keys and values (`text_kv`), once per prompt, and return the flow v = eps - x0. They and `embed_text`
-dispatch on the network's class: other classes may register their own (`studies.toys`).
+All take text as keys and values (`text_kv`), and return the flow v = eps - x0. They and `embed_text` dispatch on class.
 """
 
 from collections.abc import Callable
@@ -51,8 +50,7 @@ class WanConfig:
       freq_dim: width of the timestep sinusoid.
       patch: patch height and width; one latent frame is `H W / (ph pw)` tokens.
       eps: of every norm.
-      image_dim: width of a picture's features that the cross-attention takes beside the text's rows (Wan2.1's image to
-        video networks: CLIP's 1280); 0: none.
+      image_dim: width of a picture's features (CLIP's 1280) that are attended to beside the text's rows; 0: none.
       remat: "none", "full" (recompute each block) or "dots" (keep matrix products).
       attention: kernel, see `nn.attention`.
       precision: dtypes.
