@@ -83,8 +83,8 @@ def main(argv: Sequence[str]) -> int:
         say(note)
     shapes, only = shapes_of(e, flags), [role for role in flags["only"].split(",") if role]
     devices = open_topology(topology)
-    how = {"only": only, "verbose": True, "keep": workdir if flags["hlo"] else None, "quick": flags["quick"]}
-    plans = [plan(e, shapes, topology, devices, **how)]
+    keep, quick = workdir if flags["hlo"] else None, flags["quick"]
+    plans = [plan(e, shapes, topology, devices, only=only, verbose=True, keep=keep, quick=quick)]
     report(e, plans[0])
     if flags["fit"] > 0:
         plans += smallest(e, shapes, plans[0], flags["fit"], only)
@@ -96,8 +96,8 @@ def plan_streaming(c: Any, argv: Sequence[str], topology: Topology, flags: Mappi
     """Plans a stream, prints and records it; 0 if it fits (with one of the decoders), or on simulated devices."""
     only = [name for name in flags["only"].split(",") if name]
     device = open_topology(topology)[0]
-    how = {"text_rows": flags["text"], "only": only, "told": say, "quick": flags["quick"]}
-    found = plan_stream(c, topology, device, **how)
+    quick = flags["quick"]
+    found = plan_stream(c, topology, device, text_rows=flags["text"], only=only, told=say, quick=quick)
     say("\n".join(stream_table(found)))
     bounds = [
         {
@@ -110,7 +110,7 @@ def plan_streaming(c: Any, argv: Sequence[str], topology: Topology, flags: Mappi
         for chosen in found.choices
     ]
     made = {"command": ["cfjax", "plan", *argv], "jax": jax.__version__, "stream": asdict(found), "bounds": bounds}
-    made["quick"] = flags["quick"]
+    made["quick"] = quick
     write_atomically(file, json.dumps(made, indent=1))
     say(f"{file}")
     return 0 if any(bound["fits"] is not False for bound in bounds) else 1
@@ -181,8 +181,9 @@ def plan(
         with telling(say, f"the {role}'s update for {topology.name} ({number} of {len(roles)})"):
             needed, executed = (whole_flops(e, shapes, role, remat=remat) / len(devices) for remat in (False, True))
             lowered, arguments = lower_update(used, shapes, mesh, role)
-            how: dict[str, Any] = {"trip_counts": trip_counts, "keep": keep, "quick": quick}
-            cost = compile_update(role, lowered, topology, arguments=arguments, **how)
+            cost = compile_update(
+                role, lowered, topology, arguments=arguments, trip_counts=trip_counts, keep=keep, quick=quick
+            )
         costs.append(replace(cost, flops=needed, executed=executed))
     resting = needed_bytes(memory)
     return Plan(topology, dict(e.mesh), e.data.batch_size, accumulate, attention, resting, costs, quick)

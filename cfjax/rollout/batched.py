@@ -102,7 +102,7 @@ def _next_blocks(model: Wan, rows: tuple[Row, ...], numbers: Numbers, *, plan: P
         own, work = steered_block(model, row.keys_BFA, at.start_B), (text_kv, cache, at.start_B)
         if isinstance(sampler, FewStep):
             return few_step_block(own, noise[None], fresh[:, None], levels, *work, blocks), cache  # type: ignore[arg-type]
-        return many_step_block(own, noise[None], *work, sampler, blocks), cache
+        return many_step_block(own, noise[None], *work, sampler, blocks), cache  # type: ignore[arg-type]
 
     with masked_prefixes():
         made = jax.vmap(one)(_stacked(rows), numbers)
