@@ -94,13 +94,18 @@ def base(tmp_path_factory):
     return found.network
 
 
-def same(base, asked: str, expected: Mapping[str, np.ndarray]) -> None:
-    """The base with these LoRAs has exactly these weights, in the original's layout."""
+def same(base, asked: str, expected: Mapping[str, np.ndarray], *, last_bits: int = 0) -> None:
+    """The base with these LoRAs has exactly these weights, in the original's layout.
+
+    Args:
+      last_bits: of the largest weight by which they may differ.
+    """
     back = with_loras(base, open_loras(asked)).exported("original")
     assert back.keys() == expected.keys()
     for name, x in expected.items():
         got = back[name].read()
-        assert got.dtype == x.dtype and np.array_equal(got, x), (name, np.abs(got - x).max())
+        off = np.abs(got - x).max()
+        assert got.dtype == x.dtype and off <= last_bits * 2.0**-23 * np.abs(x).max(), (name, off)
 
 
 def refusal(base, path: Path) -> str:
@@ -120,15 +125,16 @@ def test_every_form_is_merged_bit_for_bit(tmp_path, base, form):
 
 @pytest.mark.parametrize("rank", [1, 8, 64])
 def test_alpha_over_rank_times_weight(tmp_path, base, rank):
+    """Without AVX-512, torch's and NumPy's products of rank 8 add in different orders: a last bit may differ."""
     file = save(tmp_path / "x.safetensors", pairs(rank), "kohya", alpha=6.0)
-    same(base, f"{file}:0.5", torch_merged(pairs(rank), 0.5 * (6.0 / rank)))
+    same(base, f"{file}:0.5", torch_merged(pairs(rank), 0.5 * (6.0 / rank)), last_bits=min(rank - 1, 2))
 
 
 def test_several_files_in_order(tmp_path, base):
     one = save(tmp_path / "one.safetensors", pairs(seed=1), "diffusers")
     other = save(tmp_path / "other.safetensors", pairs(8, seed=2, modules=MODULES[::3]), "peft")
     expected = torch_merged(pairs(8, seed=2, modules=MODULES[::3]), -0.25, torch_merged(pairs(seed=1), 1.0))
-    same(base, f"{one}|{other}:-0.25", expected)
+    same(base, f"{one}|{other}:-0.25", expected, last_bits=2)  # see above
 
 
 def test_half_precision_is_rounded_once(tmp_path, base):
