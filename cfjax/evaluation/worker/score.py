@@ -28,8 +28,6 @@ def versions_of(packages):
 
 def probe(request):
     """Versions of packages, and why one of the modules cannot be imported; "" where they can."""
-    for folder in request.get("path", []):
-        sys.path.insert(0, folder)
     reason = ""
     for module in request["modules"]:
         try:
