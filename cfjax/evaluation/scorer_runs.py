@@ -165,7 +165,7 @@ def _set_numbers(
 
     ours = [replace(clip, reference=None, prompt="", seed=-1) for clip in job.clips]
     theirs = [ScoredClip(source, fps=ours[0].fps) for source in job.others]
-    sides, faults = [], {}
+    sides, faults = [], dict[str, str]()
     for clips, place in ((ours, "clips"), (theirs, "against")):
         records = _records(clips, settings.folder / place, decided, measure, job.title, scorer.name)
         faults |= {f"{name} ({place})": one["fault"] for name, one in records.items() if one["fault"]}
