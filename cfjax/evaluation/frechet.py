@@ -37,11 +37,11 @@ def frechet_distance(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
     """
     if a_NC.ndim != 2 or b_NC.ndim != 2 or a_NC.shape[1] != b_NC.shape[1] or min(len(a_NC), len(b_NC)) < 2:
         raise ValueError(f"needs [N, C] and [M, C] with two rows or more, got {a_NC.shape} and {b_NC.shape}")
-    centred = []
+    centred: list[np.ndarray] = []
     for x_NC in (a_NC, b_NC):
         x_NC = x_NC.astype(np.float64)
         x_NC = (x_NC - x_NC.mean(0)) / math.sqrt(len(x_NC) - 1)
-        centred.append(np.linalg.qr(x_NC, mode="r") if len(x_NC) > x_NC.shape[1] else x_NC)
+        centred.append(np.asarray(np.linalg.qr(x_NC, mode="r")) if len(x_NC) > x_NC.shape[1] else x_NC)
     gap_C = a_NC.mean(0, dtype=np.float64) - b_NC.mean(0, dtype=np.float64)
     spread = sum(float((x_NC**2).sum()) for x_NC in centred)
     root = float(np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum())
