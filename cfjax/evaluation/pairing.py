@@ -160,7 +160,7 @@ def _without(scored: Scored, names: set[str]) -> Scored:
 
 def whole_folders(a: Scored, b: Scored) -> dict[str, tuple[float, float]]:
     """Scorers' numbers of whole folders that both sides have; those against a reference for equal references."""
-    out = {}
+    out: dict[str, tuple[float, float]] = {}
     for name in sorted(a.scorers.keys() & b.scorers.keys()):
         sides = a.scorers[name], b.scorers[name]
         if any(side["against"] for side in sides) and a.against != b.against:

@@ -102,7 +102,7 @@ class HPSv3:
         """A copy of the config, the package's own by default, with the network below read from a folder."""
         import hpsv3
 
-        source = config or os.path.join(os.path.dirname(hpsv3.__file__), "config", "HPSv3_7B.yaml")
+        source = config or os.path.join(os.path.dirname(str(hpsv3.__file__)), "config", "HPSv3_7B.yaml")
         with open(source, encoding="utf-8") as file:
             text = file.read()
         line = "model_name_or_path: %s" % json.dumps(base)  # noqa: UP031
@@ -132,7 +132,7 @@ class VBench:
 
         module = importlib.import_module(request["module"])
         made = getattr(module, request["class"])
-        self.folder = os.path.dirname(os.path.abspath(module.__file__))
+        self.folder = os.path.dirname(os.path.abspath(str(module.__file__)))
         info = request["info"] or os.path.join(self.folder, "VBench_full_info.json")
         self.vbench = made(torch.device(torch_device(request["device"])), info, request["output"])
 
