@@ -6,6 +6,7 @@ out, `rescale=False, resize=False, return_features=True`, features [B, 400] in f
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ class FrechetScorer:
         self._file = settings.weight_path(HOW)
         self._device = device_of(self._torch, settings)
         try:
-            self._network: Any = self._torch.jit.load(str(self._file), map_location=self._device).eval()
+            with warnings.catch_warnings():  # TorchScript is deprecated, and what public networks come in
+                warnings.simplefilter("ignore")
+                self._network: Any = self._torch.jit.load(str(self._file), map_location=self._device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             reason = one_line(error)[:200]
             raise UserError(f"{settings.key('weights')}={self._file}: no TorchScript ({reason}); {HOW}") from None

@@ -97,7 +97,13 @@ class Outside:
         Raises:
           UserError: a module cannot be imported.
         """
-        found = self.ask(do="probe", modules=list(modules), packages=list(packages), path=[path] if path else [])
+        if path:
+            others = self._environment.get("PYTHONPATH") or os.environ.get("PYTHONPATH", "")
+            self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, others)))
+        try:
+            found = self.ask(do="probe", modules=list(modules), packages=list(packages))
+        finally:
+            self.close()  # a scorer may not come to be: then nobody closes it
         if found["reason"]:
             reason = " ".join(found["reason"].split())[:200]
             raise UserError(

@@ -131,7 +131,7 @@ class VBenchScorer:
         names, faults = self._linked(clips, links)
         if not names:
             raise UserError(f"scorer {self.name}: no clip for it; {next(iter(faults.values()), 'the folder is empty')}")
-        prompts = {link: clip.prompt for link, clip in names.items()} if not self._standard else {}
+        prompts = {link: clip.prompt for link, clip in names.items()} if self._mode() == "custom_input" else {}
         opened, found = False, {}
         for dimension in self._dimensions:
             made_of, note = self._made_of(dimension), folder / f"{dimension}.txt"

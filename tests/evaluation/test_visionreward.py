@@ -78,6 +78,7 @@ def words_of(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]+", text))
 
 
+@pytest.mark.slow
 def test_questions_are_asked_and_weighed(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))  # where the model's code is copied to
     weight, bias = write_model(tmp_path / "model")

@@ -28,8 +28,6 @@ def versions_of(packages):
 
 def probe(request):
     """Versions of packages, and why one of the modules cannot be imported; "" where they can."""
-    for folder in request.get("path", []):
-        sys.path.insert(0, folder)
     reason = ""
     for module in request["modules"]:
         try:
@@ -104,7 +102,7 @@ class HPSv3:
         """A copy of the config, the package's own by default, with the network below read from a folder."""
         import hpsv3
 
-        source = config or os.path.join(os.path.dirname(hpsv3.__file__), "config", "HPSv3_7B.yaml")
+        source = config or os.path.join(os.path.dirname(str(hpsv3.__file__)), "config", "HPSv3_7B.yaml")
         with open(source, encoding="utf-8") as file:
             text = file.read()
         line = "model_name_or_path: %s" % json.dumps(base)  # noqa: UP031
