@@ -315,7 +315,7 @@ def settings(c: ConfigDict, job: Job) -> dict[str, Any]:
         "blocks": blocks_record(job.blocks) if job.blocks else None,
         "negative_prompt": job.negative_prompt,
         "video_sha256": job.hashes[c.video] if c.video else "",
-        "prompts_sha256": hash_file(Path(c.prompts)) if c.prompts else "",
+        **({"prompts_sha256": hash_file(Path(c.prompts))} if c.prompts else {}),
         "fit": c.fit,
         "fps": c.fps,
         "scale": c.scale,

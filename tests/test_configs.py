@@ -21,6 +21,7 @@ from cfjax.experiment.build import build
 from cfjax.experiment.data import Shapes, toy_shapes
 from cfjax.experiment.networks import networks_in, roles_of
 from cfjax.experiment.notes import differing_levels, idle_devices, idle_windows
+from cfjax.experiment.presets import STEERED
 from cfjax.experiment.reference import REFERENCE, apply_reference
 from cfjax.experiment.runs import open_run
 from cfjax.experiment.stage import blocks_of, dmd_config, optimizers_of, sampler_of, stage_of
@@ -62,6 +63,7 @@ def test_every_documented_config_builds(path, arg):
     if "stage" not in c:
         return
     toy, mini, framewise = (word in arg.split(",") for word in ("toy", "mini", "framewise"))
+    toy |= not STEERED.keys().isdisjoint(arg.split(","))  # which are of the toy alone
     whole = (12 if toy else 9 if mini else 21) if c.stage == "dmd" and "bidirectional" in arg.split(",") else 0
     assert blocks_of(c).frames == (whole or (1 if framewise else 3))
     for role in networks_in(roles_of(c)).values():
