@@ -133,7 +133,7 @@ def compile_update(
       arguments: bytes of all arguments on a device, unread ones too (jit drops them, but they are stored there).
       trip_counts: see `collectives`.
       keep: folder for the program's optimised HLO text, or None.
-      quick: with the least effort: an hour of compiling becomes minutes, and temporaries are mostly larger.
+      quick: with the least effort, see `QUICK_OPTIONS`.
     """
     platform = topology.chip.platform
     options: dict[str, Any] = (GPU_OPTIONS if platform == "gpu" else {}) | (QUICK_OPTIONS if quick else {})
