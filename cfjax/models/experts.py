@@ -31,7 +31,8 @@ def takes_picture(config: Any) -> bool:
 
 def blank_picture(model: Wan, latent_shape: tuple[int, int, int, int]) -> "Conditioned":
     """A network with a condition of zeros for one video of latents [F, H, W, C], and features of as many tokens as
-    ViT-H/14 makes: where it counts how long a pass takes, not what it makes."""
+    ViT-H/14 makes: where it counts how long a pass takes, not what it makes.
+    """
     condition = picture_condition(jnp.zeros((1, *latent_shape)))
     width = model.config.image_dim
     return Conditioned(model, condition, jnp.zeros((1, CLIPConfig().tokens, width)) if width else None)
