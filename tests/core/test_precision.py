@@ -6,7 +6,7 @@ import json
 import pytest
 
 from cfjax.core.errors import UserError
-from cfjax.core.precision import BF16, F32, Policy, to_record
+from cfjax.core.precision import BF16, F32, LATER, Policy, to_record
 from cfjax.models.vae import VAEConfig
 from cfjax.models.wan import WanConfig, preset
 from cfjax.worlds.wan import config_from_record
@@ -24,9 +24,17 @@ def test_a_policy_is_recorded_as_compute_and_island(policy):
 @pytest.mark.parametrize("config", [preset("toy", precision=MIXED), VAEConfig(precision=BF16)])
 def test_a_networks_config_is_recorded_with_its_policy(config):
     record = to_record(config)
-    assert list(record) == [field.name for field in dataclasses.fields(config)]
+    # A field that came later is recorded where it is not its default: records without it stay as they were.
+    assert list(record) == [f.name for f in dataclasses.fields(config) if f.metadata != LATER]
     assert list(record["precision"]) == ["compute", "island"]
     assert config_from_record(type(config), json.loads(json.dumps(record))) == config
+
+
+def test_a_later_field_is_recorded_where_it_is_used():
+    config = preset("toy", image_dim=32)
+    record = to_record(config)
+    assert record["image_dim"] == 32 and "actions" not in record
+    assert config_from_record(WanConfig, json.loads(json.dumps(record))) == config
 
 
 def test_a_record_of_an_earlier_version_is_read():
