@@ -114,6 +114,7 @@ def recipe(
     """
     budget = c.budgets[c.budget]
     shared = {"data.path": f"{root}/data", "data.assets": c.teacher, "data.clips": budget.clips, "seed": c.seed}
+    shared |= {"data.batch_size": budget.batch} if "batch" in budget else {}
     shared |= shapes
     shared |= {} if c.guard else {"guard.enabled": False}
 

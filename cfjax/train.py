@@ -82,7 +82,7 @@ def train(e: Experiment, workdir: Path) -> TrainState:
         return fit(
             e.stage,
             e.optimizers,
-            place_state(state, mesh) if mesh else state,
+            place_state(state, mesh),
             frozen,
             _batches(e, data, rows),
             replace(e.schedule, sample_first=monitor is not None and monitor.wants_start),

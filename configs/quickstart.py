@@ -203,7 +203,8 @@ def get_config(arg: str = ""):
             "guard": True,  # sample while training and warn of a collapse
             "budgets": {
                 "tiny": {
-                    "clips": 256, "ar": 4, "pairs": 64, "ode": 4, "cd": 4, "dmd": 6, "evaluation": 24, "streams": 4,
+                    "clips": 64, "ar": 4, "pairs": 8, "ode": 4, "cd": 4, "dmd": 6, "evaluation": 8, "streams": 2,
+                    "batch": 8,
                 },
                 "short": {
                     "clips": 16384, "ar": 250, "pairs": 512, "ode": 200, "cd": 200, "dmd": 200, "evaluation": 240,

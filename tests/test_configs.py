@@ -28,6 +28,7 @@ from cfjax.experiment.stage import blocks_of, dmd_config, optimizers_of, sampler
 from cfjax.objectives.ode_regression import PairsConfig
 from cfjax.training.checkpoint import read_meta
 from tests.commands import ROOT, cfjax, tiny, tiny_data
+from tests.compiled import compiled
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -293,16 +294,22 @@ def test_a_window_longer_than_its_videos_is_reported():
 def chain(tmp_path_factory) -> Path:
     """Teacher, AR teacher, pairs, ODE, consistency and DMD students under one folder."""
     root = tmp_path_factory.mktemp("chain")
+
+    def train(config: str, run: str, **keys: object) -> None:
+        with compiled("update") as found:
+            assert cfjax("train", config, root / run, **keys) == 0
+        (root / run / "compiled").write_text(str(len(found)))
+
     few = {**tiny(root), "optim__student__name": "adamw"}
-    assert cfjax("train", "bidirectional.py:toy", root / "teacher", **tiny(root), sampler__steps=2) == 0
+    train("bidirectional.py:toy", "teacher", **tiny(root), sampler__steps=2)
     init = {"roles__student__init": root / "teacher", "roles__student__init_ema": True}
-    assert cfjax("train", "ar_diffusion.py:toy", root / "ar", **few, **init, sampler__steps=2) == 0
+    train("ar_diffusion.py:toy", "ar", **few, **init, sampler__steps=2)
     assert cfjax("precompute", "ode_pairs.py:toy", root / "none", **pairs_keys(root)) == 0
     init = {"roles__student__init": root / "ar"}
-    assert cfjax("train", "ode_regression.py:toy", root / "ode", **{**few, "sample_clips": 2}, **init) == 0
+    train("ode_regression.py:toy", "ode", **{**few, "sample_clips": 2}, **init)
     teacher = {"roles__teacher__init": root / "ar", "roles__teacher__remat": "none", "objective__solver_steps": 4}
-    assert cfjax("train", "consistency.py:toy", root / "cd", **few, **init, **teacher) == 0
-    assert cfjax("train", "dmd.py:toy", root / "dmd", **dmd_keys(root)) == 0
+    train("consistency.py:toy", "cd", **few, **init, **teacher)
+    train("dmd.py:toy", "dmd", **dmd_keys(root))
     return root
 
 
@@ -334,6 +341,8 @@ def curves(run: Path) -> dict[str, list[float]]:
 )
 def test_every_stage_trains_two_steps(chain, run, stage, roles):
     meta, seen = read_meta(chain / run), curves(chain / run)
+    # Once each, though weights that come from a file lie on a device and fresh optimisers on none in particular.
+    assert int((chain / run / "compiled").read_text()) == len(roles)
     assert (meta["stage"], meta["step"], meta["latent_shape"]) == (stage, 2, [6, 4, 4, 16])
     for role, updates in roles.items():
         assert len(seen[f"{role}/loss"]) == updates and np.isfinite(seen[f"{role}/loss"]).all()

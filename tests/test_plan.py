@@ -213,7 +213,7 @@ sys.exit(main(sys.argv[1:]))
 def shrunk(argv: list[str], workdir: Path) -> list[dict]:
     """A documented command at toy depth, width and resolution, in a process with devices of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    small = ["--height=64", "--width=64", "--text=8", f"--workdir={workdir}"]
+    small = ["--height=64", "--width=64", "--text=8", "--quick=True", f"--workdir={workdir}"]
     command = [sys.executable, "-c", SHRINK, "plan", *argv, *small]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -306,7 +306,7 @@ def test_a_bidirectional_run_has_no_stream_to_plan(tmp_path, capsys):
 @pytest.mark.parametrize("topology", ["v6e:1x1", "v5p:1x1x1", "tpu7x:1x1x1"])
 def test_a_stream_compiles_for_one_chip(topology, tmp_path):
     """In a process of its own, as every machine is opened once: the toy with the flash kernel."""
-    argv = ["plan", "--config=configs/bench.py", f"--topology={topology}", f"--workdir={tmp_path}"]
+    argv = ["plan", "--config=configs/bench.py", f"--topology={topology}", "--quick=True", f"--workdir={tmp_path}"]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "cfjax", *argv]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -250,6 +250,7 @@ QUICKSTART = (
     Key(r"budgets\.\w+\.clips", "Clips of the dataset.", "clips"),
     Key(r"budgets\.\w+\.pairs", "ODE pairs.", "clips"),
     Key(r"budgets\.\w+\.evaluation", "Videos of each evaluation.", "videos"),
+    Key(r"budgets\.\w+\.batch", "Clips of a batch of every stage; the config's own where it is not given.", "clips"),
     Key(r"budgets\.\w+\.streams", "Long videos, and sessions of each mode.", "videos"),
     Key(r"budgets\.\w+\.(ar|ode|cd|dmd)", "Iterations of that stage.", "iterations"),
 )

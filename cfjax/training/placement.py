@@ -61,8 +61,15 @@ def rollout_shardings(rollout: Any, mesh: Mesh | AbstractMesh) -> Any:
         return map_named(where, rollout)
 
 
-def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state on the mesh; each process holds all of `state` and provides its own shards."""
+def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """The state on the mesh; each process holds all of `state` and provides its own shards.
+
+    Without a mesh every leaf is committed to the device where it is. Weights that were read from files are, fresh
+    arrays are not, and all that an update returns is where one of its arguments was: it would be compiled for the first
+    iteration, again for the second, and a third time where a run goes on.
+    """
+    if mesh is None:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
     return jax.tree.map(place, state, state_shardings(state, mesh))
 
 

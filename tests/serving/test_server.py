@@ -7,8 +7,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from cfjax.serving.items import Block
 from cfjax.serving.pictures import encode_frame
 from cfjax.serving.protocol import Open, schema, validator
 from cfjax.serving.served import Limits
+from tests.compiled import compiled
 from tests.serving.attacks import raw
 from tests.serving.running import PROMPTS, QUICK, Running, running, tiny_copies, tiny_served, until
 
@@ -106,18 +106,6 @@ def test_metrics_count_what_was_sent(server, client):
         pass
     assert number("cfjax_blocks_total") >= before + 4 and number("cfjax_sessions") >= 1
     client.close()
-
-
-@contextmanager
-def compiled() -> Iterator[list[str]]:
-    """What is compiled inside, by any thread."""
-    found: list[str] = []
-    listen = lambda event, seconds, **_: found.append(event) if event.endswith("backend_compile_duration") else None
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_nothing_is_compiled_once_a_server_is_ready(server, client):

@@ -169,7 +169,7 @@ SMALL = Plan(
     ahead=(1,),
     dmd=("causal_ode", "bi_ode"),
     dmd_at=(50,),
-    budget=Budget(ar_steps=500, ode_steps=500, cd_steps=500, pool=8192, lr=3e-3, solver_steps=96),
+    budget=Budget(ar_steps=500, ode_steps=500, cd_steps=500, batch=128, pool=4096, lr=3e-3, solver_steps=48),
 )
 
 

@@ -46,6 +46,18 @@ def place_in_run(index: int, count: int, port: int) -> dict[str, str]:
     return {**address, "JAX_PROCESS_ID": str(index)} if count > 1 else {}
 
 
+# By the config, what its objective, cadence and roles need besides. DMD's is the one with two optimisers and a rollout.
+STAGES = {
+    "ar_diffusion": {"roles.student.init": ""},
+    "dmd": {
+        "objective.steps": "(1000, 500)",
+        "cadence.student": 2,
+        "optim.critic.eps": 1e-3,
+        **{f"roles.{role}.init": "" for role in ("student", "critic", "real_score")},
+    },
+}
+
+
 class Run:
     """The processes of one `cfjax train`, each a device of the mesh (or `devices` of them).
 
@@ -60,6 +72,7 @@ class Run:
         *,
         devices: int = 1,
         mesh: str = "",
+        stage: str = "dmd",
         stall: float = 600.0,
         worker: bool = False,
         keys: Mapping[str, object] = MappingProxyType({}),
@@ -71,24 +84,21 @@ class Run:
             "data.path": data,
             "data.batch_size": 4,
             "blocks.frames": 1,
-            "objective.steps": "(1000, 500)",
             "steps": STEPS,
             "save_every": 2,
             "log_every": 1,
-            "cadence.student": 2,
             "guard.enabled": False,
             "sample_clips": 0,
             "progress": False,
             "optim.student.eps": 1e-3,  # Adam makes a step of every rounding error in a gradient that is zero
-            "optim.critic.eps": 1e-3,
             "stall_seconds": stall,
-            **{f"roles.{role}.init": "" for role in ("student", "critic", "real_score")},
+            **STAGES[stage],
             **{f"mesh.{axis}": size for axis, size in (part.split("=") for part in mesh.split())},
             **keys,
         }
         command = ["bash", str(ROOT / "launch/worker.sh")] if worker else []
         command += [sys.executable, str(ROOT / "tests/training/process.py"), "train"]
-        command += [f"--config={ROOT}/configs/dmd.py:toy", f"--workdir={workdir}"]
+        command += [f"--config={ROOT}/configs/{stage}.py:toy", f"--workdir={workdir}"]
         command += [f"--config.{name}={value}" for name, value in values.items()]
         flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
         self.processes = []
@@ -238,11 +248,11 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_goes_on(data,
 
 @pytest.mark.slow
 def test_a_process_that_hangs_or_dies_ends_the_others(data, tmp_path):
-    run = Run(data, tmp_path / "hangs", 2, mesh="data=2", stall=20.0, TEST_HANG="1")
+    run = Run(data, tmp_path / "hangs", 2, mesh="data=2", stage="ar_diffusion", stall=20.0, TEST_HANG="1")
     codes = run.finish()
     assert STALLED in codes and all(codes), (codes, run.output(0), run.output(1))
     assert any("no iteration ended in 20 s after step" in run.output(i) for i in range(2)), run.output()
-    run = Run(data, tmp_path / "dies", 2, mesh="data=2", TEST_PAUSE="0.5")
+    run = Run(data, tmp_path / "dies", 2, mesh="data=2", stage="ar_diffusion", TEST_PAUSE="0.5")
     run.until_saved(2)
     run.processes[1].send_signal(signal.SIGKILL)
     codes = run.finish()
