@@ -1,5 +1,6 @@
 """Comparison of the toy world's networks: tables, the paper's orderings as tests, residual variance of ODE pairs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cfjax.core.errors import UserError
 from cfjax.evaluation.tables import COLUMNS
 from cfjax.flow.path import x0_from_flow
 from cfjax.models.wan import Wan, embed_text, teacher_forced
@@ -137,21 +139,28 @@ def left_open(
 
     Args:
       past: "clip" or "endpoint", as in `objectives.ode_regression.Regression`.
+      batch: pairs at once at the most; all are used.
+
+    Raises:
+      UserError: fewer than two pairs.
     """
-    ends, errors = [], []
-    for start in range(0, len(pairs) - batch + 1, batch):
-        records = [pairs[i] for i in range(start, start + batch)]
+    if len(pairs) < 2:
+        raise UserError(f"pairs={len(pairs)}: what is left open is compared with another pair's noise; make 2 or more")
+    ends, errors, sizes = [], [], []
+    for part in np.array_split(np.arange(len(pairs)), math.ceil(len(pairs) / batch)):
+        records = [pairs[i] for i in part]
         stacked = {name: np.stack([r[name] for r in records]).astype(np.float32) for name in _NAMES}
         noise, end = stacked["trajectory_JFHWC"][:, 0], stacked["trajectory_JFHWC"][:, -1]
         clean = stacked["latents_FHWC"] if past == "clip" else end
         own_and_other = (noise, np.roll(noise, 1, axis=0))
         errors.append([np.asarray(_squares(model, x, end, clean, stacked["text_SE"], blocks)) for x in own_and_other])
         ends.append(end)
+        sizes.append(len(part))
     prior_F = np.var(np.concatenate(ends), axis=0).mean(axis=(1, 2, 3))
     spans = blocks.spans(len(prior_F))
     return {
         kind: [float(error_F[a:b].mean() / prior_F[a:b].mean()) for a, b in spans]
-        for kind, error_F in zip(("left", "shuffled"), np.mean(errors, axis=0), strict=True)
+        for kind, error_F in zip(("left", "shuffled"), np.average(errors, axis=0, weights=sizes), strict=True)
     }
 
 

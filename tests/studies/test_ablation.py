@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from cfjax.__main__ import main
 from cfjax.core.cli import parse
+from cfjax.core.errors import UserError
 from cfjax.nn.visibility import Blocks
 from cfjax.objectives.ode_regression import PairsConfig, Regression, ode_regression
 from cfjax.quickstart import recipe
@@ -144,6 +145,10 @@ def test_what_is_left_open_is_the_regressions_error():
         shuffled = {**batch, "trajectory_BJFHWC": trajectory_of_others}
         expected = float(loss({"student": model}, shuffled, jax.random.key(0), draws)[0])
         assert np.mean(np.asarray(opened["shuffled"]) * prior) == pytest.approx(expected, rel=1e-5)
+    parts = left_open(model, records, blocks, past="endpoint", batch=24)  # of 22, 21 and 21: none is left out
+    assert parts["left"] == pytest.approx(opened["left"], rel=1e-5)
+    with pytest.raises(UserError, match="^pairs=1: "):
+        left_open(model, records[:1], blocks, past="clip")
 
 
 @pytest.mark.slow
