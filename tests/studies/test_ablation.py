@@ -147,7 +147,7 @@ def test_what_is_left_open_is_the_regressions_error():
         assert np.mean(np.asarray(opened["shuffled"]) * prior) == pytest.approx(expected, rel=1e-5)
     parts = left_open(model, records, blocks, past="endpoint", batch=24)  # of 22, 21 and 21: none is left out
     assert parts["left"] == pytest.approx(opened["left"], rel=1e-5)
-    with pytest.raises(UserError, match="^pairs=1: "):
+    with pytest.raises(UserError, match=r"^pairs=1: "):
         left_open(model, records[:1], blocks, past="clip")
 
 
