@@ -184,8 +184,7 @@ class RollingSink(Memory):
         return _whole_blocks("a rolling sink", super().slots(layout), self.window, layout)
 
     def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Early:
-        k, v = empty_frames(network, batch, self.slots(layout), tokens)
-        return Early(self.codec.encode_keys(k), self.codec.encode_values(v))
+        return Early(*empty_frames(self.encoded, network, batch, self.slots(layout), tokens))
 
     @staticmethod
     def replayed(start: Any, frames: int, slots: int, xp: Any = jnp) -> Any:

@@ -223,7 +223,7 @@ class Memory:
         slots = self.slots(layout)
         empty = jnp.full((slots,), EMPTY, jnp.int32)
         return State(
-            *self.encoded(*empty_frames(network, batch, slots, tokens)),
+            *empty_frames(self.encoded, network, batch, slots, tokens),
             empty,
             empty,
             jnp.int32(0),
@@ -390,11 +390,19 @@ def counts(slots: int, layout: Blocks, protected: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def empty_frames(network: Network, batch: int, frames: int, tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of zeros, [L, B, frames, T, N, K]; two buffers, as one cannot be donated twice."""
-    shape = (network.num_layers, batch, frames, tokens, network.num_heads, network.head_dim)
-    k, v = (constrain_kv(jnp.zeros(shape, network.precision.compute)) for _ in range(2))
-    return k, v
+def empty_frames(
+    encoded: Callable[[jax.Array, jax.Array], tuple[Any, Any]], network: Network, batch: int, frames: int, tokens: int
+) -> tuple[Any, Any]:
+    """What `encoded` makes of keys and values of zeros, [L, B, frames, T, N, K].
+
+    A codec's groups lie inside a frame, so one frame is encoded and the rest are its copies: neither does a device hold
+    all of them in float32 at once, nor does XLA spend seconds on folding them. Keys and values are two buffers, as one
+    cannot be donated twice.
+    """
+    shape = (1, 1, 1, tokens, network.num_heads, network.head_dim)
+    k, v = encoded(*(jnp.zeros(shape, network.precision.compute) for _ in range(2)))
+    rows = (network.num_layers, batch, frames)
+    return jax.tree.map(lambda x: placed(jnp.broadcast_to(x, (*rows, *x.shape[3:]))), (k, v))
 
 
 def layer_slots(stored: Any, layer: jax.Array | int, count: int) -> Any:

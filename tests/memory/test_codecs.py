@@ -1,6 +1,7 @@
 """Keys and values in fewer bits: bytes, bounds of the error, and that quantising is done once."""
 
 from dataclasses import replace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from cfjax.core.errors import UserError
-from cfjax.memory.codecs import Codec, Quantized, group_size
-from cfjax.memory.slots import Memory
+from cfjax.memory.codecs import Codec, CodecName, Quantized, group_size
+from cfjax.memory.slots import Memory, empty_frames
 from cfjax.nn.visibility import Blocks
 from tests.memory.states import committed
 from tests.tiny import CONFIG
@@ -91,6 +92,19 @@ def test_a_state_has_the_bytes_of_its_slots():
         found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.k, state.v)))
         per_frame = Codec(name).bytes_per_frame(4, CONFIG.num_heads, CONFIG.head_dim, jnp.float32)
         assert found == 6 * CONFIG.num_layers * per_frame
+
+
+@pytest.mark.parametrize("name", get_args(CodecName))
+def test_an_empty_state_is_zeros_encoded_and_never_whole_in_float32(name):
+    rows, encoded = (CONFIG.num_layers, 2, 5), Memory(codec=Codec(name)).encoded
+    zeros = jnp.zeros((*rows, TOKENS, CONFIG.num_heads, CONFIG.head_dim))
+    make = jax.jit(lambda: empty_frames(encoded, CONFIG, *rows[1:], TOKENS)).lower().compile()
+    found, expected = make(), encoded(zeros, zeros)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one.astype(jnp.float32), other.astype(jnp.float32))
+    assert make.memory_analysis().temp_size_in_bytes < zeros.nbytes / 5
 
 
 def test_attention_over_quantised_keys_is_close():
