@@ -203,7 +203,7 @@ def get_config(arg: str = ""):
             "guard": True,  # sample while training and warn of a collapse
             "budgets": {
                 "tiny": {
-                    "clips": 64, "ar": 4, "pairs": 8, "ode": 4, "cd": 4, "dmd": 6, "evaluation": 8, "streams": 2,
+                    "clips": 64, "ar": 4, "pairs": 8, "ode": 4, "cd": 4, "dmd": 6, "evaluation": 16, "streams": 2,
                     "batch": 8,
                 },
                 "short": {

@@ -39,7 +39,7 @@ OTHERWISE = {
     ("convert.py", "latents"): ([0, 0, 0], [*LATENTS[16]]),
     ("quickstart.py", "budgets.tiny.clips"): (64, 256),
     ("quickstart.py", "budgets.tiny.pairs"): (8, 64),
-    ("quickstart.py", "budgets.tiny.evaluation"): (8, 24),
+    ("quickstart.py", "budgets.tiny.evaluation"): (16, 24),
 }
 
 
