@@ -41,7 +41,7 @@ PLANS: dict[str, tuple[str, str, tuple[str, ...], int]] = {
     "streaming_v5p": ("dmd.py:streaming", "v5p:4x4x4", POD, 1),
     "dmd_cpu": ("dmd.py:framewise", "cpu:64", POD, 4),
 }
-LEAST_EFFORT = ("streaming_v5p",)  # with the Wan VAE in its updates, which compile for an hour otherwise
+LEAST_EFFORT = ("streaming_v5p",)  # with the Wan VAE in its updates: one encoder call alone takes 200 CPU seconds
 TRAINED = {"dmd": ("student", "critic")}
 
 

@@ -27,7 +27,6 @@ from cfjax.memory.slots import (
     Network,
     Seen,
     State,
-    empty_frames,
     labels,
     layer_slots,
     placed,
@@ -75,7 +74,7 @@ class MemoryBank(Memory):
     def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Bank:
         if layout.independent_first_frame:
             raise UserError("memory: memory_bank needs blocks of one size; it takes no independent first frame")
-        k, v = empty_frames(self.encoded, network, batch, self.bank, tokens)
+        k, v = self.empty_frames(network, batch, self.bank, tokens)
         empty, none = jnp.full((network.num_layers, batch, self.bank), EMPTY, jnp.int32), jnp.int32(EMPTY)
         return Bank(k, v, empty, empty, jnp.int32(0), none)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfjax.core.errors import UserError
-from cfjax.memory.slots import MERGED, Incoming, Labels, Memory, Network, State, arrangement, empty_frames
+from cfjax.memory.slots import MERGED, Incoming, Labels, Memory, Network, State, arrangement
 from cfjax.nn.rope import rotate_time
 from cfjax.nn.visibility import Blocks
 
@@ -184,7 +184,7 @@ class RollingSink(Memory):
         return _whole_blocks("a rolling sink", super().slots(layout), self.window, layout)
 
     def extra(self, network: Network, batch: int, tokens: int, layout: Blocks, width: int = 0) -> Early:
-        return Early(*empty_frames(self.encoded, network, batch, self.slots(layout), tokens))
+        return Early(*self.empty_frames(network, batch, self.slots(layout), tokens))
 
     @staticmethod
     def replayed(start: Any, frames: int, slots: int, xp: Any = jnp) -> Any:

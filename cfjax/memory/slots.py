@@ -223,7 +223,7 @@ class Memory:
         slots = self.slots(layout)
         empty = jnp.full((slots,), EMPTY, jnp.int32)
         return State(
-            *empty_frames(self.encoded, network, batch, slots, tokens),
+            *self.empty_frames(network, batch, slots, tokens),
             empty,
             empty,
             jnp.int32(0),
@@ -232,6 +232,18 @@ class Memory:
             jnp.int32(-1),
             self.extra(network, batch, tokens, layout, width),
         )
+
+    def empty_frames(self, network: Network, batch: int, frames: int, tokens: int) -> tuple[Any, Any]:
+        """Keys and values of zeros, [L, B, frames, T, N, K], as they are stored.
+
+        A codec's groups lie inside a frame, so one frame is encoded and the rest are its copies: neither does a device
+        hold all of them in float32 at once, nor does XLA spend seconds on folding them. Keys and values are two
+        buffers, as one cannot be donated twice.
+        """
+        shape = (1, 1, 1, tokens, network.num_heads, network.head_dim)
+        k, v = self.encoded(*(jnp.zeros(shape, network.precision.compute) for _ in range(2)))
+        rows = (network.num_layers, batch, frames)
+        return jax.tree.map(lambda x: placed(jnp.broadcast_to(x, (*rows, *x.shape[3:]))), (k, v))
 
     def own_positions(self, state: State, start: jax.Array, frames: int) -> jax.Array:
         """Time positions of the block's own frames, [frames]."""
@@ -388,21 +400,6 @@ def counts(slots: int, layout: Blocks, protected: int) -> tuple[int, ...]:
     again = range(protected, slots, layout.frames)
     found = {*first, *range(first[-1], slots, layout.frames), *again, slots}
     return tuple(sorted(found))
-
-
-def empty_frames(
-    encoded: Callable[[jax.Array, jax.Array], tuple[Any, Any]], network: Network, batch: int, frames: int, tokens: int
-) -> tuple[Any, Any]:
-    """What `encoded` makes of keys and values of zeros, [L, B, frames, T, N, K].
-
-    A codec's groups lie inside a frame, so one frame is encoded and the rest are its copies: neither does a device hold
-    all of them in float32 at once, nor does XLA spend seconds on folding them. Keys and values are two buffers, as one
-    cannot be donated twice.
-    """
-    shape = (1, 1, 1, tokens, network.num_heads, network.head_dim)
-    k, v = encoded(*(jnp.zeros(shape, network.precision.compute) for _ in range(2)))
-    rows = (network.num_layers, batch, frames)
-    return jax.tree.map(lambda x: placed(jnp.broadcast_to(x, (*rows, *x.shape[3:]))), (k, v))
 
 
 def layer_slots(stored: Any, layer: jax.Array | int, count: int) -> Any:

@@ -10,7 +10,7 @@ import pytest
 
 from cfjax.core.errors import UserError
 from cfjax.memory.codecs import Codec, CodecName, Quantized, group_size
-from cfjax.memory.slots import Memory, empty_frames
+from cfjax.memory.slots import Memory
 from cfjax.nn.visibility import Blocks
 from tests.memory.states import committed
 from tests.tiny import CONFIG
@@ -96,10 +96,10 @@ def test_a_state_has_the_bytes_of_its_slots():
 
 @pytest.mark.parametrize("name", get_args(CodecName))
 def test_an_empty_state_is_zeros_encoded_and_never_whole_in_float32(name):
-    rows, encoded = (CONFIG.num_layers, 2, 5), Memory(codec=Codec(name)).encoded
+    rows, memory = (CONFIG.num_layers, 2, 5), Memory(codec=Codec(name))
     zeros = jnp.zeros((*rows, TOKENS, CONFIG.num_heads, CONFIG.head_dim))
-    make = jax.jit(lambda: empty_frames(encoded, CONFIG, *rows[1:], TOKENS)).lower().compile()
-    found, expected = make(), encoded(zeros, zeros)
+    make = jax.jit(lambda: memory.empty_frames(CONFIG, *rows[1:], TOKENS)).lower().compile()
+    found, expected = make(), memory.encoded(zeros, zeros)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert one.dtype == other.dtype
